@@ -1,0 +1,75 @@
+# Two commands matter: `make train` and `make test`. Each sets up everything it needs, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := dev,sweeps
+# Tests and runs share the cores between processes, not between threads of one process.
+ENV := OMP_NUM_THREADS=1
+PYTEST = $(ENV) $(BIN)/python -m pytest
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install assets train test test-slow test-wheel lint format constraints clean
+
+help: ## this list
+	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) assets ## make .venv with the pinned dependencies, and fetch the demo's model and data
+
+train: install ## fine-tune the demo's language model: zoft train config=quickstart $(ARGS)
+	$(BIN)/zoft train config=quickstart $(ARGS)
+
+test: install ## the default test suite; ARGS='-k name' narrows it
+	$(PYTEST) -n 2 --dist worksteal $(ARGS)
+
+test-slow: install ## the tests that take minutes
+	$(PYTEST) -m slow $(ARGS)
+
+test-wheel: install ## build the wheel, install it in an empty environment, train from an empty folder
+	$(PYTEST) -m slow tests/cli/test_wheel.py $(ARGS)
+
+lint: $(INSTALLED) ## style, types, layers, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+# Fetching what is already in the cache takes no time and no network, so there is no stamp to go stale.
+assets: $(INSTALLED)
+	@$(BIN)/zoft fetch smollm2-135m-instruct sms-spam
+
+# torch comes first and by its exact version: asked for loosely, pip would take the newest build, with gigabytes of
+# CUDA packages, on a machine without a GPU too.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "zoft needs Python 3.11 or newer, and '$(PYTHON)' is not: try 'make $(or $(MAKECMDGOALS),install) PYTHON=python3.11'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt --upgrade pip
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Newest versions that work together, resolved in a throw-away environment; torch stays as it is pinned.
+constraints: ## resolve the dependencies anew and rewrite constraints.txt
+	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install --quiet --upgrade pip setuptools
+	build/constraints/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	build/constraints/bin/python -m pip install --quiet -e '.[$(EXTRAS)]'
+	{ sed -n '/^#/p' constraints.txt; \
+	  build/constraints/bin/python -m pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt && rm -rf build/constraints
+
+clean: ## remove the environment, caches and built files; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find zoft tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

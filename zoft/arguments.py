@@ -1,0 +1,119 @@
+"""ZOConfig: `transformers.TrainingArguments` plus the query budget, minus what means nothing without a backward pass."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from zoft.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# setting -> why it cannot be honoured; each is refused when it differs from the default
+_MEANINGLESS = {
+    "activation_checkpointing": "activation checkpointing saves memory of a backward pass, and there is none",
+    "gradient_checkpointing": "gradient checkpointing saves memory of a backward pass, and there is none",
+    "neftune_noise_alpha": "NEFTune perturbs embeddings in training mode; zoft queries the objective in evaluation mode",
+    "fsdp": "FSDP shards gradients and optimizer states, and there are none; run several processes with torchrun instead",
+    "deepspeed": "DeepSpeed shards gradients and optimizer states, and there are none",
+    "optim": "`optim` names a first-order optimizer; pass optimizer= (sgd, momentum, adam) to the trainer",
+    "optim_args": "`optim_args` belongs to `optim`; set the fields of the optimizer component",
+    "optim_target_modules": "`optim_target_modules` belongs to first-order optimizers; choose trainable= instead",
+    "adam_beta1": "set it on the optimizer: optimizer=Adam(adam_beta1=...)",
+    "adam_beta2": "set it on the optimizer: optimizer=Adam(adam_beta2=...)",
+    "adam_epsilon": "set it on the optimizer: optimizer=Adam(adam_epsilon=...)",
+    "torch_empty_cache_steps": "there is no backward pass whose memory would have to be returned",
+    "ddp_find_unused_parameters": "processes exchange losses, not gradients; DDP is not used",
+    "ddp_bucket_cap_mb": "processes exchange losses, not gradients; DDP is not used",
+    "ddp_broadcast_buffers": "processes exchange losses, not gradients; DDP is not used",
+    "ddp_static_graph": "processes exchange losses, not gradients; DDP is not used",
+}
+
+
+@dataclass
+class ZOConfig(TrainingArguments):
+    """Training arguments for :class:`zoft.ZOTrainer`; every `TrainingArguments` field keeps its name and meaning.
+
+    What differs: ``max_grad_norm`` clips projected gradients (0, the default here, clips nothing), and settings that
+    mean nothing without a backward pass are refused instead of ignored.
+
+    Args:
+        budget_queries: forward passes of the objective, clean ones included, after which training stops.
+        max_skipped_steps: steps in a row with a non-finite loss before the run stops; their weights stay untouched.
+        keep_frozen_prefix: compute hidden states below the lowest trained block once per example and keep them.
+        frozen_prefix_mb: memory bound of those hidden states, MiB.
+
+    Example:
+        >>> ZOConfig(output_dir="runs/demo", budget_queries=2000, report_to=[]).budget_queries
+        2000
+    """
+
+    budget_queries: int | None = field(
+        default=None,
+        metadata={"help": "Forward passes of the objective (clean ones too) after which training stops."},
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "Steps in a row with a non-finite loss before the run stops."}
+    )
+    keep_frozen_prefix: bool = field(
+        default=True,
+        metadata={"help": "Keep the hidden states below the lowest trained block, computed once per example."},
+    )
+    frozen_prefix_mb: int = field(default=2048, metadata={"help": "Memory bound of the kept hidden states, MiB."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Step size of the optimizer (MeZO's 1e-6)."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Schedule of the learning rate; constant as in MeZO."}
+    )
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Clip each projected gradient to +- this; 0 clips nothing."}
+    )
+
+    def __post_init__(self) -> None:
+        self._refuse_meaningless()
+        super().__post_init__()
+        if self.budget_queries is not None and self.budget_queries < 1:
+            raise UserError(f"budget.queries must be at least 1, got {self.budget_queries}")
+        if self.max_skipped_steps < 1:
+            raise UserError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
+        if self.max_grad_norm < 0:
+            raise UserError(f"max_grad_norm must be 0 (no clipping) or more, got {self.max_grad_norm}")
+        if self.budget_queries is not None and self.max_steps > 0:
+            raise UserError("give budget_queries or max_steps, not both: the budget decides when training stops")
+
+    def _refuse_meaningless(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, why in _MEANINGLESS.items():
+            value = getattr(self, name, None)
+            if name in defaults and value != defaults[name] and value not in (None, False, "", [], {}):
+                raise UserError(f"{name}={value!r} cannot be used with zeroth-order training: {why}")
+
+
+def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any:
+    """Arguments with zoft's fields: as they are, a plain ``TrainingArguments`` converted, another subclass completed.
+
+    A subclass that knows nothing of zoft (TRL's ``SFTConfig``, say) keeps its type and fields; what it sets by default
+    for a backward pass (checkpointing, a gradient norm of 1) is switched off and said.
+    """
+    if args is None:
+        return ZOConfig(output_dir=default_output_dir, report_to=[])
+    if isinstance(args, ZOConfig):
+        return args
+    if type(args) is TrainingArguments:
+        stock = {f.name: f.default for f in fields(TrainingArguments)}
+        given = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
+        own = {"max_grad_norm", "learning_rate", "lr_scheduler_type"}  # the stock default is not a choice
+        chosen = {name: value for name, value in given.items() if not (name in own and value == stock[name])}
+        return ZOConfig(**chosen)
+    for field_ in fields(ZOConfig):
+        if not hasattr(args, field_.name):
+            setattr(args, field_.name, field_.default)
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if getattr(args, name, False):
+            log.warning("%s is switched off: there is no backward pass", name)
+            setattr(args, name, False)
+    if args.max_grad_norm == 1.0:
+        args.max_grad_norm = 0.0
+    return args

@@ -1,0 +1,146 @@
+"""Arguments of the command line: Hydra's grammar, checked, and rewritten to zoft's precedence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from zoft.config.catalog import ORDER
+from zoft.config.check import refuse_targets
+from zoft.config.experiments import Experiments
+from zoft.errors import UserError, did_you_mean
+
+METHOD_SLOT = "method@_global_"
+"""The second place for a method in train.yaml's defaults list, after the experiment's."""
+
+_SWEEP_ONLY = ("hydra/launcher", "hydra.launcher")
+
+
+def parse(parser: OverridesParser, text: str) -> Override:
+    """One argument.
+
+    Raises:
+        UserError: it is not ``key=value`` in Hydra's grammar.
+    """
+    if "=" not in text and not text.startswith("~"):
+        hint = f" Did you mean config={text}?" if re.fullmatch(r"[\w./-]+", text) and not text.startswith("-") else ""
+        raise UserError(f"{text!r} is not an argument: write key=value or group=choice.{hint}")
+    try:
+        return parser.parse_override(text)
+    except (HydraException, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot read the argument {text!r} ({reason}): write key=value; quote a value with spaces, commas, braces "
+            "or other signs twice, as in 'key=\"a, b\"'"
+        ) from error
+
+
+def is_value(override: Override) -> bool:
+    """Whether it sets keys, rather than choosing a member of a group or deleting."""
+    if override.is_delete() or override.is_sweep_override() or is_hydra(override):
+        return False
+    return override.key_or_group not in ORDER or isinstance(override.value(), dict)
+
+
+def is_hydra(override: Override) -> bool:
+    """Whether it addresses Hydra itself."""
+    return bool(re.match(r"hydra(?:$|[./@])", override.key_or_group))
+
+
+def nested(override: Override) -> dict[str, Any]:
+    """``a.b=1`` as ``{"a": {"b": 1}}``."""
+    value: Any = override.value()
+    for part in reversed([part for part in re.split(r"[.\[\]]+", override.key_or_group) if part]):
+        value = {part: value}
+    return dict(value)
+
+
+def rewrite(
+    parsed: list[Override], options: Callable[[str], list[str]], experiments: Experiments, *, sweeping: bool = False
+) -> list[str]:
+    """Arguments as Hydra must read them to do what the user meant.
+
+    Args:
+        parsed: the arguments.
+        options: group -> its choices.
+        experiments: registers what ``config=`` names.
+        sweeping: part of a sweep, where launchers mean something.
+
+    Raises:
+        UserError: a choice that does not exist, an argument that means nothing here.
+    """
+    rewritten: list[str] = []
+    for override in parsed:
+        text = override.input_line or ""
+        refuse_targets(_as_data(override), text)
+        if override.is_sweep_override():
+            raise UserError(
+                f"{text} has several values: add -m to run one training for each, or write {override.key_or_group}=[...] "
+                "for a list"
+            )
+        if override.package is not None:
+            raise UserError(f"{text}: groups have one place each here: drop the part after '@'")
+        if is_hydra(override):
+            rewritten.append(_hydra_argument(override, text, sweeping))
+        elif override.key_or_group == "launcher" and not sweeping:
+            raise UserError(f"{text}: a launcher runs the cells of a sweep: add -m, or drop it")
+        elif override.key_or_group in ORDER and not isinstance(_value(override), dict):
+            rewritten += _choice(override, options, experiments)
+        else:
+            rewritten.append(_key_argument(override, text))
+    return rewritten
+
+
+def _value(override: Override) -> Any:
+    return None if override.is_delete() and override.value_type is None else override.value()
+
+
+def _as_data(override: Override) -> Any:
+    return nested(override) if not override.is_sweep_override() else {part: 0 for part in override.key_or_group.split(".")}
+
+
+def _hydra_argument(override: Override, text: str, sweeping: bool) -> str:
+    if not sweeping or not override.key_or_group.startswith(_SWEEP_ONLY):
+        raise UserError(
+            f"{text}: zoft keeps Hydra's own settings to itself; only hydra.launcher.* (in a sweep, -m) can be set. "
+            "The run's folder is output_dir"
+        )
+    return text
+
+
+def _choice(override: Override, options: Callable[[str], list[str]], experiments: Experiments) -> list[str]:
+    """``group=choice``: checked, and the experiment or method put in its place."""
+    group, value, text = override.key_or_group, _value(override), override.input_line or ""
+    if override.is_delete() or value is None:
+        if group in ("config", "method"):
+            return ["~method"] if group == "method" else []
+        raise UserError(f"{text}: a run needs a {group}: choose one of {', '.join(options(group))}")
+    if not isinstance(value, str):
+        value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(value, str):
+        raise UserError(f"{text}: {group} takes a name, e.g. {group}={options(group)[0]}")
+    if group == "config":
+        return [f"config={experiments.register(value)}"]
+    known = options(group)
+    if value not in known:
+        raise UserError(f"there is no {group} called {value!r}.{did_you_mean(value, known)}")
+    # An argument's method comes after the experiment: it takes the second slot, and empties the first.
+    return ["~method", f"{METHOD_SLOT}={value}"] if group == "method" else [f"{group}={value}"]
+
+
+def _key_argument(override: Override, text: str) -> str:
+    """``key=value``; ``+`` is never needed, and ``trainer.`` is an open mapping."""
+    root = override.key_or_group.split(".")[0]
+    if override.is_delete():
+        if root == "trainer":
+            return text
+        raise UserError(f"{text}: keys cannot be taken away; set it to the value you want")
+    if "/" in override.key_or_group:
+        raise UserError(f"{text}: there is no group {override.key_or_group!r}.{did_you_mean(override.key_or_group, ORDER)}")
+    bare = text.lstrip("+")
+    return f"++{bare}" if root == "trainer" or "." in override.key_or_group else bare

@@ -1,0 +1,79 @@
+"""What can be chosen: groups and their choices by file name, and where the shipped configs are. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+from zoft.component import GROUPS
+
+PRESET_GROUPS = ("config", "method", "model", "budget", "tracker", "launcher")
+"""Groups that exist as YAML files only."""
+
+ORDER = (
+    "config model task peft trainable method subspace estimator optimizer engine objective budget tracker launcher"
+).split()
+"""Every group, in the order in which a user meets them."""
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def configs_dir() -> Path:
+    """The shipped configs: inside the wheel, or beside the package in a checkout."""
+    inside = _PACKAGE / "configs"
+    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
+
+
+def user_configs_dir() -> Path | None:
+    """The working directory's own ``configs`` folder, unless it is the shipped one or absent."""
+    own = Path.cwd() / "configs"
+    return own if own.is_dir() and own.resolve() != configs_dir().resolve() else None
+
+
+def config_dirs() -> list[Path]:
+    """Where presets are looked for, the user's first."""
+    own = user_configs_dir()
+    return [*([own] if own else []), configs_dir()]
+
+
+def component_names(group: str, *, plugins: bool = True) -> list[str]:
+    """Names of a group's components from file names alone; nothing is imported.
+
+    Args:
+        group: any group; one without components has none.
+        plugins: also those of other packages (entry points), which costs a scan of what is installed.
+    """
+    if group not in GROUPS:
+        return []
+    folder = _PACKAGE.joinpath(*GROUPS[group].split(".")[1:])
+    names = {file.stem for file in folder.glob("*.py") if file.stem != "base" and not file.stem.startswith("_")}
+    if plugins:
+        names |= {entry.name for entry in importlib.metadata.entry_points(group=f"zoft.{group}")}
+    return sorted(names)
+
+
+def preset_files(group: str) -> dict[str, Path]:
+    """Presets of a group: name -> YAML file; a user's file hides a shipped one of its name."""
+    found: dict[str, Path] = {}
+    for folder in reversed(config_dirs()):
+        found.update({file.stem: file for file in (folder / group).glob("*.yaml")})
+    own = user_configs_dir()
+    if group == "config" and own:  # configs/mine.yaml is as good a place as configs/config/mine.yaml
+        found.update({file.stem: file for file in own.glob("*.yaml") if file.stem not in found})
+    return dict(sorted(found.items()))
+
+
+def choices(group: str, *, plugins: bool = True) -> list[str]:
+    """Everything that ``group=`` accepts."""
+    return sorted({*component_names(group, plugins=plugins), *preset_files(group)})
+
+
+def first_comment(file: Path) -> str:
+    """The first comment line of a YAML file that is not a Hydra directive: what the file is for."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        text = line.lstrip("#").strip()
+        if line.startswith("#") and text and not text.startswith("@"):
+            return text
+        if line.strip() and not line.startswith("#"):
+            break
+    return ""

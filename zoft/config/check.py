@@ -1,0 +1,188 @@
+"""Whether keys exist and values have their type: every file and every argument is checked before it is merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from functools import lru_cache
+from typing import Any
+
+from zoft.component import GROUPS, Component, components
+from zoft.config import training_arguments
+from zoft.config.catalog import ORDER, PRESET_GROUPS
+from zoft.config.schema import ZoftConfig
+from zoft.errors import UserError, did_you_mean
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+@dataclasses.dataclass
+class Checker:
+    """Checks nested dicts against the schema, given which component each group holds.
+
+    Args:
+        chosen: group -> the class that was chosen for it.
+    """
+
+    chosen: dict[str, type[Component]]
+
+    def check(self, data: dict[str, Any], where: str, replaced: frozenset[str] = frozenset()) -> list[str]:
+        """Refuse what does not fit; take out of ``data`` what belongs to a part that was replaced.
+
+        Args:
+            data: keys as a file or an argument sets them; changed in place.
+            where: the file or argument, for the message.
+            replaced: groups for which something of higher precedence chose another part than ``data`` was written for.
+
+        Returns:
+            The keys taken out.
+
+        Raises:
+            UserError: an unknown key or a value of another type, with the key that was probably meant.
+        """
+        refuse_targets(data, where)
+        dropped: list[str] = []
+        for key, value in data.items():
+            if key in ("hydra", "defaults"):
+                continue
+            if key not in _hints(ZoftConfig):
+                raise UserError(f"{where}: there is no key {key!r}.{_near_root(key)}")
+            if key in GROUPS:
+                dropped += self._component(key, value, where, key in replaced)
+            elif key == "trainer":
+                self._trainer(value, where)
+            else:
+                _check_value(value, _hints(ZoftConfig)[key], key, where)
+        return dropped
+
+    def _component(self, group: str, value: Any, where: str, replaced: bool) -> list[str]:
+        if value is None or value == "???":
+            return []
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{where}: {group} must be a mapping of its settings, got {value!r}; a {group} is chosen by "
+                f"`{group}=NAME` on the command line or `- override /{group}: NAME` under `defaults:` in a file"
+            )
+        cls, dropped = self.chosen[group], []
+        for key in list(value):
+            if key in _hints(cls):
+                _check_value(value[key], _hints(cls)[key], f"{group}.{key}", where)
+            elif replaced and any(key in _hints(other) for other in components(group).values()):
+                del value[key]
+                dropped.append(f"{group}.{key}")
+            else:
+                raise UserError(_no_such_field(group, key, cls, where))
+        return dropped
+
+    def _trainer(self, value: Any, where: str) -> None:
+        if value is None:
+            return
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: trainer must be a mapping of TrainingArguments' fields, got {value!r}")
+        for key, item in value.items():
+            training_arguments.check(str(key), item, where)
+
+
+def refuse_targets(data: Any, where: str) -> None:
+    """Configs are data: a ``_target_`` names a callable, and nothing here ever calls one."""
+    if isinstance(data, dict):
+        if "_target_" in data:
+            raise UserError(f"{where}: _target_ is refused: configs are data, and name components, never callables")
+        for item in data.values():
+            refuse_targets(item, where)
+    elif isinstance(data, list):
+        for item in data:
+            refuse_targets(item, where)
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _near_root(key: str) -> str:
+    """The key that was probably meant: also one a level down, for `eps` alone."""
+    roots = {*_hints(ZoftConfig), *ORDER}
+    near = did_you_mean(key, roots)
+    if near.startswith(" Did"):
+        return near
+    homes = [group for group in GROUPS if any(key in _hints(cls) for cls in components(group).values())]
+    homes += [name for name in ("model", "budget", "tracker") if key in _hints(_hints(ZoftConfig)[name])]
+    if homes:
+        return f" Did you mean {' or '.join(f'{home}.{key}' for home in homes[:3])}?"
+    if key in training_arguments.fields():
+        return f" Did you mean {training_arguments.HOMES.get(key, f'trainer.{key}')}?"
+    return near
+
+
+def _no_such_field(group: str, key: str, cls: type[Component], where: str) -> str:
+    others = [name for name, other in components(group).items() if key in _hints(other)]
+    message = f"{where}: {group}={cls.name()} has no {key!r}."
+    if others:
+        return f"{message} It belongs to {group}={' and '.join(others)}."
+    return message + (did_you_mean(key, _hints(cls)) or " It has no settings.")
+
+
+def _check_value(value: Any, hint: Any, key: str, where: str) -> None:
+    """Refuse ``value`` unless OmegaConf could make it a ``hint``."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, dict):
+            for name, item in value.items():
+                if name not in _hints(hint):
+                    raise UserError(f"{where}: {key} has no {name!r}.{did_you_mean(name, _hints(hint))}")
+                _check_value(item, _hints(hint)[name], f"{key}.{name}", where)
+            return
+        extra = f"; a preset is chosen by `- override /{key}: NAME`" if key in PRESET_GROUPS else ""
+        raise UserError(f"{where}: {key} must be a mapping of its settings, got {value!r}{extra}")
+    if not _fits(value, hint):
+        hint_text = ""
+        if isinstance(value, float) and value.is_integer() and int in (hint, *typing.get_args(hint)):
+            hint_text = f": write {int(value)}"
+        raise UserError(f"{where}: {key} must be {_words(hint)}, got {value!r}{hint_text}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any or (isinstance(value, str) and (value == "???" or "${" in value)):
+        return True
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is type(None):
+        return value is None
+    if origin is list or hint is list:
+        inner = (typing.get_args(hint) or (Any,))[0]
+        return isinstance(value, list) and all(_fits(item, inner) for item in value)
+    if origin is dict or hint is dict:
+        return isinstance(value, dict)
+    return _fits_scalar(value, hint)
+
+
+def _fits_scalar(value: Any, hint: Any) -> bool:
+    if hint is bool or isinstance(value, bool):
+        return isinstance(value, bool) and hint in (bool, str)
+    if hint is float and isinstance(value, str):
+        try:
+            return bool(float(value)) or True
+        except ValueError:
+            return False
+    if hint is int and isinstance(value, str):
+        return value.lstrip("+-").isdigit()
+    allowed = {int: (int,), float: (int, float), str: (str, int, float)}.get(hint)
+    return allowed is None or isinstance(value, allowed)
+
+
+def _words(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if origin is list or hint is list:
+        return "a list, e.g. [a,b]"
+    if origin is dict or hint is dict:
+        return "a mapping, e.g. {a: b}"
+    return WORDS.get(hint, str(getattr(hint, "__name__", hint)))

@@ -1,0 +1,97 @@
+"""Experiments by name or path: `config=quickstart`, `config=mine`, `config=some/where/mine.yaml`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from zoft.config.catalog import preset_files
+from zoft.errors import UserError, did_you_mean
+
+
+class Experiments:
+    """The experiments that arguments named; their contents are read once and travel to a sweep's workers."""
+
+    def __init__(self) -> None:
+        self.contents: dict[str, DictConfig] = {}  # as named by the user -> content
+        self.files: dict[str, str] = {}  # registered name -> file, as the user would write it
+        self.labels: dict[str, str | None] = {"config": None, "method": None}
+
+    def register(self, choice: str) -> str:
+        """Make an experiment known to Hydra.
+
+        Args:
+            choice: a name or a path.
+
+        Returns:
+            The name it is registered under in the group ``config``.
+        """
+        file = find(choice)
+        if choice not in self.contents:
+            self.contents[choice] = read(file, str(file))
+        name = "_" + re.sub(r"\W", "_", str(file.with_suffix("")).lstrip("./"))
+        self.files[name] = str(file)
+        self.labels["config"] = file.stem
+        ConfigStore.instance().store(
+            group="config", name=name, node=self.contents[choice].copy(), package="_global_", provider="zoft"
+        )
+        return name
+
+    def file_of(self, config_path: str) -> str | None:
+        """The file behind a path of the defaults list, when it is an experiment's."""
+        return self.files.get(config_path.removeprefix("config/"))
+
+
+def is_path(choice: str) -> bool:
+    """Whether ``config=`` was given a path rather than a name."""
+    return "/" in choice or choice.endswith((".yaml", ".yml"))
+
+
+def find(choice: str) -> Path:
+    """The file of an experiment.
+
+    Raises:
+        UserError: no such file or experiment; the near ones are named.
+    """
+    if is_path(choice):
+        file = Path(choice).expanduser()
+        if file.is_dir():
+            raise UserError(f"config={choice} is a folder; name a YAML file in it")
+        if not file.is_file():
+            siblings = [item.name for item in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+            raise UserError(f"config={choice}: there is no such file.{did_you_mean(file.name, siblings)}")
+        return file
+    files = preset_files("config")
+    if choice not in files:
+        raise UserError(f"there is no config called {choice!r}.{did_you_mean(choice, files)}")
+    return files[choice]
+
+
+def read(file: Path, where: str) -> DictConfig:
+    """A YAML file as a mapping.
+
+    Raises:
+        UserError: it cannot be read, or is not a mapping.
+    """
+    try:
+        content: Any = OmegaConf.load(file)
+    except yaml.YAMLError as error:
+        raise UserError(yaml_message(error, where)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} cannot be read: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{where}: a config is a mapping of keys to values (key: value)")
+    return content
+
+
+def yaml_message(error: yaml.YAMLError, where: str) -> str:
+    """Where a file stops being YAML, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    problem = " ".join(str(getattr(error, "problem", None) or error).split())
+    return f"{where}{place}: not readable as YAML: {problem}"

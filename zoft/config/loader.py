@@ -1,0 +1,222 @@
+"""From arguments to a run: Hydra's loader with zoft's precedence, its checks, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from typing import Any, cast
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import GroupDefault, ResultDefault
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobRuntime, setup_globals
+from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from zoft.component import GROUPS, Component, components
+from zoft.config import arguments, experiments
+from zoft.config.catalog import config_dirs, configs_dir
+from zoft.config.check import Checker
+from zoft.config.messages import translated
+from zoft.config.schema import ZoftConfig
+from zoft.errors import UserError
+
+log = logging.getLogger("zoft.config")
+PRIMARY = "zoft_train"  # configs/train.yaml under a name that no file of a user's ./configs can hide
+
+
+def compose(overrides: list[str]) -> ZoftConfig:
+    """The run that these arguments describe; components are instances, everything is checked.
+
+    Args:
+        overrides: as on the command line: ``config=quickstart``, ``estimator=one_sided``, ``optimizer.learning_rate=1e-6``.
+
+    Returns:
+        The run's config.
+
+    Raises:
+        UserError: anything wrong with them, saying what, where and how to mend it.
+
+    Example:
+        >>> compose(["config=quickstart", "estimator.eps=1e-2"]).estimator.radius
+        0.01
+    """
+    return to_config(Loader().load(overrides))
+
+
+def to_config(cfg: DictConfig) -> ZoftConfig:
+    """A composed config as plain dataclasses."""
+    with translated():
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise UserError(f"{missing[0]} must be given: add {missing[0]}=...")
+        try:
+            return cast(ZoftConfig, OmegaConf.to_object(cfg))
+        except UserError as error:  # a component speaks of itself, the user knows it by its group
+            message = str(error)
+            for group in GROUPS:
+                name = cast(type[Component], OmegaConf.get_type(cfg, group)).name()
+                message = re.sub(rf"^{name}\.(?=\w)", f"{group}.", message)
+            raise UserError(message) from error
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's config loader for one command line; picklable, so that a sweep's workers compose as their parent did.
+
+    Precedence, lowest first: train.yaml and the parts it chooses, the method an experiment chooses, the experiment
+    (``config=``), the method chosen by an argument, arguments.
+    """
+
+    def __init__(self) -> None:
+        _prepare()
+        path = ConfigSearchPathImpl()
+        path.append("hydra", "pkg://hydra.conf")
+        for folder in config_dirs():
+            path.append("main" if folder == configs_dir() else "user", f"file://{folder}")
+        path.append("schema", "structured://")
+        super().__init__(path)
+        self.experiments = experiments.Experiments()
+        self.sweeping = False
+        self.cells: dict[tuple[str, ...], str] = {}  # a sweep's cell -> its folder's name
+        self._noted: set[str] = set()
+
+    def load(self, overrides: list[str]) -> DictConfig:
+        """The composed config of one run, without Hydra's own node."""
+        cfg = self.load_configuration(PRIMARY, overrides, RunMode.RUN)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return cfg
+
+    def parse(self, overrides: list[str]) -> list[Override]:
+        """Hydra's grammar; raises :class:`UserError` for what is not ``key=value``."""
+        return [arguments.parse(OverridesParser.create(config_loader=self), text) for text in overrides]
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Compose one run; what Hydra would do, after the arguments were checked and rewritten."""
+        del from_shell
+        with translated(self.experiments):
+            self.experiments.labels = {"config": None, "method": None}
+            parsed = self.parse(overrides)
+            rewritten = arguments.rewrite(parsed, self.get_group_options, self.experiments, sweeping=self.sweeping)
+            self._chosen_by_arguments = frozenset(o.key_or_group for o in parsed if o.key_or_group in GROUPS)
+            self._values = [o for o in parsed if arguments.is_value(o)]
+            cfg = super().load_configuration(PRIMARY, rewritten, run_mode, False, validate_sweep_overrides)
+        return self._labelled(cfg)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """One cell of a sweep: composed by itself, in a folder of its own under the sweep's."""
+        cfg = self.load_configuration(PRIMARY, list(sweep_overrides), RunMode.RUN)
+        cfg.hydra.sweep.dir = master_config.hydra.sweep.dir
+        name = self.cells[tuple(sweep_overrides)]
+        cfg.output_dir = os.path.join(cfg.hydra.sweep.dir, name) if name else cfg.hydra.sweep.dir
+        return cfg
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        """Hydra's list without the names that zoft registers for itself."""
+        options = super().get_group_options(group_name, results_filter, config_name, overrides)
+        return [option for option in options if not option.startswith("_")]
+
+    def _labelled(self, cfg: DictConfig) -> DictConfig:
+        # A name inside the file wins: a run's own config.yaml keeps the name of the experiment it came from.
+        if cfg.config == "run" and self.experiments.labels["config"]:
+            cfg.config = self.experiments.labels["config"]
+        choices = cfg.hydra.runtime.choices
+        method = choices.get(arguments.METHOD_SLOT) or choices.get("method")
+        if method and cfg.method is None:
+            cfg.method = method
+        return cfg
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
+        # Every part is known here, and nothing is merged yet: the moment to check what arguments and files set.
+        chosen = dict(default.config_path.split("/", 1) for default in defaults if _is_component(default))
+        self._checker = Checker({group: components(group)[name] for group, name in chosen.items()})
+        for override in self._values:
+            self._checker.check(arguments.nested(override), override.input_line or "")
+        self._replaced = self._replaced_parts(defaults, repo, chosen)
+        return super()._compose_config_from_defaults_list(defaults, repo)
+
+    def _replaced_parts(
+        self, defaults: list[ResultDefault], repo: Any, chosen: dict[str, str]
+    ) -> dict[str, frozenset[str]]:
+        """For each preset, the groups in which a later preset or an argument chose another part than it was made for."""
+        replaced, later = {}, set(self._chosen_by_arguments)
+        for default in reversed(defaults):
+            path = default.config_path or ""
+            if not path.startswith(("config/", "method/")):
+                continue
+            own = {
+                str(item.group).lstrip("/"): item.value
+                for item in repo.load_config(path).defaults_list or []
+                if isinstance(item, GroupDefault) and item.override
+            }
+            replaced[path] = frozenset(group for group in later if own.get(group) != chosen.get(group))
+            later |= own.keys() & GROUPS.keys()
+        return replaced
+
+    def _load_single_config(self, default: ResultDefault, repo: Any) -> ConfigResult:
+        result = super()._load_single_config(default, repo)
+        path = default.config_path or ""
+        if path.startswith("hydra/") or result.provider == "hydra" or _is_component(default) or path == "zoft_schema":
+            return result
+        where = self.experiments.file_of(path) or f"{result.path.removeprefix('file://')}/{path}.yaml"
+        data = OmegaConf.to_container(result.config, resolve=False)
+        if not isinstance(data, dict):
+            raise UserError(f"{where}: a config is a mapping of keys to values, got a {type(data).__name__}")
+        dropped = self._checker.check(cast(dict[str, Any], data), where, self._replaced.get(path, frozenset()))
+        for key in dropped:
+            section, field = key.split(".")
+            del result.config[section][field]
+            self._note(f"{key} of {where} is left out: the {section} you chose has no such setting")
+        return result
+
+    def _note(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            log.warning(text)
+
+
+def _is_component(default: ResultDefault) -> bool:
+    """Whether a file of the defaults list is a component's own schema (and not a YAML preset of its group)."""
+    group, _, name = (default.config_path or "").partition("/")
+    return group in GROUPS and name in components(group)
+
+
+_PREPARED: list[bool] = []
+
+
+def _prepare() -> None:
+    """Once a process: Hydra's globals, and every component as a schema in its store."""
+    if _PREPARED:
+        return
+    version.setbase("1.3")
+    Plugins.instance()
+    setup_globals()
+    JobRuntime.instance().set("name", "zoft")
+    store = ConfigStore.instance()
+    store.store(name="zoft_schema", node=ZoftConfig, provider="zoft")
+    for group in GROUPS:
+        for name, cls in components(group).items():
+            store.store(group=group, name=name, node=cls, provider="zoft")
+    store.store(name=PRIMARY, node=experiments.read(configs_dir() / "train.yaml", "train.yaml"), provider="zoft")
+    _PREPARED.append(True)

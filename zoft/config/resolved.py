@@ -1,0 +1,38 @@
+"""A run's config.yaml: every value, no references, and itself an experiment that reproduces the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from zoft.component import GROUPS, Component, components
+from zoft.config.loader import compose
+from zoft.config.schema import ZoftConfig
+
+
+def resolved_yaml(source: ZoftConfig | list[str]) -> str:
+    """The YAML text of a run, with every value in it; ``zoft train config=that.yaml`` composes the same run.
+
+    Args:
+        source: a run's config, or the arguments that compose it.
+
+    Returns:
+        A Hydra experiment: the choice of every part, then every value.
+    """
+    cfg = source if isinstance(source, ZoftConfig) else compose(source)
+    parts = {group: _choice(group, getattr(cfg, group)) for group in GROUPS}
+    defaults = ["_self_", *({f"override /{group}": name} for group, name in parts.items())]
+    header = "# @package _global_\n"
+    header += "# Everything this run was made of. Again: zoft train config=<this file> output_dir=<a new folder>\n"
+    return header + OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **_plain(cfg)}))
+
+
+def _choice(group: str, part: Component) -> str:
+    return next(name for name, cls in components(group).items() if cls is type(part))
+
+
+def _plain(cfg: ZoftConfig) -> dict[str, Any]:
+    data = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True)
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}

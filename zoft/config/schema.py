@@ -1,0 +1,131 @@
+"""The shape of a run: every key there is, its type, its default and what it means. Imports neither Hydra nor torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoft.engines.base import Engine
+from zoft.errors import UserError, did_you_mean
+from zoft.estimators.base import Estimator
+from zoft.models.peft.base import Peft
+from zoft.models.trainable.base import Trainable
+from zoft.objectives.base import Objective
+from zoft.optimizers.base import Optimizer
+from zoft.subspaces.base import Subspace
+from zoft.tasks.base import Task
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
+TRACKER_MODES = ("online", "offline")
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{key} must be one of {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which pretrained model, and how its weights are held.
+
+    Args:
+        name: hub name, local folder, or ``zoft:<asset>`` for one that `zoft fetch` brings.
+        revision: branch, tag or commit on the hub; null takes the default branch.
+        dtype: of the weights: float32, bfloat16, float16, or auto (the checkpoint's own).
+        attn_implementation: eager, sdpa, flash_attention_2, ...; null lets transformers choose.
+        trust_remote_code: run Python code that comes with the model; off unless you have read it.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise UserError("model.name is empty: give a hub name, a folder, or zoft:<asset>")
+        _one_of("model.dtype", self.dtype, DTYPES)
+
+
+@dataclass(kw_only=True)
+class BudgetConfig:
+    """How much training.
+
+    Args:
+        queries: forward passes of the objective, clean ones too; training stops when they are used up.
+    """
+
+    queries: int = 40_000
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise UserError(f"budget.queries must be at least 1, got {self.queries}")
+
+
+@dataclass(kw_only=True)
+class TrackerConfig:
+    """Where else the metrics go; the run's own metrics.csv and metrics.jsonl are always written.
+
+    Args:
+        report_to: trackers by name: wandb, tensorboard, ...; empty for none.
+        project: the tracker's project.
+        mode: online, or offline (kept in the run's folder until it is synced).
+    """
+
+    report_to: list[str] = field(default_factory=list)
+    project: str = "zoft"
+    mode: str = "online"
+
+    def __post_init__(self) -> None:
+        for tracker in self.report_to:
+            _one_of("tracker.report_to", tracker, TRACKERS)
+        _one_of("tracker.mode", self.mode, TRACKER_MODES)
+
+
+@dataclass(kw_only=True)
+class ZoftConfig:
+    """One run.
+
+    Args:
+        config: name of the experiment, for the record; chosen by ``config=NAME_OR_PATH``.
+        method: name of the method preset that was chosen, for the record.
+        seed: of the directions, the order of the rows and the adapter's first weights.
+        output_dir: the run's folder; a run writes there and nowhere else.
+        model: which pretrained model.
+        task: dataset, template, answers and metric.
+        peft: which adapter is put on the model.
+        trainable: which weights move.
+        subspace: which coordinates of them move, and the law of a direction.
+        estimator: where the objective is queried, and how losses become a gradient estimate.
+        optimizer: what step is taken from the estimate.
+        engine: how the losses are computed.
+        objective: the number that is minimised.
+        budget: how much training, in queries.
+        tracker: where else the metrics go.
+        trainer: any field of ``transformers.TrainingArguments`` that has no other home, by its own name.
+    """
+
+    config: str = "run"
+    method: str | None = None
+    seed: int = 0
+    output_dir: str = "runs/${config}-seed${seed}"
+    model: ModelConfig
+    task: Task
+    peft: Peft
+    trainable: Trainable
+    subspace: Subspace
+    estimator: Estimator
+    optimizer: Optimizer
+    engine: Engine
+    objective: Objective
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.output_dir.strip():
+            raise UserError("output_dir is empty: give a folder for the run")
+        if self.seed < 0:
+            raise UserError(f"seed must be 0 or more, got {self.seed}")

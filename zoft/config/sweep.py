@@ -1,0 +1,158 @@
+"""Sweeps (`-m`): cells are expanded and checked first, then run by Hydra's launcher, each in a folder of its own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from zoft.config.experiments import is_path
+from zoft.config.loader import PRIMARY, Loader, to_config
+from zoft.config.schema import ZoftConfig
+from zoft.errors import UserError
+
+_DEFAULT_DIR = ZoftConfig.__dataclass_fields__["output_dir"].default
+_LONGEST = 180  # characters of a cell's folder name; file systems stop at 255
+
+
+@dataclass
+class CellResult:
+    """What became of one cell.
+
+    Args:
+        name: the swept keys and their values; also its folder's name.
+        output_dir: its folder.
+        metrics: what ``zoft.run.run`` returned.
+        error: why it failed, or None.
+        user_error: whether that is something the user can mend (exit code 2 rather than 1).
+    """
+
+    name: str
+    output_dir: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    user_error: bool = False
+
+
+class RunCell:
+    """The function that a launcher calls, here or in another process; failures are returned, so that the rest runs."""
+
+    def __call__(self, cfg: DictConfig) -> CellResult:
+        """Run one cell."""
+        from zoft.run import run
+
+        output_dir = str(cfg.output_dir)
+        result = CellResult(os.path.basename(output_dir), output_dir)
+        try:
+            result.metrics = dict(run(to_config(cfg)) or {})
+        except Exception as error:  # whatever it is, the other cells are still worth their time
+            if os.environ.get("ZOFT_TRACEBACK"):
+                raise
+            result.error = " ".join(str(error).split()) or type(error).__name__
+            result.user_error = isinstance(error, UserError)
+            if not result.user_error:
+                result.error = f"{type(error).__name__}: {result.error}"
+        return result
+
+
+def multirun(overrides: list[str]) -> list[CellResult]:
+    """Run every combination of the values that arguments list.
+
+    Args:
+        overrides: arguments, some of them with several values: ``seed=0,1,2``, ``optimizer.learning_rate=1e-6,1e-5``.
+
+    Returns:
+        One result a cell, in the order of the cells.
+
+    Raises:
+        UserError: any cell that could not be composed, before the first one starts and before anything is written.
+    """
+    loader = Loader()
+    loader.sweeping = True
+    cells = expand(loader, overrides)
+    base = _base(loader, list(cells))
+    loader.cells = cells
+    master = loader.load_configuration(PRIMARY, list(next(iter(cells))), RunMode.RUN)
+    master.hydra.sweep.dir = master.output_dir = base
+    sweeper = Plugins.instance().instantiate_sweeper(
+        config=master,
+        hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks(master)),
+        task_function=RunCell(),
+    )
+    sweeper.validate_batch_is_legal = lambda batch: None  # type: ignore[method-assign]  # done: see _base
+    batches = sweeper.sweep(arguments=list(overrides))
+    return [job.return_value for batch in batches for job in batch]
+
+
+def expand(loader: Loader, overrides: list[str]) -> dict[tuple[str, ...], str]:
+    """The cells of a sweep: arguments of each -> its name.
+
+    Raises:
+        UserError: a cell that would be run twice, or a sweep without an end.
+    """
+    parsed = loader.parse(overrides)
+    swept = sorted(o.get_key_element() for o in parsed if o.is_sweep_override())
+    if "output_dir" in swept:
+        raise UserError("output_dir cannot be swept: every cell gets a folder of its own in it")
+    try:
+        cells = list(itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None)))
+    except HydraException as error:
+        raise UserError(f"this sweep has no list of values ({error}): use key=a,b or key=range(start,stop,step)") from error
+    named: dict[tuple[str, ...], str] = {}
+    for cell in cells:
+        name = cell_name(cell, swept)
+        if name in named.values():
+            raise UserError(f"the sweep has the cell {name or 'without values'} twice: drop the repeated value")
+        named[tuple(cell)] = name
+    return named
+
+
+def cell_name(cell: list[str], swept: list[str]) -> str:
+    """The name of a cell's folder, the same for every launcher and every order of arguments.
+
+    Args:
+        cell: its arguments.
+        swept: the keys that differ between cells, sorted.
+
+    Example:
+        >>> cell_name(["config=a/b.yaml", "seed=1", "model.name=facebook/opt-125m"], ["config", "model.name"])
+        'config=b,model.name=facebook-opt-125m'
+    """
+    values = dict(argument.split("=", 1) for argument in cell if "=" in argument)
+    parts = []
+    for key in swept:
+        value = values[key]
+        if key == "config" and is_path(value):
+            value = os.path.splitext(os.path.basename(value))[0]
+        parts.append(f"{key.lstrip('+')}={value}")
+    name = re.sub(r"[^\w.=,+-]+", "-", ",".join(parts)).strip("-")
+    if len(name) > _LONGEST:
+        name = f"{name[:_LONGEST]}-{zlib.crc32(name.encode()):08x}"
+    return name
+
+
+def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
+    """The sweep's folder; composing every cell on the way, so that a mistake in the last one is found now."""
+    folders, configs = set(), set()
+    for cell in cells:
+        cfg = loader.load(list(cell))
+        written = OmegaConf.to_container(cfg, resolve=False)
+        assert isinstance(written, dict)
+        resolved = to_config(cfg)
+        configs.add(resolved.config)
+        folders.add(None if written["output_dir"] == _DEFAULT_DIR and len(cells) > 1 else resolved.output_dir)
+    if len(folders) > 1:
+        raise UserError("the cells of this sweep name different output_dirs: give one folder for all, output_dir=...")
+    folder = folders.pop()
+    return folder or (f"runs/{configs.pop()}-sweep" if len(configs) == 1 else "runs/sweep")
+

@@ -1,0 +1,105 @@
+"""Which keys `trainer.` accepts: the fields of `transformers.TrainingArguments`, read without importing it (5.7 s)."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from zoft.errors import UserError
+
+HOMES = {
+    "learning_rate": "optimizer.learning_rate",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.adam_beta1 (with optimizer=adam)",
+    "adam_beta2": "optimizer.adam_beta2 (with optimizer=adam)",
+    "adam_epsilon": "optimizer.adam_epsilon (with optimizer=adam)",
+    "optim": "optimizer, e.g. optimizer=adam",
+    "optim_args": "the fields of optimizer, e.g. optimizer.learning_rate",
+    "seed": "seed",
+    "output_dir": "output_dir",
+    "report_to": "tracker.report_to, e.g. tracker=wandb",
+    "project": "tracker.project",
+    "max_steps": "budget.queries (training is counted in queries)",
+    "num_train_epochs": "budget.queries (training is counted in queries)",
+    "budget_queries": "budget.queries",
+    "hub_token": "the environment variable HF_TOKEN (a config is kept with the run)",
+}
+"""Fields that have another home -> that home."""
+
+_SIMPLE: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+
+@lru_cache
+def fields() -> dict[str, str]:
+    """Field name -> annotation as written, of TrainingArguments and of zoft's own arguments."""
+    found: dict[str, str] = {}
+    transformers = importlib.util.find_spec("transformers")  # a top-level find_spec imports nothing
+    if transformers is not None and transformers.submodule_search_locations:
+        source = Path(transformers.submodule_search_locations[0]) / "training_args.py"
+        found.update(_fields_of(source, "TrainingArguments"))
+    found.update(_fields_of(Path(__file__).resolve().parent.parent / "arguments.py", "ZOConfig"))
+    return found
+
+
+def _fields_of(source: Path, name: str) -> dict[str, str]:
+    if not source.is_file():
+        return {}
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return {
+                item.target.id: ast.unparse(item.annotation)
+                for item in node.body
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                if not item.target.id.startswith("_") and "ClassVar" not in ast.unparse(item.annotation)
+            }
+    return {}
+
+
+def check(name: str, value: Any, where: str) -> None:
+    """Refuse a key of ``trainer`` that does not exist, lives elsewhere, or has a value of another type.
+
+    Args:
+        name: the key, without ``trainer.``.
+        value: what it is set to.
+        where: the file or argument that sets it, for the message.
+
+    Raises:
+        UserError: saying which key was meant.
+    """
+    if name in HOMES:
+        raise UserError(f"{where}: trainer.{name} has its own place here: set {HOMES[name]}")
+    known = fields()
+    if known and name not in known:
+        usable = known.keys() - HOMES.keys()
+        raise UserError(
+            f"{where}: trainer.{name} is not a field of transformers.TrainingArguments.{_near(name, usable)}"
+        )
+    if known and not _fits(value, known[name]):
+        raise UserError(f"{where}: trainer.{name} must be {known[name].replace(' | ', ' or ')}, got {value!r}")
+
+
+def _near(name: str, known: set[str]) -> str:
+    # The right key may be one that has another home: `trainer.lerning_rate` means optimizer.learning_rate.
+    near = difflib.get_close_matches(name, [*known, *HOMES], n=3, cutoff=0.6)
+    if not near:
+        return " transformers' documentation of TrainingArguments lists them all."
+    return f" Did you mean {' or '.join(HOMES.get(key, f'trainer.{key}') for key in near)}?"
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a plain value can be right; anything but simple annotations is left to transformers."""
+    parts = [part.strip() for part in annotation.split("|")]
+    if isinstance(value, str) and "${" in value:
+        return True
+    if value is None:
+        return "None" in parts or any(part not in _SIMPLE for part in parts)
+    if any(part not in _SIMPLE and part != "None" for part in parts):
+        return True
+    allowed = tuple(kind for part in parts for kind in _SIMPLE.get(part, ()))
+    if isinstance(value, bool):
+        return bool in allowed
+    return isinstance(value, allowed)

@@ -1,0 +1,101 @@
+"""Examples to token rows, and rows to left-padded batches, in the two layouts the option objectives read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+from zoft.lazy import torch
+from zoft.tasks.base import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+    """Token ids of every prompt and of every option behind it.
+
+    An option's tokens are what encoding ``prompt + option`` adds to encoding ``prompt`` in length (MeZO's rule), so a
+    tokenizer that merges across the border is handled as the published protocol does. Rows too long are cut at the
+    left, the first token (a beginning-of-text mark) kept.
+
+    Args:
+        examples: what the task made.
+        tokenizer: the model's.
+        max_length: tokens kept of prompt and option together.
+
+    Returns:
+        Rows with ``sequences`` (ids of prompt + option, one list an option), ``lengths`` (tokens of each option), ``label``.
+    """
+    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+    whole = tokenizer([e.prompt + option for e in examples for option in e.options])["input_ids"]
+    rows, first = [], 0
+    for example, prompt in zip(examples, prompts, strict=True):
+        sequences = whole[first : first + len(example.options)]
+        first += len(example.options)
+        lengths = [len(ids) - len(prompt) for ids in sequences]
+        if min(lengths) < 1:
+            raise UserError(f"an option adds no token to its prompt: {example.options!r} behind {example.prompt[-40:]!r}")
+        cut = [_cut(ids, max_length, tokenizer.bos_token_id) for ids in sequences]
+        rows.append({"sequences": cut, "lengths": lengths, "label": example.label})
+    return rows
+
+
+def _cut(ids: list[int], max_length: int, bos: int | None) -> list[int]:
+    if len(ids) <= max_length:
+        return ids
+    kept = ids[len(ids) - max_length :]
+    return [ids[0], *kept[1:]] if bos is not None and ids[0] == bos else kept
+
+
+@dataclass
+class OptionCollator:
+    """Rows -> one left-padded batch.
+
+    One row a prompt when every option of the batch is a single token behind the same prompt; else one row an option.
+
+    Args:
+        pad_token_id: fills the left.
+        one_row_per_option: never use the first layout (MeZO's own batches have one row an option).
+        multiple_of: pad lengths to a multiple of this.
+    """
+
+    pad_token_id: int
+    one_row_per_option: bool = False
+    multiple_of: int = 1
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        if not self.one_row_per_option and all(_single_tokens(row) for row in rows):
+            ids, mask = self._pad([row["sequences"][0][:-1] for row in rows])
+            tokens = torch.tensor([[sequence[-1] for sequence in row["sequences"]] for row in rows])
+            labels = torch.tensor([row["label"] for row in rows])
+            return {"input_ids": ids, "attention_mask": mask, "option_tokens": tokens, "labels": labels}
+        ids, mask = self._pad([sequence for row in rows for sequence in row["sequences"]])
+        sizes = [len(row["sequences"]) for row in rows]
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "option_len": torch.tensor([length for row in rows for length in row["lengths"]]),
+            "num_options": torch.tensor([size for size in sizes for _ in range(size)]),
+            "labels": torch.tensor([row["label"] for row, size in zip(rows, sizes, strict=True) for _ in range(size)]),
+        }
+
+    def _pad(self, sequences: list[list[int]]) -> tuple[Any, Any]:
+        longest = max(map(len, sequences))
+        longest = -(-longest // self.multiple_of) * self.multiple_of
+        ids = torch.full((len(sequences), longest), self.pad_token_id)
+        mask = torch.zeros((len(sequences), longest), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, longest - len(sequence) :] = torch.tensor(sequence)
+            mask[row, longest - len(sequence) :] = 1
+        return ids, mask
+
+
+def _single_tokens(row: Row) -> bool:
+    first, *others = row["sequences"]
+    same_number = len({len(sequence) for sequence in row["sequences"]}) == 1
+    return same_number and set(row["lengths"]) == {1} and all(sequence[:-1] == first[:-1] for sequence in others)

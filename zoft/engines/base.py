@@ -1,0 +1,79 @@
+"""What every engine promises: losses at points with the weights as they were afterwards, and the writing of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.component import Component
+from zoft.errors import UserError
+from zoft.estimators.base import Point
+from zoft.lazy import torch
+from zoft.subspaces.base import Coordinates
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Objective = Callable[[Any], "Tensor"]
+"""batch -> a scalar to minimise, at whatever the weights are while it runs."""
+
+
+@dataclass
+class Engine(Component):
+    """How losses at points are computed."""
+
+    def bind(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> Session:
+        """This engine for a model, the coordinates that move in it, and the objective that is queried."""
+        raise NotImplementedError
+
+
+class Session:
+    """An engine bound to a model.
+
+    Args:
+        model: the module whose weights move.
+        coordinates: the subspace bound to its weights.
+        objective: batch -> scalar loss.
+    """
+
+    def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> None:
+        self.model = model
+        self.coordinates = coordinates
+        self.weights = coordinates.weights
+        self.objective = objective
+
+    def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
+        """The objective at each point; the weights are what they were before, also when the objective raises.
+
+        Args:
+            batch: handed to the objective as it is.
+            points: where to evaluate.
+
+        Returns:
+            float32 [P] on the CPU, in the order of ``points``.
+        """
+        raise NotImplementedError
+
+    def apply_(self, name: str, start: int, stop: int, step: Tensor) -> None:
+        """Subtract a step from the flat piece [start, stop) of tensor ``name``, rounding once to its dtype."""
+        piece = self.piece(name, start, stop)
+        if step.dtype == piece.dtype:
+            piece.sub_(step)
+        else:
+            piece.copy_(step.neg_().add_(piece))
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """A view of the flat piece [start, stop) of tensor ``name``."""
+        return self.weights.tensors[name].data.view(-1)[start:stop]
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """One evaluation of the objective at the weights as they are: float32 scalar on the CPU, no graph."""
+        with torch.no_grad():
+            return self.objective(batch).detach().to("cpu", torch.float32)
+
+
+def refuse_derivatives(points: Sequence[Point], engine: str) -> None:
+    """Engines that only evaluate losses say so when asked for exact derivatives."""
+    if any(point.derivative for point in points):
+        raise UserError(f"engine={engine} evaluates losses; exact derivatives need engine=forward_mode (or auto)")

@@ -1,0 +1,219 @@
+"""Hidden states below the lowest trained block: computed once per example, alone and unpadded, and reused.
+
+Where nothing below block k is trained, what enters block k depends on the example alone. Every query and every
+evaluation then runs only the blocks from k on. A row's states are computed by itself, so they do not depend on which
+batch it first appeared in, and a resumed run finds the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from zoft.lazy import torch
+from zoft.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+_NOT_HIDDEN = {"labels", "num_items_in_batch", "logits_to_keep", "use_cache", "return_dict"}  # cannot change hidden states
+_TOLERANCE = {"float32": 1e-3, "float64": 1e-6}  # of the largest hidden value, for the check of the first batch
+
+
+class FrozenPrefix:
+    """The kept hidden states of one model.
+
+    Args:
+        model: the module that the objective calls with keyword arguments.
+        blocks: its stack of blocks.
+        first: index k of the lowest block that is trained.
+        outside: modules outside the stack that are trained; none of them may run before block k.
+        max_bytes: bound on what is kept; rows beyond it are computed again when they come.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], first: int, outside: list[nn.Module], max_bytes: int):
+        self.model = model
+        self.blocks = blocks
+        self.first = first
+        self.outside = outside
+        self.max_bytes = max_bytes
+        self.usable = True
+        self._checked = False
+        self.clear()
+
+    @classmethod
+    def of(cls, model: nn.Module, weights: Weights, max_mb: int) -> FrozenPrefix | None:
+        """The prefix of this model under these trained weights, or None where there is none to keep."""
+        stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(b) for b in m}) == 1]
+        if not stacks:
+            return None
+        blocks = list(max(stacks, key=len))
+        trained = set(weights.owners)
+        first = next((i for i, block in enumerate(blocks) if trained & set(block.modules())), len(blocks))
+        if not 0 < first < len(blocks):
+            return None
+        inside = {module for block in blocks for module in block.modules()}
+        return cls(model, blocks, first, [m for m in trained if m not in inside], max_mb * 2**20)
+
+    def clear(self) -> None:
+        """Forget everything that is kept."""
+        self._rows: dict[bytes, Tensor] = {}
+        self._bytes = 0
+        self._batch: tuple[Any, Tensor] | None = None
+        self._serving: Tensor | None = None
+
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """Within this block, forwards of the model start at block k wherever that is exact."""
+        handles = [
+            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.blocks[self.first].register_forward_pre_hook(self._inject, with_kwargs=True),
+            self.model.register_forward_hook(self._after, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._after()
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.usable or args or self._serving is not None:
+            return
+        inputs = _row_inputs(kwargs)
+        if inputs is None:
+            return
+        if self._batch is None or self._batch[0] is not kwargs["input_ids"]:
+            hidden = self._hidden_of(inputs)
+            if hidden is None:
+                return
+            self._batch = (kwargs["input_ids"], hidden)
+            if not self._checked:
+                self._check(kwargs, inputs["attention_mask"], hidden)
+                if not self.usable:
+                    return
+        self._serving = self._batch[1]
+        for block in self.blocks[: self.first]:
+            block.forward = _passes_through  # type: ignore[method-assign]
+
+    def _inject(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._serving is None:
+            return None
+        if args:
+            return (self._serving, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._serving}
+
+    def _after(self, *_: Any) -> None:
+        self._serving = None
+        for block in self.blocks[: self.first]:
+            block.__dict__.pop("forward", None)
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def _hidden_of(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """What enters block k for a padded batch, [B, T, H]; zeros at padding."""
+        mask = inputs["attention_mask"].bool()
+        rows = []
+        for index in range(len(mask)):
+            row = {name: value[index : index + 1, mask[index]] for name, value in inputs.items()}
+            kept = self._row(row)
+            if kept is None:
+                return None
+            rows.append(kept)
+        hidden = rows[0].new_zeros((*mask.shape, rows[0].shape[-1]))
+        hidden[mask] = torch.cat(rows)
+        return hidden
+
+    def _row(self, row: dict[str, Tensor]) -> Tensor | None:
+        key = b"|".join(name.encode() + value.cpu().numpy().tobytes() for name, value in sorted(row.items()))
+        if key in self._rows:
+            return self._rows[key]
+        hidden = self._capture(row)
+        if hidden is None:
+            return None
+        hidden = hidden[0]
+        size = hidden.numel() * hidden.element_size()
+        if self._bytes + size <= self.max_bytes:
+            self._rows[key] = hidden
+            self._bytes += size
+        return hidden
+
+    def _capture(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Run the model up to block k and return what would enter it; None (and never again) where that is not exact."""
+        early: list[nn.Module] = []
+        handles = [module.register_forward_pre_hook(lambda m, _: early.append(m)) for module in self.outside]
+        if self.first:
+            handles.append(self.blocks[0].register_forward_hook(self._look_at_output))
+        handles.append(self.blocks[self.first].register_forward_pre_hook(_stop, with_kwargs=True))
+        self._serving = kwargs["input_ids"]  # marks that the hooks of `reused` are to stay out of this forward
+        try:
+            with torch.no_grad():
+                self.model(**kwargs, use_cache=False)
+        except _Stopped as stopped:
+            if early:
+                self._give_up("a trained module outside the blocks runs before them")
+            return stopped.hidden.detach() if self.usable else None
+        finally:
+            self._serving = None
+            for handle in handles:
+                handle.remove()
+        self._give_up("the blocks are not called by the model's forward")
+        return None
+
+    def _look_at_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if not isinstance(output, torch.Tensor):
+            self._give_up("a block hands more than hidden states to the next one")
+
+    def _check(self, kwargs: dict[str, Any], mask: Tensor, hidden: Tensor) -> None:
+        """The first batch is computed the ordinary way too: the kept states must be what enters block k."""
+        self._checked = True
+        ordinary = self._capture({name: value for name, value in kwargs.items() if name not in _NOT_HIDDEN})
+        if ordinary is None:
+            return
+        off = (ordinary - hidden).abs().amax(-1)[mask.bool()].max()
+        tolerance = _TOLERANCE.get(str(hidden.dtype).removeprefix("torch."), 5e-2)
+        if float(off) > tolerance * float(ordinary.abs().max()):
+            self._give_up(f"its states depend on the batch (off by {float(off):.2g})")
+
+    def _give_up(self, why: str) -> None:
+        self.usable = False
+        self.clear()
+        log.warning("hidden states below block %d are not kept between queries: %s", self.first, why)
+
+
+class _Stopped(Exception):
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise _Stopped(args[0] if args else kwargs["hidden_states"])
+
+
+def _passes_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+def _row_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The [B, T] tensors that say what a row is, or None where rows cannot be told apart exactly."""
+    ids = kwargs.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        return None
+    inputs: dict[str, Tensor] = {}
+    for name, value in kwargs.items():
+        if name in _NOT_HIDDEN or value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or value.shape != ids.shape:
+            return None
+        inputs[name] = value
+    inputs.setdefault("attention_mask", torch.ones_like(ids))
+    if "position_ids" not in inputs and not bool(inputs["attention_mask"][:, 0].all()):
+        return None  # padding on the left shifts positions in some models: only exact when positions are given
+    return inputs

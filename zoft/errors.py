@@ -1,0 +1,42 @@
+"""What a user did wrong: what, where, how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message says what, where and how; the command line exits with 2.
+
+    Example:
+        >>> raise UserError("estimator.eps must be > 0, got -1.0: set estimator.eps=1e-3")
+        Traceback (most recent call last):
+        zoft.errors.UserError: estimator.eps must be > 0, got -1.0: set estimator.eps=1e-3
+    """
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many steps in a row had a non-finite loss; the weights are untouched by them; exit code 1."""
+
+
+def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """The near ones of ``known`` as a phrase, or all of them when none is near.
+
+    Args:
+        word: what the user wrote.
+        known: the words that would have been right.
+        limit: how many near ones to name.
+
+    Returns:
+        A phrase that begins with a space, or the empty string when ``known`` is empty.
+
+    Example:
+        >>> did_you_mean("epss", ["eps", "law"])
+        ' Did you mean eps?'
+    """
+    names = sorted(set(known))
+    near = difflib.get_close_matches(word, names, n=limit, cutoff=0.55)
+    if near:
+        return f" Did you mean {' or '.join(near)}?"
+    return f" Known: {', '.join(names)}." if names else ""

@@ -1,0 +1,5 @@
+"""Estimators: at which points to query the objective, and how the losses become one coefficient per direction."""
+
+from zoft.estimators.base import Estimator, Point
+
+__all__ = ["Estimator", "Point"]

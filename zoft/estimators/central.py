@@ -1,0 +1,73 @@
+"""Central differences: two queries a direction, at theta + eps z and theta - eps z (MeZO)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.estimators.base import Estimator, Point
+from zoft.noise import Direction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def projected_grad(loss_plus: Tensor, loss_minus: Tensor, eps: float) -> Tensor:
+    """Central difference of the objective along each direction.
+
+    g_q = (L(theta + eps z_q) - L(theta - eps z_q)) / (2 eps);  E[g z] = grad L(theta) + O(eps^2) for z ~ N(0, I).
+
+    Args:
+        loss_plus: L(theta + eps z_q), shape [Q], float32, nats per token.
+        loss_minus: L(theta - eps z_q), shape [Q], float32, nats per token.
+        eps: radius eps > 0, in units of the weights.
+
+    Returns:
+        g, shape [Q], float32; non-finite entries are left in, the guard decides.
+
+    Example:
+        >>> import torch
+        >>> projected_grad(torch.tensor([1.2]), torch.tensor([1.0]), eps=0.1)
+        tensor([1.0000])
+
+    References: Spall 1992 (SPSA); Malladi et al. 2023 (MeZO), Definition 1.
+    """
+    return (loss_plus - loss_minus) / (2 * eps)
+
+
+@dataclass
+class Central(Estimator):
+    """Central differences, averaged over directions: 2 q queries a step, bias O(eps^2).
+
+    Args:
+        eps: finite-difference radius, in units of the weights.
+        num_directions: directions per step, q >= 1.
+        noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
+
+    References: Malladi et al. 2023 (MeZO), Definition 1 and Algorithm 2 (n-SPSA).
+    """
+
+    eps: float = 1e-3
+
+    def check(self) -> None:
+        """Refuse eps <= 0."""
+        super().check()
+        self.require(self.eps > 0, "eps", "> 0")
+
+    @property
+    def num_queries(self) -> int:
+        """Two a direction."""
+        return 2 * self.num_directions
+
+    def points(self, directions: list[Direction]) -> list[Point]:
+        """+eps then -eps along each direction: MeZO's order, one move of the weights between the two."""
+        return [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]
+
+    def projected_grads(self, losses: Tensor) -> Tensor:
+        """(L+ - L-) / 2 eps, [Q]."""
+        pairs = losses.view(self.num_directions, 2)
+        return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
+
+    def loss(self, losses: Tensor) -> Tensor:
+        """The mean over both sides: the clean loss up to O(eps^2)."""
+        return losses.mean()

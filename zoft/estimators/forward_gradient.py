@@ -1,0 +1,45 @@
+"""The forward gradient: exact directional derivatives, the noise-free end of every finite difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.estimators.base import Estimator, Point
+from zoft.noise import Direction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class ForwardGradient(Estimator):
+    """Exact Jacobian-vector products: g_q = z_q^T grad L(theta), no eps; E[g z] = grad L(theta) exactly.
+
+    One forward-mode pass carries a value and a tangent through every operation, about the work of two forward passes,
+    so it is counted as two queries; the clean loss comes with it for nothing. Needs an engine with exact derivatives
+    (``engine=forward_mode``, chosen by ``engine=auto``).
+
+    Args:
+        num_directions: directions per step, q >= 1.
+        noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
+
+    References: Baydin et al. 2022 (Gradients without Backpropagation), Definition 1.
+    """
+
+    @property
+    def num_queries(self) -> int:
+        """Two a direction: value and tangent."""
+        return 2 * self.num_directions
+
+    def points(self, directions: list[Direction]) -> list[Point]:
+        """The clean point (it comes with the first pass), then a derivative along each direction."""
+        return [Point(), *(Point(direction, derivative=True) for direction in directions)]
+
+    def projected_grads(self, losses: Tensor) -> Tensor:
+        """The derivatives themselves, [Q]."""
+        return losses[1:]
+
+    def loss(self, losses: Tensor) -> Tensor:
+        """The clean loss."""
+        return losses[0]

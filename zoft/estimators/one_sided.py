@@ -1,0 +1,51 @@
+"""One-sided differences: one clean query shared by any number of directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.estimators.base import Estimator, Point
+from zoft.noise import Direction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class OneSided(Estimator):
+    """Forward differences against a shared clean loss: q + 1 queries a step, bias O(eps).
+
+    g_q = (L(theta + eps z_q) - L(theta)) / eps.
+
+    Args:
+        eps: finite-difference radius, in units of the weights.
+        num_directions: directions per step, q >= 1.
+        noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
+
+    References: Nesterov & Spokoiny 2017, equation (22) (random gradient-free oracle).
+    """
+
+    eps: float = 1e-3
+
+    def check(self) -> None:
+        """Refuse eps <= 0."""
+        super().check()
+        self.require(self.eps > 0, "eps", "> 0")
+
+    @property
+    def num_queries(self) -> int:
+        """One a direction and the clean one."""
+        return self.num_directions + 1
+
+    def points(self, directions: list[Direction]) -> list[Point]:
+        """The clean point, then +eps along each direction."""
+        return [Point(), *(Point(direction, self.eps) for direction in directions)]
+
+    def projected_grads(self, losses: Tensor) -> Tensor:
+        """(L+ - L) / eps, [Q]."""
+        return (losses[1:] - losses[0]) / self.eps
+
+    def loss(self, losses: Tensor) -> Tensor:
+        """The clean loss."""
+        return losses[0]

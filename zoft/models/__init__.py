@@ -1,0 +1,1 @@
+"""Models: loading, adapters, and the choice of which weights are trained."""

@@ -1,0 +1,88 @@
+"""A model and its tokenizer from a name: a folder, a hub name, or `zoft:NAME` for what `zoft fetch` brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError, did_you_mean
+from zoft.lazy import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+KINDS = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+}
+"""Kind of model -> the transformers class that loads it."""
+
+
+def load_model(
+    name: str,
+    *,
+    kind: str = "causal_lm",
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Pretrained weights in a stated dtype; no code from the model's repository is run.
+
+    Args:
+        name: a local folder, a hub name, or ``zoft:NAME`` for a model that `zoft fetch NAME` brings.
+        kind: a key of :data:`KINDS`.
+        revision: branch, tag or commit on the hub.
+        dtype: float32, bfloat16 or float16; transformers would take the checkpoint's own otherwise.
+        attn_implementation: eager, sdpa, ...; None takes transformers' choice.
+
+    Raises:
+        UserError: no such folder or hub model, or an unknown dtype or kind.
+    """
+    import transformers
+
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if kind not in KINDS:
+        raise UserError(f"there is no kind of model called {kind!r}.{did_you_mean(kind, KINDS)}")
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
+    if attn_implementation:
+        arguments["attn_implementation"] = attn_implementation
+    return _load(getattr(transformers, KINDS[kind]), name, arguments)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left, with a padding token."""
+    import transformers
+
+    tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision})
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
+    place = _place(name)
+    try:
+        return loader.from_pretrained(place, **arguments)
+    except (OSError, ValueError) as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"could not load model.name={name}: {first_line} "
+            "Give a folder with config.json and model.safetensors, or a hub name that this machine can reach or has cached"
+        ) from error
+
+
+def _place(name: str) -> str:
+    if name.startswith("zoft:"):
+        from zoft.data.assets import fetch
+
+        return str(fetch(name.removeprefix("zoft:")))
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise UserError(f"there is no model folder {name} (looked in {Path.cwd()})")
+    return str(path) if path.is_dir() else name

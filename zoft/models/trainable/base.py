@@ -1,0 +1,70 @@
+"""What every choice of trainable weights promises: a predicate over parameter names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.component import Component
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_NORM_OR_BIAS = re.compile(r"(norm|(^|\.)ln_?\w*)(\.\w+)?\.(weight|bias)$|(^|\.)bias$|\.bias$", re.IGNORECASE)
+
+
+@dataclass
+class Trainable(Component):
+    """Which weights move; everything else is frozen."""
+
+    def chosen(self, model: nn.Module) -> set[str]:
+        """Names (as in ``named_parameters()``) of the weights to train."""
+        raise NotImplementedError
+
+    def apply(self, model: nn.Module) -> tuple[int, int]:
+        """Set ``requires_grad`` on every parameter of ``model``.
+
+        Returns:
+            (number of trained weights, number of weights), each counted once when tied.
+
+        Raises:
+            UserError: nothing is left to train; some names of the model are listed.
+        """
+        chosen = self.chosen(model)
+        trained = total = 0
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen and parameter.is_floating_point())
+            total += parameter.numel()
+            trained += parameter.numel() if parameter.requires_grad else 0
+        if not trained:
+            names = [name for name, _ in model.named_parameters()]
+            shown = ", ".join(names[:: max(1, len(names) // 4)][:4])
+            raise UserError(
+                f"trainable={self.name()} selects no weights of this model (its parameters have names such as {shown})"
+            )
+        return trained, total
+
+
+def is_norm_or_bias(name: str) -> bool:
+    """Whether a parameter is a normalisation weight or a bias, by its name in any family transformers has.
+
+    Example:
+        >>> is_norm_or_bias("model.layers.3.input_layernorm.weight"), is_norm_or_bias("transformer.h.0.ln_1.weight")
+        (True, True)
+        >>> is_norm_or_bias("lm_head.weight")
+        False
+    """
+    return _NORM_OR_BIAS.search(name) is not None
+
+
+def block_of(name: str) -> int | None:
+    """The index of the repeated block that a parameter belongs to, or None outside the blocks.
+
+    Example:
+        >>> block_of("model.layers.12.mlp.up_proj.weight"), block_of("model.norm.weight")
+        (12, None)
+    """
+    match = re.search(r"(?:^|\.)(?:layers?|h|blocks?|block)\.(\d+)\.", name)
+    return int(match.group(1)) if match else None

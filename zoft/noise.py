@@ -1,0 +1,270 @@
+"""Where every random direction comes from: z is a function of (run seed, step, probe, tensor name) and of nothing else.
+
+The default source is a counter: a 64-bit key names the stream, a hash of (key, word index) gives 32 random bits, and
+integer tables turn bits into numbers. Everything up to the last multiplication is integer arithmetic, so the same
+bits come out on every device, in any order, for any slice, and the global generators are never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+from zoft.errors import UserError
+from zoft.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAWS = ("gaussian", "rademacher", "sphere")
+"""Laws of one direction; each has mean 0 and E||z||^2 = number of elements."""
+
+SOURCES = ("counter", "torch_sequential")
+"""``counter``: this module's generator. ``torch_sequential``: MeZO's own stream, for number-for-number comparison."""
+
+_CHUNK_WORDS = 1 << 17  # words hashed at a time: 512 KiB of int32 stays in the cache and bounds the temporaries
+_BLOCK_WORDS = 1 << 30  # a word index beyond this moves to another key, so int32 counters never overflow
+_FIXED_POINT = 1 << 16  # Gaussian quantiles are integers in units of 2^-16: exact in float32, exactly summable
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The name of one random direction; z itself is made when and where it is needed.
+
+    Args:
+        seed: the run's seed, or a given step seed (``direction_seeds``).
+        step: optimisation step, from 0.
+        probe: index of the direction within the step, from 0.
+    """
+
+    seed: int
+    step: int
+    probe: int = 0
+
+
+def key_of(direction: Direction, name: str, role: str = "z") -> int:
+    """A 64-bit key for one tensor's stream: independent for every seed, step, probe, name and role.
+
+    Example:
+        >>> key_of(Direction(0, 1), "a") != key_of(Direction(0, 1), "b")
+        True
+    """
+    text = f"{direction.seed}|{direction.step}|{direction.probe}|{role}|{name}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def random_words(key: int, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+    """32 random bits for each word index in [start, stop), as int32, the same on every device.
+
+    Two rounds of a 32-bit finaliser (xor-shift and odd multiply), each keyed with one half of ``key``.
+
+    Args:
+        key: 64-bit stream key.
+        start: first word.
+        stop: one past the last word.
+        device: where to make them.
+
+    Returns:
+        int32 tensor of shape [stop - start].
+    """
+    pieces = []
+    while start < stop:
+        block = start // _BLOCK_WORDS
+        end = min(stop, (block + 1) * _BLOCK_WORDS, start + _CHUNK_WORDS)
+        low, high = _block_key(key, block)
+        offset = start - block * _BLOCK_WORDS
+        words = torch.arange(offset, offset + end - start, dtype=torch.int32, device=device)
+        words.mul_(_int32(0x9E3779B9)).bitwise_xor_(low)
+        _mix_(words)
+        words.add_(high)
+        pieces.append(_mix_(words))
+        start = end
+    if not pieces:
+        return torch.empty(0, dtype=torch.int32, device=device)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def sample(law: str, key: int, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+    """Elements [start, stop) of the stream ``key`` under ``law``, without what comes before them.
+
+    Args:
+        law: ``gaussian`` or ``rademacher`` (``sphere`` is a Gaussian scaled over all tensors: :class:`CounterNoise`).
+        key: 64-bit stream key.
+        start: first element (flat index in the whole tensor).
+        stop: one past the last element.
+        device: where to make them.
+
+    Returns:
+        float32 tensor of shape [stop - start], mean 0 and variance 1.
+
+    Example:
+        >>> bool((sample("gaussian", 7, 3, 9) == sample("gaussian", 7, 0, 9)[3:]).all())
+        True
+    """
+    if law == "rademacher":
+        return _expand(key, start, stop, 32, _signs_of_words, device)
+    return _expand(key, start, stop, 2, _quantiles_of_words, device).to(torch.float32).mul_(1.0 / _FIXED_POINT)
+
+
+def squared_norm(key: int, count: int, device: torch.device | str = "cpu") -> int:
+    """||z||^2 of the first ``count`` Gaussian elements, as an exact integer in units of 2^-32."""
+    total = 0
+    for start in range(0, count, 2 * _CHUNK_WORDS):
+        stop = min(count, start + 2 * _CHUNK_WORDS)
+        values = _expand(key, start, stop, 2, _quantiles_of_words, device).to(torch.int64)
+        total += int(values.mul_(values).sum())
+    return total
+
+
+@dataclass
+class CounterNoise:
+    """z by counter: the default source.
+
+    Args:
+        law: one of :data:`LAWS`.
+        shapes: name -> number of elements of every trainable tensor (``sphere`` scales by the norm over all of them).
+    """
+
+    law: str
+    shapes: dict[str, int]
+
+    def draw(
+        self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Elements [start, stop) of tensor ``name`` of z, float32 whatever the weights' ``dtype``, flat."""
+        del dtype  # noise is always drawn in float32: low-precision noise would depend on the dtype
+        key = key_of(direction, name)
+        if self.law != "sphere":
+            return sample(self.law, key, start, stop, device)
+        return sample("gaussian", key, start, stop, device).mul_(self._sphere_scale(direction, device))
+
+    def _sphere_scale(self, direction: Direction, device: torch.device) -> float:
+        # sqrt(d) / ||z||: the sum of squares is exact integer arithmetic, so every device finds the same scale
+        if getattr(self, "_last_scale", (None, 0.0))[0] != direction:
+            total = sum(squared_norm(key_of(direction, name), n, device) for name, n in self.shapes.items())
+            scale = (sum(self.shapes.values()) * _FIXED_POINT**2 / total) ** 0.5
+            self._last_scale = (direction, scale)
+        return self._last_scale[1]
+
+
+class TorchSequentialNoise:
+    """MeZO's stream: one generator a step, seeded with the step's seed, one N(0, 1) draw after another.
+
+    Tensors are drawn in ``named_parameters()`` order, in the parameter's dtype, on the parameter's device. A private
+    generator gives the numbers that ``torch.manual_seed`` + ``torch.normal`` would. The generator's state before each
+    tensor is kept for the direction in use, so that tensors can also be asked for one by one.
+
+    Args:
+        tensors: (name, shape, dtype, device) in ``named_parameters()`` order.
+
+    References: Malladi et al. 2023 (MeZO), Algorithm 1; the published code draws in this order.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[str, torch.Size, torch.dtype, torch.device]]) -> None:
+        self.tensors = list(tensors)
+        self._direction: Direction | None = None
+        self._states: dict[str, Tensor] = {}
+
+    def draw(
+        self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Elements [start, stop) of tensor ``name`` of z, in the parameter's dtype, flat."""
+        if self._direction != direction:
+            self._record_states(direction)
+        shape = next(shape for other, shape, _, _ in self.tensors if other == name)
+        generator = torch.Generator(device)
+        generator.set_state(self._states[name])
+        z = torch.normal(mean=0, std=1, size=shape, generator=generator, device=device, dtype=dtype)
+        return z.view(-1)[start:stop]
+
+    def _record_states(self, direction: Direction) -> None:
+        generators: dict[torch.device, torch.Generator] = {}
+        self._states = {}
+        for name, shape, dtype, device in self.tensors:
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(direction.seed)
+            self._states[name] = generators[device].get_state()
+            torch.normal(mean=0, std=1, size=shape, generator=generators[device], device=device, dtype=dtype)
+        self._direction = direction
+
+
+NoiseSource = CounterNoise | TorchSequentialNoise
+
+
+def step_seed(run_seed: int, step: int) -> int:
+    """A 31-bit seed for the step's own generator, for sources that are seeded rather than keyed."""
+    return key_of(Direction(run_seed, step), "", role="step_seed") & 0x7FFFFFFF
+
+
+def check_law(law: str, where: str) -> None:
+    """Refuse a law that does not exist, naming ``where`` it was asked for."""
+    if law not in LAWS:
+        raise UserError(f"{where} must be one of {', '.join(LAWS)}, got {law!r}")
+
+
+# ---- bits to numbers -------------------------------------------------------------------------------------------------
+
+
+def _expand(key, start, stop, per_word, shape_words, device):  # type: ignore[no-untyped-def]
+    """Elements [start, stop) from whole words, ``per_word`` elements each, chunk by chunk."""
+    first, last = start // per_word, -(-stop // per_word)
+    pieces = [
+        shape_words(random_words(key, word, min(last, word + _CHUNK_WORDS), device))
+        for word in range(first, last, _CHUNK_WORDS)
+    ]
+    if not pieces:
+        return torch.empty(0, device=device)
+    values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return values[start - first * per_word : stop - first * per_word]
+
+
+def _quantiles_of_words(words: Tensor) -> Tensor:
+    """Two 16-bit halves of each word, each the index of a quantile of N(0, 1): int32 [2 * words]."""
+    halves = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), dim=1).view(-1)
+    return torch.index_select(_quantile_table(str(words.device)), 0, halves)
+
+
+def _signs_of_words(words: Tensor) -> Tensor:
+    """The 32 bits of each word as +-1: float32 [32 * words]."""
+    octets = words.view(torch.uint8).to(torch.int32)  # little-endian on every device torch runs on
+    return torch.index_select(_sign_table(str(words.device)), 0, octets).view(-1)
+
+
+@lru_cache(maxsize=8)
+def _quantile_table(device: str) -> Tensor:
+    """The 65,536 midpoint quantiles of N(0, 1), scaled to unit variance, in units of 2^-16 (int32)."""
+    size = 1 << 16
+    normal = NormalDist()
+    upper = [normal.inv_cdf(0.5 + (i + 0.5) / size) for i in range(size // 2)]
+    scale = (size / 2 / sum(x * x for x in upper)) ** 0.5  # midpoints lose a little of the tails' variance
+    positive = [round(x * scale * _FIXED_POINT) for x in upper]
+    return torch.tensor([-x for x in reversed(positive)] + positive, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=8)
+def _sign_table(device: str) -> Tensor:
+    """Row b: the eight bits of byte b, least significant first, as +-1 (float32, [256, 8])."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return (2.0 * bits - 1.0).to(device=device, dtype=torch.float32)
+
+
+def _mix_(words: Tensor) -> Tensor:
+    """A 32-bit finaliser in place; int32 multiplication wraps, shifts are made logical by a mask."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        words.bitwise_xor_((words >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(_int32(factor))
+    return words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF))
+
+
+def _block_key(key: int, block: int) -> tuple[int, int]:
+    if block:
+        key = int.from_bytes(hashlib.blake2b(f"{key}|{block}".encode(), digest_size=8).digest(), "little")
+    return _int32(key & 0xFFFFFFFF), _int32(key >> 32)
+
+
+def _int32(value: int) -> int:
+    """The unsigned 32-bit ``value`` as the signed one with the same bits."""
+    return value - (1 << 32) if value >= 1 << 31 else value

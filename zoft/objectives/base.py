@@ -1,0 +1,30 @@
+"""What every objective promises: a scalar for training, and predictions with their labels for evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.component import Component
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class Objective(Component):
+    """One number per batch; the same object serves training and evaluation."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """A scalar to minimise, float32, mean over the examples of the batch."""
+        return self.predict(model, batch)[0]
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, predictions, labels): what the metric is computed from, one row per example."""
+        raise NotImplementedError
+
+    def num_examples(self, batch: Batch) -> int:
+        """How many examples the mean of :meth:`loss` is over."""
+        raise NotImplementedError

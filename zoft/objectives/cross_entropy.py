@@ -1,0 +1,51 @@
+"""The gold answer's tokens, by cross-entropy over all of the batch's answer tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.lazy import torch
+from zoft.objectives.base import Batch, Objective
+from zoft.objectives.options import Options, gold_of, group_sizes, last_logits
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass
+class CrossEntropy(Objective):
+    """Cross-entropy of the gold option's tokens, averaged over the tokens of the batch; options still rank for the metric.
+
+    References: Malladi et al. 2023 (MeZO): the language-modelling loss of tasks that are not trained as classification.
+    """
+
+    def num_examples(self, batch: Batch) -> int:
+        """Prompts, not rows."""
+        return len(gold_of(batch))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean negative log-probability of the gold tokens."""
+        gold = gold_of(batch)
+        if "option_tokens" in batch:
+            logits = last_logits(model, batch["input_ids"], batch["attention_mask"], 1)[:, -1].float()
+            target = batch["option_tokens"].gather(1, gold.unsqueeze(1)).squeeze(1)
+            return torch.nn.functional.cross_entropy(logits, target)
+        return self._loss_of_rows(model, batch, gold)
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, option scores [B, O], gold index [B])."""
+        _, scores, gold = Options().predict(model, batch)
+        return self.loss(model, batch), scores, gold
+
+    def _loss_of_rows(self, model: nn.Module, batch: Batch, gold: Tensor) -> Tensor:
+        rows, first = [], 0
+        for size, index in zip(group_sizes(batch["num_options"]), gold.tolist(), strict=True):
+            rows.append(first + index)
+            first += size
+        ids, mask, lengths = batch["input_ids"][rows], batch["attention_mask"][rows], batch["option_len"][rows]
+        longest = int(lengths.max())
+        logits = last_logits(model, ids, mask, longest + 1)[:, :-1].float()
+        inside = torch.arange(longest, device=ids.device) >= longest - lengths.unsqueeze(1)
+        labels = ids[:, -longest:].masked_fill(~inside, -100)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

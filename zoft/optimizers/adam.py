@@ -1,0 +1,51 @@
+"""Adam over the estimates, with decoupled weight decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.optimizers.base import Optimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Adam(Optimizer):
+    """m / (sqrt(v) + adam_epsilon) with bias correction. Two float32 numbers per coordinate.
+
+    With one direction a step the second moment measures the noise, not the gradient; use many directions or few
+    coordinates (SubZero+, table of K; see docs/concepts.md).
+
+    Args:
+        learning_rate: step size; None takes the training arguments' ``learning_rate``.
+        weight_decay: decoupled decay per unit of learning rate; None takes the training arguments' ``weight_decay``.
+        adam_beta1: weight of the past in the first moment, in [0, 1).
+        adam_beta2: weight of the past in the second moment, in [0, 1).
+        adam_epsilon: added to the root of the second moment, > 0.
+
+    References: Kingma & Ba 2015, Algorithm 1; Loshchilov & Hutter 2019 for the decay; MeZO-Adam in Malladi et al. 2023.
+    """
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+
+    def check(self) -> None:
+        """Refuse moments' weights outside [0, 1)."""
+        super().check()
+        for field in ("adam_beta1", "adam_beta2"):
+            self.require(0 <= getattr(self, field) < 1, field, "in [0, 1)")
+        self.require(self.adam_epsilon > 0, "adam_epsilon", "> 0")
+
+    def state_names(self) -> tuple[str, ...]:
+        """First and second moment."""
+        return ("moment1", "moment2")
+
+    def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        """The bias-corrected ratio of the moments."""
+        moment1 = state["moment1"].mul_(self.adam_beta1).add_(gradient, alpha=1 - self.adam_beta1)
+        moment2 = state["moment2"].mul_(self.adam_beta2).addcmul_(gradient, gradient, value=1 - self.adam_beta2)
+        root = moment2.div(1 - self.adam_beta2**step).sqrt_().add_(self.adam_epsilon)
+        return moment1.div(root).div_(1 - self.adam_beta1**step)

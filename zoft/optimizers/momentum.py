@@ -1,0 +1,42 @@
+"""Heavy-ball momentum over the estimates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.optimizers.base import Optimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Momentum(Optimizer):
+    """m <- beta m + (1 - beta) g; the step is m. One float32 number per coordinate.
+
+    The estimate is averaged rather than summed, so that a learning rate tuned for ``sgd`` carries over.
+
+    Args:
+        learning_rate: step size; None takes the training arguments' ``learning_rate``.
+        weight_decay: decoupled decay per unit of learning rate; None takes the training arguments' ``weight_decay``.
+        beta: weight of the past, in [0, 1).
+
+    References: Polyak 1964; Zhang et al. 2024 (ZO-Bench), ZO-SGD-MMT.
+    """
+
+    beta: float = 0.9
+
+    def check(self) -> None:
+        """Refuse beta outside [0, 1)."""
+        super().check()
+        self.require(0 <= self.beta < 1, "beta", "in [0, 1)")
+
+    def state_names(self) -> tuple[str, ...]:
+        """The running mean."""
+        return ("momentum",)
+
+    def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        """The running mean of the estimates."""
+        del step
+        return state["momentum"].mul_(self.beta).add_(gradient, alpha=1 - self.beta).clone()

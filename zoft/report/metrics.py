@@ -1,0 +1,180 @@
+"""metrics.csv and metrics.jsonl: one row a log step, flushed, and never repeated by a resumed run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from zoft.report.words import finite
+
+CSV, JSONL = "metrics.csv", "metrics.jsonl"
+
+COLUMNS = (
+    "step",
+    "queries",  # forward passes of the objective so far, clean ones too
+    "tokens",  # tokens those passes read
+    "loss",
+    "projected_grad",  # root mean square over the directions
+    "learning_rate",
+    "eps",
+    "seconds",  # since the start of training, over all resumes
+    "seconds_forward",
+    "seconds_other",
+    "peak_memory_mb",  # MiB
+    "eval_loss",
+    "eval_accuracy",
+    "num_skipped_steps",
+)
+"""The columns of metrics.csv, in order; one more follows when `metric_for_best_model` names another metric."""
+
+_RENAMED = {"num_queries": "queries", "num_tokens": "tokens"}
+_SUMMARY = "train_runtime"  # the Trainer's closing row: totals, which belong in the report and not on a curve
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, in step order as written.
+
+    Args:
+        folder: a run's output_dir.
+
+    Returns:
+        One dict a log step; a quantity not measured at that step is absent, one that was not finite is NaN.
+        Empty when there is no such file. A half-written last line is left out.
+
+    Example:
+        >>> read_metrics("no/such/run")
+        []
+    """
+    path = Path(folder) / JSONL
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut off while being written
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a power cut can leave a torn block in the middle; the other rows are still good
+        if isinstance(row, dict) and "step" in row:
+            rows.append({key: math.nan if value is None else value for key, value in row.items()})
+    return rows
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes metrics.csv and metrics.jsonl into `args.output_dir`, on world process zero.
+
+    A training row and an evaluation row of the same step are one row; of two values for one cell the first stays
+    (an evaluation repeated after `load_best_model_at_end` is of other weights: it belongs in the report). Every row
+    is on disk before the next step. metrics.jsonl holds every logged number; metrics.csv the fixed `COLUMNS`, its
+    cells empty where nothing was measured. A value that is not finite is `NaN`, `inf` or `-inf` in the csv and null
+    in the jsonl (JSON has no NaN), never 0. Rows logged before training begins (a zero-shot evaluation, step 0) wait
+    until it does: only then is it known whether the files are new or continued.
+
+    Example:
+        >>> MetricsCallback().columns[:3]
+        ('step', 'queries', 'tokens')
+    """
+
+    def __init__(self) -> None:
+        self.columns: tuple[str, ...] = COLUMNS
+        self._folder: Path | None = None  # None until training begins
+        self._waiting: list[dict[str, Any]] = []
+        self._row: dict[str, Any] = {}  # the last row written, and where it begins in each file
+        self._offsets = {CSV: 0, JSONL: 0}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """New files for a fresh run; a resumed one keeps its rows up to `state.global_step`."""
+        if not state.is_world_process_zero:
+            return
+        best = args.metric_for_best_model
+        if best is not None and _prefixed(best) not in COLUMNS:
+            self.columns = (*COLUMNS, _prefixed(best))
+        folder = Path(str(args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(folder) if row["step"] <= state.global_step] if state.global_step else []
+        self._folder, self._row = folder, {}
+        # The csv is written anew from the jsonl, so that the two agree whatever an interruption left of either.
+        _replace(folder / CSV, _csv_line(self.columns) + b"".join(self._encode(row)[CSV] for row in kept))
+        _replace(folder / JSONL, b"".join(self._encode(row)[JSONL] for row in kept))
+        waiting, self._waiting = self._waiting, []
+        known = {row["step"] for row in kept}
+        for row in waiting:
+            if row["step"] not in known:
+                self._write(row)
+        if kept and not self._row:
+            self._row = kept[-1]
+            self._offsets = {
+                name: (folder / name).stat().st_size - len(line) for name, line in self._encode(kept[-1]).items()
+            }
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One row, or more cells of the last one."""
+        if not logs or _SUMMARY in logs or not state.is_world_process_zero:
+            return
+        row = {"step": state.global_step}
+        row.update({_RENAMED.get(key, key): _plain(value) for key, value in logs.items() if value is not None})
+        if self._folder is None:
+            self._waiting.append(row)
+        else:
+            self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        assert self._folder is not None
+        same_step = row["step"] == self._row.get("step")
+        if same_step:
+            row = {**self._row, **{key: value for key, value in row.items() if key not in self._row}}
+            if len(row) == len(self._row):
+                return
+        for name, line in self._encode(row).items():
+            with open(self._folder / name, "r+b") as file:
+                # The merged row is never shorter than the one it overwrites, so nothing is cut off first: a crash
+                # in between leaves a torn last line, and no crash leaves less than what was there.
+                self._offsets[name] = file.seek(self._offsets[name]) if same_step else file.seek(0, io.SEEK_END)
+                file.write(line)
+        self._row = row
+
+    def _encode(self, row: dict[str, Any]) -> dict[str, bytes]:
+        return {
+            CSV: _csv_line(_cell(row.get(key)) for key in self.columns),
+            JSONL: json.dumps(finite(row), allow_nan=False, default=str).encode() + b"\n",
+        }
+
+
+def _prefixed(metric: str) -> str:
+    return metric if metric.startswith("eval_") else f"eval_{metric}"
+
+
+def _plain(value: Any) -> Any:
+    """A tensor's, array's or numpy scalar's Python numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _cell(value: Any) -> Any:
+    return "NaN" if isinstance(value, float) and math.isnan(value) else value
+
+
+def _csv_line(cells: Any) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Written beside, then renamed: an interrupted resume never loses the rows it was about to keep."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_bytes(content)
+    beside.replace(path)

@@ -1,0 +1,170 @@
+"""The learning curve: loss and accuracy against queries, as a PNG in the run's folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.evaluation.intervals import wilson
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVE = "curve.png"
+
+_BLUE, _GREEN, _GREY, _INK = "#2f6db5", "#1f8a5b", "#8a8f98", "#2b2f36"
+_SMOOTHING = 10  # the running mean spans one tenth of the logged rows
+
+
+def learning_curve(
+    folder: str | Path,
+    *,
+    title: str | None = None,
+    zero_shot: float | None = None,
+    num_eval_rows: int | None = None,
+    metric: str = "accuracy",
+) -> Path | None:
+    """Draw `metrics.jsonl` into `curve.png`.
+
+    Left the training loss (its points, and a running mean over a tenth of the run) and the evaluation loss;
+    right the metric, with its 95 % Wilson interval when it is a proportion of a known number of rows.
+
+    Args:
+        folder: a run's output_dir.
+        title: above both panels; the folder's name when None.
+        zero_shot: the metric before training, drawn as a dashed line.
+        num_eval_rows: rows that were evaluated; gives the accuracy its interval.
+        metric: the logged metric, without `eval_`.
+
+    Returns:
+        The PNG's path, or None when no row has a number of queries and something to draw against it.
+    """
+    from zoft.report.metrics import read_metrics
+
+    rows = read_metrics(folder)
+    losses = _series(rows, "loss")
+    eval_losses = _series(rows, "eval_loss")
+    scores = _series(rows, f"eval_{metric}")
+    if not (losses or eval_losses or scores):
+        return None
+    # A Figure of its own, not pyplot: no global state, no backend to choose, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    both = bool(losses or eval_losses) and bool(scores)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.04)
+    figure = Figure(figsize=(10.5 if both else 5.8, 4.2), dpi=150, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    panels = iter(figure.subplots(1, 2 if both else 1, squeeze=False)[0])
+    if losses or eval_losses:
+        _draw_loss(next(panels), losses, eval_losses)
+    if scores:
+        _draw_metric(next(panels), scores, metric, zero_shot, num_eval_rows)
+    name = title or Path(folder).resolve().name
+    figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    path = Path(folder) / CURVE
+    beside = path.with_name(f".{CURVE}.new")  # a reader never sees half a picture
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+    return path
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """The centred mean of each value and its neighbours; near the ends of as many as there are on both sides.
+
+    Args:
+        values: in order.
+        window: how many values one mean spans, >= 1; an even window counts as the next odd one.
+
+    Returns:
+        As many means as values.
+
+    Example:
+        >>> running_mean([0.0, 3.0, 6.0, 0.0], window=3)
+        [0.0, 3.0, 3.0, 0.0]
+    """
+    means = []
+    for i in range(len(values)):
+        reach = min(window // 2, i, len(values) - 1 - i)  # symmetric, so that a trend is not bent at the ends
+        part = values[i - reach : i + reach + 1]
+        means.append(sum(part) / len(part))
+    return means
+
+
+def _series(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(queries, value) of the rows that have both, finite."""
+    return [
+        (row["queries"], row[name])
+        for row in rows
+        if isinstance(row.get(name), int | float) and math.isfinite(row[name]) and "queries" in row
+    ]
+
+
+def _draw_loss(axes: Axes, losses: list[tuple[float, float]], eval_losses: list[tuple[float, float]]) -> None:
+    _dress(axes, "loss")
+    if losses:
+        queries, values = [q for q, _ in losses], [v for _, v in losses]
+        few = len(losses) < 40
+        axes.plot(queries, values, "o", ms=3.2, mew=0, color=_BLUE, alpha=0.6 if few else 0.28, label="training batch")
+        if len(losses) > 2:
+            window = max(3, len(losses) // _SMOOTHING)
+            smooth, ends = running_mean(values, window), window // 4  # at the very ends the mean is of too few to show
+            inner = slice(ends, len(values) - ends)
+            axes.plot(queries[inner], smooth[inner], color=_BLUE, lw=2, solid_capstyle="round", label="running mean")
+    if eval_losses:
+        axes.plot(*zip(*eval_losses, strict=True), "-D", ms=4, lw=1.2, mec="white", mew=0.6, color=_GREY, label="dev")
+    _legend(axes)
+
+
+def _draw_metric(
+    axes: Axes, scores: list[tuple[float, float]], metric: str, zero_shot: float | None, num_rows: int | None
+) -> None:
+    percent = metric == "accuracy"
+    _dress(axes, "accuracy, %" if percent else metric)
+    scale = 100.0 if percent else 1.0
+    queries, values = [q for q, _ in scores], [v * scale for _, v in scores]
+    if percent and num_rows:
+        bounds = [wilson(v * num_rows, num_rows) for _, v in scores]
+        low, high = [scale * b[0] for b in bounds], [scale * b[1] for b in bounds]
+        axes.fill_between(queries, low, high, color=_GREEN, alpha=0.15, lw=0, label=f"95 % interval, {num_rows:,} rows")
+    axes.plot(queries, values, "-o", ms=5, mec="white", mew=0.8, lw=2, color=_GREEN, label=f"dev {metric}")
+    last = f"{values[-1]:.1f} %" if percent else f"{values[-1]:.3f}"
+    axes.annotate(
+        last, (queries[-1], values[-1]), (0, 9), textcoords="offset points", ha="right", color=_GREEN, weight="bold"
+    )
+    if zero_shot is not None:
+        told = f"{zero_shot * scale:.1f} %" if percent else f"{zero_shot:.3f}"
+        axes.axhline(zero_shot * scale, color=_GREY, lw=1.4, ls=(0, (4, 3)))
+        axes.annotate(
+            f"zero-shot {told}",
+            (1, zero_shot * scale),
+            (-4, 5),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color="#6b7079",
+        )
+    _legend(axes)
+
+
+def _dress(axes: Axes, quantity: str) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.set_xlabel("queries (forward passes)", color=_INK)
+    axes.set_title(quantity, loc="left", fontsize=10.5, color=_INK, pad=8)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(True, color="#e6e8ec", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(y=0.09)
+    axes.tick_params(colors=_INK, labelsize=9, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color("#c5c9d0")
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="best", fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none", labelcolor=_INK)

@@ -1,0 +1,86 @@
+"""Experiment trackers: queries as the x-axis of every curve, and one tracker run a training run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+QUERIES = "train/num_queries"
+"""What `num_queries` is called once transformers' WandbCallback has rewritten a log row (evaluation rows too)."""
+
+
+class TrackerAxisCallback(TrainerCallback):
+    """Makes Weights & Biases draw every curve against queries, when `report_to` names wandb.
+
+    transformers' own callback makes the step the axis and writes into `./wandb`; this one, added after it, says
+    otherwise on both counts: the axis is the number of queries and the files go into `output_dir`, unless the user
+    chose a place with WANDB_DIR.
+
+    Example:
+        >>> QUERIES
+        'train/num_queries'
+    """
+
+    def __init__(self) -> None:
+        self._run_id: str | None = None  # of the wandb run whose axis is already set
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Send wandb's files into the run's own folder, before anything starts a wandb run."""
+        if _wanted(args) and os.environ.get("WANDB_DIR", _Folder.ours) == _Folder.ours:
+            folder = os.path.abspath(str(args.output_dir))
+            os.makedirs(folder, exist_ok=True)  # wandb falls back to a temporary folder when it is not there
+            os.environ["WANDB_DIR"] = _Folder.ours = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Define the axis."""
+        self._define(args, state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Define the axis of a run that began otherwise: with an evaluation, or anew in a search."""
+        self._define(args, state)
+
+    def _define(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not state.is_world_process_zero or not _wanted(args):
+            return
+        run = _current_run()
+        if run is None or run.id == self._run_id:
+            return
+        run.define_metric(QUERIES)
+        run.define_metric("*", step_metric=QUERIES, step_sync=True)
+        self._run_id = run.id
+
+
+class _Folder:
+    ours: str | None = None  # the WANDB_DIR this file has set; any other is the user's
+
+
+def close_trackers() -> None:
+    """Finish the wandb run of this process, if there is one: the next run in it would be written into the same.
+
+    Does not import wandb, and does nothing where nobody else has.
+
+    Example:
+        >>> close_trackers()
+    """
+    run = _current_run()
+    if run is not None:
+        sys.modules["wandb"].finish()
+        sys.modules["wandb"].teardown()
+    if _Folder.ours is not None and os.environ.get("WANDB_DIR") == _Folder.ours:
+        del os.environ["WANDB_DIR"]
+    _Folder.ours = None
+
+
+def _wanted(args: TrainingArguments) -> bool:
+    report_to = args.report_to or []
+    names = [report_to] if isinstance(report_to, str) else report_to
+    return "wandb" in names or "all" in names
+
+
+def _current_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)

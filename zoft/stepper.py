@@ -1,0 +1,118 @@
+"""A `torch.optim.Optimizer` around an optimizer component, so that schedulers, checkpoints and callbacks find one.
+
+It holds the estimate that the last queries gave, writes the step through the engine, and keeps everything that has
+to survive a restart: the component's state tensors (float32) and the counters of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoft.engines.base import Session
+from zoft.noise import Direction
+from zoft.optimizers.base import Optimizer
+from zoft.subspaces.base import Coordinates
+
+
+@dataclass
+class Progress:
+    """Counters of a run; they are saved with the optimizer.
+
+    Args:
+        steps: optimisation steps taken, skipped ones included; the directions' step number.
+        updates: steps that moved the weights.
+        num_queries: forward passes of the objective, clean ones included.
+        num_tokens: tokens that went through the model in those passes, over all processes.
+        num_skipped: steps skipped because a loss was not finite.
+        skipped_in_a_row: how many of the last steps were skipped.
+        seconds: wall time of training steps.
+        seconds_forward: wall time spent querying the objective.
+    """
+
+    steps: int = 0
+    updates: int = 0
+    num_queries: int = 0
+    num_tokens: int = 0
+    num_skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    seconds_forward: float = 0.0
+
+
+class Stepper(torch.optim.Optimizer):
+    """theta <- theta - lr * (update(estimate) + weight_decay * theta), group by group, chunk by chunk.
+
+    Args:
+        groups: parameter groups with ``params`` and ``weight_decay``.
+        rule: the optimizer component.
+        session: the engine that writes the weights.
+        learning_rate: initial learning rate of every group.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], rule: Optimizer, session: Session, learning_rate: float
+    ) -> None:
+        super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": 0.0})
+        self.rule = rule
+        self.session = session
+        self.coordinates: Coordinates = session.coordinates
+        self.names = {id(tensor): name for name, tensor in session.weights.tensors.items()}
+        self.progress = Progress()
+        self.pending: list[tuple[Direction, float]] | None = None
+        self.moments: dict[str, dict[str, Tensor]] = {}
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Apply the pending estimate; without one (a skipped step) nothing moves."""
+        if closure is not None:
+            raise ValueError("a zeroth-order step takes no closure: the trainer has queried the objective already")
+        if self.pending is None:
+            return
+        terms, self.pending = self.pending, None
+        self.progress.updates += 1
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self._move(self.names[id(parameter)], parameter, terms, group["lr"], group["weight_decay"])
+
+    def _move(
+        self, name: str, parameter: nn.Parameter, terms: list[tuple[Direction, float]], lr: float, decay: float
+    ) -> None:
+        state = self._state_of(name, parameter)
+        for start, stop in self.coordinates.chunks(name):
+            estimate = self.coordinates.combination(name, start, stop, terms)
+            pieces = {key: tensor.view(-1)[start:stop] for key, tensor in state.items()}
+            step = self.coordinates.lift(name, self.rule.update(estimate, pieces, self.progress.updates), start)
+            if decay:
+                step = step.add_(self.session.piece(name, start, stop) * decay)
+            self.session.apply_(name, start, stop, step.mul_(lr))
+
+    def _state_of(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+        if name not in self.moments:
+            shape = self.coordinates.shape(name)
+            self.moments[name] = {
+                key: torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+                for key in self.rule.state_names()
+            }
+        return self.moments[name]
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Counters, state tensors by name, and the groups without their parameters: tensors and plain numbers only."""
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        moments = {name: dict(tensors) for name, tensors in self.moments.items() if tensors}
+        return {"progress": asdict(self.progress), "state": moments, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """The other way round; torch's own would cast float32 state to the weights' dtype."""
+        self.progress = Progress(**state_dict["progress"])
+        tensors = self.session.weights.tensors
+        self.moments = {
+            name: {key: value.to(tensors[name].device, torch.float32).clone() for key, value in state.items()}
+            for name, state in state_dict["state"].items()
+        }
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)

@@ -1,0 +1,23 @@
+"""The full space: every trainable weight is its own coordinate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zoft.subspaces.base import Coordinates, Subspace
+from zoft.weights import Weights
+
+
+@dataclass
+class Full(Subspace):
+    """Every trainable weight moves; a direction is one random number a weight.
+
+    Args:
+        law: distribution of one direction: gaussian, rademacher (+-1), or sphere (uniform, ||z||^2 = number of weights).
+
+    References: Malladi et al. 2023 (MeZO) for Gaussian directions; Spall 1992 (SPSA) for Rademacher ones.
+    """
+
+    def bind(self, weights: Weights, noise: str = "counter") -> Coordinates:
+        """Coordinates are the tensors' own elements."""
+        return Coordinates(weights, self.source(weights, noise))

@@ -1,0 +1,76 @@
+"""Your own labelled text: one file, a template, and a word for each label."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass, field
+
+from zoft.data.files import column, read_rows
+from zoft.errors import UserError, did_you_mean
+from zoft.tasks.base import Example, Splits, Task
+
+
+@dataclass
+class Custom(Task):
+    """Rows of a file or hub dataset, a template over their columns, and an answer word for each label.
+
+    Without ``validation`` the held-out rows are taken from ``train``, which is then cut into three disjoint parts.
+
+    Args:
+        num_train: rows to train on; fewer where the file has fewer.
+        num_dev: rows the best checkpoint is chosen by.
+        num_test: held-out rows that the reported metric is computed on; fewer where the file has fewer.
+        data_seed: which rows go where; the run's seed does not change them.
+        max_length: tokens kept of a prompt and its option; the beginning of longer ones is cut.
+        train: a json, jsonl, csv, tsv or parquet file, or a hub name (``name:subset``).
+        validation: the same for held-out rows; empty takes them from ``train``.
+        label: the column that holds the label.
+        template: the prompt, with columns in braces, e.g. ``{text}\\nIs this spam? Answer:``.
+        words: label -> answer word, e.g. ``{ham: No, spam: Yes}``.
+    """
+
+    num_train: int = 1000
+    num_dev: int = 100
+    num_test: int = 500
+    train: str = ""
+    validation: str = ""
+    label: str = "label"
+    template: str = ""
+    words: dict[str, str] = field(default_factory=dict)
+
+    def load(self) -> Splits:
+        """Read, check every row, and cut."""
+        self.require(bool(self.train), "train", "a data file or hub dataset")
+        self.require(bool(self.template), "template", "the prompt, with columns in braces, e.g. '{text} It was'")
+        self.require(len(self.words) >= 2, "words", "a word for each label, e.g. '{0: terrible, 1: great}'")
+        pool = self._shuffled_examples(self.train, "train")
+        if self.validation:
+            test = self._shuffled_examples(self.validation, "validation")[: self.num_test]
+        else:
+            test, pool = pool[: self.num_test], pool[self.num_test :]
+        dev, train = pool[: self.num_dev], pool[self.num_dev :][: self.num_train]
+        if not train or not dev:
+            raise UserError(
+                f"{self.train} has too few rows for num_test={self.num_test} and num_dev={self.num_dev} "
+                "with something left to train on: lower them, or give task.validation"
+            )
+        return Splits(train=train, dev=dev, test=test)
+
+    def _shuffled_examples(self, source: str, split: str) -> list[Example]:
+        import random
+
+        words = {str(label): word for label, word in self.words.items()}
+        options = tuple(f" {word.strip()}" for word in words.values())
+        columns = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
+        examples = []
+        for number, row in enumerate(read_rows(source, split), start=1):
+            values = {name: column(row, name, source, number) for name in columns}
+            label = str(column(row, self.label, source, number))
+            if label not in words:
+                raise UserError(f"{source}: row {number}: label {label!r} has no word.{did_you_mean(label, words)}")
+            prompt = self.template
+            for name, value in values.items():  # str.format would reach attributes of the values
+                prompt = prompt.replace("{" + name + "}", str(value).strip())
+            examples.append(Example(prompt, options, list(words).index(label)))
+        random.Random(self.data_seed).shuffle(examples)
+        return examples

@@ -1,0 +1,422 @@
+"""ZOTrainer: the glue between `transformers.Trainer` and the five nouns; no loop of its own.
+
+The overrides live in :class:`ZOMixin`, so that any Trainer subclass becomes a zeroth-order one:
+``class ZOSFT(ZOMixin, SFTTrainer): ...``.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from zoft.arguments import as_zo_config
+from zoft.component import create
+from zoft.engines.base import Engine, Session
+from zoft.engines.frozen_prefix import FrozenPrefix
+from zoft.errors import NonFiniteLossError, UserError
+from zoft.estimators.base import Estimator
+from zoft.noise import Direction, step_seed
+from zoft.objectives.base import Objective
+from zoft.optimizers.base import Optimizer
+from zoft.stepper import Progress, Stepper
+from zoft.subspaces.base import Subspace
+from zoft.weights import Weights
+
+Inputs = dict[str, Any]
+
+
+class ZOMixin:
+    """Replaces the backward pass of a Trainer by zeroth-order queries.
+
+    Args:
+        model: a model, or a name or folder to load a causal LM from (float32).
+        args: a :class:`zoft.ZOConfig` or plain ``TrainingArguments``.
+        estimator: name or component (default ``central``).
+        optimizer: name or component (default ``sgd``).
+        subspace: name or component (default ``full``).
+        engine: name or component (default ``auto``).
+        objective: name or component that replaces the model's own loss (default: the model's own loss).
+        peft_config: a ``peft.PeftConfig``; the adapter alone is then trained.
+        direction_seeds: the seed of each step's directions, for replaying a recorded run (MeZO's step seeds).
+        **kwargs: everything the Trainer subclass takes.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        estimator: str | Estimator | None = None,
+        optimizer: str | Optimizer | None = None,
+        subspace: str | Subspace | None = None,
+        engine: str | Engine | None = None,
+        objective: str | Objective | None = None,
+        peft_config: Any = None,
+        direction_seeds: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.estimator: Estimator = create("estimator", estimator, "central")
+        self.rule: Optimizer = create("optimizer", optimizer, "sgd")
+        self.subspace: Subspace = create("subspace", subspace, "full")
+        self.engine: Engine = create("engine", engine, "auto")
+        self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
+        self.direction_seeds = None if direction_seeds is None else [int(seed) for seed in direction_seeds]
+        self.session: Session | None = None
+        self.frozen_prefix: FrozenPrefix | None = None
+        self.losses: Tensor | None = None
+        self.projected_grads: Tensor | None = None
+        self._window: list[Inputs] = []
+        self._losses_to_log: list[float] = []
+        args = as_zo_config(args, "zoft_run")
+        self._settle(args)
+        with _global_random_state_kept():
+            model = _as_model(model, peft_config, args.seed)
+            super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
+        if self.objective is not None:
+            self.model_accepts_loss_kwargs = False
+        weights = Weights(self.model)  # type: ignore[has-type]
+        if self.estimator.radius:
+            weights.check_eps(self.estimator.radius)
+        if args.keep_frozen_prefix and not args.torch_compile:
+            self.frozen_prefix = FrozenPrefix.of(self.model, weights, args.frozen_prefix_mb)
+
+    # ---- settings ----------------------------------------------------------------------------------------------------
+
+    def _settle(self, args: Any) -> None:
+        """Settings that belong together, in one place: learning rate, decay, budget, columns."""
+        for name in ("learning_rate", "weight_decay"):
+            chosen, given = getattr(self.rule, name), getattr(args, name)
+            if chosen is None:
+                continue
+            if given not in (type(args).__dataclass_fields__[name].default, chosen):
+                raise UserError(f"two values for {name}: {given} in the arguments and {chosen} on the optimizer")
+            setattr(args, name, chosen)
+        queries = getattr(args, "budget_queries", None)
+        if queries is not None and args.max_steps <= 0:
+            if queries < self.estimator.num_queries:
+                raise UserError(
+                    f"budget.queries={queries} is less than one step costs: estimator={self.estimator.name()} with "
+                    f"num_directions={self.estimator.num_directions} makes {self.estimator.num_queries} queries a step"
+                )
+            args.max_steps = queries // self.estimator.num_queries
+        if self.objective is not None:
+            args.remove_unused_columns = False  # the objective reads columns that the model's forward does not name
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """No DDP, FSDP or DeepSpeed wrapping and no loss scaler: there is no gradient to synchronise or to scale."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            raise UserError("DeepSpeed and FSDP shard gradients, and there are none: start the run with plain torchrun")
+        if self.args.n_gpu > 1:
+            raise UserError("one process sees several GPUs: set CUDA_VISIBLE_DEVICES, or start one process a GPU with torchrun")
+        self.accelerator.scaler = None
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's own; the global torch, numpy and Python random states are left as they were."""
+        with _global_random_state_kept():
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """A :class:`zoft.stepper.Stepper` over the trainable weights, with the Trainer's decay groups."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            weights = Weights(model)
+            coordinates = self.subspace.bind(weights, self.estimator.noise)
+            engine = self.engine.choose(self.estimator) if hasattr(self.engine, "choose") else self.engine
+            self.session = engine.bind(model, coordinates, self._objective_of_window)
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = [
+                {"params": [p for n, p in weights.tensors.items() if n in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [p for n, p in weights.tensors.items() if n not in decayed], "weight_decay": 0.0},
+            ]
+            self.optimizer = Stepper(groups, self.rule, self.session, self.args.learning_rate)
+        return self.optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Every process starts from the weights of the first one; DDP, which would do this, is not used."""
+        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        self._window = []
+        if self.frozen_prefix is not None:
+            self.frozen_prefix.clear()
+        if self.accelerator.num_processes > 1:
+            with torch.no_grad():
+                for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                    torch.distributed.broadcast(tensor.data, src=0)
+        self._probe_loss_scaling = self.accelerator.num_processes > 1 or self.args.gradient_accumulation_steps > 1
+        return prepared
+
+    @property
+    def stepper(self) -> Stepper:
+        """The optimizer underneath accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]
+
+    @property
+    def progress(self) -> Progress:
+        """Counters of the run: steps, queries, tokens, seconds."""
+        return self.stepper.progress if self.optimizer is not None else Progress()
+
+    def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
+        """Collect micro-batches; at the last one of the step, query the objective and hand over the estimate."""
+        self._window.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        window, self._window = self._window, []
+        started = time.perf_counter()
+        with self._querying(model):
+            self._num_items = num_items_in_batch
+            loss = self._query(model, window)
+        self.progress.seconds += time.perf_counter() - started
+        return torch.tensor(loss, device=self.args.device)
+
+    def _query(self, model: nn.Module, window: list[Inputs]) -> float:
+        if self._probe_loss_scaling:
+            self._settle_loss_scaling(model, window[0])
+        progress = self.progress
+        directions = self._directions(progress.steps)
+        points = self.estimator.points(directions)
+        started = time.perf_counter()
+        assert self.session is not None
+        local = self.session.losses(window, points)
+        progress.seconds_forward += time.perf_counter() - started
+        self.losses, tokens = self._over_processes(local, window)
+        progress.steps += 1
+        progress.num_queries += self.estimator.num_queries
+        progress.num_tokens += tokens * self.estimator.num_queries
+        loss = float(self.estimator.loss(self.losses))
+        self.projected_grads = self.estimator.projected_grads(self.losses)
+        self.stepper.pending = self._estimate(directions)
+        self._losses_to_log.append(loss)
+        return loss
+
+    def _directions(self, step: int) -> list[Direction]:
+        if self.direction_seeds is None:
+            seed = self.args.seed
+            if self.estimator.noise == "torch_sequential":  # that source is seeded by the direction's seed alone
+                return [Direction(step_seed(seed, step) + d.probe, step, d.probe) for d in self.estimator.directions(seed, step)]
+            return self.estimator.directions(seed, step)
+        if step >= len(self.direction_seeds):
+            raise UserError(f"direction_seeds has {len(self.direction_seeds)} entries, step {step} needs one more")
+        seed = self.direction_seeds[step]
+        return [Direction(seed + d.probe, step, d.probe) for d in self.estimator.directions(seed, step)]
+
+    def _estimate(self, directions: list[Direction]) -> list[tuple[Direction, float]] | None:
+        """(direction, coefficient) pairs, or None when a loss is not finite: such a step must not reach the weights."""
+        assert self.losses is not None
+        progress = self.progress
+        if not bool(torch.isfinite(self.losses).all()):
+            progress.num_skipped += 1
+            progress.skipped_in_a_row += 1
+            if progress.skipped_in_a_row >= self.args.max_skipped_steps:
+                raise NonFiniteLossError(
+                    f"the loss was not finite in {progress.skipped_in_a_row} steps in a row (losses of the last: "
+                    f"{[round(x, 4) for x in self.losses.tolist()]}); the weights are those before them. Lower "
+                    "optimizer.learning_rate or estimator.eps, or load the model in float32"
+                )
+            return None
+        progress.skipped_in_a_row = 0
+        coefficients = self.estimator.coefficients(self.losses)
+        return list(zip(directions, coefficients.tolist(), strict=True))
+
+    # ---- the objective -----------------------------------------------------------------------------------------------
+
+    def _objective_of_window(self, window: list[Inputs]) -> Tensor:
+        """The objective over the micro-batches of one step, as the first-order Trainer would have accumulated it."""
+        losses, counts = [], []
+        for inputs in window:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(self._called, dict(inputs), num_items_in_batch=self._num_items)
+            losses.append(loss.float())
+            counts.append(self._num_examples(inputs))
+        if len(losses) == 1:
+            return losses[0]
+        if self._loss_is_a_share():
+            return torch.stack(losses).sum()
+        return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))  # type: ignore[return-value]
+
+    def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The objective's loss where one was given, else the Trainer's."""
+        if self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        if not return_outputs:
+            return self.objective.loss(model, inputs)
+        loss, predictions, _ = self.objective.predict(model, inputs)
+        return loss, {"logits": predictions}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """The objective's predictions and labels, so that metrics are computed over options; else the Trainer's."""
+        with self._reusing_prefix():
+            if self.objective is None:
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, predictions, labels = self.objective.predict(model, self._prepare_inputs(inputs))
+        return (loss, None, None) if prediction_loss_only else (loss, predictions, labels)
+
+    def _loss_is_a_share(self) -> bool:
+        """Whether micro-batch losses were already divided by the step's token count, so that they add up."""
+        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return (self.model_accepts_loss_kwargs and self._num_items is not None) or self.compute_loss_func is not None
+
+    def _settle_loss_scaling(self, model: nn.Module, inputs: Inputs) -> None:
+        """Find out, once, whether the model's loss really uses the token count it accepts.
+
+        Classification heads take it and ignore it; the Trainer would then scale their loss by the number of
+        micro-batches and processes. Two extra forward passes, only when there is more than one of either.
+        """
+        self._probe_loss_scaling = False
+        if not self.model_accepts_loss_kwargs or self._num_items is None:
+            return
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [
+                float(self.compute_loss(model, dict(inputs), num_items_in_batch=self._num_items * factor))
+                for factor in (1, 2)
+            ]
+        if losses[0] == losses[1]:
+            self.model_accepts_loss_kwargs = False
+            self._num_items = None
+
+    def _num_examples(self, inputs: Inputs) -> int:
+        if self.objective is not None:
+            return self.objective.num_examples(inputs)
+        return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
+
+    def _over_processes(self, losses: Tensor, window: list[Inputs]) -> tuple[Tensor, int]:
+        """One all-reduce: losses weighted by examples (or already shares of one mean), and the tokens of the step."""
+        tokens = sum(_num_tokens(inputs) for inputs in window)
+        if self.accelerator.num_processes == 1:
+            return losses, tokens
+        weight = 1.0 if self._loss_is_a_share() else float(sum(self._num_examples(inputs) for inputs in window))
+        mine = torch.cat((losses.double() * weight, torch.tensor([weight, float(tokens)], dtype=torch.float64)))
+        total = self.accelerator.reduce(mine.to(self.args.device), reduction="sum").cpu()
+        return (total[:-2] / total[-2]).float(), int(total[-1])
+
+    @contextmanager
+    def _querying(self, model: nn.Module) -> Iterator[None]:
+        """Evaluation mode (no dropout), the frozen prefix reused, and the model that compute_loss is called with."""
+        self._called = model
+        model.eval()
+        if any(cls.__module__.startswith("trl.") for cls in type(self).__mro__):
+            model.training = True  # TRL decides by the root's flag alone whether a loss is logged as training
+        try:
+            with self._reusing_prefix():
+                yield
+        finally:
+            del self._called
+
+    @contextmanager
+    def _reusing_prefix(self) -> Iterator[None]:
+        if self.frozen_prefix is None:
+            yield
+        else:
+            with self.frozen_prefix.reused():
+                yield
+
+    # ---- what the Trainer's loop asks about gradients ----------------------------------------------------------------
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip each projected gradient to +- ``max_grad_norm``; returns their root mean square before."""
+        before = self._get_grad_norm(model)
+        if self.stepper.pending is not None and self.projected_grads is not None:
+            bound = self.args.max_grad_norm
+            shrink = (bound / self.projected_grads.abs().clamp_min(1e-30)).clamp_max(1.0).tolist()
+            self.stepper.pending = [(d, c * s) for (d, c), s in zip(self.stepper.pending, shrink, strict=True)]
+        return before
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Root mean square of the projected gradients of the step."""
+        del model
+        if grad_norm is not None:
+            return grad_norm
+        assert self.projected_grads is not None
+        return self.projected_grads.square().mean().sqrt()
+
+    def floating_point_ops(self, inputs: Inputs) -> float:
+        """2 N per token and query; the Trainer's own figure is 6 N (a forward and a backward pass)."""
+        return super().floating_point_ops(inputs) / 3 * self.estimator.num_queries  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Every line carries queries, tokens and seconds; a training line also loss, projected gradient and eps."""
+        progress = self.progress
+        if "loss" in logs:
+            finite = [loss for loss in self._losses_to_log if numpy.isfinite(loss)]
+            logs["loss"] = sum(finite) / len(finite) if finite else float("nan")
+            self._losses_to_log = []
+            if self.projected_grads is not None:
+                logs["projected_grad"] = float(self._get_grad_norm(self.model))
+            logs["eps"] = self.estimator.radius
+            logs["seconds_forward"] = progress.seconds_forward
+            logs["seconds_other"] = progress.seconds - progress.seconds_forward
+            logs["num_skipped_steps"] = progress.num_skipped
+        logs |= {"num_queries": progress.num_queries, "num_tokens": progress.num_tokens, "seconds": progress.seconds}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class ZOTrainer(ZOMixin, Trainer):
+    """`transformers.Trainer` with forward passes only.
+
+    Args: those of ``transformers.Trainer``, and those of :class:`ZOMixin`.
+
+    Example:
+        >>> from zoft import ZOConfig, ZOTrainer
+        >>> trainer = ZOTrainer(  # doctest: +SKIP
+        ...     model="facebook/opt-125m",
+        ...     args=ZOConfig(output_dir="runs/demo", budget_queries=40_000, learning_rate=1e-6),
+        ...     train_dataset=rows,
+        ...     estimator="central",
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+
+    References: Malladi et al. 2023 (MeZO) for the default composition: subspace full, estimator central, optimizer sgd.
+    """
+
+
+def _as_model(model: Any, peft_config: Any, seed: int) -> Any:
+    if isinstance(model, str):
+        from zoft.models.load import load_model
+
+        model = load_model(model)
+    if peft_config is not None:
+        if getattr(peft_config, "prefix_projection", False):
+            raise UserError("prefix_projection=True cannot be resumed (peft saves the projected prefix): leave it off")
+        from peft import get_peft_model
+
+        torch.manual_seed(seed)
+        model = get_peft_model(model, peft_config)
+    return model
+
+
+def _num_tokens(inputs: Inputs) -> int:
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return int(mask.sum())
+    ids = inputs.get("input_ids")
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+@contextmanager
+def _global_random_state_kept() -> Iterator[None]:
+    """The Trainer seeds the global generators; whoever called it gets theirs back."""
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
