@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,7 @@ class ZOMixin:
         self.frozen_prefix: FrozenPrefix | None = None
         self.losses: Tensor | None = None
         self.projected_grads: Tensor | None = None
+        self.peak_memory_mb: Callable[[], float] | None = None
         self._window: list[Inputs] = []
         self._losses_to_log: list[float] = []
         args = as_zo_config(args, "zoft_run")
@@ -128,6 +129,31 @@ class ZOMixin:
         with _global_random_state_kept():
             return super().train(*args, **kwargs)  # type: ignore[misc]
 
+    def fill_frozen_prefix(self, *datasets: Sequence[Any], group: int = 16) -> Iterator[int]:
+        """Compute the hidden states below the lowest trained block for whole datasets ahead of time.
+
+        Rows of equal length go through together, in an order that depends on the data alone, so the kept states are
+        the same bits in a resumed run. Yields the number of rows done so far; nothing where there is nothing to keep.
+
+        Args:
+            *datasets: rows that the collator takes.
+            group: rows computed together.
+        """
+        if self.frozen_prefix is None or self.objective is None:
+            return
+        by_length: dict[int, list[Any]] = {}
+        for row in (row for rows in datasets for row in rows):
+            by_length.setdefault(self.data_collator([row])["input_ids"].shape[1], []).append(row)
+        done = 0
+        self.model.eval()
+        for rows in (by_length[length] for length in sorted(by_length)):
+            for start in range(0, len(rows), group):
+                batch = self._prepare_inputs(self.data_collator(rows[start : start + group]))
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    self.frozen_prefix.fill(functools.partial(self.objective.loss, self.model, batch))
+                done += len(rows[start : start + group])
+                yield done
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """A :class:`zoft.stepper.Stepper` over the trainable weights, with the Trainer's decay groups."""
         if self.optimizer is None:
@@ -148,8 +174,6 @@ class ZOMixin:
         """Every process starts from the weights of the first one; DDP, which would do this, is not used."""
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
         self._window = []
-        if self.frozen_prefix is not None:
-            self.frozen_prefix.clear()
         if self.accelerator.num_processes > 1:
             with torch.no_grad():
                 for tensor in [*self.model.parameters(), *self.model.buffers()]:
@@ -361,6 +385,8 @@ class ZOMixin:
             logs["seconds_forward"] = progress.seconds_forward
             logs["seconds_other"] = progress.seconds - progress.seconds_forward
             logs["num_skipped_steps"] = progress.num_skipped
+            if self.peak_memory_mb is not None:
+                logs["peak_memory_mb"] = self.peak_memory_mb()
         logs |= {"num_queries": progress.num_queries, "num_tokens": progress.num_tokens, "seconds": progress.seconds}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ["train", "config=quickstart", "budget.queries=16", "output_dir=run"]
+FEW_ROWS = ["task.num_train=32", "task.num_dev=16", "task.num_test=16"]  # the real run scores hundreds, for minutes
 
 
 def run(*command, cwd, **env):
@@ -73,7 +75,7 @@ def test_console_script(installed, empty):
 
 
 def test_trains_the_quickstart_from_an_empty_folder(installed, empty):
-    python(installed, empty, "-m", "zoft", "train", "config=quickstart", "budget.queries=16", "output_dir=run")
+    python(installed, empty, "-m", "zoft", *QUICKSTART, *FEW_ROWS)
     assert [path.name for path in empty.iterdir()] == ["run"]
     assert (empty / "run" / "metrics.csv").stat().st_size > 0
 
@@ -88,5 +90,5 @@ def test_trains_in_an_environment_that_holds_the_wheel_alone(wheel, empty, tmp_p
     run(*pip, "--upgrade", "pip", cwd=empty)
     run(*pip, "torch", cwd=empty)  # first, so that no other package asks for its newest build
     run(*pip, "--build-constraint", ROOT / "constraints.txt", wheel, cwd=empty)
-    run(bin_ / "zoft", "train", "config=quickstart", "budget.queries=16", "output_dir=run", cwd=empty)
+    run(bin_ / "zoft", *QUICKSTART, cwd=empty)
     assert (empty / "run" / "metrics.csv").stat().st_size > 0

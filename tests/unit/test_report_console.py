@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from zoft.report import console
 from zoft.report.console import ProgressCallback, say
 
 
@@ -23,7 +22,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that only goes when it is told to."""
     fake = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(console.time, "monotonic", lambda: fake.now)
+    monkeypatch.setattr("zoft.report.console.time.monotonic", lambda: fake.now)
     return fake
 
 
@@ -52,9 +51,11 @@ def test_a_pipe_gets_a_plain_line_every_tenth(clock: Any) -> None:
     stream = io.StringIO()
     train(ProgressCallback(2, peak_mb=lambda: 625.0, stream=stream), clock)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 10 and "\r" not in stream.getvalue()
+    assert len(lines) == 10
+    assert "\r" not in stream.getvalue()
     assert lines[4] == "queries 100/200 | loss 0.020 | acc 91.0 % (dev) | 0.61 GiB peak | 2.0 q/s | 00:50<00:50"
-    assert lines[-1].startswith("queries 200/200 | loss 0.010") and lines[-1].endswith("01:40<00:00")
+    assert lines[-1].startswith("queries 200/200 | loss 0.010")
+    assert lines[-1].endswith("01:40<00:00")
 
 
 def test_disable_tqdm_means_plain_lines_on_a_terminal_too(clock: Any) -> None:

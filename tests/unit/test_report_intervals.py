@@ -26,7 +26,8 @@ def test_the_bounds_solve_the_score_equation() -> None:
 
 def test_ends_and_mirror() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
-    assert wilson(0, 5)[0] == 0.0 and wilson(5, 5)[1] == 1.0
+    assert wilson(0, 5)[0] == 0.0
+    assert wilson(5, 5)[1] == 1.0
     assert wilson(5, 5)[0] == pytest.approx(1 - wilson(0, 5)[1])
 
 

@@ -34,7 +34,8 @@ def test_without_proc_the_process_peak_is_told(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(memory, "_CLEAR", "/no/such/file")
     peak = PeakMemory()
     peak.reset()
-    assert not peak.resettable and peak.peak_mb() == peak.current_mb() > 1
+    assert not peak.resettable
+    assert peak.peak_mb() == peak.current_mb() > 1
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("darwin", 1 / MB), ("linux", 1 / 1024)])
@@ -90,7 +91,8 @@ def test_a_models_shape_is_read_from_its_config(kind: str, vocab: int) -> None:
     assert (shape.num_layers, shape.hidden, shape.num_heads, shape.vocab, shape.weight_bytes) == (3, 32, 4, vocab, 4)
     assert shape.num_params == shape.num_trainable == sum(p.numel() for p in model.parameters())
     half = model_shape(model.bfloat16(), num_trainable=7)
-    assert half is not None and (half.weight_bytes, half.num_trainable) == (2, 7)
+    assert half is not None
+    assert (half.weight_bytes, half.num_trainable) == (2, 7)
 
 
 def test_a_model_that_does_not_say_has_no_shape() -> None:
@@ -99,5 +101,5 @@ def test_a_model_that_does_not_say_has_no_shape() -> None:
 
     model = torch.nn.Linear(2, 2)
     assert model_shape(model) is None
-    model.config = PretrainedConfig()  # type: ignore[assignment]
+    model.config = PretrainedConfig()
     assert model_shape(model) is None

@@ -50,14 +50,18 @@ def test_a_training_and_an_evaluation_of_one_step_are_one_row(tmp_path: Path) ->
         ("2", "4", "0.25", ""),
     ]
     first, second = read_metrics(tmp_path)
-    assert first["epoch"] == 0.1 and first["tokens"] == 64 and first["eval_loss"] == 0.4 and first["seconds"] == 3.0
+    assert first["epoch"] == 0.1
+    assert first["tokens"] == 64
+    assert first["eval_loss"] == 0.4
+    assert first["seconds"] == 3.0
     assert "eval_accuracy" not in second
 
 
 def test_the_first_value_of_a_cell_stays(tmp_path: Path) -> None:
     Run(tmp_path).begin().log(9, eval_accuracy=0.8).log(9, eval_accuracy=0.9, eval_f1=0.7)
     (row,) = read_metrics(tmp_path)
-    assert row["eval_accuracy"] == 0.8 and row["eval_f1"] == 0.7
+    assert row["eval_accuracy"] == 0.8
+    assert row["eval_f1"] == 0.7
 
 
 def test_a_value_that_is_not_finite_is_said_so(tmp_path: Path) -> None:
@@ -98,7 +102,8 @@ def test_a_resumed_run_adds_to_the_row_it_stopped_at(tmp_path: Path) -> None:
 def test_a_fresh_run_starts_new_files(tmp_path: Path) -> None:
     Run(tmp_path).begin().log(7, loss=1.0)
     Run(tmp_path).begin().log(1, loss=2.0)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1] and len(read_csv(tmp_path)) == 1
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert len(read_csv(tmp_path)) == 1
 
 
 def test_an_evaluation_before_training_waits_and_destroys_nothing(tmp_path: Path) -> None:
@@ -114,7 +119,8 @@ def test_an_evaluation_before_training_waits_and_destroys_nothing(tmp_path: Path
 def test_the_best_models_metric_gets_a_column(tmp_path: Path) -> None:
     Run(tmp_path, best="f1").begin().log(1, eval_f1=0.7, eval_recall=0.6)
     (row,) = read_csv(tmp_path)
-    assert tuple(row) == (*COLUMNS, "eval_f1") and row["eval_f1"] == "0.7"
+    assert tuple(row) == (*COLUMNS, "eval_f1")
+    assert row["eval_f1"] == "0.7"
     assert read_metrics(tmp_path)[0]["eval_recall"] == 0.6
 
 

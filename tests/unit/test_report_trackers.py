@@ -52,7 +52,7 @@ def test_two_runs_in_one_process(tmp_path: Path) -> None:
         (record,) = (tmp_path / name / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
         content = record.read_bytes()
         # Both axes are in the record; the last definition for "*" is the one that counts.
-        assert 0 < content.rfind(b"train/global_step", 0, content.rfind(trackers.QUERIES.encode()))
+        assert content.rfind(b"train/global_step", 0, content.rfind(trackers.QUERIES.encode())) > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
@@ -67,7 +67,9 @@ def test_without_wandb_nothing_is_imported_or_set(tmp_path: Path, monkeypatch: p
     callback.on_train_begin(args, TrainerState(), TrainerControl())
     callback.on_log(args, TrainerState(), TrainerControl(), logs={})
     trackers.close_trackers()
-    assert "wandb" not in sys.modules and "WANDB_DIR" not in os.environ and not list(tmp_path.iterdir())
+    assert "wandb" not in sys.modules
+    assert "WANDB_DIR" not in os.environ
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_users_own_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from zoft.config.catalog import ORDER
+from zoft.config.catalog import ORDER, choices
 from zoft.config.check import refuse_targets
 from zoft.config.experiments import Experiments
 from zoft.errors import UserError, did_you_mean
@@ -31,13 +31,30 @@ def parse(parser: OverridesParser, text: str) -> Override:
         hint = f" Did you mean config={text}?" if re.fullmatch(r"[\w./-]+", text) and not text.startswith("-") else ""
         raise UserError(f"{text!r} is not an argument: write key=value or group=choice.{hint}")
     try:
-        return parser.parse_override(text)
+        return parser.parse_overrides([quoted(parser, text)])[0]
     except (HydraException, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"cannot read the argument {text!r} ({reason}): write key=value; quote a value with spaces, commas, braces "
             "or other signs twice, as in 'key=\"a, b\"'"
         ) from error
+
+
+def quoted(parser: OverridesParser, text: str) -> str:
+    """The argument with quotes round a value that Hydra's grammar would stumble over without any doubt of what it is.
+
+    A sweep's folders are called ``seed=1,task=sst2``; their paths must work as they are.
+    """
+    key, _, value = text.partition("=")
+    if re.search(r"""['"{}()\[\]\\]|^$""", value):
+        return text
+    if not (key == "config" and Path(value).is_file()):
+        try:
+            parser.parse_overrides([text])
+            return text
+        except (HydraException, ValueError):
+            pass
+    return f"{key}='{value}'"
 
 
 def is_value(override: Override) -> bool:
@@ -60,14 +77,11 @@ def nested(override: Override) -> dict[str, Any]:
     return dict(value)
 
 
-def rewrite(
-    parsed: list[Override], options: Callable[[str], list[str]], experiments: Experiments, *, sweeping: bool = False
-) -> list[str]:
+def rewrite(parsed: list[Override], experiments: Experiments, *, sweeping: bool = False) -> list[str]:
     """Arguments as Hydra must read them to do what the user meant.
 
     Args:
         parsed: the arguments.
-        options: group -> its choices.
         experiments: registers what ``config=`` names.
         sweeping: part of a sweep, where launchers mean something.
 
@@ -80,8 +94,8 @@ def rewrite(
         refuse_targets(_as_data(override), text)
         if override.is_sweep_override():
             raise UserError(
-                f"{text} has several values: add -m to run one training for each, or write {override.key_or_group}=[...] "
-                "for a list"
+                f"{text} has several values: add -m to run one training for each, "
+                f"or write {override.key_or_group}=[...] for a list"
             )
         if override.package is not None:
             raise UserError(f"{text}: groups have one place each here: drop the part after '@'")
@@ -90,7 +104,7 @@ def rewrite(
         elif override.key_or_group == "launcher" and not sweeping:
             raise UserError(f"{text}: a launcher runs the cells of a sweep: add -m, or drop it")
         elif override.key_or_group in ORDER and not isinstance(_value(override), dict):
-            rewritten += _choice(override, options, experiments)
+            rewritten += _choice(override, experiments)
         else:
             rewritten.append(_key_argument(override, text))
     return rewritten
@@ -101,7 +115,7 @@ def _value(override: Override) -> Any:
 
 
 def _as_data(override: Override) -> Any:
-    return nested(override) if not override.is_sweep_override() else {part: 0 for part in override.key_or_group.split(".")}
+    return dict.fromkeys(override.key_or_group.split(".")) if override.is_sweep_override() else nested(override)
 
 
 def _hydra_argument(override: Override, text: str, sweeping: bool) -> str:
@@ -113,20 +127,20 @@ def _hydra_argument(override: Override, text: str, sweeping: bool) -> str:
     return text
 
 
-def _choice(override: Override, options: Callable[[str], list[str]], experiments: Experiments) -> list[str]:
+def _choice(override: Override, experiments: Experiments) -> list[str]:
     """``group=choice``: checked, and the experiment or method put in its place."""
     group, value, text = override.key_or_group, _value(override), override.input_line or ""
     if override.is_delete() or value is None:
         if group in ("config", "method"):
             return ["~method"] if group == "method" else []
-        raise UserError(f"{text}: a run needs a {group}: choose one of {', '.join(options(group))}")
+        raise UserError(f"{text}: {group} cannot be left out: choose one of {', '.join(choices(group))}")
     if not isinstance(value, str):
         value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(value, str):
-        raise UserError(f"{text}: {group} takes a name, e.g. {group}={options(group)[0]}")
+        raise UserError(f"{text}: {group} takes a name, e.g. {group}={choices(group)[0]}")
     if group == "config":
         return [f"config={experiments.register(value)}"]
-    known = options(group)
+    known = choices(group)
     if value not in known:
         raise UserError(f"there is no {group} called {value!r}.{did_you_mean(value, known)}")
     # An argument's method comes after the experiment: it takes the second slot, and empties the first.
@@ -137,10 +151,9 @@ def _key_argument(override: Override, text: str) -> str:
     """``key=value``; ``+`` is never needed, and ``trainer.`` is an open mapping."""
     root = override.key_or_group.split(".")[0]
     if override.is_delete():
-        if root == "trainer":
-            return text
         raise UserError(f"{text}: keys cannot be taken away; set it to the value you want")
     if "/" in override.key_or_group:
-        raise UserError(f"{text}: there is no group {override.key_or_group!r}.{did_you_mean(override.key_or_group, ORDER)}")
+        near = did_you_mean(override.key_or_group, ORDER)
+        raise UserError(f"{text}: there is no group {override.key_or_group!r}.{near}")
     bare = text.lstrip("+")
     return f"++{bare}" if root == "trainer" or "." in override.key_or_group else bare

@@ -1,8 +1,10 @@
-"""What can be chosen: groups and their choices by file name, and where the shipped configs are. Imports nothing heavy."""
+"""What can be chosen: groups and their choices by file name, and where the shipped configs are; light."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import re
+from functools import lru_cache
 from pathlib import Path
 
 from zoft.component import GROUPS
@@ -11,10 +13,13 @@ PRESET_GROUPS = ("config", "method", "model", "budget", "tracker", "launcher")
 """Groups that exist as YAML files only."""
 
 ORDER = (
-    "config model task peft trainable method subspace estimator optimizer engine objective budget tracker launcher"
-).split()
+    *("config", "model", "task", "peft", "trainable"),
+    *("method", "subspace", "estimator", "optimizer", "engine", "objective"),
+    *("budget", "tracker", "launcher"),
+)
 """Every group, in the order in which a user meets them."""
 
+_COMPONENT = re.compile(r"^@dataclass\b.*\nclass [A-Z]\w*\(", re.MULTILINE)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -46,10 +51,16 @@ def component_names(group: str, *, plugins: bool = True) -> list[str]:
     if group not in GROUPS:
         return []
     folder = _PACKAGE.joinpath(*GROUPS[group].split(".")[1:])
-    names = {file.stem for file in folder.glob("*.py") if file.stem != "base" and not file.stem.startswith("_")}
+    files = [file for file in folder.glob("*.py") if file.stem != "base" and not file.stem.startswith("_")]
+    names = {file.stem for file in files if _COMPONENT.search(file.read_text(encoding="utf-8"))}
     if plugins:
-        names |= {entry.name for entry in importlib.metadata.entry_points(group=f"zoft.{group}")}
+        names |= _plugin_names(group)
     return sorted(names)
+
+
+@lru_cache
+def _plugin_names(group: str) -> frozenset[str]:
+    return frozenset(entry.name for entry in importlib.metadata.entry_points(group=f"zoft.{group}"))
 
 
 def preset_files(group: str) -> dict[str, Path]:
@@ -69,11 +80,11 @@ def choices(group: str, *, plugins: bool = True) -> list[str]:
 
 
 def first_comment(file: Path) -> str:
-    """The first comment line of a YAML file that is not a Hydra directive: what the file is for."""
+    """The first sentence of the comment that opens a YAML file: what the file is for."""
+    texts = []
     for line in file.read_text(encoding="utf-8").splitlines():
-        text = line.lstrip("#").strip()
-        if line.startswith("#") and text and not text.startswith("@"):
-            return text
-        if line.strip() and not line.startswith("#"):
+        if not line.startswith("#"):
             break
-    return ""
+        if not line.lstrip("# ").startswith("@"):  # a Hydra directive
+            texts.append(line.lstrip("# "))
+    return re.split(r"(?<=[.?])\s+(?=[A-Z])", " ".join(texts))[0].strip()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from functools import lru_cache
 from typing import Any
 
 from zoft.component import GROUPS, Component, components
@@ -44,7 +43,8 @@ class Checker:
         refuse_targets(data, where)
         dropped: list[str] = []
         for key, value in data.items():
-            if key in ("hydra", "defaults"):
+            if key == "hydra":
+                _check_hydra(value, where)
                 continue
             if key not in _hints(ZoftConfig):
                 raise UserError(f"{where}: there is no key {key!r}.{_near_root(key)}")
@@ -96,10 +96,20 @@ def refuse_targets(data: Any, where: str) -> None:
             refuse_targets(item, where)
 
 
-@lru_cache
+def _check_hydra(value: Any, where: str) -> None:
+    if not isinstance(value, dict) or value.keys() - {"launcher"}:
+        raise UserError(f"{where}: of hydra's settings only hydra.launcher can be set; the run's folder is output_dir")
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
 def _hints(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    """The type of every field, evaluated once a class."""
+    if cls not in _HINTS:
+        hints = typing.get_type_hints(cls)
+        _HINTS[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return _HINTS[cls]
 
 
 def _near_root(key: str) -> str:

@@ -10,7 +10,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from zoft.config.catalog import preset_files
+from zoft.config.catalog import ORDER, choices, preset_files
 from zoft.errors import UserError, did_you_mean
 
 
@@ -34,6 +34,7 @@ class Experiments:
         file = find(choice)
         if choice not in self.contents:
             self.contents[choice] = read(file, str(file))
+            check_defaults(self.contents[choice], str(file))
         name = "_" + re.sub(r"\W", "_", str(file.with_suffix("")).lstrip("./"))
         self.files[name] = str(file)
         self.labels["config"] = file.stem
@@ -87,6 +88,38 @@ def read(file: Path, where: str) -> DictConfig:
     if not isinstance(content, DictConfig):
         raise UserError(f"{where}: a config is a mapping of keys to values (key: value)")
     return content
+
+
+def check_defaults(content: DictConfig, where: str) -> None:
+    """Refuse an experiment whose ``defaults:`` choose what does not exist; Hydra would not say which file did."""
+    entries: Any = OmegaConf.to_container(content, resolve=False)
+    entries = entries.get("defaults", [])
+    if not isinstance(entries, list):
+        raise UserError(f"{where}: defaults is a list: one `- override /group: NAME` a line")
+    for entry in entries:
+        if isinstance(entry, str):
+            name = entry.removeprefix("/config/")
+            if name != "_self_" and name not in preset_files("config"):
+                near = did_you_mean(name, preset_files("config"))
+                raise UserError(f"{where}: defaults: there is no config called {name!r}.{near}")
+        elif isinstance(entry, dict):
+            for key, value in entry.items():
+                _check_choice(str(key), value, where)
+        else:
+            raise UserError(f"{where}: defaults: cannot read {entry!r}: write `- override /group: NAME`")
+
+
+def _check_choice(key: str, value: Any, where: str) -> None:
+    group = re.sub(r"^(override|optional)\s+", "", key).lstrip("/")
+    if group in ("hydra/launcher", "config"):
+        return
+    if group not in ORDER:
+        raise UserError(f"{where}: defaults: there is no group {group!r}.{did_you_mean(group, ORDER)}")
+    if not re.match(r"override\s+/", key):
+        raise UserError(f"{where}: defaults: write `- override /{group}: {value}` (with `override` and the slash)")
+    if value is not None and str(value) not in choices(group):
+        near = did_you_mean(str(value), choices(group))
+        raise UserError(f"{where}: defaults: there is no {group} called {value!r}.{near}")
 
 
 def yaml_message(error: yaml.YAMLError, where: str) -> str:

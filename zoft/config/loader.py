@@ -1,4 +1,4 @@
-"""From arguments to a run: Hydra's loader with zoft's precedence, its checks, and one clear sentence for every mistake."""
+"""From arguments to a run: Hydra's loader with zoft's precedence and checks, and one sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zoft.component import GROUPS, Component, components
 from zoft.config import arguments, experiments
-from zoft.config.catalog import config_dirs, configs_dir
+from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir
 from zoft.config.check import Checker
 from zoft.config.messages import translated
 from zoft.config.schema import ZoftConfig
@@ -37,7 +37,7 @@ def compose(overrides: list[str]) -> ZoftConfig:
     """The run that these arguments describe; components are instances, everything is checked.
 
     Args:
-        overrides: as on the command line: ``config=quickstart``, ``estimator=one_sided``, ``optimizer.learning_rate=1e-6``.
+        overrides: as on the command line: ``config=quickstart``, ``estimator=one_sided``, ``estimator.eps=1e-2``.
 
     Returns:
         The run's config.
@@ -112,7 +112,7 @@ class Loader(ConfigLoaderImpl):
         with translated(self.experiments):
             self.experiments.labels = {"config": None, "method": None}
             parsed = self.parse(overrides)
-            rewritten = arguments.rewrite(parsed, self.get_group_options, self.experiments, sweeping=self.sweeping)
+            rewritten = arguments.rewrite(parsed, self.experiments, sweeping=self.sweeping)
             self._chosen_by_arguments = frozenset(o.key_or_group for o in parsed if o.key_or_group in GROUPS)
             self._values = [o for o in parsed if arguments.is_value(o)]
             cfg = super().load_configuration(PRIMARY, rewritten, run_mode, False, validate_sweep_overrides)
@@ -133,9 +133,10 @@ class Loader(ConfigLoaderImpl):
         config_name: str | None = None,
         overrides: list[str] | None = None,
     ) -> list[str]:
-        """Hydra's list without the names that zoft registers for itself."""
-        options = super().get_group_options(group_name, results_filter, config_name, overrides)
-        return [option for option in options if not option.startswith("_")]
+        """A group's choices, for ``estimator=glob(*)``; without the names that zoft registers for itself."""
+        if group_name in ORDER:
+            return choices(group_name)
+        return cast(list[str], super().get_group_options(group_name, results_filter, config_name, overrides))
 
     def _labelled(self, cfg: DictConfig) -> DictConfig:
         # A name inside the file wins: a run's own config.yaml keeps the name of the experiment it came from.
@@ -159,7 +160,7 @@ class Loader(ConfigLoaderImpl):
     def _replaced_parts(
         self, defaults: list[ResultDefault], repo: Any, chosen: dict[str, str]
     ) -> dict[str, frozenset[str]]:
-        """For each preset, the groups in which a later preset or an argument chose another part than it was made for."""
+        """For each preset, the groups in which something later chose another part than it was made for."""
         replaced, later = {}, set(self._chosen_by_arguments)
         for default in reversed(defaults):
             path = default.config_path or ""
@@ -175,11 +176,17 @@ class Loader(ConfigLoaderImpl):
         return replaced
 
     def _load_single_config(self, default: ResultDefault, repo: Any) -> ConfigResult:
-        result = super()._load_single_config(default, repo)
         path = default.config_path or ""
-        if path.startswith("hydra/") or result.provider == "hydra" or _is_component(default) or path == "zoft_schema":
+        source = str(repo.load_config(path).path)
+        where = self.experiments.file_of(path) or f"{source.removeprefix('file://')}/{path}.yaml"
+        if path.startswith("hydra/") and source.startswith("file://"):
+            # Hydra calls what its own configs name (callbacks, launchers): only its packages may provide those.
+            raise UserError(f"{where}: Hydra's own configs cannot be replaced")
+        if _is_component(default) and source.startswith("file://"):
+            raise UserError(f"{where} has the name of a component: call it something else")
+        result = super()._load_single_config(default, repo)
+        if path.startswith("hydra/") or path in ("zoft_schema", PRIMARY) or _is_component(default):
             return result
-        where = self.experiments.file_of(path) or f"{result.path.removeprefix('file://')}/{path}.yaml"
         data = OmegaConf.to_container(result.config, resolve=False)
         if not isinstance(data, dict):
             raise UserError(f"{where}: a config is a mapping of keys to values, got a {type(data).__name__}")

@@ -38,7 +38,7 @@ def _missing(error: MissingConfigException) -> str:
     path = (error.missing_cfg_file or "").removesuffix(".yaml")
     group, _, name = path.rpartition("/")
     inside = re.match(r"In '([^']+)'", str(error))
-    where = f"{inside.group(1)}: " if inside else ""
+    where = f"{inside.group(1)}: " if inside and inside.group(1) != "zoft_train" else ""
     if group == "hydra/launcher":
         package = next((package for key, package in _PLUGINS.items() if name.startswith(key)), "its Hydra plugin")
         return f"launcher={name} needs a package: pip install {package}"

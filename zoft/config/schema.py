@@ -8,6 +8,7 @@ from typing import Any
 from zoft.engines.base import Engine
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
+from zoft.models.load import DTYPES, KINDS
 from zoft.models.peft.base import Peft
 from zoft.models.trainable.base import Trainable
 from zoft.objectives.base import Objective
@@ -15,14 +16,15 @@ from zoft.optimizers.base import Optimizer
 from zoft.subspaces.base import Subspace
 from zoft.tasks.base import Task
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
 TRACKER_MODES = ("online", "offline")
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UserError(f"{key} must be one of {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}")
+        near = did_you_mean(value, known)
+        hint = f".{near}" if near.startswith(" Did") else ""
+        raise UserError(f"{key} must be one of {', '.join(known)}, got {value!r}{hint}")
 
 
 @dataclass(kw_only=True)
@@ -32,21 +34,22 @@ class ModelConfig:
     Args:
         name: hub name, local folder, or ``zoft:<asset>`` for one that `zoft fetch` brings.
         revision: branch, tag or commit on the hub; null takes the default branch.
-        dtype: of the weights: float32, bfloat16, float16, or auto (the checkpoint's own).
+        kind: causal_lm, masked_lm, sequence_classification or seq2seq_lm: which head is loaded.
+        dtype: of the weights: float32, bfloat16 or float16.
         attn_implementation: eager, sdpa, flash_attention_2, ...; null lets transformers choose.
-        trust_remote_code: run Python code that comes with the model; off unless you have read it.
     """
 
     name: str
     revision: str | None = None
+    kind: str = "causal_lm"
     dtype: str = "float32"
     attn_implementation: str | None = None
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise UserError("model.name is empty: give a hub name, a folder, or zoft:<asset>")
         _one_of("model.dtype", self.dtype, DTYPES)
+        _one_of("model.kind", self.kind, tuple(KINDS))
 
 
 @dataclass(kw_only=True)
@@ -129,3 +132,8 @@ class ZoftConfig:
             raise UserError("output_dir is empty: give a folder for the run")
         if self.seed < 0:
             raise UserError(f"seed must be 0 or more, got {self.seed}")
+        if self.budget.queries < self.estimator.num_queries:
+            raise UserError(
+                f"budget.queries={self.budget.queries} is less than one step costs: estimator={self.estimator.name()} "
+                f"with num_directions={self.estimator.num_directions} makes {self.estimator.num_queries} queries a step"
+            )

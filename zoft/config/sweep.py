@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zoft.config.experiments import is_path
 from zoft.config.loader import PRIMARY, Loader, to_config
@@ -44,17 +45,22 @@ class CellResult:
     user_error: bool = False
 
 
+@dataclass
 class RunCell:
-    """The function that a launcher calls, here or in another process; failures are returned, so that the rest runs."""
+    """What a launcher calls, here or in another process; failures are returned, so that the rest runs.
+
+    Args:
+        run: trains; an importable function, so that it can travel to another process.
+    """
+
+    run: Callable[[ZoftConfig], dict[str, Any] | None]
 
     def __call__(self, cfg: DictConfig) -> CellResult:
         """Run one cell."""
-        from zoft.run import run
-
         output_dir = str(cfg.output_dir)
         result = CellResult(os.path.basename(output_dir), output_dir)
         try:
-            result.metrics = dict(run(to_config(cfg)) or {})
+            result.metrics = dict(self.run(to_config(cfg)) or {})
         except Exception as error:  # whatever it is, the other cells are still worth their time
             if os.environ.get("ZOFT_TRACEBACK"):
                 raise
@@ -65,11 +71,12 @@ class RunCell:
         return result
 
 
-def multirun(overrides: list[str]) -> list[CellResult]:
+def multirun(overrides: list[str], run: Callable[[ZoftConfig], dict[str, Any] | None]) -> list[CellResult]:
     """Run every combination of the values that arguments list.
 
     Args:
         overrides: arguments, some of them with several values: ``seed=0,1,2``, ``optimizer.learning_rate=1e-6,1e-5``.
+        run: trains one cell; importable, and what it returns can be pickled.
 
     Returns:
         One result a cell, in the order of the cells.
@@ -84,13 +91,16 @@ def multirun(overrides: list[str]) -> list[CellResult]:
     loader.cells = cells
     master = loader.load_configuration(PRIMARY, list(next(iter(cells))), RunMode.RUN)
     master.hydra.sweep.dir = master.output_dir = base
+    with open_dict(master.hydra):
+        for key in ("help", "hydra_help", "job_logging"):  # of no interest in multirun.yaml
+            del master.hydra[key]
     sweeper = Plugins.instance().instantiate_sweeper(
         config=master,
         hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks(master)),
-        task_function=RunCell(),
+        task_function=RunCell(run),
     )
-    sweeper.validate_batch_is_legal = lambda batch: None  # type: ignore[method-assign]  # done: see _base
-    batches = sweeper.sweep(arguments=list(overrides))
+    sweeper.validate_batch_is_legal = lambda batch: None  # done: see _base
+    batches = sweeper.sweep(arguments=[argument.input_line for argument in loader.parse(overrides)])
     return [job.return_value for batch in batches for job in batch]
 
 
@@ -107,7 +117,7 @@ def expand(loader: Loader, overrides: list[str]) -> dict[tuple[str, ...], str]:
     try:
         cells = list(itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None)))
     except HydraException as error:
-        raise UserError(f"this sweep has no list of values ({error}): use key=a,b or key=range(start,stop,step)") from error
+        raise UserError(f"this sweep lists no values ({error}): use key=a,b or key=range(start,stop,step)") from error
     named: dict[tuple[str, ...], str] = {}
     for cell in cells:
         name = cell_name(cell, swept)
@@ -131,7 +141,7 @@ def cell_name(cell: list[str], swept: list[str]) -> str:
     values = dict(argument.split("=", 1) for argument in cell if "=" in argument)
     parts = []
     for key in swept:
-        value = values[key]
+        value = values[key].strip("'")
         if key == "config" and is_path(value):
             value = os.path.splitext(os.path.basename(value))[0]
         parts.append(f"{key.lstrip('+')}={value}")
@@ -155,4 +165,3 @@ def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
         raise UserError("the cells of this sweep name different output_dirs: give one folder for all, output_dir=...")
     folder = folders.pop()
     return folder or (f"runs/{configs.pop()}-sweep" if len(configs) == 1 else "runs/sweep")
-

@@ -57,7 +57,7 @@ def learning_curve(
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.04)
     figure = Figure(figsize=(10.5 if both else 5.8, 4.2), dpi=150, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
-    panels = iter(figure.subplots(1, 2 if both else 1, squeeze=False)[0])
+    panels = iter(figure.subplots(1, 2 if both else 1, squeeze=False, sharex=True)[0])
     if losses or eval_losses:
         _draw_loss(next(panels), losses, eval_losses)
     if scores:

@@ -18,7 +18,8 @@ def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
             "queries",
             _join(_format(known, "num_queries", "{:,}"), _format(known, "budget_queries", "of {:,}")),
         ),
-        ("steps", _join(_format(known, "num_steps", "{:,}"), _skipped(known))),
+        ("steps", _format(known, "num_steps", "{:,}")),
+        ("steps skipped", _skipped(known)),
         ("tokens", _format(known, "num_tokens", "{:,}")),
         ("wall time", _time(known)),
         ("peak memory", gib(known["peak_memory_mb"]) if "peak_memory_mb" in known else None),
@@ -53,7 +54,7 @@ def _score(known: dict[str, Any], name: str) -> str | None:
 
 
 def _skipped(known: dict[str, Any]) -> str | None:
-    return f"({known['num_skipped_steps']:,} skipped: loss not finite)" if known.get("num_skipped_steps") else None
+    return f"{known['num_skipped_steps']:,}: their loss was not finite" if known.get("num_skipped_steps") else None
 
 
 def _time(known: dict[str, Any]) -> str | None:

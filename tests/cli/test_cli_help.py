@@ -1,0 +1,129 @@
+"""Help, lists and completion: quick, true, and every example in them composes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zoft.cli import VERBS, main
+from zoft.cli.completion import SCRIPT, words
+from zoft.config import compose
+from zoft.config.catalog import ORDER, choices
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["train", "seed=1", "-h"], ["version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]):
+    code = (
+        f"import sys; from zoft.cli import main; code = main({arguments!r})\n"
+        "heavy = {'hydra', 'omegaconf', 'yaml', 'torch', 'transformers', 'numpy', 'peft'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy or code else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_every_command_group_and_choice(capsys: pytest.CaptureFixture[str]):
+    top = out(capsys, "--help")
+    assert all(verb in top for verb in VERBS)
+    train = out(capsys, "train", "--help")
+    for group in ORDER:
+        assert group in train
+        assert all(re.search(rf"\b{name}\b", train) for name in choices(group, plugins=False))
+    assert max(map(len, train.splitlines())) <= 120
+    for verb in VERBS:
+        assert "usage: zoft" in out(capsys, verb, "--help")
+
+
+def test_every_example_composes(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    text = out(capsys, "train", "--help")
+    Path("runs/mine").mkdir(parents=True)
+    own = text.split("everything else is a key:\n")[1].split("It can live")[0]
+    for file in ("mine.yaml", "runs/mine/config.yaml"):
+        Path(file).write_text("\n".join(line[2:] for line in own.splitlines()))
+    examples = [line.strip() for line in text.split("Examples:\n")[1].split("\n\n")[0].splitlines()]
+    assert len(examples) >= 8
+    for example in examples:
+        command = shlex.split(re.split(r"\s{3,}|(?<=again) ", example)[0])
+        arguments = command[command.index("train") + 1 :]
+        if "-m" in arguments:
+            from zoft.config.loader import Loader
+            from zoft.config.sweep import expand
+
+            loader = Loader()
+            loader.sweeping = True
+            for cell in expand(loader, arguments[1:]):
+                loader.load(list(cell))
+        else:
+            compose(arguments)
+
+
+def test_ls_and_show_know_everything(capsys: pytest.CaptureFixture[str]):
+    listed = out(capsys, "ls")
+    for group in ORDER:
+        for name in choices(group):
+            assert re.search(rf"^  {name}  +\S", listed, re.M), f"{group}/{name} has no description"
+            assert name in out(capsys, "show", f"{group}/{name}")
+    assert "estimator.eps=0.001" in out(capsys, "show", "central")
+    assert "Malladi" in out(capsys, "show", "central")
+    assert "one_sided" in out(capsys, "show", "estimator")
+    assert out(capsys, "ls", "peft").startswith("peft:")
+
+
+def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]):
+    from zoft.component import GROUPS, components, describe
+
+    for group in GROUPS:
+        for cls in components(group).values():
+            for name, _, _, meaning in describe(cls):
+                assert meaning, f"{group}={cls.name()}: {name} is not explained in its docstring"
+
+
+def test_cfg_prints_an_experiment(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(out(capsys, "train", "config=quickstart", "peft=lora", "--cfg"))
+    assert compose(["config=mine.yaml"]) == compose(["config=quickstart", "peft=lora"])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("zoft tr", ["train"]),
+        ("zoft train estimator=c", ["estimator=central"]),
+        ("zoft train config=qu", ["config=quickstart"]),
+        ("zoft train estimator.ep", ["estimator.eps="]),
+        ("zoft train seed=1 peft=lo", ["peft=lora"]),
+        ("zoft train trainer.logging_st", ["trainer.logging_strategy=", "trainer.logging_steps="]),
+        ("zoft show estimator/cen", ["estimator/central"]),
+        ("zoft ls subs", ["subspace"]),
+        ("zoft train foo=", []),
+    ],
+)
+def test_completion_words(line: str, expected: list[str]):
+    assert words(line) == expected
+
+
+def test_completion_script_is_bash(tmp_path: Path):
+    tool = tmp_path / "zoft"
+    tool.write_text(f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m zoft "$@"\n')
+    tool.chmod(0o755)
+    script = (
+        f'PATH={tmp_path}:$PATH\n{SCRIPT}\nCOMP_LINE="zoft train estimator=cen" COMP_POINT=25\n'
+        'compopt() { :; }; _zoft; echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "central"

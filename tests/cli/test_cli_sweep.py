@@ -1,0 +1,156 @@
+"""Sweeps: cells are checked before the first one runs, and land in the same folders under every launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hydra.types import RunMode
+
+from zoft.config.catalog import choices
+from zoft.config.loader import PRIMARY, Loader
+from zoft.config.sweep import cell_name, expand
+from zoft.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+FAKE_RUN = """
+# Stands in for zoft.run in every process, workers too: Python imports sitecustomize when it starts.
+import sys, types
+def run(cfg):
+    import json, os
+    os.makedirs(cfg.output_dir)
+    if cfg.seed == 13:
+        from zoft.errors import NonFiniteLossError
+        raise NonFiniteLossError("10 losses in a row were not finite")
+    row = {"seed": cfg.seed, "estimator": cfg.estimator.name(), "config": cfg.config, "cwd": os.getcwd()}
+    with open(os.path.join(cfg.output_dir, "cell.json"), "w") as file:
+        json.dump(row, file)
+    return {"eval_accuracy": cfg.seed / 10}
+module = types.ModuleType("zoft.run")
+module.run = run
+sys.modules["zoft.run"] = module
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAKE_RUN)
+    (tmp_path / "work").mkdir()
+
+    def zoft(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "zoft", "train", "-m", *arguments],
+            capture_output=True, text=True, check=False, timeout=240, cwd=tmp_path / "work",
+            env={**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{REPOSITORY}"},
+        )  # fmt: skip
+
+    return zoft
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_cells_land_in_the_same_folders_under_every_launcher(launcher: str, sweep, tmp_path: Path):
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    work = tmp_path / "work"
+    (work / "mine.yaml").write_text("defaults: [override /estimator: one_sided]\nseed: 5\n")
+    done = sweep("config=smoke,mine.yaml", "seed=2,1", "output_dir=out", f"launcher={launcher}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    cells = [f"config={config},seed={seed}" for config in ("mine", "smoke") for seed in (1, 2)]
+    written = [name for name in files(work / "out") if not name.startswith(".submitit")]
+    assert written == [*(f"{cell}/cell.json" for cell in cells), "multirun.yaml"]
+    assert sorted(path.name for path in work.iterdir()) == ["mine.yaml", "out"]
+    row = json.loads((work / "out" / "config=mine,seed=2" / "cell.json").read_text())
+    assert row == {"seed": 2, "estimator": "one_sided", "config": "mine", "cwd": str(work)}
+    assert [line.split() for line in done.stdout.splitlines()[:2]] == [
+        ["cell", "eval_accuracy"], ["config=smoke,seed=2", "0.2"],
+    ]  # fmt: skip
+
+
+def test_default_folder(sweep, tmp_path: Path):
+    assert sweep("config=smoke", "seed=1,2").returncode == 0
+    assert files(tmp_path / "work") == [
+        "runs/smoke-sweep/multirun.yaml",
+        "runs/smoke-sweep/seed=1/cell.json",
+        "runs/smoke-sweep/seed=2/cell.json",
+    ]
+
+
+def test_a_bad_cell_stops_everything_before_it_starts(sweep, tmp_path: Path):
+    done = sweep("config=smoke", "estimator=central", "estimator.eps=1e-3,-1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("zoft: error: estimator.eps must be > 0")
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_failing_cell_does_not_stop_the_others(sweep, tmp_path: Path):
+    done = sweep("config=smoke", "seed=13,1", "output_dir=out")
+    assert done.returncode == 1
+    assert (tmp_path / "work" / "out" / "seed=1" / "cell.json").is_file()
+    assert "seed=13" in done.stderr
+    assert "not finite" in done.stderr
+    assert "failed" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["seed=1,1"], "twice"),
+        (["output_dir=a,b"], "output_dir cannot be swept"),
+        (["seed=interval(0,1)"], "range(start,stop,step)"),
+    ],
+)
+def test_sweeps_that_cannot_be(arguments: list[str], expected: str):
+    with pytest.raises(UserError) as caught:
+        expand(Loader(), arguments)
+    assert expected in str(caught.value)
+
+
+def test_expansion_and_names():
+    cells = expand(Loader(), ["seed=range(1,3)", "config=smoke", "estimator=glob(*_*)", "model.name=a/b,c"])
+    assert list(cells.values())[:2] == [
+        "estimator=forward_gradient,model.name=a-b,seed=1",
+        "estimator=forward_gradient,model.name=c,seed=1",
+    ]
+    assert len(cells) == 8
+    assert "/" not in "".join(cells.values())
+    assert cell_name(["b=2", "a=1"], ["a", "b"]) == cell_name(["a=1", "b=2"], ["a", "b"]) == "a=1,b=2"
+    assert len(cell_name(["a=" + "x" * 500], ["a"])) < 255
+    assert cell_name(["seed=1"], []) == ""
+
+
+def test_table():
+    from zoft.cli.train import table
+    from zoft.config.sweep import CellResult
+
+    text = table(
+        [CellResult("seed=1", "x", {"eval_accuracy": 0.5, "note": "n"}), CellResult("seed=2", "x", error="no")]
+    )
+    assert text == textwrap.dedent("""\
+        cell    eval_accuracy
+        seed=1  0.5
+        seed=2  failed""")
+
+
+@pytest.mark.parametrize("launcher", choices("launcher"))
+def test_every_launcher_composes_and_writes_below_the_output_dir(launcher: str):
+    loader = Loader()
+    loader.sweeping = True
+    cfg = loader.load_configuration(PRIMARY, [f"launcher={launcher}", "output_dir=out"], RunMode.RUN)
+    assert cfg.hydra.sweep.dir == "out"
+    if launcher.startswith("submitit"):
+        assert cfg.hydra.launcher.submitit_folder == "out/.submitit/%j"
+    with pytest.raises(UserError, match="add -m"):
+        Loader().load([f"launcher={launcher}"])

@@ -1,0 +1,83 @@
+"""The command line: which verb, and what an error looks like to a user. Verbs import what they need when they run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+VERBS = {
+    "train": "fine-tune a model (the one you came for)",
+    "ls": "list what can be chosen: zoft ls, zoft ls estimator",
+    "show": "one choice in full: zoft show estimator/central, zoft show config/quickstart",
+    "fetch": "bring the demo's model and data to the cache: zoft fetch sms-spam",
+    "completion": "print a bash script that completes zoft's arguments",
+    "version": "print the version",
+}
+"""Verb -> what it does; each lives in the module of its name."""
+
+SUCCESS, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after ``zoft``; None takes the process's own.
+
+    Returns:
+        The exit code: 0 done, 1 the run failed, 2 something the user can mend, 130 interrupted.
+
+    Example:
+        >>> main(["version"])  # doctest: +ELLIPSIS
+        zoft ...
+        0
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # `zoft ls | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the interpreter flushes it at exit
+        return SUCCESS
+    except Exception as error:
+        from zoft.errors import NonFiniteLossError, UserError
+
+        if os.environ.get("ZOFT_TRACEBACK") or not isinstance(error, UserError | NonFiniteLossError):
+            raise
+        _complain(f"error: {error}")
+        return BAD_INPUT if isinstance(error, UserError) else RUN_FAILED
+
+
+def run() -> None:
+    """Run the process's own command and exit with its code: what the entry point of ``python -m zoft`` calls."""
+    sys.exit(main())
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from zoft.cli import help_text
+
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb in ("-h", "--help", "help"):
+        print(help_text.of(rest[0] if rest else None))
+        return SUCCESS
+    if verb in ("-V", "--version"):
+        verb = "version"
+    if verb not in VERBS:
+        from zoft.errors import UserError, did_you_mean
+
+        hint = " Did you mean zoft train?" if "=" in verb else did_you_mean(verb, VERBS)
+        raise UserError(f"there is no command called {verb!r}.{hint} See zoft --help")
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(help_text.of(verb))
+        return SUCCESS
+    return int(importlib.import_module(f"zoft.cli.{verb}").command(rest))
+
+
+def _complain(message: str) -> None:
+    # Every process of a torchrun finds the same mistake; one says so.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"zoft: {message}", file=sys.stderr)

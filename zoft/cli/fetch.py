@@ -1,0 +1,20 @@
+"""`zoft fetch`: bring the demo's model and data to the cache."""
+
+from __future__ import annotations
+
+from zoft.data import assets
+
+
+def command(arguments: list[str]) -> int:
+    """Fetch assets by name; without a name, list them.
+
+    Args:
+        arguments: names.
+    """
+    for name in arguments:
+        print(assets.fetch(name.removeprefix("zoft:")))
+    if not arguments:
+        print(f"cache: {assets.cache_dir()}")
+        for name, asset in assets.ASSETS.items():
+            print(f"  {name}  {'fetched' if assets.path(name) else asset.size}, {asset.licence}: {asset.source}")
+    return 0

@@ -1,0 +1,110 @@
+"""What --help says; assembled from file names, so it is true and quick."""
+
+from __future__ import annotations
+
+import textwrap
+
+from zoft.cli import VERBS
+from zoft.config.catalog import ORDER, choices
+
+TOP = """\
+zoft: fine-tune language models with forward passes only (zeroth-order: no backward pass, the memory of inference).
+
+usage: zoft <command> [arguments]
+
+{verbs}
+
+Start here:
+  zoft train config=quickstart            a real model learns a real task, about 5 minutes on 2 CPU cores
+  zoft train --help                       the grammar, every choice, examples
+
+Exit codes: 0 done; 1 the run failed; 2 something to mend in the arguments (one line says what); 130 interrupted.
+ZOFT_TRACEBACK=1 shows where an error comes from. ZOFT_CACHE is where fetched models and data live.
+"""
+
+TRAIN = """\
+Fine-tune a model with forward passes only.
+
+usage: zoft train [config=NAME_OR_PATH] [group=choice]... [key=value]... [-m] [--cfg]
+
+A run is a set of parts, one of each group, and their settings. `group=choice` picks a part, `key=value` sets one of
+its keys. config= starts from an experiment: a name below, or the path of your own YAML file. Later wins:
+train.yaml, then config=, then method=, then everything else you write (in any order).
+
+Groups and choices (zoft show GROUP/CHOICE says what one does and lists its settings):
+{groups}
+
+Keys:
+  seed=1                                  directions, order of rows, an adapter's first weights
+  output_dir=runs/mine                    the run's folder (default: runs/<config>-seed<seed>)
+  budget.queries=4000                     forward passes of the objective; training stops when they are used up
+  estimator.eps=1e-2                      a setting of a part: <group>.<setting>
+  optimizer.learning_rate=1e-6            the step size
+  trainer.per_device_train_batch_size=8   any field of transformers.TrainingArguments, by its own name
+
+Flags:
+  -m, --multirun    a sweep: one run for every combination of the values given as key=a,b,c
+  --cfg             print the whole run as YAML, checked, and stop; keep it as mine.yaml, run it with config=mine.yaml
+  -h, --help        this text
+
+Examples:
+  zoft train config=quickstart                                  the demo
+  zoft train config=quickstart seed=1 budget.queries=4000       twice the training, another seed
+  zoft train config=quickstart peft=lora estimator.eps=1e-2     train a LoRA adapter instead
+  zoft train model.name=Qwen/Qwen3-0.6B task=sst2 method=mezo optimizer.learning_rate=1e-6
+  zoft train config=./mine.yaml output_dir=runs/mine            your own experiment
+  zoft train config=runs/mine/config.yaml output_dir=runs/again a run again, exactly
+  zoft train task=custom task.train=mail.csv 'task.template="{{text}} Spam?"' 'task.words={{ham: No, spam: Yes}}'
+  zoft train -m config=quickstart seed=0,1,2 optimizer.learning_rate=1e-6,1e-5 launcher=joblib
+  torchrun --nproc-per-node 2 -m zoft train config=quickstart   two processes, the same trajectory
+
+Your own experiment is a YAML file; parts are chosen under `defaults`, everything else is a key:
+  # @package _global_
+  defaults:
+    - override /task: sms_spam
+    - override /estimator: one_sided
+  estimator: {{num_directions: 4}}
+  optimizer: {{learning_rate: 1e-5}}
+It can live anywhere (config=path/to/mine.yaml) or in ./configs (config=mine).
+
+Results: output_dir holds config.yaml (the whole run), metrics.csv and metrics.jsonl, a learning curve, the final model
+or adapter and a report; nothing is written anywhere else. A sweep's cells are output_dir/<key=value,...>.
+Exit codes: 0 done; 1 the run failed (non-finite loss); 2 something to mend (one line says what); 130 interrupted.
+"""
+
+OTHER = {
+    "ls": (
+        "usage: zoft ls [group]\n\n"
+        "Lists groups and their choices, with what each is for; also those of ./configs and of plugins."
+    ),
+    "show": (
+        "usage: zoft show GROUP/CHOICE   (or CHOICE alone where it is unambiguous, or GROUP)\n\n"
+        "What a part does, its settings with type, default and meaning, and where it was published; a preset's file."
+    ),
+    "fetch": (
+        "usage: zoft fetch [NAME]...\n\n"
+        "Brings models and data of the demo to the cache ($ZOFT_CACHE); without a name, lists them."
+    ),
+    "completion": 'usage: zoft completion\n\nPrints a bash script. For this shell: eval "$(zoft completion)"',
+    "version": "usage: zoft version",
+}
+
+
+def of(verb: str | None) -> str:
+    """The help of a verb, or of zoft itself."""
+    if verb == "train":
+        return TRAIN.format(groups=_groups())
+    if verb in OTHER:
+        return OTHER[verb]
+    width = max(map(len, VERBS))
+    return TOP.format(verbs="\n".join(f"  {name:{width}}  {what}" for name, what in VERBS.items()))
+
+
+def _groups() -> str:
+    width = max(map(len, ORDER))
+    lines = []
+    for group in ORDER:
+        names = " ".join(choices(group, plugins=False))
+        indent = " " * (width + 4)
+        lines += textwrap.wrap(names, 118, initial_indent=f"  {group:{width}}  ", subsequent_indent=indent)
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""`zoft ls`: what can be chosen, one line each."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+
+from zoft.component import GROUPS, components
+from zoft.config.catalog import ORDER, first_comment, preset_files
+from zoft.errors import UserError, did_you_mean
+
+ABOUT = {
+    "config": "experiments: a whole run by name",
+    "model": "which pretrained model",
+    "task": "dataset, template, answers and metric",
+    "peft": "which adapter is put on the model",
+    "trainable": "which weights move",
+    "method": "a paper's method: subspace, estimator and optimizer together",
+    "subspace": "which coordinates of the weights move, and what a direction looks like",
+    "estimator": "where the objective is queried, and how losses become a gradient estimate",
+    "optimizer": "what step is taken from the estimate",
+    "engine": "how the losses are computed",
+    "objective": "the number that is minimised",
+    "budget": "how much training, in queries",
+    "tracker": "where else the metrics go",
+    "launcher": "how the cells of a sweep (-m) run",
+}
+
+
+def command(arguments: list[str]) -> int:
+    """List one group, or all.
+
+    Args:
+        arguments: group names; none for all.
+    """
+    for group in arguments:
+        if group not in ORDER:
+            raise UserError(f"there is no group called {group!r}.{did_you_mean(group, ORDER)}")
+    print("\n\n".join(listing(group) for group in arguments or ORDER))
+    return 0
+
+
+def listing(group: str) -> str:
+    """A group and its choices, each with the first line of what it says about itself."""
+    entries = {name: inspect.cleandoc(cls.__doc__ or "").split("\n")[0] for name, cls in _components(group).items()}
+    entries.update({name: first_comment(file) for name, file in preset_files(group).items()})
+    width = max(map(len, entries), default=0)
+    indent = " " * (width + 4)
+    lines = []
+    for name, what in sorted(entries.items()):
+        lines += textwrap.wrap(what, 120, initial_indent=f"  {name:{width}}  ", subsequent_indent=indent)
+    return "\n".join([f"{group}: {ABOUT[group]}", *lines])
+
+
+def _components(group: str) -> dict[str, type]:
+    return dict(components(group)) if group in GROUPS else {}

@@ -1,0 +1,68 @@
+"""`zoft show`: one choice in full."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+
+from zoft.cli.ls import listing
+from zoft.component import GROUPS, Component, components, describe
+from zoft.config.catalog import ORDER, choices, preset_files
+from zoft.errors import UserError, did_you_mean
+
+
+def command(arguments: list[str]) -> int:
+    """Show one or more choices.
+
+    Args:
+        arguments: ``group/choice``, ``choice``, or ``group``.
+    """
+    if not arguments:
+        raise UserError("say what to show, e.g. zoft show estimator/central; zoft ls lists everything")
+    print("\n\n".join(shown(argument) for argument in arguments))
+    return 0
+
+
+def shown(text: str) -> str:
+    """The description of a choice."""
+    if text in ORDER:
+        return listing(text)
+    group, name = _find(text.replace("=", "/"))
+    if group in GROUPS and name in components(group):
+        return _component(group, name, components(group)[name])
+    file = preset_files(group)[name]
+    return f"{group}={name}  ({file})\n\n{file.read_text(encoding='utf-8').rstrip()}"
+
+
+def _find(text: str) -> tuple[str, str]:
+    group, slash, name = text.partition("/")
+    if slash:
+        if group not in ORDER:
+            raise UserError(f"there is no group called {group!r}.{did_you_mean(group, ORDER)}")
+        if name not in choices(group):
+            raise UserError(f"there is no {group} called {name!r}.{did_you_mean(name, choices(group))}")
+        return group, name
+    homes = [group for group in ORDER if text in choices(group)]
+    if len(homes) > 1:
+        raise UserError(f"{text!r} is a choice of several groups: {', '.join(f'{home}/{text}' for home in homes)}")
+    if not homes:
+        everything = {*ORDER, *(name for group in ORDER for name in choices(group))}
+        raise UserError(f"there is nothing called {text!r}.{did_you_mean(text, everything)} zoft ls lists everything")
+    return homes[0], text
+
+
+def _component(group: str, name: str, cls: type[Component]) -> str:
+    text = inspect.cleandoc(cls.__doc__ or "")
+    about = re.split(r"\n\n?(?:Args|References|Example):", text)[0].strip()
+    lines = [f"{group}={name}", "", about]
+    fields = describe(cls)
+    if fields:
+        lines += ["", "Settings:"]
+    for field, kind, default, meaning in fields:
+        lines.append(f"  {group}.{field}={default}   ({kind})")
+        lines += textwrap.wrap(meaning, 110, initial_indent="      ", subsequent_indent="      ")
+    references = re.search(r"References: ?(.+?)(?:\n\n|\Z)", text, re.S)
+    if references:
+        lines += ["", "References: " + " ".join(references.group(1).split())]
+    return "\n".join(lines)

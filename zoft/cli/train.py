@@ -1,0 +1,117 @@
+"""`zoft train`: compose, then run; with -m a sweep."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+    from zoft.config.sweep import CellResult
+
+COLUMNS = ("zero_shot", "final", "num_queries", "seconds", "peak_memory_mb")
+"""What a sweep's table shows of what its runs return; all their numbers when they have none of these."""
+
+_FLAGS = {"-m": "multirun", "--multirun": "multirun", "--cfg": "cfg"}
+
+
+def command(arguments: list[str]) -> int:
+    """Train.
+
+    Args:
+        arguments: overrides and flags.
+
+    Returns:
+        The exit code.
+    """
+    flags = {_flag(argument) for argument in arguments if argument.startswith("-")}
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    _quiet()
+    if flags == {"multirun", "cfg"}:
+        raise UserError("--cfg prints one run: drop -m, or give each key one value")
+    if "multirun" in flags:
+        return _sweep(overrides)
+    from zoft.config import compose, resolved_yaml
+
+    cfg = compose(overrides)
+    if "cfg" in flags:
+        print(resolved_yaml(cfg), end="")
+        return 0
+    from zoft.run import run
+
+    run(cfg)
+    return 0
+
+
+def _flag(text: str) -> str:
+    if text not in _FLAGS:
+        near = difflib.get_close_matches(text, [*_FLAGS, "--help"], n=1)
+        hint = f" Did you mean {near[0]}?" if near else f" Did you mean {text.lstrip('-')}?" if "=" in text else ""
+        raise UserError(f"zoft train has no flag {text!r}.{hint} See zoft train --help")
+    return _FLAGS[text]
+
+
+def _quiet() -> None:
+    """Hydra's warnings are not the user's business; zoft's notes are one line each, from one process."""
+    warnings.filterwarnings("ignore", module=r"hydra(\.|$)|hydra_plugins(\.|$)")
+    log = logging.getLogger("zoft.config")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("zoft: note: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def run_cell(cfg: ZoftConfig) -> dict[str, Any]:
+    """One cell of a sweep; a name that other processes can import.
+
+    Args:
+        cfg: the cell.
+    """
+    from zoft.run import run
+
+    return dict(run(cfg) or {})
+
+
+def _sweep(overrides: list[str]) -> int:
+    from zoft.config import multirun
+
+    results = multirun(overrides, run_cell)
+    print(table(results))
+    for result in results:
+        if result.error:
+            print(f"zoft: error: {result.name}: {result.error}", file=sys.stderr)
+    failed = [result for result in results if result.error]
+    if not failed:
+        return 0
+    return 2 if all(result.user_error for result in failed) else 1
+
+
+def table(results: list[CellResult]) -> str:
+    """One line a cell: its name and the numbers its run returned.
+
+    Args:
+        results: the cells of a sweep.
+    """
+    numbers = [key for result in results for key, value in result.metrics.items() if _is_number(value)]
+    columns = [key for key in COLUMNS if key in numbers] or list(dict.fromkeys(numbers))
+    rows = [["cell", *columns]]
+    for result in results:
+        values = [f"{result.metrics[key]:.6g}" if _is_number(result.metrics.get(key)) else "" for key in columns]
+        rows.append([result.name, *(["failed", *values[1:]] if result.error and values else values)])
+        if result.error and not columns:
+            rows[-1].append("failed")
+    widths = [max(len(row[i]) if i < len(row) else 0 for row in rows) for i in range(max(map(len, rows)))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,305 @@
+"""One run from its config: load, evaluate zero-shot, train, evaluate, save, report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft import __version__, folder
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from zoft.config.schema import ZoftConfig
+    from zoft.report.memory import PeakMemory
+    from zoft.trainer import ZOTrainer
+
+
+def run(cfg: ZoftConfig) -> dict[str, Any]:
+    """Carry out one run in its folder; a run that is there already is resumed, a finished one is shown.
+
+    Args:
+        cfg: what `zoft.config.compose` gives.
+
+    Returns:
+        The facts of the report: zero-shot and final metric, queries, seconds, memory, ...
+
+    Raises:
+        UserError: something in the config cannot work; the folder is left as it was found.
+        KeyboardInterrupt: the user stopped the run; a checkpoint to resume from has been written.
+    """
+    from zoft.config import resolved_yaml
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    standing = _claim(cfg.output_dir, resolved_yaml(cfg), first)
+    if standing == "done":
+        return _show_finished(cfg.output_dir)
+    try:
+        trainer, splits, memory = _prepare(cfg)
+    except BaseException:
+        if first and standing == "new":
+            folder.release(cfg.output_dir)
+        raise
+    try:
+        return _carry_out(cfg, trainer, splits, memory, resuming=standing == "resume")
+    finally:
+        from zoft.report.trackers import close_trackers
+
+        close_trackers()
+
+
+def _claim(output_dir: str, resolved: str, first: bool) -> str:
+    """The first process decides about the folder and the others hear of it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return folder.claim(output_dir, resolved)
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=not _has_cuda())
+    answer: list[Any] = [None]
+    if first:
+        try:
+            answer = [folder.claim(output_dir, resolved)]
+        except UserError as error:
+            answer = [error]
+    standing = broadcast_object_list(answer)[0]
+    if isinstance(standing, UserError):
+        raise standing
+    return str(standing)
+
+
+def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
+    """Everything up to the first query; nothing but the config has been written when this fails."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from zoft.data.tokens import OptionCollator, encode
+    from zoft.engines.auto import Auto
+    from zoft.evaluation.metrics import accuracy
+    from zoft.interrupt import StopOnInterrupt
+    from zoft.models.load import load_model, load_tokenizer
+    from zoft.report.console import ProgressCallback
+    from zoft.report.memory import PeakMemory
+    from zoft.report.metrics import MetricsCallback
+    from zoft.report.terminal import say
+    from zoft.report.trackers import TrackerAxisCallback
+    from zoft.trainer import ZOTrainer
+
+    args = _arguments(cfg)
+    splits = cfg.task.load()
+    tokenizer = load_tokenizer(cfg.model.name, revision=cfg.model.revision)
+    model = load_model(
+        cfg.model.name,
+        kind=cfg.model.kind,
+        revision=cfg.model.revision,
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+    )
+    model = cfg.peft.wrap(model, cfg.seed)
+    trained, total = cfg.trainable.apply(model)
+    rows = {
+        name: encode(getattr(splits, name), tokenizer, cfg.task.max_length) for name in ("train", "dev", "test")
+    }
+    sequential = cfg.estimator.noise == "torch_sequential"  # MeZO's own batches have one row an option
+    trainer = ZOTrainer(
+        model=model,
+        args=args,
+        data_collator=OptionCollator(tokenizer.pad_token_id, one_row_per_option=sequential),
+        train_dataset=rows["train"],
+        eval_dataset=rows["dev"],
+        processing_class=tokenizer,
+        compute_metrics=accuracy,
+        estimator=cfg.estimator,
+        optimizer=cfg.optimizer,
+        subspace=cfg.subspace,
+        engine=cfg.engine,
+        objective=cfg.objective,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.ProgressCallback)
+    memory = PeakMemory(str(args.device))
+    trainer.peak_memory_mb = memory.peak_mb
+    for callback in (
+        MetricsCallback(),
+        TrackerAxisCallback(),
+        StopOnInterrupt(),
+        ProgressCallback(cfg.estimator.num_queries, peak_mb=memory.peak_mb),
+    ):
+        trainer.add_callback(callback)
+    if trainer.is_world_process_zero():
+        engine = cfg.engine.choose(cfg.estimator) if isinstance(cfg.engine, Auto) else cfg.engine
+        say(f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({100 * trained / total:.2g} %), {cfg.model.dtype}")
+        say(f"task    {cfg.task.name()}: {len(rows['train']):,} train, {len(rows['dev']):,} dev, {len(rows['test']):,} held-out rows")
+        say(
+            f"method  subspace={cfg.subspace.name()} ({cfg.subspace.law}), estimator={cfg.estimator.name()} "
+            f"(q={cfg.estimator.num_directions}, eps={cfg.estimator.radius:g}), optimizer={cfg.optimizer.name()} "
+            f"(lr={args.learning_rate:g}), engine={engine.name()}"
+        )
+        say(f"budget  {cfg.budget.queries:,} queries = {args.max_steps:,} steps of {cfg.estimator.num_queries}; {cfg.output_dir}")
+    return trainer, rows, memory
+
+
+def _arguments(cfg: ZoftConfig) -> Any:
+    from zoft.arguments import ZOConfig
+
+    values = dict(cfg.trainer)
+    values.setdefault("data_seed", cfg.seed)
+    values.setdefault("dataloader_pin_memory", _has_cuda())
+    if cfg.tracker.report_to:
+        os.environ["WANDB_PROJECT"] = cfg.tracker.project
+        os.environ["WANDB_MODE"] = cfg.tracker.mode
+    try:
+        return ZOConfig(
+            output_dir=cfg.output_dir,
+            seed=cfg.seed,
+            budget_queries=cfg.budget.queries,
+            report_to=list(cfg.tracker.report_to),
+            disable_tqdm=True,
+            **values,
+        )
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"trainer: {next(iter(str(error).splitlines()), error)}") from error
+
+
+def _carry_out(
+    cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], memory: PeakMemory, *, resuming: bool
+) -> dict[str, Any]:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from zoft.interrupt import StopOnInterrupt
+    from zoft.report.plots import learning_curve
+    from zoft.report.report import summary_lines, write_report
+    from zoft.report.terminal import say
+
+    first = trainer.is_world_process_zero()
+    checkpoint = get_last_checkpoint(cfg.output_dir) if resuming else None
+    zero_shot_file = Path(cfg.output_dir) / "zero_shot.json"
+    if first and resuming:
+        say(f"resume  {checkpoint or 'no checkpoint yet: starting over'}")
+    memory.reset()
+    _fill_frozen_prefix(trainer, rows)
+    zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory)
+    memory.reset()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if any(isinstance(c, StopOnInterrupt) and c.stopped for c in trainer.callback_handler.callbacks):
+        if first:
+            say(f"stopped after {trainer.state.global_step:,} steps; the same command goes on from there")
+        raise KeyboardInterrupt
+    peak = memory.peak_mb()
+    final = _held_out(trainer, rows["test"], Path(cfg.output_dir) / "final.json", "final", memory)
+    trainer.save_model(str(Path(cfg.output_dir) / "model"))
+    facts = _facts(cfg, trainer, zero_shot, final, len(rows["test"])) | {
+        "peak_memory_mb": peak,
+        "inference_peak_mb": zero_shot["peak_memory_mb"],
+    }
+    if first:
+        learning_curve(
+            cfg.output_dir, title=Path(cfg.output_dir).name, zero_shot=facts["zero_shot"], num_eval_rows=len(rows["dev"])
+        )
+        write_report(cfg.output_dir, facts)
+        for line in summary_lines(facts):
+            say(line)
+        say(f"run     {cfg.output_dir}: report.md, curve.png, metrics.csv, model/")
+    return facts
+
+
+def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
+    """Hidden states that never change, computed once for all rows; silent where every block is trained."""
+    if trainer.frozen_prefix is None:
+        return
+    from tqdm import tqdm
+
+    total = sum(map(len, rows.values()))
+    label = f"hidden states below block {trainer.frozen_prefix.first}, once for the whole run"
+    with tqdm(total=total, unit="row", desc=label, disable=not trainer.is_world_process_zero(), mininterval=5) as bar:
+        for done in trainer.fill_frozen_prefix(*rows.values()):
+            bar.update(done - bar.n)
+
+
+def _held_out(
+    trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory: PeakMemory
+) -> dict[str, float]:
+    """The metric on the held-out rows, computed once per run: a resumed run finds the earlier answer in its folder."""
+    import json
+
+    from zoft.report.terminal import say
+
+    if kept.is_file():
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    told = trainer.predict(rows, metric_key_prefix="test").metrics
+    values = {key.removeprefix("test_"): float(told[key]) for key in told if key.startswith(("test_accuracy", "test_loss"))}
+    values["peak_memory_mb"] = memory.peak_mb()
+    if trainer.is_world_process_zero():
+        temporary = kept.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(kept)
+        low, high = 100 * values["accuracy_low"], 100 * values["accuracy_high"]
+        say(f"{name:<9} held-out accuracy {100 * values['accuracy']:.1f} % [{low:.1f}, {high:.1f}] on {len(rows):,} rows")
+    return values
+
+
+def _facts(
+    cfg: ZoftConfig, trainer: ZOTrainer, zero_shot: dict[str, float], final: dict[str, float], num_rows: int
+) -> dict[str, Any]:
+    """What the report says, as numbers."""
+    from zoft.report.backprop import backprop_estimate_mb, model_shape
+    from zoft.weights import Weights
+
+    weights, progress = Weights(trainer.model), trainer.progress
+    batch = trainer.args.per_device_train_batch_size
+    longest = max(len(sequence) for row in trainer.train_dataset for sequence in row["sequences"])
+    shape = model_shape(trainer.model, weights.num_elements)
+    return {
+        "run_name": Path(cfg.output_dir).name,
+        "model": cfg.model.name,
+        "task": cfg.task.name(),
+        "method": cfg.method,
+        "device": str(trainer.args.device),
+        "dtype": cfg.model.dtype,
+        "seed": cfg.seed,
+        "zero_shot": zero_shot["accuracy"],
+        "final": final["accuracy"],
+        "num_eval_rows": num_rows,
+        "num_queries": progress.num_queries,
+        "budget_queries": cfg.budget.queries,
+        "num_steps": progress.steps,
+        "num_tokens": progress.num_tokens,
+        "num_skipped_steps": progress.num_skipped,
+        "seconds": progress.seconds,
+        "seconds_forward": progress.seconds_forward,
+        "seconds_other": progress.seconds - progress.seconds_forward,
+        "backprop_estimate_mb": backprop_estimate_mb(shape, batch=batch, seq=longest) if shape else None,
+        "num_trainable": weights.num_elements,
+        "num_params": sum(p.numel() for p in trainer.model.parameters()),
+        "weights_sha256": weights.digest(),
+        "versions": {"zoft": __version__}
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "datasets", "accelerate")},
+        "command": "zoft " + shlex.join(sys.argv[1:]) if len(sys.argv) > 1 else None,
+    }
+
+
+def _show_finished(output_dir: str) -> dict[str, Any]:
+    import json
+
+    from zoft.report.report import summary_lines
+    from zoft.report.terminal import say
+
+    facts = dict(json.loads((Path(output_dir) / folder.REPORT).read_text(encoding="utf-8")))
+    say(f"{output_dir} holds this very run, finished; choose another output_dir (or seed) to run again")
+    for line in summary_lines(facts):
+        say(line)
+    return facts
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
