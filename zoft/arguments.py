@@ -1,4 +1,4 @@
-"""ZOConfig: `transformers.TrainingArguments` plus the query budget, minus what means nothing without a backward pass."""
+"""ZOConfig: `transformers.TrainingArguments` plus the query budget, minus what needs a backward pass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 _MEANINGLESS = {
     "activation_checkpointing": "activation checkpointing saves memory of a backward pass, and there is none",
     "gradient_checkpointing": "gradient checkpointing saves memory of a backward pass, and there is none",
-    "neftune_noise_alpha": "NEFTune perturbs embeddings in training mode; zoft queries the objective in evaluation mode",
-    "fsdp": "FSDP shards gradients and optimizer states, and there are none; run several processes with torchrun instead",
+    "neftune_noise_alpha": "NEFTune perturbs embeddings in training mode; zoft queries in evaluation mode",
+    "fsdp": "FSDP shards gradients and optimizer states, and there are none; use torchrun instead",
     "deepspeed": "DeepSpeed shards gradients and optimizer states, and there are none",
     "optim": "`optim` names a first-order optimizer; pass optimizer= (sgd, momentum, adam) to the trainer",
     "optim_args": "`optim_args` belongs to `optim`; set the fields of the optimizer component",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 
+from zoft import atomic
 from zoft.errors import UserError
 
 CONFIG, REPORT = "config.yaml", "report.json"
@@ -31,7 +31,9 @@ def claim(output_dir: str, resolved: str) -> str:
         raise UserError(f"output_dir={output_dir} is a file: give a folder")
     if held and CONFIG not in held:
         shown = ", ".join(sorted(held)[:3])
-        raise UserError(f"output_dir={output_dir} is not empty and holds no run of zoft ({shown}): choose another folder")
+        raise UserError(
+            f"output_dir={output_dir} is not empty and holds no run of zoft ({shown}): choose another folder"
+        )
     if CONFIG in held:
         earlier = (folder / CONFIG).read_text(encoding="utf-8")
         if earlier != resolved:
@@ -59,9 +61,7 @@ def release(output_dir: str) -> None:
 def _write(folder: Path, output_dir: str, resolved: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{CONFIG}.{os.getpid()}"
-        temporary.write_text(resolved, encoding="utf-8")
-        temporary.replace(folder / CONFIG)
+        atomic.write(folder / CONFIG, resolved)
     except OSError as error:
         raise UserError(f"output_dir={output_dir} is not writable ({error.strerror}): choose another folder") from None
 

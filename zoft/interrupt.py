@@ -1,4 +1,4 @@
-"""Ctrl-C: finish the step, save a checkpoint, stop; a second one leaves at once (the weights are restored either way)."""
+"""Ctrl-C: finish the step, save a checkpoint, stop; a second one leaves at once, with the weights restored."""
 
 from __future__ import annotations
 

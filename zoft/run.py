@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import __version__, folder
+from zoft import __version__, atomic, folder
 from zoft.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from zoft.config.schema import ZoftConfig
     from zoft.report.memory import PeakMemory
     from zoft.trainer import ZOTrainer
@@ -80,7 +77,6 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     from zoft.data.tokens import OptionCollator, encode
-    from zoft.engines.auto import Auto
     from zoft.evaluation.metrics import accuracy
     from zoft.interrupt import StopOnInterrupt
     from zoft.models.load import load_model, load_tokenizer
@@ -103,9 +99,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     )
     model = cfg.peft.wrap(model, cfg.seed)
     trained, total = cfg.trainable.apply(model)
-    rows = {
-        name: encode(getattr(splits, name), tokenizer, cfg.task.max_length) for name in ("train", "dev", "test")
-    }
+    rows = {name: encode(getattr(splits, name), tokenizer, cfg.task.max_length) for name in ("train", "dev", "test")}
     sequential = cfg.estimator.noise == "torch_sequential"  # MeZO's own batches have one row an option
     trainer = ZOTrainer(
         model=model,
@@ -133,16 +127,26 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     ):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
-        engine = cfg.engine.choose(cfg.estimator) if isinstance(cfg.engine, Auto) else cfg.engine
-        say(f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({100 * trained / total:.2g} %), {cfg.model.dtype}")
-        say(f"task    {cfg.task.name()}: {len(rows['train']):,} train, {len(rows['dev']):,} dev, {len(rows['test']):,} held-out rows")
-        say(
-            f"method  subspace={cfg.subspace.name()} ({cfg.subspace.law}), estimator={cfg.estimator.name()} "
-            f"(q={cfg.estimator.num_directions}, eps={cfg.estimator.radius:g}), optimizer={cfg.optimizer.name()} "
-            f"(lr={args.learning_rate:g}), engine={engine.name()}"
-        )
-        say(f"budget  {cfg.budget.queries:,} queries = {args.max_steps:,} steps of {cfg.estimator.num_queries}; {cfg.output_dir}")
+        for line in _opening_lines(cfg, trainer, rows, trained, total):
+            say(line)
     return trainer, rows, memory
+
+
+def _opening_lines(
+    cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], trained: int, total: int
+) -> list[str]:
+    """What is about to happen, for the console."""
+    engine = cfg.engine.choose(cfg.estimator)
+    percent = f"{100 * trained / total:.2g} %"
+    sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
+    return [
+        f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({percent}), {cfg.model.dtype}",
+        f"task    {cfg.task.name()}: {sizes} rows",
+        f"method  subspace={cfg.subspace.name()} ({cfg.subspace.law}), estimator={cfg.estimator.name()} "
+        f"(q={cfg.estimator.num_directions}, eps={cfg.estimator.radius:g}), optimizer={cfg.optimizer.name()} "
+        f"(lr={trainer.args.learning_rate:g}), engine={engine.name()}",
+        f"budget  {cfg.budget.queries:,} queries = {trainer.args.max_steps:,} steps of {cfg.estimator.num_queries}",
+    ]
 
 
 def _arguments(cfg: ZoftConfig) -> Any:
@@ -202,7 +206,10 @@ def _carry_out(
     }
     if first:
         learning_curve(
-            cfg.output_dir, title=Path(cfg.output_dir).name, zero_shot=facts["zero_shot"], num_eval_rows=len(rows["dev"])
+            cfg.output_dir,
+            title=Path(cfg.output_dir).name,
+            zero_shot=facts["zero_shot"],
+            num_eval_rows=len(rows["dev"]),
         )
         write_report(cfg.output_dir, facts)
         for line in summary_lines(facts):
@@ -224,25 +231,23 @@ def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
             bar.update(done - bar.n)
 
 
-def _held_out(
-    trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory: PeakMemory
-) -> dict[str, float]:
+def _held_out(trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory: PeakMemory) -> dict[str, float]:
     """The metric on the held-out rows, computed once per run: a resumed run finds the earlier answer in its folder."""
     import json
 
     from zoft.report.terminal import say
 
-    if kept.is_file():
+    if kept.is_file() and trainer.args.world_size == 1:  # with more, all must do the same whatever disk they see
         return dict(json.loads(kept.read_text(encoding="utf-8")))
-    told = trainer.predict(rows, metric_key_prefix="test").metrics
-    values = {key.removeprefix("test_"): float(told[key]) for key in told if key.startswith(("test_accuracy", "test_loss"))}
+    metrics = trainer.predict(rows, metric_key_prefix="test").metrics
+    kept_keys = [key for key in metrics if key.startswith(("test_accuracy", "test_loss"))]
+    values = {key.removeprefix("test_"): float(metrics[key]) for key in kept_keys}
     values["peak_memory_mb"] = memory.peak_mb()
     if trainer.is_world_process_zero():
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(kept)
+        atomic.write(kept, json.dumps(values, indent=2) + "\n")
         low, high = 100 * values["accuracy_low"], 100 * values["accuracy_high"]
-        say(f"{name:<9} held-out accuracy {100 * values['accuracy']:.1f} % [{low:.1f}, {high:.1f}] on {len(rows):,} rows")
+        told = f"{100 * values['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
+        say(f"{name:<9} held-out accuracy {told} on {len(rows):,} rows")
     return values
 
 
@@ -281,8 +286,13 @@ def _facts(
         "num_params": sum(p.numel() for p in trainer.model.parameters()),
         "weights_sha256": weights.digest(),
         "versions": {"zoft": __version__}
-        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "datasets", "accelerate")},
-        "command": "zoft " + shlex.join(sys.argv[1:]) if len(sys.argv) > 1 else None,
+        | {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "peft", "datasets", "accelerate")
+        },
+        "command": shlex.join(
+            ["zoft", "train", f"config={Path(cfg.output_dir) / folder.CONFIG}", f"output_dir={cfg.output_dir}-again"]
+        ),
     }
 
 

@@ -54,9 +54,7 @@ class Stepper(torch.optim.Optimizer):
         learning_rate: initial learning rate of every group.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], rule: Optimizer, session: Session, learning_rate: float
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], rule: Optimizer, session: Session, learning_rate: float) -> None:
         super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": 0.0})
         self.rule = rule
         self.session = session
@@ -95,18 +93,17 @@ class Stepper(torch.optim.Optimizer):
         if name not in self.moments:
             shape = self.coordinates.shape(name)
             self.moments[name] = {
-                key: torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-                for key in self.rule.state_names()
+                key: torch.zeros(shape, dtype=torch.float32, device=parameter.device) for key in self.rule.state_names()
             }
         return self.moments[name]
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Counters, state tensors by name, and the groups without their parameters: tensors and plain numbers only."""
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         moments = {name: dict(tensors) for name, tensors in self.moments.items() if tensors}
         return {"progress": asdict(self.progress), "state": moments, "param_groups": groups}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The other way round; torch's own would cast float32 state to the weights' dtype."""
         self.progress = Progress(**state_dict["progress"])
         tensors = self.session.weights.tensors

@@ -7,11 +7,10 @@ The overrides live in :class:`ZOMixin`, so that any Trainer subclass becomes a z
 from __future__ import annotations
 
 import functools
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -27,14 +26,16 @@ from zoft.estimators.base import Estimator
 from zoft.noise import Direction, step_seed
 from zoft.objectives.base import Objective
 from zoft.optimizers.base import Optimizer
+from zoft.random_state import global_random_state_kept
 from zoft.stepper import Progress, Stepper
 from zoft.subspaces.base import Subspace
 from zoft.weights import Weights
 
 Inputs = dict[str, Any]
+_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
 
 
-class ZOMixin:
+class ZOMixin(_Base):
     """Replaces the backward pass of a Trainer by zeroth-order queries.
 
     Args:
@@ -49,6 +50,8 @@ class ZOMixin:
         direction_seeds: the seed of each step's directions, for replaying a recorded run (MeZO's step seeds).
         **kwargs: everything the Trainer subclass takes.
     """
+
+    optimizer: Any  # a Stepper, inside accelerate's wrapper once training has begun
 
     def __init__(
         self,
@@ -77,18 +80,20 @@ class ZOMixin:
         self.peak_memory_mb: Callable[[], float] | None = None
         self._window: list[Inputs] = []
         self._losses_to_log: list[float] = []
+        for name in ("optimizers", "optimizer_cls_and_kwargs"):
+            if kwargs.get(name) not in (None, (None, None)):
+                raise UserError(f"{name}= is for first-order optimizers: pass optimizer= (sgd, momentum, adam)")
         args = as_zo_config(args, "zoft_run")
         self._settle(args)
-        with _global_random_state_kept():
+        with global_random_state_kept():
             model = _as_model(model, peft_config, args.seed)
-            super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
+            super().__init__(model, args, *positional, **kwargs)
         if self.objective is not None:
             self.model_accepts_loss_kwargs = False
-        weights = Weights(self.model)  # type: ignore[has-type]
+        weights = Weights(self.model)
         if self.estimator.radius:
             weights.check_eps(self.estimator.radius)
-        if args.keep_frozen_prefix and not args.torch_compile:
-            self.frozen_prefix = FrozenPrefix.of(self.model, weights, args.frozen_prefix_mb)
+        self._keep_frozen_prefix(weights)
 
     # ---- settings ----------------------------------------------------------------------------------------------------
 
@@ -112,13 +117,22 @@ class ZOMixin:
         if self.objective is not None:
             args.remove_unused_columns = False  # the objective reads columns that the model's forward does not name
 
+    def _keep_frozen_prefix(self, weights: Weights) -> None:
+        """Find what lies below the trained weights, anew when ``model_init`` has made another model."""
+        if not self.args.keep_frozen_prefix or self.args.torch_compile:
+            return
+        if self.frozen_prefix is None or self.frozen_prefix.model is not self.model:
+            self.frozen_prefix = FrozenPrefix.of(self.model, weights, self.args.frozen_prefix_mb)
+
     def create_accelerator_and_postprocess(self) -> None:
         """No DDP, FSDP or DeepSpeed wrapping and no loss scaler: there is no gradient to synchronise or to scale."""
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("DeepSpeed and FSDP shard gradients, and there are none: start the run with plain torchrun")
         if self.args.n_gpu > 1:
-            raise UserError("one process sees several GPUs: set CUDA_VISIBLE_DEVICES, or start one process a GPU with torchrun")
+            raise UserError(
+                "one process sees several GPUs: set CUDA_VISIBLE_DEVICES, or start one process a GPU with torchrun"
+            )
         self.accelerator.scaler = None
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
@@ -126,8 +140,8 @@ class ZOMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own; the global torch, numpy and Python random states are left as they were."""
-        with _global_random_state_kept():
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+        with global_random_state_kept():
+            return super().train(*args, **kwargs)
 
     def fill_frozen_prefix(self, *datasets: Sequence[Any], group: int = 16) -> Iterator[int]:
         """Compute the hidden states below the lowest trained block for whole datasets ahead of time.
@@ -160,11 +174,15 @@ class ZOMixin:
             model = self.model if model is None else model
             weights = Weights(model)
             coordinates = self.subspace.bind(weights, self.estimator.noise)
-            engine = self.engine.choose(self.estimator) if hasattr(self.engine, "choose") else self.engine
+            engine = self.engine.choose(self.estimator)
             self.session = engine.bind(model, coordinates, self._objective_of_window)
+            self._keep_frozen_prefix(weights)
             decayed = set(self.get_decay_parameter_names(model))
             groups = [
-                {"params": [p for n, p in weights.tensors.items() if n in decayed], "weight_decay": self.args.weight_decay},
+                {
+                    "params": [p for n, p in weights.tensors.items() if n in decayed],
+                    "weight_decay": self.args.weight_decay,
+                },
                 {"params": [p for n, p in weights.tensors.items() if n not in decayed], "weight_decay": 0.0},
             ]
             self.optimizer = Stepper(groups, self.rule, self.session, self.args.learning_rate)
@@ -172,7 +190,7 @@ class ZOMixin:
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Every process starts from the weights of the first one; DDP, which would do this, is not used."""
-        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        prepared = super()._prepare_for_training(*args, **kwargs)
         self._window = []
         if self.accelerator.num_processes > 1:
             with torch.no_grad():
@@ -184,7 +202,7 @@ class ZOMixin:
     @property
     def stepper(self) -> Stepper:
         """The optimizer underneath accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     @property
     def progress(self) -> Progress:
@@ -228,7 +246,10 @@ class ZOMixin:
         if self.direction_seeds is None:
             seed = self.args.seed
             if self.estimator.noise == "torch_sequential":  # that source is seeded by the direction's seed alone
-                return [Direction(step_seed(seed, step) + d.probe, step, d.probe) for d in self.estimator.directions(seed, step)]
+                return [
+                    Direction(step_seed(seed, step) + d.probe, step, d.probe)
+                    for d in self.estimator.directions(seed, step)
+                ]
             return self.estimator.directions(seed, step)
         if step >= len(self.direction_seeds):
             raise UserError(f"direction_seeds has {len(self.direction_seeds)} entries, step {step} needs one more")
@@ -267,12 +288,12 @@ class ZOMixin:
             return losses[0]
         if self._loss_is_a_share():
             return torch.stack(losses).sum()
-        return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))  # type: ignore[return-value]
+        return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))
 
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The objective's loss where one was given, else the Trainer's."""
         if self.objective is None:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         if not return_outputs:
             return self.objective.loss(model, inputs)
         loss, predictions, _ = self.objective.predict(model, inputs)
@@ -284,7 +305,7 @@ class ZOMixin:
         """The objective's predictions and labels, so that metrics are computed over options; else the Trainer's."""
         with self._reusing_prefix():
             if self.objective is None:
-                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, predictions, labels = self.objective.predict(model, self._prepare_inputs(inputs))
         return (loss, None, None) if prediction_loss_only else (loss, predictions, labels)
@@ -370,7 +391,7 @@ class ZOMixin:
 
     def floating_point_ops(self, inputs: Inputs) -> float:
         """2 N per token and query; the Trainer's own figure is 6 N (a forward and a backward pass)."""
-        return super().floating_point_ops(inputs) / 3 * self.estimator.num_queries  # type: ignore[misc]
+        return super().floating_point_ops(inputs) / 3 * self.estimator.num_queries
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Every line carries queries, tokens and seconds; a training line also loss, projected gradient and eps."""
@@ -388,7 +409,7 @@ class ZOMixin:
             if self.peak_memory_mb is not None:
                 logs["peak_memory_mb"] = self.peak_memory_mb()
         logs |= {"num_queries": progress.num_queries, "num_tokens": progress.num_tokens, "seconds": progress.seconds}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
 
 class ZOTrainer(ZOMixin, Trainer):
@@ -431,18 +452,3 @@ def _num_tokens(inputs: Inputs) -> int:
         return int(mask.sum())
     ids = inputs.get("input_ids")
     return ids.numel() if isinstance(ids, Tensor) else 0
-
-
-@contextmanager
-def _global_random_state_kept() -> Iterator[None]:
-    """The Trainer seeds the global generators; whoever called it gets theirs back."""
-    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)

@@ -54,7 +54,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line); re-encode it") from None
+                raise UserError(
+                    f"{path}:{number}: not UTF-8 text (byte {error.start} of the line); re-encode it"
+                ) from None
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

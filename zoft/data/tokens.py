@@ -29,7 +29,8 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
         max_length: tokens kept of prompt and option together.
 
     Returns:
-        Rows with ``sequences`` (ids of prompt + option, one list an option), ``lengths`` (tokens of each option), ``label``.
+        Rows with ``sequences`` (ids of prompt + option, one list an option), ``lengths`` (tokens of each option) and
+        ``label``.
     """
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
     whole = tokenizer([e.prompt + option for e in examples for option in e.options])["input_ids"]
@@ -39,7 +40,9 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
         first += len(example.options)
         lengths = [len(ids) - len(prompt) for ids in sequences]
         if min(lengths) < 1:
-            raise UserError(f"an option adds no token to its prompt: {example.options!r} behind {example.prompt[-40:]!r}")
+            raise UserError(
+                f"an option adds no token to its prompt: {example.options!r} behind {example.prompt[-40:]!r}"
+            )
         cut = [_cut(ids, max_length, tokenizer.bos_token_id) for ids in sequences]
         rows.append({"sequences": cut, "lengths": lengths, "label": example.label})
     return rows
@@ -69,6 +72,7 @@ class OptionCollator:
     multiple_of: int = 1
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """One batch of tensors."""
         if not self.one_row_per_option and all(_single_tokens(row) for row in rows):
             ids, mask = self._pad([row["sequences"][0][:-1] for row in rows])
             tokens = torch.tensor([[sequence[-1] for sequence in row["sequences"]] for row in rows])

@@ -1,4 +1,4 @@
-"""The engine that fits: exact derivatives where the estimator asks for them, MeZO's walk for MeZO's noise, else layerwise."""
+"""The engine that fits: exact derivatives where they are asked for, MeZO's walk for MeZO's noise, else layerwise."""
 
 from __future__ import annotations
 

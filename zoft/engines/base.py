@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.component import Component
 from zoft.errors import UserError
-from zoft.estimators.base import Point
+from zoft.estimators.base import Estimator, Point
 from zoft.lazy import torch
 from zoft.subspaces.base import Coordinates
 
@@ -22,6 +22,11 @@ Objective = Callable[[Any], "Tensor"]
 @dataclass
 class Engine(Component):
     """How losses at points are computed."""
+
+    def choose(self, estimator: Estimator) -> Engine:
+        """The engine that serves this estimator: itself, unless it is ``auto``."""
+        del estimator
+        return self
 
     def bind(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> Session:
         """This engine for a model, the coordinates that move in it, and the objective that is queried."""

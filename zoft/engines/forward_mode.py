@@ -74,7 +74,7 @@ class _ForwardModeSession(Session):
         held = [(module, attr, name) for module, pairs in self.weights.owners.items() for attr, name in pairs]
         try:
             for module, attr, name in held:  # into the dict itself: the order of parameters must not change
-                module._parameters[attr] = duals[name]  # type: ignore[assignment]
+                module._parameters[attr] = duals[name]
             yield
         finally:
             for module, attr, name in held:

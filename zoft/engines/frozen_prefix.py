@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NOT_HIDDEN = {"labels", "num_items_in_batch", "logits_to_keep", "use_cache", "return_dict"}  # cannot change hidden states
+_NOT_HIDDEN = {
+    "labels",
+    "num_items_in_batch",
+    "logits_to_keep",
+    "use_cache",
+    "return_dict",
+}  # cannot change hidden states
 _TOLERANCE = {"float32": 1e-3, "float64": 1e-6}  # of the largest hidden value, for the check of the first batch
 
 
@@ -51,7 +57,7 @@ class FrozenPrefix:
         stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(b) for b in m}) == 1]
         if not stacks:
             return None
-        blocks = list(max(stacks, key=len))
+        blocks = max((list(stack) for stack in stacks), key=len)
         trained = set(weights.owners)
         first = next((i for i, block in enumerate(blocks) if trained & set(block.modules())), len(blocks))
         if not 0 < first < len(blocks):
@@ -121,7 +127,7 @@ class FrozenPrefix:
                     return
         self._serving = self._batch[1]
         for block in self.blocks[: self.first]:
-            block.forward = _passes_through  # type: ignore[method-assign]
+            block.forward = _passes_through
 
     def _inject(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._serving is None:
@@ -254,5 +260,5 @@ def _row_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
         inputs[name] = value
     inputs.setdefault("attention_mask", torch.ones_like(ids))
     if "position_ids" not in inputs and not bool(inputs["attention_mask"][:, 0].all()):
-        return None  # padding on the left shifts positions in some models: only exact when positions are given
+        return None  # left padding shifts positions in some models: exact only if given
     return inputs

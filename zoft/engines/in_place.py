@@ -27,7 +27,7 @@ class InPlace(Engine):
     Args:
         restore: copy puts a saved copy of the trainable weights back (exact in every dtype, that much more memory);
             subtract walks back by arithmetic as MeZO does (no extra memory; float32 drifts in the last bit, bfloat16
-            and float16 drift visibly, so they are refused); auto is subtract for MeZO's own noise in float32, else copy.
+            and float16 drift visibly, so they are refused); auto is subtract for MeZO's own noise, else copy.
 
     References: Malladi et al. 2023 (MeZO), Algorithm 1.
     """
@@ -46,8 +46,8 @@ class InPlace(Engine):
             restore = "subtract" if isinstance(coordinates.source, TorchSequentialNoise) and not low else "copy"
         if restore == "subtract" and low:
             raise UserError(
-                f"engine.restore=subtract does not bring {', '.join(low).replace('torch.', '')} weights back (12 % off after "
-                "1000 steps at eps 1e-3): use engine=layerwise, or engine.restore=copy"
+                f"engine.restore=subtract does not bring {', '.join(low).replace('torch.', '')} weights back "
+                "(12 % off after 1000 steps at eps 1e-3): use engine=layerwise, or engine.restore=copy"
             )
         return (_SubtractSession if restore == "subtract" else _CopySession)(model, coordinates, objective)
 

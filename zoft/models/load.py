@@ -72,7 +72,7 @@ def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"could not load model.name={name}: {first_line} "
-            "Give a folder with config.json and model.safetensors, or a hub name that this machine can reach or has cached"
+            "Give a folder with config.json and model.safetensors, or a hub name this machine can reach or has cached"
         ) from error
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CrossEntropy(Objective):
-    """Cross-entropy of the gold option's tokens, averaged over the tokens of the batch; options still rank for the metric.
+    """Cross-entropy of the gold option's tokens, averaged over the batch's tokens; options still rank for the metric.
 
     References: Malladi et al. 2023 (MeZO): the language-modelling loss of tasks that are not trained as classification.
     """

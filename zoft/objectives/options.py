@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zoft.lazy import torch
 from zoft.objectives.base import Batch, Objective
@@ -34,7 +34,9 @@ class Options(Objective):
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, scores [B, O], gold index [B]); options that an example lacks score -inf."""
-        scores = self._scores_of_tokens(model, batch) if "option_tokens" in batch else self._scores_of_rows(model, batch)
+        scores = (
+            self._scores_of_tokens(model, batch) if "option_tokens" in batch else self._scores_of_rows(model, batch)
+        )
         gold = gold_of(batch)
         return torch.nn.functional.cross_entropy(scores, gold), scores, gold
 
@@ -60,14 +62,14 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cou
     The head is applied to those positions only where the model can do that (``logits_to_keep``).
     """
     accepted = _accepted(type(_inner(model)))
-    extra = {"logits_to_keep": count} if "logits_to_keep" in accepted else {}
+    extra: dict[str, Any] = {"logits_to_keep": count} if "logits_to_keep" in accepted else {}
     if "position_ids" in accepted:
         extra["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_min_(0)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
     return logits[:, -count:]
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def _inner(model: Any) -> Any:
     """The transformers model inside adapters and compilation."""
     inner = getattr(model, "_orig_mod", model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner

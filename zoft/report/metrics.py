@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from zoft import atomic
 from zoft.report.words import finite
 
 CSV, JSONL = "metrics.csv", "metrics.jsonl"
@@ -101,8 +102,8 @@ class MetricsCallback(TrainerCallback):
         kept = [row for row in read_metrics(folder) if row["step"] <= state.global_step] if state.global_step else []
         self._folder, self._row = folder, {}
         # The csv is written anew from the jsonl, so that the two agree whatever an interruption left of either.
-        _replace(folder / CSV, _csv_line(self.columns) + b"".join(self._encode(row)[CSV] for row in kept))
-        _replace(folder / JSONL, b"".join(self._encode(row)[JSONL] for row in kept))
+        atomic.write(folder / CSV, _csv_line(self.columns) + b"".join(self._encode(row)[CSV] for row in kept))
+        atomic.write(folder / JSONL, b"".join(self._encode(row)[JSONL] for row in kept))
         waiting, self._waiting = self._waiting, []
         known = {row["step"] for row in kept}
         for row in waiting:
@@ -171,10 +172,3 @@ def _csv_line(cells: Any) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue().encode()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Written beside, then renamed: an interrupted resume never loses the rows it was about to keep."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_bytes(content)
-    beside.replace(path)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zoft import atomic
 from zoft.evaluation.intervals import wilson
 from zoft.report.rows import fact_rows
 from zoft.report.words import finite
@@ -38,9 +39,9 @@ def write_report(folder: str | Path, facts: dict[str, Any]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     known = complete_facts(facts)
-    _replace(folder / JSON, json.dumps(finite(known), indent=2, default=str, allow_nan=False) + "\n")
+    atomic.write(folder / JSON, json.dumps(finite(known), indent=2, default=str, allow_nan=False) + "\n")
     path = folder / MARKDOWN
-    _replace(path, _markdown(known, curve=(folder / "curve.png").is_file()))
+    atomic.write(path, _markdown(known, curve=(folder / "curve.png").is_file()))
     return path
 
 
@@ -131,10 +132,3 @@ def _markdown(known: dict[str, Any], *, curve: bool) -> str:
     if "command" in known:
         lines += ["To run it again:", "", "```sh", str(known["command"]), "```", ""]
     return "\n".join(lines)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Written beside, then renamed: a reader never sees half a report."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

@@ -23,7 +23,7 @@ class Subspace(Component):
     """Which coordinates move.
 
     Args:
-        law: distribution of one direction: gaussian, rademacher (+-1), or sphere (uniform, ||z||^2 = number of weights).
+        law: distribution of one direction: gaussian, rademacher (+-1), or sphere (uniform, ||z||^2 = weights).
     """
 
     law: str = "gaussian"

@@ -85,7 +85,7 @@ class Task(Component):
                 share = count // len(pools) + (position < count % len(pools))
                 if share > len(pool):
                     raise UserError(
-                        f"task={self.name()} has too few rows with label {label}: {share} more wanted for a balanced split, "
+                        f"task={self.name()} has too few rows with label {label}: {share} more wanted, "
                         f"{len(pool)} left; lower task.num_train, task.num_dev or task.num_test"
                     )
                 chosen += pool[:share]

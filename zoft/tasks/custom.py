@@ -12,7 +12,7 @@ from zoft.tasks.base import Example, Splits, Task
 
 @dataclass
 class Custom(Task):
-    """Rows of a file or hub dataset, a template over their columns, and an answer word for each label.
+    r"""Rows of a file or hub dataset, a template over their columns, and an answer word for each label.
 
     Without ``validation`` the held-out rows are taken from ``train``, which is then cut into three disjoint parts.
 
@@ -25,7 +25,7 @@ class Custom(Task):
         train: a json, jsonl, csv, tsv or parquet file, or a hub name (``name:subset``).
         validation: the same for held-out rows; empty takes them from ``train``.
         label: the column that holds the label.
-        template: the prompt, with columns in braces, e.g. ``{text}\\nIs this spam? Answer:``.
+        template: the prompt, with columns in braces, e.g. ``{text}\nIs this spam? Answer:``.
         words: label -> answer word, e.g. ``{ham: No, spam: Yes}``.
     """
 

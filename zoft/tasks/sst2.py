@@ -41,4 +41,6 @@ class SST2(Task):
 
     def _example(self, row: Row, source: str, index: int) -> Example:
         sentence = str(column(row, "sentence", source, int(index) + 1))
-        return Example(f"{sentence.strip()} It was", (" terrible", " great"), int(column(row, "label", source, int(index) + 1)))
+        return Example(
+            f"{sentence.strip()} It was", (" terrible", " great"), int(column(row, "label", source, int(index) + 1))
+        )

@@ -30,5 +30,9 @@ class NormsAndBiases(Trainable):
 
     def chosen(self, model: nn.Module) -> set[str]:
         """Names of norms and biases."""
-        within = in_last_blocks(model, self.num_blocks, self) if self.num_blocks else {n for n, _ in model.named_parameters()}
+        within = (
+            in_last_blocks(model, self.num_blocks, self)
+            if self.num_blocks
+            else {n for n, _ in model.named_parameters()}
+        )
         return {name for name in within if is_norm_or_bias(name)}

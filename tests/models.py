@@ -1,0 +1,98 @@
+"""Tiny models with random weights, made from configurations: no files, no network, the global random state untouched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+VOCAB = 64
+PAD, BOS, EOS, MASK = 1, 0, 2, 3
+
+
+def _build(loader: str, config: str, seed: int, fields: dict[str, Any], attn: str) -> Any:
+    import transformers
+
+    made = getattr(transformers, config)(
+        **{"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS} | fields
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, loader)._from_config(made, attn_implementation=attn)
+        for parameter in model.parameters():  # norms start at 1 and biases at 0: nothing would depend on them
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_llama(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM with rotary positions and grouped keys; embeddings and head are separate."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 64}
+    return _build("LlamaForCausalLM", "LlamaConfig", seed, small | more | fields, attn)
+
+
+def tiny_qwen(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM with biases on q, k and v, and tied embeddings."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    return _build("Qwen2ForCausalLM", "Qwen2Config", seed, small | more | fields, attn)
+
+
+def tiny_opt(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM with learned positions, tied embeddings, and biases everywhere."""
+    small = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    more = {"word_embed_proj_dim": 16, "max_position_embeddings": 64, "dropout": 0.0}
+    return _build("OPTForCausalLM", "OPTConfig", seed, small | more | fields, attn)
+
+
+def tiny_gpt2(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM with learned positions, tied embeddings, and Conv1D layers."""
+    small = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}
+    return _build("GPT2LMHeadModel", "GPT2Config", seed, small | fields, attn)
+
+
+def tiny_bert_classifier(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """An encoder with a pooler and a classification head, three labels."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    more = {"max_position_embeddings": 64, "num_labels": 3}
+    return _build("BertForSequenceClassification", "BertConfig", seed, small | more | fields, attn)
+
+
+def tiny_roberta_mlm(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A masked LM with tied embeddings; positions count from the padding index."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    more = {"max_position_embeddings": 66, "type_vocab_size": 1}
+    return _build("RobertaForMaskedLM", "RobertaConfig", seed, small | more | fields, attn)
+
+
+def tiny_t5(seed: int = 0, **fields: Any) -> Any:
+    """An encoder-decoder with tied embeddings and relative positions."""
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    more = {"decoder_start_token_id": BOS, "dropout_rate": 0.0}
+    return _build("T5ForConditionalGeneration", "T5Config", seed, small | more | fields, "eager")
+
+
+CAUSAL = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2, "qwen": tiny_qwen}
+"""Causal LMs by family."""
+
+EVERY = CAUSAL | {"bert": tiny_bert_classifier, "roberta": tiny_roberta_mlm, "t5": tiny_t5}
+"""One of each kind of model that zoft trains."""
+
+
+def batch_for(model: Any, *, rows: int = 3, length: int = 7, seed: int = 0) -> dict[str, Any]:
+    """Unpadded inputs with labels of the right kind for ``model``, so that ``model(**batch).loss`` exists."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, VOCAB, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        labels = torch.randint(0, model.config.num_labels, (rows,), generator=generator)
+    elif type(model).__name__.endswith("ForMaskedLM"):
+        labels = torch.full_like(ids, -100)
+        labels[:, 2] = ids[:, 2]
+        ids = ids.clone()
+        ids[:, 2] = MASK
+    elif getattr(model.config, "is_encoder_decoder", False):
+        labels = torch.randint(4, VOCAB, (rows, 4), generator=generator)
+    else:
+        labels = ids.clone()
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
