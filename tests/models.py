@@ -1,4 +1,4 @@
-"""Tiny models with random weights, made from configurations: no files, no network, the global random state untouched."""
+"""Tiny models with random weights, made from configurations: no files, no network, no global random state moved."""
 
 from __future__ import annotations
 

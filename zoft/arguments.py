@@ -87,8 +87,12 @@ class ZOConfig(TrainingArguments):
         defaults = {f.name: f.default for f in fields(self)}
         for name, why in _MEANINGLESS.items():
             value = getattr(self, name, None)
-            if name in defaults and value != defaults[name] and value not in (None, False, "", [], {}):
+            if name in defaults and value != defaults[name] and not _is_off(value):
                 raise UserError(f"{name}={value!r} cannot be used with zeroth-order training: {why}")
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})  # a number is a choice, 0 too
 
 
 def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any:

@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.report.terminal import say
@@ -21,6 +22,7 @@ class StopOnInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self._heard_once = False
         self._before: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -29,7 +31,11 @@ class StopOnInterrupt(TrainerCallback):
             self._before = signal.signal(signal.SIGINT, self._heard)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a checkpoint and the end."""
+        """Ask for a checkpoint and the end, in every process after the same step."""
+        if args.world_size > 1:
+            anybody = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(anybody, op=torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(anybody)
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
@@ -45,8 +51,8 @@ class StopOnInterrupt(TrainerCallback):
             self._before = None
 
     def _heard(self, _signal: int, _frame: FrameType | None) -> None:
-        if self.stopped:
+        if self._heard_once:
             self.close()
             raise KeyboardInterrupt
-        self.stopped = True
+        self.stopped = self._heard_once = True
         say("stopping after this step; Ctrl-C again leaves at once")

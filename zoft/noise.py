@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from zoft.errors import UserError
 from zoft.lazy import torch
@@ -131,6 +131,7 @@ class CounterNoise:
 
     law: str
     shapes: dict[str, int]
+    _scales: dict[Direction, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def draw(
         self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype
@@ -144,11 +145,11 @@ class CounterNoise:
 
     def _sphere_scale(self, direction: Direction, device: torch.device) -> float:
         # sqrt(d) / ||z||: the sum of squares is exact integer arithmetic, so every device finds the same scale
-        if getattr(self, "_last_scale", (None, 0.0))[0] != direction:
+        scales = _of_step(self._scales, direction)
+        if direction not in scales:
             total = sum(squared_norm(key_of(direction, name), n, device) for name, n in self.shapes.items())
-            scale = (sum(self.shapes.values()) * _FIXED_POINT**2 / total) ** 0.5
-            self._last_scale = (direction, scale)
-        return self._last_scale[1]
+            scales[direction] = (sum(self.shapes.values()) * _FIXED_POINT**2 / total) ** 0.5
+        return scales[direction]
 
 
 class TorchSequentialNoise:
@@ -156,7 +157,7 @@ class TorchSequentialNoise:
 
     Tensors are drawn in ``named_parameters()`` order, in the parameter's dtype, on the parameter's device. A private
     generator gives the numbers that ``torch.manual_seed`` + ``torch.normal`` would. The generator's state before each
-    tensor is kept for the direction in use, so that tensors can also be asked for one by one.
+    tensor is kept for the directions of the step in use, so that tensors can also be asked for one by one.
 
     Args:
         tensors: (name, shape, dtype, device) in ``named_parameters()`` order.
@@ -166,30 +167,30 @@ class TorchSequentialNoise:
 
     def __init__(self, tensors: Sequence[tuple[str, torch.Size, torch.dtype, torch.device]]) -> None:
         self.tensors = list(tensors)
-        self._direction: Direction | None = None
-        self._states: dict[str, Tensor] = {}
+        self._states: dict[Direction, dict[str, Tensor]] = {}
 
     def draw(
         self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """Elements [start, stop) of tensor ``name`` of z, in the parameter's dtype, flat."""
-        if self._direction != direction:
-            self._record_states(direction)
+        states = _of_step(self._states, direction)
+        if direction not in states:
+            states[direction] = self._record_states(direction)
         shape = next(shape for other, shape, _, _ in self.tensors if other == name)
         generator = torch.Generator(device)
-        generator.set_state(self._states[name])
+        generator.set_state(states[direction][name])
         z = torch.normal(mean=0, std=1, size=shape, generator=generator, device=device, dtype=dtype)
         return z.view(-1)[start:stop]
 
-    def _record_states(self, direction: Direction) -> None:
+    def _record_states(self, direction: Direction) -> dict[str, Tensor]:
         generators: dict[torch.device, torch.Generator] = {}
-        self._states = {}
+        states = {}
         for name, shape, dtype, device in self.tensors:
             if device not in generators:
                 generators[device] = torch.Generator(device).manual_seed(direction.seed)
-            self._states[name] = generators[device].get_state()
+            states[name] = generators[device].get_state()
             torch.normal(mean=0, std=1, size=shape, generator=generators[device], device=device, dtype=dtype)
-        self._direction = direction
+        return states
 
 
 NoiseSource = CounterNoise | TorchSequentialNoise
@@ -204,6 +205,16 @@ def check_law(law: str, where: str) -> None:
     """Refuse a law that does not exist, naming ``where`` it was asked for."""
     if law not in LAWS:
         raise UserError(f"{where} must be one of {', '.join(LAWS)}, got {law!r}")
+
+
+_T = TypeVar("_T")
+
+
+def _of_step(kept: dict[Direction, _T], direction: Direction) -> dict[Direction, _T]:
+    """``kept`` without the directions of other steps: an update asks for all of a step's directions tensor by tensor."""
+    if kept and next(iter(kept)).step != direction.step:
+        kept.clear()
+    return kept
 
 
 # ---- bits to numbers -------------------------------------------------------------------------------------------------

@@ -45,9 +45,13 @@ def run(cfg: ZoftConfig) -> dict[str, Any]:
     try:
         return _carry_out(cfg, trainer, splits, memory, resuming=standing == "resume")
     finally:
+        from zoft.interrupt import StopOnInterrupt
         from zoft.report.trackers import close_trackers
 
         close_trackers()
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StopOnInterrupt):
+                callback.close()  # a run that failed must not keep the next one's Ctrl-C
 
 
 def _claim(output_dir: str, resolved: str, first: bool) -> str:

@@ -6,6 +6,7 @@ The overrides live in :class:`ZOMixin`, so that any Trainer subclass becomes a z
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from zoft.arguments import as_zo_config
 from zoft.component import create
@@ -83,7 +84,7 @@ class ZOMixin(_Base):
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
             if kwargs.get(name) not in (None, (None, None)):
                 raise UserError(f"{name}= is for first-order optimizers: pass optimizer= (sgd, momentum, adam)")
-        args = as_zo_config(args, "zoft_run")
+        args = copy.copy(as_zo_config(args, "zoft_run"))  # what is settled here must not reach the user's next trainer
         self._settle(args)
         with global_random_state_kept():
             model = _as_model(model, peft_config, args.seed)
@@ -141,7 +142,20 @@ class ZOMixin(_Base):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own; the global torch, numpy and Python random states are left as they were."""
         with global_random_state_kept():
+            set_seed(self.args.seed)  # the order of the rows comes from it, not from what the caller has drawn before
             return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's own, for evaluate and predict; a data loader draws from the global random state."""
+        with global_random_state_kept():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's own; a finished run that is resumed is finished (the Trainer would take one more step)."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def fill_frozen_prefix(self, *datasets: Sequence[Any], group: int = 16) -> Iterator[int]:
         """Compute the hidden states below the lowest trained block for whole datasets ahead of time.
@@ -260,7 +274,8 @@ class ZOMixin(_Base):
         """(direction, coefficient) pairs, or None when a loss is not finite: such a step must not reach the weights."""
         assert self.losses is not None
         progress = self.progress
-        if not bool(torch.isfinite(self.losses).all()):
+        coefficients = self.estimator.coefficients(self.losses)
+        if not bool(torch.isfinite(self.losses).all() and torch.isfinite(coefficients).all()):
             progress.num_skipped += 1
             progress.skipped_in_a_row += 1
             if progress.skipped_in_a_row >= self.args.max_skipped_steps:
@@ -271,7 +286,6 @@ class ZOMixin(_Base):
                 )
             return None
         progress.skipped_in_a_row = 0
-        coefficients = self.estimator.coefficients(self.losses)
         return list(zip(directions, coefficients.tolist(), strict=True))
 
     # ---- the objective -----------------------------------------------------------------------------------------------
@@ -330,7 +344,9 @@ class ZOMixin(_Base):
                 float(self.compute_loss(model, dict(inputs), num_items_in_batch=self._num_items * factor))
                 for factor in (1, 2)
             ]
-        if losses[0] == losses[1]:
+        if not numpy.isfinite(losses).all():
+            self._probe_loss_scaling = True  # nothing can be seen in such a batch: the next one is asked
+        elif losses[0] == losses[1]:
             self.model_accepts_loss_kwargs = False
             self._num_items = None
 

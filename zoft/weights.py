@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
@@ -10,6 +11,9 @@ from zoft.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+log = logging.getLogger(__name__)
 
 
 class Weights:
@@ -55,21 +59,32 @@ class Weights:
         return sha.hexdigest()
 
     def check_eps(self, eps: float) -> None:
-        """Refuse an ``eps`` that the dtype cannot represent at the weights' own scale.
+        """Refuse an ``eps`` that the dtype cannot represent at the scale of most of the weights.
 
         A perturbation below half a unit in the last place of a typical weight is rounded away: the two losses of a
-        pair would be equal and the run would do nothing.
+        pair would be equal and the run would do nothing. Where that holds for the smaller part of the weights only
+        (norms of size 1 in bfloat16 at eps 1e-3) it is said, and the run goes on.
         """
+        lost: dict[str, float] = {}  # name -> half a unit in the last place
         for name, tensor in self.tensors.items():
-            scale = float(tensor.detach().float().abs().mean())
-            smallest = torch.finfo(tensor.dtype).eps * scale / 2
+            smallest = torch.finfo(tensor.dtype).eps * float(tensor.detach().float().abs().mean()) / 2
             if eps < smallest:
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"estimator.eps={eps:g} is below what {dtype} can represent at the scale of {name} "
-                    f"(mean |w| = {scale:.2g}, half a unit in the last place = {smallest:.2g}): "
-                    f"raise estimator.eps to at least {2 * smallest:.1g}, or load the weights in float32"
-                )
+                lost[name] = smallest
+        if not lost:
+            return
+        elements = sum(self.tensors[name].numel() for name in lost)
+        name, smallest = max(lost.items(), key=lambda item: self.tensors[item[0]].numel())
+        dtype = str(self.tensors[name].dtype).removeprefix("torch.")
+        told = (
+            f"estimator.eps={eps:g} is below what {dtype} can represent at the scale of {len(lost)} tensors, "
+            f"{100 * elements / self.num_elements:.2g} % of what is trained (for {name}, half a unit in the last place "
+            f"of a typical weight is {smallest:.2g})"
+        )
+        if 2 * elements > self.num_elements:
+            raise UserError(
+                f"{told}: raise estimator.eps to {2 * smallest:.1g} or more, or load the weights in float32"
+            )
+        log.warning("%s: those hardly move; load the weights in float32 to train them", told)
 
 
 def _owners(model: nn.Module, tensors: dict[str, nn.Parameter]) -> dict[nn.Module, list[tuple[str, str]]]:
@@ -88,4 +103,5 @@ def perturbed(weight: Tensor, z: Tensor, scale: float) -> Tensor:
 
     Every engine computes a perturbed weight through this one line, so their losses can be equal to the bit.
     """
-    return (z * scale).add_(weight).to(weight.dtype) if z.dtype != weight.dtype else (z * scale).add_(weight)
+    wide = torch.promote_types(z.dtype, weight.dtype)
+    return (z.to(wide) * scale).add_(weight).to(weight.dtype)

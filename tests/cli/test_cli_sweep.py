@@ -13,8 +13,9 @@ import pytest
 from hydra.types import RunMode
 
 from zoft.config.catalog import choices
+from zoft.config.foldername import named_after
 from zoft.config.loader import PRIMARY, Loader
-from zoft.config.sweep import cell_name, expand
+from zoft.config.sweep import expand
 from zoft.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -126,9 +127,9 @@ def test_expansion_and_names():
     ]
     assert len(cells) == 8
     assert "/" not in "".join(cells.values())
-    assert cell_name(["b=2", "a=1"], ["a", "b"]) == cell_name(["a=1", "b=2"], ["a", "b"]) == "a=1,b=2"
-    assert len(cell_name(["a=" + "x" * 500], ["a"])) < 255
-    assert cell_name(["seed=1"], []) == ""
+    assert named_after(["b=2", "a=1"], ["a", "b"]) == named_after(["a=1", "b=2"], ["a", "b"]) == "a=1,b=2"
+    assert len(named_after(["a=" + "x" * 500], ["a"])) < 255
+    assert named_after(["seed=1"], []) == ""
 
 
 def test_table():

@@ -25,11 +25,13 @@ from zoft.component import GROUPS, Component, components
 from zoft.config import arguments, experiments
 from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir
 from zoft.config.check import Checker
+from zoft.config.foldername import suffix
 from zoft.config.messages import translated
 from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
 
 log = logging.getLogger("zoft.config")
+DEFAULT_DIR = str(ZoftConfig.__dataclass_fields__["output_dir"].default)
 PRIMARY = "zoft_train"  # configs/train.yaml under a name that no file of a user's ./configs can hide
 
 
@@ -49,7 +51,10 @@ def compose(overrides: list[str]) -> ZoftConfig:
         >>> compose(["config=quickstart", "estimator.eps=1e-2"]).estimator.radius
         0.01
     """
-    return to_config(Loader().load(overrides))
+    cfg = Loader().load(overrides)
+    if OmegaConf.to_container(cfg)["output_dir"] == DEFAULT_DIR:
+        cfg.output_dir = DEFAULT_DIR + suffix(overrides)
+    return to_config(cfg)
 
 
 def to_config(cfg: DictConfig) -> ZoftConfig:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
-import re
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +16,10 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from zoft.config.experiments import is_path
-from zoft.config.loader import PRIMARY, Loader, to_config
+from zoft.config.foldername import named_after, suffix
+from zoft.config.loader import DEFAULT_DIR, PRIMARY, Loader, to_config
 from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
-
-_DEFAULT_DIR = ZoftConfig.__dataclass_fields__["output_dir"].default
-_LONGEST = 180  # characters of a cell's folder name; file systems stop at 255
 
 
 @dataclass
@@ -68,6 +64,8 @@ class RunCell:
             result.user_error = isinstance(error, UserError)
             if not result.user_error:
                 result.error = f"{type(error).__name__}: {result.error}"
+        finally:
+            gc.collect()  # a trainer and its model refer to each other: without this the next cell has both in memory
         return result
 
 
@@ -120,35 +118,11 @@ def expand(loader: Loader, overrides: list[str]) -> dict[tuple[str, ...], str]:
         raise UserError(f"this sweep lists no values ({error}): use key=a,b or key=range(start,stop,step)") from error
     named: dict[tuple[str, ...], str] = {}
     for cell in cells:
-        name = cell_name(cell, swept)
+        name = named_after(cell, swept)
         if name in named.values():
             raise UserError(f"the sweep has the cell {name or 'without values'} twice: drop the repeated value")
         named[tuple(cell)] = name
     return named
-
-
-def cell_name(cell: list[str], swept: list[str]) -> str:
-    """The name of a cell's folder, the same for every launcher and every order of arguments.
-
-    Args:
-        cell: its arguments.
-        swept: the keys that differ between cells, sorted.
-
-    Example:
-        >>> cell_name(["config=a/b.yaml", "seed=1", "model.name=facebook/opt-125m"], ["config", "model.name"])
-        'config=b,model.name=facebook-opt-125m'
-    """
-    values = dict(argument.split("=", 1) for argument in cell if "=" in argument)
-    parts = []
-    for key in swept:
-        value = values[key].strip("'")
-        if key == "config" and is_path(value):
-            value = os.path.splitext(os.path.basename(value))[0]
-        parts.append(f"{key.lstrip('+')}={value}")
-    name = re.sub(r"[^\w.=,+-]+", "-", ",".join(parts)).strip("-")
-    if len(name) > _LONGEST:
-        name = f"{name[:_LONGEST]}-{zlib.crc32(name.encode()):08x}"
-    return name
 
 
 def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
@@ -160,8 +134,11 @@ def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
         assert isinstance(written, dict)
         resolved = to_config(cfg)
         configs.add(resolved.config)
-        folders.add(None if written["output_dir"] == _DEFAULT_DIR and len(cells) > 1 else resolved.output_dir)
+        folders.add(None if written["output_dir"] == DEFAULT_DIR and len(cells) > 1 else resolved.output_dir)
     if len(folders) > 1:
         raise UserError("the cells of this sweep name different output_dirs: give one folder for all, output_dir=...")
     folder = folders.pop()
-    return folder or (f"runs/{configs.pop()}-sweep" if len(configs) == 1 else "runs/sweep")
+    if folder:
+        return folder
+    same = suffix(sorted(set.intersection(*map(set, cells))))  # what all cells have in common tells sweeps apart
+    return (f"runs/{configs.pop()}-sweep" if len(configs) == 1 else "runs/sweep") + same

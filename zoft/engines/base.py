@@ -66,7 +66,8 @@ class Session:
         if step.dtype == piece.dtype:
             piece.sub_(step)
         else:
-            piece.copy_(step.neg_().add_(piece))
+            wide = torch.promote_types(step.dtype, piece.dtype)
+            piece.copy_(step.to(wide).neg_().add_(piece))
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
         """A view of the flat piece [start, stop) of tensor ``name``."""

@@ -186,7 +186,7 @@ class FrozenPrefix:
             self._bytes += size
 
     def _capture(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """Run the model up to block k and return what would enter it; None (and never again) where that is not exact."""
+        """Run the model up to block k, return what would enter it; None (and never again) where that is not exact."""
         early: list[nn.Module] = []
         handles = [module.register_forward_pre_hook(lambda m, _: early.append(m)) for module in self.outside]
         if self.first:
@@ -260,5 +260,5 @@ def _row_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
         inputs[name] = value
     inputs.setdefault("attention_mask", torch.ones_like(ids))
     if "position_ids" not in inputs and not bool(inputs["attention_mask"][:, 0].all()):
-        return None  # left padding shifts positions in some models: exact only if given
+        return None  # left padding shifts positions in some models
     return inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass, field
+from typing import Any
 
 from zoft.data.files import column, read_rows
 from zoft.errors import UserError, did_you_mean
@@ -36,7 +37,7 @@ class Custom(Task):
     validation: str = ""
     label: str = "label"
     template: str = ""
-    words: dict[str, str] = field(default_factory=dict)
+    words: dict[Any, str] = field(default_factory=dict)
 
     def load(self) -> Splits:
         """Read, check every row, and cut."""
@@ -60,7 +61,7 @@ class Custom(Task):
         import random
 
         words = {str(label): word for label, word in self.words.items()}
-        options = tuple(f" {word.strip()}" for word in words.values())
+        options = tuple(f" {str(word).strip()}" for word in words.values())
         columns = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
         examples = []
         for number, row in enumerate(read_rows(source, split), start=1):

@@ -1,0 +1,241 @@
+"""Every engine with every estimator it serves, under every law and dtype: the right losses, the weights untouched."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from tests.contract.discovered import DTYPES, LAWS, PAIRS, bind, example, serves, with_fields
+from tests.models import batch_for, tiny_bert_classifier, tiny_opt, tiny_roberta_mlm, tiny_t5
+from zoft.component import components
+from zoft.errors import UserError
+from zoft.weights import Weights, perturbed
+
+MODELS = {"opt": tiny_opt, "bert": tiny_bert_classifier, "roberta": tiny_roberta_mlm, "t5": tiny_t5}
+EPS = 1e-2
+pairs = pytest.mark.parametrize(("engine", "estimator"), PAIRS)
+
+
+@cache
+def built(kind: str, dtype: str) -> tuple[nn.Module, dict]:
+    model = MODELS[kind]().to(DTYPES[dtype])
+    return model, batch_for(model)
+
+
+def parts(engine, estimator, kind="opt", dtype="fp32", law="gaussian", q=2, objective=None):
+    model, batch = built(kind, dtype)
+    chosen = with_fields(example("estimator", estimator), num_directions=q, eps=EPS)
+    session = bind(example("engine", engine), chosen, model, objective or (lambda b: model(**b).loss), law)
+    return model, batch, session, chosen.points(chosen.directions(3, 1))
+
+
+def plainly(model, batch, session, points) -> torch.Tensor:
+    """The same losses, with the weights written out: clean + s z set by hand, or backpropagation's gradient times z."""
+    clean = {name: p.data.clone() for name, p in session.weights.tensors.items()}
+    values = []
+    for point in points:
+        if point.derivative:
+            loss = model(**batch).loss
+            grads = torch.autograd.grad(loss, list(session.weights.tensors.values()))
+            slope = sum(
+                (g.double() * session.coordinates.z(point.direction, n).double()).sum()
+                for n, g in zip(clean, grads, strict=True)
+            )
+            values.append(float(slope))
+            continue
+        for name, tensor in session.weights.tensors.items():
+            if point.direction is not None:
+                z = session.coordinates.z(point.direction, name)
+                wanted = (clean[name].float() + point.scale * z.float()).to(tensor.dtype)
+                torch.testing.assert_close(perturbed(clean[name], z, point.scale), wanted, rtol=1e-6, atol=1e-7)
+                tensor.data = wanted
+        with torch.no_grad():
+            values.append(float(model(**batch).loss))
+        for name, tensor in session.weights.tensors.items():
+            tensor.data = clean[name]
+    return torch.tensor(values)
+
+
+def close(dtype: str, derivative: bool) -> dict[str, float]:
+    if dtype == "fp32":
+        return {"rtol": 1e-4, "atol": 1e-4} if derivative else {"rtol": 1e-6, "atol": 0}
+    return {"rtol": 0.1, "atol": 0.5} if derivative else {"rtol": 1e-6, "atol": 0}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("law", LAWS)
+@pairs
+def test_losses_equal_a_plain_forward_of_perturbed_weights(engine, estimator, law, dtype):
+    model, batch, session, points = parts(engine, estimator, dtype=dtype, law=law)
+    digest = Weights(model).digest()
+    losses = session.losses(batch, points)
+    assert losses.dtype == torch.float32
+    assert losses.device.type == "cpu"
+    assert losses.shape == (len(points),)
+    assert not losses.requires_grad
+    assert Weights(model).digest() == digest
+    derivative = any(p.derivative for p in points)
+    wanted = plainly(model, batch, session, points)
+    torch.testing.assert_close(losses, wanted, **close(dtype, derivative))
+    if dtype == "fp32":
+        moved = losses[[p.direction is not None for p in points]]
+        assert len(moved.unique()) == len(moved), "two points with the same loss: nothing moved"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "opt"])
+@pairs
+def test_every_kind_of_model(engine, estimator, kind):
+    model, batch, session, points = parts(engine, estimator, kind=kind)
+    digest = Weights(model).digest()
+    losses = session.losses(batch, points)
+    assert Weights(model).digest() == digest
+    wanted = plainly(model, batch, session, points)
+    torch.testing.assert_close(losses, wanted, **close("fp32", any(p.derivative for p in points)))
+
+
+@pairs
+def test_the_same_points_give_the_same_bits_again(engine, estimator):
+    _, batch, session, points = parts(engine, estimator)
+    first = session.losses(batch, points)
+    assert torch.equal(session.losses(batch, points), first)
+    _, batch, other, points = parts(engine, estimator)
+    assert torch.equal(other.losses(batch, points), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fails_at", [0, 1])
+@pairs
+def test_an_objective_that_raises_leaves_the_weights_and_the_modules_as_they_were(engine, estimator, fails_at, dtype):
+    model, batch = built("opt", dtype)
+    calls = []
+
+    def objective(inputs):
+        loss = model(**inputs).loss
+        calls.append(1)
+        if len(calls) > fails_at:
+            raise RuntimeError("the objective's own")
+        return loss
+
+    _, batch, session, points = parts(engine, estimator, dtype=dtype, objective=objective)
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="the objective's own"):
+        session.losses(batch, points)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("inside", ["lm_head", "model.decoder.layers.1.fc1", "model.decoder.embed_tokens"])
+@pairs
+def test_a_forward_that_raises_halfway_leaves_everything_as_it_was(engine, estimator, inside):
+    model, batch, session, points = parts(engine, estimator)
+    before = state_of(model)
+
+    def explode(*_):
+        raise RuntimeError("halfway")
+
+    for handle in (
+        model.get_submodule(inside).register_forward_pre_hook(explode),
+        model.get_submodule(inside).register_forward_hook(explode),
+    ):
+        with pytest.raises(RuntimeError, match="halfway"):
+            session.losses(batch, points)
+        handle.remove()
+    assert state_of(model) == before
+    session.losses(batch, points)
+    assert state_of(model) == before
+
+
+def state_of(model: nn.Module):
+    """Bits, identities, gradients and hooks: what a query must not change."""
+    return (
+        Weights(model).digest(),
+        [(name, id(p), p.data_ptr(), p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        [module.training for module in model.modules()],
+        [sorted(vars(module)) for module in model.modules()],
+        torch.get_rng_state().tolist(),
+    )
+
+
+@pairs
+def test_queries_leave_no_gradient_hook_or_global_state_behind(engine, estimator):
+    model, batch, session, points = parts(engine, estimator)
+    before = state_of(model)
+    session.losses(batch, points)
+    assert state_of(model) == before
+
+
+@pairs
+def test_gradients_that_are_there_stay(engine, estimator):
+    model, batch, session, points = parts(engine, estimator)
+    first = next(model.parameters())
+    first.grad = torch.ones_like(first)
+    session.losses(batch, points)
+    assert torch.equal(first.grad, torch.ones_like(first))
+    first.grad = None
+
+
+class Tied(nn.Module):
+    """x -> W^T W x with one tensor in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 4, bias=False)
+        self.head = nn.Linear(4, 4, bias=False)
+        self.embed.weight.data = torch.eye(4)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.embed(x))
+
+
+@pairs
+def test_tied_weights_move_once_and_together(engine, estimator):
+    model, x = Tied(), torch.ones(1, 4)
+    chosen = with_fields(example("estimator", estimator), eps=0.5)
+    session = bind(example("engine", engine), chosen, model, lambda b: model(b).sum(), "rademacher")
+    points = chosen.points(chosen.directions(0, 0))
+    losses = session.losses(x, points)
+    for point, loss in zip(points, losses.tolist(), strict=True):
+        z = session.coordinates.z(point.direction, "embed.weight") if point.direction else torch.zeros(4, 4)
+        if point.derivative:
+            assert loss == pytest.approx(
+                float(2 * (x @ z.T).sum() + 0 * x.sum()) / 2 + float((x @ z.T).sum()), rel=1e-5
+            )
+        else:
+            moved = torch.eye(4) + point.scale * z
+            assert loss == pytest.approx(float((x @ moved.T @ moved.T).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", components("estimator"))
+def test_some_engine_serves_every_estimator_and_auto_always_does(estimator):
+    assert serves("auto", estimator)
+    assert sum(serves(engine, estimator) for engine in components("engine")) >= 2
+
+
+@pytest.mark.parametrize("engine", components("engine"))
+def test_an_engine_that_does_not_serve_refuses_with_a_sentence_and_touches_nothing(engine):
+    for estimator in components("estimator"):
+        if not serves(engine, estimator):
+            model, batch, session, points = parts(engine, estimator)
+            before = state_of(model)
+            with pytest.raises(UserError, match="engine=|estimator="):
+                session.losses(batch, points)
+            assert state_of(model) == before
+
+
+@pytest.mark.parametrize("estimator", components("estimator"))
+@pytest.mark.parametrize("q", [1, 2, 5])
+def test_an_estimator_states_what_a_step_costs(estimator, q):
+    chosen = with_fields(example("estimator", estimator), num_directions=q)
+    points = chosen.points(chosen.directions(0, 0))
+    work = sum(2 if p.derivative else 1 for p in points)  # a pass with a tangent is two forward passes of work
+    clean_comes_free = any(p.derivative for p in points) and any(p.direction is None for p in points)
+    assert chosen.num_queries == work - clean_comes_free
+    losses = torch.arange(float(len(points)))
+    assert chosen.coefficients(losses).shape == (q,)
+    assert chosen.projected_grads(losses).shape == (q,)
+    assert chosen.loss(losses).shape == ()
+    assert torch.equal(losses, torch.arange(float(len(points)))), "the losses were overwritten"

@@ -1,0 +1,201 @@
+"""Every optimizer, subspace and estimator: the direction applied is the one measured, and lr=0 changes no bit."""
+
+from __future__ import annotations
+
+import io
+from itertools import combinations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.contract.discovered import DTYPES, LAWS, PAIRS, bind, example, with_fields
+from tests.models import batch_for, tiny_opt
+from zoft.component import components
+from zoft.noise import SOURCES, Direction
+from zoft.stepper import Stepper
+from zoft.subspaces import base
+from zoft.weights import Weights
+
+
+class Run:
+    """A model, an estimator and an optimizer stepping by hand, as the trainer drives them."""
+
+    def __init__(
+        self,
+        optimizer,
+        *,
+        estimator="central",
+        engine="auto",
+        law="gaussian",
+        dtype="fp32",
+        lr=1e-2,
+        decay=0.0,
+        subspace="full",
+        noise="counter",
+        q=2,
+    ):
+        self.model = tiny_opt().to(DTYPES[dtype])
+        self.batch = batch_for(self.model)
+        self.estimator = with_fields(example("estimator", estimator), num_directions=q, eps=1e-2, noise=noise)
+        self.session = bind(
+            example("engine", engine), self.estimator, self.model, lambda b: self.model(**b).loss, law, subspace
+        )
+        self.weights = self.session.weights
+        groups = [
+            {"params": [p for p in self.weights.tensors.values() if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in self.weights.tensors.values() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.stepper = Stepper(groups, example("optimizer", optimizer), self.session, lr)
+
+    def step(self) -> list[tuple[Direction, float]]:
+        progress = self.stepper.progress
+        directions = self.estimator.directions(5, progress.steps)
+        losses = self.session.losses(self.batch, self.estimator.points(directions))
+        progress.steps += 1
+        terms = list(zip(directions, self.estimator.coefficients(losses).tolist(), strict=True))
+        self.stepper.pending = terms
+        self.stepper.step()
+        return terms
+
+    def flat(self) -> torch.Tensor:
+        return torch.cat([p.detach().double().view(-1) for p in self.weights.tensors.values()])
+
+    def direction_of(self, terms) -> torch.Tensor:
+        z = self.session.coordinates.z
+        return torch.cat([sum(c * z(d, n).double() for d, c in terms).view(-1) for n in self.weights.tensors])
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("subspace", components("subspace"))
+@pytest.mark.parametrize(("engine", "estimator"), PAIRS)
+def test_the_direction_applied_is_the_direction_measured(engine, estimator, subspace, law):
+    run = Run("sgd", estimator=estimator, engine=engine, subspace=subspace, law=law, lr=1e-3)
+    for _ in range(3):  # every step is a fresh direction; a subspace that refreshes does so within these
+        before = run.flat()
+        terms = run.step()
+        moved = run.flat() - before
+        measured = run.direction_of(terms)
+        assert float(torch.nn.functional.cosine_similarity(moved, -measured, dim=0)) > 1 - 1e-6
+        torch.testing.assert_close(moved, -1e-3 * measured, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize(("engine", "estimator"), PAIRS)
+def test_measured_along_what_is_applied(engine, estimator):
+    """Each coefficient is the slope of the loss along the very direction that the step moves along."""
+    run = Run("sgd", estimator=estimator, engine=engine, lr=0.0)
+    directions = run.estimator.directions(5, 0)
+    losses = run.session.losses(run.batch, run.estimator.points(directions))
+    grads = torch.autograd.grad(run.model(**run.batch).loss, list(run.weights.tensors.values()))
+    gradient = torch.cat([g.double().view(-1) for g in grads])
+    slopes = torch.stack([gradient @ run.direction_of([(d, 1.0)]) for d in directions])
+    torch.testing.assert_close(run.estimator.projected_grads(losses).double(), slopes, rtol=0.25, atol=0.1)
+
+
+@pytest.mark.parametrize("noise", SOURCES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optimizer", components("optimizer"))
+def test_a_learning_rate_of_zero_changes_no_bit(optimizer, dtype, noise):
+    run = Run(optimizer, dtype=dtype, lr=0.0, decay=0.1, noise=noise, engine="layerwise")
+    next(iter(run.weights.tensors.values())).data.view(-1)[:64] = -0.0  # which 0 - 0 would turn into +0
+    digest = run.weights.digest()
+    for _ in range(2):
+        run.step()
+    assert run.weights.digest() == digest
+    assert run.stepper.progress.updates == 2
+
+
+@pytest.mark.parametrize("chunk", [37, 1 << 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optimizer", components("optimizer"))
+def test_a_saved_state_continues_bit_for_bit(optimizer, dtype, chunk, monkeypatch):
+    monkeypatch.setattr(base, "_CHUNK", chunk)
+    straight, first = Run(optimizer, dtype=dtype, decay=0.1), Run(optimizer, dtype=dtype, decay=0.1)
+    for _ in range(5):
+        straight.step()
+    for _ in range(2):
+        first.step()
+    file = io.BytesIO()
+    torch.save({"model": first.model.state_dict(), "optimizer": first.stepper.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)  # tensors and plain numbers only
+    second = Run(optimizer, dtype=dtype, decay=0.1, lr=123.0)
+    second.model.load_state_dict(saved["model"])
+    second.stepper.load_state_dict(saved["optimizer"])
+    for _ in range(3):
+        second.step()
+    assert second.weights.digest() == straight.weights.digest()
+    assert second.stepper.progress == straight.stepper.progress
+    for name, state in straight.stepper.moments.items():
+        for key, tensor in state.items():
+            assert torch.equal(second.stepper.moments[name][key], tensor)
+            assert tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize("optimizer", components("optimizer"))
+def test_a_saved_state_is_not_changed_by_what_follows(optimizer):
+    run = Run(optimizer)
+    run.step()
+    state = run.stepper.state_dict()
+    other = Run(optimizer)
+    other.stepper.load_state_dict(state)
+    kept = {(n, k): t.clone() for n, moments in state["state"].items() for k, t in moments.items()}
+    other.step()
+    assert all(torch.equal(state["state"][n][k], t) for (n, k), t in kept.items())
+
+
+@pytest.mark.parametrize("optimizer", components("optimizer"))
+def test_chunks_do_not_change_the_step(optimizer, monkeypatch):
+    digests = set()
+    for chunk in (13, 1 << 20):
+        monkeypatch.setattr(base, "_CHUNK", chunk)
+        run = Run(optimizer, decay=0.1)
+        for _ in range(3):
+            run.step()
+        digests.add(run.weights.digest())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("optimizer", components("optimizer"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_optimizer_moves_downhill(optimizer, dtype):
+    run = Run(optimizer, dtype=dtype, lr=2e-3, q=64)
+    start = float(run.model(**run.batch).loss.detach())
+    for _ in range(4):
+        run.step()
+    assert float(run.model(**run.batch).loss.detach()) < start
+
+
+@pytest.mark.parametrize("optimizer", components("optimizer"))
+def test_weight_decay_and_learning_rate_are_honoured(optimizer):
+    """Halving the rate halves the first step; decay adds rate * decay * theta to it, on the decayed group alone."""
+    moved = {}
+    for lr, decay in ((1e-2, 0.0), (5e-3, 0.0), (1e-2, 0.5)):
+        run = Run(optimizer, lr=lr, decay=decay)
+        before = {n: p.detach().double().clone() for n, p in run.weights.tensors.items()}
+        run.step()
+        moved[lr, decay] = {n: p.detach().double() - before[n] for n, p in run.weights.tensors.items()}
+    for name, step in moved[1e-2, 0.0].items():
+        torch.testing.assert_close(moved[5e-3, 0.0][name], step / 2, rtol=1e-3, atol=2e-7)
+        decay = -1e-2 * 0.5 * before[name] if before[name].dim() > 1 else torch.zeros_like(step)
+        torch.testing.assert_close(moved[1e-2, 0.5][name] - step, decay, rtol=1e-3, atol=3e-7)
+
+
+class Alike(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(300, 300, bias=False) for _ in range(4))
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("noise", SOURCES)
+@pytest.mark.parametrize("subspace", components("subspace"))
+def test_tensors_of_one_shape_do_not_share_their_noise(subspace, noise, law):
+    if noise == "torch_sequential":
+        law = "gaussian"
+    model = Alike()
+    coordinates = with_fields(example("subspace", subspace), law=law).bind(Weights(model), noise)
+    drawn = [coordinates.z(Direction(7, 0), name).view(-1).clone() for name in coordinates.weights.tensors]
+    drawn += [coordinates.z(Direction(8, 1), name).view(-1).clone() for name in coordinates.weights.tensors]
+    for a, b in combinations(drawn, 2):
+        assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) < 0.015  # 4.5 / sqrt(90 000)

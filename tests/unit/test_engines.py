@@ -1,0 +1,225 @@
+"""What is particular to each engine; what all of them promise is in tests/contract/test_engines.py."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models import batch_for, tiny_llama, tiny_opt
+from zoft.engines.auto import Auto
+from zoft.engines.base import Session
+from zoft.engines.forward_mode import ForwardMode
+from zoft.engines.in_place import InPlace, _CopySession, _SubtractSession
+from zoft.engines.layerwise import Layerwise
+from zoft.errors import UserError
+from zoft.estimators import Point
+from zoft.estimators.central import Central
+from zoft.estimators.forward_gradient import ForwardGradient
+from zoft.estimators.one_sided import OneSided
+from zoft.noise import Direction
+from zoft.subspaces.full import Full
+from zoft.weights import Weights, perturbed
+
+D = Direction(1, 0, 0)
+POINTS = [Point(D, 1e-2), Point(D, -1e-2), Point()]
+
+
+def bind(engine, model, objective=None, noise="counter") -> Session:
+    weights = Weights(model)
+    return engine.bind(model, Full().bind(weights, noise), objective or (lambda batch: model(**batch).loss))
+
+
+def test_auto_chooses_by_what_the_estimator_needs():
+    assert isinstance(Auto().choose(Central()), Layerwise)
+    assert isinstance(Auto().choose(OneSided()), Layerwise)
+    assert isinstance(Auto().choose(Central(noise="torch_sequential")), InPlace)
+    assert isinstance(Auto().choose(ForwardGradient()), ForwardMode)
+    assert isinstance(Auto().choose(ForwardGradient(noise="torch_sequential")), ForwardMode)
+
+
+@pytest.mark.parametrize("engine", [InPlace(), Layerwise()], ids=lambda e: e.name())
+def test_derivatives_are_refused_with_the_mend(engine):
+    model = tiny_llama()
+    with pytest.raises(UserError, match=f"engine={engine.name()} evaluates losses.*engine=forward_mode"):
+        bind(engine, model).losses(batch_for(model), [Point(D, derivative=True)])
+
+
+# ------------------------------------------------------------------------------------------------------------ in_place
+
+
+def test_in_place_way_back():
+    def chosen(restore, dtype, noise):
+        return type(bind(InPlace(restore), nn.Linear(2, 2).to(dtype), noise=noise))
+
+    assert chosen("auto", torch.float32, "counter") is _CopySession
+    assert chosen("auto", torch.float32, "torch_sequential") is _SubtractSession
+    assert chosen("auto", torch.bfloat16, "torch_sequential") is _CopySession
+    assert chosen("copy", torch.float32, "torch_sequential") is _CopySession
+    assert chosen("subtract", torch.float32, "counter") is _SubtractSession
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(UserError, match=r"restore=subtract does not bring \w+16 weights back.*engine=layerwise"):
+            chosen("subtract", dtype, "counter")
+    with pytest.raises(UserError, match=r"in_place.restore must be one of auto, copy, subtract, got 'hope'"):
+        InPlace("hope")
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_subtract_comes_back_within_float32_and_visits_the_same_points(raises):
+    model = tiny_llama()
+    batch = batch_for(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    other = Direction(1, 0, 1)
+    points = [*POINTS, Point(other, 1e-2), Point(D, 1e-2)]
+    wanted = bind(InPlace("copy"), model).losses(batch, points)
+    torch.testing.assert_close(bind(InPlace("subtract"), model).losses(batch, points), wanted, rtol=1e-6, atol=0)
+    if raises:
+        calls = iter([torch.zeros(()), torch.zeros(())])
+        with pytest.raises(StopIteration):
+            bind(InPlace("subtract"), model, lambda batch: next(calls)).losses(batch, points)
+    for name, parameter in model.named_parameters():
+        assert float((parameter.data - before[name]).abs().max()) < 1e-6, name
+
+
+# ----------------------------------------------------------------------------------------------------------- layerwise
+
+
+def test_layerwise_never_writes_the_weights_and_perturbs_one_module_at_a_time():
+    model = tiny_llama()
+    session = bind(Layerwise(), model)
+    storages = {name: p.data_ptr() for name, p in model.named_parameters()}
+    versions = {name: p._version for name, p in model.named_parameters()}
+    most = 0
+
+    def look(_module, _inputs, _output):
+        nonlocal most
+        most = max(most, len(session._clean))
+
+    handles = [module.register_forward_hook(look) for module in model.modules()]
+    session.losses(batch_for(model), POINTS)
+    for handle in handles:
+        handle.remove()
+    assert most == 1  # every module of a Llama that holds weights is a leaf with one tensor
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == storages
+    assert {name: p._version for name, p in model.named_parameters()} == versions
+
+
+class ReadsBesideForward(nn.Module):
+    """Uses a layer's weight without calling the layer, as torch's own multi-head attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.used, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(torch.tanh(self.used(x)), self.read.weight, self.read.bias) * self.scale
+
+
+def test_a_tensor_read_without_its_modules_forward_is_perturbed_all_the_same(caplog):
+    model, x = ReadsBesideForward(), torch.ones(2, 4)
+    session = bind(Layerwise(), model, lambda batch: model(batch).square().mean())
+    clean = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with caplog.at_level(logging.WARNING):
+        losses = session.losses(x, POINTS)
+        again = session.losses(x, POINTS)
+    assert [record.message.count("read.weight, read.bias") for record in caplog.records] == [1]  # said once
+    assert torch.equal(losses, again)
+    for point, loss in zip(POINTS, losses, strict=True):
+        for name, parameter in model.named_parameters():
+            z = session.coordinates.z(D, name)
+            parameter.data = perturbed(clean[name], z, point.scale) if point.direction else clean[name]
+        torch.testing.assert_close(loss, model(x).square().mean().detach(), rtol=1e-6, atol=0)
+
+
+def test_every_query_is_counted_once_after_the_first_look():
+    model, calls = tiny_llama(), []
+    session = bind(Layerwise(), model, lambda batch: calls.append(1) or model(**batch).loss)
+    session.losses(batch_for(model), POINTS)
+    assert len(calls) == len(POINTS)
+
+
+def test_a_tied_tensor_inside_two_forwards_at_once():
+    class Inner(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            return x @ self.weight
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(3) * 0.5)
+            self.inner = Inner(self.weight)
+
+        def forward(self, x):
+            return self.inner(x) @ self.weight  # still inside its own forward after the inner one has ended
+
+    model, x = Outer(), torch.ones(1, 3)
+    session = bind(Layerwise(), model, lambda batch: model(batch).sum())
+    loss = session.losses(x, [Point(D, 0.1)])
+    moved = perturbed(torch.eye(3) * 0.5, session.coordinates.z(D, "weight"), 0.1)
+    torch.testing.assert_close(loss[0], (x @ moved @ moved).sum(), rtol=1e-6, atol=0)
+    assert torch.equal(model.weight.data, torch.eye(3) * 0.5)
+
+
+# -------------------------------------------------------------------------------------------------------- forward_mode
+
+
+def test_forward_mode_refuses_differences():
+    model = tiny_llama()
+    with pytest.raises(UserError, match="engine=forward_mode computes exact derivatives"):
+        bind(ForwardMode(), model).losses(batch_for(model), POINTS)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_opt])
+def test_derivatives_equal_those_of_backpropagation(make):
+    model = make()
+    batch = batch_for(model)
+    session = bind(ForwardMode(), model)
+    points = ForwardGradient(num_directions=2).points([D, Direction(1, 0, 1)])
+    losses = session.losses(batch, points)
+    loss = model(**batch).loss
+    grads = dict(
+        zip(session.weights.tensors, torch.autograd.grad(loss, list(session.weights.tensors.values())), strict=True)
+    )
+    slopes = [sum(float((grads[n] * session.coordinates.z(p.direction, n)).sum()) for n in grads) for p in points[1:]]
+    torch.testing.assert_close(losses, torch.tensor([float(loss.detach()), *slopes]), rtol=1e-4, atol=1e-5)
+
+
+def test_an_objective_without_a_derivative_says_so():
+    model = tiny_llama()
+    session = bind(ForwardMode(), model, lambda batch: model(**batch).logits.argmax(-1).float().mean())
+    with pytest.raises(UserError, match=r"no derivative along the trainable weights.*estimator=central"):
+        session.losses(batch_for(model), [Point(), Point(D, derivative=True)])
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+def test_the_clean_loss_alone_needs_no_derivative():
+    model = tiny_llama()
+    batch = batch_for(model)
+    assert bind(ForwardMode(), model).losses(batch, [Point()]).tolist() == [float(model(**batch).loss)]
+
+
+# --------------------------------------------------------------------------------------------------------------- apply
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_step_is_rounded_once(dtype):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(16, 16, bias=False)
+    layer.weight.data = torch.randn(16, 16, generator=generator, dtype=torch.float64).to(dtype)
+    before, step = layer.weight.data.clone(), 1e-2 * torch.randn(40, generator=generator)
+    wide = torch.promote_types(dtype, torch.float32)
+    wanted = (before.view(-1)[3:43].to(wide) - step.to(wide)).to(dtype)
+    bind(Layerwise(), layer).apply_("weight", 3, 43, step.clone())
+    assert torch.equal(layer.weight.data.view(-1)[3:43], wanted)
+    assert torch.equal(layer.weight.data.view(-1)[:3], before.view(-1)[:3])
+    assert torch.equal(layer.weight.data.view(-1)[43:], before.view(-1)[43:])
