@@ -46,16 +46,25 @@ def claim(output_dir: str, resolved: str) -> str:
     return "new"
 
 
-def release(output_dir: str) -> None:
-    """Take back a claim on a folder in which nothing has happened yet, so that a failed start leaves nothing behind."""
+def nearest(output_dir: str) -> Path:
+    """The folder itself where it exists, else the nearest one above it that does."""
+    folder = Path(output_dir)
+    return next(path for path in (folder, *folder.parents) if path.exists() or path == path.parent)
+
+
+def release(output_dir: str, there: Path) -> None:
+    """Take back a claim on a folder in which nothing has happened yet, so that a failed start leaves nothing behind.
+
+    Args:
+        output_dir: the folder that was claimed.
+        there: what :func:`nearest` said before the claim: it and what is above it was not made by the claim.
+    """
     folder = Path(output_dir)
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG}:
         (folder / CONFIG).unlink(missing_ok=True)
-        while not any(folder.iterdir()):
+        while folder != there and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
-            if folder in (Path(), Path.cwd(), folder.parent):
-                break
 
 
 def _write(folder: Path, output_dir: str, resolved: str) -> None:

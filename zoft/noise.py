@@ -211,7 +211,7 @@ _T = TypeVar("_T")
 
 
 def _of_step(kept: dict[Direction, _T], direction: Direction) -> dict[Direction, _T]:
-    """``kept`` without the directions of other steps: an update asks for all of a step's directions tensor by tensor."""
+    """``kept`` without other steps: an update asks for all of a step's directions, tensor by tensor."""
     if kept and next(iter(kept)).step != direction.step:
         kept.clear()
     return kept

@@ -33,6 +33,7 @@ def run(cfg: ZoftConfig) -> dict[str, Any]:
     from zoft.config import resolved_yaml
 
     first = int(os.environ.get("RANK", "0")) == 0
+    there = folder.nearest(cfg.output_dir)
     standing = _claim(cfg.output_dir, resolved_yaml(cfg), first)
     if standing == "done":
         return _show_finished(cfg.output_dir)
@@ -40,7 +41,7 @@ def run(cfg: ZoftConfig) -> dict[str, Any]:
         trainer, splits, memory = _prepare(cfg)
     except BaseException:
         if first and standing == "new":
-            folder.release(cfg.output_dir)
+            folder.release(cfg.output_dir, there)
         raise
     try:
         return _carry_out(cfg, trainer, splits, memory, resuming=standing == "resume")
@@ -96,7 +97,6 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     tokenizer = load_tokenizer(cfg.model.name, revision=cfg.model.revision)
     model = load_model(
         cfg.model.name,
-        kind=cfg.model.kind,
         revision=cfg.model.revision,
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,

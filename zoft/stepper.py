@@ -7,7 +7,7 @@ to survive a restart: the component's state tensors (float32) and the counters o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Progress:
         skipped_in_a_row: how many of the last steps were skipped.
         seconds: wall time of training steps.
         seconds_forward: wall time spent querying the objective.
+        losses: training losses since the last log line, whose mean the next one says.
     """
 
     steps: int = 0
@@ -42,6 +43,7 @@ class Progress:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     seconds_forward: float = 0.0
+    losses: list[float] = field(default_factory=list)
 
 
 class Stepper(torch.optim.Optimizer):
@@ -87,7 +89,8 @@ class Stepper(torch.optim.Optimizer):
             step = self.coordinates.lift(name, self.rule.update(estimate, pieces, self.progress.updates), start)
             if decay:
                 step = step.add_(self.session.piece(name, start, stop) * decay)
-            self.session.apply_(name, start, stop, step.mul_(lr))
+            if lr:  # subtracting zero would turn a weight of -0.0 into +0.0
+                self.session.apply_(name, start, stop, step.mul_(lr))
 
     def _state_of(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
         if name not in self.moments:

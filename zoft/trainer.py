@@ -80,7 +80,6 @@ class ZOMixin(_Base):
         self.projected_grads: Tensor | None = None
         self.peak_memory_mb: Callable[[], float] | None = None
         self._window: list[Inputs] = []
-        self._losses_to_log: list[float] = []
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
             if kwargs.get(name) not in (None, (None, None)):
                 raise UserError(f"{name}= is for first-order optimizers: pass optimizer= (sgd, momentum, adam)")
@@ -204,6 +203,7 @@ class ZOMixin(_Base):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Every process starts from the weights of the first one; DDP, which would do this, is not used."""
+        self.progress.losses.clear()  # what a checkpoint holds of them is read in the next line
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._window = []
         if self.accelerator.num_processes > 1:
@@ -253,7 +253,7 @@ class ZOMixin(_Base):
         loss = float(self.estimator.loss(self.losses))
         self.projected_grads = self.estimator.projected_grads(self.losses)
         self.stepper.pending = self._estimate(directions)
-        self._losses_to_log.append(loss)
+        progress.losses.append(loss)
         return loss
 
     def _directions(self, step: int) -> list[Direction]:
@@ -413,9 +413,9 @@ class ZOMixin(_Base):
         """Every line carries queries, tokens and seconds; a training line also loss, projected gradient and eps."""
         progress = self.progress
         if "loss" in logs:
-            finite = [loss for loss in self._losses_to_log if numpy.isfinite(loss)]
+            finite = [loss for loss in progress.losses if numpy.isfinite(loss)]
             logs["loss"] = sum(finite) / len(finite) if finite else float("nan")
-            self._losses_to_log = []
+            progress.losses.clear()
             if self.projected_grads is not None:
                 logs["projected_grad"] = float(self._get_grad_norm(self.model))
             logs["eps"] = self.estimator.radius

@@ -1,4 +1,4 @@
-"""Everything the contract tests run over: found by discovery, so that a new file is held to them without being listed."""
+"""Everything the contract tests run over: found by discovery, so that a new file is held to them unlisted."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def test_an_engine_that_does_not_serve_refuses_with_a_sentence_and_touches_nothi
         if not serves(engine, estimator):
             model, batch, session, points = parts(engine, estimator)
             before = state_of(model)
-            with pytest.raises(UserError, match="engine=|estimator="):
+            with pytest.raises(UserError, match=r"engine=|estimator="):
                 session.losses(batch, points)
             assert state_of(model) == before
 

@@ -34,10 +34,11 @@ class Run:
         subspace="full",
         noise="counter",
         q=2,
+        eps=1e-2,
     ):
         self.model = tiny_opt().to(DTYPES[dtype])
         self.batch = batch_for(self.model)
-        self.estimator = with_fields(example("estimator", estimator), num_directions=q, eps=1e-2, noise=noise)
+        self.estimator = with_fields(example("estimator", estimator), num_directions=q, eps=eps, noise=noise)
         self.session = bind(
             example("engine", engine), self.estimator, self.model, lambda b: self.model(**b).loss, law, subspace
         )
@@ -83,13 +84,13 @@ def test_the_direction_applied_is_the_direction_measured(engine, estimator, subs
 @pytest.mark.parametrize(("engine", "estimator"), PAIRS)
 def test_measured_along_what_is_applied(engine, estimator):
     """Each coefficient is the slope of the loss along the very direction that the step moves along."""
-    run = Run("sgd", estimator=estimator, engine=engine, lr=0.0)
+    run = Run("sgd", estimator=estimator, engine=engine, lr=0.0, eps=5e-4)
     directions = run.estimator.directions(5, 0)
     losses = run.session.losses(run.batch, run.estimator.points(directions))
     grads = torch.autograd.grad(run.model(**run.batch).loss, list(run.weights.tensors.values()))
     gradient = torch.cat([g.double().view(-1) for g in grads])
     slopes = torch.stack([gradient @ run.direction_of([(d, 1.0)]) for d in directions])
-    torch.testing.assert_close(run.estimator.projected_grads(losses).double(), slopes, rtol=0.25, atol=0.1)
+    torch.testing.assert_close(run.estimator.projected_grads(losses).double(), slopes, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("noise", SOURCES)
@@ -159,9 +160,9 @@ def test_chunks_do_not_change_the_step(optimizer, monkeypatch):
 @pytest.mark.parametrize("optimizer", components("optimizer"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_optimizer_moves_downhill(optimizer, dtype):
-    run = Run(optimizer, dtype=dtype, lr=2e-3, q=64)
+    run = Run(optimizer, dtype=dtype, lr=1e-3, q=16)
     start = float(run.model(**run.batch).loss.detach())
-    for _ in range(4):
+    for _ in range(3):
         run.step()
     assert float(run.model(**run.batch).loss.detach()) < start
 

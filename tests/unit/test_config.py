@@ -159,7 +159,6 @@ def test_a_setting_of_a_part_nobody_replaced_is_a_mistake():
 
 def test_model_preset_is_not_overwritten_by_the_defaults():
     assert compose(["model=qwen3_0_6b"]).model.dtype == "bfloat16"
-    assert compose(["model=roberta_large"]).model.kind == "masked_lm"
 
 
 def test_experiment_built_on_another():

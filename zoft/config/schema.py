@@ -8,7 +8,7 @@ from typing import Any
 from zoft.engines.base import Engine
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
-from zoft.models.load import DTYPES, KINDS
+from zoft.models.load import DTYPES
 from zoft.models.peft.base import Peft
 from zoft.models.trainable.base import Trainable
 from zoft.objectives.base import Objective
@@ -34,14 +34,12 @@ class ModelConfig:
     Args:
         name: hub name, local folder, or ``zoft:<asset>`` for one that `zoft fetch` brings.
         revision: branch, tag or commit on the hub; null takes the default branch.
-        kind: causal_lm, masked_lm, sequence_classification or seq2seq_lm: which head is loaded.
         dtype: of the weights: float32, bfloat16 or float16.
         attn_implementation: eager, sdpa, flash_attention_2, ...; null lets transformers choose.
     """
 
     name: str
     revision: str | None = None
-    kind: str = "causal_lm"
     dtype: str = "float32"
     attn_implementation: str | None = None
 
@@ -49,7 +47,6 @@ class ModelConfig:
         if not self.name.strip():
             raise UserError("model.name is empty: give a hub name, a folder, or zoft:<asset>")
         _one_of("model.dtype", self.dtype, DTYPES)
-        _one_of("model.kind", self.kind, tuple(KINDS))
 
 
 @dataclass(kw_only=True)

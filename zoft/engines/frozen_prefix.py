@@ -69,7 +69,7 @@ class FrozenPrefix:
         """Forget everything that is kept."""
         self._rows: dict[bytes, Tensor] = {}
         self._bytes = 0
-        self._batch: tuple[Any, Tensor] | None = None
+        self._batch: tuple[dict[str, Tensor], Tensor] | None = None  # the last batch, put together
         self._serving: Tensor | None = None
 
     @contextmanager
@@ -116,11 +116,11 @@ class FrozenPrefix:
         if self._filling and bool(inputs["attention_mask"].all()):
             self._keep_together(inputs)
             raise _Stopped(inputs["input_ids"])
-        if self._batch is None or self._batch[0] is not kwargs["input_ids"]:
+        if self._batch is None or not _same(self._batch[0], inputs):
             hidden = self._hidden_of(inputs)
             if hidden is None:
                 return
-            self._batch = (kwargs["input_ids"], hidden)
+            self._batch = (inputs, hidden)
             if not self._checked:
                 self._check(kwargs, inputs["attention_mask"], hidden)
                 if not self.usable:
@@ -240,6 +240,12 @@ def _stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _passes_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
+
+
+def _same(inputs: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return inputs.keys() == others.keys() and all(
+        value is others[name] or torch.equal(value, others[name]) for name, value in inputs.items()
+    )
 
 
 def _key(row: dict[str, Tensor]) -> bytes:

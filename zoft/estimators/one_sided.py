@@ -31,7 +31,7 @@ class OneSided(Estimator):
     def check(self) -> None:
         """Refuse eps <= 0."""
         super().check()
-        self.require(self.eps > 0, "eps", "> 0")
+        self.require(0 < self.eps < float("inf"), "eps", "> 0 and finite")
 
     @property
     def num_queries(self) -> int:

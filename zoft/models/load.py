@@ -5,52 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.errors import UserError, did_you_mean
+from zoft.errors import UserError
 from zoft.lazy import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16")
-KINDS = {
-    "causal_lm": "AutoModelForCausalLM",
-    "masked_lm": "AutoModelForMaskedLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "seq2seq_lm": "AutoModelForSeq2SeqLM",
-}
-"""Kind of model -> the transformers class that loads it."""
 
 
 def load_model(
     name: str,
     *,
-    kind: str = "causal_lm",
     revision: str | None = None,
     dtype: str = "float32",
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """Pretrained weights in a stated dtype; no code from the model's repository is run.
+    """A causal language model in a stated dtype; no code from its repository is run.
 
     Args:
         name: a local folder, a hub name, or ``zoft:NAME`` for a model that `zoft fetch NAME` brings.
-        kind: a key of :data:`KINDS`.
         revision: branch, tag or commit on the hub.
         dtype: float32, bfloat16 or float16; transformers would take the checkpoint's own otherwise.
         attn_implementation: eager, sdpa, ...; None takes transformers' choice.
 
     Raises:
-        UserError: no such folder or hub model, or an unknown dtype or kind.
+        UserError: no such folder or hub model, or an unknown dtype.
     """
     import transformers
 
     if dtype not in DTYPES:
         raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if kind not in KINDS:
-        raise UserError(f"there is no kind of model called {kind!r}.{did_you_mean(kind, KINDS)}")
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
-    return _load(getattr(transformers, KINDS[kind]), name, arguments)
+    return _load(transformers.AutoModelForCausalLM, name, arguments)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -58,6 +47,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     import transformers
 
     tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision})
+    if tokenizer.bos_token == "</s>" and tokenizer.convert_tokens_to_ids("<s>") == 0:
+        # OPT's files name </s> as what a text begins with; MeZO, whose protocol we follow, begins texts with <s>
+        tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision, "bos_token": "<s>"})
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

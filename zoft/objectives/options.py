@@ -62,7 +62,11 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cou
     The head is applied to those positions only where the model can do that (``logits_to_keep``).
     """
     accepted = _accepted(type(_inner(model)))
-    extra: dict[str, Any] = {"logits_to_keep": count} if "logits_to_keep" in accepted else {}
+    extra: dict[str, Any] = {}
+    if "logits_to_keep" in accepted:
+        # As indices, not as a number: a slice of the hidden states is not contiguous, and the head would then be one
+        # small product per row that reads the whole vocabulary matrix each time (75 ms instead of 10 for 16 rows).
+        extra["logits_to_keep"] = torch.arange(-count, 0, device=input_ids.device)
     if "position_ids" in accepted:
         extra["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_min_(0)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits

@@ -37,7 +37,7 @@ class Adam(Optimizer):
         super().check()
         for field in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, field) < 1, field, "in [0, 1)")
-        self.require(self.adam_epsilon > 0, "adam_epsilon", "> 0")
+        self.require(0 < self.adam_epsilon < float("inf"), "adam_epsilon", "> 0 and finite")
 
     def state_names(self) -> tuple[str, ...]:
         """First and second moment."""

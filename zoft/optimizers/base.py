@@ -28,7 +28,8 @@ class Optimizer(Component):
     def check(self) -> None:
         """Refuse a negative learning rate or decay."""
         for field in ("learning_rate", "weight_decay"):
-            self.require(getattr(self, field) is None or getattr(self, field) >= 0, field, ">= 0")
+            value = getattr(self, field)
+            self.require(value is None or 0 <= value < float("inf"), field, ">= 0 and finite")
 
     def state_names(self) -> tuple[str, ...]:
         """Names of the float32 state tensors, each of the coordinates' shape, all zero at the start."""

@@ -56,10 +56,11 @@ class Task(Component):
     max_length: int = 2048
 
     def check(self) -> None:
-        """Refuse empty splits."""
+        """Refuse empty splits, a length that holds no prompt, and a seed that the samplers do not take."""
         for field in ("num_train", "num_dev", "num_test"):
             self.require(getattr(self, field) >= 1, field, "at least 1")
         self.require(self.max_length >= 8, "max_length", "at least 8")
+        self.require(self.data_seed >= 0, "data_seed", "0 or more")
 
     def load(self) -> Splits:
         """Read the data and cut it into splits.

@@ -29,6 +29,11 @@ class SmsSpam(Task):
     max_length: int = 128
     max_chars: int = 160
 
+    def check(self) -> None:
+        """Refuse an empty message too."""
+        super().check()
+        self.require(self.max_chars >= 1, "max_chars", "at least 1")
+
     def load(self) -> Splits:
         """Fetch the file (once) and cut it into balanced splits."""
         from zoft.data.assets import fetch

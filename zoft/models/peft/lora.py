@@ -27,8 +27,9 @@ class Lora(Peft):
     layers_to_transform: list[int] | None = None
 
     def check(self) -> None:
-        """Refuse a rank below 1."""
+        """Refuse a rank or a scale below 1."""
         self.require(self.r >= 1, "r", "at least 1")
+        self.require(self.lora_alpha >= 1, "lora_alpha", "at least 1")
 
     def config(self, task_type: str) -> Any | None:
         """A ``peft.LoraConfig`` without dropout: dropout would make the two losses of a pair differ."""

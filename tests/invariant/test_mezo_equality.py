@@ -1,0 +1,225 @@
+"""MeZO, number for number: zoft against a plain re-implementation on this machine, and against the recorded run.
+
+The weights of the recorded run are equal to the bit. Its losses were computed by another processor's matrix kernels,
+which may differ in the last bits; how far they may is decided by the re-implementation below, which shares nothing with
+zoft: where it equals the recording exactly, zoft has to as well.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zoft import ZOConfig, ZOTrainer
+from zoft.data.tokens import OptionCollator, encode
+from zoft.estimators.central import Central
+from zoft.tasks.sst2 import SST2
+
+HERE = Path(__file__).parents[1] / "assets" / "mezo_trajectory"
+EPS, LR = 1e-3, 1e-4
+
+
+@cache
+def recorded() -> dict[str, Any]:
+    return json.loads((HERE / "sst2_full" / "trajectory.json").read_text())
+
+
+@cache
+def batches() -> list[dict[str, torch.Tensor]]:
+    rows = json.loads((HERE / "sst2_full" / "batches.json").read_text())
+    return [{key: torch.tensor(value["data"]) for key, value in row.items()} for row in rows]
+
+
+def micro_opt() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(HERE / "model", dtype=torch.float32, attn_implementation="eager").eval()
+
+
+# ------------------------------------------------------------------------------------- MeZO's step, written out plainly
+
+
+def plain_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean log-probability of each row's last ``option_len`` tokens; cross-entropy over each example's rows."""
+    ids = batch["input_ids"]
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1].contiguous()
+    labels = ids[:, 1:].clone()
+    labels[labels == 1] = -100  # MeZO: padding, which is token 1, is ignored
+    for row, length in enumerate(batch["option_len"].tolist()):
+        labels[row, :-length] = -100
+    inside = labels != -100
+    log_probs = torch.log_softmax(logits, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    scores = (log_probs * inside).sum(-1) / inside.sum(-1)
+    pieces, gold, row = [], [], 0
+    while row < len(ids):
+        size = int(batch["num_options"][row])
+        pieces.append(scores[row : row + size])
+        gold.append(int(batch["labels"][row]))
+        row += size
+    return torch.nn.functional.cross_entropy(torch.stack(pieces), torch.tensor(gold))
+
+
+def with_mask(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch if "attention_mask" in batch else batch | {"attention_mask": (batch["input_ids"] != 1).long()}
+
+
+@cache
+def plain_run() -> tuple[list[tuple[float, float, float]], dict[str, torch.Tensor]]:
+    """Twenty steps of Algorithm 1: (l1, l2, g) of each, and the final weights."""
+    model = micro_opt()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def perturb(seed: int, scale: float) -> None:
+        torch.manual_seed(seed)
+        for _, p in named:
+            z = torch.normal(mean=0, std=1, size=p.data.size(), device=p.data.device, dtype=p.data.dtype)
+            p.data = p.data + scale * z * EPS
+
+    steps = []
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        for step, batch in zip(recorded()["steps"], batches(), strict=True):
+            batch = with_mask(batch)
+            perturb(step["seed"], 1)
+            plus = plain_loss(model, batch)
+            perturb(step["seed"], -2)
+            minus = plain_loss(model, batch)
+            perturb(step["seed"], 1)
+            grad = ((plus - minus) / (2 * EPS)).item()
+            torch.manual_seed(step["seed"])
+            for _, p in named:
+                z = torch.normal(mean=0, std=1, size=p.data.size(), device=p.data.device, dtype=p.data.dtype)
+                p.data = p.data - LR * (grad * z)
+            steps.append((float(plus), float(minus), grad))
+    return steps, {name: p.data.clone() for name, p in named}
+
+
+# ----------------------------------------------------------------------------------------------------------- zoft's run
+
+
+def trainer_on(tmp_path: Path, model: Any, rows: list[Any], **arguments: Any) -> ZOTrainer:
+    return ZOTrainer(
+        model=model,
+        args=ZOConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=20,
+            learning_rate=LR,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=1,
+            train_sampling_strategy="sequential",
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=[with_mask(batch) for batch in rows],
+        data_collator=lambda rows: rows[0],
+        estimator=Central(eps=EPS, noise="torch_sequential"),
+        objective="options",
+        direction_seeds=[step["seed"] for step in recorded()["steps"]],
+        **arguments,
+    )
+
+
+@pytest.fixture(scope="module")
+def zoft_run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[list[tuple[float, float, float]], dict[str, torch.Tensor]]:
+    from transformers import TrainerCallback
+
+    model = micro_opt()
+    trainer = trainer_on(tmp_path_factory.mktemp("mezo"), model, batches())
+    steps = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            steps.append((*trainer.losses.tolist(), *trainer.projected_grads.tolist()))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    return steps, {name: p.data.clone() for name, p in model.named_parameters()}
+
+
+def test_the_recording_is_the_one_the_figures_are_about():
+    meta, steps = recorded()["meta"], recorded()["steps"]
+    assert (len(steps), len(batches())) == (20, 20)
+    assert meta["param_order"] == [name for name, _ in micro_opt().named_parameters()]
+    assert all(step["lr"] == LR for step in steps)
+    assert meta["argv"][meta["argv"].index("--zo_eps") + 1] == "0.001"
+
+
+def test_losses_gradients_and_weights_equal_the_plain_run_exactly(zoft_run):
+    steps, weights = zoft_run
+    plain_steps, plain_weights = plain_run()
+    assert len(steps) == 20
+    for number, (ours, plain) in enumerate(zip(steps, plain_steps, strict=True)):
+        assert ours == plain, f"step {number}"
+    assert list(weights) == list(plain_weights)
+    for name, tensor in plain_weights.items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_with_the_recorded_gradients_the_final_weights_are_the_recorded_ones_to_the_bit(tmp_path, monkeypatch):
+    model = micro_opt()
+    start = {name: p.data.clone() for name, p in model.named_parameters()}
+    trainer = trainer_on(tmp_path, model, batches())
+    grads = iter(step["g"] for step in recorded()["steps"])
+    monkeypatch.setattr(trainer, "_estimate", lambda directions: [(directions[0], next(grads))])
+    trainer.train()
+    final = load_file(HERE / "sst2_full" / "final.safetensors")
+    assert set(final) == set(start)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.data, final[name]), name
+        assert not torch.equal(start[name], final[name]), f"{name} did not move: this would pass without training"
+
+
+def test_the_trajectory_is_the_recorded_one(zoft_run):
+    steps, weights = zoft_run
+    for number, (ours, plain, step) in enumerate(zip(steps, plain_run()[0], recorded()["steps"], strict=True)):
+        wanted = (step["l1"], step["l2"], step["g"])
+        for key, mine, here, there, near in zip(
+            ("l1", "l2", "g"), ours, plain, wanted, (3e-7, 3e-7, 3e-4), strict=True
+        ):
+            if here == there:
+                assert mine == there, f"step {number}, {key}: exact on this processor"
+            assert mine == pytest.approx(there, abs=near, rel=0), f"step {number}, {key}"
+    final = load_file(HERE / "sst2_full" / "final.safetensors")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, final[name], rtol=0, atol=1e-6)
+
+
+def test_the_recorded_rows_come_out_of_the_task_the_tokenizer_and_the_collator(tmp_path):
+    """Reachable by a user: local files -> task sst2 -> encode -> OptionCollator gives the tensors MeZO trained on."""
+    from zoft.models.load import load_tokenizer
+
+    rows = json.loads((HERE / "rows.json").read_text())["sst2"]
+    for split in ("train", "validation"):
+        lines = [json.dumps(row) for row in rows[split]]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
+    splits = SST2(num_train=64, num_dev=16, num_test=32, data_seed=0, **files).load()
+    assert (len(splits.train), len(splits.dev), len(splits.test)) == (64, 16, 32)
+    encoded = encode(splits.train, load_tokenizer(str(HERE / "model")), 500)
+    collate = OptionCollator(pad_token_id=1, one_row_per_option=True, multiple_of=8)
+
+    def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple]:
+        keys = ("input_ids", "option_len", "num_options", "labels")
+        assert batch["input_ids"].shape[1] % 8 == 0
+        return [
+            (tuple(i for i in ids.tolist() if i != 1), *map(int, rest))
+            for ids, *rest in zip(*(batch[key] for key in keys), strict=True)
+        ]
+
+    made = {row for example in encoded for row in rows_of(collate([example]))}
+    used = {row for batch in batches() for row in rows_of(batch)}
+    assert made == used
+    by_ids = {tuple(sequence): example for example in encoded for sequence in example["sequences"]}
+    for batch in batches():  # and whole batches, padding included
+        first_rows = [by_ids[row[0]] for row in rows_of(batch)[::2]]
+        ours = collate(first_rows)
+        for key, tensor in batch.items():
+            assert torch.equal(ours[key], tensor), key
