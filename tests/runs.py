@@ -1,4 +1,4 @@
-"""A whole run in a second: a tiny model folder with a tokenizer, a labelled text file, and the arguments that join them."""
+"""A whole run in a second: a tiny model folder, a labelled text file, and the arguments that join them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ WORDS = [
 
 def tiny_tokenizer() -> Any:
     """One token a word; the special tokens are those of :mod:`tests.models`."""
-    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["<bos>", "<pad>", "<eos>", "<unk>", *WORDS])}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from zoft.errors import UserError
+from zoft.rounding import ROUNDINGS
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,8 @@ class ZOConfig(TrainingArguments):
         max_skipped_steps: steps in a row with a non-finite loss before the run stops; their weights stay untouched.
         keep_frozen_prefix: compute hidden states below the lowest trained block once per example and keep them.
         frozen_prefix_mb: memory bound of those hidden states, MiB.
+        precision_update: how a step is written into bfloat16 and float16 weights: stochastic (small steps survive on
+            average), nearest (they are lost), auto (nearest for MeZO's own numbers, else stochastic).
 
     Example:
         >>> ZOConfig(output_dir="runs/demo", budget_queries=2000, report_to=[]).budget_queries
@@ -63,6 +68,9 @@ class ZOConfig(TrainingArguments):
         metadata={"help": "Keep the hidden states below the lowest trained block, computed once per example."},
     )
     frozen_prefix_mb: int = field(default=2048, metadata={"help": "Memory bound of the kept hidden states, MiB."})
+    precision_update: str = field(
+        default="auto", metadata={"help": "Rounding of updates to 16-bit weights: auto, stochastic or nearest."}
+    )
     learning_rate: float = field(default=1e-6, metadata={"help": "Step size of the optimizer (MeZO's 1e-6)."})
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Schedule of the learning rate; constant as in MeZO."}
@@ -73,11 +81,15 @@ class ZOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_meaningless()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # without it, each process that torchrun started would train by itself
         super().__post_init__()
         if self.budget_queries is not None and self.budget_queries < 1:
             raise UserError(f"budget.queries must be at least 1, got {self.budget_queries}")
         if self.max_skipped_steps < 1:
             raise UserError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
+        if self.precision_update not in ROUNDINGS:
+            raise UserError(f"precision.update must be one of {', '.join(ROUNDINGS)}, got {self.precision_update!r}")
         if self.max_grad_norm < 0:
             raise UserError(f"max_grad_norm must be 0 (no clipping) or more, got {self.max_grad_norm}")
         if self.budget_queries is not None and self.max_steps > 0:

@@ -167,8 +167,9 @@ def _arguments(cfg: ZoftConfig) -> Any:
             output_dir=cfg.output_dir,
             seed=cfg.seed,
             budget_queries=cfg.budget.queries,
+            precision_update=cfg.precision.update,
             report_to=list(cfg.tracker.report_to),
-            disable_tqdm=True,
+            disable_tqdm=False,  # the bar is ours (zoft.report.console), and plain lines where there is no terminal
             **values,
         )
     except (ValueError, TypeError) as error:

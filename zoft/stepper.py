@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.engines.base import Session
-from zoft.noise import Direction
+from zoft.noise import Direction, key_of
 from zoft.optimizers.base import Optimizer
 from zoft.subspaces.base import Coordinates
 
@@ -54,11 +54,20 @@ class Stepper(torch.optim.Optimizer):
         rule: the optimizer component.
         session: the engine that writes the weights.
         learning_rate: initial learning rate of every group.
+        rounding_seed: seeds the stochastic rounding of bfloat16 and float16 weights; None rounds to nearest.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], rule: Optimizer, session: Session, learning_rate: float) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        rule: Optimizer,
+        session: Session,
+        learning_rate: float,
+        rounding_seed: int | None = None,
+    ) -> None:
         super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": 0.0})
         self.rule = rule
+        self.rounding_seed = rounding_seed
         self.session = session
         self.coordinates: Coordinates = session.coordinates
         self.names = {id(tensor): name for name, tensor in session.weights.tensors.items()}
@@ -83,6 +92,7 @@ class Stepper(torch.optim.Optimizer):
         self, name: str, parameter: nn.Parameter, terms: list[tuple[Direction, float]], lr: float, decay: float
     ) -> None:
         state = self._state_of(name, parameter)
+        rounding = self._rounding_key(name)
         for start, stop in self.coordinates.chunks(name):
             estimate = self.coordinates.combination(name, start, stop, terms)
             pieces = {key: tensor.view(-1)[start:stop] for key, tensor in state.items()}
@@ -90,7 +100,12 @@ class Stepper(torch.optim.Optimizer):
             if decay:
                 step = step.add_(self.session.piece(name, start, stop) * decay)
             if lr:  # subtracting zero would turn a weight of -0.0 into +0.0
-                self.session.apply_(name, start, stop, step.mul_(lr))
+                self.session.apply_(name, start, stop, step.mul_(lr), rounding)
+
+    def _rounding_key(self, name: str) -> int | None:
+        if self.rounding_seed is None:
+            return None
+        return key_of(Direction(self.rounding_seed, self.progress.updates), name, role="rounding")
 
     def _state_of(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
         if name not in self.moments:

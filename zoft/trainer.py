@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,6 +134,12 @@ class ZOMixin(_Base):
             raise UserError(
                 "one process sees several GPUs: set CUDA_VISIBLE_DEVICES, or start one process a GPU with torchrun"
             )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.accelerator.num_processes:
+            raise UserError(
+                f"torchrun started {started} processes, the arguments know of {self.accelerator.num_processes}: "
+                "give use_cpu=True where there is no accelerator, and make the arguments after torchrun has started"
+            )
         self.accelerator.scaler = None
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
@@ -198,7 +205,11 @@ class ZOMixin(_Base):
                 },
                 {"params": [p for n, p in weights.tensors.items() if n not in decayed], "weight_decay": 0.0},
             ]
-            self.optimizer = Stepper(groups, self.rule, self.session, self.args.learning_rate)
+            nearest = self.args.precision_update == "nearest" or (
+                self.args.precision_update == "auto" and self.estimator.noise == "torch_sequential"
+            )
+            seed = None if nearest else self.args.seed
+            self.optimizer = Stepper(groups, self.rule, self.session, self.args.learning_rate, seed)
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -81,7 +81,7 @@ def test_the_clean_loss_is_sfts_own(tmp_path: Path):
     ours.train()
     theirs = sft(tmp_path, trl.SFTTrainer, fields={"max_steps": 1, "gradient_accumulation_steps": 2, "data_seed": 42})
     theirs.train()
-    losses = [[line["loss"] for line in t.state.log_history if "loss" in line][0] for t in (ours, theirs)]
+    losses = [next(line["loss"] for line in t.state.log_history if "loss" in line) for t in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 

@@ -45,8 +45,18 @@ def command(arguments: list[str]) -> int:
         return 0
     from zoft.run import run
 
-    run(cfg)
+    try:
+        run(cfg)
+    finally:
+        _leave_the_others()
     return 0
+
+
+def _leave_the_others() -> None:
+    """Under torchrun: a process that exits while gloo's threads are alive dies of SIGABRT now and then."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _flag(text: str) -> str:

@@ -13,6 +13,7 @@ from zoft.models.peft.base import Peft
 from zoft.models.trainable.base import Trainable
 from zoft.objectives.base import Objective
 from zoft.optimizers.base import Optimizer
+from zoft.rounding import ROUNDINGS
 from zoft.subspaces.base import Subspace
 from zoft.tasks.base import Task
 
@@ -65,6 +66,21 @@ class BudgetConfig:
 
 
 @dataclass(kw_only=True)
+class PrecisionConfig:
+    """How numbers are held.
+
+    Args:
+        update: how a step is written into bfloat16 and float16 weights: stochastic (small steps survive on average),
+            nearest (they are lost), auto (nearest for MeZO's own numbers, else stochastic).
+    """
+
+    update: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("precision.update", self.update, ROUNDINGS)
+
+
+@dataclass(kw_only=True)
 class TrackerConfig:
     """Where else the metrics go; the run's own metrics.csv and metrics.jsonl are always written.
 
@@ -103,6 +119,7 @@ class ZoftConfig:
         engine: how the losses are computed.
         objective: the number that is minimised.
         budget: how much training, in queries.
+        precision: how a step is written into weights of few bits.
         tracker: where else the metrics go.
         trainer: any field of ``transformers.TrainingArguments`` that has no other home, by its own name.
     """
@@ -121,6 +138,7 @@ class ZoftConfig:
     engine: Engine
     objective: Objective
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
 

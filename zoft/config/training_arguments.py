@@ -21,6 +21,7 @@ HOMES = {
     "optim_args": "the fields of optimizer, e.g. optimizer.learning_rate",
     "seed": "seed",
     "output_dir": "output_dir",
+    "precision_update": "precision.update",
     "report_to": "tracker.report_to, e.g. tracker=wandb",
     "project": "tracker.project",
     "max_steps": "budget.queries (training is counted in queries)",

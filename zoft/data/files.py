@@ -75,7 +75,9 @@ def _jsonl(path: Path) -> Iterator[Row]:
 def _json(path: Path) -> Iterator[Row]:
     try:
         rows = json.loads("".join(line for _, line in _lines(path)))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error})") from None
+    except RecursionError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a list of JSON objects; one object a line is .jsonl")
@@ -84,6 +86,13 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _separated(path: Path, delimiter: str) -> Iterator[Row]:
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter)
+    try:
+        yield from _cells(path, reader)
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def _cells(path: Path, reader: Any) -> Iterator[Row]:
     header = next(reader, None)
     if not header:
         return

@@ -43,6 +43,11 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
             raise UserError(
                 f"an option adds no token to its prompt: {example.options!r} behind {example.prompt[-40:]!r}"
             )
+        if max(lengths) >= max_length:
+            raise UserError(
+                f"max_length={max_length} leaves no room for a prompt in front of an option of {max(lengths)} tokens "
+                f"({example.options!r}): raise task.max_length"
+            )
         cut = [_cut(ids, max_length, tokenizer.bos_token_id) for ids in sequences]
         rows.append({"sequences": cut, "lengths": lengths, "label": example.label})
     return rows
@@ -59,7 +64,8 @@ def _cut(ids: list[int], max_length: int, bos: int | None) -> list[int]:
 class OptionCollator:
     """Rows -> one left-padded batch.
 
-    One row a prompt when every option of the batch is a single token behind the same prompt; else one row an option.
+    One row a prompt when every option of the batch is a single token behind the same prompt and all prompts have the
+    same number of options; else one row an option.
 
     Args:
         pad_token_id: fills the left.
@@ -73,7 +79,8 @@ class OptionCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """One batch of tensors."""
-        if not self.one_row_per_option and all(_single_tokens(row) for row in rows):
+        same_number = len({len(row["sequences"]) for row in rows}) == 1
+        if not self.one_row_per_option and same_number and all(_single_tokens(row) for row in rows):
             ids, mask = self._pad([row["sequences"][0][:-1] for row in rows])
             tokens = torch.tensor([[sequence[-1] for sequence in row["sequences"]] for row in rows])
             labels = torch.tensor([row["label"] for row in rows])

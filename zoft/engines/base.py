@@ -10,6 +10,7 @@ from zoft.component import Component
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.lazy import torch
+from zoft.rounding import round_stochastically
 from zoft.subspaces.base import Coordinates
 
 if TYPE_CHECKING:
@@ -60,14 +61,25 @@ class Session:
         """
         raise NotImplementedError
 
-    def apply_(self, name: str, start: int, stop: int, step: Tensor) -> None:
-        """Subtract a step from the flat piece [start, stop) of tensor ``name``, rounding once to its dtype."""
+    def apply_(self, name: str, start: int, stop: int, step: Tensor, rounding_key: int | None = None) -> None:
+        """Subtract a step from the flat piece [start, stop) of tensor ``name``, rounding once to its dtype.
+
+        Args:
+            name: the tensor.
+            start: first element of the piece.
+            stop: one past the last.
+            step: what to subtract, flat; may be overwritten.
+            rounding_key: stream of bits for stochastic rounding into bfloat16 or float16; None rounds to nearest.
+        """
         piece = self.piece(name, start, stop)
         if step.dtype == piece.dtype:
             piece.sub_(step)
-        else:
-            wide = torch.promote_types(step.dtype, piece.dtype)
-            piece.copy_(step.to(wide).neg_().add_(piece))
+            return
+        wide = torch.promote_types(step.dtype, piece.dtype)
+        moved = step.to(wide).neg_().add_(piece)
+        if rounding_key is not None and piece.dtype in (torch.bfloat16, torch.float16):
+            moved = round_stochastically(moved, piece.dtype, rounding_key, start)
+        piece.copy_(moved)
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
         """A view of the flat piece [start, stop) of tensor ``name``."""

@@ -107,7 +107,7 @@ class ProgressCallback(TrainerCallback):
         self._next_line = self._done + _LINE_SHARE * self._total
         stream = self._stream or sys.stderr
         if stream.isatty() and not args.disable_tqdm:
-            self._bar = tqdm(total=self._total, initial=self._done, file=stream, dynamic_ncols=True, bar_format=" ")
+            self._bar = tqdm(total=self._total, initial=self._done, file=stream, ncols=columns(stream), bar_format=" ")
             self._draw(force=True)
 
     def on_step_begin(
@@ -195,5 +195,6 @@ class ProgressCallback(TrainerCallback):
         if "bar" in rest:
             rest["bar"] = f"{{bar:{_BAR_CELLS}}}"  # tqdm draws it, in blocks where the terminal's encoding has them
         self._bar.bar_format = " | ".join([first, *rest.values()])
+        self._bar.ncols = columns(self._bar.fp)  # not tqdm's own measure, which draws nothing on a terminal that says 0
         self._bar.n, self._bar.total = self._done, max(self._total, self._done)
         self._bar.refresh()

@@ -29,6 +29,6 @@ def say(text: str, file: TextIO | None = None) -> None:
 def columns(stream: TextIO) -> int:
     """How many characters fit on a line of the terminal behind `stream`; 80 where it does not say."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns
+        return os.get_terminal_size(stream.fileno()).columns or 80  # some pseudo-terminals say 0
     except (OSError, ValueError, AttributeError):
         return shutil.get_terminal_size().columns

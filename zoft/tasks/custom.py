@@ -62,16 +62,30 @@ class Custom(Task):
 
         words = {str(label): word for label, word in self.words.items()}
         options = tuple(f" {str(word).strip()}" for word in words.values())
-        columns = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
+        pieces = self._pieces()
         examples = []
         for number, row in enumerate(read_rows(source, split), start=1):
-            values = {name: column(row, name, source, number) for name in columns}
             label = str(column(row, self.label, source, number))
             if label not in words:
                 raise UserError(f"{source}: row {number}: label {label!r} has no word.{did_you_mean(label, words)}")
-            prompt = self.template
-            for name, value in values.items():  # str.format would reach attributes of the values
-                prompt = prompt.replace("{" + name + "}", str(value).strip())
+            prompt = "".join(
+                text + ("" if name is None else str(column(row, name, source, number)).strip()) for text, name in pieces
+            )
             examples.append(Example(prompt, options, list(words).index(label)))
         random.Random(self.data_seed).shuffle(examples)
         return examples
+
+    def _pieces(self) -> list[tuple[str, str | None]]:
+        """(text, the column behind it) through the template; ``str.format`` would reach attributes of the values."""
+        try:
+            parsed = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise UserError(
+                f"custom.template={self.template!r} is broken: {error}; a brace itself is {{{{ or }}}}"
+            ) from None
+        if not any(name for _, name, _, _ in parsed) or any(name == "" or spec or how for _, name, spec, how in parsed):
+            raise UserError(
+                f"custom.template={self.template!r} must hold columns in braces and nothing else in them, "
+                "e.g. '{text} It was'"
+            )
+        return [(text, name) for text, name, _, _ in parsed]

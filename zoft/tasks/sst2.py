@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zoft.data.files import Row, column, read_rows
+from zoft.errors import UserError
 from zoft.tasks.base import Example, Splits, Task
 
 
@@ -32,6 +33,11 @@ class SST2(Task):
         import numpy
 
         rows = read_rows(self.train, "train")
+        if len(rows) < self.num_train + self.num_dev:  # MeZO's sampler would let dev eat the training rows
+            raise UserError(
+                f"{self.train} has {len(rows)} rows, num_train={self.num_train} and num_dev={self.num_dev} are wanted: "
+                "lower task.num_train or task.num_dev"
+            )
         order = numpy.random.RandomState(self.data_seed).permutation(len(rows))[: self.num_train + self.num_dev]
         picked = [self._example(rows[i], self.train, i) for i in order]
         held = read_rows(self.validation, "validation")
@@ -40,7 +46,9 @@ class SST2(Task):
         return Splits(train=picked[: -self.num_dev], dev=picked[-self.num_dev :], test=test)
 
     def _example(self, row: Row, source: str, index: int) -> Example:
-        sentence = str(column(row, "sentence", source, int(index) + 1))
-        return Example(
-            f"{sentence.strip()} It was", (" terrible", " great"), int(column(row, "label", source, int(index) + 1))
-        )
+        number = int(index) + 1
+        sentence = str(column(row, "sentence", source, number))
+        label = str(column(row, "label", source, number))
+        if label not in ("0", "1"):
+            raise UserError(f"{source}: row {number}: label must be 0 (negative) or 1 (positive), got {label!r}")
+        return Example(f"{sentence.strip()} It was", (" terrible", " great"), int(label))

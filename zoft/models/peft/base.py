@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.component import Component
+from zoft.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +30,9 @@ class Peft(Component):
         Args:
             model: a transformers model.
             seed: seeds the adapter's random initial weights.
+
+        Raises:
+            UserError: peft refuses the model, for instance because no module has the asked name.
         """
         config = self.config(task_type_of(model))
         if config is None:
@@ -39,7 +43,11 @@ class Peft(Component):
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return get_peft_model(model, config)
+            try:
+                return get_peft_model(model, config)
+            except ValueError as error:
+                first_line = next(iter(str(error).splitlines()), type(error).__name__)
+                raise UserError(f"peft={self.name()} does not fit {type(model).__name__}: {first_line}") from error
 
 
 def task_type_of(model: nn.Module) -> str:

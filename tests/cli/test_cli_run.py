@@ -1,0 +1,115 @@
+"""`python -m zoft train` as a user starts it: exit codes, one sentence on stderr, Ctrl-C, and no file anywhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import arguments, environment, report, zoft
+from zoft.config import compose
+from zoft.run import run
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_run_writes_to_its_folder_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """MeZO's own noise on the way, so that it is reached from the command line too."""
+    words = arguments(tmp_path, "runs/mine", "estimator.noise=torch_sequential")
+    for name in ("cwd", "home", "tmp"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    inputs = {name: listing(tmp_path / name) for name in ("model",)}
+    done = zoft("train", *words, cwd=tmp_path / "cwd")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cwd", "data.jsonl", "home", "model", "tmp"]
+    assert [path.name for path in (tmp_path / "cwd").iterdir()] == ["runs"]
+    assert [path.name for path in (tmp_path / "cwd" / "runs").iterdir()] == ["mine"]
+    assert listing(tmp_path / "tmp") == []
+    assert [
+        path for path in listing(tmp_path / "home") if "matplotlib" not in path and path not in (".cache", ".config")
+    ] == []
+    assert {name: listing(tmp_path / name) for name in inputs} == inputs
+    facts = report(tmp_path / "cwd" / "runs" / "mine")
+    assert (facts["num_queries"], facts["num_steps"]) == (24, 12)
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    # Again: the finished run is shown, and the folder stays as it is.
+    before = listing(tmp_path / "cwd")
+    again = zoft("train", *words, cwd=tmp_path / "cwd")
+    assert again.returncode == 0
+    assert "finished" in again.stdout + again.stderr
+    assert listing(tmp_path / "cwd") == before
+
+
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path):
+    (tmp_path / "cwd").mkdir()
+    done = zoft("train", *arguments(tmp_path, "runs/mine", "task.train=nowhere.jsonl"), cwd=tmp_path / "cwd")
+    assert done.returncode == 2
+    assert done.stderr.startswith("zoft: error: there is no data file nowhere.jsonl")
+    assert len(done.stderr.splitlines()) == 1
+    assert listing(tmp_path / "cwd") == []
+
+
+def test_losses_that_are_not_finite_end_with_1(tmp_path: Path):
+    """A model file with one weight that is not a number."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    words = arguments(tmp_path, "out")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][5, 5] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    done = zoft("train", *words, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr[-3000:]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("zoft: error: the loss was not finite in 10 steps in a row")
+    assert "Traceback" not in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["num_skipped_steps"] for row in rows] == [2, 4, 6, 8]
+    assert [row["loss"] for row in rows] == [None] * 4
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_ctrl_c_and_the_same_command_again(tmp_path: Path):
+    more = ("budget.queries=300", "trainer.eval_strategy='no'", "trainer.save_steps=1000", "trainer.logging_steps=1")
+    words = arguments(tmp_path, "out", *more)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zoft", "train", *words],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors[-3000:]
+    assert errors.splitlines()[-1] == "zoft: interrupted"
+    assert "Traceback" not in errors
+    assert "the same command goes on from there" in output + errors
+    assert not (tmp_path / "out" / "report.json").exists()
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert 1 <= int(checkpoint.name.removeprefix("checkpoint-")) < 150
+    again = zoft("train", *words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    whole = run(compose(arguments(tmp_path, tmp_path / "whole", *more)))
+    facts = report(tmp_path / "out")
+    for key in ("weights_sha256", "final", "num_queries", "num_tokens", "num_steps"):
+        assert facts[key] == whole[key], key
