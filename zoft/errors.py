@@ -10,9 +10,9 @@ class UserError(ValueError):
     """Something the user can mend: the message says what, where and how; the command line exits with 2.
 
     Example:
-        >>> raise UserError("estimator.eps must be > 0, got -1.0: set estimator.eps=1e-3")
+        >>> raise UserError("estimator.eps must be > 0 and finite, got -1.0: set estimator.eps=1e-3")
         Traceback (most recent call last):
-        zoft.errors.UserError: estimator.eps must be > 0, got -1.0: set estimator.eps=1e-3
+        zoft.errors.UserError: estimator.eps must be > 0 and finite, got -1.0: set estimator.eps=1e-3
     """
 
 

@@ -130,11 +130,34 @@ def test_a_tensor_read_without_its_modules_forward_is_perturbed_all_the_same(cap
         again = session.losses(x, POINTS)
     assert [record.message.count("read.weight, read.bias") for record in caplog.records] == [1]  # said once
     assert torch.equal(losses, again)
+    assert all(torch.equal(p.data, clean[name]) for name, p in model.named_parameters())
     for point, loss in zip(POINTS, losses, strict=True):
         for name, parameter in model.named_parameters():
             z = session.coordinates.z(D, name)
             parameter.data = perturbed(clean[name], z, point.scale) if point.direction else clean[name]
         torch.testing.assert_close(loss, model(x).square().mean().detach(), rtol=1e-6, atol=0)
+
+
+def test_a_forward_cut_short_inside_the_objective_leaves_nothing_perturbed():
+    """The frozen prefix does this: it stops a forward halfway and goes on."""
+    model = tiny_llama()
+    batch = batch_for(model)
+    inner = model.model.layers[1].mlp.up_proj
+
+    def objective(inputs):
+        def stop(*_):
+            raise InterruptedError
+
+        handle = inner.register_forward_pre_hook(stop)
+        with pytest.raises(InterruptedError):
+            model(**inputs)
+        handle.remove()
+        assert not session._clean
+        return model(**inputs).loss
+
+    session = bind(Layerwise(), model, objective)
+    losses = session.losses(batch, POINTS)
+    assert torch.equal(losses, bind(Layerwise(), model).losses(batch, POINTS))
 
 
 def test_every_query_is_counted_once_after_the_first_look():
@@ -205,7 +228,7 @@ def test_an_objective_without_a_derivative_says_so():
 def test_the_clean_loss_alone_needs_no_derivative():
     model = tiny_llama()
     batch = batch_for(model)
-    assert bind(ForwardMode(), model).losses(batch, [Point()]).tolist() == [float(model(**batch).loss)]
+    assert bind(ForwardMode(), model).losses(batch, [Point()]).tolist() == [float(model(**batch).loss.detach())]
 
 
 # --------------------------------------------------------------------------------------------------------------- apply

@@ -115,6 +115,13 @@ def test_a_model_with_its_prefix_reads_on_as_if_behind_those_tokens(family):
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_the_activations_are_those_without_dropout():
+    training = EVERY["gpt2"]().train()
+    assert training.config.attn_pdrop > 0
+    one, two = (next(iter(trained(Prefix().wrap(m, 3)).values())) for m in (training, EVERY["gpt2"]()))
+    assert torch.equal(one, two)
+
+
 def test_init_random_is_another_start():
     real, noise = (Prefix(init=init).wrap(tiny_llama(), 3) for init in ("activations", "random"))
     one, two = (next(iter(trained(m).values())) for m in (real, noise))

@@ -26,7 +26,7 @@ def coordinates(law: str = "gaussian", source: str = "counter", dtype=torch.floa
     return Full(law).bind(Weights(Model(dtype)), source)
 
 
-TERMS = [(Direction(0, 0, 0), 0.5), (Direction(0, 0, 1), -2.0), (Direction(0, 0, 2), 1e-3)]
+TERMS = [(Direction(0, 3, 0), 0.5), (Direction(0, 3, 1), -2.0), (Direction(0, 3, 2), 1e-3)]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 62, 63, 64, 1 << 20])
@@ -123,6 +123,8 @@ def test_torch_sequential_walks_once_a_direction_of_a_step(monkeypatch):
     for name, tensor in coords.weights.tensors.items():
         coords.combination(name, 0, tensor.numel(), terms)
     assert walks == [direction for direction, _ in terms]
+    coords.z(Direction(20, 1), "b")
+    assert list(coords.source._states) == [Direction(20, 1)]  # a step's states do not outlive it
 
 
 def test_unknown_noise_and_law_are_refused():

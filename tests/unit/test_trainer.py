@@ -394,12 +394,22 @@ def test_dropout_is_off(make: Callable[..., ZOTrainer]):
     model = models.tiny_bert_classifier(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     with torch.no_grad():
         clean = float(model(**models.batch_for(model, rows=1)).loss)
-    model.train()
     trainer = make(
-        model, rows_for(model, 1), estimator="one_sided", learning_rate=0.0, per_device_train_batch_size=1, max_steps=4
+        model,
+        rows_for(model, 1),
+        estimator="one_sided",
+        learning_rate=0.0,
+        per_device_train_batch_size=1,
+        max_steps=4,
+        callbacks=[_TrainMode()],
     )
     trainer.train()
     assert lines(trainer, "loss") == [clean] * 4
+
+
+class _TrainMode(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].train()
 
 
 # ---- what a log line says --------------------------------------------------------------------------------------------

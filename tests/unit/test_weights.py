@@ -92,13 +92,20 @@ def test_eps_below_the_dtype_is_refused_and_the_advice_works():
         torch.manual_seed(0)
         weights = Weights(nn.Linear(64, 64).to(torch.bfloat16))
     weights.check_eps(1e-3)
-    with pytest.raises(
-        UserError, match=r"estimator.eps=1e-05 is below what bfloat16 can represent.* weight "
-    ) as caught:
+    with pytest.raises(UserError, match=r"eps=1e-05 is below what bfloat16 can represent.*for weight,") as caught:
         weights.check_eps(1e-5)
-    advised = float(re.search(r"to at least (\S+),", str(caught.value)).group(1))
+    advised = float(re.search(r"estimator.eps to (\S+) or more", str(caught.value)).group(1))
     weights.check_eps(advised)
     Weights(nn.Linear(64, 64)).check_eps(1e-5)  # float32 can
+
+
+@pytest.mark.parametrize(("eps", "says"), [(1e-3, True), (1e-2, False)])
+def test_eps_that_is_too_small_for_the_smaller_part_is_said_and_goes_on(eps, says, caplog):
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).to(torch.bfloat16)
+    model[0].weight.data.fill_(0.05)
+    Weights(model).check_eps(eps)
+    assert ("1.weight" in caplog.text) == says
+    assert ("is below what bfloat16 can represent" in caplog.text) == says
 
 
 def test_eps_at_the_bound_moves_some_weights_and_below_moves_none():
