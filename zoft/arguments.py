@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 _MEANINGLESS = {
     "activation_checkpointing": "activation checkpointing saves memory of a backward pass, and there is none",
     "gradient_checkpointing": "gradient checkpointing saves memory of a backward pass, and there is none",
+    "activation_checkpointing_kwargs": "there is no backward pass to checkpoint activations for",
+    "gradient_checkpointing_kwargs": "there is no backward pass to checkpoint activations for",
     "neftune_noise_alpha": "NEFTune perturbs embeddings in training mode; zoft queries in evaluation mode",
     "fsdp": "FSDP shards gradients and optimizer states, and there are none; use torchrun instead",
     "deepspeed": "DeepSpeed shards gradients and optimizer states, and there are none",

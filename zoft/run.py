@@ -94,7 +94,8 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 
     args = _arguments(cfg)
     splits = cfg.task.load()
-    tokenizer = load_tokenizer(cfg.model.name, revision=cfg.model.revision)
+    as_mezo = cfg.estimator.noise == "torch_sequential"  # then everything else is as in MeZO's published code too
+    tokenizer = load_tokenizer(cfg.model.name, revision=cfg.model.revision, as_mezo=as_mezo)
     model = load_model(
         cfg.model.name,
         revision=cfg.model.revision,
@@ -104,11 +105,12 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     model = cfg.peft.wrap(model, cfg.seed)
     trained, total = cfg.trainable.apply(model)
     rows = {name: encode(getattr(splits, name), tokenizer, cfg.task.max_length) for name in ("train", "dev", "test")}
-    sequential = cfg.estimator.noise == "torch_sequential"  # MeZO's own batches have one row an option
     trainer = ZOTrainer(
         model=model,
         args=args,
-        data_collator=OptionCollator(tokenizer.pad_token_id, one_row_per_option=sequential),
+        data_collator=OptionCollator(
+            tokenizer.pad_token_id, one_row_per_option=as_mezo, multiple_of=8 if as_mezo else 1
+        ),
         train_dataset=rows["train"],
         eval_dataset=rows["dev"],
         processing_class=tokenizer,
@@ -141,7 +143,7 @@ def _opening_lines(
 ) -> list[str]:
     """What is about to happen, for the console."""
     engine = cfg.engine.choose(cfg.estimator)
-    percent = f"{100 * trained / total:.2g} %"
+    percent = f"{100 * trained / total:.3g} %"
     sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
     return [
         f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({percent}), {cfg.model.dtype}",

@@ -464,6 +464,8 @@ def _as_model(model: Any, peft_config: Any, seed: int) -> Any:
 
         model = load_model(model)
     if peft_config is not None:
+        if model is None:
+            raise UserError("model_init= and peft_config= do not go together: put the adapter on inside model_init")
         if getattr(peft_config, "prefix_projection", False):
             raise UserError("prefix_projection=True cannot be resumed (peft saves the projected prefix): leave it off")
         from peft import get_peft_model

@@ -11,10 +11,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL = (
-    "task.num_train=8 task.num_dev=4 task.num_test=4 budget.queries=10 trainer.per_device_train_batch_size=4 "
-    "trainer.eval_steps=1 trainer.logging_steps=1 trainer.save_steps=1"
-).split()
+SMALL = [
+    "task.num_train=8",
+    "task.num_dev=4",
+    "task.num_test=4",
+    "budget.queries=10",
+    "trainer.per_device_train_batch_size=4",
+    "trainer.eval_steps=1",
+    "trainer.logging_steps=1",
+    "trainer.save_steps=1",
+]
 
 
 def blocks(language):

@@ -203,7 +203,7 @@ def test_the_recorded_rows_come_out_of_the_task_the_tokenizer_and_the_collator(t
     files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
     splits = SST2(num_train=64, num_dev=16, num_test=32, data_seed=0, **files).load()
     assert (len(splits.train), len(splits.dev), len(splits.test)) == (64, 16, 32)
-    encoded = encode(splits.train, load_tokenizer(str(HERE / "model")), 500)
+    encoded = encode(splits.train, load_tokenizer(str(HERE / "model"), as_mezo=True), 500)
     collate = OptionCollator(pad_token_id=1, one_row_per_option=True, multiple_of=8)
 
     def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple]:

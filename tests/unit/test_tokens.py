@@ -17,7 +17,7 @@ MODEL = Path(__file__).parents[1] / "assets" / "mezo_trajectory" / "model"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(str(MODEL))
+    return load_tokenizer(str(MODEL), as_mezo=True)
 
 
 def example(prompt="the movie is dull . It was", options=(" terrible", " great"), label=1) -> Example:

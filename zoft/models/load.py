@@ -42,13 +42,18 @@ def load_model(
     return _load(transformers.AutoModelForCausalLM, name, arguments)
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the left, with a padding token."""
+def load_tokenizer(name: str, *, revision: str | None = None, as_mezo: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left, with a padding token.
+
+    Args:
+        name: as for :func:`load_model`.
+        revision: branch, tag or commit on the hub.
+        as_mezo: begin texts for OPT with ``<s>``, as MeZO's published code does, instead of the model's own ``</s>``.
+    """
     import transformers
 
     tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision})
-    if tokenizer.bos_token == "</s>" and tokenizer.convert_tokens_to_ids("<s>") == 0:
-        # OPT's files name </s> as what a text begins with; MeZO, whose protocol we follow, begins texts with <s>
+    if as_mezo and tokenizer.bos_token == "</s>" and tokenizer.convert_tokens_to_ids("<s>") == 0:
         tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision, "bos_token": "<s>"})
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
