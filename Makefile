@@ -26,7 +26,7 @@ train: install ## fine-tune the demo's language model: zoft train config=quickst
 	$(BIN)/zoft train config=quickstart $(ARGS)
 
 test: install ## the default test suite; ARGS='-k name' narrows it
-	$(PYTEST) -n 2 --dist loadgroup $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal $(ARGS)
 
 test-slow: install ## the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)

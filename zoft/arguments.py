@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ _MEANINGLESS = {
     "activation_checkpointing_kwargs": "there is no backward pass to checkpoint activations for",
     "gradient_checkpointing_kwargs": "there is no backward pass to checkpoint activations for",
     "neftune_noise_alpha": "NEFTune perturbs embeddings in training mode; zoft queries in evaluation mode",
+    "fp16": "there is no gradient to scale: load the model in float16 (dtype=) or give bf16=True",
     "fsdp": "FSDP shards gradients and optimizer states, and there are none; use torchrun instead",
+    "fsdp_config": "FSDP shards gradients and optimizer states, and there are none; use torchrun instead",
     "deepspeed": "DeepSpeed shards gradients and optimizer states, and there are none",
     "optim": "`optim` names a first-order optimizer; pass optimizer= (sgd, momentum, adam) to the trainer",
     "optim_args": "`optim_args` belongs to `optim`; set the fields of the optimizer component",
@@ -35,7 +39,11 @@ _MEANINGLESS = {
     "ddp_bucket_cap_mb": "processes exchange losses, not gradients; DDP is not used",
     "ddp_broadcast_buffers": "processes exchange losses, not gradients; DDP is not used",
     "ddp_static_graph": "processes exchange losses, not gradients; DDP is not used",
+    "resume_from_checkpoint": "the Trainer does not read it here: call trainer.train(resume_from_checkpoint=...)",
 }
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_SEEDS = ("seed", "data_seed")
 
 
 @dataclass
@@ -82,7 +90,8 @@ class ZOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._refuse_meaningless()
+        _refuse_meaningless(self)
+        _refuse_numbers(self)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it, each process that torchrun started would train by itself
         super().__post_init__()
@@ -97,12 +106,27 @@ class ZOConfig(TrainingArguments):
         if self.budget_queries is not None and self.max_steps > 0:
             raise UserError("give budget_queries or max_steps, not both: the budget decides when training stops")
 
-    def _refuse_meaningless(self) -> None:
-        defaults = {f.name: f.default for f in fields(self)}
-        for name, why in _MEANINGLESS.items():
-            value = getattr(self, name, None)
-            if name in defaults and value != defaults[name] and not _is_off(value):
-                raise UserError(f"{name}={value!r} cannot be used with zeroth-order training: {why}")
+
+def _refuse_meaningless(args: TrainingArguments, *, but: tuple[str, ...] = ()) -> None:
+    """What differs from the default of the arguments' own class was chosen, and cannot be honoured."""
+    defaults = {f.name: f.default for f in fields(args)}
+    for name, why in _MEANINGLESS.items():
+        value = getattr(args, name, None)
+        if name in defaults and name not in but and value != defaults[name] and not _is_off(value):
+            shown = str(value.value) if isinstance(value, Enum) else value  # `optim`, once it has been read
+            raise UserError(f"{name}={shown!r} cannot be used with zeroth-order training: {why}")
+
+
+def _refuse_numbers(args: TrainingArguments) -> None:
+    """Numbers that would end in a traceback of the data loader or of a random generator."""
+    for name in _AT_LEAST_ONE:
+        value = getattr(args, name)
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    for name in _SEEDS:
+        value = getattr(args, name)
+        if isinstance(value, int) and not 0 <= value < 2**32:
+            raise UserError(f"{name} must be 0 or more and below 2**32 (numpy takes no more), got {value}")
 
 
 def _is_off(value: Any) -> bool:
@@ -122,16 +146,24 @@ def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any
     if type(args) is TrainingArguments:
         stock = {f.name: f.default for f in fields(TrainingArguments)}
         given = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
-        own = {"max_grad_norm", "learning_rate", "lr_scheduler_type"}  # the stock default is not a choice
-        chosen = {name: value for name, value in given.items() if not (name in own and value == stock[name])}
-        return ZOConfig(**chosen)
+        own = ("learning_rate", "lr_scheduler_type", "max_grad_norm")  # the stock default is not a choice
+        replaced = [name for name in own if given[name] == stock[name]]
+        converted = ZOConfig(**{name: value for name, value in given.items() if name not in replaced})
+        if replaced:
+            values = ", ".join(f"{name}={ZOConfig.__dataclass_fields__[name].default}" for name in replaced)
+            log.warning("TrainingArguments left at their defaults are zoft's here: %s (ZOConfig has these)", values)
+        return converted
+    _refuse_meaningless(args, but=(*_CHECKPOINTING, *(f"{name}_kwargs" for name in _CHECKPOINTING)))
+    _refuse_numbers(args)
+    args = copy.copy(args)  # the user's own stay as they are
     for field_ in fields(ZOConfig):
         if not hasattr(args, field_.name):
             setattr(args, field_.name, field_.default)
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
+    for name in _CHECKPOINTING:
         if getattr(args, name, False):
             log.warning("%s is switched off: there is no backward pass", name)
             setattr(args, name, False)
     if args.max_grad_norm == 1.0:
+        log.warning("max_grad_norm=1.0, the default, is switched off: it would clip projected gradients (see ZOConfig)")
         args.max_grad_norm = 0.0
     return args

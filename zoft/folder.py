@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import socket
 from pathlib import Path
 
 from zoft import atomic
 from zoft.errors import UserError
 
-CONFIG, REPORT = "config.yaml", "report.json"
-_IGNORED = {".hydra", "multirun.yaml", ".submitit"}
+CONFIG, REPORT, LOCK = "config.yaml", "report.json", ".lock"
+_IGNORED = {".hydra", "multirun.yaml", ".submitit", LOCK}
+_held: dict[Path, int] = {}  # folder -> the open file of the lock that this process holds
+_ATTEMPTS = 20
 
 
 def claim(output_dir: str, resolved: str) -> str:
-    """Decide what a run may do with its folder, and put its resolved config there.
+    """Decide what a run may do with its folder, lock it against other processes, and put its resolved config there.
+
+    Two runs are the same when their configs are, whatever the folder is called: it may be moved, and spelled anew.
 
     Args:
         output_dir: the folder.
@@ -23,8 +30,24 @@ def claim(output_dir: str, resolved: str) -> str:
         ``new`` (the folder was empty or absent), ``resume`` (it holds this very run, unfinished) or ``done``.
 
     Raises:
-        UserError: not writable, holding another run (the differing lines are shown), or holding something else.
+        UserError: not writable, in use, holding another run (the differing lines are shown) or something else.
     """
+    if _standing(output_dir, resolved) == "done":
+        return "done"
+    _lock(output_dir)
+    try:
+        standing = _standing(output_dir, resolved)  # anew: another process may have just finished it
+        if standing == "new":
+            _write(output_dir, resolved)
+    except BaseException:
+        unlock(output_dir)
+        raise
+    if standing == "done":
+        unlock(output_dir)
+    return standing
+
+
+def _standing(output_dir: str, resolved: str) -> str:
     folder = Path(output_dir)
     held = {path.name for path in folder.iterdir()} - _IGNORED if folder.is_dir() else set()
     if folder.exists() and not folder.is_dir():
@@ -36,14 +59,26 @@ def claim(output_dir: str, resolved: str) -> str:
         )
     if CONFIG in held:
         earlier = (folder / CONFIG).read_text(encoding="utf-8")
-        if earlier != resolved:
+        if _identity(earlier) != _identity(resolved):
+            different = _difference(_identity(earlier), _identity(resolved))
             raise UserError(
-                f"output_dir={output_dir} holds another run; it differs in\n{_difference(earlier, resolved)}\n"
+                f"output_dir={output_dir} holds another run; it differs in\n{different}\n"
                 "choose another output_dir, or repeat that run's command to resume it"
             )
         return "done" if REPORT in held else "resume"
-    _write(folder, output_dir, resolved)
     return "new"
+
+
+def unlock(output_dir: str) -> None:
+    """Let other processes have the folder; nothing of the lock remains. Does nothing where none is held.
+
+    Args:
+        output_dir: the folder that was claimed.
+    """
+    file = _held.pop(Path(output_dir).absolute(), None)
+    if file is not None:
+        (Path(output_dir) / LOCK).unlink(missing_ok=True)
+        os.close(file)
 
 
 def nearest(output_dir: str) -> Path:
@@ -60,19 +95,69 @@ def release(output_dir: str, there: Path) -> None:
         there: what :func:`nearest` said before the claim: it and what is above it was not made by the claim.
     """
     folder = Path(output_dir)
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG}:
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:
         (folder / CONFIG).unlink(missing_ok=True)
-        while folder != there and not any(folder.iterdir()):
-            folder.rmdir()
+        unlock(output_dir)
+        while folder != there:
+            try:
+                folder.rmdir()
+            except OSError:  # not empty
+                return
             folder = folder.parent
 
 
-def _write(folder: Path, output_dir: str, resolved: str) -> None:
+def _lock(output_dir: str) -> None:
+    """Take the lock. The system holds it for this process, so a process that was killed has let go of it."""
+    path = Path(output_dir) / LOCK
+    for attempt in range(_ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt + 1 < _ATTEMPTS:
+                continue  # another process has just taken its own failed start back
+            raise _not_writable(output_dir, error) from None
+        if not _flock(file):
+            owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise UserError(
+                f"output_dir={output_dir} is in use by {owner}: wait until it ends, or choose another folder"
+            )
+        if os.fstat(file).st_nlink:
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            _held[path.parent.absolute()] = file
+            return
+        os.close(file)  # it was removed between opening and locking it
+    raise UserError(f"output_dir={output_dir} is being made and removed by other runs: choose another folder")
+
+
+def _flock(file: int) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic.write(folder / CONFIG, resolved)
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks: runs are on their own there
+    return True
+
+
+def _write(output_dir: str, resolved: str) -> None:
+    try:
+        atomic.write(Path(output_dir) / CONFIG, resolved)
     except OSError as error:
-        raise UserError(f"output_dir={output_dir} is not writable ({error.strerror}): choose another folder") from None
+        raise _not_writable(output_dir, error) from None
+
+
+def _not_writable(output_dir: str, error: OSError) -> UserError:
+    return UserError(f"output_dir={output_dir} is not writable ({error.strerror}): choose another folder")
+
+
+def _identity(resolved: str) -> str:
+    """The config without the name of its folder."""
+    return re.sub(r"^output_dir:.*\n(?:[ \t]+.*\n)*", "", resolved, flags=re.MULTILINE)
 
 
 def _difference(earlier: str, now: str) -> str:

@@ -22,7 +22,7 @@ class StopOnInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
-        self._heard_once = False
+        self.heard = False
         self._before: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -33,9 +33,12 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for a checkpoint and the end, in every process after the same step."""
         if args.world_size > 1:
-            anybody = torch.tensor(float(self.stopped), device=args.device)
+            # What was heard is read before the exchange: a signal that comes while waiting in it counts next step.
+            anybody = torch.tensor(float(self.heard), device=args.device)
             torch.distributed.all_reduce(anybody, op=torch.distributed.ReduceOp.MAX)
             self.stopped = bool(anybody)
+        else:
+            self.stopped = self.heard
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
@@ -51,8 +54,8 @@ class StopOnInterrupt(TrainerCallback):
             self._before = None
 
     def _heard(self, _signal: int, _frame: FrameType | None) -> None:
-        if self._heard_once:
+        if self.heard:
             self.close()
             raise KeyboardInterrupt
-        self.stopped = self._heard_once = True
+        self.heard = True
         say("stopping after this step; Ctrl-C again leaves at once")

@@ -27,6 +27,7 @@ SOURCES = ("counter", "torch_sequential")
 """``counter``: this module's generator. ``torch_sequential``: MeZO's own stream, for number-for-number comparison."""
 
 _CHUNK_WORDS = 1 << 17  # words hashed at a time: 512 KiB of int32 stays in the cache and bounds the temporaries
+_KEEP_IN_PIECES = 1 << 26  # elements of z that torch_sequential keeps while a tensor is asked for in pieces
 _BLOCK_WORDS = 1 << 30  # a word index beyond this moves to another key, so int32 counters never overflow
 _FIXED_POINT = 1 << 16  # Gaussian quantiles are integers in units of 2^-16: exact in float32, exactly summable
 
@@ -157,7 +158,9 @@ class TorchSequentialNoise:
 
     Tensors are drawn in ``named_parameters()`` order, in the parameter's dtype, on the parameter's device. A private
     generator gives the numbers that ``torch.manual_seed`` + ``torch.normal`` would. The generator's state before each
-    tensor is kept for the directions of the step in use, so that tensors can also be asked for one by one.
+    tensor is kept for the directions of the step in use, so that tensors can also be asked for one by one. A tensor can
+    only be drawn whole: one that is asked for in pieces is kept until its last piece (where several directions are
+    summed, further ones as long as all of them are at most 64 Mi elements; beyond that they are drawn again).
 
     Args:
         tensors: (name, shape, dtype, device) in ``named_parameters()`` order.
@@ -167,7 +170,10 @@ class TorchSequentialNoise:
 
     def __init__(self, tensors: Sequence[tuple[str, torch.Size, torch.dtype, torch.device]]) -> None:
         self.tensors = list(tensors)
+        self._shapes = {name: shape for name, shape, _, _ in self.tensors}
         self._states: dict[Direction, dict[str, Tensor]] = {}
+        self._in_pieces: dict[Direction, Tensor] = {}  # what is being asked for in pieces: one tensor, flat
+        self._in_pieces_of = ""
 
     def draw(
         self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype
@@ -176,11 +182,22 @@ class TorchSequentialNoise:
         states = _of_step(self._states, direction)
         if direction not in states:
             states[direction] = self._record_states(direction)
-        shape = next(shape for other, shape, _, _ in self.tensors if other == name)
-        generator = torch.Generator(device)
-        generator.set_state(states[direction][name])
-        z = torch.normal(mean=0, std=1, size=shape, generator=generator, device=device, dtype=dtype)
-        return z.view(-1)[start:stop]
+        if name != self._in_pieces_of:
+            self._in_pieces.clear()
+            self._in_pieces_of = name
+        kept = _of_step(self._in_pieces, direction)
+        z = kept.get(direction)
+        if z is None:
+            generator = torch.Generator(device)
+            generator.set_state(states[direction][name])
+            shape = self._shapes[name]
+            z = torch.normal(mean=0, std=1, size=shape, generator=generator, device=device, dtype=dtype).view(-1)
+            if stop < z.numel() and (not kept or (len(kept) + 1) * z.numel() <= _KEEP_IN_PIECES):
+                kept[direction] = z
+        if stop == z.numel():
+            kept.pop(direction, None)
+        piece = z[start:stop]
+        return piece.clone() if direction in kept else piece  # the caller may overwrite it
 
     def _record_states(self, direction: Direction) -> dict[str, Tensor]:
         generators: dict[torch.device, torch.Generator] = {}

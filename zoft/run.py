@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft import __version__, atomic, folder
-from zoft.errors import UserError
+from zoft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
     from zoft.report.memory import PeakMemory
     from zoft.trainer import ZOTrainer
+
+METRICS = ("loss", "accuracy", "accuracy_low", "accuracy_high")
+"""What an evaluation computes."""
 
 
 def run(cfg: ZoftConfig) -> dict[str, Any]:
@@ -38,11 +41,22 @@ def run(cfg: ZoftConfig) -> dict[str, Any]:
     if standing == "done":
         return _show_finished(cfg.output_dir)
     try:
-        trainer, splits, memory = _prepare(cfg)
-    except BaseException:
-        if first and standing == "new":
-            folder.release(cfg.output_dir, there)
-        raise
+        try:
+            trainer, splits, memory = _prepare(cfg)
+        except BaseException:
+            if first and standing == "new":
+                folder.release(cfg.output_dir, there)
+            raise
+        return _train(cfg, trainer, splits, memory, standing)
+    finally:
+        if first:
+            folder.unlock(cfg.output_dir)
+
+
+def _train(
+    cfg: ZoftConfig, trainer: ZOTrainer, splits: dict[str, list[Any]], memory: PeakMemory, standing: str
+) -> dict[str, Any]:
+    """Carry the run out; the signal handler and the trackers are given back whatever happens."""
     try:
         return _carry_out(cfg, trainer, splits, memory, resuming=standing == "resume")
     finally:
@@ -84,7 +98,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     from zoft.data.tokens import OptionCollator, encode
     from zoft.evaluation.metrics import accuracy
     from zoft.interrupt import StopOnInterrupt
-    from zoft.models.load import load_model, load_tokenizer
+    from zoft.models.load import load_model, load_tokenizer, require_causal_lm
     from zoft.report.console import ProgressCallback
     from zoft.report.memory import PeakMemory
     from zoft.report.metrics import MetricsCallback
@@ -102,6 +116,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
     )
+    require_causal_lm(model, cfg.model.name)
     model = cfg.peft.wrap(model, cfg.seed)
     trained, total = cfg.trainable.apply(model)
     rows = {name: encode(getattr(splits, name), tokenizer, cfg.task.max_length) for name in ("train", "dev", "test")}
@@ -121,6 +136,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
         engine=cfg.engine,
         objective=cfg.objective,
     )
+    trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
     memory = PeakMemory(str(args.device))
@@ -165,7 +181,7 @@ def _arguments(cfg: ZoftConfig) -> Any:
         os.environ["WANDB_PROJECT"] = cfg.tracker.project
         os.environ["WANDB_MODE"] = cfg.tracker.mode
     try:
-        return ZOConfig(
+        args = ZOConfig(
             output_dir=cfg.output_dir,
             seed=cfg.seed,
             budget_queries=cfg.budget.queries,
@@ -178,6 +194,16 @@ def _arguments(cfg: ZoftConfig) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"trainer: {next(iter(str(error).splitlines()), error)}") from error
+    _check_best_metric(args)
+    return args
+
+
+def _check_best_metric(args: Any) -> None:
+    """The Trainer looks the metric up at the first evaluation only."""
+    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in METRICS and (args.load_best_model_at_end or args.save_strategy == "best"):
+        near = did_you_mean(metric, METRICS)
+        raise UserError(f"trainer.metric_for_best_model={metric} is not computed by an evaluation.{near}")
 
 
 def _carry_out(
@@ -195,8 +221,8 @@ def _carry_out(
     zero_shot_file = Path(cfg.output_dir) / "zero_shot.json"
     if first and resuming:
         say(f"resume  {checkpoint or 'no checkpoint yet: starting over'}")
-    memory.reset()
     _fill_frozen_prefix(trainer, rows)
+    memory.reset()
     zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory)
     memory.reset()
     trainer.train(resume_from_checkpoint=checkpoint)

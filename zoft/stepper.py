@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.engines.base import Session
+from zoft.errors import UserError
 from zoft.noise import Direction, key_of
 from zoft.optimizers.base import Optimizer
 from zoft.subspaces.base import Coordinates
@@ -98,7 +99,7 @@ class Stepper(torch.optim.Optimizer):
             pieces = {key: tensor.view(-1)[start:stop] for key, tensor in state.items()}
             step = self.coordinates.lift(name, self.rule.update(estimate, pieces, self.progress.updates), start)
             if decay:
-                step = step.add_(self.session.piece(name, start, stop) * decay)
+                step = step.add_(self.session.piece(name, start, stop).to(step.dtype) * decay)
             if lr:  # subtracting zero would turn a weight of -0.0 into +0.0
                 self.session.apply_(name, start, stop, step.mul_(lr), rounding)
 
@@ -119,10 +120,16 @@ class Stepper(torch.optim.Optimizer):
         """Counters, state tensors by name, and the groups without their parameters: tensors and plain numbers only."""
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         moments = {name: dict(tensors) for name, tensors in self.moments.items() if tensors}
-        return {"progress": asdict(self.progress), "state": moments, "param_groups": groups}
+        rule = self.rule.name()
+        return {"rule": rule, "progress": asdict(self.progress), "state": moments, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The other way round; torch's own would cast float32 state to the weights' dtype."""
+        if state_dict["rule"] != self.rule.name():
+            raise UserError(
+                f"the checkpoint was made with optimizer={state_dict['rule']}, this run has "
+                f"optimizer={self.rule.name()}: resume with the same one, or start a new run"
+            )
         self.progress = Progress(**state_dict["progress"])
         tensors = self.session.weights.tensors
         self.moments = {

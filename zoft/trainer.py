@@ -80,6 +80,7 @@ class ZOMixin(_Base):
         self.losses: Tensor | None = None
         self.projected_grads: Tensor | None = None
         self.peak_memory_mb: Callable[[], float] | None = None
+        self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
         self._window: list[Inputs] = []
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
             if kwargs.get(name) not in (None, (None, None)):
@@ -109,12 +110,7 @@ class ZOMixin(_Base):
             setattr(args, name, chosen)
         queries = getattr(args, "budget_queries", None)
         if queries is not None and args.max_steps <= 0:
-            if queries < self.estimator.num_queries:
-                raise UserError(
-                    f"budget.queries={queries} is less than one step costs: estimator={self.estimator.name()} with "
-                    f"num_directions={self.estimator.num_directions} makes {self.estimator.num_queries} queries a step"
-                )
-            args.max_steps = queries // self.estimator.num_queries
+            args.max_steps = self.estimator.steps_within(queries)
         if self.objective is not None:
             args.remove_unused_columns = False  # the objective reads columns that the model's forward does not name
 
@@ -217,6 +213,7 @@ class ZOMixin(_Base):
         self.progress.losses.clear()  # what a checkpoint holds of them is read in the next line
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._window = []
+        self._began = time.perf_counter() - self.progress.seconds
         if self.accelerator.num_processes > 1:
             with torch.no_grad():
                 for tensor in [*self.model.parameters(), *self.model.buffers()]:
@@ -240,12 +237,16 @@ class ZOMixin(_Base):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         window, self._window = self._window, []
-        started = time.perf_counter()
         with self._querying(model):
             self._num_items = num_items_in_batch
             loss = self._query(model, window)
-        self.progress.seconds += time.perf_counter() - started
+        self._read_clock()
         return torch.tensor(loss, device=self.args.device)
+
+    def _read_clock(self) -> None:
+        """Bring the run's wall time up to now: everything since training began, over all resumes."""
+        if self.is_in_train and self._began is not None:
+            self.progress.seconds = time.perf_counter() - self._began
 
     def _query(self, model: nn.Module, window: list[Inputs]) -> float:
         if self._probe_loss_scaling:
@@ -279,7 +280,10 @@ class ZOMixin(_Base):
         if step >= len(self.direction_seeds):
             raise UserError(f"direction_seeds has {len(self.direction_seeds)} entries, step {step} needs one more")
         seed = self.direction_seeds[step]
-        return [Direction(seed + d.probe, step, d.probe) for d in self.estimator.directions(seed, step)]
+        return [
+            Direction(step_seed(seed, d.probe) if d.probe else seed, step, d.probe)
+            for d in self.estimator.directions(seed, step)
+        ]
 
     def _estimate(self, directions: list[Direction]) -> list[tuple[Direction, float]] | None:
         """(direction, coefficient) pairs, or None when a loss is not finite: such a step must not reach the weights."""
@@ -308,7 +312,7 @@ class ZOMixin(_Base):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(self._called, dict(inputs), num_items_in_batch=self._num_items)
             losses.append(loss.float())
-            counts.append(self._num_examples(inputs))
+            counts.append(self._num_terms(inputs))
         if len(losses) == 1:
             return losses[0]
         if self._loss_is_a_share():
@@ -345,7 +349,8 @@ class ZOMixin(_Base):
         """Find out, once, whether the model's loss really uses the token count it accepts.
 
         Classification heads take it and ignore it; the Trainer would then scale their loss by the number of
-        micro-batches and processes. Two extra forward passes, only when there is more than one of either.
+        micro-batches and processes. Two extra forward passes, only when there is more than one of either. All processes
+        decide alike: what they gather later depends on it.
         """
         self._probe_loss_scaling = False
         if not self.model_accepts_loss_kwargs or self._num_items is None:
@@ -355,15 +360,20 @@ class ZOMixin(_Base):
                 float(self.compute_loss(model, dict(inputs), num_items_in_batch=self._num_items * factor))
                 for factor in (1, 2)
             ]
-        if not numpy.isfinite(losses).all():
+        telling = bool(numpy.isfinite(losses).all()) and losses[0] != 0  # zero where no label of the batch counts
+        seen = torch.tensor([telling and losses[0] != losses[1], telling], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            seen = self.accelerator.reduce(seen.to(self.args.device), reduction="sum").cpu()
+        used, told = (bool(count) for count in seen)
+        if not told:
             self._probe_loss_scaling = True  # nothing can be seen in such a batch: the next one is asked
-        elif losses[0] == losses[1]:
+        elif not used:
             self.model_accepts_loss_kwargs = False
             self._num_items = None
 
-    def _num_examples(self, inputs: Inputs) -> int:
+    def _num_terms(self, inputs: Inputs) -> int:
         if self.objective is not None:
-            return self.objective.num_examples(inputs)
+            return self.objective.num_terms(inputs)
         return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
 
     def _over_processes(self, losses: Tensor, window: list[Inputs]) -> tuple[Tensor, int]:
@@ -371,7 +381,7 @@ class ZOMixin(_Base):
         tokens = sum(_num_tokens(inputs) for inputs in window)
         if self.accelerator.num_processes == 1:
             return losses, tokens
-        weight = 1.0 if self._loss_is_a_share() else float(sum(self._num_examples(inputs) for inputs in window))
+        weight = 1.0 if self._loss_is_a_share() else float(sum(self._num_terms(inputs) for inputs in window))
         mine = torch.cat((losses.double() * weight, torch.tensor([weight, float(tokens)], dtype=torch.float64)))
         total = self.accelerator.reduce(mine.to(self.args.device), reduction="sum").cpu()
         return (total[:-2] / total[-2]).float(), int(total[-1])
@@ -422,6 +432,7 @@ class ZOMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Every line carries queries, tokens and seconds; a training line also loss, projected gradient and eps."""
+        self._read_clock()
         progress = self.progress
         if "loss" in logs:
             finite = [loss for loss in progress.losses if numpy.isfinite(loss)]

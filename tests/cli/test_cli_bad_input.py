@@ -59,6 +59,12 @@ ARGUMENTS = [
     ("trainer.bf16=1", "must be bool"),
     ("trainer.eval_steps=often", "must be float or None"),
     ("trainer.nonsense_of_all_kinds=1", "not a field of transformers.TrainingArguments"),
+    ("trainer.disable_tqdm=true", "plain lines where there is no terminal"),
+    ("trainer.resume_from_checkpoint=x", "the same command resumes"),
+    # parts that do not go together
+    ("estimator=forward_gradient engine=layerwise", "engine=layerwise evaluates losses"),
+    ("estimator=forward_gradient engine=in_place", "needs exact derivatives: choose engine=auto"),
+    ("estimator=central engine=forward_mode", "estimator=central needs losses"),
     # unknown choices
     ("config=quickstar", "Did you mean quickstart?"),
     ("estimator=centrall", "Did you mean central?"),
@@ -77,6 +83,7 @@ ARGUMENTS = [
     ("seed=a", "seed must be a whole number, got 'a'"),
     ("seed=1.5", "seed must be a whole number, got 1.5"),
     ("seed=-1", "seed must be 0 or more"),
+    ("seed=99999999999", "seed must be 0 or more and below 2**32"),
     ("seed=null", "seed must be a whole number, got None"),
     ("budget.queries=4e4", "write 40000"),
     ("budget.queries=0", "at least 1"),
@@ -157,7 +164,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(("argument", "expected"), ARGUMENTS, ids=[argument for argument, _ in ARGUMENTS])
 def test_argument(argument: str, expected: str, empty_folder: Path):
     with pytest.raises(UserError) as caught:
-        compose([argument])
+        compose(argument.split(" ") if argument.startswith("estimator=") else [argument])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400

@@ -54,25 +54,20 @@ def run(arguments, cwd):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One folder for all commands, as a reader would type them one after the other."""
-    folder = tmp_path_factory.mktemp("readme")
+@pytest.fixture
+def folder(tmp_path):
+    """Where a reader would stand, with a file of their own."""
     rows = [f'"film {i} was {word}",{label}' for i in range(20) for label, word in ((0, "dull"), (1, "superb"))]
-    (folder / "reviews.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return folder
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return tmp_path
 
 
-@pytest.mark.xdist_group("readme")
 @pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
 def test_command(words, folder):
-    # The order matters: a run's config.yaml is used by a later command. Under xdist they stay in one group.
+    if any("runs/quickstart-seed0/" in word for word in words):  # what an earlier command has left
+        run(as_run_here(["zoft", "train", "config=quickstart"]), folder)
     run(as_run_here(words), folder)
-
-
-@pytest.mark.xdist_group("readme")
-def test_commands_wrote_only_runs(folder):
-    assert {path.name for path in folder.iterdir()} == {"reviews.csv", "runs"}
+    assert {path.name for path in folder.iterdir()} <= {"reviews.csv", "runs"}
 
 
 def test_python_example(tmp_path):

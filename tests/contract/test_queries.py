@@ -147,6 +147,25 @@ def test_a_forward_that_raises_halfway_leaves_everything_as_it_was(engine, estim
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize("k", [0, 1, 7, 40])
+@pairs
+def test_an_interrupt_while_a_direction_is_drawn_leaves_everything_as_it_was(engine, estimator, k, monkeypatch):
+    model, batch, session, points = parts(engine, estimator)
+    before, calls = state_of(model), []
+    real = session.coordinates.source.draw
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == k + 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(session.coordinates.source, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.losses(batch, points)
+    assert state_of(model) == before
+
+
 def state_of(model: nn.Module):
     """Bits, identities, gradients and hooks: what a query must not change."""
     return (

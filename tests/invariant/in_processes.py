@@ -59,7 +59,7 @@ def train(case: str, folder: Path, *, rank: int, world: int) -> dict[str, Any]:
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
             if self.progress.steps == 2 and rank == world - 1:
-                if interrupt and not stop.stopped:
+                if interrupt and not stop.heard:
                     os.kill(os.getpid(), signal.SIGINT)
                 if nan_on_one:
                     return loss * math.nan

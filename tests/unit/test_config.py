@@ -19,7 +19,10 @@ from zoft.optimizers.momentum import Momentum
 from zoft.optimizers.sgd import SGD
 
 SHIPPED = sorted(configs_dir().glob("*/*.yaml"))
-NEEDS = {"trainable=regex": ["trainable.pattern=norm"]}
+NEEDS = {
+    "trainable=regex": ["trainable.pattern=norm"],
+    "engine=forward_mode": ["estimator=forward_gradient"],
+}
 EVERY_CHOICE = [f"{group}={name}" for group in ORDER if group != "launcher" for name in choices(group)]
 
 

@@ -20,6 +20,7 @@ from zoft.estimators.central import Central
 from zoft.estimators.forward_gradient import ForwardGradient
 from zoft.estimators.one_sided import OneSided
 from zoft.noise import Direction
+from zoft.subspaces import base
 from zoft.subspaces.full import Full
 from zoft.weights import Weights, perturbed
 
@@ -83,6 +84,65 @@ def test_subtract_comes_back_within_float32_and_visits_the_same_points(raises):
         assert float((parameter.data - before[name]).abs().max()) < 1e-6, name
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("where", ["draw", "lift", "piece"])
+@pytest.mark.parametrize("k", [0, 1, 3, 6, 7, 12, 20, 27, 34])
+def test_subtract_interrupted_while_it_moves_comes_back(monkeypatch, k, where, after):
+    """Whatever was moved when the signal came is moved back, and nothing else."""
+    monkeypatch.setattr(base, "_CHUNK", 5)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))  # 5 pieces are trained
+    model.requires_grad_(False)
+    model[0].requires_grad_(True), model[1].bias.requires_grad_(True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    session = bind(InPlace("subtract"), model, lambda batch: model(batch).sum())
+    owner = session if where == "piece" else session.coordinates
+    real, calls = getattr(owner, where), []
+
+    def interrupted(*args):
+        calls.append(1)
+        result = real(*args) if after else None
+        if len(calls) == k + 1:
+            raise KeyboardInterrupt
+        return real(*args) if result is None else result
+
+    monkeypatch.setattr(owner, where, interrupted)
+    points = [Point(D, 0.5), Point(D, -0.5), Point(Direction(1, 0, 1), 0.5), Point()]
+    pieces = sum(len(list(session.coordinates.chunks(name))) for name in session.weights.tensors)
+    moves = 5  # to the first, across, back, to the third, back
+    if k < moves * pieces:
+        with pytest.raises(KeyboardInterrupt):
+            session.losses(torch.ones(1, 3), points)
+    else:
+        session.losses(torch.ones(1, 3), points)
+    for name, parameter in model.named_parameters():
+        assert float((parameter.data - before[name]).abs().max()) < 1e-6, name
+    monkeypatch.undo()
+    torch.testing.assert_close(
+        session.losses(torch.ones(1, 3), points),
+        bind(InPlace("copy"), model, session.objective).losses(torch.ones(1, 3), points),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_copy_interrupted_while_it_saves_changes_nothing(monkeypatch):
+    model = tiny_llama()
+    session, digest = bind(InPlace("copy"), model), Weights(model).digest()
+    real, calls = torch.Tensor.clone, []
+
+    def interrupted(tensor):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.losses(batch_for(model), POINTS)
+    monkeypatch.undo()
+    assert Weights(model).digest() == digest
+
+
 # ----------------------------------------------------------------------------------------------------------- layerwise
 
 
@@ -136,6 +196,132 @@ def test_a_tensor_read_without_its_modules_forward_is_perturbed_all_the_same(cap
             z = session.coordinates.z(D, name)
             parameter.data = perturbed(clean[name], z, point.scale) if point.direction else clean[name]
         torch.testing.assert_close(loss, model(x).square().mean().detach(), rtol=1e-6, atol=0)
+
+
+def wanted_losses(session, objective, points=POINTS) -> torch.Tensor:
+    """The losses with every tensor perturbed by hand for the whole forward."""
+    clean = {name: p.data for name, p in session.weights.tensors.items()}
+    losses = []
+    for point in points:
+        for name, tensor in session.weights.tensors.items():
+            if point.direction:
+                tensor.data = perturbed(clean[name], session.coordinates.z(point.direction, name), point.scale)
+        with torch.no_grad():
+            losses.append(objective().detach())
+        for name, tensor in session.weights.tensors.items():
+            tensor.data = clean[name]
+    return torch.stack(losses)
+
+
+class ReadTwice(nn.Module):
+    """A layer's weight is used by the layer's own forward and also read beside it, in one of many ways."""
+
+    def __init__(self, way) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.e, self.body, self.way = nn.Embedding(5, 5), nn.Linear(5, 5), way
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.way(torch.tanh(self.body(self.e(x))), self.e.weight)
+
+
+WAYS = {
+    "linear": nn.functional.linear,
+    "keyword": lambda h, w: nn.functional.linear(input=h, weight=w),
+    "matmul": lambda h, w: h @ w,
+    "t": lambda h, w: torch.mm(h, w.t()),
+    "T": lambda h, w: h @ w.T,
+    "data": lambda h, w: h @ w.data,
+    "row": lambda h, w: h * w[1],
+    "sequence": lambda h, w: torch.cat([h, w]),
+    "einsum": lambda h, w: torch.einsum("ij,kj->ik", h, w),
+    "attention": lambda h, w: nn.functional.scaled_dot_product_attention(h[None], w[None], w[None]),
+    "gathered": lambda h, w: nn.functional.embedding(torch.arange(3), w) * h,
+    "number": lambda h, w: h * float(w[0, 0]) + w.tolist()[1][1],
+    "sum": lambda h, w: h * w.norm(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tensor_read_both_by_its_module_and_beside_it_is_perturbed_for_both(way, caplog):
+    model, x = ReadTwice(WAYS[way]), torch.arange(3)
+    session = bind(Layerwise(), model, lambda batch: model(batch).square().mean())
+    digest = Weights(model).digest()
+    with caplog.at_level(logging.WARNING):
+        losses = session.losses(x, POINTS)
+        again = session.losses(x, POINTS)
+    assert torch.equal(losses, wanted_losses(session, lambda: model(x).square().mean()))
+    assert torch.equal(losses, again)
+    assert Weights(model).digest() == digest
+    assert [record.message.count("(e.weight)") for record in caplog.records] == [1]
+    assert session._whole_forward == ["e.weight"]
+
+
+def test_shapes_and_dtypes_read_beside_the_forward_are_no_reads(caplog):
+    def look(h, w):
+        assert w.dim() == len(w.shape) == w.ndim
+        assert w.size(0) == w.numel() // len(w) == w.stride(0)
+        return h.to(w.device, w.dtype) * int(w.requires_grad and w.is_floating_point() and w.is_contiguous())
+
+    model, calls = ReadTwice(look), []
+    session = bind(Layerwise(), model, lambda batch: calls.append(1) or model(batch).square().mean())
+    session.losses(torch.arange(3), POINTS)
+    assert not caplog.records
+    assert session._whole_forward == []
+    assert len(calls) == len(POINTS)
+
+
+def test_tensors_read_before_their_module_is_entered():
+    """torch's older weight norm computes the weight in a forward pre-hook, from tensors of the same module."""
+    with pytest.warns(FutureWarning):
+        model = nn.utils.weight_norm(nn.Linear(4, 4))
+    x = torch.ones(2, 4)
+    session = bind(Layerwise(), model, lambda batch: model(batch).square().mean())
+    losses = session.losses(x, POINTS)
+    assert torch.equal(losses, wanted_losses(session, lambda: model(x).square().mean()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_of_torch_itself(training):
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).train(training)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    session = bind(Layerwise(), model, lambda batch: model(batch).square().sum())
+    losses = session.losses(x, POINTS)
+    torch.testing.assert_close(losses, wanted_losses(session, lambda: model(x).square().sum()), rtol=1e-6, atol=0)
+    assert torch.equal(losses, session.losses(x, POINTS))
+
+
+def test_a_compiled_model_gives_the_same_losses_and_its_reads_are_found(caplog):
+    class Deep(ReadTwice):
+        def __init__(self) -> None:
+            super().__init__(nn.functional.linear)
+            self.body = nn.Sequential(*(nn.Linear(5, 5) for _ in range(12)))
+
+    model, x = Deep(), torch.arange(3)
+    compiled = torch.compile(model, backend="eager")
+    session = bind(Layerwise(), model, lambda batch: compiled(batch).square().mean())
+    wanted = wanted_losses(session, lambda: model(x).square().mean())
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(session.losses(x, POINTS), wanted)
+        assert torch.equal(session.losses(x, POINTS), wanted)
+    assert session._whole_forward == ["e.weight"]
+    assert not [record for record in caplog.records if "recompile_limit" in record.getMessage()]
+
+
+def test_deberta_reads_its_embeddings_again_in_its_head():
+    from transformers import DebertaV2Config, DebertaV2ForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = DebertaV2ForMaskedLM(DebertaV2Config(vocab_size=50, legacy=False, **sizes)).eval()
+    ids = torch.arange(8).view(1, 8)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    session = bind(Layerwise(), model)
+    losses = session.losses(batch, POINTS)
+    torch.testing.assert_close(losses, wanted_losses(session, lambda: model(**batch).loss), rtol=1e-6, atol=0)
+    assert any("word_embeddings" in name for name in session._whole_forward)
 
 
 def test_a_forward_cut_short_inside_the_objective_leaves_nothing_perturbed():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerControl
 
 from tests import models
 from zoft import ZOConfig, ZOTrainer
@@ -116,3 +118,22 @@ def test_other_threads_leave_signals_alone():
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_signal_during_the_exchange_counts_at_the_next_step(monkeypatch: pytest.MonkeyPatch):
+    """With several processes: what is heard while waiting for the others must not be overwritten by their answer."""
+    callback, control = StopOnInterrupt(), TrainerControl()
+    args = SimpleNamespace(world_size=2, device="cpu")
+
+    def exchange(flag: torch.Tensor, op: Any) -> None:
+        del flag, op
+        if not callback.heard:
+            callback._heard(signal.SIGINT, None)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", exchange)
+    callback.on_step_end(args, None, control)  # type: ignore[arg-type]
+    assert not control.should_training_stop  # the other process does not know yet
+    callback.on_step_end(args, None, control)  # type: ignore[arg-type]
+    assert control.should_training_stop
+    assert control.should_save
+    assert callback.stopped

@@ -336,6 +336,32 @@ def test_torch_sequential_is_the_walk_of_manual_seed_and_normal_in_any_order(dty
     assert torch.equal(piece, walked[3]["c"].view(-1)[101:505])
 
 
+@pytest.mark.parametrize("keep", [0, 150, 1 << 26])
+def test_torch_sequential_draws_a_tensor_asked_for_in_pieces_once(keep, monkeypatch):
+    monkeypatch.setattr(noise, "_KEEP_IN_PIECES", keep)
+    tensors = [("a", torch.Size([10, 5]), F32, CPU), ("b", torch.Size([7]), F32, CPU)]
+    directions = [Direction(3 + i, 0, i) for i in range(4)]
+    whole = {d: TorchSequentialNoise(tensors).draw(d, "a", 0, 50, CPU, F32) for d in directions}
+    source = TorchSequentialNoise(tensors)
+    for direction in directions:
+        source.draw(direction, "b", 0, 7, CPU, F32)  # walks once: what follows counts draws of one tensor
+    normals, real = [], torch.normal
+    monkeypatch.setattr(torch, "normal", lambda *args, **kwargs: normals.append(1) or real(*args, **kwargs))
+    for start in range(0, 50, 10):
+        for direction in directions:
+            piece = source.draw(direction, "a", start, start + 10, CPU, F32)
+            assert torch.equal(piece, whole[direction][start : start + 10])
+            piece.zero_()  # the caller may
+    kept = max(1, min(4, keep // 50))
+    assert len(normals) == kept + 5 * (4 - kept)
+    assert not source._in_pieces  # the last piece lets go
+    for direction in (directions[0], Direction(9, 1)):
+        source.draw(direction, "a", 0, 10, CPU, F32)
+    assert list(source._in_pieces) == [Direction(9, 1)]  # not beyond the step
+    source.draw(Direction(9, 1), "b", 0, 3, CPU, F32)
+    assert [z.numel() for z in source._in_pieces.values()] == [7]  # nor beyond the tensor
+
+
 def test_torch_sequential_uses_the_dtype_of_each_tensor():
     tensors = [("a", torch.Size([40]), torch.bfloat16, CPU), ("b", torch.Size([40]), torch.float32, CPU)]
     with torch.random.fork_rng(devices=[]):

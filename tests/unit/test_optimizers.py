@@ -198,3 +198,10 @@ def test_bad_values_name_their_field():
             Adam(**{field: value})
     with pytest.raises(UserError, match=r"momentum.beta must be in \[0, 1\), got 1.0"):
         Momentum(beta=1.0)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused():
+    saved = stepper_of(nn.Linear(3, 2), Momentum()).state_dict()
+    other = stepper_of(nn.Linear(3, 2), Adam())
+    with pytest.raises(UserError, match=r"made with optimizer=momentum, this run has optimizer=adam"):
+        other.load_state_dict(saved)

@@ -232,6 +232,22 @@ def test_interrupted_before_the_first_step_starts_over(tmp_path: Path, monkeypat
         ("trainer.lr_scheduler_type=sideways", "trainer: "),
         ("trainer.eval_strategy=sometimes", "trainer: "),
         ("trainer.gradient_checkpointing=true", "gradient_checkpointing=True cannot be used"),
+        ("trainer.fp16=true", "fp16=True cannot be used with zeroth-order training: there is no gradient to scale"),
+        ("trainer.per_device_train_batch_size=0", "per_device_train_batch_size must be at least 1, got 0"),
+        ("trainer.per_device_eval_batch_size=0", "per_device_eval_batch_size must be at least 1, got 0"),
+        ("trainer.gradient_accumulation_steps=0", "gradient_accumulation_steps must be at least 1, got 0"),
+        ("trainer.data_seed=99999999999", "data_seed must be 0 or more and below 2**32"),
+        ("seed=99999999999", "seed must be 0 or more and below 2**32"),
+        (
+            "trainer.load_best_model_at_end=true trainer.metric_for_best_model=acuracy",
+            "trainer.metric_for_best_model=acuracy is not computed by an evaluation. Did you mean accuracy",
+        ),
+        ("trainer.disable_tqdm=true", "trainer.disable_tqdm cannot be set here"),
+        ("trainer.resume_from_checkpoint=x", "the same command resumes"),
+        ("engine=layerwise estimator=forward_gradient", "needs exact derivatives: choose engine=auto"),
+        ("engine=forward_mode", "choose engine=auto"),
+        ("engine=in_place engine.restore=subtract model.dtype=bfloat16 estimator.eps=1e-2", "engine.restore=subtract"),
+        ("estimator.noise=torch_sequential subspace.law=sphere", "torch_sequential"),
     ],
 )
 def test_a_start_that_fails_leaves_no_folder(more: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -239,9 +255,15 @@ def test_a_start_that_fails_leaves_no_folder(more: str, message: str, tmp_path: 
     cwd.mkdir()
     monkeypatch.chdir(cwd)
     with pytest.raises(UserError) as caught:
-        run(compose(arguments(tmp_path, cwd / "runs" / "out", more)))
+        run(compose(arguments(tmp_path, cwd / "runs" / "out", *words(more))))
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not list(cwd.iterdir())
+
+
+def words(text: str) -> list[str]:
+    """Several arguments in one string; a value with spaces is quoted."""
+    return [text] if "'" in text else text.split(" ")
 
 
 def test_a_model_folder_without_a_model(tmp_path: Path):
@@ -336,3 +358,74 @@ def test_two_runs_in_one_process_do_not_touch_each_other(finished: tuple[Path, d
     again = go(tmp_path, "again")
     assert other["weights_sha256"] != facts["weights_sha256"]
     assert again["weights_sha256"] == facts["weights_sha256"]
+
+
+def test_a_folder_keeps_its_run_under_other_names(
+    interrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[Path, dict[str, Any]]
+):
+    """Stopped as `out`, moved, finished under its absolute path, and shown under a third spelling."""
+    _, whole = finished
+    monkeypatch.chdir(tmp_path)
+    interrupted(6)
+    with pytest.raises(KeyboardInterrupt):
+        run(compose(arguments(tmp_path, "out")))
+    Path("out").rename("moved")
+    facts = run(compose(arguments(tmp_path, tmp_path / "moved")))
+    assert facts["weights_sha256"] == whole["weights_sha256"]
+    assert not Path("out").exists()
+    assert run(compose(arguments(tmp_path, "./moved")))["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_run_in_progress_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same command while the first is at it: refused, and the first ends as if nothing had been."""
+    original, told = ZOTrainer.training_step, []
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.progress.steps == 6:
+            before = contents(tmp_path / "out")
+            with pytest.raises(UserError, match="is in use by process") as caught:
+                go(tmp_path, "out")
+            told.append(str(caught.value))
+            assert contents(tmp_path / "out") == before
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ZOTrainer, "training_step", training_step)
+    assert go(tmp_path, "out")["num_steps"] == 12
+    assert len(told) == 1
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+@pytest.mark.parametrize("kind", ["interrupted", "failed"])
+def test_the_lock_goes_with_the_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert (tmp_path / "out" / ".lock").exists()
+        raise KeyboardInterrupt if kind == "interrupted" else RuntimeError
+
+    monkeypatch.setattr(ZOTrainer, "train", train)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        go(tmp_path, "out")
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_classifier_is_no_model_for_a_task(tmp_path: Path):
+    from tests import models
+    from tests.runs import tiny_tokenizer
+
+    arguments(tmp_path, "")
+    models.tiny_bert_classifier().save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match=r"is a BertForSequenceClassification, no causal language model"):
+        go(tmp_path, "out", f"model.name={tmp_path / 'bert'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_inference_peak_is_taken_after_the_frozen_prefix_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from zoft.report.memory import PeakMemory
+
+    said: list[str] = []
+    fill, reset, predict = ZOTrainer.fill_frozen_prefix, PeakMemory.reset, ZOTrainer.predict
+    monkeypatch.setattr(ZOTrainer, "fill_frozen_prefix", lambda self, *a: said.append("fill") or fill(self, *a))
+    monkeypatch.setattr(PeakMemory, "reset", lambda self: said.append("reset") or reset(self))
+    monkeypatch.setattr(ZOTrainer, "predict", lambda self, *a, **k: said.append("predict") or predict(self, *a, **k))
+    go(tmp_path, "out", "trainable=last_blocks", "trainable.num_blocks=1")
+    assert said[:3] == ["fill", "reset", "predict"]

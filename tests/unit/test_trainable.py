@@ -72,9 +72,8 @@ def test_two_blocks_are_one_more():
 def test_t5_trains_one_stack():
     model = tiny_t5()
     LastBlocks(1).apply(model)
-    stacks = {name.split(".")[0] for name in trained(model)}
-    assert len(stacks) == 1
-    (stack,) = stacks
+    stack = "decoder"  # the one nearer the output
+    assert {name.split(".")[0] for name in trained(model)} == {stack}
     assert starting(model, f"{stack}.block.1.") <= trained(model)
     assert not starting(model, f"{stack}.block.0.") & trained(model)
 
@@ -158,6 +157,19 @@ def test_adapter_and_auto_take_what_peft_trains():
     for choice in (Adapter(), Auto()):
         choice.apply(model)
         assert trained(model) == lora
+
+
+@pytest.mark.parametrize(
+    "choice", [All(), NormsAndBiases(), LastBlocks(1), Regex(pattern="norm")], ids=lambda c: c.name()
+)
+def test_what_would_not_be_saved_with_the_adapter_is_refused(choice):
+    model = Lora().wrap(tiny_llama(), 0)
+    before = trained(model)
+    with pytest.raises(UserError, match=r"only the adapter is saved: use trainable=adapter"):
+        choice.apply(model)
+    assert trained(model) == before
+    Regex(pattern="lora_B").apply(model)  # a part of the adapter is fine
+    assert trained(model) < before
 
 
 def test_adapter_without_one_is_refused_instead_of_training_everything():

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,38 @@ def test_accumulation_is_one_large_batch(family: str, smoothing: float, make: Ca
         assert other_losses == pytest.approx(losses, rel=1e-6)
         assert max(float((weights[n] - other_weights[n]).abs().max()) for n in weights) < 1e-6
         assert other_tokens == tokens
+
+
+def test_a_first_micro_batch_without_labels_says_nothing_about_scaling(make: Callable[..., ZOTrainer]):
+    """Its loss is zero whatever it is divided by: that must not be taken for a loss that ignores the token count."""
+    rows = rows_for(models.tiny_llama(), 8)
+    for row in rows[:4]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    options = {"train_sampling_strategy": "sequential", "max_steps": 2, "estimator": Central(eps=1e-2)}
+    told = []
+    for size, steps in ((8, 1), (4, 2)):
+        trainer = make(
+            models.tiny_llama(), rows, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **options
+        )
+        trainer.train()
+        assert trainer.model_accepts_loss_kwargs
+        assert trainer.progress.num_skipped == 0
+        told.append(lines(trainer, "loss"))
+    assert told[1] == pytest.approx(told[0], rel=1e-6)
+
+
+def test_seconds_are_wall_time(make: Callable[..., ZOTrainer]):
+    """Everything between the first and the last step counts, also what is neither a query nor inside training_step."""
+
+    class Slow(TrainerCallback):
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(0.05)
+
+    trainer = make(models.tiny_llama(), max_steps=3, callbacks=[Slow()])
+    trainer.train()
+    assert trainer.progress.seconds - trainer.progress.seconds_forward >= 0.15
+    row = [row for row in trainer.state.log_history if "loss" in row][-1]
+    assert row["seconds_other"] >= 0.15
 
 
 def test_the_logged_loss_of_accumulated_steps_is_the_models_own(make: Callable[..., ZOTrainer]):
@@ -852,7 +885,12 @@ class Poisoned(ZOTrainer):
 MEANINGLESS_VALUES: dict[str, list[Any]] = {
     "activation_checkpointing": [True],
     "gradient_checkpointing": [True],
+    "activation_checkpointing_kwargs": [{"every_n_layers": 2}],
+    "gradient_checkpointing_kwargs": [{"use_reentrant": False}],
     "neftune_noise_alpha": [5.0],
+    "fp16": [True],
+    "fsdp_config": [{"min_num_params": 1}],
+    "resume_from_checkpoint": ["runs/earlier"],
     "fsdp": ["full_shard", True],
     "deepspeed": [{"train_batch_size": 4}, "ds.json"],
     "optim": ["sgd", "adafactor"],

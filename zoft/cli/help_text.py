@@ -50,7 +50,7 @@ Flags:
 Examples:
   zoft train config=quickstart                                  the demo
   zoft train config=quickstart seed=1 budget.queries=4000       twice the training, another seed
-  zoft train config=quickstart peft=lora estimator.eps=1e-2     train a LoRA adapter instead
+  zoft train config=quickstart peft=lora trainable=adapter       train a LoRA adapter instead
   zoft train model.name=Qwen/Qwen3-0.6B task=sst2 method=mezo optimizer.learning_rate=1e-6
   zoft train config=./mine.yaml output_dir=runs/mine            your own experiment
   zoft train config=runs/mine/config.yaml output_dir=runs/again a run again, exactly

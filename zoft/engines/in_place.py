@@ -77,29 +77,46 @@ class _CopySession(Session):
 class _SubtractSession(Session):
     """The weights move by (s' - s) z between points of one direction, and by -s z to come back: MeZO's arithmetic."""
 
+    def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> None:
+        super().__init__(model, coordinates, objective)
+        self._here = Point()  # where the weights are
+
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         refuse_derivatives(points, "in_place")
-        here = Point()
         results = []
         try:
             for point in points:
-                here = self._walk(here, point)
+                self._walk(point)
                 results.append(self.evaluate(batch))
         finally:
-            self._walk(here, Point())
+            self._walk(Point())
         return torch.stack(results)
 
-    def _walk(self, here: Point, there: Point) -> Point:
-        if here.direction is not None and here.direction != there.direction:
-            self._add(here, -here.scale)
-            here = Point()
+    def _walk(self, there: Point) -> None:
+        if self._here.direction is not None and self._here.direction != there.direction:
+            self._add(self._here, -self._here.scale, Point())
         if there.direction is not None:
-            self._add(there, there.scale - here.scale)
-        return there
+            self._add(there, there.scale - self._here.scale, there)
 
-    def _add(self, point: Point, distance: float) -> None:
+    def _add(self, point: Point, distance: float, arrived: Point) -> None:
+        """Move every tensor and set ``_here``; when something interrupts, move none and leave ``_here``."""
+        begun: list[tuple[Tensor, str, int, int]] = []
+        try:
+            for name in self.weights.tensors:
+                for start, stop in self.coordinates.chunks(name):
+                    step = self._step(point, distance, name, start, stop)
+                    piece = self.piece(name, start, stop)
+                    begun.append((piece, name, start, stop))
+                    piece.add_(step)
+            self._here = arrived
+        except BaseException:
+            if self._here is not arrived:
+                for piece, name, start, stop in begun:
+                    if piece._version:  # the addition took place: a signal can come before or after it
+                        piece.add_(self._step(point, -distance, name, start, stop))
+            raise
+
+    def _step(self, point: Point, distance: float, name: str, start: int, stop: int) -> Tensor:
         assert point.direction is not None
-        for name in self.weights.tensors:
-            for start, stop in self.coordinates.chunks(name):
-                z = self.coordinates.draw(point.direction, name, start, stop)
-                self.piece(name, start, stop).add_(self.coordinates.lift(name, z.mul_(distance), start))
+        z = self.coordinates.draw(point.direction, name, start, stop)
+        return self.coordinates.lift(name, z.mul_(distance), start)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.component import Component
+from zoft.errors import UserError
 from zoft.noise import SOURCES, Direction
 
 if TYPE_CHECKING:
@@ -48,6 +49,22 @@ class Estimator(Component):
     def num_queries(self) -> int:
         """Forward passes of the objective that one step costs."""
         raise NotImplementedError
+
+    def steps_within(self, queries: int) -> int:
+        """How many steps a budget of queries pays for.
+
+        Args:
+            queries: forward passes of the objective.
+
+        Raises:
+            UserError: less than one step.
+        """
+        if queries < self.num_queries:
+            raise UserError(
+                f"budget.queries={queries} is less than one step costs: estimator={self.name()} with "
+                f"num_directions={self.num_directions} makes {self.num_queries} queries a step"
+            )
+        return queries // self.num_queries
 
     @property
     def radius(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,9 @@ def load_model(
     dtype: str = "float32",
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in a stated dtype; no code from its repository is run.
+    """A model in a stated dtype, of the class its config names; no code from its repository is run.
+
+    A config that names a class without a loss (``BertModel``), or none, is loaded as a causal language model.
 
     Args:
         name: a local folder, a hub name, or ``zoft:NAME`` for a model that `zoft fetch NAME` brings.
@@ -39,7 +42,38 @@ def load_model(
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
-    return _load(transformers.AutoModelForCausalLM, name, arguments)
+    return _load(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
+
+
+def require_causal_lm(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that does not score texts from left to right, as ranking options needs.
+
+    Args:
+        model: what :func:`load_model` gave.
+        name: what it was asked for, for the message.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise UserError(
+            f"model.name={name} is a {type(model).__name__}, no causal language model, and a task ranks its options by "
+            "one: give a causal one (any ...ForCausalLM), or train this model from Python with ZOTrainer"
+        )
+
+
+def _class_of(name: str, revision: str | None) -> Any:
+    """The class with a loss that the model's config names; None where it names none."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(_place(name), revision=revision)
+    except UserError:
+        raise
+    except (OSError, ValueError):  # an adapter's folder, or nothing at all: loading says which
+        return None
+    named: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    is_model = inspect.isclass(named) and issubclass(named, transformers.PreTrainedModel)
+    return named if is_model and "labels" in inspect.signature(named.forward).parameters else None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, as_mezo: bool = False) -> PreTrainedTokenizerBase:

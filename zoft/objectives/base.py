@@ -25,6 +25,6 @@ class Objective(Component):
         """(loss, predictions, labels): what the metric is computed from, one row per example."""
         raise NotImplementedError
 
-    def num_examples(self, batch: Batch) -> int:
-        """How many examples the mean of :meth:`loss` is over."""
+    def num_terms(self, batch: Batch) -> int:
+        """How many terms (examples, or tokens) the mean of :meth:`loss` is over: the weight of a micro-batch."""
         raise NotImplementedError

@@ -28,7 +28,7 @@ class Options(Objective):
     References: Malladi et al. 2023 (MeZO), the published `forward_wrap_with_option_len`.
     """
 
-    def num_examples(self, batch: Batch) -> int:
+    def num_terms(self, batch: Batch) -> int:
         """Prompts, not rows."""
         return len(gold_of(batch))
 

@@ -33,6 +33,12 @@ class Trainable(Component):
             UserError: nothing is left to train; some names of the model are listed.
         """
         chosen = self.chosen(model)
+        saved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if hasattr(model, "peft_config") and not chosen <= saved:
+            raise UserError(
+                f"trainable={self.name()} trains weights of the base model (such as {min(chosen - saved)}), and only "
+                "the adapter is saved: use trainable=adapter, or peft=none"
+            )
         trained = total = 0
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen and parameter.is_floating_point())

@@ -1,4 +1,4 @@
-"""The last n blocks and what comes after them."""
+"""The last n blocks and the normalisation after them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def in_last_blocks(model: nn.Module, num_blocks: int, asker: Trainable) -> set[s
             stacks.setdefault(_stack(name, index), set()).add(index)
     if not stacks:
         raise UserError(f"trainable={asker.name()} found no numbered blocks in this model: use trainable=regex")
-    stack, indices = max(stacks.items(), key=lambda item: len(item[1]))
+    # Of an encoder and a decoder the decoder is nearer the output.
+    stack, indices = max(stacks.items(), key=lambda item: ("decoder" in item[0], len(item[1])))
     depth = max(indices) + 1
     if num_blocks > depth:
         raise UserError(f"trainable.num_blocks={num_blocks} but the model has {depth} blocks")
