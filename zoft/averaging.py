@@ -1,0 +1,92 @@
+"""Many losses into one: micro-batches and processes, averaged as one large batch would be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+Inputs = dict[str, Any]
+_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
+
+
+class LossAveraging(_Base):
+    """The part of :class:`zoft.trainer.ZOMixin` that knows how the Trainer scales a loss."""
+
+    model_accepts_loss_kwargs: bool  # the Trainer's: the model divides its loss by the token count it is given
+    objective: Any  # the component that replaces the model's own loss, or None
+    _called: nn.Module  # the model as the Trainer's loop hands it over
+    _num_items: Any = None  # tokens that count in this step, over all micro-batches and processes; None where unknown
+    _probe_loss_scaling = False  # whether the model's use of that number is still to be found out
+
+    def _objective_of_window(self, window: list[Inputs]) -> Tensor:
+        """The objective over the micro-batches of one step, as the first-order Trainer would have accumulated it."""
+        losses, counts = [], []
+        for inputs in window:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(self._called, dict(inputs), num_items_in_batch=self._num_items)
+            losses.append(loss.float())
+            counts.append(self._num_terms(inputs))
+        if len(losses) == 1:
+            return losses[0]
+        if self._loss_is_a_share():
+            return torch.stack(losses).sum()
+        return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))
+
+    def _loss_is_a_share(self) -> bool:
+        """Whether micro-batch losses were already divided by the step's token count, so that they add up."""
+        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return (self.model_accepts_loss_kwargs and self._num_items is not None) or self.compute_loss_func is not None
+
+    def _settle_loss_scaling(self, model: nn.Module, inputs: Inputs) -> None:
+        """Find out, once, whether the model's loss really uses the token count it accepts.
+
+        Classification heads take it and ignore it; the Trainer would then scale their loss by the number of
+        micro-batches and processes. Two extra forward passes, only when there is more than one of either. All processes
+        decide alike: what they gather later depends on it.
+        """
+        self._probe_loss_scaling = False
+        if not self.model_accepts_loss_kwargs or self._num_items is None:
+            return
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [
+                float(self.compute_loss(model, dict(inputs), num_items_in_batch=self._num_items * factor))
+                for factor in (1, 2)
+            ]
+        telling = bool(numpy.isfinite(losses).all()) and losses[0] != 0  # zero where no label of the batch counts
+        seen = torch.tensor([telling and losses[0] != losses[1], telling], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            seen = self.accelerator.reduce(seen.to(self.args.device), reduction="sum").cpu()
+        used, told = (bool(count) for count in seen)
+        if not told:
+            self._probe_loss_scaling = True  # nothing can be seen in such a batch: the next one is asked
+        elif not used:
+            self.model_accepts_loss_kwargs = False
+            self._num_items = None
+
+    def _num_terms(self, inputs: Inputs) -> int:
+        if self.objective is not None:
+            return self.objective.num_terms(inputs)
+        return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
+
+    def _over_processes(self, losses: Tensor, window: list[Inputs]) -> tuple[Tensor, int]:
+        """One all-reduce: losses weighted by examples (or already shares of one mean), and the tokens of the step."""
+        tokens = sum(_num_tokens(inputs) for inputs in window)
+        if self.accelerator.num_processes == 1:
+            return losses, tokens
+        weight = 1.0 if self._loss_is_a_share() else float(sum(self._num_terms(inputs) for inputs in window))
+        mine = torch.cat((losses.double() * weight, torch.tensor([weight, float(tokens)], dtype=torch.float64)))
+        total = self.accelerator.reduce(mine.to(self.args.device), reduction="sum").cpu()
+        return (total[:-2] / total[-2]).float(), int(total[-1])
+
+
+def _num_tokens(inputs: Inputs) -> int:
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return int(mask.sum())
+    ids = inputs.get("input_ids")
+    return ids.numel() if isinstance(ids, Tensor) else 0
