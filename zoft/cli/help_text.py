@@ -36,7 +36,7 @@ Groups and choices (zoft show GROUP/CHOICE says what one does and lists its sett
 
 Keys:
   seed=1                                  directions, order of rows, an adapter's first weights
-  output_dir=runs/mine                    the run's folder (default: runs/<config>-seed<seed>)
+  output_dir=runs/mine                    the run's folder (default: runs/<config>-seed<seed>, and other arguments)
   budget.queries=4000                     forward passes of the objective; training stops when they are used up
   estimator.eps=1e-2                      a setting of a part: <group>.<setting>
   optimizer.learning_rate=1e-6            the step size
@@ -49,14 +49,14 @@ Flags:
 
 Examples:
   zoft train config=quickstart                                  the demo
-  zoft train config=quickstart seed=1 budget.queries=4000       twice the training, another seed
-  zoft train config=quickstart peft=lora trainable=adapter       train a LoRA adapter instead
+  zoft train config=quickstart seed=1 budget.queries=1400       twice the training, another seed
+  zoft train config=quickstart peft=lora trainable=adapter      train a LoRA adapter instead
   zoft train model.name=Qwen/Qwen3-0.6B task=sst2 method=mezo optimizer.learning_rate=1e-6
   zoft train config=./mine.yaml output_dir=runs/mine            your own experiment
   zoft train config=runs/mine/config.yaml output_dir=runs/again a run again, exactly
   zoft train task=custom task.train=mail.csv 'task.template="{{text}} Spam?"' 'task.words={{ham: No, spam: Yes}}'
   zoft train -m config=quickstart seed=0,1,2 optimizer.learning_rate=1e-6,1e-5 launcher=joblib
-  torchrun --nproc-per-node 2 -m zoft train config=quickstart   two processes, the same trajectory
+  torchrun --nproc-per-node 2 -m zoft train config=quickstart   two processes, twice the batch
 
 Your own experiment is a YAML file; parts are chosen under `defaults`, everything else is a key:
   # @package _global_
