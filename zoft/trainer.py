@@ -39,7 +39,7 @@ class ZOMixin(LossAveraging):
     """Replaces the backward pass of a Trainer by zeroth-order queries.
 
     Args:
-        model: a model, or a name or folder to load a causal LM from (float32).
+        model: a model, or a name or folder to load one from (float32; the class its config names, else a causal LM).
         args: a :class:`zoft.ZOConfig` or plain ``TrainingArguments``.
         estimator: name or component (default ``central``).
         optimizer: name or component (default ``sgd``).
