@@ -27,6 +27,7 @@ SOURCES = ("counter", "torch_sequential")
 """``counter``: this module's generator. ``torch_sequential``: MeZO's own stream, for number-for-number comparison."""
 
 _CHUNK_WORDS = 1 << 17  # words hashed at a time: 512 KiB of int32 stays in the cache and bounds the temporaries
+_PIECE = 2 * _CHUNK_WORDS  # elements of z made at a time where it is only added to something
 _KEEP_IN_PIECES = 1 << 26  # elements of z that torch_sequential keeps while a tensor is asked for in pieces
 _BLOCK_WORDS = 1 << 30  # a word index beyond this moves to another key, so int32 counters never overflow
 _FIXED_POINT = 1 << 16  # Gaussian quantiles are integers in units of 2^-16: exact in float32, exactly summable
@@ -121,8 +122,70 @@ def squared_norm(key: int, count: int, device: torch.device | str = "cpu") -> in
     return total
 
 
+class NoiseSource:
+    """Where z comes from: :meth:`draw` makes it, the others put it to use without making more of it than they need."""
+
+    def draw(
+        self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Elements [start, stop) of tensor ``name`` of z, flat; the caller may overwrite them."""
+        raise NotImplementedError
+
+    def gather(self, direction: Direction, name: str, indices: Tensor) -> Tensor:
+        """Elements of z at any flat indices.
+
+        Args:
+            direction: which z.
+            name: which tensor of it.
+            indices: int64, any shape.
+
+        Returns:
+            float32, of the shape and on the device of ``indices``: the elements that :meth:`draw` gives.
+        """
+        stop = int(indices.max()) + 1 if indices.numel() else 0
+        z = self.draw(direction, name, 0, stop, indices.device, torch.float32)
+        return torch.index_select(z, 0, indices.reshape(-1)).view(indices.shape).to(torch.float32)
+
+    def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
+        """``out += scale * z[start : start + out.numel()]``: the bits of ``out.add_(draw(...).mul_(scale))``.
+
+        Args:
+            out: float32, flat and contiguous.
+            direction: which z.
+            name: which tensor of it.
+            start: flat index, in the tensor, of the first element of ``out``.
+            scale: what z is multiplied with, in float32.
+        """
+        z = self.draw(direction, name, start, start + out.numel(), out.device, out.dtype)
+        out.add_(z.mul_(scale))
+
+    def perturb(
+        self,
+        weight: Tensor,
+        direction: Direction,
+        name: str,
+        start: int,
+        scales: Sequence[float],
+        outs: Sequence[Tensor],
+    ) -> None:
+        """``outs[i] = weight + scales[i] * z`` with z made once: the bits of :func:`zoft.weights.perturbed`.
+
+        Args:
+            weight: flat and contiguous, float32, bfloat16, float16 or float64.
+            direction: which z.
+            name: which tensor of it.
+            start: flat index, in the tensor, of the first element of ``weight``.
+            scales: one multiple of z for each of ``outs``.
+            outs: like ``weight``; a single one may be ``weight`` itself.
+        """
+        z = self.draw(direction, name, start, start + weight.numel(), weight.device, weight.dtype)
+        wide = z.to(torch.promote_types(z.dtype, weight.dtype))
+        for scale, out in zip(scales, outs, strict=True):
+            out.copy_((wide * scale).add_(weight))  # rounded once, by the copy
+
+
 @dataclass
-class CounterNoise:
+class CounterNoise(NoiseSource):
     """z by counter: the default source.
 
     Args:
@@ -144,6 +207,38 @@ class CounterNoise:
             return sample(self.law, key, start, stop, device)
         return sample("gaussian", key, start, stop, device).mul_(self._sphere_scale(direction, device))
 
+    def gather(self, direction: Direction, name: str, indices: Tensor) -> Tensor:
+        """Elements of z at any flat indices, and no others: float32, of the shape and device of ``indices``."""
+        key, per_word = key_of(direction, name), 32 if self.law == "rademacher" else 2
+        block_size = _BLOCK_WORDS * per_word
+        # the largest index is asked for only where it could matter: it stops a GPU's queue
+        several = self.shapes.get(name, block_size + 1) > block_size and indices.numel()
+        blocks = int(indices.max()) // block_size + 1 if several else 1
+        z = _elements(self.law, _block_key(key, 0), indices, per_word)
+        for block in range(1, blocks):
+            there = _elements(self.law, _block_key(key, block), indices - block * block_size, per_word)
+            z = torch.where(indices >= block * block_size, there, z)
+        return z.mul_(self._sphere_scale(direction, indices.device)) if self.law == "sphere" else z
+
+    def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
+        """``out += scale * z[start : start + out.numel()]``, a piece of z at a time (see the base class)."""
+        for at in range(0, out.numel(), _PIECE):
+            super().add_(out[at : at + _PIECE], direction, name, start + at, scale)
+
+    def perturb(
+        self,
+        weight: Tensor,
+        direction: Direction,
+        name: str,
+        start: int,
+        scales: Sequence[float],
+        outs: Sequence[Tensor],
+    ) -> None:
+        """``outs[i] = weight + scales[i] * z``, a piece of z at a time (see the base class)."""
+        for at in range(0, weight.numel(), _PIECE):
+            pieces = [out[at : at + _PIECE] for out in outs]
+            super().perturb(weight[at : at + _PIECE], direction, name, start + at, scales, pieces)
+
     def _sphere_scale(self, direction: Direction, device: torch.device) -> float:
         # sqrt(d) / ||z||: the sum of squares is exact integer arithmetic, so every device finds the same scale
         scales = _of_step(self._scales, direction)
@@ -153,7 +248,7 @@ class CounterNoise:
         return scales[direction]
 
 
-class TorchSequentialNoise:
+class TorchSequentialNoise(NoiseSource):
     """MeZO's stream: one generator a step, seeded with the step's seed, one N(0, 1) draw after another.
 
     Tensors are drawn in ``named_parameters()`` order, in the parameter's dtype, on the parameter's device. A private
@@ -210,7 +305,18 @@ class TorchSequentialNoise:
         return states
 
 
-NoiseSource = CounterNoise | TorchSequentialNoise
+def prepare(num_elements: int, device: torch.device) -> str:
+    """Make the noise of a run of this size quick; to be called once, before its first step.
+
+    Args:
+        num_elements: how many weights are trained.
+        device: where they are.
+
+    Returns:
+        ``compiled`` or ``eager``: how z is made from now on; its bits are the same.
+    """
+    del num_elements, device
+    return "eager"
 
 
 def step_seed(run_seed: int, step: int) -> int:
@@ -260,6 +366,20 @@ def _signs_of_words(words: Tensor) -> Tensor:
     """The 32 bits of each word as +-1: float32 [32 * words]."""
     octets = words.view(torch.uint8).to(torch.int32)  # little-endian on every device torch runs on
     return torch.index_select(_sign_table(str(words.device)), 0, octets).view(-1)
+
+
+def _elements(law: str, block_key: tuple[int, int], indices: Tensor, per_word: int) -> Tensor:
+    """Elements of one block's stream at any indices in it: float32; what an index outside of it gives is undefined."""
+    low, high = block_key
+    words = torch.div(indices, per_word, rounding_mode="floor").to(torch.int32)
+    words.mul_(_int32(0x9E3779B9)).bitwise_xor_(low)
+    words = _mix_(_mix_(words).add_(high))
+    if law == "rademacher":
+        bits = (words >> (indices & 31).to(torch.int32)).bitwise_and_(1)
+        return bits.mul_(2).sub_(1).to(torch.float32)
+    halves = (words >> (indices & 1).mul_(16).to(torch.int32)).bitwise_and_(0xFFFF)
+    quantiles = torch.index_select(_quantile_table(str(indices.device)), 0, halves.view(-1)).view(indices.shape)
+    return quantiles.to(torch.float32).mul_(1.0 / _FIXED_POINT)
 
 
 @lru_cache(maxsize=8)

@@ -87,7 +87,9 @@ class Stepper(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 for parameter in group["params"]:
-                    self._move(self.names[id(parameter)], parameter, terms, group["lr"], group["weight_decay"])
+                    name = self.names[id(parameter)]
+                    if self.coordinates.moves(terms[0][0], name):
+                        self._move(name, parameter, terms, group["lr"], group["weight_decay"])
 
     def _move(
         self, name: str, parameter: nn.Parameter, terms: list[tuple[Direction, float]], lr: float, decay: float
@@ -97,11 +99,13 @@ class Stepper(torch.optim.Optimizer):
         for start, stop in self.coordinates.chunks(name):
             estimate = self.coordinates.combination(name, start, stop, terms)
             pieces = {key: tensor.view(-1)[start:stop] for key, tensor in state.items()}
-            step = self.coordinates.lift(name, self.rule.update(estimate, pieces, self.progress.updates), start)
-            if decay:
-                step = step.add_(self.session.piece(name, start, stop).to(step.dtype) * decay)
-            if lr:  # subtracting zero would turn a weight of -0.0 into +0.0
-                self.session.apply_(name, start, stop, step.mul_(lr), rounding)
+            update = self.rule.update(estimate, pieces, self.progress.updates)
+            for first, last in self.coordinates.pieces(name, start, stop):
+                step = self.coordinates.lift(terms[0][0], name, update, start, first, last)
+                if decay:
+                    step = step.add_(self.session.piece(name, first, last).to(step.dtype) * decay)
+                if lr:  # subtracting zero would turn a weight of -0.0 into +0.0
+                    self.session.apply_(name, first, last, step.mul_(lr), rounding)
 
     def _rounding_key(self, name: str) -> int | None:
         if self.rounding_seed is None:

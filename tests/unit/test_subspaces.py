@@ -138,4 +138,5 @@ def test_lift_and_shape_of_the_full_space_are_the_tensors_own():
     coords = coordinates()
     assert coords.shape("a") == (7, 9)
     piece = torch.arange(5.0)
-    assert coords.lift("b", piece, 0) is piece
+    assert list(coords.pieces("b", 2, 5)) == [(2, 5)]
+    assert coords.lift(Direction(0, 0), "b", piece, 0, 0, 5) is piece

@@ -118,5 +118,4 @@ class _SubtractSession(Session):
 
     def _step(self, point: Point, distance: float, name: str, start: int, stop: int) -> Tensor:
         assert point.direction is not None
-        z = self.coordinates.draw(point.direction, name, start, stop)
-        return self.coordinates.lift(name, z.mul_(distance), start)
+        return self.coordinates.draw(point.direction, name, start, stop).mul_(distance)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.component import Component
 from zoft.errors import UserError
+from zoft.lazy import torch
 from zoft.noise import SOURCES, CounterNoise, Direction, NoiseSource, TorchSequentialNoise, check_law
-from zoft.weights import Weights
+from zoft.weights import Weights, perturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 1 << 20  # elements updated at a time: bounds the temporaries of an update to a few MiB
-_KEEP = 1 << 24  # elements of z kept for the step in use: adapters and norms draw each direction once
+_CHUNK_GPU = 1 << 25  # the same where launching a kernel costs more than its work on a smaller piece
+_KEEP_MODELS = 1 << 22  # trained elements up to which z is kept: adapters and norms draw each direction once a step
+_KEEP = 1 << 24  # elements kept at most, over all of a step's directions: 64 MiB
 
 
 @dataclass
@@ -50,9 +54,10 @@ class Subspace(Component):
 
 
 class Coordinates:
-    """A subspace bound to tensors: draws coordinates, lifts them to tensors, cuts them into chunks.
+    """A subspace bound to tensors: draws coordinates, lifts them to pieces of tensors, perturbs weights.
 
-    This class is the full space (coordinates are the tensor's own elements); subspaces override what differs.
+    This class is the full space (coordinates are the tensor's own elements). A structured subspace overrides
+    :meth:`shape`, :meth:`pieces`, :meth:`draw`, :meth:`lift` and :meth:`z`; the rest follows from them.
 
     Args:
         weights: what is trained.
@@ -62,9 +67,12 @@ class Coordinates:
     def __init__(self, weights: Weights, source: NoiseSource) -> None:
         self.weights = weights
         self.source = source
+        self.keeps = weights.num_elements <= _KEEP_MODELS
         self._kept: dict[tuple[Direction, str], Tensor] = {}
         self._kept_elements = 0
         self._kept_step = (-1, -1)
+
+    # ---- coordinates: what an optimizer sees -------------------------------------------------------------------------
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the coordinates of tensor ``name``."""
@@ -72,21 +80,51 @@ class Coordinates:
 
     def chunks(self, name: str) -> Iterator[tuple[int, int]]:
         """Flat ranges [start, stop) that cover the coordinates of ``name``."""
-        count = self.weights.tensors[name].numel()
-        for start in range(0, count, _CHUNK):
-            yield start, min(count, start + _CHUNK)
+        yield from _ranges(math.prod(self.shape(name)), self._chunk(name))
 
     def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
-        """Coordinates [start, stop) of one direction, flat; the caller may overwrite the result."""
+        """Coordinates [start, stop) of one direction, flat, float32; the caller may overwrite the result."""
         kept = self._kept.get((direction, name))
         if kept is not None:
             return kept.view(-1)[start:stop].clone()
         tensor = self.weights.tensors[name]
         return self.source.draw(direction, name, start, stop, tensor.device, tensor.dtype)
 
-    def lift(self, name: str, coordinates: Tensor, start: int) -> Tensor:
-        """The flat piece of tensor ``name``, beginning at ``start``, that these coordinates stand for."""
-        del name, start
+    def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
+        """sum_j c_j z_j over coordinates [start, stop) of ``name``: the estimate, never tensor-sized per direction."""
+        (first, coefficient), *rest = terms
+        total = self.draw(first, name, start, stop).mul_(coefficient)
+        for direction, coefficient in rest:
+            self._add_coordinates_(total, direction, name, start, coefficient)
+        return total
+
+    def _add_coordinates_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
+        out.add_(self.draw(direction, name, start, start + out.numel()).mul_(scale))
+
+    # ---- tensors: what an engine sees --------------------------------------------------------------------------------
+
+    def moves(self, direction: Direction, name: str) -> bool:
+        """Whether tensor ``name`` moves at all along this direction; where not, z is zero."""
+        del direction, name
+        return True
+
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Flat ranges of tensor ``name`` that its coordinates [start, stop) move, in pieces of bounded size."""
+        del name
+        yield start, stop
+
+    def lift(self, direction: Direction, name: str, coordinates: Tensor, start: int, first: int, last: int) -> Tensor:
+        """Elements [first, last) of the step in tensor ``name`` that these coordinates stand for.
+
+        Args:
+            direction: one of the step's directions: it says which basis is in use.
+            name: the tensor.
+            coordinates: coordinates from ``start`` on, flat, float32; may be overwritten and handed back.
+            start: flat index of the first coordinate.
+            first: first element of the tensor, flat; one of the ranges of :meth:`pieces`.
+            last: one past the last.
+        """
+        del direction, name, start, first, last
         return coordinates
 
     def z(self, direction: Direction, name: str) -> Tensor:
@@ -97,17 +135,60 @@ class Coordinates:
         kept = self._kept.get((direction, name))
         if kept is not None:
             return kept
-        tensor = self.weights.tensors[name]
-        z = self.source.draw(direction, name, 0, tensor.numel(), tensor.device, tensor.dtype).view(tensor.shape)
-        if self._kept_elements + z.numel() <= _KEEP:
+        z = self._make_z(direction, name)
+        if self.keeps and self._kept_elements + z.numel() <= _KEEP:
             self._kept[direction, name] = z
             self._kept_elements += z.numel()
         return z
 
-    def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
-        """sum_j c_j z_j over coordinates [start, stop) of ``name``: the estimate, never tensor-sized per direction."""
-        (first, coefficient), *rest = terms
-        total = self.draw(first, name, start, stop).mul_(coefficient)
-        for direction, coefficient in rest:
-            total.add_(self.draw(direction, name, start, stop).mul_(coefficient))
-        return total
+    def _make_z(self, direction: Direction, name: str) -> Tensor:
+        tensor = self.weights.tensors[name]
+        return self.source.draw(direction, name, 0, tensor.numel(), tensor.device, tensor.dtype).view(tensor.shape)
+
+    def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
+        """``out += scale * z`` on the flat piece of tensor ``name`` that begins at ``start``.
+
+        The arithmetic is that of ``out.add_(z.mul_(scale))`` in z's dtype.
+        """
+        out.add_(self.draw(direction, name, start, start + out.numel()).mul_(scale))
+
+    def perturb(
+        self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
+    ) -> None:
+        """``outs[i] = W + scales[i] * z`` on the flat piece of tensor ``name`` that begins at ``start``; z is made once.
+
+        Args:
+            direction: which z.
+            name: the tensor W.
+            start: first element of the piece.
+            scales: signed distances.
+            outs: flat tensors of W's dtype, one for each scale, all of the piece's length.
+        """
+        stop = start + outs[0].numel()
+        weight = self.weights.tensors[name].data.view(-1)[start:stop]
+        if self.keeps:
+            z = self.z(direction, name).view(-1)[start:stop]
+            for scale, out in zip(scales, outs, strict=True):
+                out.copy_(perturbed(weight, z, scale))
+        else:
+            self.source.perturb(weight, direction, name, start, scales, outs)
+
+    def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
+        """Rows of the matrix ``name`` at theta + scale * z, of those rows alone: [len(rows), columns], in W's dtype."""
+        tensor = self.weights.tensors[name].data
+        columns = torch.arange(tensor.shape[1], device=rows.device)
+        z = self.source.gather(direction, name, rows.unsqueeze(1) * tensor.shape[1] + columns)
+        return perturbed(tensor[rows], z, scale)
+
+    def factors(self, direction: Direction, name: str) -> tuple[Tensor, Tensor] | None:
+        """(U [m, r], V [n, r]) with z = U V^T where the direction has that form, else None."""
+        del direction, name
+        return None
+
+    def _chunk(self, name: str) -> int:
+        return _CHUNK if self.weights.tensors[name].device.type == "cpu" else _CHUNK_GPU
+
+
+def _ranges(count: int, chunk: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, chunk):
+        yield start, min(count, start + chunk)
