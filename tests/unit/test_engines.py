@@ -155,7 +155,7 @@ def test_layerwise_never_writes_the_weights_and_perturbs_one_module_at_a_time():
 
     def look(_module, _inputs, _output):
         nonlocal most
-        most = max(most, len(session._clean))
+        most = max(most, len(session._side.clean))
 
     handles = [module.register_forward_hook(look) for module in model.modules()]
     session.losses(batch_for(model), POINTS)
@@ -338,7 +338,7 @@ def test_a_forward_cut_short_inside_the_objective_leaves_nothing_perturbed():
         with pytest.raises(InterruptedError):
             model(**inputs)
         handle.remove()
-        assert not session._clean
+        assert not session._side.clean
         return model(**inputs).loss
 
     session = bind(Layerwise(), model, objective)

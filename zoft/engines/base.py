@@ -61,7 +61,15 @@ class Session:
         """
         raise NotImplementedError
 
-    def apply_(self, name: str, start: int, stop: int, step: Tensor, rounding_key: int | None = None) -> None:
+    def apply_(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        step: Tensor,
+        rounding_key: int | None = None,
+        master: Tensor | None = None,
+    ) -> None:
         """Subtract a step from the flat piece [start, stop) of tensor ``name``, rounding once to its dtype.
 
         Args:
@@ -70,8 +78,12 @@ class Session:
             stop: one past the last.
             step: what to subtract, flat; may be overwritten.
             rounding_key: stream of bits for stochastic rounding into bfloat16 or float16; None rounds to nearest.
+            master: the same piece in float32, flat: the step is taken there, and the weights become its nearest.
         """
         piece = self.piece(name, start, stop)
+        if master is not None:
+            piece.copy_(master.sub_(step))
+            return
         if step.dtype == piece.dtype:
             piece.sub_(step)
             return
@@ -87,7 +99,7 @@ class Session:
 
     def evaluate(self, batch: Any) -> Tensor:
         """One evaluation of the objective at the weights as they are: float32 scalar on the CPU, no graph."""
-        with torch.no_grad():
+        with torch.inference_mode():
             return self.objective(batch).detach().to("cpu", torch.float32)
 
 

@@ -1,19 +1,23 @@
-"""Read-only weights: each module computes with W + s z in a scratch that lives as long as its forward."""
+"""Perturb each module only while it computes, in memory of its own: the weights are read and never written."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from zoft.engines.base import Engine, Objective, Session, refuse_derivatives
+from zoft.engines.lockstep import Lockstep
+from zoft.engines.reads import Reads, asks_no_values, watching
+from zoft.engines.scratch import Lease, Scratch
 from zoft.estimators.base import Point
 from zoft.lazy import torch
 from zoft.subspaces.base import Coordinates
-from zoft.weights import perturbed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,51 +29,208 @@ log = logging.getLogger(__name__)
 class Layerwise(Engine):
     """Weights are never written during a query, so they come back bit for bit in every dtype.
 
-    A module's perturbed tensors exist only while its own forward runs: extra memory is the largest module, and up to
-    64 MiB of directions kept for the step (``zoft.subspaces.base``). A tensor that is also read outside its module's
-    forward (some attention layers and tied output heads do that), or whose module is never called, is perturbed for
-    the whole forward instead: that much more memory for each. All calls of torch functions are looked at during the
-    first ``losses`` of a session to find these tensors (a compiled model runs uncompiled for it); if there are any
-    they are named once and the points are computed again. Not seen: a read that only later batches cause, one in
-    another thread or inside scripted code, and a view that was taken before the query (a view does not follow its
-    parameter's swapped storage).
+    A module's perturbed tensors exist only while its own forward runs. The points of one direction go through the model
+    side by side, so that z is made once for all of them: extra memory is one copy of the largest module for each, and
+    of a large matrix only a part (``piece_mb``): of an embedding the rows in use, of a linear layer some of its outputs
+    at a time. A tensor that is also read outside its module's forward (some attention layers and tied output heads do
+    that), or whose module is never called, is perturbed for the whole forward instead: that much more memory for each.
+    All calls of torch functions are looked at during the first ``losses`` of a session to find these tensors (a
+    compiled model runs uncompiled for it); if there are any they are named once and the points are computed again. Not
+    seen: a read that only later batches cause, one in another thread or inside scripted code, and a view that was taken
+    before the query (a view does not follow its parameter's swapped storage).
+
+    Args:
+        piece_mb: matrices larger than this are perturbed in pieces of this size, in MiB; 0 chooses by device (8 on a
+            CPU, where a piece should stay in the cache, and 256 on a GPU).
     """
+
+    piece_mb: int = 0
+
+    def check(self) -> None:
+        """Refuse a negative size."""
+        self.require(self.piece_mb >= 0, "piece_mb", "at least 0")
 
     def bind(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> Session:
         """Hooks are set only while losses are computed."""
-        return _LayerwiseSession(model, coordinates, objective)
+        return LayerwiseSession(model, coordinates, objective, self.piece_mb)
 
 
-class _LayerwiseSession(Session):
-    def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> None:
+@dataclass
+class Side:
+    """One forward in progress."""
+
+    point: Point = field(default_factory=Point)
+    clean: dict[str, Tensor] = field(default_factory=dict)  # name -> storage of a tensor that is swapped right now
+    mine: dict[str, Tensor] = field(default_factory=dict)  # name -> what it is swapped for
+    depth: Counter[str] = field(default_factory=Counter)  # a tied tensor can be inside two forwards at once
+    visits: Counter[int] = field(default_factory=Counter)  # how often each module was entered
+    modes: list[Any] = field(default_factory=list)  # contexts that are open
+    undo: dict[int, list[list[Callable[[Any], None]]]] = field(default_factory=dict)  # what leaving a module does
+
+
+class LayerwiseSession(Session):
+    """The hooks, and the forwards that run side by side."""
+
+    def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective, piece_mb: int = 0) -> None:
         super().__init__(model, coordinates, objective)
-        self._clean: dict[str, Tensor] = {}  # name -> the untouched storage of a tensor that is swapped right now
-        self._depth: dict[str, int] = {}  # a tied tensor can be inside two forwards at once
+        device = next(iter(self.weights.tensors.values())).device
+        self.piece_bytes = (piece_mb or (8 if device.type == "cpu" else 256)) << 20
+        self.together = Lockstep()
+        self.scratch = Scratch()
+        self._side = Side()
+        self._compiled = False
         self._visited: set[str] = set()
         self._read_outside: set[str] = set()
         self._whole_forward: list[str] | None = None  # tensors read outside their module's forward; None: not known yet
-        self._point = Point()
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         refuse_derivatives(points, "layerwise")
-        with self._hooks():
-            results = [self._loss_at(batch, point) for point in points]
-            if self._whole_forward is None and self._find_read_outside():
-                results = [self._loss_at(batch, point) for point in points]
+        self._compiled = _is_compiled(self.model)
+        with self._hooks(), torch.inference_mode():
+            results = self._losses(batch, points)
         return torch.stack(results)
 
+    def _losses(self, batch: Any, points: Sequence[Point]) -> list[Tensor]:
+        if self._whole_forward is None:
+            results = [self._loss_at(batch, point) for point in points]
+            if not self._find_read_outside():
+                return results
+        results = []
+        for group in self.groups(points):
+            results += self.together.run([lambda point=point: self._loss_at(batch, point) for point in group])
+        return results
+
+    def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:
+        """Points that go through the model side by side: those along one direction whose z is not kept anyway."""
+        for direction, group in groupby(points, key=lambda point: point.direction):
+            members = list(group)
+            if direction is None or self.coordinates.keeps or self._whole_forward or self._compiled:
+                yield from ([member] for member in members)
+            else:
+                yield members
+
+    # ---- one forward -------------------------------------------------------------------------------------------------
+
     def _loss_at(self, batch: Any, point: Point) -> Tensor:
-        self._point = point
+        side = self._side = Side(point)
         try:
-            for name in self._whole_forward or ():
-                self._enter(name)
+            if self._whole_forward and point.direction is not None:
+                moving = [n for n in self._whole_forward if self.coordinates.moves(point.direction, n)]
+                if moving:
+                    self._swap(side, moving)
+                side.depth.update(self._whole_forward)
             with self._watch() if self._whole_forward is None else nullcontext():
                 return self.evaluate(batch)
-        finally:
-            for name, clean in self._clean.items():
+        finally:  # torch calls no hook of a forward that a signal ends
+            for name, clean in side.clean.items():
                 self.weights.tensors[name].data = clean
-            self._clean.clear()
-            self._depth.clear()
+            while side.modes:
+                side.modes.pop().__exit__(None, None, None)
+
+    def _enter(self, module: nn.Module, names: list[str]) -> None:
+        side = self._side
+        self._visited.update(names)
+        side.visits[id(module)] += 1
+        undo: list[Callable[[Any], None]] = [lambda _: side.depth.subtract(names)]
+        side.undo.setdefault(id(module), []).append(undo)
+        direction = side.point.direction
+        fresh = [n for n in names if direction and not side.depth[n] and self.coordinates.moves(direction, n)]
+        side.depth.update(names)
+        pieces = [name for name in fresh if self._in_pieces(module, name)]
+        if pieces:
+            mode = Reads(self, {name: self.weights.tensors[name] for name in pieces}, self._visit(module)).mode()
+            mode.__enter__()
+            side.modes.append(mode)
+            undo.append(lambda _: side.modes.pop().__exit__(None, None, None))
+        whole = [name for name in fresh if name not in pieces]
+        if whole:
+            lease = self._swap(side, whole, self._visit(module))
+            undo.append(lambda output: self._swap_back(side, whole, lease, output))
+
+    def _leave(self, module: nn.Module, output: Any) -> None:
+        visits = self._side.undo.get(id(module), [])
+        for undo in reversed(visits.pop() if visits else []):
+            undo(output)
+
+    def _visit(self, module: nn.Module) -> tuple[int, int]:
+        return id(module), self._side.visits[id(module)]
+
+    def _swap(self, side: Side, names: list[str], place: Any = None) -> Lease:
+        """Replace the storage of some tensors by perturbed ones."""
+        like = [self.weights.tensors[name].data for name in names]
+        lease: Lease = self.meet(("whole", place), side.point, lambda points: self._perturbed(names, like, points))
+        for name, clean, mine in zip(names, like, lease.tensors, strict=True):
+            side.clean[name], side.mine[name] = clean, mine
+            self.weights.tensors[name].data = mine
+        return lease
+
+    def _perturbed(self, names: list[str], like: list[Tensor], points: list[Point]) -> list[Lease]:
+        leases = [self.scratch.lease(like) for _ in points]
+        for index, name in enumerate(names):
+            self.perturb(name, 0, points, [lease.tensors[index].view(-1) for lease in leases])
+        return leases
+
+    def perturb(self, name: str, start: int, points: Sequence[Point], outs: Sequence[Tensor]) -> None:
+        """``outs[i]`` = the flat piece from ``start`` on of tensor ``name`` at ``points[i]``; z once a direction."""
+        with torch.inference_mode(False), torch.no_grad():  # what is kept of z is used outside of this query too
+            for direction in dict.fromkeys(point.direction for point in points):
+                same = [i for i, point in enumerate(points) if point.direction == direction]
+                assert direction is not None
+                self.coordinates.perturb(
+                    direction, name, start, [points[i].scale for i in same], [outs[i] for i in same]
+                )
+
+    def _swap_back(self, side: Side, names: list[str], lease: Lease, output: Any) -> None:
+        for name in names:
+            self.weights.tensors[name].data = side.clean[name]
+            del side.clean[name], side.mine[name]  # after the assignment: whatever interrupts, nothing is lost
+        if not lease.appears_in(output):
+            self.scratch.give_back(lease)
+
+    def meet(self, place: Any, brought: Any, work: Callable[[list[Any]], Sequence[Any]]) -> Any:
+        """:meth:`Lockstep.meet`; while this forward waits, the weights are clean for the others."""
+        side = self._side
+        for name, clean in side.clean.items():
+            self.weights.tensors[name].data = clean
+        answer = self.together.meet(place, brought, work)
+        self._side = side
+        for name, mine in side.mine.items():
+            self.weights.tensors[name].data = mine
+        return answer
+
+    @property
+    def point(self) -> Point:
+        """Where the running forward is."""
+        return self._side.point
+
+    def _in_pieces(self, module: nn.Module, name: str) -> bool:
+        tensor = self.weights.tensors[name]
+        large = tensor.dim() == 2 and tensor.numel() * tensor.element_size() > self.piece_bytes
+        return (
+            large
+            and isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+            and getattr(module, "max_norm", None) is None
+            and not self._compiled
+        )
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = []
+        try:
+            for module, held in self.weights.owners.items():
+                names = [name for _, name in held]
+                enter = _uncompiled(lambda m, _i, names=names: self._enter(m, names))
+                leave = _uncompiled(lambda m, _i, output: self._leave(m, output))
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ---- reads that the hooks do not cover ---------------------------------------------------------------------------
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
@@ -82,19 +243,18 @@ class _LayerwiseSession(Session):
                     note(item)
             else:
                 name = names.get(id(value))
-                if name is not None and name not in self._depth:
+                if name is not None and not self._side.depth[name]:
                     self._read_outside.add(name)
 
-        class Watch(torch.overrides.TorchFunctionMode):
-            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                result = func(*args, **(kwargs or {}))
-                if not _asks_no_values(func, result):
-                    note(args)
-                    note(list((kwargs or {}).values()))
-                return result
+        def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = func(*args, **kwargs)
+            if not asks_no_values(func, result):
+                note(args)
+                note(list(kwargs.values()))
+            return result
 
         # a compiled graph would call no torch function
-        with torch.compiler.set_stance("force_eager") if _may_be_compiled() else nullcontext(), Watch():
+        with torch.compiler.set_stance("force_eager") if _may_be_compiled() else nullcontext(), watching(call):
             yield
 
     def _find_read_outside(self) -> bool:
@@ -113,67 +273,18 @@ class _LayerwiseSession(Session):
             )
         return bool(self._whole_forward)
 
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        handles = []
-        try:
-            for module, held in self.weights.owners.items():
-                names = [name for _, name in held]
-                enter = _uncompiled(lambda _m, _i, names=names: self._enter_all(names))
-                leave = _uncompiled(lambda _m, _i, _o, names=names: self._leave_all(names))
-                handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter_all(self, names: list[str]) -> None:
-        for name in names:
-            self._visited.add(name)
-            self._enter(name)
-
-    def _leave_all(self, names: list[str]) -> None:
-        for name in names:
-            if name in self._depth:
-                self._leave(name)
-
-    def _enter(self, name: str) -> None:
-        self._depth[name] = self._depth.get(name, 0) + 1
-        if self._depth[name] > 1 or self._point.direction is None:
-            return
-        tensor = self.weights.tensors[name]
-        self._clean[name] = tensor.data
-        tensor.data = perturbed(tensor.data, self.coordinates.z(self._point.direction, name), self._point.scale)
-
-    def _leave(self, name: str) -> None:
-        if self._depth[name] == 1 and name in self._clean:
-            self.weights.tensors[name].data = self._clean[name]
-            del self._clean[name]  # after the assignment: whatever interrupts, the clean storage is not lost
-        self._depth[name] -= 1
-        if self._depth[name] == 0:
-            del self._depth[name]
-
 
 def _may_be_compiled() -> bool:
     return "torch._dynamo" in sys.modules  # torch.compile imports it; importing it for nothing takes seconds
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether some module runs compiled code, which no forward may leave halfway."""
+    return _may_be_compiled() and any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule" for module in model.modules()
+    )
+
+
 def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
     """A hook that torch.compile does not trace: it would compile it again for every module, up to its limit."""
     return torch.compiler.disable(hook) if _may_be_compiled() else hook
-
-
-_METADATA = {
-    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
-    *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_pinned", "is_shared", "type"),
-    *("__len__", "__hash__", "data_ptr", "untyped_storage"),
-}
-
-
-def _asks_no_values(func: Any, result: Any) -> bool:
-    """Shapes, dtypes and the like are read everywhere and do not depend on what the weights are."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":  # an attribute: .data and .T are values, .shape and .dtype are not, and neither is .grad
-        return not isinstance(result, torch.Tensor) or getattr(func.__self__, "__name__", "") == "grad"
-    return name in _METADATA
