@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from zoft.engines.lockstep import alone
 from zoft.lazy import torch
 from zoft.weights import Weights
 
@@ -194,7 +195,7 @@ class FrozenPrefix:
         handles.append(self.blocks[self.first].register_forward_pre_hook(_stop, with_kwargs=True))
         self._capturing = True  # the hooks of `reused` stay out of this forward
         try:
-            with torch.no_grad():
+            with torch.no_grad(), alone():
                 self.model(**kwargs, use_cache=False)
         except _Stopped as stopped:
             if early:

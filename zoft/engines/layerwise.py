@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.engines.base import Engine, Objective, Session, refuse_derivatives
 from zoft.engines.lockstep import Lockstep
-from zoft.engines.reads import Reads, asks_no_values, watching
+from zoft.engines.reads import Brought, Reads, asks_no_values, watching
 from zoft.engines.scratch import Lease, Scratch
 from zoft.estimators.base import Point
 from zoft.lazy import torch
@@ -71,6 +71,8 @@ class Side:
 class LayerwiseSession(Session):
     """The hooks, and the forwards that run side by side."""
 
+    name = "layerwise"
+
     def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective, piece_mb: int = 0) -> None:
         super().__init__(model, coordinates, objective)
         device = next(iter(self.weights.tensors.values())).device
@@ -84,7 +86,7 @@ class LayerwiseSession(Session):
         self._whole_forward: list[str] | None = None  # tensors read outside their module's forward; None: not known yet
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
-        refuse_derivatives(points, "layerwise")
+        refuse_derivatives(points, self.name)
         self._compiled = _is_compiled(self.model)
         with self._hooks(), torch.inference_mode():
             results = self._losses(batch, points)
@@ -180,6 +182,11 @@ class LayerwiseSession(Session):
                     direction, name, start, [points[i].scale for i in same], [outs[i] for i in same]
                 )
 
+    def linears(self, name: str, weight: Tensor, brought: Sequence[Brought]) -> list[Tensor] | None:
+        """Another way to compute a perturbed linear layer for several forwards, where this engine has one."""
+        del name, weight, brought
+        return None
+
     def _swap_back(self, side: Side, names: list[str], lease: Lease, output: Any) -> None:
         for name in names:
             self.weights.tensors[name].data = side.clean[name]
@@ -265,11 +272,10 @@ class LayerwiseSession(Session):
         if self._whole_forward:
             names = ", ".join(self._whole_forward[:5]) + (" ..." if len(self._whole_forward) > 5 else "")
             log.warning(
-                "engine=layerwise: %d trainable tensors are read outside their own module's forward, or not reached by "
+                "engine=%s: %d trainable tensors are read outside their own module's forward, or not reached by "
                 "it (%s); they are perturbed for the whole forward instead. If the objective never uses them they only "
                 "move at random: exclude them with trainable=regex.",
-                len(self._whole_forward),
-                names,
+                *(self.name, len(self._whole_forward), names),
             )
         return bool(self._whole_forward)
 

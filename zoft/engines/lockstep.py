@@ -9,12 +9,26 @@ from __future__ import annotations
 
 import contextvars
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from zoft.lazy import torch
+
+_ALONE = contextvars.ContextVar("_ALONE", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within this block a forward waits for nobody: for what must not be left halfway."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 Work = Callable[[list[Any]], Sequence[Any]]
 """What each one brought -> what each one gets."""
@@ -101,7 +115,7 @@ class Lockstep:
 
         Outside :meth:`run`, and inside a context that cannot be interleaved, the work is done for this one alone.
         """
-        if self._scheduler is None or _modes() != self._ambient[0]:
+        if self._scheduler is None or _ALONE.get() or _modes() != self._ambient[0]:
             return work([brought])[0]
         mine = _thread_state()
         _set_thread_state(self._ambient)

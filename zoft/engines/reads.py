@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from zoft.engines.scratch import Scratch
 
 
+Brought = tuple[Any, Any, Point]
+"""What a forward brings to a linear layer: inputs [..., n], bias [m] or None, and where it is."""
+
+
 class Reader(Protocol):
     """What of a session is needed here."""
 
@@ -29,6 +33,8 @@ class Reader(Protocol):
     def meet(self, place: Any, brought: Any, work: Any) -> Any: ...
 
     def perturb(self, name: str, start: int, points: Sequence[Point], outs: Sequence[Tensor]) -> None: ...
+
+    def linears(self, name: str, weight: Tensor, brought: Sequence[Brought]) -> list[Tensor] | None: ...
 
 
 class Reads:
@@ -76,11 +82,13 @@ class Reads:
         self.num_reads += 1
         name = self.names[id(weight)]
         place = ("linear", self.place, self.num_reads)
-        return self.session.meet(
-            place, (x, bias, self.session.point), lambda brought: self._linears(name, weight, brought)
-        )
+        b = None if bias is None else bias.data  # this forward's own; the others are shown the clean one meanwhile
+        return self.session.meet(place, (x, b, self.session.point), lambda met: self._linears(name, weight, met))
 
-    def _linears(self, name: str, weight: Tensor, brought: list[tuple[Tensor, Tensor | None, Point]]) -> list[Tensor]:
+    def _linears(self, name: str, weight: Tensor, brought: list[Brought]) -> list[Tensor]:
+        by_side_path = self.session.linears(name, weight, brought)
+        if by_side_path is not None:
+            return by_side_path
         session, (outputs, inputs) = self.session, weight.shape
         rows = max(1, session.piece_bytes // (inputs * weight.element_size()))
         leases = [session.scratch.lease([weight.data[:rows]]) for _ in brought]
