@@ -1,22 +1,40 @@
-"""The engine that fits: exact derivatives where they are asked for, MeZO's walk for MeZO's noise, else layerwise."""
+"""The engine that fits what is asked for, what moves, and how much of the model that is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from zoft.engines.base import Engine
 from zoft.engines.forward_mode import ForwardMode
 from zoft.engines.in_place import InPlace
 from zoft.engines.layerwise import Layerwise
+from zoft.engines.side_path import SidePath
 from zoft.estimators.base import Estimator
+from zoft.noise import Direction
+from zoft.subspaces.base import Coordinates
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_FEW = 0.05  # of the model's numbers: adapters, norms and biases
 
 
 @dataclass
 class Auto(Engine):
-    """Chooses forward_mode for exact derivatives, in_place for noise=torch_sequential, layerwise otherwise."""
+    """Chooses forward_mode for exact derivatives, in_place for noise=torch_sequential, side_path for low-rank
+    directions and where 5 % of the model or less is trained (adapters), and layerwise otherwise.
+    """
 
-    def choose(self, estimator: Estimator) -> Engine:
-        """The engine for this estimator."""
-        if any(point.derivative for point in estimator.points(estimator.directions(0, 0))):
+    def choose(self, estimator: Estimator, coordinates: Coordinates, model: nn.Module) -> Engine:
+        """The engine for this estimator, these coordinates and this model."""
+        direction = Direction(0, 0)
+        if any(point.derivative for point in estimator.points([direction] * estimator.num_directions)):
             return ForwardMode()
-        return InPlace() if estimator.noise == "torch_sequential" else Layerwise()
+        if estimator.noise == "torch_sequential":
+            return InPlace()
+        names = coordinates.weights.tensors
+        few = coordinates.weights.num_elements <= _FEW * sum(parameter.numel() for parameter in model.parameters())
+        if few or any(coordinates.factors(direction, name) is not None for name in names):
+            return SidePath()
+        return Layerwise()

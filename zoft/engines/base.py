@@ -24,9 +24,9 @@ Objective = Callable[[Any], "Tensor"]
 class Engine(Component):
     """How losses at points are computed."""
 
-    def choose(self, estimator: Estimator) -> Engine:
-        """The engine that serves this estimator: itself, unless it is ``auto``."""
-        del estimator
+    def choose(self, estimator: Estimator, coordinates: Coordinates, model: nn.Module) -> Engine:
+        """The engine that serves these: itself, unless it is ``auto``."""
+        del estimator, coordinates, model
         return self
 
     def bind(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> Session:

@@ -55,10 +55,7 @@ class FrozenPrefix:
     @classmethod
     def of(cls, model: nn.Module, weights: Weights, max_mb: int) -> FrozenPrefix | None:
         """The prefix of this model under these trained weights, or None where there is none to keep."""
-        stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(b) for b in m}) == 1]
-        if not stacks:
-            return None
-        blocks = max((list(stack) for stack in stacks), key=len)
+        blocks = longest_stack(model)
         trained = set(weights.owners)
         first = next((i for i, block in enumerate(blocks) if trained & set(block.modules())), len(blocks))
         if not 0 < first < len(blocks):
@@ -227,6 +224,12 @@ class FrozenPrefix:
         self.usable = False
         self.clear()
         log.warning("hidden states below block %d are not kept between queries: %s", self.first, why)
+
+
+def longest_stack(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks: its longest list of modules of one type; empty where it has none."""
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(b) for b in m}) == 1]
+    return max((list(stack) for stack in stacks), key=len, default=[])
 
 
 class _Stopped(Exception):

@@ -15,6 +15,7 @@ from zoft.engines.base import Engine, Objective, Session, refuse_derivatives
 from zoft.engines.lockstep import Lockstep
 from zoft.engines.reads import Brought, Reads, asks_no_values, watching
 from zoft.engines.scratch import Lease, Scratch
+from zoft.engines.step_prefix import StepPrefix
 from zoft.estimators.base import Point
 from zoft.lazy import torch
 from zoft.subspaces.base import Coordinates
@@ -63,7 +64,8 @@ class Side:
     clean: dict[str, Tensor] = field(default_factory=dict)  # name -> storage of a tensor that is swapped right now
     mine: dict[str, Tensor] = field(default_factory=dict)  # name -> what it is swapped for
     depth: Counter[str] = field(default_factory=Counter)  # a tied tensor can be inside two forwards at once
-    visits: Counter[int] = field(default_factory=Counter)  # how often each module was entered
+    entered: set[str] = field(default_factory=set)  # tensors whose modules have run or are running
+    visits: Counter[Any] = field(default_factory=Counter)  # how often each module was entered
     modes: list[Any] = field(default_factory=list)  # contexts that are open
     undo: dict[int, list[list[Callable[[Any], None]]]] = field(default_factory=dict)  # what leaving a module does
 
@@ -81,7 +83,6 @@ class LayerwiseSession(Session):
         self.scratch = Scratch()
         self._side = Side()
         self._compiled = False
-        self._visited: set[str] = set()
         self._read_outside: set[str] = set()
         self._whole_forward: list[str] | None = None  # tensors read outside their module's forward; None: not known yet
 
@@ -98,9 +99,23 @@ class LayerwiseSession(Session):
             if not self._find_read_outside():
                 return results
         results = []
-        for group in self.groups(points):
-            results += self.together.run([lambda point=point: self._loss_at(batch, point) for point in group])
+        with self._prefix_reused(points):
+            for group in self.groups(points):
+                results += self.together.run([lambda point=point: self._loss_at(batch, point) for point in group])
         return results
+
+    @contextmanager
+    def _prefix_reused(self, points: Sequence[Point]) -> Iterator[None]:
+        """Where these points move some blocks only, the layers below them run once."""
+        directions = {point.direction for point in points if point.direction is not None}
+        moving = {n for n in self.weights.tensors if any(self.coordinates.moves(d, n) for d in directions)}
+        if len(moving) == len(self.weights.tensors) or self._whole_forward or self._compiled:
+            yield
+            return
+        owners = {module for module, held in self.weights.owners.items() if any(name in moving for _, name in held)}
+        prefix = StepPrefix(self.model, lambda: self._side.visits, lambda: not moving.isdisjoint(self._side.entered))
+        with prefix.reused(owners):
+            yield
 
     def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:
         """Points that go through the model side by side: those along one direction whose z is not kept anyway."""
@@ -131,7 +146,7 @@ class LayerwiseSession(Session):
 
     def _enter(self, module: nn.Module, names: list[str]) -> None:
         side = self._side
-        self._visited.update(names)
+        side.entered.update(names)
         side.visits[id(module)] += 1
         undo: list[Callable[[Any], None]] = [lambda _: side.depth.subtract(names)]
         side.undo.setdefault(id(module), []).append(undo)
@@ -267,7 +282,7 @@ class LayerwiseSession(Session):
     def _find_read_outside(self) -> bool:
         """After the first queries: are there tensors that perturbing their own modules' forwards does not cover?"""
         self._whole_forward = [
-            name for name in self.weights.tensors if name in self._read_outside or name not in self._visited
+            name for name in self.weights.tensors if name in self._read_outside or name not in self._side.entered
         ]
         if self._whole_forward:
             names = ", ".join(self._whole_forward[:5]) + (" ..." if len(self._whole_forward) > 5 else "")

@@ -157,7 +157,7 @@ class _SidePathSession(LayerwiseSession):
         def shared(x: Tensor) -> Tensor:
             side = self._side
             side.visits[id(module)] += 1
-            if side.point.direction is None or not side.depth:
+            if side.point.direction is None or not side.entered:
                 return forward(x)  # nothing trained has run yet: the same for every point
             tokens = x.numel() // x.shape[-1]
             self._tokens = max(self._tokens, tokens)
