@@ -51,6 +51,33 @@ def tiny_gpt2(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
     return _build("GPT2LMHeadModel", "GPT2Config", seed, small | fields, attn)
 
 
+def tiny_gemma(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM with scaled embeddings, tied to the head, and one shared key."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
+    return _build("GemmaForCausalLM", "GemmaConfig", seed, small | more | fields, attn)
+
+
+def tiny_gemma2(seed: int = 0, *, attn: str = "eager", **fields: Any) -> Any:
+    """A causal LM that caps its logits behind the head; every second layer sees a window of 32 tokens only."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "sliding_window": 32}
+    caps = {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 8}
+    return _build("Gemma2ForCausalLM", "Gemma2Config", seed, small | more | caps | fields, attn)
+
+
+def tiny_cohere(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM that scales its logits behind the head."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 64, "logit_scale": 0.25}
+    return _build("CohereForCausalLM", "CohereConfig", seed, small | more | fields, attn)
+
+
+def tiny_bloom(seed: int = 0, *, attn: str = "eager", **fields: Any) -> Any:
+    """A causal LM without positions: attention falls with the distance (ALiBi)."""
+    return _build("BloomForCausalLM", "BloomConfig", seed, {"hidden_size": 16, "n_layer": 2, "n_head": 2} | fields, attn)
+
+
 def tiny_bert_classifier(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
     """An encoder with a pooler and a classification head, three labels."""
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -74,6 +101,9 @@ def tiny_t5(seed: int = 0, **fields: Any) -> Any:
 
 CAUSAL = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2, "qwen": tiny_qwen}
 """Causal LMs by family."""
+
+DECODERS = CAUSAL | {"gemma": tiny_gemma, "gemma2": tiny_gemma2, "cohere": tiny_cohere, "bloom": tiny_bloom}
+"""More of them, with what is done to logits and positions elsewhere."""
 
 EVERY = CAUSAL | {"bert": tiny_bert_classifier, "roberta": tiny_roberta_mlm, "t5": tiny_t5}
 """One of each kind of model that zoft trains."""

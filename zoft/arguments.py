@@ -59,7 +59,8 @@ class ZOConfig(TrainingArguments):
         keep_frozen_prefix: compute hidden states below the lowest trained block once per example and keep them.
         frozen_prefix_mb: memory bound of those hidden states, MiB.
         precision_update: how a step is written into bfloat16 and float16 weights: stochastic (small steps survive on
-            average), nearest (they are lost), auto (nearest for MeZO's own numbers, else stochastic).
+            average), master (a float32 copy takes them), nearest (they are lost), auto (a master for norms, biases and
+            other small tensors, stochastic for the rest; nearest for MeZO's own numbers).
 
     Example:
         >>> ZOConfig(output_dir="runs/demo", budget_queries=2000, report_to=[]).budget_queries
@@ -79,7 +80,7 @@ class ZOConfig(TrainingArguments):
     )
     frozen_prefix_mb: int = field(default=2048, metadata={"help": "Memory bound of the kept hidden states, MiB."})
     precision_update: str = field(
-        default="auto", metadata={"help": "Rounding of updates to 16-bit weights: auto, stochastic or nearest."}
+        default="auto", metadata={"help": "Updates of 16-bit weights: auto, stochastic, master or nearest."}
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "Step size of the optimizer (MeZO's 1e-6)."})
     lr_scheduler_type: str = field(

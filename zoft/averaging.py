@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -19,6 +20,7 @@ class LossAveraging(_Base):
     model_accepts_loss_kwargs: bool  # the Trainer's: the model divides its loss by the token count it is given
     objective: Any  # the component that replaces the model's own loss, or None
     _called: nn.Module  # the model as the Trainer's loop hands it over
+    _as_served: Callable[[Inputs], Inputs]  # the batch as the objective computes with it
     _num_items: Any = None  # tokens that count in this step, over all micro-batches and processes; None where unknown
     _probe_loss_scaling = False  # whether the model's use of that number is still to be found out
 
@@ -75,7 +77,7 @@ class LossAveraging(_Base):
 
     def _over_processes(self, losses: Tensor, window: list[Inputs]) -> tuple[Tensor, int]:
         """One all-reduce: losses weighted by examples (or already shares of one mean), and the tokens of the step."""
-        tokens = sum(_num_tokens(inputs) for inputs in window)
+        tokens = sum(_num_tokens(self._as_served(inputs)) for inputs in window)
         if self.accelerator.num_processes == 1:
             return losses, tokens
         weight = 1.0 if self._loss_is_a_share() else float(sum(self._num_terms(inputs) for inputs in window))
@@ -85,6 +87,7 @@ class LossAveraging(_Base):
 
 
 def _num_tokens(inputs: Inputs) -> int:
+    inputs = inputs.get("packed", inputs)
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor):
         return int(mask.sum())

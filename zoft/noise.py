@@ -1,8 +1,7 @@
 """Where every random direction comes from: z is a function of (run seed, step, probe, tensor name) and of nothing else.
 
-The default source is a counter: a 64-bit key names the stream, a hash of (key, word index) gives 32 random bits, and
-integer tables turn bits into numbers. Everything up to the last multiplication is integer arithmetic, so the same
-bits come out on every device, in any order, for any slice, and the global generators are never touched.
+The default source is a counter (zoft/counter.py): a 64-bit key names the stream, and the same bits come out on every
+device, in any order, for any slice; the global generators are never touched.
 """
 
 from __future__ import annotations
@@ -10,27 +9,40 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from statistics import NormalDist
 from typing import TYPE_CHECKING, TypeVar
 
+from zoft import compiled, counter
+from zoft.counter import random_words, sample, squared_norm
 from zoft.errors import UserError
 from zoft.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LAWS = ("gaussian", "rademacher", "sphere")
+__all__ = [
+    "LAWS",
+    "SOURCES",
+    "CounterNoise",
+    "Direction",
+    "NoiseSource",
+    "TorchSequentialNoise",
+    "agrees",
+    "check_law",
+    "key_of",
+    "prepare",
+    "random_words",
+    "sample",
+    "squared_norm",
+    "step_seed",
+]
+
+LAWS = (*counter.LAWS, "sphere")
 """Laws of one direction; each has mean 0 and E||z||^2 = number of elements."""
 
 SOURCES = ("counter", "torch_sequential")
 """``counter``: this module's generator. ``torch_sequential``: MeZO's own stream, for number-for-number comparison."""
 
-_CHUNK_WORDS = 1 << 17  # words hashed at a time: 512 KiB of int32 stays in the cache and bounds the temporaries
-_PIECE = 2 * _CHUNK_WORDS  # elements of z made at a time where it is only added to something
 _KEEP_IN_PIECES = 1 << 26  # elements of z that torch_sequential keeps while a tensor is asked for in pieces
-_BLOCK_WORDS = 1 << 30  # a word index beyond this moves to another key, so int32 counters never overflow
-_FIXED_POINT = 1 << 16  # Gaussian quantiles are integers in units of 2^-16: exact in float32, exactly summable
 
 
 @dataclass(frozen=True)
@@ -59,71 +71,8 @@ def key_of(direction: Direction, name: str, role: str = "z") -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def random_words(key: int, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-    """32 random bits for each word index in [start, stop), as int32, the same on every device.
-
-    Two rounds of a 32-bit finaliser (xor-shift and odd multiply), each keyed with one half of ``key``.
-
-    Args:
-        key: 64-bit stream key.
-        start: first word.
-        stop: one past the last word.
-        device: where to make them.
-
-    Returns:
-        int32 tensor of shape [stop - start].
-    """
-    pieces = []
-    while start < stop:
-        block = start // _BLOCK_WORDS
-        end = min(stop, (block + 1) * _BLOCK_WORDS, start + _CHUNK_WORDS)
-        low, high = _block_key(key, block)
-        offset = start - block * _BLOCK_WORDS
-        words = torch.arange(offset, offset + end - start, dtype=torch.int32, device=device)
-        words.mul_(_int32(0x9E3779B9)).bitwise_xor_(low)
-        _mix_(words)
-        words.add_(high)
-        pieces.append(_mix_(words))
-        start = end
-    if not pieces:
-        return torch.empty(0, dtype=torch.int32, device=device)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def sample(law: str, key: int, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-    """Elements [start, stop) of the stream ``key`` under ``law``, without what comes before them.
-
-    Args:
-        law: ``gaussian`` or ``rademacher`` (``sphere`` is a Gaussian scaled over all tensors: :class:`CounterNoise`).
-        key: 64-bit stream key.
-        start: first element (flat index in the whole tensor).
-        stop: one past the last element.
-        device: where to make them.
-
-    Returns:
-        float32 tensor of shape [stop - start], mean 0 and variance 1.
-
-    Example:
-        >>> bool((sample("gaussian", 7, 3, 9) == sample("gaussian", 7, 0, 9)[3:]).all())
-        True
-    """
-    if law == "rademacher":
-        return _expand(key, start, stop, 32, _signs_of_words, device)
-    return _expand(key, start, stop, 2, _quantiles_of_words, device).to(torch.float32).mul_(1.0 / _FIXED_POINT)
-
-
-def squared_norm(key: int, count: int, device: torch.device | str = "cpu") -> int:
-    """||z||^2 of the first ``count`` Gaussian elements, as an exact integer in units of 2^-32."""
-    total = 0
-    for start in range(0, count, 2 * _CHUNK_WORDS):
-        stop = min(count, start + 2 * _CHUNK_WORDS)
-        values = _expand(key, start, stop, 2, _quantiles_of_words, device).to(torch.int64)
-        total += int(values.mul_(values).sum())
-    return total
-
-
 class NoiseSource:
-    """Where z comes from: :meth:`draw` makes it, the others put it to use without making more of it than they need."""
+    """Where z comes from: :meth:`draw` makes it, the others use it, and make no more of it than they must."""
 
     def draw(
         self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype
@@ -140,11 +89,10 @@ class NoiseSource:
             indices: int64, any shape.
 
         Returns:
-            float32, of the shape and on the device of ``indices``: the elements that :meth:`draw` gives.
+            The elements that :meth:`draw` gives, in its dtype (float32 but for MeZO's own stream, which has the
+            tensor's), of the shape and on the device of ``indices``.
         """
-        stop = int(indices.max()) + 1 if indices.numel() else 0
-        z = self.draw(direction, name, 0, stop, indices.device, torch.float32)
-        return torch.index_select(z, 0, indices.reshape(-1)).view(indices.shape).to(torch.float32)
+        raise NotImplementedError
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
         """``out += scale * z[start : start + out.numel()]``: the bits of ``out.add_(draw(...).mul_(scale))``.
@@ -179,9 +127,7 @@ class NoiseSource:
             outs: like ``weight``; a single one may be ``weight`` itself.
         """
         z = self.draw(direction, name, start, start + weight.numel(), weight.device, weight.dtype)
-        wide = z.to(torch.promote_types(z.dtype, weight.dtype))
-        for scale, out in zip(scales, outs, strict=True):
-            out.copy_((wide * scale).add_(weight))  # rounded once, by the copy
+        counter.perturb_with(z, weight, scales, outs)
 
 
 @dataclass
@@ -189,7 +135,7 @@ class CounterNoise(NoiseSource):
     """z by counter: the default source.
 
     Args:
-        law: one of :data:`LAWS`.
+        law: one of :data:`LAWS`; ``sphere`` is a Gaussian scaled over all tensors.
         shapes: name -> number of elements of every trainable tensor (``sphere`` scales by the norm over all of them).
     """
 
@@ -202,28 +148,19 @@ class CounterNoise(NoiseSource):
     ) -> Tensor:
         """Elements [start, stop) of tensor ``name`` of z, float32 whatever the weights' ``dtype``, flat."""
         del dtype  # noise is always drawn in float32: low-precision noise would depend on the dtype
-        key = key_of(direction, name)
-        if self.law != "sphere":
-            return sample(self.law, key, start, stop, device)
-        return sample("gaussian", key, start, stop, device).mul_(self._sphere_scale(direction, device))
+        z = sample(self._bits, key_of(direction, name), start, stop, device)
+        return z.mul_(self._factor(direction, device)) if self.law == "sphere" else z
 
     def gather(self, direction: Direction, name: str, indices: Tensor) -> Tensor:
         """Elements of z at any flat indices, and no others: float32, of the shape and device of ``indices``."""
-        key, per_word = key_of(direction, name), 32 if self.law == "rademacher" else 2
-        block_size = _BLOCK_WORDS * per_word
-        # the largest index is asked for only where it could matter: it stops a GPU's queue
-        several = self.shapes.get(name, block_size + 1) > block_size and indices.numel()
-        blocks = int(indices.max()) // block_size + 1 if several else 1
-        z = _elements(self.law, _block_key(key, 0), indices, per_word)
-        for block in range(1, blocks):
-            there = _elements(self.law, _block_key(key, block), indices - block * block_size, per_word)
-            z = torch.where(indices >= block * block_size, there, z)
-        return z.mul_(self._sphere_scale(direction, indices.device)) if self.law == "sphere" else z
+        # a tensor that is not in ``shapes``: the largest index is asked for, which makes a GPU wait
+        count = self.shapes.get(name) or (int(indices.max()) + 1 if indices.numel() else 0)
+        factor = self._factor(direction, indices.device)
+        return counter.gather(self._bits, key_of(direction, name), indices, count, factor)
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
-        """``out += scale * z[start : start + out.numel()]``, a piece of z at a time (see the base class)."""
-        for at in range(0, out.numel(), _PIECE):
-            super().add_(out[at : at + _PIECE], direction, name, start + at, scale)
+        """``out += scale * z[start : start + out.numel()]``, nothing of its size in between (see the base class)."""
+        counter.add_(out, self._bits, key_of(direction, name), start, scale, self._factor(direction, out.device))
 
     def perturb(
         self,
@@ -234,17 +171,23 @@ class CounterNoise(NoiseSource):
         scales: Sequence[float],
         outs: Sequence[Tensor],
     ) -> None:
-        """``outs[i] = weight + scales[i] * z``, a piece of z at a time (see the base class)."""
-        for at in range(0, weight.numel(), _PIECE):
-            pieces = [out[at : at + _PIECE] for out in outs]
-            super().perturb(weight[at : at + _PIECE], direction, name, start + at, scales, pieces)
+        """``outs[i] = weight + scales[i] * z``, nothing of its size in between (see the base class)."""
+        factor = self._factor(direction, weight.device)
+        counter.perturb(weight, self._bits, key_of(direction, name), start, scales, outs, factor)
 
-    def _sphere_scale(self, direction: Direction, device: torch.device) -> float:
+    @property
+    def _bits(self) -> str:
+        """The law that makes numbers of bits."""
+        return "gaussian" if self.law == "sphere" else self.law
+
+    def _factor(self, direction: Direction, device: torch.device) -> float:
+        if self.law != "sphere":
+            return 1.0
         # sqrt(d) / ||z||: the sum of squares is exact integer arithmetic, so every device finds the same scale
         scales = _of_step(self._scales, direction)
         if direction not in scales:
             total = sum(squared_norm(key_of(direction, name), n, device) for name, n in self.shapes.items())
-            scales[direction] = (sum(self.shapes.values()) * _FIXED_POINT**2 / total) ** 0.5
+            scales[direction] = (sum(self.shapes.values()) * counter.FIXED_POINT**2 / total) ** 0.5
         return scales[direction]
 
 
@@ -266,6 +209,7 @@ class TorchSequentialNoise(NoiseSource):
     def __init__(self, tensors: Sequence[tuple[str, torch.Size, torch.dtype, torch.device]]) -> None:
         self.tensors = list(tensors)
         self._shapes = {name: shape for name, shape, _, _ in self.tensors}
+        self._dtypes = {name: dtype for name, _, dtype, _ in self.tensors}
         self._states: dict[Direction, dict[str, Tensor]] = {}
         self._in_pieces: dict[Direction, Tensor] = {}  # what is being asked for in pieces: one tensor, flat
         self._in_pieces_of = ""
@@ -274,6 +218,7 @@ class TorchSequentialNoise(NoiseSource):
         self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """Elements [start, stop) of tensor ``name`` of z, in the parameter's dtype, flat."""
+        dtype = self._dtypes[name]  # whatever is asked for: a sum may be float32 where the parameter is not
         states = _of_step(self._states, direction)
         if direction not in states:
             states[direction] = self._record_states(direction)
@@ -294,6 +239,11 @@ class TorchSequentialNoise(NoiseSource):
         piece = z[start:stop]
         return piece.clone() if direction in kept else piece  # the caller may overwrite it
 
+    def gather(self, direction: Direction, name: str, indices: Tensor) -> Tensor:
+        """Elements of z at any flat indices, in the parameter's dtype; the whole tensor is drawn for them."""
+        z = self.draw(direction, name, 0, self._shapes[name].numel(), indices.device, self._dtypes[name])
+        return z[indices]
+
     def _record_states(self, direction: Direction) -> dict[str, Tensor]:
         generators: dict[torch.device, torch.Generator] = {}
         states = {}
@@ -306,17 +256,62 @@ class TorchSequentialNoise(NoiseSource):
 
 
 def prepare(num_elements: int, device: torch.device) -> str:
-    """Make the noise of a run of this size quick; to be called once, before its first step.
+    """Compile the noise of a device where that pays; to be called once, before a run's first step.
+
+    The environment variable ZOFT_COMPILE decides otherwise: ``always``, ``never``, or ``auto``. A compiler that is not
+    there or fails is a warning, never an error.
 
     Args:
         num_elements: how many weights are trained.
         device: where they are.
 
     Returns:
-        ``compiled`` or ``eager``: how z is made from now on; its bits are the same.
+        ``compiled`` or ``eager``: how z is made there from now on; its bits are the same.
+
+    Raises:
+        UserError: ZOFT_COMPILE is none of the three.
+
+    Example:
+        >>> import torch
+        >>> prepare(1000, torch.device("meta"))
+        'eager'
     """
-    del num_elements, device
-    return "eager"
+    return compiled.prepare(
+        num_elements, device, lambda kernels: agrees(kernels, device, thorough=device.type == "cpu")
+    )
+
+
+def agrees(kernels: compiled.Kernels, device: torch.device, *, thorough: bool = True) -> bool:
+    """Whether compiled kernels give the bits of the eager code on a few thousand elements.
+
+    Args:
+        kernels: what to compare with the eager code.
+        device: where.
+        thorough: every law, operation and dtype, else two operations: inductor takes seconds to compile each.
+    """
+    with compiled.using(device, kernels):
+        ours = _specimens(device, thorough)
+    with compiled.using(device, None):
+        return all(torch.equal(a, b) for a, b in zip(ours, _specimens(device, thorough), strict=True))
+
+
+def _specimens(device: torch.device, thorough: bool) -> list[Tensor]:
+    size, direction, made = 4990, Direction(2, 3, 5), []
+    for law in LAWS if thorough else ("gaussian",):
+        source = CounterNoise(law, {"w": size + 9})
+        total = torch.linspace(-1.0, 1.0, size, device=device)
+        source.add_(total, direction, "w", 9, 0.3)
+        made.append(total)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) if thorough else (torch.float32,):
+            outs = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
+            source.perturb(total.to(dtype), direction, "w", 5, (1e-3, -0.7), outs)
+            made += outs
+        if thorough:
+            made.append(source.draw(direction, "w", 7, 7 + size, device, torch.float32))
+            made.append(source.gather(direction, "w", torch.arange(size, device=device).flip(0).view(2, -1)))
+    if thorough:
+        made += [random_words(7, 1, size, device), torch.tensor(squared_norm(7, size, device))]
+    return made
 
 
 def step_seed(run_seed: int, step: int) -> int:
@@ -338,81 +333,3 @@ def _of_step(kept: dict[Direction, _T], direction: Direction) -> dict[Direction,
     if kept and next(iter(kept)).step != direction.step:
         kept.clear()
     return kept
-
-
-# ---- bits to numbers -------------------------------------------------------------------------------------------------
-
-
-def _expand(key, start, stop, per_word, shape_words, device):  # type: ignore[no-untyped-def]
-    """Elements [start, stop) from whole words, ``per_word`` elements each, chunk by chunk."""
-    first, last = start // per_word, -(-stop // per_word)
-    pieces = [
-        shape_words(random_words(key, word, min(last, word + _CHUNK_WORDS), device))
-        for word in range(first, last, _CHUNK_WORDS)
-    ]
-    if not pieces:
-        return torch.empty(0, device=device)
-    values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return values[start - first * per_word : stop - first * per_word]
-
-
-def _quantiles_of_words(words: Tensor) -> Tensor:
-    """Two 16-bit halves of each word, each the index of a quantile of N(0, 1): int32 [2 * words]."""
-    halves = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), dim=1).view(-1)
-    return torch.index_select(_quantile_table(str(words.device)), 0, halves)
-
-
-def _signs_of_words(words: Tensor) -> Tensor:
-    """The 32 bits of each word as +-1: float32 [32 * words]."""
-    octets = words.view(torch.uint8).to(torch.int32)  # little-endian on every device torch runs on
-    return torch.index_select(_sign_table(str(words.device)), 0, octets).view(-1)
-
-
-def _elements(law: str, block_key: tuple[int, int], indices: Tensor, per_word: int) -> Tensor:
-    """Elements of one block's stream at any indices in it: float32; what an index outside of it gives is undefined."""
-    low, high = block_key
-    words = torch.div(indices, per_word, rounding_mode="floor").to(torch.int32)
-    words.mul_(_int32(0x9E3779B9)).bitwise_xor_(low)
-    words = _mix_(_mix_(words).add_(high))
-    if law == "rademacher":
-        bits = (words >> (indices & 31).to(torch.int32)).bitwise_and_(1)
-        return bits.mul_(2).sub_(1).to(torch.float32)
-    halves = (words >> (indices & 1).mul_(16).to(torch.int32)).bitwise_and_(0xFFFF)
-    quantiles = torch.index_select(_quantile_table(str(indices.device)), 0, halves.view(-1)).view(indices.shape)
-    return quantiles.to(torch.float32).mul_(1.0 / _FIXED_POINT)
-
-
-@lru_cache(maxsize=8)
-def _quantile_table(device: str) -> Tensor:
-    """The 65,536 midpoint quantiles of N(0, 1), scaled to unit variance, in units of 2^-16 (int32)."""
-    size = 1 << 16
-    normal = NormalDist()
-    upper = [normal.inv_cdf(0.5 + (i + 0.5) / size) for i in range(size // 2)]
-    scale = (size / 2 / sum(x * x for x in upper)) ** 0.5  # midpoints lose a little of the tails' variance
-    positive = [round(x * scale * _FIXED_POINT) for x in upper]
-    return torch.tensor([-x for x in reversed(positive)] + positive, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=8)
-def _sign_table(device: str) -> Tensor:
-    """Row b: the eight bits of byte b, least significant first, as +-1 (float32, [256, 8])."""
-    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
-    return (2.0 * bits - 1.0).to(device=device, dtype=torch.float32)
-
-
-def _mix_(words: Tensor) -> Tensor:
-    """A 32-bit finaliser in place; int32 multiplication wraps, shifts are made logical by a mask."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        words.bitwise_xor_((words >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(_int32(factor))
-    return words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF))
-
-
-def _block_key(key: int, block: int) -> tuple[int, int]:
-    if block:
-        key = int.from_bytes(hashlib.blake2b(f"{key}|{block}".encode(), digest_size=8).digest(), "little")
-    return _int32(key & 0xFFFFFFFF), _int32(key >> 32)
-
-
-def _int32(value: int) -> int:
-    """The unsigned 32-bit ``value`` as the signed one with the same bits."""
-    return value - (1 << 32) if value >= 1 << 31 else value

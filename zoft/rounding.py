@@ -1,21 +1,90 @@
-"""Writing a float32 result into fewer bits: to nearest, or up or down at random so that the mean is right.
+"""Numbers of few bits: how a float32 update is written into them, and how a loss is kept out of them.
 
 An update smaller than half a unit in the last place is lost when it is rounded to nearest: in bfloat16, 1,000 updates
 of rms 1e-6 move weights of size 0.02 by 1 % of what was meant. Stochastic rounding moves each weight rarely and by a
-whole unit, and the sum by what was meant. Its bits come from the counter generator, so a run repeats bit for bit.
+whole unit, and the sum by what was meant; its bits come from the counter generator, so a run repeats bit for bit. A
+master is the weight in float32: it takes the updates, and the weight is the master rounded to nearest.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from zoft.lazy import torch
-from zoft.noise import random_words
+from zoft.noise import Direction, key_of, random_words
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROUNDINGS = ("auto", "stochastic", "nearest")
+ROUNDINGS = ("auto", "stochastic", "master", "nearest")
+"""What ``precision.update`` can be."""
+
+SMALL = 1 << 16
+"""Elements up to which ``auto`` keeps a master of any tensor: 256 KiB each."""
+
+
+_LOSSES = {"cross_entropy", "log_softmax", "logsumexp", "kl_div"} | {
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the updates of a run are written into its bfloat16 and float16 tensors; wider ones need nothing.
+
+    Args:
+        update: one of :data:`ROUNDINGS`; ``auto`` keeps a master of every vector (norms, biases) and of every tensor of
+            at most :data:`SMALL` elements, and rounds the others stochastically.
+        seed: of the random bits: the run's.
+    """
+
+    update: str = "nearest"
+    seed: int = 0
+
+    @classmethod
+    def chosen(cls, update: str, seed: int, noise: str) -> Rounding:
+        """As ``precision.update`` says; ``auto`` is ``nearest`` for MeZO's own numbers, as in its published code."""
+        return cls("nearest" if update == "auto" and noise == "torch_sequential" else update, seed)
+
+    def way(self, tensor: Tensor) -> str:
+        """``stochastic``, ``master`` or ``nearest``, for this tensor.
+
+        Example:
+            >>> bias, matrix = (torch.zeros(shape, dtype=torch.bfloat16) for shape in (8, (512, 512)))
+            >>> Rounding("auto").way(bias), Rounding("auto").way(matrix), Rounding("auto").way(matrix.float())
+            ('master', 'stochastic', 'nearest')
+        """
+        if not has_few_bits(tensor):
+            return "nearest"
+        if self.update != "auto":
+            return self.update
+        return "master" if tensor.dim() < 2 or tensor.numel() <= SMALL else "stochastic"
+
+    def key(self, update: int, name: str) -> int:
+        """The stream of random bits for the update of this number of tensor ``name``."""
+        return key_of(Direction(self.seed, update), name, role="rounding")
+
+
+def has_few_bits(tensor: Tensor) -> bool:
+    """Whether it is bfloat16 or float16."""
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def follow_(master: Tensor, weight: Tensor) -> Tensor:
+    """Where a weight is not its master rounded, somebody else has written it: its master begins again from there.
+
+    Element by element and bit by bit, so that it does not matter in which pieces this is done.
+
+    Args:
+        master: float32, flat; overwritten.
+        weight: bfloat16 or float16, flat.
+    """
+    ours = master.to(weight.dtype).view(torch.int16) == weight.view(torch.int16)
+    return master.copy_(torch.where(ours, master, weight.to(torch.float32)))
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, start: int) -> Tensor:
@@ -53,3 +122,45 @@ def _subnormal(values: Tensor, words: Tensor) -> Tensor:
     uniform = (words.bitwise_and(0xFFFFFF)).to(torch.float32) * 2.0**-24
     rounded = (values * 2.0**24 + uniform).floor() * 2.0**-24
     return torch.copysign(rounded, values)  # keeps the sign of a zero
+
+
+def with_float32_losses(objective: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """The same objective, whose loss functions are given float32 whatever the model computes in.
+
+    Several models (BERT, RoBERTa and T5 among them) hand 16-bit logits to their loss function and get 16 bits back: a
+    loss of 4 is then known to 1/64 in bfloat16, and the difference of two is mostly rounding. The first call finds out
+    whether a model does that; where it does not, later calls cost nothing.
+
+    Args:
+        objective: batch -> a scalar loss.
+
+    Example:
+        >>> logits, label = torch.tensor([[4.0, 1.0]], dtype=torch.bfloat16), torch.tensor([1])
+        >>> with_float32_losses(lambda batch: torch.nn.functional.cross_entropy(*batch))((logits, label))
+        tensor(3.0486)
+    """
+
+    def widened(value: Any) -> Any:
+        return value.to(torch.float32) if isinstance(value, torch.Tensor) and has_few_bits(value) else value
+
+    class Widen(torch.overrides.TorchFunctionMode):
+        needed = False
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            name = getattr(func, "__name__", "")
+            if name in _LOSSES or name.endswith("_loss"):
+                self.needed |= any(isinstance(a, torch.Tensor) and has_few_bits(a) for a in (*args, *kwargs.values()))
+                args, kwargs = [widened(a) for a in args], {key: widened(value) for key, value in kwargs.items()}
+            return func(*args, **kwargs)
+
+    widen, called = Widen(), False
+
+    def computed(batch: Any) -> Tensor:
+        nonlocal called
+        with widen if widen.needed or not called else nullcontext():
+            loss = objective(batch)
+        called = True
+        return loss
+
+    return computed

@@ -158,7 +158,7 @@ def _opening_lines(
     cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], trained: int, total: int
 ) -> list[str]:
     """What is about to happen, for the console."""
-    engine = cfg.engine.choose(cfg.estimator)
+    trainer.create_optimizer()  # binds the engine: only then is it known which one serves
     percent = f"{100 * trained / total:.3g} %"
     sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
     return [
@@ -166,7 +166,7 @@ def _opening_lines(
         f"task    {cfg.task.name()}: {sizes} rows",
         f"method  subspace={cfg.subspace.name()} ({cfg.subspace.law}), estimator={cfg.estimator.name()} "
         f"(q={cfg.estimator.num_directions}, eps={cfg.estimator.radius:g}), optimizer={cfg.optimizer.name()} "
-        f"(lr={trainer.args.learning_rate:g}), engine={engine.name()}",
+        f"(lr={trainer.args.learning_rate:g}), engine={trainer.engine_name}",
         f"budget  {cfg.budget.queries:,} queries = {trainer.args.max_steps:,} steps of {cfg.estimator.num_queries}",
     ]
 

@@ -1,7 +1,8 @@
 """A `torch.optim.Optimizer` around an optimizer component, so that schedulers, checkpoints and callbacks find one.
 
 It holds the estimate that the last queries gave, writes the step through the engine, and keeps everything that has
-to survive a restart: the component's state tensors (float32) and the counters of the run.
+to survive a restart: the component's state tensors, the masters of weights of few bits (both float32), and the counters
+of the run.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from zoft.engines.base import Session
 from zoft.errors import UserError
-from zoft.noise import Direction, key_of
+from zoft.noise import Direction
 from zoft.optimizers.base import Optimizer
+from zoft.rounding import Rounding, follow_
 from zoft.subspaces.base import Coordinates
 
 
@@ -55,7 +57,7 @@ class Stepper(torch.optim.Optimizer):
         rule: the optimizer component.
         session: the engine that writes the weights.
         learning_rate: initial learning rate of every group.
-        rounding_seed: seeds the stochastic rounding of bfloat16 and float16 weights; None rounds to nearest.
+        rounding: how steps are written into bfloat16 and float16 weights; to nearest when left out.
     """
 
     def __init__(
@@ -64,23 +66,25 @@ class Stepper(torch.optim.Optimizer):
         rule: Optimizer,
         session: Session,
         learning_rate: float,
-        rounding_seed: int | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
         super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": 0.0})
         self.rule = rule
-        self.rounding_seed = rounding_seed
+        self.rounding = rounding or Rounding("nearest")
         self.session = session
         self.coordinates: Coordinates = session.coordinates
         self.names = {id(tensor): name for name, tensor in session.weights.tensors.items()}
         self.progress = Progress()
         self.pending: list[tuple[Direction, float]] | None = None
         self.moments: dict[str, dict[str, Tensor]] = {}
+        self.masters: dict[str, Tensor] = {}  # name -> float32, flat
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Apply the pending estimate; without one (a skipped step) nothing moves."""
         if closure is not None:
             raise ValueError("a zeroth-order step takes no closure: the trainer has queried the objective already")
         if self.pending is None:
+            self.session.come_back()
             return
         terms, self.pending = self.pending, None
         self.progress.updates += 1
@@ -90,27 +94,35 @@ class Stepper(torch.optim.Optimizer):
                     name = self.names[id(parameter)]
                     if self.coordinates.moves(terms[0][0], name):
                         self._move(name, parameter, terms, group["lr"], group["weight_decay"])
+            self.session.settle()
 
     def _move(
         self, name: str, parameter: nn.Parameter, terms: list[tuple[Direction, float]], lr: float, decay: float
     ) -> None:
         state = self._state_of(name, parameter)
-        rounding = self._rounding_key(name)
+        way = self.rounding.way(parameter)
+        bits = self.rounding.key(self.progress.updates, name) if way == "stochastic" else None
         for start, stop in self.coordinates.chunks(name):
             estimate = self.coordinates.combination(name, start, stop, terms)
             pieces = {key: tensor.view(-1)[start:stop] for key, tensor in state.items()}
             update = self.rule.update(estimate, pieces, self.progress.updates)
+            if not lr:  # subtracting zero would turn a weight of -0.0 into +0.0
+                continue
             for first, last in self.coordinates.pieces(name, start, stop):
                 step = self.coordinates.lift(terms[0][0], name, update, start, first, last)
+                self.session.arrive(name, first, last)
+                master = self._master_piece(name, first, last) if way == "master" else None
                 if decay:
-                    step = step.add_(self.session.piece(name, first, last).to(step.dtype) * decay)
-                if lr:  # subtracting zero would turn a weight of -0.0 into +0.0
-                    self.session.apply_(name, first, last, step.mul_(lr), rounding)
+                    theta = self.session.piece(name, first, last) if master is None else master
+                    step = step.add_(theta.to(step.dtype) * decay)
+                self.session.apply_(name, first, last, step.mul_(lr), bits, master)
+                self.session.depart(name, first, last)
 
-    def _rounding_key(self, name: str) -> int | None:
-        if self.rounding_seed is None:
-            return None
-        return key_of(Direction(self.rounding_seed, self.progress.updates), name, role="rounding")
+    def _master_piece(self, name: str, first: int, last: int) -> Tensor:
+        """A view of the master of the flat piece [first, last), which is the weight itself where it is none of ours."""
+        if name not in self.masters:
+            self.masters[name] = self.session.weights.tensors[name].detach().to(torch.float32).view(-1)
+        return follow_(self.masters[name][first:last], self.session.piece(name, first, last))
 
     def _state_of(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
         if name not in self.moments:
@@ -124,8 +136,13 @@ class Stepper(torch.optim.Optimizer):
         """Counters, state tensors by name, and the groups without their parameters: tensors and plain numbers only."""
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         moments = {name: dict(tensors) for name, tensors in self.moments.items() if tensors}
-        rule = self.rule.name()
-        return {"rule": rule, "progress": asdict(self.progress), "state": moments, "param_groups": groups}
+        return {
+            "rule": self.rule.name(),
+            "progress": asdict(self.progress),
+            "state": moments,
+            "masters": dict(self.masters),
+            "param_groups": groups,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The other way round; torch's own would cast float32 state to the weights' dtype."""
@@ -139,6 +156,11 @@ class Stepper(torch.optim.Optimizer):
         self.moments = {
             name: {key: value.to(tensors[name].device, torch.float32).clone() for key, value in state.items()}
             for name, state in state_dict["state"].items()
+        }
+        self.masters = {  # without one, or with another setting, the master begins at the weight
+            name: master.to(tensors[name].device, torch.float32).clone()
+            for name, master in state_dict.get("masters", {}).items()
+            if self.rounding.way(tensors[name]) == "master"
         }
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)

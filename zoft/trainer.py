@@ -26,10 +26,15 @@ from zoft.engines.base import Engine, Session
 from zoft.engines.frozen_prefix import FrozenPrefix
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.base import Estimator
+from zoft.evaluation.order import LongestFirst, in_rows_order, lengths_of, metric_in_rows_order, order_of
 from zoft.noise import Direction, step_seed
+from zoft.objectives._own_loss import is_known, own_loss
+from zoft.objectives._packing import serves
+from zoft.objectives._served import no_trials
 from zoft.objectives.base import Objective
 from zoft.optimizers.base import Optimizer
 from zoft.random_state import global_random_state_kept
+from zoft.rounding import Rounding, with_float32_losses
 from zoft.stepper import Progress, Stepper
 from zoft.subspaces.base import Subspace
 from zoft.weights import Weights
@@ -52,6 +57,7 @@ class ZOMixin(LossAveraging):
     """
 
     optimizer: Any  # a Stepper, inside accelerate's wrapper once training has begun
+    compute_metrics: Any
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class ZOMixin(LossAveraging):
         self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
         self.direction_seeds = None if direction_seeds is None else [int(seed) for seed in direction_seeds]
         self.session: Session | None = None
+        self.engine_name = self.engine.name()  # the one that serves, once there is a session
         self.frozen_prefix: FrozenPrefix | None = None
         self.losses: Tensor | None = None
         self.projected_grads: Tensor | None = None
@@ -143,12 +150,31 @@ class ZOMixin(LossAveraging):
         """As the Trainer's own; the global torch, numpy and Python random states are left as they were."""
         with global_random_state_kept():
             set_seed(self.args.seed)  # the order of the rows comes from it, not from what the caller has drawn before
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._come_back()
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def _come_back(self) -> None:
+        if self.session is not None:
+            self.session.come_back()
+
+    def _nobody_looks(self) -> bool:
+        """Whether the weights may stay where the next query will be: no code but ours runs before it."""
+        callbacks = [*self.callback_handler.callbacks, self]
+        ours = all(type(one).__module__.split(".")[0] in ("transformers", "zoft") for one in callbacks)
+        return ours and self.state.global_step + 1 < self.state.max_steps
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's own, on the weights of the step and not on those of the next query."""
+        if self.control.should_evaluate or self.control.should_save or self.control.should_training_stop:
+            self._come_back()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own, for evaluate and predict; a data loader draws from the global random state."""
-        with global_random_state_kept():
-            return super().evaluation_loop(*args, **kwargs)
+        with global_random_state_kept(), self._told_in_rows_order(dataloader) as in_order:
+            return in_order(super().evaluation_loop(dataloader, *args, **kwargs))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's own; a finished run that is resumed is finished (the Trainer would take one more step)."""
@@ -178,7 +204,7 @@ class ZOMixin(LossAveraging):
             for start in range(0, len(rows), group):
                 batch = self._prepare_inputs(self.data_collator(rows[start : start + group]))
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    self.frozen_prefix.fill(functools.partial(self.objective.loss, self.model, batch))
+                    self.frozen_prefix.fill(functools.partial(self.compute_loss, self.model, batch))
                 done += len(rows[start : start + group])
                 yield done
 
@@ -188,8 +214,9 @@ class ZOMixin(LossAveraging):
             model = self.model if model is None else model
             weights = Weights(model)
             coordinates = self.subspace.bind(weights, self.estimator.noise)
-            engine = self.engine.choose(self.estimator)
-            self.session = engine.bind(model, coordinates, self._objective_of_window)
+            engine = self.engine.choose(self.estimator, coordinates, model)
+            self.engine_name = engine.name()
+            self.session = engine.bind(model, coordinates, with_float32_losses(self._objective_of_window))
             self._keep_frozen_prefix(weights)
             decayed = set(self.get_decay_parameter_names(model))
             groups = [
@@ -199,11 +226,8 @@ class ZOMixin(LossAveraging):
                 },
                 {"params": [p for n, p in weights.tensors.items() if n not in decayed], "weight_decay": 0.0},
             ]
-            nearest = self.args.precision_update == "nearest" or (
-                self.args.precision_update == "auto" and self.estimator.noise == "torch_sequential"
-            )
-            seed = None if nearest else self.args.seed
-            self.optimizer = Stepper(groups, self.rule, self.session, self.args.learning_rate, seed)
+            rounding = Rounding.chosen(self.args.precision_update, self.args.seed, self.estimator.noise)
+            self.optimizer = Stepper(groups, self.rule, self.session, self.args.learning_rate, rounding)
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -252,9 +276,11 @@ class ZOMixin(LossAveraging):
         progress = self.progress
         directions = self._directions(progress.steps)
         points = self.estimator.points(directions)
+        self._try_out(window)
         started = time.perf_counter()
         assert self.session is not None
-        local = self.session.losses(window, points)
+        with no_trials():
+            local = self.session.losses_before_update(window, points)
         progress.seconds_forward += time.perf_counter() - started
         self.losses, tokens = self._over_processes(local, window)
         progress.steps += 1
@@ -263,6 +289,8 @@ class ZOMixin(LossAveraging):
         loss = float(self.estimator.loss(self.losses))
         self.projected_grads = self.estimator.projected_grads(self.losses)
         self.stepper.pending = self._estimate(directions)
+        if self._nobody_looks() and (self.direction_seeds is None or progress.steps < len(self.direction_seeds)):
+            self.session.expect(self.estimator.points(self._directions(progress.steps))[0])
         progress.losses.append(loss)
         return loss
 
@@ -304,9 +332,11 @@ class ZOMixin(LossAveraging):
     # ---- the objective -----------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The objective's loss where one was given, else the Trainer's."""
+        """The objective's loss where one was given, else the Trainer's, in a query from the labelled positions only."""
         if self.objective is None:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            called = functools.partial(own_loss, model) if self._only_the_loss_counts(return_outputs) else model
+            return super().compute_loss(called, inputs, return_outputs=return_outputs, **kwargs)
+        inputs = self._as_served(inputs)
         if not return_outputs:
             return self.objective.loss(model, inputs)
         loss, predictions, _ = self.objective.predict(model, inputs)
@@ -319,9 +349,63 @@ class ZOMixin(LossAveraging):
         with self._reusing_prefix():
             if self.objective is None:
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, predictions, labels = self.objective.predict(model, self._prepare_inputs(inputs))
+            with torch.inference_mode(), self.compute_loss_context_manager():
+                batch = self._as_served(self._prepare_inputs(inputs))
+                loss, predictions, labels = self.objective.predict(model, batch)
         return (loss, None, None) if prediction_loss_only else (loss, predictions, labels)
+
+    def _only_the_loss_counts(self, return_outputs: bool) -> bool:
+        """Whether the model's own loss is all that is wanted: in a query, and nobody computes one from its logits."""
+        return (
+            not return_outputs
+            and hasattr(self, "_called")
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and super().compute_loss.__func__ is Trainer.compute_loss  # not TRL's, which looks at the outputs
+        )
+
+    def _try_out(self, window: list[Inputs]) -> None:
+        """What can be left out of this model's forward is found out before the queries, which must all be alike."""
+        for inputs in window:
+            with torch.inference_mode(), self.compute_loss_context_manager():
+                if self.objective is not None:
+                    self.objective.try_out(self._called, self._as_served(inputs))
+                elif self._only_the_loss_counts(False):
+                    counted = self.model_accepts_loss_kwargs and self._num_items is not None
+                    given = {**inputs, "num_items_in_batch": self._num_items} if counted else inputs
+                    if not is_known(self._called, given):
+                        own_loss(self._called, **given)
+
+    def _as_served(self, inputs: Inputs) -> Inputs:
+        """The batch without packed rows where they are not used: kept hidden states are those of separate rows."""
+        packed = inputs.get("packed")
+        keeping = self.frozen_prefix is not None and self.frozen_prefix.usable
+        if packed is None or (not keeping and serves(self.model_wrapped, packed)):
+            return inputs
+        return {key: value for key, value in inputs.items() if key != "packed"}
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """An objective's rows are evaluated longest first, where everything is told of all rows at the end."""
+        args = self.args
+        in_batches = args.batch_eval_metrics or args.include_for_metrics or not args.eval_do_concat_batches
+        sortable = self.objective is not None and not in_batches and not args.dataloader_drop_last
+        lengths = lengths_of(eval_dataset) if sortable else None
+        return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
+
+    @contextmanager
+    def _told_in_rows_order(self, dataloader: Any) -> Iterator[Callable[[Any], Any]]:
+        """While rows are evaluated in another order: metric and results see them in their own."""
+        order, metric = order_of(dataloader), self.compute_metrics
+        if order is None:
+            yield lambda output: output
+            return
+        self.compute_metrics = None if metric is None else metric_in_rows_order(metric, order)
+        try:
+            yield lambda output: output._replace(
+                predictions=in_rows_order(output.predictions, order), label_ids=in_rows_order(output.label_ids, order)
+            )
+        finally:
+            self.compute_metrics = metric
 
     @contextmanager
     def _querying(self, model: nn.Module) -> Iterator[None]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-import torch
-from torch import nn
+import pytest
+from torch import bfloat16, float16, float32, nn, ones
 
 from zoft.component import GROUPS, Component, components
 from zoft.engines.base import Session
 from zoft.errors import UserError
-from zoft.noise import LAWS
+from zoft.subspaces.base import Coordinates
 from zoft.weights import Weights
 
 NEEDS: dict[tuple[str, str], dict[str, Any]] = {("trainable", "regex"): {"pattern": "norm"}}
 """Fields without which a component cannot be made: (group, name) -> fields."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": float32, "bf16": bfloat16, "fp16": float16}
 
 EVERY = [(group, name) for group in GROUPS for name in components(group)]
+
+SUBSPACES = list(components("subspace"))
 
 
 def example(group: str, name: str, **fields: Any) -> Any:
@@ -29,33 +34,70 @@ def example(group: str, name: str, **fields: Any) -> Any:
 
 def with_fields(component: Component, **fields: Any) -> Any:
     """The same component with those of ``fields`` that it has."""
-    import dataclasses
-
     known = {field.name for field in dataclasses.fields(component)}
     return dataclasses.replace(component, **{key: value for key, value in fields.items() if key in known})
 
 
-def bind(engine: Any, estimator: Any, model: nn.Module, objective: Any, law: str, subspace: str = "full") -> Session:
+def coordinates_of(subspace: str, model: nn.Module, law: str, noise: str = "counter", interval: int = 2) -> Coordinates:
+    """A subspace bound to a model; what it keeps for some steps changes within the few steps of a test."""
+    return with_fields(example("subspace", subspace), law=law, interval=interval).bind(Weights(model), noise)
+
+
+def bind(
+    engine: Any, estimator: Any, model: nn.Module, objective: Any, law: str, subspace: str = "full", interval: int = 2
+) -> Session:
     """An engine for an estimator, as the trainer binds them."""
-    engine = engine.choose(estimator) if hasattr(engine, "choose") else engine
-    space = with_fields(example("subspace", subspace), law=law)
-    return engine.bind(model, space.bind(Weights(model), estimator.noise), objective)
+    coordinates = coordinates_of(subspace, model, law, estimator.noise, interval)
+    return engine.choose(estimator, coordinates, model).bind(model, coordinates, objective)
 
 
 @lru_cache
-def serves(engine: str, estimator: str) -> bool:
-    """Whether this engine computes what this estimator asks for; otherwise it refuses with a UserError."""
-    layer = nn.Linear(2, 1)
+def serves(engine: str, estimator: str, subspace: str = "full") -> bool:
+    """Whether this engine computes what this estimator asks for in this subspace; otherwise it refuses."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
     chosen = example("estimator", estimator)
-    session = bind(example("engine", engine), chosen, layer, lambda x: layer(x).square().mean(), "gaussian")
     try:
-        session.losses(torch.ones(1, 2), chosen.points(chosen.directions(0, 0)))
+        session = bind(
+            example("engine", engine), chosen, model, lambda x: model(x).square().mean(), "gaussian", subspace
+        )
+        session.losses(ones(1, 4), chosen.points(chosen.directions(0, 0)))
     except UserError:
         return False
     return True
 
 
-PAIRS = [(e, s) for e in components("engine") for s in components("estimator") if serves(e, s)]
-"""(engine, estimator) where the engine serves the estimator."""
+@lru_cache
+def draws_from(subspace: str, noise: str) -> bool:
+    """Whether this subspace draws its directions from this source; otherwise it refuses."""
+    try:
+        coordinates_of(subspace, nn.Sequential(nn.Linear(4, 4)), "gaussian", noise)
+    except UserError:
+        return False
+    return True
 
-__all__ = ["DTYPES", "EVERY", "LAWS", "NEEDS", "PAIRS", "bind", "example", "serves", "with_fields"]
+
+CELLS = [
+    (engine, estimator, subspace)
+    for engine in components("engine")
+    for estimator in components("estimator")
+    for subspace in SUBSPACES
+    if serves(engine, estimator, subspace)
+]
+"""(engine, estimator, subspace) where the engine serves both."""
+
+cells = pytest.mark.parametrize(("engine", "estimator", "subspace"), CELLS)
+
+
+def settings(subspace: str, *axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Values of several axes: all combinations in the full space, elsewhere at most one that is not its axis's first.
+
+    Example:
+        >>> settings("low_rank", "ab", "xy")
+        [('a', 'x'), ('a', 'y'), ('b', 'x')]
+    """
+    values = [list(axis) for axis in axes]
+    return [
+        chosen
+        for chosen in itertools.product(*values)
+        if subspace == "full" or sum(value != axis[0] for value, axis in zip(chosen, values, strict=True)) <= 1
+    ]

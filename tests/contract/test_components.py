@@ -82,7 +82,7 @@ def test_numbers_that_cannot_work_are_refused_by_name(group, name, field, value)
 
 CHOICES = [("subspace", n, "law") for n in components("subspace")]
 CHOICES += [("estimator", n, "noise") for n in components("estimator")]
-CHOICES += [("engine", "in_place", "restore"), ("peft", "prefix", "init")]
+CHOICES += [("engine", "in_place", "restore"), ("peft", "prefix", "init"), ("subspace", "blocks", "order")]
 
 
 @pytest.mark.parametrize(("group", "name", "field"), CHOICES)

@@ -9,13 +9,23 @@ import pytest
 import torch
 from torch import nn
 
-from tests.contract.discovered import DTYPES, LAWS, PAIRS, bind, example, with_fields
+from tests.contract.discovered import (
+    CELLS,
+    DTYPES,
+    SUBSPACES,
+    bind,
+    cells,
+    coordinates_of,
+    draws_from,
+    example,
+    settings,
+    with_fields,
+)
 from tests.models import batch_for, tiny_opt
 from zoft.component import components
-from zoft.noise import SOURCES, Direction
+from zoft.noise import LAWS, SOURCES, Direction
 from zoft.stepper import Stepper
 from zoft.subspaces import base
-from zoft.weights import Weights
 
 
 class Run:
@@ -33,15 +43,15 @@ class Run:
         decay=0.0,
         subspace="full",
         noise="counter",
+        interval=2,
         q=2,
         eps=1e-2,
     ):
         self.model = tiny_opt().to(DTYPES[dtype])
         self.batch = batch_for(self.model)
         self.estimator = with_fields(example("estimator", estimator), num_directions=q, eps=eps, noise=noise)
-        self.session = bind(
-            example("engine", engine), self.estimator, self.model, lambda b: self.model(**b).loss, law, subspace
-        )
+        engine, objective = example("engine", engine), lambda b: self.model(**b).loss
+        self.session = bind(engine, self.estimator, self.model, objective, law, subspace, interval)
         self.weights = self.session.weights
         groups = [
             {"params": [p for p in self.weights.tensors.values() if p.dim() > 1], "weight_decay": decay},
@@ -67,12 +77,13 @@ class Run:
         return torch.cat([sum(c * z(d, n).double() for d, c in terms).view(-1) for n in self.weights.tensors])
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("subspace", components("subspace"))
-@pytest.mark.parametrize(("engine", "estimator"), PAIRS)
+@pytest.mark.parametrize(
+    ("engine", "estimator", "subspace", "law"),
+    [(*cell, law) for cell in CELLS for law in LAWS if cell[2] == "full" or cell[0] == "auto" or law == "gaussian"],
+)
 def test_the_direction_applied_is_the_direction_measured(engine, estimator, subspace, law):
     run = Run("sgd", estimator=estimator, engine=engine, subspace=subspace, law=law, lr=1e-3)
-    for _ in range(3):  # every step is a fresh direction; a subspace that refreshes does so within these
+    for _ in range(3):  # every step is a fresh direction; what lasts an interval of two steps changes within these
         before = run.flat()
         terms = run.step()
         moved = run.flat() - before
@@ -81,10 +92,10 @@ def test_the_direction_applied_is_the_direction_measured(engine, estimator, subs
         torch.testing.assert_close(moved, -1e-3 * measured, rtol=0, atol=2e-7)
 
 
-@pytest.mark.parametrize(("engine", "estimator"), PAIRS)
-def test_measured_along_what_is_applied(engine, estimator):
+@cells
+def test_measured_along_what_is_applied(engine, estimator, subspace):
     """Each coefficient is the slope of the loss along the very direction that the step moves along."""
-    run = Run("sgd", estimator=estimator, engine=engine, lr=0.0, eps=5e-4)
+    run = Run("sgd", estimator=estimator, engine=engine, subspace=subspace, lr=0.0, eps=1e-4)
     directions = run.estimator.directions(5, 0)
     losses = run.session.losses(run.batch, run.estimator.points(directions))
     grads = torch.autograd.grad(run.model(**run.batch).loss, list(run.weights.tensors.values()))
@@ -93,25 +104,55 @@ def test_measured_along_what_is_applied(engine, estimator):
     torch.testing.assert_close(run.estimator.projected_grads(losses).double(), slopes, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("noise", SOURCES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("optimizer", components("optimizer"))
-def test_a_learning_rate_of_zero_changes_no_bit(optimizer, dtype, noise):
-    run = Run(optimizer, dtype=dtype, lr=0.0, decay=0.1, noise=noise, engine="layerwise")
-    next(iter(run.weights.tensors.values())).data.view(-1)[:64] = -0.0  # which 0 - 0 would turn into +0
+def of_subspaces(*axes):
+    """(optimizer, subspace, ...): see :func:`settings`."""
+    return [
+        (optimizer, subspace, *setting)
+        for optimizer in components("optimizer")
+        for subspace in SUBSPACES
+        for setting in settings(subspace, *axes)
+    ]
+
+
+@pytest.mark.parametrize("subspace", SUBSPACES)
+def test_a_step_writes_every_element_of_what_moves_once_and_no_other(subspace, monkeypatch):
+    monkeypatch.setattr(base, "_CHUNK", 100)
+    run = Run("sgd", subspace=subspace, interval=1, q=1)
+    real, written, moved = run.session.apply_, [], set()
+    run.session.apply_ = lambda name, start, stop, *rest: (
+        written.append((name, start, stop)) or real(name, start, stop, *rest)
+    )
+    for _ in range(8):  # more than it has layers
+        written.clear()
+        ((direction, _),) = run.step()
+        for name, tensor in run.weights.tensors.items():
+            elements = [i for n, start, stop in written if n == name for i in range(start, stop)]
+            moves = run.session.coordinates.moves(direction, name)
+            assert elements == list(range(tensor.numel() if moves else 0))
+            assert all(stop - start <= 100 for _, start, stop in written)
+            moved |= {name} if moves else set()
+    assert moved == set(run.weights.tensors), "some tensor that is trained never moves"
+
+
+@pytest.mark.parametrize(("optimizer", "subspace", "dtype", "noise"), of_subspaces(DTYPES, SOURCES))
+def test_a_learning_rate_of_zero_changes_no_bit(optimizer, subspace, dtype, noise):
+    if not draws_from(subspace, noise):
+        return
+    run = Run(optimizer, subspace=subspace, dtype=dtype, lr=0.0, decay=0.1, noise=noise, engine="layerwise")
+    for tensor in run.weights.tensors.values():
+        tensor.data.view(-1)[:4] = -0.0  # which 0 - 0 would turn into +0
     digest = run.weights.digest()
-    for _ in range(2):
+    for _ in range(3):
         run.step()
     assert run.weights.digest() == digest
-    assert run.stepper.progress.updates == 2
+    assert run.stepper.progress.updates == 3
 
 
-@pytest.mark.parametrize("chunk", [37, 1 << 20])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("optimizer", components("optimizer"))
-def test_a_saved_state_continues_bit_for_bit(optimizer, dtype, chunk, monkeypatch):
+@pytest.mark.parametrize(("optimizer", "subspace", "dtype", "chunk"), of_subspaces(DTYPES, [1 << 20, 37]))
+def test_a_saved_state_continues_bit_for_bit(optimizer, subspace, dtype, chunk, monkeypatch):
     monkeypatch.setattr(base, "_CHUNK", chunk)
-    straight, first = Run(optimizer, dtype=dtype, decay=0.1), Run(optimizer, dtype=dtype, decay=0.1)
+    same = {"subspace": subspace, "dtype": dtype, "decay": 0.1}
+    straight, first = Run(optimizer, **same), Run(optimizer, **same)
     for _ in range(5):
         straight.step()
     for _ in range(2):
@@ -120,7 +161,7 @@ def test_a_saved_state_continues_bit_for_bit(optimizer, dtype, chunk, monkeypatc
     torch.save({"model": first.model.state_dict(), "optimizer": first.stepper.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)  # tensors and plain numbers only
-    second = Run(optimizer, dtype=dtype, decay=0.1, lr=123.0)
+    second = Run(optimizer, **same, lr=123.0)
     second.model.load_state_dict(saved["model"])
     second.stepper.load_state_dict(saved["optimizer"])
     for _ in range(3):
@@ -131,6 +172,7 @@ def test_a_saved_state_continues_bit_for_bit(optimizer, dtype, chunk, monkeypatc
         for key, tensor in state.items():
             assert torch.equal(second.stepper.moments[name][key], tensor)
             assert tensor.dtype == torch.float32
+            assert tensor.shape == straight.session.coordinates.shape(name)
 
 
 @pytest.mark.parametrize("optimizer", components("optimizer"))
@@ -145,40 +187,44 @@ def test_a_saved_state_is_not_changed_by_what_follows(optimizer):
     assert all(torch.equal(state["state"][n][k], t) for (n, k), t in kept.items())
 
 
+@pytest.mark.parametrize("subspace", SUBSPACES)
 @pytest.mark.parametrize("optimizer", components("optimizer"))
-def test_chunks_do_not_change_the_step(optimizer, monkeypatch):
+def test_chunks_do_not_change_the_step(optimizer, subspace, monkeypatch):
     digests = set()
     for chunk in (13, 1 << 20):
         monkeypatch.setattr(base, "_CHUNK", chunk)
-        run = Run(optimizer, decay=0.1)
+        run = Run(optimizer, subspace=subspace, decay=0.1)
         for _ in range(3):
             run.step()
         digests.add(run.weights.digest())
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("optimizer", components("optimizer"))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_optimizer_moves_downhill(optimizer, dtype):
-    run = Run(optimizer, dtype=dtype, lr=1e-3, q=16)
+@pytest.mark.parametrize(
+    ("optimizer", "subspace", "dtype"), [row for row in of_subspaces(DTYPES) if "full" in row or "fp32" in row]
+)
+def test_every_optimizer_moves_downhill(optimizer, subspace, dtype):
+    run = Run(optimizer, subspace=subspace, dtype=dtype, lr=1e-3, q=16)
     start = float(run.model(**run.batch).loss.detach())
     for _ in range(3):
         run.step()
     assert float(run.model(**run.batch).loss.detach()) < start
 
 
+@pytest.mark.parametrize("subspace", SUBSPACES)
 @pytest.mark.parametrize("optimizer", components("optimizer"))
-def test_weight_decay_and_learning_rate_are_honoured(optimizer):
+def test_weight_decay_and_learning_rate_are_honoured(optimizer, subspace):
     """Halving the rate halves the first step; decay adds rate * decay * theta to it, on the decayed group alone."""
     moved = {}
     for lr, decay in ((1e-2, 0.0), (5e-3, 0.0), (1e-2, 0.5)):
-        run = Run(optimizer, lr=lr, decay=decay)
+        run = Run(optimizer, subspace=subspace, lr=lr, decay=decay)
         before = {n: p.detach().double().clone() for n, p in run.weights.tensors.items()}
-        run.step()
+        terms = run.step()
         moved[lr, decay] = {n: p.detach().double() - before[n] for n, p in run.weights.tensors.items()}
     for name, step in moved[1e-2, 0.0].items():
         torch.testing.assert_close(moved[5e-3, 0.0][name], step / 2, rtol=1e-3, atol=2e-7)
-        decay = -1e-2 * 0.5 * before[name] if before[name].dim() > 1 else torch.zeros_like(step)
+        decays = before[name].dim() > 1 and run.session.coordinates.moves(terms[0][0], name)
+        decay = -1e-2 * 0.5 * before[name] if decays else torch.zeros_like(step)
         torch.testing.assert_close(moved[1e-2, 0.5][name] - step, decay, rtol=1e-3, atol=3e-7)
 
 
@@ -188,15 +234,19 @@ class Alike(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(300, 300, bias=False) for _ in range(4))
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("noise", SOURCES)
-@pytest.mark.parametrize("subspace", components("subspace"))
+@pytest.mark.parametrize("subspace", SUBSPACES)
+@pytest.mark.parametrize(("noise", "law"), [*(("counter", law) for law in LAWS), ("torch_sequential", "gaussian")])
 def test_tensors_of_one_shape_do_not_share_their_noise(subspace, noise, law):
-    if noise == "torch_sequential":
-        law = "gaussian"
-    model = Alike()
-    coordinates = with_fields(example("subspace", subspace), law=law).bind(Weights(model), noise)
-    drawn = [coordinates.z(Direction(7, 0), name).view(-1).clone() for name in coordinates.weights.tensors]
-    drawn += [coordinates.z(Direction(8, 1), name).view(-1).clone() for name in coordinates.weights.tensors]
+    if not draws_from(subspace, noise):
+        return
+    coordinates = coordinates_of(subspace, Alike(), law, noise, interval=1)
+    directions = [Direction(7 + step, step) for step in range(4)]
+    drawn = [
+        coordinates.z(direction, name).view(-1).clone()
+        for direction in directions
+        for name in coordinates.weights.tensors
+        if coordinates.moves(direction, name)
+    ]
+    assert len(drawn) >= 4
     for a, b in combinations(drawn, 2):
         assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) < 0.015  # 4.5 / sqrt(90 000)

@@ -14,14 +14,18 @@ from zoft.engines.base import Session
 from zoft.engines.forward_mode import ForwardMode
 from zoft.engines.in_place import InPlace, _CopySession, _SubtractSession
 from zoft.engines.layerwise import Layerwise
+from zoft.engines.side_path import SidePath
 from zoft.errors import UserError
 from zoft.estimators import Point
 from zoft.estimators.central import Central
 from zoft.estimators.forward_gradient import ForwardGradient
 from zoft.estimators.one_sided import OneSided
 from zoft.noise import Direction
+from zoft.optimizers.sgd import SGD
+from zoft.stepper import Stepper
 from zoft.subspaces import base
 from zoft.subspaces.full import Full
+from zoft.subspaces.low_rank import LowRank
 from zoft.weights import Weights, perturbed
 
 D = Direction(1, 0, 0)
@@ -34,14 +38,21 @@ def bind(engine, model, objective=None, noise="counter") -> Session:
 
 
 def test_auto_chooses_by_what_the_estimator_needs():
-    assert isinstance(Auto().choose(Central()), Layerwise)
-    assert isinstance(Auto().choose(OneSided()), Layerwise)
-    assert isinstance(Auto().choose(Central(noise="torch_sequential")), InPlace)
-    assert isinstance(Auto().choose(ForwardGradient()), ForwardMode)
-    assert isinstance(Auto().choose(ForwardGradient(noise="torch_sequential")), ForwardMode)
+    def chosen(estimator, *, subspace=None, trained=None):
+        model = tiny_opt()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained is None or trained in name)
+        return type(Auto().choose(estimator, (subspace or Full()).bind(Weights(model), estimator.noise), model))
+
+    assert chosen(Central()) is chosen(OneSided()) is Layerwise
+    assert chosen(Central(noise="torch_sequential")) is InPlace
+    assert chosen(ForwardGradient()) is chosen(ForwardGradient(noise="torch_sequential")) is ForwardMode
+    assert chosen(ForwardGradient(num_directions=3), subspace=LowRank()) is ForwardMode
+    assert chosen(Central(), subspace=LowRank()) is SidePath
+    assert chosen(Central(), trained="layer_norm") is SidePath
 
 
-@pytest.mark.parametrize("engine", [InPlace(), Layerwise()], ids=lambda e: e.name())
+@pytest.mark.parametrize("engine", [InPlace(), Layerwise(), SidePath()], ids=lambda e: e.name())
 def test_derivatives_are_refused_with_the_mend(engine):
     model = tiny_llama()
     with pytest.raises(UserError, match=f"engine={engine.name()} evaluates losses.*engine=forward_mode"):
@@ -85,7 +96,7 @@ def test_subtract_comes_back_within_float32_and_visits_the_same_points(raises):
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("where", ["draw", "lift", "piece"])
+@pytest.mark.parametrize("where", ["draw", "add_", "piece"])
 @pytest.mark.parametrize("k", [0, 1, 3, 6, 7, 12, 20, 27, 34])
 def test_subtract_interrupted_while_it_moves_comes_back(monkeypatch, k, where, after):
     """Whatever was moved when the signal came is moved back, and nothing else."""
@@ -100,15 +111,17 @@ def test_subtract_interrupted_while_it_moves_comes_back(monkeypatch, k, where, a
 
     def interrupted(*args):
         calls.append(1)
-        result = real(*args) if after else None
+        if len(calls) == k + 1 and not after:
+            raise KeyboardInterrupt
+        result = real(*args)
         if len(calls) == k + 1:
             raise KeyboardInterrupt
-        return real(*args) if result is None else result
+        return result
 
     monkeypatch.setattr(owner, where, interrupted)
     points = [Point(D, 0.5), Point(D, -0.5), Point(Direction(1, 0, 1), 0.5), Point()]
-    pieces = sum(len(list(session.coordinates.chunks(name))) for name in session.weights.tensors)
-    moves = 5  # to the first, across, back, to the third, back
+    pieces = sum(len(list(session.coordinates.spans(n, 0, t.numel()))) for n, t in session.weights.tensors.items())
+    moves = 4 if where == "piece" else 5  # to the first, across, back and to the third in one walk, back
     if k < moves * pieces:
         with pytest.raises(KeyboardInterrupt):
             session.losses(torch.ones(1, 3), points)
@@ -123,6 +136,61 @@ def test_subtract_interrupted_while_it_moves_comes_back(monkeypatch, k, where, a
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("noise", ["counter", "torch_sequential"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["and back", "and on"])
+def test_a_step_written_on_the_way_gives_the_numbers_of_separate_passes(ahead, noise, monkeypatch):
+    """Restore, update and next perturbation in one walk: the same additions in the same order, bit for bit."""
+    monkeypatch.setattr(base, "_CHUNK", 50)
+    estimator, walks = Central(eps=1e-2, noise=noise), []
+
+    def run(fused):
+        model = tiny_opt()
+        session, batch = bind(InPlace("subtract"), model, noise=noise), batch_for(model)
+        stepper = Stepper([{"params": list(model.parameters()), "weight_decay": 0.1}], SGD(), session, 1e-2)
+        seen, real = [], session.piece
+        session.piece = lambda *args: (walks.append(fused), real(*args))[1]
+        for step in range(3):
+            directions = estimator.directions(step, step)
+            losses = (session.losses_before_update if fused else session.losses)(batch, estimator.points(directions))
+            seen.append(losses)
+            if fused and ahead and step < 2:
+                session.expect(estimator.points(estimator.directions(step + 1, step + 1))[0])
+            stepper.pending = list(zip(directions, estimator.coefficients(losses).tolist(), strict=True))
+            stepper.step()
+        session.come_back()
+        return torch.stack(seen), Weights(model).digest()
+
+    (losses, digest), (plain, wanted) = run(True), run(False)
+    assert torch.equal(losses, plain)
+    assert digest == wanted
+    assert walks.count(True) < walks.count(False)
+
+
+def test_a_step_that_is_cut_short_leaves_weights_at_no_point(monkeypatch):
+    """Half of the tensors have the step, none is perturbed."""
+    model = tiny_opt()
+    session, batch = bind(InPlace("subtract"), model), batch_for(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stepper = Stepper([{"params": list(model.parameters()), "weight_decay": 0.0}], SGD(), session, 0.0)
+    session.losses_before_update(batch, [Point(D, 1e-2), Point(D, -1e-2)])
+    session.expect(Point(Direction(1, 1, 0), 1e-2))
+    stepper.param_groups[0]["lr"] = 1e-9
+    stepper.pending, calls, real = [(D, 1.0)], [], session.apply_
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(session, "apply_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stepper.step()
+    session.come_back()
+    for name, parameter in model.named_parameters():
+        assert float((parameter.data - before[name]).abs().max()) < 1e-6, name
 
 
 def test_copy_interrupted_while_it_saves_changes_nothing(monkeypatch):

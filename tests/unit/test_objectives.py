@@ -8,7 +8,7 @@ import torch
 from tests.models import CAUSAL, PAD, VOCAB, tiny_llama
 from zoft.data.tokens import OptionCollator
 from zoft.objectives.cross_entropy import CrossEntropy
-from zoft.objectives.options import Options, gold_of, group_sizes, last_logits
+from zoft.objectives.options import Options, gold_of, group_sizes
 
 COLLATE = OptionCollator(pad_token_id=PAD)
 PER_OPTION = OptionCollator(pad_token_id=PAD, one_row_per_option=True, multiple_of=8)

@@ -11,6 +11,7 @@ VERBS = {
     "ls": "list what can be chosen: zoft ls, zoft ls estimator",
     "show": "one choice in full: zoft show estimator/central, zoft show config/quickstart",
     "fetch": "bring the demo's model and data to the cache: zoft fetch sms-spam",
+    "doctor": "check this installation: versions, devices, the cache, the speed of the noise",
     "completion": "print a bash script that completes zoft's arguments",
     "version": "print the version",
 }

@@ -19,7 +19,8 @@ Start here:
   zoft train --help                       the grammar, every choice, examples
 
 Exit codes: 0 done; 1 the run failed; 2 something to mend in the arguments (one line says what); 130 interrupted.
-ZOFT_TRACEBACK=1 shows where an error comes from. ZOFT_CACHE is where fetched models and data live.
+ZOFT_TRACEBACK=1 shows where an error comes from. ZOFT_CACHE is where fetched models and data live, and
+the compiled noise. ZOFT_COMPILE=auto|always|never says whether noise is compiled (zoft doctor shows whether it is).
 """
 
 TRAIN = """\
@@ -68,7 +69,8 @@ Your own experiment is a YAML file; parts are chosen under `defaults`, everythin
 It can live anywhere (config=path/to/mine.yaml) or in ./configs (config=mine).
 
 Results: output_dir holds config.yaml (the whole run), metrics.csv and metrics.jsonl, a learning curve, the final model
-or adapter and a report; nothing is written anywhere else. A sweep's cells are output_dir/<key=value,...>.
+or adapter and a report; nothing is written anywhere else (but a large run's compiled noise, to the cache). A sweep's
+cells are output_dir/<key=value,...>.
 Exit codes: 0 done; 1 the run failed (non-finite loss); 2 something to mend (one line says what); 130 interrupted.
 """
 
@@ -84,6 +86,14 @@ OTHER = {
     "fetch": (
         "usage: zoft fetch [NAME]...\n\n"
         "Brings models and data of the demo to the cache ($ZOFT_CACHE); without a name, lists them."
+    ),
+    "doctor": (
+        "usage: zoft doctor [--json]\n\n"
+        "Checks this installation, one line each: a tick for what is well, a cross for what keeps zoft from working,\n"
+        "a dash for what could be better. Exit code 0 without a cross, 1 with one. --json prints it for machines.\n\n"
+        "The noise that perturbs the weights is compiled here as a large run would compile it, compared bit by bit\n"
+        "with the eager one, and timed; the compiled code is kept in the cache folder. A run compiles its noise where\n"
+        "it trains enough for that to pay; ZOFT_COMPILE=always or never decides otherwise. The numbers are the same."
     ),
     "completion": 'usage: zoft completion\n\nPrints a bash script. For this shell: eval "$(zoft completion)"',
     "version": "usage: zoft version",

@@ -71,7 +71,8 @@ class PrecisionConfig:
 
     Args:
         update: how a step is written into bfloat16 and float16 weights: stochastic (small steps survive on average),
-            nearest (they are lost), auto (nearest for MeZO's own numbers, else stochastic).
+            master (a float32 copy takes them), nearest (they are lost), auto (a master for norms, biases and other
+            small tensors, stochastic for the rest; nearest for MeZO's own numbers).
     """
 
     update: str = "auto"
@@ -152,7 +153,9 @@ class ZoftConfig:
 
     def _check_engine(self) -> None:
         """Losses and exact derivatives are computed by different engines."""
-        engine = self.engine.choose(self.estimator).name()
+        engine = self.engine.name()
+        if engine == "auto":
+            return
         points = self.estimator.points(self.estimator.directions(0, 0))
         exact = any(point.derivative for point in points)
         if exact and engine != "forward_mode":

@@ -61,6 +61,32 @@ class Session:
         """
         raise NotImplementedError
 
+    # An engine that moves the weights themselves may leave them where the last query was, and take them on while the
+    # step is written: one pass over memory instead of three. Everything between two of these calls sees clean weights
+    # unless it was told to expect others.
+
+    def losses_before_update(self, batch: Any, points: Sequence[Point]) -> Tensor:
+        """:meth:`losses`, when a step follows: :meth:`settle` or :meth:`come_back` must be called before anybody looks."""
+        return self.losses(batch, points)
+
+    def expect(self, point: Point) -> None:
+        """The step that is about to be written may leave the weights at ``point``, where the next query will be."""
+        del point
+
+    def arrive(self, name: str, start: int, stop: int) -> None:
+        """The flat piece [start, stop) of tensor ``name`` is about to be read and written; pieces come in order."""
+        del name, start, stop
+
+    def depart(self, name: str, start: int, stop: int) -> None:
+        """The piece has been written."""
+        del name, start, stop
+
+    def settle(self) -> None:
+        """The step has been written: the weights are clean, or at the expected point, also where no piece was written."""
+
+    def come_back(self) -> None:
+        """The weights are clean after this, wherever they were."""
+
     def apply_(
         self,
         name: str,

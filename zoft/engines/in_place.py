@@ -75,47 +75,96 @@ class _CopySession(Session):
 
 
 class _SubtractSession(Session):
-    """The weights move by (s' - s) z between points of one direction, and by -s z to come back: MeZO's arithmetic."""
+    """The weights walk: one pass over them takes back the last point, writes the step, and goes on to the next point.
+
+    Each of these is an addition of its own, rounded by itself, so the numbers are those of separate passes (MeZO's).
+    """
 
     def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> None:
         super().__init__(model, coordinates, objective)
         self._here = Point()  # where the weights are
+        self._next = Point()  # where the step that is being written leaves them
+        self._arrived: dict[str, int] = {}  # name -> flat index up to which the tensor has been brought back
+        self._departed: dict[str, int] = {}  # name -> flat index up to which it has gone on
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
+        losses = self.losses_before_update(batch, points)
+        self.come_back()
+        return losses
+
+    def losses_before_update(self, batch: Any, points: Sequence[Point]) -> Tensor:
         refuse_derivatives(points, "in_place")
         results = []
         try:
             for point in points:
                 self._walk(point)
                 results.append(self.evaluate(batch))
-        finally:
-            self._walk(Point())
+        except BaseException:
+            self.come_back()
+            raise
         return torch.stack(results)
 
-    def _walk(self, there: Point) -> None:
-        if self._here.direction is not None and self._here.direction != there.direction:
-            self._add(self._here, -self._here.scale, Point())
-        if there.direction is not None:
-            self._add(there, there.scale - self._here.scale, there)
+    def expect(self, point: Point) -> None:
+        self._next = point
 
-    def _add(self, point: Point, distance: float, arrived: Point) -> None:
-        """Move every tensor and set ``_here``; when something interrupts, move none and leave ``_here``."""
-        begun: list[tuple[Tensor, str, int, int]] = []
+    def arrive(self, name: str, start: int, stop: int) -> None:
+        self._take_on(self._arrived, Point(self._here.direction, -self._here.scale), name, start, stop)
+
+    def depart(self, name: str, start: int, stop: int) -> None:
+        self._take_on(self._departed, self._next, name, start, stop)
+
+    def settle(self) -> None:
+        for name, tensor in self.weights.tensors.items():
+            for start, stop in self.coordinates.spans(name, self._arrived.get(name, 0), tensor.numel()):
+                self.arrive(name, start, stop)
+            for start, stop in self.coordinates.spans(name, self._departed.get(name, 0), tensor.numel()):
+                self.depart(name, start, stop)
+        self._here, self._next, self._arrived, self._departed = self._next, Point(), {}, {}
+
+    def _take_on(self, reached: dict[str, int], point: Point, name: str, start: int, stop: int) -> None:
+        """Add a point's displacement to a piece, and note it, also when a signal comes in between."""
+        assert reached.get(name, 0) == start, "the pieces of a tensor are written in order"
+        piece = self.piece(name, start, stop)
+        moves = point.direction is not None and self.coordinates.moves(point.direction, name)
         try:
-            for name in self.weights.tensors:
-                for start, stop in self.coordinates.chunks(name):
-                    step = self._step(point, distance, name, start, stop)
+            if moves:
+                self.coordinates.add_(piece, point.direction, name, start, point.scale)  # type: ignore[arg-type]
+        finally:
+            if piece._version or not moves:
+                reached[name] = stop
+
+    def come_back(self) -> None:
+        if self._here.direction is not None or self._arrived:
+            self.settle()  # where a step was cut short, what it has written stays written
+        self._walk(Point())  # from the expected point, if there was one
+
+    def _walk(self, there: Point) -> None:
+        """Move every tensor to ``there``; when something interrupts, move none."""
+        moves = []
+        if self._here.direction is not None and self._here.direction != there.direction:
+            moves.append((self._here, -self._here.scale))
+        if there.direction is not None:
+            same = self._here.direction == there.direction
+            moves.append((there, there.scale - self._here.scale if same else there.scale))
+        if not moves:
+            return
+        begun: list[tuple[Tensor, str, int]] = []
+        try:
+            for name, tensor in self.weights.tensors.items():
+                for start, stop in self.coordinates.spans(name, 0, tensor.numel()):
                     piece = self.piece(name, start, stop)
-                    begun.append((piece, name, start, stop))
-                    piece.add_(step)
-            self._here = arrived
+                    begun.append((piece, name, start))
+                    self._add(moves, piece, name, start)
+            self._here = there
         except BaseException:
-            if self._here is not arrived:
-                for piece, name, start, stop in begun:
-                    if piece._version:  # the addition took place: a signal can come before or after it
-                        piece.add_(self._step(point, -distance, name, start, stop))
+            if self._here is not there:
+                for piece, name, start in begun:
+                    done = moves[: piece._version]  # additions that took place: a signal comes before or after one
+                    self._add([(point, -distance) for point, distance in reversed(done)], piece, name, start)
             raise
 
-    def _step(self, point: Point, distance: float, name: str, start: int, stop: int) -> Tensor:
-        assert point.direction is not None
-        return self.coordinates.draw(point.direction, name, start, stop).mul_(distance)
+    def _add(self, moves: list[tuple[Point, float]], piece: Tensor, name: str, start: int) -> None:
+        """Add ``distance * z`` for every (point, distance) to a piece, while it is in the cache."""
+        for point, distance in moves:
+            if point.direction is not None and self.coordinates.moves(point.direction, name):
+                self.coordinates.add_(piece, point.direction, name, start, distance)

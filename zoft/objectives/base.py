@@ -25,6 +25,13 @@ class Objective(Component):
         """(loss, predictions, labels): what the metric is computed from, one row per example."""
         raise NotImplementedError
 
+    def try_out(self, model: nn.Module, batch: Batch) -> None:
+        """Called before the queries of a step, at the weights as they are: find out here what would call the model.
+
+        All queries of a step must call it alike, because engines reuse from one what the next would compute again.
+        """
+        del model, batch
+
     def num_terms(self, batch: Batch) -> int:
         """How many terms (examples, or tokens) the mean of :meth:`loss` is over: the weight of a micro-batch."""
         raise NotImplementedError

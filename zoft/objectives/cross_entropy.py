@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.lazy import torch
+from zoft.objectives._calls import arguments
+from zoft.objectives._logits import log_probs_at
+from zoft.objectives._served import is_known
 from zoft.objectives.base import Batch, Objective
-from zoft.objectives.options import Options, gold_of, group_sizes, last_logits
+from zoft.objectives.options import Options, answers, ends, gold_of, group_sizes, option_log_probs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 @dataclass
 class CrossEntropy(Objective):
     """Cross-entropy of the gold option's tokens, averaged over the batch's tokens; options still rank for the metric.
+
+    Only the positions that predict those tokens go through the language-model head, a bounded number of them at a time.
 
     References: Malladi et al. 2023 (MeZO): the language-modelling loss of tasks that are not trained as classification.
     """
@@ -26,28 +31,32 @@ class CrossEntropy(Objective):
             return len(gold_of(batch))
         return int(batch["option_len"][_gold_rows(batch)].sum())
 
+    def try_out(self, model: nn.Module, batch: Batch) -> None:
+        """Whether the head may be given rows."""
+        if not is_known(model):
+            self.loss(model, batch)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean negative log-probability of the gold tokens."""
-        gold = gold_of(batch)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         if "option_tokens" in batch:
-            logits = last_logits(model, batch["input_ids"], batch["attention_mask"], 1)[:, -1].float()
-            target = batch["option_tokens"].gather(1, gold.unsqueeze(1)).squeeze(1)
-            return torch.nn.functional.cross_entropy(logits, target)
-        return self._loss_of_rows(model, batch)
+            places, targets = ends(batch), batch["option_tokens"].gather(1, gold_of(batch).unsqueeze(1)).squeeze(1)
+        else:
+            rows = _gold_rows(batch)
+            ids, mask = ids[rows], mask[rows]
+            places, targets = answers(ids, batch["option_len"][rows])
+        return -log_probs_at(model, arguments(model, ids, mask), places, targets).mean()
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, option scores [B, O], gold index [B])."""
-        _, scores, gold = Options().predict(model, batch)
-        return self.loss(model, batch), scores, gold
-
-    def _loss_of_rows(self, model: nn.Module, batch: Batch) -> Tensor:
-        rows = _gold_rows(batch)
-        ids, mask, lengths = batch["input_ids"][rows], batch["attention_mask"][rows], batch["option_len"][rows]
-        longest = int(lengths.max())
-        logits = last_logits(model, ids, mask, longest + 1)[:, :-1].float()
-        inside = torch.arange(longest, device=ids.device) >= longest - lengths.unsqueeze(1)
-        labels = ids[:, -longest:].masked_fill(~inside, -100)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        """(loss, option scores [B, O], gold index [B]), all from one forward."""
+        log_probs = option_log_probs(model, batch)
+        _, scores, gold = Options().ranked(batch, log_probs)
+        if "option_tokens" in batch:
+            tokens = log_probs.gather(1, gold.unsqueeze(1))
+        else:
+            of_rows = log_probs.split(batch["option_len"].tolist())
+            tokens = torch.cat([of_rows[row] for row in _gold_rows(batch)])
+        return -tokens.mean(), scores, gold
 
 
 def _gold_rows(batch: Batch) -> list[int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zoft.lazy import torch
+from zoft.objectives import _packing as packing
+from zoft.objectives import _served as heads
+from zoft.objectives._calls import arguments
+from zoft.objectives._head import Places
+from zoft.objectives._logits import log_probs_at, logits_at
 from zoft.objectives.base import Batch, Objective
 
 if TYPE_CHECKING:
@@ -21,9 +25,13 @@ class Options(Objective):
 
     * one row a prompt, when every option is one token: ``input_ids`` [B, T], ``option_tokens`` [B, O], ``labels`` [B];
     * one row an option: ``input_ids`` [R, T] with R = sum of ``num_options``, ``option_len`` [R], ``num_options`` [R]
-      and ``labels`` [R] (the gold index, the same on every row of an example).
+      and ``labels`` [R] (the gold index, the same on every row of an example). Beside it there may be ``packed``, the
+      same tokens with the options of an example behind one context (:mod:`zoft.data.packing`).
 
-    Only the positions that predict an option's tokens go through the language-model head.
+    Only the positions that predict an option's tokens go through the language-model head. The loss over options of one
+    token reads those tokens' rows of it alone: the normaliser over the vocabulary is the same for all of them and
+    cancels. Scores are always log-probabilities over the whole vocabulary, so that they mean the same in both layouts
+    and can be set against those of another prompt (calibration).
 
     References: Malladi et al. 2023 (MeZO), the published `forward_wrap_with_option_len`.
     """
@@ -32,60 +40,92 @@ class Options(Objective):
         """Prompts, not rows."""
         return len(gold_of(batch))
 
+    def try_out(self, model: nn.Module, batch: Batch) -> None:
+        """Whether the head may be given rows, and options packed."""
+        if not heads.is_known(model) or ("packed" in batch and not packing.is_known(model, batch["packed"])):
+            self.predict(model, batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of the gold option among the options, averaged over the prompts."""
+        if "option_tokens" not in batch:
+            return self.predict(model, batch)[0]
+        candidates, index = batch["option_tokens"].unique(return_inverse=True)
+        logits = logits_at(model, _inputs(model, batch), ends(batch), candidates)  # [B, C]
+        return torch.nn.functional.cross_entropy(logits.gather(1, index), gold_of(batch))
+
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, scores [B, O], gold index [B]); options that an example lacks score -inf."""
-        scores = (
-            self._scores_of_tokens(model, batch) if "option_tokens" in batch else self._scores_of_rows(model, batch)
-        )
-        gold = gold_of(batch)
+        return self.ranked(batch, option_log_probs(model, batch))
+
+    def ranked(self, batch: Batch, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`predict` returns, from what :func:`option_log_probs` does."""
+        scores, gold = log_probs, gold_of(batch)
+        if "option_tokens" not in batch:
+            means = _means(log_probs, batch["option_len"])  # [R]
+            examples = means.split(group_sizes(batch["num_options"]))
+            scores = torch.nn.utils.rnn.pad_sequence(list(examples), batch_first=True, padding_value=-torch.inf)
         return torch.nn.functional.cross_entropy(scores, gold), scores, gold
 
-    def _scores_of_tokens(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = last_logits(model, batch["input_ids"], batch["attention_mask"], 1)[:, -1].float()
-        return torch.log_softmax(logits, dim=-1).gather(1, batch["option_tokens"])
 
-    def _scores_of_rows(self, model: nn.Module, batch: Batch) -> Tensor:
-        lengths = batch["option_len"]
-        longest = int(lengths.max())
-        logits = last_logits(model, batch["input_ids"], batch["attention_mask"], longest + 1)[:, :-1].float()
-        targets = batch["input_ids"][:, -longest:]
-        log_probs = torch.log_softmax(logits, dim=-1).gather(2, targets.unsqueeze(2)).squeeze(2)  # [R, longest]
-        inside = torch.arange(longest, device=lengths.device) >= longest - lengths.unsqueeze(1)
-        rows = (log_probs * inside).sum(1) / lengths  # [R]
-        sizes = group_sizes(batch["num_options"])
-        return torch.nn.utils.rnn.pad_sequence(list(rows.split(sizes)), batch_first=True, padding_value=-torch.inf)
+def option_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-probability of every option token.
 
+    Args:
+        model: any causal language model.
+        batch: in either layout.
 
-def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
-    """Logits at the last ``count`` positions of left-padded rows, [B, count, V].
-
-    The head is applied to those positions only where the model can do that (``logits_to_keep``).
+    Returns:
+        float32: [B, O] where every option is one token, else [N], row by row, N the sum of ``option_len``.
     """
-    accepted = _accepted(type(_inner(model)))
-    extra: dict[str, Any] = {}
-    if "logits_to_keep" in accepted:
-        # As indices, not as a number: a slice of the hidden states is not contiguous, and the head would then be one
-        # small product per row that reads the whole vocabulary matrix each time (75 ms instead of 10 for 16 rows).
-        extra["logits_to_keep"] = torch.arange(-count, 0, device=input_ids.device)
-    if "position_ids" in accepted:
-        extra["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_min_(0)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
-    return logits[:, -count:]
+    if "option_tokens" in batch:
+        logits = logits_at(model, _inputs(model, batch), ends(batch))
+        return torch.log_softmax(logits, dim=-1).gather(1, batch["option_tokens"])
+    places, targets = answers(batch["input_ids"], batch["option_len"])
+
+    def separately() -> Tensor:
+        return log_probs_at(model, _inputs(model, batch), places, targets)
+
+    if "packed" not in batch:
+        return separately()
+    return packing.packed_log_probs(model, batch["packed"], targets, separately)
 
 
-def _inner(model: Any) -> Any:
-    """The transformers model inside adapters and compilation."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+def _means(values: Tensor, lengths: Tensor) -> Tensor:
+    """Means of consecutive stretches: values [N] and lengths [R] give [R]."""
+    longest = int(lengths.max())
+    inside = torch.arange(longest, device=lengths.device) >= longest - lengths.unsqueeze(1)
+    return values.new_zeros(inside.shape).masked_scatter(inside, values).sum(1) / lengths
 
 
-def _accepted(cls: type) -> frozenset[str]:
-    if cls not in _ACCEPTED:
-        _ACCEPTED[cls] = frozenset(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
-    return _ACCEPTED[cls]
+def answers(input_ids: Tensor, lengths: Tensor) -> tuple[Places, Tensor]:
+    """Where the last tokens of each row are predicted, and which tokens they are.
+
+    Args:
+        input_ids: [R, T], left-padded.
+        lengths: [R] how many last tokens count.
+
+    Returns:
+        (N places, [N] tokens), row by row, N the sum of ``lengths``.
+
+    Example:
+        >>> import torch
+        >>> places, tokens = answers(torch.tensor([[4, 5, 6], [1, 7, 8]]), torch.tensor([2, 1]))
+        >>> places.row.tolist(), places.column.tolist(), tokens.tolist()
+        ([0, 0, 1], [-3, -2, -2], [5, 6, 8])
+    """
+    from_right = torch.arange(-input_ids.shape[1], 0, device=input_ids.device)
+    row, column = (from_right >= -lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    return Places(row, from_right[column] - 1), input_ids[row, column]
 
 
-_ACCEPTED: dict[type, frozenset[str]] = {}
+def ends(batch: Batch) -> Places:
+    """The last position of every row, which predicts what comes behind it."""
+    rows = torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
+    return Places(rows, torch.full_like(rows, -1))
+
+
+def _inputs(model: nn.Module, batch: Batch) -> Batch:
+    return arguments(model, batch["input_ids"], batch["attention_mask"])
 
 
 def group_sizes(num_options: Tensor) -> list[int]:

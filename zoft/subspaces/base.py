@@ -113,6 +113,11 @@ class Coordinates:
         del name
         yield start, stop
 
+    def spans(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Flat ranges of bounded size that cover elements [start, stop) of tensor ``name`` itself."""
+        for first, last in _ranges(stop - start, self._chunk(name)):
+            yield start + first, start + last
+
     def lift(self, direction: Direction, name: str, coordinates: Tensor, start: int, first: int, last: int) -> Tensor:
         """Elements [first, last) of the step in tensor ``name`` that these coordinates stand for.
 

@@ -1,0 +1,177 @@
+"""Block coordinates: some layers move while the others stand still, one block after another (MeZO-BCD, LeZO)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.errors import UserError
+from zoft.lazy import torch
+from zoft.noise import Direction, NoiseSource, key_of
+from zoft.subspaces.base import Coordinates, Subspace
+from zoft.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ORDERS = ("cyclic", "random")
+
+
+@dataclass
+class Blocks(Subspace):
+    """One block of layers moves at a time; within it every weight is its own coordinate, as in ``full``.
+
+    A layer is all that shares the first number in its tensors' names, such as model.layers.7 (in T5 encoder.block.0,
+    ..., decoder.block.0, ...). A pass over the model is cut into blocks of ``block_size`` layers, each of which moves
+    for ``interval`` steps; the last may be smaller, and what is in no layer (embeddings, final norm, head) is a block
+    of its own that ends the pass. To leave that out, as the code of MeZO-BCD does, or anything else, do not train it
+    (trainable=regex).
+
+    Args:
+        law: distribution of one direction, the same numbers as in ``full``: gaussian, rademacher (+-1), or sphere
+            (uniform over all trained weights, of which a block sees its own).
+        block_size: layers that move together, at least 1.
+        order: cyclic (the model's own order, neighbours together) or random (dealt anew for every pass).
+        interval: steps for which a block moves, at least 1.
+
+    References: Park et al. 2025 (MeZO-BCD, arXiv 2501.19099): block_size 1, and in its code random order. Wang et al.
+    2024 (LeZO, arXiv 2410.09823): random order, interval 1 and block_size (1 - rho) times the number of layers; it
+    draws every step's layers afresh, while a pass here has each of them once.
+    """
+
+    block_size: int = 1
+    order: str = "cyclic"
+    interval: int = 1
+
+    def check(self) -> None:
+        """Refuse an unknown law or order, and counts below 1."""
+        super().check()
+        self.require(self.block_size >= 1, "block_size", "at least 1")
+        self.require(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
+        self.require(self.interval >= 1, "interval", "at least 1")
+
+    def bind(self, weights: Weights, noise: str = "counter") -> BlockCoordinates:
+        """Coordinates are the elements of the tensors that move."""
+        return BlockCoordinates(weights, self.source(weights, noise), self)
+
+    def source(self, weights: Weights, noise: str) -> NoiseSource:
+        """The counter: MeZO's own stream runs over all weights, and has a seed for every direction."""
+        if noise == "torch_sequential":
+            raise UserError(
+                "noise=torch_sequential draws MeZO's directions, which move every weight: subspace=blocks needs "
+                "estimator.noise=counter"
+            )
+        return super().source(weights, noise)
+
+
+class BlockCoordinates(Coordinates):
+    """The full space restricted to the block of the step; what does not move has z = 0.
+
+    Args:
+        weights: what is trained.
+        source: where random numbers come from.
+        blocks: the component: size, order and interval.
+
+    Raises:
+        UserError: no trained tensor belongs to a numbered layer.
+
+    Example:
+        >>> weights = Weights(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
+        >>> coordinates = Blocks().bind(weights)
+        >>> [name for name in weights.tensors if coordinates.moves(Direction(0, 1), name)]
+        ['1.weight', '1.bias']
+    """
+
+    def __init__(self, weights: Weights, source: NoiseSource, blocks: Blocks) -> None:
+        super().__init__(weights, source)
+        self.blocks = blocks
+        self.layer_of = {name: layer_of(name) for name in weights.tensors}
+        self._layers = list(dict.fromkeys(layer for layer in self.layer_of.values() if layer is not None))
+        if not self._layers:
+            raise UserError(
+                "subspace=blocks moves some layers at a time, and no trained tensor has a layer's number in its name "
+                f"(they have names such as {next(iter(weights.tensors))}): use subspace=full"
+            )
+        self._outside = None in self.layer_of.values()
+        self._last: tuple[int, int, frozenset[str | None]] = (-1, -1, frozenset())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in a pass, the one of what is in no layer included."""
+        return -(-len(self._layers) // self.blocks.block_size) + self._outside
+
+    def moves(self, direction: Direction, name: str) -> bool:
+        """Whether ``name`` is in the block of the direction's step."""
+        return self.layer_of[name] in self._moving(direction)
+
+    def _moving(self, direction: Direction) -> frozenset[str | None]:
+        """The layers of the step's block; {None} is what is in no layer."""
+        index = direction.step // self.blocks.interval
+        if self._last[:2] != (direction.seed, index):
+            in_pass, position = divmod(index, self.num_blocks)
+            size = self.blocks.block_size
+            layers = self._order(direction.seed, in_pass)[position * size : (position + 1) * size]
+            self._last = (direction.seed, index, frozenset(layers) or frozenset({None}))
+        return self._last[2]
+
+    def _order(self, seed: int, in_pass: int) -> list[str]:
+        if self.blocks.order == "cyclic":
+            return self._layers
+        return sorted(self._layers, key=lambda layer: key_of(Direction(seed, in_pass), layer, role="blocks.order"))
+
+    # ---- the full space, and zeros elsewhere -------------------------------------------------------------------------
+
+    def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
+        """sum_j c_j z_j; refused where the directions might not move the same block."""
+        if len({(direction.seed, direction.step) for direction, _ in terms}) > 1:
+            raise UserError(
+                "subspace=blocks moves one block along all directions of a step, and these have a seed each: "
+                "use subspace=full with direction_seeds"
+            )
+        return super().combination(name, start, stop, terms)
+
+    def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
+        """Coordinates [start, stop) of one direction, flat, float32; zeros where the tensor does not move."""
+        if not self.moves(direction, name):
+            return torch.zeros(stop - start, device=self.weights.tensors[name].device)
+        return super().draw(direction, name, start, stop)
+
+    def z(self, direction: Direction, name: str) -> Tensor:
+        """The direction for tensor ``name``; fresh zeros, which are not kept, where it does not move."""
+        if not self.moves(direction, name):
+            return torch.zeros_like(self.weights.tensors[name], dtype=torch.float32, requires_grad=False)
+        return super().z(direction, name)
+
+    def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
+        """``out += scale * z``; nothing where the tensor does not move."""
+        if self.moves(direction, name):
+            super().add_(out, direction, name, start, scale)
+
+    def perturb(
+        self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
+    ) -> None:
+        """``outs[i] = W + scales[i] * z``; copies of W where it does not move."""
+        if self.moves(direction, name):
+            super().perturb(direction, name, start, scales, outs)
+            return
+        for out in outs:
+            out.copy_(self.weights.tensors[name].data.view(-1)[start : start + out.numel()])
+
+    def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
+        """Rows of the matrix ``name`` at theta + scale * z: [len(rows), columns], in W's dtype."""
+        if self.moves(direction, name):
+            return super().perturbed_rows(direction, name, rows, scale)
+        return self.weights.tensors[name].data[rows]
+
+
+def layer_of(name: str) -> str | None:
+    """The numbered layer that a tensor belongs to, outermost first; None outside of them.
+
+    Example:
+        >>> layer_of("model.layers.7.mlp.experts.3.up_proj.weight"), layer_of("model.norm.weight")
+        ('model.layers.7', None)
+    """
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if number is None else ".".join(parts[: number + 1])
