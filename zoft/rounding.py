@@ -64,9 +64,13 @@ class Rounding:
             return self.update
         return "master" if tensor.dim() < 2 or tensor.numel() <= SMALL else "stochastic"
 
-    def key(self, update: int, name: str) -> int:
+    def sums(self, tensor: Tensor, num_coordinates: int) -> bool:
+        """Whether the steps are summed in coordinates, :func:`round_sum`: ``auto`` does where those are fewer."""
+        return self.update == "auto" and self.way(tensor) == "stochastic" and num_coordinates < tensor.numel()
+
+    def key(self, update: int, name: str, role: str = "rounding") -> int:
         """The stream of random bits for the update of this number of tensor ``name``."""
-        return key_of(Direction(self.seed, update), name, role="rounding")
+        return key_of(Direction(self.seed, update), name, role=role)
 
 
 def has_few_bits(tensor: Tensor) -> bool:
@@ -115,6 +119,40 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, start: in
     if dtype == torch.float16:
         rounded = torch.where(values.abs() < 2.0**-14, _subnormal(values, words), rounded)
     return rounded.to(dtype)
+
+
+def round_sum(weight: Tensor, before: Tensor, after: Tensor, key: int, start: int) -> Tensor:
+    """The step by which a weight follows a sum of steps that is known in float32, from ``before`` to ``after``.
+
+    Rounding each step by itself takes a new random number each time, and the errors add up. Here the sum is rounded,
+    always with the same random number: the weight has moved by round(sum) at any time, and what is merged into it when
+    the sum begins anew has been rounded once. The sum itself need not be stored in the tensor's size: it is a product
+    of the coordinates' sum and their basis.
+
+    Args:
+        weight: bfloat16 or float16, flat: where its numbers lie, before the step.
+        before: float32, flat: the sum that the weight has followed so far; may be overwritten.
+        after: float32, flat: the sum that it is to follow; may be overwritten.
+        key: 64-bit stream key, the same for as long as the sum is.
+        start: flat index of the first weight in its tensor.
+
+    Returns:
+        float32: multiples of the weight's unit in the last place, E[result] = after - before.
+
+    Example:
+        >>> weight, sums = torch.ones(10_000).bfloat16(), [torch.full((10_000,), 1e-5 * k) for k in range(101)]
+        >>> steps = [round_sum(weight, a.clone(), b.clone(), 1, 0) for a, b in zip(sums, sums[1:])]
+        >>> moved = sum(steps)
+        >>> bool((moved > 0).float().mean() < 0.15) and bool(abs(moved.mean() - 1e-3) < 1e-4)
+        True
+    """
+    digits, lowest = (7, 34) if weight.dtype == torch.bfloat16 else (10, 113)  # smallest unit: 2^-100, 2^-24
+    exponent = weight.to(torch.float32).view(torch.int32).bitwise_and_(0x7F800000).clamp_min_(lowest << 23)
+    unit = exponent.sub_(digits << 23).view(torch.float32)
+    words = random_words(key, start, start + weight.numel(), weight.device)
+    uniform = words.bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+    there = after.div_(unit).add_(uniform).floor_()
+    return there.sub_(before.div_(unit).add_(uniform).floor_()).mul_(unit)
 
 
 def _subnormal(values: Tensor, words: Tensor) -> Tensor:

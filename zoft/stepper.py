@@ -7,6 +7,7 @@ of the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from zoft.engines.base import Session
 from zoft.errors import UserError
-from zoft.noise import Direction
+from zoft.noise import CounterNoise, Direction
 from zoft.optimizers.base import Optimizer
-from zoft.rounding import Rounding, follow_
+from zoft.rounding import Rounding, follow_, round_sum
 from zoft.subspaces.base import Coordinates
 
 
@@ -47,6 +48,27 @@ class Progress:
     seconds: float = 0.0
     seconds_forward: float = 0.0
     losses: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Sum:
+    """The steps that a tensor of few bits has taken in one basis, added up in coordinates.
+
+    Args:
+        total: float32, of the coordinates' shape: learning rate times update, summed.
+        first: the number of the first of these updates; it names the random bits.
+        direction: one of the last of these steps: it says which basis.
+    """
+
+    total: Tensor
+    first: int
+    direction: Direction
+
+    def add_(self, start: int, stop: int, update: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """Add a step to the coordinates [start, stop): the sum there before and after."""
+        here = self.total.view(-1)[start:stop]
+        before = here.clone()
+        return before, here.add_(update, alpha=lr).clone()
 
 
 class Stepper(torch.optim.Optimizer):
@@ -78,6 +100,7 @@ class Stepper(torch.optim.Optimizer):
         self.pending: list[tuple[Direction, float]] | None = None
         self.moments: dict[str, dict[str, Tensor]] = {}
         self.masters: dict[str, Tensor] = {}  # name -> float32, flat
+        self.sums: dict[str, Sum] = {}
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Apply the pending estimate; without one (a skipped step) nothing moves."""
@@ -99,24 +122,71 @@ class Stepper(torch.optim.Optimizer):
     def _move(
         self, name: str, parameter: nn.Parameter, terms: list[tuple[Direction, float]], lr: float, decay: float
     ) -> None:
+        direction = terms[0][0]
         state = self._state_of(name, parameter)
         way = self.rounding.way(parameter)
         bits = self.rounding.key(self.progress.updates, name) if way == "stochastic" else None
+        if self._is_one_addition(parameter, terms, decay):
+            self._add_direction(name, parameter, *terms[0], lr)
+            return
+        kept = self._sum_of(name, parameter, direction)
+        sum_bits = 0 if kept is None else self.rounding.key(kept.first, name, role="sum")
         for start, stop in self.coordinates.chunks(name):
             estimate = self.coordinates.combination(name, start, stop, terms)
             pieces = {key: tensor.view(-1)[start:stop] for key, tensor in state.items()}
             update = self.rule.update(estimate, pieces, self.progress.updates)
             if not lr:  # subtracting zero would turn a weight of -0.0 into +0.0
                 continue
+            ends = None if kept is None else kept.add_(start, stop, update, lr)
             for first, last in self.coordinates.pieces(name, start, stop):
-                step = self.coordinates.lift(terms[0][0], name, update, start, first, last)
                 self.session.arrive(name, first, last)
                 master = self._master_piece(name, first, last) if way == "master" else None
-                if decay:
-                    theta = self.session.piece(name, first, last) if master is None else master
-                    step = step.add_(theta.to(step.dtype) * decay)
-                self.session.apply_(name, first, last, step.mul_(lr), bits, master)
+                theta = self.session.piece(name, first, last) if master is None else master
+                if ends is None:
+                    step = self.coordinates.lift(direction, name, update, start, first, last)
+                    if decay:
+                        step = step.add_(theta.to(step.dtype) * decay)
+                    step = step.mul_(lr)
+                else:
+                    before, after = (self.coordinates.lift(direction, name, c, start, first, last) for c in ends)
+                    step = round_sum(theta, before, after, sum_bits, first)
+                    if decay:
+                        step = step.add_(theta.to(step.dtype) * (decay * lr))
+                self.session.apply_(name, first, last, step, bits, master)
                 self.session.depart(name, first, last)
+
+    def _sum_of(self, name: str, parameter: nn.Parameter, direction: Direction) -> Sum | None:
+        """The sum of the steps in the basis of this direction, where one is kept."""
+        shape = self.coordinates.shape(name)
+        if not self.rounding.sums(parameter, math.prod(shape)):
+            return None
+        kept = self.sums.get(name)
+        if kept is None or self._basis_is_new(name, kept, direction):
+            total = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+            kept = self.sums[name] = Sum(total, self.progress.updates, direction)
+        kept.direction = direction
+        return kept
+
+    def _basis_is_new(self, name: str, kept: Sum, direction: Direction) -> bool:
+        """Whether coordinates stand for something else than they did; a subspace that carries nothing over has one."""
+        transport = getattr(self.coordinates, "transport", None)
+        return transport is not None and transport(name, kept.total, kept.direction, direction) is not kept.total
+
+    def _is_one_addition(self, parameter: nn.Parameter, terms: list[tuple[Direction, float]], decay: float) -> bool:
+        """Whether the step is a multiple of one direction and can be made while it is added: the cheapest update.
+
+        MeZO's own numbers have roundings in between.
+        """
+        linear = self.rule.hands_back and len(terms) == 1 and not decay
+        return linear and parameter.dtype == torch.float32 and isinstance(self.coordinates.source, CounterNoise)
+
+    def _add_direction(
+        self, name: str, parameter: nn.Parameter, direction: Direction, coefficient: float, lr: float
+    ) -> None:
+        for first, last in self.coordinates.spans(name, 0, parameter.numel()) if lr else ():
+            self.session.arrive(name, first, last)
+            self.coordinates.add_(self.session.piece(name, first, last), direction, name, first, -lr * coefficient)
+            self.session.depart(name, first, last)
 
     def _master_piece(self, name: str, first: int, last: int) -> Tensor:
         """A view of the master of the flat piece [first, last), which is the weight itself where it is none of ours."""
@@ -141,6 +211,7 @@ class Stepper(torch.optim.Optimizer):
             "progress": asdict(self.progress),
             "state": moments,
             "masters": dict(self.masters),
+            "sums": {name: asdict(kept) for name, kept in self.sums.items()},
             "param_groups": groups,
         }
 
@@ -161,6 +232,11 @@ class Stepper(torch.optim.Optimizer):
             name: master.to(tensors[name].device, torch.float32).clone()
             for name, master in state_dict.get("masters", {}).items()
             if self.rounding.way(tensors[name]) == "master"
+        }
+        self.sums = {  # without one the sum begins anew: what went before it has been written
+            name: Sum(kept["total"].to(tensors[name].device).clone(), kept["first"], Direction(**kept["direction"]))
+            for name, kept in state_dict.get("sums", {}).items()
+            if self.rounding.sums(tensors[name], kept["total"].numel())
         }
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)

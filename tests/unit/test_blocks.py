@@ -1,4 +1,4 @@
-"""Blocks of layers: found by name, each once a pass, the same for all directions of a step, the full space's numbers."""
+"""Blocks of layers: found by name, each once a pass, one for all directions of a step, and the full space's numbers."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_refusals_say_what_works():
         Blocks().bind(Weights(six()), "torch_sequential")
     with pytest.raises(UserError, match=r"blocks.order must be one of cyclic, random, got 'sorted'"):
         Blocks(order="sorted")
-    with pytest.raises(UserError, match="blocks.block_size must be at least 1, got 0"):
+    with pytest.raises(UserError, match=r"blocks.block_size must be at least 1, got 0"):
         Blocks(block_size=0)
-    with pytest.raises(UserError, match="blocks.interval must be at least 1, got 0"):
+    with pytest.raises(UserError, match=r"blocks.interval must be at least 1, got 0"):
         Blocks(interval=0)

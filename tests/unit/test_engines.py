@@ -173,7 +173,7 @@ def test_a_step_that_is_cut_short_leaves_weights_at_no_point(monkeypatch):
     model = tiny_opt()
     session, batch = bind(InPlace("subtract"), model), batch_for(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    stepper = Stepper([{"params": list(model.parameters()), "weight_decay": 0.0}], SGD(), session, 0.0)
+    stepper = Stepper([{"params": list(model.parameters()), "weight_decay": 1e-9}], SGD(), session, 0.0)
     session.losses_before_update(batch, [Point(D, 1e-2), Point(D, -1e-2)])
     session.expect(Point(Direction(1, 1, 0), 1e-2))
     stepper.param_groups[0]["lr"] = 1e-9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import CAUSAL, PAD, VOCAB, tiny_llama
+from tests.models import CAUSAL, DECODERS, PAD, VOCAB, tiny_llama
 from zoft.data.tokens import OptionCollator
 from zoft.objectives.cross_entropy import CrossEntropy
 from zoft.objectives.options import Options, gold_of, group_sizes
@@ -27,6 +27,9 @@ def row(prompt: int, options: list[int], label: int, seed: int) -> dict:
 
 SINGLE = [row(6, [1, 1], 0, 1), row(3, [1, 1], 1, 2), row(9, [1, 1], 1, 3)]
 UNEQUAL = [row(6, [1, 3], 1, 4), row(3, [2, 1, 4], 2, 5), row(8, [2], 0, 6), row(5, [1, 1], 0, 7)]
+LONG = [row(14, [2, 3, 2], 1, 8), row(9, [3, 2, 3], 0, 9), row(12, [1, 2], 1, 10)]  # packed behind one context
+
+rows_of_each_kind = pytest.mark.parametrize("rows", [SINGLE, UNEQUAL, LONG], ids=["single", "unequal", "long"])
 
 
 def naive_scores(model, rows) -> list[list[torch.Tensor]]:
@@ -41,17 +44,17 @@ def naive_scores(model, rows) -> list[list[torch.Tensor]]:
     return scores
 
 
-@pytest.mark.parametrize("rows", [SINGLE, UNEQUAL], ids=["single", "unequal"])
-@pytest.mark.parametrize("family", CAUSAL)
+@rows_of_each_kind
+@pytest.mark.parametrize("family", DECODERS)
 def test_options_equal_the_naive_version(family, rows):
-    model = CAUSAL[family]()
+    model = DECODERS[family]()
     means = [[s.mean() for s in example] for example in naive_scores(model, rows)]
     losses = [-torch.log_softmax(torch.stack(m), 0)[r["label"]] for m, r in zip(means, rows, strict=True)]
     for collate in (COLLATE, PER_OPTION):
         batch = collate(rows)
         with torch.no_grad():
             loss, scores, gold = Options().predict(model, batch)
-            assert torch.equal(Options().loss(model, batch), loss)
+            torch.testing.assert_close(Options().loss(model, batch), loss, rtol=1e-6, atol=0)
         torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
         assert gold.tolist() == [r["label"] for r in rows]
         assert Options().num_terms(batch) == len(rows)
@@ -62,16 +65,16 @@ def test_options_equal_the_naive_version(family, rows):
         assert scores.argmax(1).tolist() == [int(torch.stack(m).argmax()) for m in means]
 
 
-@pytest.mark.parametrize("rows", [SINGLE, UNEQUAL], ids=["single", "unequal"])
-@pytest.mark.parametrize("family", CAUSAL)
+@rows_of_each_kind
+@pytest.mark.parametrize("family", DECODERS)
 def test_cross_entropy_equals_the_naive_version(family, rows):
-    model = CAUSAL[family]()
+    model = DECODERS[family]()
     gold = [example[r["label"]] for example, r in zip(naive_scores(model, rows), rows, strict=True)]
     for collate in (COLLATE, PER_OPTION):
         batch = collate(rows)
         with torch.no_grad():
             loss, scores, labels = CrossEntropy().predict(model, batch)
-            torch.testing.assert_close(CrossEntropy().loss(model, batch), loss)
+            torch.testing.assert_close(CrossEntropy().loss(model, batch), loss, rtol=1e-6, atol=0)
             assert torch.equal(scores, Options().predict(model, batch)[1])
         torch.testing.assert_close(
             loss, -torch.cat(gold).mean(), rtol=1e-5, atol=1e-6
@@ -85,6 +88,7 @@ def test_both_layouts_agree():
     one, two = COLLATE(SINGLE), PER_OPTION(SINGLE)
     assert "option_tokens" in one
     assert "option_tokens" not in two
+    assert "packed" not in two
     with torch.no_grad():
         for objective in (Options(), CrossEntropy()):
             torch.testing.assert_close(objective.loss(model, one), objective.loss(model, two), rtol=1e-5, atol=1e-6)
@@ -106,26 +110,54 @@ def test_group_sizes_and_gold():
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_last_logits_are_those_of_the_unpadded_rows(family):
-    model = CAUSAL[family]()
-    batch = COLLATE(SINGLE)
-    with torch.no_grad():
-        logits = last_logits(model, batch["input_ids"], batch["attention_mask"], 2)
-        assert logits.shape == (3, 2, VOCAB)
-        for i, example in enumerate(SINGLE):
-            wanted = model(torch.tensor([example["sequences"][0][:-1]])).logits[0, -2:]
-            torch.testing.assert_close(logits[i], wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", CAUSAL)
-def test_the_head_sees_the_last_positions_only(family):
+def test_the_head_sees_only_what_counts(family):
     model = CAUSAL[family]()
     seen = []
-    model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
-    batch = COLLATE(SINGLE)
+    model.get_output_embeddings().register_forward_hook(lambda _m, _args, output: seen.append(output.shape[:2].numel()))
+    per_option, single = PER_OPTION(UNEQUAL), COLLATE(SINGLE)
     with torch.no_grad():
-        last_logits(model, batch["input_ids"], batch["attention_mask"], 1)
-    assert seen == [1]
+        Options().loss(model, single)  # finds out about the head
+        for objective, batch, wanted in (
+            (Options(), single, len(SINGLE)),
+            (CrossEntropy(), single, len(SINGLE)),
+            (Options(), per_option, sum(sum(r["lengths"]) for r in UNEQUAL)),
+            (CrossEntropy(), per_option, sum(r["lengths"][r["label"]] for r in UNEQUAL)),
+        ):
+            seen.clear()
+            objective.loss(model, batch)
+            assert seen == [wanted]
+
+
+def test_a_loss_over_options_reads_their_rows_of_the_head_alone():
+    model = tiny_llama()
+    batch, head = COLLATE(SINGLE), model.get_output_embeddings()
+    with torch.no_grad():
+        loss, scores = Options().predict(model, batch)[:2]
+        chosen = batch["option_tokens"].unique()
+        others = [token for token in range(VOCAB) if token not in chosen]
+        head.weight[others] = torch.nan
+        torch.testing.assert_close(Options().loss(model, batch), loss, rtol=1e-6, atol=0)
+        assert bool(Options().predict(model, batch)[1].isnan().all())  # scores are over the whole vocabulary
+    assert bool((scores < 0).all())
+
+
+def test_scores_mean_the_same_in_both_layouts():
+    model = tiny_llama()
+    with torch.no_grad():
+        one, two = (Options().predict(model, collate(SINGLE))[1] for collate in (COLLATE, PER_OPTION))
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_no_cache_is_built():
+    model = tiny_llama()
+    model.config.use_cache = True
+    told = []
+    model.register_forward_pre_hook(lambda _m, _args, kwargs: told.append(kwargs["use_cache"]), with_kwargs=True)
+    for objective in (Options(), CrossEntropy()):
+        for rows in (SINGLE, LONG):
+            objective.predict(model, COLLATE(rows))
+            objective.loss(model, COLLATE(rows))
+    assert set(told) == {False}
 
 
 def test_losses_are_float32_scalars_in_low_precision_and_through_an_adapter():

@@ -10,6 +10,7 @@ from zoft.component import Component
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.lazy import torch
+from zoft.noise import prepare
 from zoft.rounding import round_stochastically
 from zoft.subspaces.base import Coordinates
 
@@ -48,6 +49,8 @@ class Session:
         self.coordinates = coordinates
         self.weights = coordinates.weights
         self.objective = objective
+        for device in {tensor.device for tensor in self.weights.tensors.values()}:
+            prepare(self.weights.num_elements, device)
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         """The objective at each point; the weights are what they were before, also when the objective raises.

@@ -62,7 +62,8 @@ def _is_served(model: nn.Module, inputs: Inputs) -> bool:
     counted = "num_items_in_batch" in inputs  # some classes take it and do not use it
     known = _agrees.setdefault(model, {})
     if counted not in known:
-        agrees = _compare(model, inputs) if trials_allowed() else None
+        with torch.no_grad():
+            agrees = _compare(model, inputs) if trials_allowed() else None
         if agrees is None:
             return False
         known[counted] = agrees

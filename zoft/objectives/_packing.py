@@ -77,7 +77,7 @@ def packed_log_probs(
         _refuse(model, error)
         return plain
     if not close(found, plain, tolerance_of(model)):
-        _refuse(model, f"their scores would be off by {float((found - plain).abs().max()):.2g}")
+        _refuse(model, f"their scores would be off by {float((found - plain).detach().abs().max()):.2g}")
         return plain
     _checked.setdefault(model, set()).add(_size(packed))
     return found  # as every later call: a resumed run, which compares again, must find the same bits

@@ -84,7 +84,8 @@ def served(model: nn.Module, inputs: Inputs, places: Places) -> Served:
     if not is_known(model):
         head = head_of(model)
         plainly = Served(head, _vocabulary(model, head))
-        found = _examine(model, inputs, places, plainly) if trials_allowed() else None
+        with torch.no_grad():
+            found = _examine(model, inputs, places, plainly) if trials_allowed() else None
         if found is None:
             return plainly
         _known[model] = found
@@ -113,7 +114,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     """Whether two ways of computing the same numbers agree; where one has a NaN they do not."""
     if found.shape != wanted.shape:
         return False
-    return float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+    return bool((found.detach() - wanted.detach()).abs().max() <= tolerance * wanted.detach().abs().max())
 
 
 def piece_of(inputs: Inputs, places: Places, vocabulary: int) -> tuple[Inputs, Places]:

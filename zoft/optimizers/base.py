@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from zoft.component import Component
 
@@ -21,6 +21,9 @@ class Optimizer(Component):
         learning_rate: step size; None takes the training arguments' ``learning_rate``.
         weight_decay: decoupled decay per unit of learning rate; None takes the training arguments' ``weight_decay``.
     """
+
+    hands_back: ClassVar[bool] = False
+    """Whether :meth:`update` hands the gradient back as it is, so that a step can be made while it is added."""
 
     learning_rate: float | None = None
     weight_decay: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from zoft.optimizers.base import Optimizer
 
@@ -21,6 +21,8 @@ class SGD(Optimizer):
 
     References: Malladi et al. 2023 (MeZO), Algorithm 1.
     """
+
+    hands_back: ClassVar[bool] = True
 
     def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The gradient."""

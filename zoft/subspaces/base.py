@@ -95,11 +95,11 @@ class Coordinates:
         (first, coefficient), *rest = terms
         total = self.draw(first, name, start, stop).mul_(coefficient)
         for direction, coefficient in rest:
-            self._add_coordinates_(total, direction, name, start, coefficient)
+            if self.keeps:
+                total.add_(self.draw(direction, name, start, stop).mul_(coefficient))
+            else:
+                self.source.add_(total, direction, name, start, coefficient)
         return total
-
-    def _add_coordinates_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
-        out.add_(self.draw(direction, name, start, start + out.numel()).mul_(scale))
 
     # ---- tensors: what an engine sees --------------------------------------------------------------------------------
 
@@ -155,7 +155,10 @@ class Coordinates:
 
         The arithmetic is that of ``out.add_(z.mul_(scale))`` in z's dtype.
         """
-        out.add_(self.draw(direction, name, start, start + out.numel()).mul_(scale))
+        if self.keeps or out.dtype != torch.float32:
+            out.add_(self.draw(direction, name, start, start + out.numel()).mul_(scale))
+        else:
+            self.source.add_(out, direction, name, start, scale)
 
     def perturb(
         self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
