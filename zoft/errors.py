@@ -16,6 +16,11 @@ class UserError(ValueError):
     """
 
 
+class OutOfMemoryError(UserError, RuntimeError):
+    """A query did not fit; the weights are what they were. A RuntimeError, as torch's own: who halves batches waits
+    for one (``auto_find_batch_size``)."""
+
+
 class NonFiniteLossError(RuntimeError):
     """Too many steps in a row had a non-finite loss; the weights are untouched by them; exit code 1."""
 

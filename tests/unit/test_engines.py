@@ -15,7 +15,7 @@ from zoft.engines.forward_mode import ForwardMode
 from zoft.engines.in_place import InPlace, _CopySession, _SubtractSession
 from zoft.engines.layerwise import Layerwise
 from zoft.engines.side_path import SidePath
-from zoft.errors import UserError
+from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators import Point
 from zoft.estimators.central import Central
 from zoft.estimators.forward_gradient import ForwardGradient
@@ -500,3 +500,62 @@ def test_a_step_is_rounded_once(dtype):
     assert torch.equal(layer.weight.data.view(-1)[3:43], wanted)
     assert torch.equal(layer.weight.data.view(-1)[:3], before.view(-1)[:3])
     assert torch.equal(layer.weight.data.view(-1)[43:], before.view(-1)[43:])
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    ("engine", "knob"),
+    [
+        (Layerwise(piece_mb=3), r"engine.piece_mb \(now 3\)"),
+        (SidePath(tokens_in_flight=7), r"engine.tokens_in_flight \(now 7\)"),
+        (InPlace("copy"), "engine=layerwise"),
+        (InPlace("subtract"), "task.max_length"),
+        (ForwardMode(), "estimator=central"),
+    ],
+    ids=lambda value: value.name() if isinstance(value, InPlace | Layerwise | SidePath | ForwardMode) else "",
+)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), MemoryError()]
+)
+def test_running_out_of_memory_names_what_to_lower_and_leaves_the_weights(engine, knob, error):
+    model, calls = tiny_llama(), []
+    derivative = isinstance(engine, ForwardMode)
+
+    def objective(batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return model(**batch).loss
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    points = [Point(D, 0 if derivative else s * 1e-2, derivative) for s in (1, -1)]
+    with pytest.raises(OutOfMemoryError, match=f"(?i)out of memory.*weights are what they were.*{knob}"):
+        bind(engine, model, objective).losses(batch_for(model), points)
+    for name, parameter in model.named_parameters():
+        assert float((parameter.data - before[name]).abs().max()) < 1e-6, name
+
+
+def test_other_errors_stay_what_they_are():
+    model = tiny_llama()
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit$") as caught:
+        bind(Layerwise(), model, lambda _: (_ for _ in ()).throw(RuntimeError("shapes do not fit"))).losses({}, POINTS)
+    assert not isinstance(caught.value, OutOfMemoryError)
+
+
+def test_a_module_that_runs_twice_is_named_and_moves_once(caplog):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.again(self.again(self.first(x)))
+
+    model, x = Twice(), torch.ones(1, 3)
+    session = bind(Layerwise(), model, lambda batch: model(batch).sum())
+    with caplog.at_level(logging.WARNING):
+        losses = session.losses(x, POINTS)
+    assert "1 modules run more than once in a forward (the one with again.weight)" in caplog.text
+    torch.testing.assert_close(losses, bind(InPlace("copy"), model, session.objective).losses(x, POINTS))

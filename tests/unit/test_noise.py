@@ -169,7 +169,7 @@ def test_neighbouring_elements_are_uncorrelated(law, lag):
 
 @pytest.mark.parametrize("neighbours", ["steps", "probes", "seeds", "tensors"])
 def test_bits_of_neighbouring_streams_agree_as_often_as_chance_has_it(neighbours):
-    """900 standardised correlations of 32,768 bits, at lags of -1, 0 and 1 word: of normal spread, kurtosis and tail."""
+    """900 standardised correlations of 32,768 bits, at lags of -1, 0 and 1 word: of a normal spread and tail."""
     names = {
         "steps": lambda i: (Direction(3, i), "w"),
         "probes": lambda i: (Direction(3, 1, i), "w"),

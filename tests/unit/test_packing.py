@@ -92,11 +92,11 @@ def test_single_tokens_need_no_branches():
 def test_rows_are_packed_where_that_saves(monkeypatch):
     assert pack([row(2, [9, 9], 0, 1)], PAD) is None  # 18 of 22 cells
     assert pack([row(9, [3, 3], 0, 1)], PAD) is not None  # 13 of 24
-    monkeypatch.setattr(data, "MAX_MASK", 13 * 13 - 1)
-    assert pack([row(9, [3, 3], 0, 1)], PAD) is None
     assert "packed" in COLLATE(LONG)
     assert "packed" not in SEPARATE(LONG)
     assert "packed" not in COLLATE([row(6, [1, 1], 0, 1)])  # one row a prompt already
+    monkeypatch.setattr(data, "MAX_MASK", 13 * 13 - 1)
+    assert pack([row(9, [3, 3], 0, 1)], PAD) is None
 
 
 # -------------------------------------------------------------------------------------------------------------- scores

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from zoft.compiled import cpu
-from zoft.compiled.inductor import InductorKernels
 from zoft.compiled.kernels import Kernels
 from zoft.errors import UserError
 
@@ -23,7 +21,8 @@ MODES = ("auto", "always", "never")
 
 # Trained elements from which a hundred steps pay for the compiler. CPU, measured: building takes 0.5 s of one core,
 # once a machine (a built library loads in milliseconds and always pays), and a step of a pair saves 5 ns an element.
-# CUDA, estimated: inductor and Triton take some 20 s in every process, and a step saves perhaps 0.5 ns an element.
+# CUDA, estimated and not measured: inductor and Triton take some 20 s in every process, and a step saves some 0.1 s of
+# launches (40 a tensor and pass, of which one is left) and 0.1 to 0.5 ns of memory traffic an element.
 WORTH_BUILDING = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 _active: dict[str, Kernels] = {}
@@ -58,7 +57,7 @@ def prepare(num_elements: int, device: torch.device, agrees: Callable[[Kernels],
     elif kind not in WORTH_BUILDING:
         _why[kind] = f"there is no compiled noise for {kind}"
     elif kind not in _active and kind not in _broken:
-        if mode == "always" or num_elements >= WORTH_BUILDING[kind] or (kind == "cpu" and cpu.library().exists()):
+        if mode == "always" or num_elements >= WORTH_BUILDING[kind] or _is_built(kind):
             _activate(device, agrees)
         else:
             _why[kind] = f"{num_elements:,} elements: fewer than pay for compiling (ZOFT_COMPILE=always does)"
@@ -84,10 +83,18 @@ def _kind(device: torch.device | str) -> str:
     return device.split(":")[0] if isinstance(device, str) else device.type
 
 
+def _is_built(kind: str) -> bool:
+    from zoft.compiled import cpu
+
+    return kind == "cpu" and cpu.library().exists()
+
+
 def _activate(device: torch.device, agrees: Callable[[Kernels], bool]) -> None:
+    from zoft.compiled import cpu, inductor  # here, for whoever only asks for help reads this file too
+
     kind = device.type
     try:
-        found = cpu.load() if kind == "cpu" else InductorKernels(device)
+        found = cpu.load() if kind == "cpu" else inductor.InductorKernels(device)
         if not agrees(found):
             raise RuntimeError(f"what {found.about} made of it gives other numbers than the eager code")
         if found.failure:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.component import Component
-from zoft.errors import UserError
+from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.lazy import torch
 from zoft.noise import prepare
@@ -130,6 +131,20 @@ class Session:
         """One evaluation of the objective at the weights as they are: float32 scalar on the CPU, no graph."""
         with torch.inference_mode():
             return self.objective(batch).detach().to("cpu", torch.float32)
+
+
+@contextmanager
+def memory_errors_say(mend: str) -> Iterator[None]:
+    """An error for want of memory goes on with ``mend`` behind it: what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        told = str(error).strip().split("\n")[0] or "out of memory"
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in told:
+            raise
+        raise OutOfMemoryError(
+            f"{told} The weights are what they were. Lower trainer.per_device_train_batch_size, or {mend}"
+        ) from error
 
 
 def refuse_derivatives(points: Sequence[Point], engine: str) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoft.engines.base import Engine, Objective, Session
+from zoft.engines.base import Engine, Objective, Session, memory_errors_say
 from zoft.errors import UserError
 from zoft.estimators.base import Point
 from zoft.lazy import torch
@@ -36,6 +36,10 @@ class _ForwardModeSession(Session):
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         if any(point.direction is not None and not point.derivative for point in points):
             raise UserError("engine=forward_mode computes exact derivatives: use estimator=forward_gradient with it")
+        with memory_errors_say("use estimator=central: it carries no tangents, and needs no z of every tensor at once"):
+            return self._losses(batch, points)
+
+    def _losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         results: list[Tensor | None] = []
         clean: Tensor | None = None
         for point in points:

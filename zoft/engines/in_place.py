@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoft.engines.base import Engine, Objective, Session, refuse_derivatives
+from zoft.engines.base import Engine, Objective, Session, memory_errors_say, refuse_derivatives
 from zoft.errors import UserError
 from zoft.estimators.base import Point
 from zoft.lazy import torch
@@ -57,6 +57,10 @@ class _CopySession(Session):
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         refuse_derivatives(points, "in_place")
+        with memory_errors_say("use engine=layerwise: a copy of what is trained is kept for engine.restore=copy"):
+            return self._losses(batch, points)
+
+    def _losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         saved = {name: tensor.data.clone() for name, tensor in self.weights.tensors.items()}
         results = []
         try:
@@ -96,9 +100,10 @@ class _SubtractSession(Session):
         refuse_derivatives(points, "in_place")
         results = []
         try:
-            for point in points:
-                self._walk(point)
-                results.append(self.evaluate(batch))
+            with memory_errors_say("task.max_length"):
+                for point in points:
+                    self._walk(point)
+                    results.append(self.evaluate(batch))
         except BaseException:
             self.come_back()
             raise

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from zoft.engines.base import Engine, Objective, Session, refuse_derivatives
+from zoft.engines.base import Engine, Objective, Session, memory_errors_say, refuse_derivatives
 from zoft.engines.lockstep import Lockstep
 from zoft.engines.reads import Brought, Reads, asks_no_values, watching
 from zoft.engines.scratch import Lease, Scratch
@@ -89,9 +89,13 @@ class LayerwiseSession(Session):
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         refuse_derivatives(points, self.name)
         self._compiled = _is_compiled(self.model)
-        with self._hooks(), torch.inference_mode():
+        with memory_errors_say(self.what_to_lower()), self._hooks(), torch.inference_mode():
             results = self._losses(batch, points)
         return torch.stack(results)
+
+    def what_to_lower(self) -> str:
+        """The setting of this engine that bounds its memory, for somebody who ran out of it."""
+        return f"engine.piece_mb (now {self.piece_bytes >> 20})"
 
     def _losses(self, batch: Any, points: Sequence[Point]) -> list[Tensor]:
         if self._whole_forward is None:
@@ -292,7 +296,21 @@ class LayerwiseSession(Session):
                 "move at random: exclude them with trainable=regex.",
                 *(self.name, len(self._whole_forward), names),
             )
+        self._name_shared_modules()
         return bool(self._whole_forward)
+
+    def _name_shared_modules(self) -> None:
+        """A module that runs several times a forward moves once, and costs its z each time."""
+        runs = {module: self._side.visits[id(module)] for module in self.weights.owners}
+        once = min((count for count in runs.values() if count), default=0)  # or once for every micro-batch
+        shared = [held[0][1] for module, held in self.weights.owners.items() if runs[module] > once]
+        if shared:
+            names = ", ".join(shared[:5]) + (" ..." if len(shared) > 5 else "")
+            log.warning(
+                "engine=%s: %d modules run more than once in a forward (the one with %s): their weights move once, "
+                "together, and their directions are made each time",
+                *(self.name, len(shared), names),
+            )
 
 
 def _may_be_compiled() -> bool:

@@ -75,6 +75,9 @@ class _SidePathSession(LayerwiseSession):
         self._factors.clear()
         return super().losses(batch, points)
 
+    def what_to_lower(self) -> str:
+        return f"engine.tokens_in_flight (now {self.tokens_in_flight}), or {super().what_to_lower()}"
+
     # ---- which points go together ------------------------------------------------------------------------------------
 
     def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:
