@@ -106,8 +106,8 @@ ALL_Q = (1, 8, 16)
 PRESETS = {
     ("cpu", "micro"): [Plan("micro", 2, 8, (1, 2), 0.3, ("gaussian", "low_rank", "lora"))],
     ("cpu", "small"): [
-        Plan("small", qs=ALL_Q, seconds=8),
-        Plan("opt_125m", seconds=15, variants=("gaussian", "rademacher", "low_rank", "lora")),
+        Plan("small", qs=ALL_Q, seconds=6),
+        Plan("opt_125m", seconds=12, variants=("gaussian", "rademacher", "low_rank", "lora")),
     ],
     ("cpu", "full"): [
         *(Plan("small", rows, tokens, ALL_Q, 45) for rows, tokens in ((4, 32), (16, 64))),
@@ -468,8 +468,9 @@ def main() -> None:
             measure(plan, args, result)
             result["slopes"] = slopes_of(result["cases"])
             store(result, args.output)
-    for variant in dict.fromkeys(case["variant"] for case in result["cases"]):
-        result["endurance"].append(endurance(variant, args))
+    of_each = "variant" if args.preset == "full" else "engine"
+    for case in {case[of_each]: case for case in reversed(result["cases"])}.values():
+        result["endurance"].append(endurance(case["variant"], args))
     store(result, args.output)
     print(f"{table(result)}\n\nstored: step.json, step.txt and step.png in {args.output}")
 

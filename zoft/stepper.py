@@ -125,12 +125,13 @@ class Stepper(torch.optim.Optimizer):
         direction = terms[0][0]
         state = self._state_of(name, parameter)
         way = self.rounding.way(parameter)
-        bits = self.rounding.key(self.progress.updates, name) if way == "stochastic" else None
         if self._is_one_addition(parameter, terms, decay):
             self._add_direction(name, parameter, *terms[0], lr)
             return
         kept = self._sum_of(name, parameter, direction)
         sum_bits = 0 if kept is None else self.rounding.key(kept.first, name, role="sum")
+        rounds = way == "stochastic" and (kept is None or decay)  # what a sum says can be written as it is
+        bits = self.rounding.key(self.progress.updates, name) if rounds else None
         for start, stop in self.coordinates.chunks(name):
             estimate = self.coordinates.combination(name, start, stop, terms)
             pieces = {key: tensor.view(-1)[start:stop] for key, tensor in state.items()}

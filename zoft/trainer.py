@@ -203,7 +203,7 @@ class ZOMixin(LossAveraging):
         for rows in (by_length[length] for length in sorted(by_length)):
             for start in range(0, len(rows), group):
                 batch = self._prepare_inputs(self.data_collator(rows[start : start + group]))
-                with torch.no_grad(), self.compute_loss_context_manager():
+                with torch.no_grad(), self.compute_loss_context_manager(), no_trials():  # one call, of this batch
                     self.frozen_prefix.fill(functools.partial(self.compute_loss, self.model, batch))
                 done += len(rows[start : start + group])
                 yield done

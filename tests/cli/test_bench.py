@@ -79,11 +79,8 @@ def test_slopes_and_endurance(run):
         ("low_rank", 2),
         ("lora", 2),
     ]
-    assert [(one["variant"], one["steps"]) for one in result["endurance"]] == [
-        ("gaussian", 20),
-        ("low_rank", 20),
-        ("lora", 20),
-    ]
+    assert {one["engine"] for one in result["endurance"]} == {case["engine"] for case in result["cases"]}
+    assert all(one["steps"] == 20 for one in result["endurance"])
     assert all(one["ratio"] == pytest.approx(one["last_ms"] / one["first_ms"]) for one in result["endurance"])
 
 

@@ -146,18 +146,24 @@ def test_the_numbers_are_those_of_the_full_space(law):
             assert torch.equal(blocks.z(direction, name), wanted)
 
 
-def test_what_does_not_move_is_not_drawn_nor_kept(monkeypatch):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_does_not_move_is_not_drawn_nor_kept(keeps, monkeypatch):
     coordinates = bound()
-    drawn, real = [], coordinates.source.draw
-    monkeypatch.setattr(coordinates.source, "draw", lambda d, name, *rest: drawn.append(name) or real(d, name, *rest))
+    coordinates.keeps = keeps
+    drawn, source = [], coordinates.source
+    for way in ("draw", "add_", "perturb"):
+        real = getattr(source, way)
+        monkeypatch.setattr(source, way, lambda *args, real=real: drawn.append(args) or real(*args))
     direction = Direction(0, 2)
     for name, tensor in coordinates.weights.tensors.items():
         coordinates.z(direction, name)
         coordinates.draw(direction, name, 0, 2)
+        coordinates.combination(name, 0, 2, [(direction, 1.0), (Direction(0, 2, 1), 1.0)])
         coordinates.add_(torch.zeros(2), direction, name, 0, 1.0)
         coordinates.perturb(direction, name, 0, [1.0], [torch.empty(tensor.numel())])
-    assert set(drawn) == {"layers.2.weight", "layers.2.bias"}
-    assert {name for _, name in coordinates._kept} == {"layers.2.weight", "layers.2.bias"}
+    moved = {"layers.2.weight", "layers.2.bias"}
+    assert {value for args in drawn for value in args if isinstance(value, str)} == moved
+    assert {name for _, name in coordinates._kept} == (moved if keeps else set())
 
 
 def test_a_weight_that_does_not_move_is_handed_over_to_the_bit():

@@ -39,7 +39,7 @@ def close(found, wanted):
 @pytest.fixture
 def told(caplog):
     caplog.set_level(logging.INFO, logger="zoft.objectives")
-    return lambda: [record.getMessage() for record in caplog.records]
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("zoft")]
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -213,6 +213,22 @@ def test_neither_a_query_nor_a_step_makes_more_than_a_piece_at_a_time(monkeypatc
     assert max(piece.numel() for piece in made) <= 100
 
 
+def test_adding_is_one_addition(monkeypatch):
+    """engine=in_place reads from the version of a piece what an interrupt has left undone."""
+    monkeypatch.setattr(low_rank, "_PIECE", 50)
+    piece = Model().w.data.view(-1)[7:500]
+    bound().add_(piece, D, "w", 7, 1.0)
+    assert piece._version == 1
+
+
+def test_it_is_said_where_nothing_is_of_low_rank(caplog):
+    bound(nn.LayerNorm(8))
+    assert "no trained tensor has more than rank=2 rows and columns" in caplog.text
+    caplog.clear()
+    bound()
+    assert not caplog.text
+
+
 def test_rows_of_a_table_need_their_own_rows_of_u_only(monkeypatch):
     coordinates = bound(nn.Embedding(1000, 16))
     rows = torch.tensor([999, 3, 3])

@@ -40,7 +40,7 @@ def plainly(model, batch) -> torch.Tensor:
 @pytest.fixture
 def told(caplog):
     caplog.set_level(logging.INFO, logger="zoft")
-    return lambda: [record.getMessage() for record in caplog.records]
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("zoft")]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ PACKABLE = {family: make for family, make in DECODERS.items() if family != "bloo
 @pytest.fixture
 def told(caplog):
     caplog.set_level(logging.INFO, logger="zoft")
-    return lambda: [record.getMessage() for record in caplog.records]
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("zoft")]
 
 
 # ------------------------------------------------------------------------------------------------------ rows to tensors

@@ -292,9 +292,9 @@ def test_weights_that_somebody_else_has_written_stay_written_under_a_sum():
     run = Run(torch.bfloat16, "auto", **LOW_RANK).wander(range(10))
     run.layer.weight.data.fill_(1.0)
     run.wander(range(10, 12))
-    unit = 2.0**-7
-    assert {round(x / unit) for x in (run.layer.weight.detach().float() - 1).unique().tolist()} <= {-1, 0, 1}
-    assert float(run.layer.weight.detach().float().mean() - 1) == pytest.approx(0, abs=1e-4)
+    off = run.layer.weight.detach().float() - 1
+    assert float(off.abs().max()) <= 2 * 2.0**-7  # a unit in the last place a step, of a few weights
+    assert float(off.mean()) == pytest.approx(0, abs=1e-4)
 
 
 def test_decay_beside_a_sum():
@@ -335,27 +335,33 @@ def curve(trainer: ZOTrainer) -> Tensor:
     return torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])
 
 
-@pytest.mark.parametrize("dtype", LOW)
-def test_the_loss_curve_is_that_of_float32(dtype, tmp_path):
-    """A head, an output projection and norms learn a pattern: 3.9 nats to 1.1 in 120 steps, 0.02 apart at most."""
-    given = {"trained": ("lm_head", "norm", "o_proj", "down_proj"), "learning_rate": 1e-2, "max_steps": 120}
+def test_the_loss_curve_is_that_of_float32(tmp_path):
+    """A head, projections and norms learn a pattern: from 4.1 to 1.25 nats in 100 steps, on one curve.
+
+    Measured, largest difference of ten points: bfloat16 0.0023 with masters and 0.024 rounded stochastically, float16
+    0.0004 with masters.
+    """
+    given = {"trained": ("lm_head", "norm", "o_proj", "down_proj"), "learning_rate": 1e-2, "max_steps": 100}
     wide = curve(trainer_of(tmp_path, torch.float32, **given))
     assert float(wide[-1]) < 0.4 * float(wide[0])
-    for update in ("auto", "stochastic"):
-        low = curve(trainer_of(tmp_path, LOW[dtype], precision_update=update, **given))
-        assert float((low - wide).abs().max()) < 0.03
+    for name, update, apart in [("bf16", "auto", 0.01), ("bf16", "stochastic", 0.06), ("fp16", "auto", 0.005)]:
+        low = curve(trainer_of(tmp_path, LOW[name], precision_update=update, **given))
+        assert float((low - wide).abs().max()) < apart
 
 
-def test_where_steps_are_small_the_curve_needs_more_than_rounding_to_nearest(tmp_path):
-    """Norms alone, of size 1: a step is a tenth of what bfloat16 can write there."""
-    given = {"trained": ("norm",), "learning_rate": 1e-2, "max_steps": 120, "eps": 5e-2}
+def test_where_steps_are_small_rounding_to_nearest_leaves_the_curve(tmp_path):
+    """Norms alone, of size 1: most steps are less than bfloat16 can write there.
+
+    Measured gain in 100 steps: float32 0.0131, auto 0.0131, stochastic 0.0115, nearest 0.0042.
+    """
+    given = {"trained": ("norm",), "learning_rate": 1e-2, "max_steps": 100, "eps": 5e-2}
     gained = {}
-    for dtype, update in [(torch.float32, "auto"), *((torch.bfloat16, update) for update in ROUNDINGS)]:
-        losses = curve(trainer_of(tmp_path, dtype, precision_update=update, **given))
-        gained["float32" if dtype == torch.float32 else update] = float(losses[0] - losses[-1])
-    for update in UPDATES:
-        assert gained[update] == pytest.approx(gained["float32"], rel=0.3)
-    assert gained["nearest"] < 0.5 * gained["float32"]
+    for dtype, update in [("fp32", "auto"), ("bf16", "auto"), ("bf16", "stochastic"), ("bf16", "nearest")]:
+        losses = curve(trainer_of(tmp_path, DTYPES[dtype], precision_update=update, **given))
+        gained[dtype, update] = float(losses[0] - losses[-1])
+    assert gained["bf16", "auto"] == pytest.approx(gained["fp32", "auto"], rel=0.1)
+    assert gained["bf16", "stochastic"] == pytest.approx(gained["fp32", "auto"], rel=0.4)
+    assert gained["bf16", "nearest"] < 0.5 * gained["fp32", "auto"]
 
 
 @pytest.mark.parametrize("update", UPDATES)

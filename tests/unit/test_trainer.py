@@ -1106,3 +1106,144 @@ def test_an_objective_replaces_the_models_loss(make: Callable[..., ZOTrainer]):
     assert told.predictions.shape == (8, 2)
     assert told.label_ids.tolist() == [0] * 8
     assert lines(trainer, "loss")[0] == pytest.approx(math.log(2), abs=0.2)
+
+
+# ---- only what counts in the forward ---------------------------------------------------------------------------------
+
+
+def head_rows(trainer: ZOTrainer) -> list[int]:
+    """How many positions went through the head, call by call."""
+    seen: list[int] = []
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda _m, _a, output: seen.append(output.shape[:-1].numel()))
+    return seen
+
+
+@pytest.mark.parametrize("family", models.CAUSAL)
+def test_a_query_applies_the_head_to_labelled_positions_and_evaluation_to_all(
+    family: str, make: Callable[..., ZOTrainer]
+):
+    rows = unequal_rows(8)
+    labelled = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+    given = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "max_steps": 2}
+    trainer = make(models.CAUSAL[family](), rows, eval_dataset=rows, **given)
+    seen = head_rows(trainer)
+    trainer.train()
+    assert seen[-2:] == [labelled] * 2  # the last step's queries; before the first one it is found out that they may
+    trainer.evaluate()
+    assert seen[-1] == 8 * 12
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("family", models.CAUSAL)
+def test_the_losses_are_those_of_all_positions(
+    family: str, accumulation: int, make: Callable[..., ZOTrainer], monkeypatch: pytest.MonkeyPatch
+):
+    told = []
+    given = {"gradient_accumulation_steps": accumulation, "max_steps": 2, "estimator": Central(eps=1e-2)}
+    for _ in range(2):
+        trainer = make(models.CAUSAL[family](), unequal_rows(24), **given)
+        trainer.train()
+        told.append(lines(trainer, "loss"))
+        monkeypatch.setattr(ZOTrainer, "_only_the_loss_counts", lambda *_: False)
+    assert told[0] == pytest.approx(told[1], rel=2e-6)
+
+
+def test_who_computes_a_loss_from_the_logits_gets_all_of_them(make: Callable[..., ZOTrainer]):
+    def own(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        assert outputs.logits.shape[:2] == labels.shape
+        return outputs.logits.float().square().mean()
+
+    class Looking(ZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            assert outputs.logits.shape[:2] == inputs["labels"].shape
+            return (loss, outputs) if return_outputs else loss
+
+    for given in ({"compute_loss_func": own}, {"label_smoothing_factor": 0.1}, {"cls": Looking}):
+        trainer = make(models.tiny_llama(), unequal_rows(8), per_device_train_batch_size=8, max_steps=1, **given)
+        seen = head_rows(trainer)
+        trainer.train()
+        assert seen[-2:] == [8 * 12] * 2
+
+
+def option_rows(count: int, lengths: tuple[int, ...] = (2, 3, 2)) -> Rows:
+    """Prompts of some 8 tokens with three options: worth packing."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for number in range(count):
+        prompt, *options = [
+            torch.randint(4, 64, (n,), generator=generator).tolist() for n in (8 + number % 4, *lengths)
+        ]
+        sequences = [prompt + option for option in options]
+        rows.append({"sequences": sequences, "lengths": [*lengths], "label": number % 3, "input_ids": sequences[1]})
+    return rows
+
+
+def packed_tokens(rows: Rows) -> int:
+    return sum(len(row["sequences"][0]) - 2 + 1 + 2 + 1 for row in rows)
+
+
+@pytest.mark.parametrize("objective", ["options", "cross_entropy"])
+@pytest.mark.parametrize(
+    "given", [{}, {"subspace": "blocks"}, {"subspace": "low_rank"}, {"gradient_accumulation_steps": 2}], ids=str
+)
+def test_packed_rows_train_as_separate_ones_do(objective: str, given: dict[str, Any], make: Callable[..., ZOTrainer]):
+    """Whatever work an engine shares between the queries of a step."""
+    from zoft.data.tokens import OptionCollator
+
+    told = []
+    for separate, engine in ((True, "in_place"), (False, "in_place"), (False, "auto")):
+        trainer = make(
+            models.tiny_llama(),
+            option_rows(24),
+            data_collator=OptionCollator(models.PAD, one_row_per_option=separate),
+            objective=objective,
+            engine=engine,
+            estimator=Central(eps=1e-2, num_directions=2),
+            max_steps=5,
+            **given,
+        )
+        trainer.train()
+        told.append((lines(trainer, "loss"), lines(trainer, "projected_grad")))
+    for losses, grads in told[1:]:
+        assert losses == pytest.approx(told[0][0], rel=1e-5)
+        assert grads == pytest.approx(told[0][1], rel=1e-3, abs=1e-4)
+
+
+def test_packed_tokens_are_counted_as_they_are_computed(make: Callable[..., ZOTrainer]):
+    from zoft.data.tokens import OptionCollator
+
+    given = {"objective": "options", "data_collator": OptionCollator(models.PAD), "max_steps": 1}
+    rows = option_rows(4)
+    packs = make(models.tiny_llama(), rows, **given)
+    packs.train()
+    assert packs.progress.num_tokens == 2 * packed_tokens(rows)
+    refuses = make(models.tiny_bloom(), rows, **given)
+    refuses.train()
+    assert refuses.progress.num_tokens == 2 * sum(len(s) for row in rows for s in row["sequences"])
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_hidden_states_that_are_kept_come_before_packing(single: bool, make: Callable[..., ZOTrainer]):
+    """Kept states are found by what a row is, and a packed row is not one: the reuse must not be lost."""
+    from zoft.data.tokens import OptionCollator
+    from zoft.models.trainable.last_blocks import LastBlocks
+
+    model, rows = models.tiny_llama(), option_rows(8, (1, 1, 1) if single else (2, 3, 2))
+    LastBlocks(1).apply(model)
+    trainer = make(
+        model, rows, eval_dataset=rows, objective="options", data_collator=OptionCollator(models.PAD), max_steps=2
+    )
+    assert trainer.frozen_prefix is not None
+    for _ in trainer.fill_frozen_prefix(rows):
+        pass
+    kept = 8 if single else 8 * 3
+    assert len(trainer.frozen_prefix._rows) == kept
+    computed = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: computed.append(1))
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.frozen_prefix.usable
+    assert len(trainer.frozen_prefix._rows) <= kept + 2  # (the piece on which it was found out about the head)
+    assert len(computed) <= 4

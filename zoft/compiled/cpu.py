@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zoft import atomic
 from zoft.compiled.kernels import Kernels, Stream
 from zoft.lazy import torch
 
@@ -139,9 +140,7 @@ def load() -> CpuKernels:
         built = _build(Path(folder) / path.name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-            shutil.copy(built, beside)
-            beside.replace(path)  # several processes may do this at once: each writes the whole file
+            atomic.write(path, built.read_bytes())  # several processes may do this at once
             built = path
         except OSError:
             pass  # a cache that cannot be written costs this build in every process, no more

@@ -31,9 +31,9 @@ class Layerwise(Engine):
     """Weights are never written during a query, so they come back bit for bit in every dtype.
 
     A module's perturbed tensors exist only while its own forward runs. The points of one direction go through the model
-    side by side, so that z is made once for all of them: extra memory is one copy of the largest module for each, and
-    of a large matrix only a part (``piece_mb``): of an embedding the rows in use, of a linear layer some of its outputs
-    at a time. A tensor that is also read outside its module's forward (some attention layers and tied output heads do
+    side by side (as long as no activation is larger than ``piece_mb``), so that z is made once for all of them: extra
+    memory is one copy of the largest module for each, and of a large matrix only a part (``piece_mb``): of an embedding
+    the rows in use, of a linear layer some of its outputs at a time. A tensor that is also read outside its module's forward (some attention layers and tied output heads do
     that), or whose module is never called, is perturbed for the whole forward instead: that much more memory for each.
     All calls of torch functions are looked at during the first ``losses`` of a session to find these tensors (a
     compiled model runs uncompiled for it); if there are any they are named once and the points are computed again. Not
@@ -83,12 +83,17 @@ class LayerwiseSession(Session):
         self.scratch = Scratch()
         self._side = Side()
         self._compiled = False
+        self._side_by_side = True
+        self._largest_output = 0  # bytes: of a module that holds trained weights, in the last call of losses
         self._read_outside: set[str] = set()
         self._whole_forward: list[str] | None = None  # tensors read outside their module's forward; None: not known yet
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         refuse_derivatives(points, self.name)
         self._compiled = _is_compiled(self.model)
+        small = self._largest_output <= self.piece_bytes  # as the queries before have seen it
+        self._side_by_side = small and not self._whole_forward and not self._compiled
+        self._largest_output = 0
         with memory_errors_say(self.what_to_lower()), self._hooks(), torch.inference_mode():
             results = self._losses(batch, points)
         return torch.stack(results)
@@ -122,10 +127,14 @@ class LayerwiseSession(Session):
             yield
 
     def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:
-        """Points that go through the model side by side: those along one direction whose z is not kept anyway."""
+        """Points that go through the model side by side: those along one direction whose z is not kept anyway.
+
+        A forward that waits keeps its activations. Where one of them is larger than the scratch, making z again costs
+        little beside the forward, and the memory counts.
+        """
         for direction, group in groupby(points, key=lambda point: point.direction):
             members = list(group)
-            if direction is None or self.coordinates.keeps or self._whole_forward or self._compiled:
+            if direction is None or self.coordinates.keeps or not self._side_by_side:
                 yield from ([member] for member in members)
             else:
                 yield members
@@ -169,9 +178,15 @@ class LayerwiseSession(Session):
             undo.append(lambda output: self._swap_back(side, whole, lease, output))
 
     def _leave(self, module: nn.Module, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            self._see(output)
         visits = self._side.undo.get(id(module), [])
         for undo in reversed(visits.pop() if visits else []):
             undo(output)
+
+    def _see(self, output: Tensor) -> None:
+        """Note how large a forward is."""
+        self._largest_output = max(self._largest_output, output.numel() * output.element_size())
 
     def _visit(self, module: nn.Module) -> tuple[int, int]:
         return id(module), self._side.visits[id(module)]

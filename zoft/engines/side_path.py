@@ -103,6 +103,11 @@ class _SidePathSession(LayerwiseSession):
             )
             self._told = True
 
+    def _see(self, output: Tensor) -> None:
+        super()._see(output)
+        if output.dim() > 1:
+            self._tokens = max(self._tokens, output.numel() // output.shape[-1])
+
     # ---- linear layers that move along U V^T -------------------------------------------------------------------------
 
     def _in_pieces(self, module: nn.Module, name: str) -> bool:
@@ -127,7 +132,6 @@ class _SidePathSession(LayerwiseSession):
         outputs = self._together([x for x, _, _ in brought], lambda x: torch.nn.functional.linear(x, weight.data))
         for y, (x, bias, point) in zip(outputs, brought, strict=True):
             u, v = factors[point.direction]  # type: ignore[index, misc]
-            self._tokens = max(self._tokens, x.numel() // x.shape[-1])
             y.add_(((x @ v.to(x.dtype)) @ (point.scale * u).to(x.dtype).T).to(y.dtype))
             if bias is not None:
                 y.add_(bias)

@@ -129,18 +129,21 @@ class BlockCoordinates(Coordinates):
                 "subspace=blocks moves one block along all directions of a step, and these have a seed each: "
                 "use subspace=full with direction_seeds"
             )
+        if not self.moves(terms[0][0], name):
+            return self._zeros(name, stop - start)
         return super().combination(name, start, stop, terms)
 
     def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Coordinates [start, stop) of one direction, flat, float32; zeros where the tensor does not move."""
         if not self.moves(direction, name):
-            return torch.zeros(stop - start, device=self.weights.tensors[name].device)
+            return self._zeros(name, stop - start)
         return super().draw(direction, name, start, stop)
 
     def z(self, direction: Direction, name: str) -> Tensor:
         """The direction for tensor ``name``; fresh zeros, which are not kept, where it does not move."""
         if not self.moves(direction, name):
-            return torch.zeros_like(self.weights.tensors[name], dtype=torch.float32, requires_grad=False)
+            tensor = self.weights.tensors[name]
+            return self._zeros(name, tensor.numel()).view(tensor.shape)
         return super().z(direction, name)
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
@@ -163,6 +166,9 @@ class BlockCoordinates(Coordinates):
         if self.moves(direction, name):
             return super().perturbed_rows(direction, name, rows, scale)
         return self.weights.tensors[name].data[rows]
+
+    def _zeros(self, name: str, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float32, device=self.weights.tensors[name].device)
 
 
 def layer_of(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from zoft.weights import Weights, perturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 _PIECE = 1 << 18  # elements of a product made at a time on a CPU: it and the next term stay in the cache
 
@@ -53,6 +56,12 @@ class LowRank(Subspace):
 
     def bind(self, weights: Weights, noise: str = "counter") -> LowRankCoordinates:
         """Coordinates are the elements of U, and the tensor's own where it moves in full."""
+        if not any(_is_matrix(tensor, self.rank) for tensor in weights.tensors.values()):
+            log.warning(
+                "subspace=low_rank: no trained tensor has more than rank=%d rows and columns, so all of them move in "
+                "full, as with subspace=full",
+                self.rank,
+            )
         return LowRankCoordinates(weights, self.source(weights, noise), self.rank, self.interval)
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
@@ -181,12 +190,11 @@ class LowRankCoordinates(Coordinates):
         return self._factor(direction, name, 0, rows), self._basis(direction, name).T.contiguous()
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
-        """``out += scale * z``, some rows at a time."""
+        """``out += scale * z`` in one addition, so that whoever is interrupted can tell whether it took place."""
         if name not in self._columns:
             super().add_(out, direction, name, start, scale)
-            return
-        for first, last in self._ranges(name, start, start + out.numel()):
-            out[first - start : last - start].add_(self._z_piece(direction, name, first, last).mul_(scale))
+        else:
+            out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
 
     def perturb(
         self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
@@ -215,12 +223,16 @@ class LowRankCoordinates(Coordinates):
         if name not in self._columns:
             return super()._make_z(direction, name)
         tensor = self.weights.tensors[name]
-        z = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
-        for first, last in self._ranges(name, 0, tensor.numel()):
-            z.view(-1)[first:last] = self._z_piece(direction, name, first, last)
-        return z
+        return self._elements(direction, name, 0, tensor.numel()).view(tensor.shape)
 
     # ---- U and V -----------------------------------------------------------------------------------------------------
+
+    def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of z, flat, made piece by piece."""
+        z = torch.empty(stop - start, dtype=torch.float32, device=self.weights.tensors[name].device)
+        for first, last in self._ranges(name, start, stop):
+            z[first - start : last - start] = self._z_piece(direction, name, first, last)
+        return z
 
     def _z_piece(self, direction: Direction, name: str, first: int, last: int) -> Tensor:
         row, end, cut = self._rows(name, first, last)
