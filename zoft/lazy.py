@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 class _LazyModule:
     def __init__(self, name: str) -> None:
         self._name = name
-        self._module: Any = None
 
     def __getattr__(self, attribute: str) -> Any:
-        if self._module is None:
-            self._module = importlib.import_module(self._name)
-        return getattr(self._module, attribute)
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)  # the next time it is found without coming here: hooks ask thousands of times
+        return value
 
 
 if TYPE_CHECKING:

@@ -26,10 +26,7 @@ SMALL = 1 << 16
 """Elements up to which ``auto`` keeps a master of any tensor: 256 KiB each."""
 
 
-_LOSSES = {"cross_entropy", "log_softmax", "logsumexp", "kl_div"} | {
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-}
+_LOSSES = {"cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "log_softmax", "kl_div"}
 
 
 @dataclass(frozen=True)

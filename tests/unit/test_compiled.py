@@ -11,6 +11,7 @@ import torch
 
 from zoft import compiled, counter, noise
 from zoft.compiled import choice, cpu
+from zoft.compiled import inductor
 from zoft.compiled.inductor import InductorKernels
 from zoft.data import assets
 from zoft.errors import UserError
@@ -255,7 +256,7 @@ def test_a_kernel_that_cannot_be_compiled_is_one_warning(monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no triton\nmore of it")
 
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(inductor.torch, "compile", lambda *_, **__: fail)
     kernels = InductorKernels(CPU)
     with caplog.at_level(logging.WARNING, logger="zoft"):
         assert noise.agrees(kernels, CPU)

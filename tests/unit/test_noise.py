@@ -427,7 +427,7 @@ def test_torch_sequential_draws_a_tensor_asked_for_in_pieces_once(keep, monkeypa
     for direction in directions:
         source.draw(direction, "b", 0, 7, CPU, F32)  # walks once: what follows counts draws of one tensor
     normals, real = [], torch.normal
-    monkeypatch.setattr(torch, "normal", lambda *args, **kwargs: normals.append(1) or real(*args, **kwargs))
+    monkeypatch.setattr(noise.torch, "normal", lambda *args, **kwargs: normals.append(1) or real(*args, **kwargs))
     for start in range(0, 50, 10):
         for direction in directions:
             piece = source.draw(direction, "a", start, start + 10, CPU, F32)

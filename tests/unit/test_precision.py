@@ -57,11 +57,12 @@ class Run:
         size: int = 300,
         subspace: Any = None,
         rule: Any = None,
+        noise: str = "counter",
         objective: Callable[[nn.Module, Any], Tensor] = lambda layer, batch: torch.zeros(()),
     ) -> None:
         self.layer = layer_of(dtype, size)
         self.weights = Weights(self.layer)
-        coordinates = (subspace or Full()).bind(self.weights)
+        coordinates = (subspace or Full()).bind(self.weights, noise)
         self.session = Layerwise().bind(self.layer, coordinates, lambda batch: objective(self.layer, batch))
         groups = [{"params": list(self.weights.tensors.values()), "weight_decay": decay}]
         self.stepper = Stepper(groups, rule or SGD(), self.session, lr, Rounding(update, 0))
@@ -119,6 +120,16 @@ def test_a_thousand_updates_of_rms_1e_6_arrive(dtype, update):
             assert 0.9 < arrived < 1.1
         else:
             assert 0.97 < arrived < 1.03
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_way_that_was_asked_for_is_taken_with_directions_of_few_bits_too(update):
+    """MeZO's stream is drawn in the weights' dtype; by ``auto`` its steps would be rounded to nearest, as published."""
+    run, there = Run(torch.bfloat16, update, lr=1e-6, size=64, noise="torch_sequential"), Direction(0, 0)
+    meant = torch.cat([run.session.coordinates.z(there, n).double().view(-1) for n in run.weights.tensors])
+    for _ in range(300):
+        run.step((there, 1.0))
+    assert 0.9 < share(run.flat() - run.start, -3e-4 * meant) < 1.1
 
 
 # ---------------------------------------------------------------------------------------------- a learning rate of zero

@@ -12,7 +12,7 @@ from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.lazy import torch
 from zoft.noise import prepare
-from zoft.rounding import round_stochastically
+from zoft.rounding import has_few_bits, round_stochastically
 from zoft.subspaces.base import Coordinates
 
 if TYPE_CHECKING:
@@ -114,14 +114,14 @@ class Session:
         if master is not None:
             piece.copy_(master.sub_(step))
             return
-        if step.dtype == piece.dtype:
+        if rounding_key is not None and has_few_bits(piece):
+            moved = step.to(torch.float32).neg_().add_(piece)
+            piece.copy_(round_stochastically(moved, piece.dtype, rounding_key, start))
+        elif step.dtype == piece.dtype:
             piece.sub_(step)
-            return
-        wide = torch.promote_types(step.dtype, piece.dtype)
-        moved = step.to(wide).neg_().add_(piece)
-        if rounding_key is not None and piece.dtype in (torch.bfloat16, torch.float16):
-            moved = round_stochastically(moved, piece.dtype, rounding_key, start)
-        piece.copy_(moved)
+        else:
+            wide = torch.promote_types(step.dtype, piece.dtype)
+            piece.copy_(step.to(wide).neg_().add_(piece))
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
         """A view of the flat piece [start, stop) of tensor ``name``."""

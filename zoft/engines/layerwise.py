@@ -41,7 +41,7 @@ class Layerwise(Engine):
     before the query (a view does not follow its parameter's swapped storage).
 
     Args:
-        piece_mb: matrices larger than this are perturbed in pieces of this size, in MiB; 0 chooses by device (8 on a
+        piece_mb: matrices larger than this are perturbed in pieces of this size, in MiB; 0 chooses by device (16 on a
             CPU, where a piece should stay in the cache, and 256 on a GPU).
     """
 
@@ -78,7 +78,7 @@ class LayerwiseSession(Session):
     def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective, piece_mb: int = 0) -> None:
         super().__init__(model, coordinates, objective)
         device = next(iter(self.weights.tensors.values())).device
-        self.piece_bytes = (piece_mb or (8 if device.type == "cpu" else 256)) << 20
+        self.piece_bytes = (piece_mb or (16 if device.type == "cpu" else 256)) << 20
         self.together = Lockstep()
         self.scratch = Scratch()
         self._side = Side()
