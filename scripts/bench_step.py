@@ -48,7 +48,7 @@ from zoft.weights import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
 EPS, LEARNING_RATE, SEED = 1e-3, 1e-7, 0
-MAX_ROUNDS = 25
+MIN_ROUNDS, MAX_ROUNDS = 3, 25
 Key = tuple[str, int]  # (name of a scheme, number of directions q)
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One size and shape; each adapter's rounds go on for ``seconds``, and are two at least (one where that is 0)."""
+    """One size and shape; each adapter's rounds go on for ``seconds``, and are three at least (one where that is 0)."""
 
     size: str
     rows: int = 4
@@ -105,13 +105,13 @@ ALL_Q = (1, 8, 16)
 PRESETS = {
     ("cpu", "micro"): [Plan("micro", 2, 8, (1, 2), 0.3, ("gaussian", "low_rank", "lora"))],
     ("cpu", "small"): [
-        Plan("small", qs=ALL_Q, seconds=6),
+        Plan("small", qs=(1, 8), seconds=6),
         Plan("opt_125m", seconds=12, variants=("gaussian", "rademacher", "low_rank", "lora")),
     ],
     ("cpu", "full"): [
-        *(Plan("small", rows, tokens, ALL_Q, 45) for rows, tokens in ((4, 32), (16, 64))),
-        *(Plan(size, qs=ALL_Q, seconds=150) for size in ("opt_125m", "smollm2_135m")),
-        *(Plan(size, 16, 64, seconds=75) for size in ("opt_125m", "smollm2_135m")),
+        *(Plan("small", rows, tokens, ALL_Q, 25) for rows, tokens in ((4, 32), (16, 64))),
+        *(Plan(size, qs=ALL_Q, seconds=90) for size in ("opt_125m", "smollm2_135m")),
+        *(Plan(size, 16, 64, seconds=45) for size in ("opt_125m", "smollm2_135m")),
     ],
     ("cuda", "small"): [Plan("opt_1.3b", 16, 64, (1, 8))],
     ("cuda", "full"): [
@@ -151,8 +151,9 @@ def batches_of(plan: Plan, device: str) -> list[dict[str, Any]]:
     for index, length in enumerate([plan.tokens, *others]):
         prompt = generator.integers(8, SIZES[plan.size][1]["vocab_size"], length - 1).tolist()
         rows.append({"sequences": [[*prompt, 5], [*prompt, 6]], "lengths": [1, 1], "label": index % 2})
-    collators = OptionCollator(1), OptionCollator(1, one_row_per_option=True, multiple_of=8)
-    return [{key: value.to(device) for key, value in collate(rows).items()} for collate in collators]
+    mine, theirs = OptionCollator(1)(rows), OptionCollator(1, one_row_per_option=True, multiple_of=8)(rows)
+    theirs["position_ids"] = (theirs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return [{key: value.to(device) for key, value in batch.items()} for batch in (mine, theirs)]
 
 
 # ---- the schemes -----------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ class Contest:
         seconds: dict[Key, list[float]] = {key: [] for key in schemes}
         began = time.perf_counter()
         for number in range(MAX_ROUNDS):
-            if number >= (2 if self.plan.seconds else 1) and time.perf_counter() - began > self.plan.seconds:
+            if number >= (MIN_ROUNDS if self.plan.seconds else 1) and time.perf_counter() - began > self.plan.seconds:
                 break
             for key, (call, times) in schemes.items():
                 seconds[key].append(times * self._timed(call))
@@ -313,12 +314,13 @@ def peak_of(plan: Plan, peft: str, key: Key, engine: str, threads: int) -> float
 
 
 def peaks_on_cpu(contest: Contest, threads: int) -> dict[Key, float]:
-    """MiB above the weights of every scheme; what MeZO and a bare forward need does not depend on q."""
-    alike: list[Key] = [("limit", 1)] + [("mezo", 1)] * (contest.mezo is not None)
-    keys = [*alike, *contest.zoft]
+    """MiB above the weights of every scheme, at the fewest and the most directions; others do not depend on q."""
+    qs = contest.plan.qs
+    alike: list[Key] = [("limit", qs[0])] + [("mezo", qs[0])] * (contest.mezo is not None)
+    keys = alike + [key for key in contest.zoft if key[1] in (qs[0], qs[-1])]
     jobs = [(contest.plan, contest.peft, key, contest.engine, threads) for key in keys]
     peaks = dict(zip(keys, in_processes_of_their_own(peak_of, jobs), strict=True))
-    return peaks | {(name, q): peaks[name, 1] for name, _ in alike for q in contest.plan.qs}
+    return peaks | {(name, q): peaks[name, qs[0]] for name, _ in alike for q in qs}
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -406,9 +408,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--engine", default="auto", choices=list(components("engine")))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--sizes", nargs="+", choices=list(SIZES), metavar="SIZE", help="only these: " + ", ".join(SIZES)
-    )
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), metavar="SIZE", help="only these of the preset's")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--steps", type=int, default=1000, help="of the endurance run")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory on the CPU")

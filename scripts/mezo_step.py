@@ -2,8 +2,9 @@
 
 What it does, and why it is slow: one sequence per answer option, padded to the longest; logits at every position; four
 passes over the weights per direction, each drawing all of z again with ``torch.normal`` and replacing every tensor by
-a new one. Two things are kinder here than in the published code, so that the comparison is about the step alone: the
-forward runs in today's transformers (fused attention), and builds no cache of keys and values.
+a new one. Three things are kinder here than in the published code, so that the comparison is about the step alone: the
+forward runs in today's transformers (fused attention), builds no cache of keys and values, and may be given positions
+(without them the loss of a rotary model with a prefix depends on how far its rows happen to be padded).
 
 References: Malladi et al. 2023 (MeZO), Algorithms 1 and 2; the published classification loss over answer options.
 """
@@ -26,11 +27,12 @@ def option_loss(model: nn.Module, batch: dict[str, Tensor], num_options: int = 2
     Args:
         model: a causal language model.
         batch: one row an option, left-padded: ``input_ids`` and ``attention_mask`` [R, T], ``option_len`` and
-            ``labels`` [R] (the gold index, on every row of an example).
+            ``labels`` [R] (the gold index, on every row of an example); perhaps ``position_ids`` [R, T].
         num_options: rows per example.
     """
     ids, lengths = batch["input_ids"], batch["option_len"]
-    logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits  # [R, T, V]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    logits = model(**inputs, use_cache=False).logits  # [R, T, V]
     log_probs = torch.log_softmax(logits[:, :-1], dim=-1)  # of every position, though only the options' count
     chosen = log_probs.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)  # [R, T - 1]
     from_the_end = torch.arange(chosen.shape[1], 0, -1, device=ids.device)

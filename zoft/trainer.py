@@ -79,6 +79,11 @@ class ZOMixin(LossAveraging):
         self.engine: Engine = create("engine", engine, "auto")
         self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
         self.direction_seeds = None if direction_seeds is None else [int(seed) for seed in direction_seeds]
+        if direction_seeds is not None and hasattr(self.subspace, "interval"):
+            raise UserError(
+                f"direction_seeds gives every step a seed of its own, and subspace={self.subspace.name()} keeps what "
+                "the seed chose for several steps: use subspace=full"
+            )
         self.session: Session | None = None
         self.engine_name = self.engine.name()  # the one that serves, once there is a session
         self.frozen_prefix: FrozenPrefix | None = None

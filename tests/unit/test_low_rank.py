@@ -312,3 +312,10 @@ def test_a_model_has_matrices_and_vectors_and_tied_ones_once(make):
         assert coordinates.shape(name) == ((len(tensor), 2) if tensor.dim() == 2 else tensor.shape)
     assert "lm_head.weight" not in coordinates.weights.tensors or make is tiny_llama
     assert model(**batch_for(model)).loss.isfinite()
+
+
+def test_given_seeds_are_refused_since_each_would_choose_another_basis():
+    from zoft import ZOTrainer
+
+    with pytest.raises(UserError, match=r"direction_seeds.*subspace=low_rank keeps.*subspace=full"):
+        ZOTrainer(model=torch.nn.Linear(2, 2), subspace="low_rank", direction_seeds=[1, 2])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.models import EVERY, batch_for, tiny_llama
+from zoft.engines.frozen_prefix import FrozenPrefix
 from zoft.engines.in_place import InPlace
 from zoft.engines.layerwise import Layerwise
 from zoft.engines.side_path import SidePath
@@ -63,3 +64,47 @@ def test_what_moves_below_the_block_too_forbids_it(monkeypatch):
     runs.clear()
     session.losses(batch_for(model), CENTRAL.points(CENTRAL.directions(0, 3)))
     assert runs["0"] == 4
+
+
+def test_an_objective_that_calls_the_model_differently_gets_what_it_asked_for():
+    """The number of a call says nothing about its inputs: they are compared."""
+    model = tiny_llama()
+    first, second = batch_for(model, seed=0), batch_for(model, seed=1)
+    calls = []
+
+    def objective(_):
+        calls.append(1)
+        batches = [first, second] if len(calls) % 3 else [second, first, second]
+        return sum((i + 1) * model(**batch).loss for i, batch in enumerate(batches))
+
+    session = Layerwise().bind(model, Blocks().bind(Weights(model)), objective)
+    plain = InPlace("copy").bind(model, Blocks().bind(Weights(model)), objective)
+    points = CENTRAL.points(CENTRAL.directions(0, 2))
+    session.losses(None, points)
+    calls.clear()
+    losses = session.losses(None, points)
+    calls.clear()
+    torch.testing.assert_close(losses, plain.losses(None, points), rtol=1e-6, atol=0)
+
+
+def test_together_with_hidden_states_that_are_kept_for_the_whole_run():
+    model = tiny_llama(num_hidden_layers=4)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.2" in name or "layers.3" in name)
+    coordinates = Blocks().bind(Weights(model))
+    prefix = FrozenPrefix.of(model, Weights(model), 8)
+    session = Layerwise().bind(model, coordinates, lambda batch: model(**batch).loss)
+    plain = InPlace("copy").bind(model, coordinates, lambda batch: model(**batch).loss)
+    runs = Counter()
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: runs.update([index]))
+    for step in range(4):
+        batch = batch_for(model, seed=step)
+        points = CENTRAL.points(CENTRAL.directions(0, step))
+        wanted = plain.losses(batch, points)
+        runs.clear()
+        with prefix.reused():
+            losses = session.losses(batch, points)
+        torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=0)
+        if step == 3:  # the last block moves: below it one row after another was kept, and the rest ran once
+            assert runs == {0: 3, 1: 3, 2: 1, 3: 4}

@@ -57,7 +57,8 @@ class _ForwardModeSession(Session):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         assert point.direction is not None
-        z = {name: self.coordinates.z(point.direction, name) for name in self.weights.tensors}
+        moving = [name for name in self.weights.tensors if self.coordinates.moves(point.direction, name)]
+        z = {name: self.coordinates.z(point.direction, name) for name in moving}
         with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), self._duals(z):
             loss = self.objective(batch)
             primal, tangent = forward_ad.unpack_dual(loss)
@@ -75,7 +76,7 @@ class _ForwardModeSession(Session):
 
         tensors = self.weights.tensors
         duals = {name: forward_ad.make_dual(tensors[name].data, z[name].to(tensors[name].dtype)) for name in z}
-        held = [(module, attr, name) for module, pairs in self.weights.owners.items() for attr, name in pairs]
+        held = [(module, a, name) for module, pairs in self.weights.owners.items() for a, name in pairs if name in z]
         try:
             for module, attr, name in held:  # into the dict itself: the order of parameters must not change
                 module._parameters[attr] = duals[name]

@@ -67,7 +67,7 @@ class _CopySession(Session):
             for point in points:
                 for name, clean in saved.items():
                     tensor = self.weights.tensors[name].data
-                    if point.direction is None:
+                    if point.direction is None or not self.coordinates.moves(point.direction, name):
                         tensor.copy_(clean)
                     else:
                         tensor.copy_(perturbed(clean, self.coordinates.z(point.direction, name), point.scale))

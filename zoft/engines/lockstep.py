@@ -30,6 +30,11 @@ def alone() -> Iterator[None]:
         _ALONE.reset(token)
 
 
+def is_alone() -> bool:
+    """Whether this is inside :func:`alone`."""
+    return _ALONE.get()
+
+
 Work = Callable[[list[Any]], Sequence[Any]]
 """What each one brought -> what each one gets."""
 

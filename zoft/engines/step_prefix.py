@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from zoft.engines.frozen_prefix import longest_stack
+from zoft.engines.lockstep import is_alone
 from zoft.lazy import torch
 
 if TYPE_CHECKING:
@@ -20,27 +21,28 @@ if TYPE_CHECKING:
 class StepPrefix:
     """The hidden states that one call of ``losses`` keeps: one for each time the objective calls the model.
 
-    Exact to the bit: the first query computes them as it would anyway. Memory: the input of one block for every call of
-    the model in the objective.
+    Exact to the bit: the first query computes them as it would anyway, and they are used where the same goes into the
+    lowest layer again. Memory: the inputs of two blocks for every call of the model in the objective.
 
     Args:
         model: any module; without a stack of alike blocks that hand on a tensor, nothing is reused.
-        counts: the counter of the forward that runs (several may be under way, side by side).
+        state: a place for the forward that runs to count in (several may be under way, side by side).
         moved: whether the forward that runs has entered a module that moves.
     """
 
-    def __init__(self, model: nn.Module, counts: Callable[[], Counter[Any]], moved: Callable[[], bool]) -> None:
+    def __init__(self, model: nn.Module, state: Callable[[], Counter[Any]], moved: Callable[[], bool]) -> None:
         self.blocks = longest_stack(model)
-        self.counts = counts
+        self.state = state
         self.moved = moved
-        self._kept: dict[int, Tensor] = {}
+        self._inputs: dict[int, Tensor] = {}  # number of the call -> what went into the lowest block
+        self._kept: dict[int, Tensor] = {}  # number of the call -> what went into the first that moves
         self._usable = True
 
     @contextmanager
     def reused(self, moving: set[nn.Module]) -> Iterator[None]:
         """Within this block, later forwards begin at the lowest block that holds one of the ``moving`` modules."""
         first = next((i for i, block in enumerate(self.blocks) if moving & set(block.modules())), len(self.blocks) - 1)
-        if first < 1 or not self._usable:
+        if first < 1:
             yield
             return
         handle = self.blocks[first].register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -53,11 +55,18 @@ class StepPrefix:
             handle.remove()
             for block in below:
                 block.__dict__.pop("forward", None)
-            self._kept.clear()
 
     def _passing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.counts()["prefix"] in self._kept:
+            if is_alone():  # kept for other purposes (engines/frozen_prefix.py)
+                return forward(hidden_states, *args, **kwargs)
+            state = self.state()
+            call = state["call"]
+            if state["looked"] == call:  # the lowest block of this call
+                state["looked"] += 1
+                seen = self._inputs.setdefault(call, hidden_states)
+                state["same"] = call in self._kept and _same(seen, hidden_states)
+            if state["same"]:
                 return hidden_states
             output = forward(hidden_states, *args, **kwargs)
             self._usable = self._usable and isinstance(output, torch.Tensor)
@@ -66,12 +75,20 @@ class StepPrefix:
         return passing
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self.counts()["prefix"]
-        self.counts()["prefix"] += 1
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        kept = self._kept.get(call)
-        if kept is None:
-            if self._usable and not self.moved() and isinstance(hidden, torch.Tensor):
-                self._kept[call] = hidden
+        if is_alone():
             return None
-        return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept})
+        state = self.state()
+        call, looked, same = state["call"], state["looked"], state["same"]
+        state["call"], state["looked"], state["same"] = call + 1, call + 1, 0
+        if same:
+            kept = self._kept[call]
+            return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept})
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if looked > call and call not in self._kept and self._usable and not self.moved():
+            if isinstance(hidden, torch.Tensor):
+                self._kept[call] = hidden
+        return None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))

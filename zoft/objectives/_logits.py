@@ -88,7 +88,9 @@ def _in_chunks(model: nn.Module, inputs: Inputs, places: Places, targets: Tensor
             logits = forward(chunk.unsqueeze(0))
             assert known.after is not None
             parts.append(_log_probs(known.after(logits)[0], wanted))
-        return logits[:, :1]  # something for what the class does behind its head: the result is in ``parts``
+            first = logits[:, :1].clone()
+            del logits  # before the next chunk is made
+        return first  # something for what the class does behind its head: the result is in ``parts``
 
     with_rows(model, inputs, places, of_rows)
     return torch.cat(parts)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PIECE = 2**22
-"""Elements of logits that a trial may make, 16 MiB of float32: it must not cost the memory that it is there to save."""
+PIECE = 2**20
+"""Elements of logits that a trial may make, 4 MiB of float32: it must not cost the memory that it is there to save."""
 
 FAILURES = (CannotServeError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 """What a model may raise that is called in a way it does not support."""
