@@ -214,12 +214,12 @@ class Contest:
         self.skipped: dict[str, str] = {}
         self.zoft: dict[Key, ZoftStep] = {}
         for label in labels:
-            model = copy.deepcopy(self.model) if self.zoft else self.model
             try:
+                model = copy.deepcopy(self.model) if self.zoft else self.model
                 for q in plan.qs:
                     self._warm_up((label, q), lambda key, model=model: self._first_step(key, model))
             except (UserError, torch.OutOfMemoryError) as error:
-                self.skipped[label] = f"{type(error).__name__}: {error}"
+                self.skipped[label] = str(error).split(". ")[0]
                 self.zoft = {key: value for key, value in self.zoft.items() if key[0] != label}
 
     def _first_step(self, key: Key, model: Any) -> None:
@@ -436,7 +436,10 @@ def measure(plan: Plan, args: argparse.Namespace, result: dict[str, Any]) -> Non
     for peft in dict.fromkeys(VARIANTS[v].peft for v in wanted if v not in why):
         labels = [v for v in wanted if v not in why and VARIANTS[v].peft == peft]
         print(f"measuring {plan.size} {plan.rows}x{plan.tokens}: {', '.join(labels)}", file=sys.stderr, flush=True)
-        cases, skipped = run_contest(plan, peft, labels, args)
+        try:
+            cases, skipped = run_contest(plan, peft, labels, args)
+        except torch.OutOfMemoryError as error:
+            cases, skipped = [], dict.fromkeys(labels, str(error).split(". ")[0])
         result["cases"] += cases
         why |= skipped
         gc.collect()  # the models are in cycles with what is timed

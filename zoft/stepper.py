@@ -101,6 +101,7 @@ class Stepper(torch.optim.Optimizer):
         self.moments: dict[str, dict[str, Tensor]] = {}
         self.masters: dict[str, Tensor] = {}  # name -> float32, flat
         self.sums: dict[str, Sum] = {}
+        self.history: dict[str, tuple[int, Direction]] = {}  # name -> number of its updates, a direction of the last
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Apply the pending estimate; without one (a skipped step) nothing moves."""
@@ -123,7 +124,7 @@ class Stepper(torch.optim.Optimizer):
         self, name: str, parameter: nn.Parameter, terms: list[tuple[Direction, float]], lr: float, decay: float
     ) -> None:
         direction = terms[0][0]
-        state = self._state_of(name, parameter)
+        count, state = self._state_of(name, parameter, direction)
         way = self.rounding.way(parameter)
         if self._is_one_addition(parameter, terms, decay):
             self._add_direction(name, parameter, *terms[0], lr)
@@ -135,7 +136,7 @@ class Stepper(torch.optim.Optimizer):
         for start, stop in self.coordinates.chunks(name):
             estimate = self.coordinates.combination(name, start, stop, terms)
             pieces = {key: tensor.view(-1)[start:stop] for key, tensor in state.items()}
-            update = self.rule.update(estimate, pieces, self.progress.updates)
+            update = self.rule.update(estimate, pieces, count)
             if not lr:  # subtracting zero would turn a weight of -0.0 into +0.0
                 continue
             ends = None if kept is None else kept.add_(start, stop, update, lr)
@@ -162,16 +163,11 @@ class Stepper(torch.optim.Optimizer):
         if not self.rounding.sums(parameter, math.prod(shape)):
             return None
         kept = self.sums.get(name)
-        if kept is None or self._basis_is_new(name, kept, direction):
+        if kept is None or not self.coordinates.same_basis(name, kept.direction, direction):
             total = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
             kept = self.sums[name] = Sum(total, self.progress.updates, direction)
         kept.direction = direction
         return kept
-
-    def _basis_is_new(self, name: str, kept: Sum, direction: Direction) -> bool:
-        """Whether coordinates stand for something else than they did; a subspace that carries nothing over has one."""
-        transport = getattr(self.coordinates, "transport", None)
-        return transport is not None and transport(name, kept.total, kept.direction, direction) is not kept.total
 
     def _is_one_addition(self, parameter: nn.Parameter, terms: list[tuple[Direction, float]], decay: float) -> bool:
         """Whether the step is a multiple of one direction and can be made while it is added: the cheapest update.
@@ -195,13 +191,19 @@ class Stepper(torch.optim.Optimizer):
             self.masters[name] = self.session.weights.tensors[name].detach().to(torch.float32).view(-1)
         return follow_(self.masters[name][first:last], self.session.piece(name, first, last))
 
-    def _state_of(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _state_of(self, name: str, parameter: nn.Parameter, direction: Direction) -> tuple[int, dict[str, Tensor]]:
+        """The number of this update of the tensor, and its state in the basis of this direction."""
+        count, last = self.history.get(name, (0, direction))
+        self.history[name] = count + 1, direction
         if name not in self.moments:
             shape = self.coordinates.shape(name)
             self.moments[name] = {
                 key: torch.zeros(shape, dtype=torch.float32, device=parameter.device) for key in self.rule.state_names()
             }
-        return self.moments[name]
+        state = self.moments[name]
+        for key in self.rule.carried:
+            state[key] = self.coordinates.transport(name, state[key], last, direction)
+        return count + 1, state
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, state tensors by name, and the groups without their parameters: tensors and plain numbers only."""
@@ -212,6 +214,7 @@ class Stepper(torch.optim.Optimizer):
             "progress": asdict(self.progress),
             "state": moments,
             "masters": dict(self.masters),
+            "history": {name: [count, asdict(last)] for name, (count, last) in self.history.items()},
             "sums": {name: asdict(kept) for name, kept in self.sums.items()},
             "param_groups": groups,
         }
@@ -238,6 +241,9 @@ class Stepper(torch.optim.Optimizer):
             name: Sum(kept["total"].to(tensors[name].device).clone(), kept["first"], Direction(**kept["direction"]))
             for name, kept in state_dict.get("sums", {}).items()
             if self.rounding.sums(tensors[name], kept["total"].numel())
+        }
+        self.history = {
+            name: (count, Direction(**last)) for name, (count, last) in state_dict["history"].items()
         }
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)

@@ -319,3 +319,47 @@ def test_given_seeds_are_refused_since_each_would_choose_another_basis():
 
     with pytest.raises(UserError, match=r"direction_seeds.*subspace=low_rank keeps.*subspace=full"):
         ZOTrainer(model=torch.nn.Linear(2, 2), subspace="low_rank", direction_seeds=[1, 2])
+
+
+def test_momentum_is_carried_over_when_the_basis_changes():
+    """LOZO-M: the stepper projects the running mean onto the new V before it is used; second moments are not carried."""
+    from zoft.engines.in_place import InPlace
+    from zoft.optimizers.momentum import Momentum
+    from zoft.stepper import Stepper
+
+    layer = torch.nn.Linear(6, 5, bias=False)
+    coordinates = LowRank(rank=2, interval=2).bind(Weights(layer))
+    session = InPlace().bind(layer, coordinates, lambda _: torch.zeros(()))
+    stepper = Stepper([{"params": list(layer.parameters())}], Momentum(beta=0.5), session, 0.1)
+    mean = torch.zeros(5, 2)
+    for step in range(4):
+        direction = Direction(3, step)
+        if step == 2:
+            mean = coordinates.transport("weight", mean, Direction(3, 1), direction)
+        stepper.pending = [(direction, 2.0)]
+        stepper.step()
+        estimate = coordinates.combination("weight", 0, 10, [(direction, 2.0)]).view(5, 2)
+        mean = Momentum(beta=0.5).update(estimate.view(-1), {"momentum": mean.view(-1)}, step + 1).view(5, 2).clone()
+        torch.testing.assert_close(stepper.moments["weight"]["momentum"], mean)
+    saved = stepper.state_dict()
+    assert saved["history"] == {"weight": [4, {"seed": 3, "step": 3, "probe": 0}]}
+
+
+def test_adam_counts_the_updates_of_each_tensor():
+    """A block that moves for the first time has no history to correct for."""
+    from zoft.engines.in_place import InPlace
+    from zoft.optimizers.adam import Adam
+    from zoft.stepper import Stepper
+    from zoft.subspaces.blocks import Blocks
+
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(2)))
+    coordinates = Blocks(interval=10).bind(Weights(model))
+    session = InPlace().bind(model, coordinates, lambda _: torch.zeros(()))
+    stepper = Stepper([{"params": list(model.parameters())}], Adam(), session, 1e-2)
+    before = [p.detach().clone() for p in model.parameters()]
+    for step in (0, 10):
+        stepper.pending = [(Direction(0, step), 1.0)]
+        stepper.progress.updates = 1000 * step
+        stepper.step()
+    for parameter, start in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close((parameter - start).abs(), torch.full((3, 3), 1e-2), rtol=1e-3, atol=0)

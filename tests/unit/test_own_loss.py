@@ -163,6 +163,42 @@ def test_a_count_that_the_class_ignores_is_ignored(told):
     assert len(told()) == 1
 
 
+def test_a_loss_that_is_not_finite_settles_nothing(told):
+    model = tiny_llama()
+    clean = model.lm_head.weight.data.clone()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.inf)
+        assert not bool(own_loss(model, **labelled(0))["loss"].isfinite())
+        assert not _own_loss.is_known(model, labelled(0))
+        model.lm_head.weight.copy_(clean)
+        torch.testing.assert_close(own_loss(model, **labelled(0))["loss"], plainly(model, labelled(0)))
+    assert _own_loss.is_known(model, labelled(0))
+    assert told() == []
+
+
+def test_outputs_as_tuples(told):
+    model = tiny_llama()
+    model.config.return_dict = False
+    with torch.no_grad():
+        torch.testing.assert_close(own_loss(model, **labelled(0))["loss"], model(**labelled(0))[0])
+    assert told() == []
+
+
+def test_a_forward_that_needs_labels_gets_them(told):
+    model, forward = tiny_llama(), type(tiny_llama()).forward
+
+    class Needy(type(model)):
+        def forward(self, input_ids, labels, **kwargs):
+            return forward(self, input_ids, labels=labels, **kwargs)
+
+    model.__class__ = Needy
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(own_loss(model, **labelled(0))["loss"], model(**labelled(0)).loss)
+    (line,) = told()
+    assert "missing 1 required positional argument: 'labels'" in line
+
+
 def test_inside_a_query_what_is_unknown_is_done_plainly(seen):
     model = tiny_llama()
     shapes = seen(model)
@@ -183,8 +219,10 @@ def test_through_an_adapter_and_in_low_precision(told):
 
 
 @pytest.mark.parametrize("chunk", [2**24, 4 * VOCAB])
-@pytest.mark.parametrize("family", ["opt", "llama", "gemma2"])
-@pytest.mark.parametrize("engine", ["layerwise", "in_place", "side_path"])
+@pytest.mark.parametrize(
+    ("engine", "family"),
+    [*(("layerwise", family) for family in ("opt", "llama", "gemma2")), ("in_place", "opt"), ("side_path", "opt")],
+)
 def test_under_an_engine_the_losses_are_those_of_perturbed_weights(engine, family, chunk, monkeypatch, told):
     model, batch = DECODERS[family](), labelled(0)
     monkeypatch.setattr(_logits, "MAX_LOGITS", chunk)

@@ -11,8 +11,8 @@ from zoft.lazy import torch
 WORTH = 0.75
 """Rows are packed where that leaves at most this share of the cells that separate rows fill."""
 
-MAX_MASK = 2**24
-"""Cells of an attention mask [E, L, L], 64 MiB of float32; what would be more stays in separate rows."""
+MAX_MASK = 2**26
+"""Cells of an attention mask [E, L, L], 256 MiB of float32; what would be more stays in separate rows."""
 
 
 @dataclass

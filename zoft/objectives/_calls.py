@@ -51,7 +51,8 @@ def called(model: nn.Module, inputs: Mapping[str, Any], **more: Any) -> Tensor:
     parameters = _parameters(inner(model))
     if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         more["use_cache"] = False
-    logits: Tensor = model(**{**inputs, **more}).logits
+    output = model(**{**inputs, **more})
+    logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
 
 

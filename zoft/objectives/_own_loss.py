@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,7 @@ from zoft.objectives._calls import Inputs, inner
 from zoft.objectives._head import Places
 from zoft.objectives._logits import log_probs_at
 from zoft.objectives._served import FAILURES, piece_of, refuse, served, tolerance_of, trials_allowed
+from zoft.objectives._served import is_known as is_known_head
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,26 +99,25 @@ def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
     if not len(places):
         return None
     rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
-    known = served(model, rest, places)
-    if not known.rows:
-        return False  # which has been said
-    around = Places(places.row, places.column + 1)  # so that the labels themselves lie in the piece
-    batch = {key: value for key, value in inputs.items() if key != "num_items_in_batch"}
-    piece, _ = piece_of(batch, around, known.vocabulary)
-    if "num_items_in_batch" in inputs:
-        piece["num_items_in_batch"] = torch.tensor(3 * len(places), device=places.row.device)
-    with_labels = model(**piece)
-    wanted = with_labels["loss"] if isinstance(with_labels, dict) else with_labels[0]
-    if not bool(torch.isfinite(wanted)) or not bool(wanted):
-        return None
     try:
-        off = abs(float(_loss_of_labels(model, piece)) - float(wanted))
+        known = served(model, rest, places)
+        if not known.rows:
+            return False if is_known_head(model) else None  # why has been said
+        around = Places(places.row, places.column + 1)  # so that the labels themselves lie in the piece
+        piece, _ = piece_of(rest | {"labels": inputs["labels"]}, around, known.vocabulary)
+        if "num_items_in_batch" in inputs:
+            piece["num_items_in_batch"] = torch.tensor(3 * len(places), device=places.row.device)
+        found = float(_loss_of_labels(model, piece))
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
         refuse(model, _WHAT, error)
         return False
-    if off <= tolerance_of(model) * abs(float(wanted)):
+    output = model(**piece)
+    wanted = float(output[0] if isinstance(output, tuple) else output["loss"])
+    if not math.isfinite(wanted) or not wanted:
+        return None
+    if abs(found - wanted) <= tolerance_of(model) * abs(wanted):
         return True
-    refuse(model, _WHAT, f"its own loss would be off by {off:.2g}")
+    refuse(model, _WHAT, f"its own loss would be off by {abs(found - wanted):.2g}")
     return False

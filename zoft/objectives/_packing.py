@@ -33,7 +33,10 @@ def serves(model: nn.Module, packed: Mapping[str, Any]) -> bool:
         _refuse(model, "it runs compiled" if is_compiled(model) else "its forward takes no position_ids")
         return False
     config, length = inner(model).config.get_text_config(), packed["input_ids"].shape[1]
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", *_WINDOWS)]
+    try:
+        limits = [getattr(config, name, None) for name in ("max_position_embeddings", *_WINDOWS)]
+    except RuntimeError:  # a field that differs from layer to layer: such configs refuse to give one value
+        return False
     return all(not isinstance(limit, int) or isinstance(limit, bool) or length <= limit for limit in limits)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from zoft.optimizers.base import Optimizer
 
@@ -38,6 +38,8 @@ class Adam(Optimizer):
         for field in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, field) < 1, field, "in [0, 1)")
         self.require(0 < self.adam_epsilon < float("inf"), "adam_epsilon", "> 0 and finite")
+
+    carried: ClassVar[tuple[str, ...]] = ("moment1",)
 
     def state_names(self) -> tuple[str, ...]:
         """First and second moment."""

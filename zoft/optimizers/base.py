@@ -25,6 +25,9 @@ class Optimizer(Component):
     hands_back: ClassVar[bool] = False
     """Whether :meth:`update` hands the gradient back as it is, so that a step can be made while it is added."""
 
+    carried: ClassVar[tuple[str, ...]] = ()
+    """Which state tensors are linear in the estimates: they are carried over when the subspace changes its basis."""
+
     learning_rate: float | None = None
     weight_decay: float | None = None
 
@@ -44,6 +47,6 @@ class Optimizer(Component):
         Args:
             gradient: the estimate for this piece, flat; may be overwritten.
             state: the same piece of each state tensor; updated in place.
-            step: number of this update, from 1.
+            step: number of this update of this tensor, from 1.
         """
         raise NotImplementedError

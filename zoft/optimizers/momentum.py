@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from zoft.optimizers.base import Optimizer
 
@@ -31,6 +31,8 @@ class Momentum(Optimizer):
         """Refuse beta outside [0, 1)."""
         super().check()
         self.require(0 <= self.beta < 1, "beta", "in [0, 1)")
+
+    carried: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def state_names(self) -> tuple[str, ...]:
         """The running mean."""

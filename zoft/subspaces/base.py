@@ -101,6 +101,16 @@ class Coordinates:
                 self.source.add_(total, direction, name, start, coefficient)
         return total
 
+    def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
+        """Whether coordinates of tensor ``name`` stand for the same in the steps of both directions."""
+        del name, old, new
+        return True
+
+    def transport(self, name: str, state: Tensor, old: Direction, new: Direction) -> Tensor:
+        """An optimizer's state that is linear in the estimates, carried over from ``old``'s basis to ``new``'s."""
+        del name, old, new
+        return state
+
     # ---- tensors: what an engine sees --------------------------------------------------------------------------------
 
     def moves(self, direction: Direction, name: str) -> bool:

@@ -139,6 +139,10 @@ class LowRankCoordinates(Coordinates):
             )
         return super().combination(name, start, stop, terms)
 
+    def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
+        """Whether V is the same, or the tensor moves in full."""
+        return name not in self._columns or self._period(old) == self._period(new)
+
     def transport(self, name: str, state: Tensor, old: Direction, new: Direction) -> Tensor:
         """A running mean of estimates in ``old``'s coordinates, carried over to ``new``'s: N V_old^T V_new / n.
 
@@ -157,7 +161,7 @@ class LowRankCoordinates(Coordinates):
 
         References: Chen et al. 2024 (LOZO), Algorithm 2 (LOZO-M).
         """
-        if name not in self._columns or self._period(old) == self._period(new):
+        if self.same_basis(name, old, new):
             return state
         overlap = self._draw_basis(self._period(old), name) @ self._basis(new, name).T  # V_old^T V_new: [r, r]
         return state @ overlap.div_(self._columns[name])
