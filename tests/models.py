@@ -75,7 +75,8 @@ def tiny_cohere(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
 
 def tiny_bloom(seed: int = 0, *, attn: str = "eager", **fields: Any) -> Any:
     """A causal LM without positions: attention falls with the distance (ALiBi)."""
-    return _build("BloomForCausalLM", "BloomConfig", seed, {"hidden_size": 16, "n_layer": 2, "n_head": 2} | fields, attn)
+    sizes = {"hidden_size": 16, "n_layer": 2, "n_head": 2}
+    return _build("BloomForCausalLM", "BloomConfig", seed, sizes | fields, attn)
 
 
 def tiny_bert_classifier(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:

@@ -17,8 +17,10 @@ class UserError(ValueError):
 
 
 class OutOfMemoryError(UserError, RuntimeError):
-    """A query did not fit; the weights are what they were. A RuntimeError, as torch's own: who halves batches waits
-    for one (``auto_find_batch_size``)."""
+    """A query did not fit; the weights are what they were.
+
+    A RuntimeError, as torch's own: who halves batches waits for one (``auto_find_batch_size``).
+    """
 
 
 class NonFiniteLossError(RuntimeError):

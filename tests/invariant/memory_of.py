@@ -29,7 +29,9 @@ def main(engines: list[str]) -> dict[str, float]:
         for q in (1, 16):
             told[f"{name} q={q}"] = peak_of(use(name, large, q))
     session = bind("layerwise", large, lambda batch: objective(large, batch))
-    told["scratch"] = max(sum(t.numel() * 4 for t in m.parameters(recurse=False)) for m in session.weights.owners) / 2**20
+    told["scratch"] = (
+        max(sum(t.numel() * 4 for t in m.parameters(recurse=False)) for m in session.weights.owners) / 2**20
+    )
     told["scratch"] = min(told["scratch"], session.piece_bytes / 2**20)
     return told
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from zoft import compiled, counter, noise
-from zoft.compiled import choice, cpu
-from zoft.compiled import inductor
+from zoft.compiled import choice, cpu, inductor
 from zoft.compiled.inductor import InductorKernels
 from zoft.data import assets
 from zoft.errors import UserError

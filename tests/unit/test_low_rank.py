@@ -322,7 +322,7 @@ def test_given_seeds_are_refused_since_each_would_choose_another_basis():
 
 
 def test_momentum_is_carried_over_when_the_basis_changes():
-    """LOZO-M: the stepper projects the running mean onto the new V before it is used; second moments are not carried."""
+    """LOZO-M: the stepper projects the running mean onto the new V before it is used."""
     from zoft.engines.in_place import InPlace
     from zoft.optimizers.momentum import Momentum
     from zoft.stepper import Stepper

@@ -177,10 +177,9 @@ def test_a_loss_that_is_not_finite_settles_nothing(told):
 
 
 def test_outputs_as_tuples(told):
-    model = tiny_llama()
-    model.config.return_dict = False
+    model, batch = tiny_llama(), labelled(0) | {"return_dict": False}
     with torch.no_grad():
-        torch.testing.assert_close(own_loss(model, **labelled(0))["loss"], model(**labelled(0))[0])
+        torch.testing.assert_close(own_loss(model, **batch)["loss"], model(**batch)[0])
     assert told() == []
 
 

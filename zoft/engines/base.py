@@ -70,7 +70,7 @@ class Session:
     # unless it was told to expect others.
 
     def losses_before_update(self, batch: Any, points: Sequence[Point]) -> Tensor:
-        """:meth:`losses`, when a step follows: :meth:`settle` or :meth:`come_back` must be called before anybody looks."""
+        """:meth:`losses`, when a step follows: :meth:`settle` or :meth:`come_back` comes before anybody looks."""
         return self.losses(batch, points)
 
     def expect(self, point: Point) -> None:
@@ -86,7 +86,7 @@ class Session:
         del name, start, stop
 
     def settle(self) -> None:
-        """The step has been written: the weights are clean, or at the expected point, also where no piece was written."""
+        """The step has been written: the weights are clean or at the expected point, unwritten pieces too."""
 
     def come_back(self) -> None:
         """The weights are clean after this, wherever they were."""

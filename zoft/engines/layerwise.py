@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +34,18 @@ class Layerwise(Engine):
     A module's perturbed tensors exist only while its own forward runs. The points of one direction go through the model
     side by side (as long as no activation is larger than ``piece_mb``), so that z is made once for all of them: extra
     memory is one copy of the largest module for each, and of a large matrix only a part (``piece_mb``): of an embedding
-    the rows in use, of a linear layer some of its outputs at a time. A tensor that is also read outside its module's forward (some attention layers and tied output heads do
-    that), or whose module is never called, is perturbed for the whole forward instead: that much more memory for each.
-    All calls of torch functions are looked at during the first ``losses`` of a session to find these tensors (a
-    compiled model runs uncompiled for it); if there are any they are named once and the points are computed again. Not
-    seen: a read that only later batches cause, one in another thread or inside scripted code, and a view that was taken
-    before the query (a view does not follow its parameter's swapped storage).
+    the rows in use, of a linear layer some of its outputs at a time.
+
+    A tensor that is also read outside its module's forward (some attention layers and tied output heads do that), or
+    whose module is never called, is perturbed for the whole forward instead: that much more memory for each. All calls
+    of torch functions are looked at during the first ``losses`` of a session to find these tensors (a compiled model
+    runs uncompiled for it); if there are any they are named once and the points are computed again. Not seen: a read
+    that only later batches cause, one in another thread or inside scripted code, and a view that was taken before the
+    query (a view does not follow its parameter's swapped storage).
 
     Args:
         piece_mb: matrices larger than this are perturbed in pieces of this size, in MiB; 0 chooses by device (16 on a
-            CPU, where a piece should stay in the cache, and 256 on a GPU).
+            CPU, where it should stay in the cache and still be worth a product, and 256 on a GPU).
     """
 
     piece_mb: int = 0
@@ -89,6 +92,7 @@ class LayerwiseSession(Session):
         self._whole_forward: list[str] | None = None  # tensors read outside their module's forward; None: not known yet
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
+        """The objective at each point (see the base class)."""
         refuse_derivatives(points, self.name)
         self._compiled = _is_compiled(self.model)
         small = self._largest_output <= self.piece_bytes  # as the queries before have seen it
@@ -110,7 +114,7 @@ class LayerwiseSession(Session):
         results = []
         with self._prefix_reused(points):
             for group in self.groups(points):
-                results += self.together.run([lambda point=point: self._loss_at(batch, point) for point in group])
+                results += self.together.run([partial(self._loss_at, batch, point) for point in group])
         return results
 
     @contextmanager
@@ -335,7 +339,8 @@ def _may_be_compiled() -> bool:
 def _is_compiled(model: nn.Module) -> bool:
     """Whether some module runs compiled code, which no forward may leave halfway."""
     return _may_be_compiled() and any(
-        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule" for module in model.modules()
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
     )
 
 

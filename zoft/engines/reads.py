@@ -28,13 +28,17 @@ class Reader(Protocol):
     piece_bytes: int
 
     @property
-    def point(self) -> Point: ...
+    def point(self) -> Point:
+        """Where the running forward is."""
 
-    def meet(self, place: Any, brought: Any, work: Any) -> Any: ...
+    def meet(self, place: Any, brought: Any, work: Any) -> Any:
+        """Do ``work`` once for all forwards that come to ``place``."""
 
-    def perturb(self, name: str, start: int, points: Sequence[Point], outs: Sequence[Tensor]) -> None: ...
+    def perturb(self, name: str, start: int, points: Sequence[Point], outs: Sequence[Tensor]) -> None:
+        """Make a piece of a tensor at each point."""
 
-    def linears(self, name: str, weight: Tensor, brought: Sequence[Brought]) -> list[Tensor] | None: ...
+    def linears(self, name: str, weight: Tensor, brought: Sequence[Brought]) -> list[Tensor] | None:
+        """Another way to compute the layer for those who came, or None."""
 
 
 class Reads:
@@ -91,7 +95,8 @@ class Reads:
             return by_side_path
         session, (outputs, inputs) = self.session, weight.shape
         rows = max(1, session.piece_bytes // (inputs * weight.element_size()))
-        rows = -(-outputs // -(-outputs // rows))  # pieces alike: a narrow last product would take as long as a wide one
+        count = -(-outputs // rows)
+        rows = -(-outputs // count)  # alike: a narrow last product would take nearly as long as a wide one
         leases = [session.scratch.lease([weight.data[:rows]]) for _ in brought]
         results: list[Tensor] = []
         for first in range(0, outputs, rows):

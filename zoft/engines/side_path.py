@@ -159,7 +159,7 @@ class _SidePathSession(LayerwiseSession):
                     module.forward = before
 
     def _shared(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        outputs = module.out_features if isinstance(module, torch.nn.Linear) else module.nf
+        outputs = int(module.out_features if isinstance(module, torch.nn.Linear) else module.nf)  # type: ignore[arg-type]
 
         def shared(x: Tensor) -> Tensor:
             side = self._side

@@ -173,7 +173,7 @@ class Coordinates:
     def perturb(
         self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
     ) -> None:
-        """``outs[i] = W + scales[i] * z`` on the flat piece of tensor ``name`` that begins at ``start``; z is made once.
+        """``outs[i] = W + scales[i] * z`` on the flat piece of tensor ``name`` from ``start`` on; z is made once.
 
         Args:
             direction: which z.
