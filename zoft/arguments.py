@@ -58,6 +58,7 @@ class ZOConfig(TrainingArguments):
         max_skipped_steps: steps in a row with a non-finite loss before the run stops; their weights stay untouched.
         keep_frozen_prefix: compute hidden states below the lowest trained block once per example and keep them.
         frozen_prefix_mb: memory bound of those hidden states, MiB.
+        frozen_prefix_disk_mb: bound of a temporary file for those beyond it, MiB; 0 writes none.
         precision_update: how a step is written into bfloat16 and float16 weights: stochastic (small steps survive on
             average), master (a float32 copy takes them), nearest (they are lost), auto (a master for norms, biases and
             other small tensors, stochastic for the rest; nearest for MeZO's own numbers).
@@ -79,6 +80,9 @@ class ZOConfig(TrainingArguments):
         metadata={"help": "Keep the hidden states below the lowest trained block, computed once per example."},
     )
     frozen_prefix_mb: int = field(default=2048, metadata={"help": "Memory bound of the kept hidden states, MiB."})
+    frozen_prefix_disk_mb: int = field(
+        default=0, metadata={"help": "Bound of a temporary file for hidden states beyond it, MiB; 0 writes none."}
+    )
     precision_update: str = field(
         default="auto", metadata={"help": "Updates of 16-bit weights: auto, stochastic, master or nearest."}
     )

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from zoft.engines.lockstep import alone
+from zoft.engines.shelf import Shelf
 from zoft.lazy import torch
 from zoft.weights import Weights
 
@@ -39,21 +40,31 @@ class FrozenPrefix:
         blocks: its stack of blocks.
         first: index k of the lowest block that is trained.
         outside: modules outside the stack that are trained; none of them may run before block k.
-        max_bytes: bound on what is kept; rows beyond it are computed again when they come.
+        max_bytes: bound on what is kept in memory; rows beyond it go to a file.
+        disk_bytes: bound on that file; rows beyond it are computed again when they come.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], first: int, outside: list[nn.Module], max_bytes: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        first: int,
+        outside: list[nn.Module],
+        max_bytes: int,
+        disk_bytes: int = 0,
+    ) -> None:
         self.model = model
         self.blocks = blocks
         self.first = first
         self.outside = outside
         self.max_bytes = max_bytes
+        self.disk_bytes = disk_bytes
         self.usable = True
         self._checked = self._capturing = self._filling = False
         self.clear()
 
     @classmethod
-    def of(cls, model: nn.Module, weights: Weights, max_mb: int) -> FrozenPrefix | None:
+    def of(cls, model: nn.Module, weights: Weights, max_mb: int, disk_mb: int = 0) -> FrozenPrefix | None:
         """The prefix of this model under these trained weights, or None where there is none to keep."""
         blocks = longest_stack(model)
         trained = set(weights.owners)
@@ -61,12 +72,12 @@ class FrozenPrefix:
         if not 0 < first < len(blocks):
             return None
         inside = {module for block in blocks for module in block.modules()}
-        return cls(model, blocks, first, [m for m in trained if m not in inside], max_mb * 2**20)
+        outside = [module for module in trained if module not in inside]
+        return cls(model, blocks, first, outside, max_mb * 2**20, disk_mb * 2**20)
 
     def clear(self) -> None:
         """Forget everything that is kept."""
-        self._rows: dict[bytes, Tensor] = {}
-        self._bytes = 0
+        self._rows = Shelf(self.max_bytes, self.disk_bytes)
         self._batch: tuple[dict[str, Tensor], Tensor] | None = None  # the last batch, put together
         self._serving: Tensor | None = None
 
@@ -159,13 +170,14 @@ class FrozenPrefix:
 
     def _row(self, row: dict[str, Tensor]) -> Tensor | None:
         key = _key(row)
-        if key not in self._rows:
-            hidden = self._capture(row)
-            if hidden is None:
-                return None
-            self._keep(key, hidden[0])
-            return hidden[0]
-        return self._rows[key]
+        kept = self._rows.get(key)
+        if kept is not None:
+            return kept
+        hidden = self._capture(row)
+        if hidden is None:
+            return None
+        self._rows.put(key, hidden[0])
+        return hidden[0]
 
     def _keep_together(self, inputs: dict[str, Tensor]) -> None:
         rows = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(len(inputs["input_ids"]))]
@@ -175,13 +187,7 @@ class FrozenPrefix:
             hidden = self._capture({name: value[chosen] for name, value in inputs.items()})
             if hidden is not None:
                 for key, states in zip(missing, hidden, strict=True):
-                    self._keep(key, states.clone())
-
-    def _keep(self, key: bytes, hidden: Tensor) -> None:
-        size = hidden.numel() * hidden.element_size()
-        if self._bytes + size <= self.max_bytes:
-            self._rows[key] = hidden
-            self._bytes += size
+                    self._rows.put(key, states.clone())
 
     def _capture(self, kwargs: dict[str, Any]) -> Tensor | None:
         """Run the model up to block k, return what would enter it; None (and never again) where that is not exact."""

@@ -84,8 +84,8 @@ class StepPrefix:
             kept = self._kept[call]
             return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept})
         hidden = args[0] if args else kwargs.get("hidden_states")
-        exact = looked > call and self._usable and not self.moved() and isinstance(hidden, torch.Tensor)
-        if exact and call not in self._kept:
+        exact = looked > call and self._usable and not self.moved()
+        if exact and hidden is not None and call not in self._kept:
             self._kept[call] = hidden
         return None
 
