@@ -114,5 +114,8 @@ def _by_sequences(
     for first, last in zip(cuts, [*cuts[1:], batch], strict=True):
         if any(counts[first:last]):
             which = (places.row >= first) & (places.row < last)
-            part = {key: value[first:last] if torch.is_tensor(value) else value for key, value in inputs.items()}
+            part = {
+                key: value[first:last] if torch.is_tensor(value) and value.shape[:1] == (batch,) else value
+                for key, value in inputs.items()
+            }
             yield part, Places(places.row[which] - first, places.column[which]), which

@@ -51,7 +51,7 @@ class Served:
     rows: bool = False
     tokens: bool = False
     after: Callable[[Tensor], Tensor] | None = None
-    tolerance: float = 2e-2
+    tolerance: float = 1e-4
 
 
 _trials: ContextVar[bool] = ContextVar("trials", default=True)
@@ -83,7 +83,7 @@ def served(model: nn.Module, inputs: Inputs, places: Places) -> Served:
     """What is known of this model; found out with its first batch, anew as long as that says nothing."""
     if not is_known(model):
         head = head_of(model)
-        plainly = Served(head, _vocabulary(model, head))
+        plainly = Served(head, _vocabulary(model, head), tolerance=_tolerance(getattr(inner(model), "dtype", None)))
         with torch.no_grad():
             found = _examine(model, inputs, places, plainly) if trials_allowed() else None
         if found is None:
@@ -98,16 +98,16 @@ def tolerance_of(model: nn.Module) -> float:
 
 
 def refuse(model: nn.Module, what: str, why: object) -> None:
-    """Say, once for each model, that something is done the plain way."""
-    say_once(model, f"{what}: {why}", logging.WARNING)
+    """Say, once for each model, that something is done the plain way, with the first reason there was."""
+    say_once(model, what, logging.WARNING, f": {why}")
 
 
-def say_once(model: nn.Module, message: str, level: int) -> None:
+def say_once(model: nn.Module, what: str, level: int, why: str = "") -> None:
     """A log line that names the model's class."""
     said = _said.setdefault(model, set())
-    if message not in said:
-        said.add(message)
-        log.log(level, "%s: %s", type(inner(model)).__name__, message)
+    if what not in said:
+        said.add(what)
+        log.log(level, "%s: %s%s", type(inner(model)).__name__, what, why)
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
@@ -166,8 +166,8 @@ def _examine(model: nn.Module, inputs: Inputs, places: Places, plainly: Served) 
     wanted = where.of(plain)
     if not bool(torch.isfinite(wanted).all()):
         return None
-    dtype = whole[0].dtype if whole and isinstance(whole[0], torch.Tensor) else plain.dtype  # autocast's, if that is on
-    tolerance = _TOLERANCE.get(str(dtype).removeprefix("torch."), 2e-2)
+    computed = whole[0] if whole and isinstance(whole[0], torch.Tensor) else plain
+    tolerance = _tolerance(computed.dtype)  # under autocast the logits may come in float32 and yet have 16 bits
     try:
         if not close(logits_of_rows(model, piece, where), wanted, tolerance):
             raise CannotServeError("its logits come out different when the head is given some rows only")
@@ -180,9 +180,19 @@ def _examine(model: nn.Module, inputs: Inputs, places: Places, plainly: Served) 
     return Served(head, plain.shape[-1], True, tokens, _after(model, whole, plain), tolerance)
 
 
+def _tolerance(dtype: torch.dtype | None) -> float:
+    if dtype is None:
+        return Served.tolerance
+    return _TOLERANCE.get(str(dtype).removeprefix("torch."), 2e-2)
+
+
 def _vocabulary(model: nn.Module, head: nn.Module | None) -> int:
-    weight = getattr(head, "weight", None)
-    return len(weight) if weight is not None else int(inner(model).config.get_text_config().vocab_size)
+    """How many logits a position has, before there are any to look at; 1 where nothing tells."""
+    outputs = getattr(head, "out_features", None)
+    if isinstance(outputs, int):
+        return outputs
+    config = getattr(inner(model), "config", None)
+    return 1 if config is None else int(getattr(config.get_text_config(), "vocab_size", 1))
 
 
 def _serves_tokens(model: nn.Module, piece: Inputs, where: Places, wanted: Tensor, tolerance: float) -> bool:
