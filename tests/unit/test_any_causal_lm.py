@@ -106,10 +106,14 @@ def test_some_classes(name: str):
     check(model)
 
 
+class TooLong(BaseException):
+    """Some classes make submodules of full size whatever their config says."""
+
+
 @pytest.fixture
 def at_most_a_minute() -> Iterator[None]:
     def stop(*_: Any) -> None:
-        raise TimeoutError
+        raise TooLong
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(60)
@@ -121,10 +125,13 @@ def at_most_a_minute() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", causal_classes())
 def test_every_class_that_can_be_made_small(name: str, at_most_a_minute: None):
+    from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
+
     try:
         model = tiny(name)
-    except Exception as error:
-        pytest.skip(f"not made: {type(error).__name__}")
+        if model is not None:
+            check(model)
+    except (TooLong, AmbiguousGlobalPerLayerAttributeError) as error:
+        pytest.skip(f"not made small: {type(error).__name__}")
     if model is None:
-        pytest.skip("not made")
-    check(model)
+        pytest.skip("not made small")

@@ -280,7 +280,7 @@ def test_rows_beyond_the_memory_go_to_a_file_up_to_its_bound():
     compare(model, batch, prefix)
     assert (prefix._rows.bytes_near, prefix._rows.bytes_far) == (row_bytes, 2 * row_bytes)
     prefix._batch = None  # the rows themselves are asked for
-    model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
     with prefix.reused():
         outputs(model, batch)
     assert len(runs) == 1  # the one that had room nowhere
