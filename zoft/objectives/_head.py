@@ -80,7 +80,9 @@ def logits_of_rows(model: nn.Module, inputs: Inputs, places: Places, tokens: Ten
         head: Any = head_of(model)
         weight = torch.nn.functional.embedding(tokens, head.weight)  # so that engines perturb these rows alone
         bias = None if head.bias is None else head.bias[tokens]
-        return torch.nn.functional.linear(rows, weight, bias).unsqueeze(0)
+        # In float32: a logit of 17 is known to 0.06 in bfloat16, and what is wanted is the difference of two losses.
+        wide = None if bias is None else bias.float()
+        return torch.nn.functional.linear(rows.float(), weight.float(), wide).unsqueeze(0)
 
     logits = with_rows(model, inputs, places, of_rows)
     if logits.dim() != 3 or logits.shape[:2] != (1, len(places)):
