@@ -242,6 +242,8 @@ class Stepper(torch.optim.Optimizer):
             for name, kept in state_dict.get("sums", {}).items()
             if self.rounding.sums(tensors[name], kept["total"].numel())
         }
-        self.history = {name: (count, Direction(**last)) for name, (count, last) in state_dict.get("history", {}).items()}
+        self.history = {
+            name: (count, Direction(**last)) for name, (count, last) in state_dict.get("history", {}).items()
+        }
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)

@@ -363,3 +363,24 @@ def test_adam_counts_the_updates_of_each_tensor():
         stepper.step()
     for parameter, start in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close((parameter - start).abs(), torch.full((3, 3), 1e-2), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 8])
+def test_a_compiled_product_gives_the_bits_of_the_eager_one(rank):
+    from zoft import compiled
+    from zoft.noise import prepare
+
+    if prepare(1 << 30, torch.device("cpu")) != "compiled":
+        pytest.skip("there is no compiler")
+    layer = torch.nn.Linear(1500, 70, bias=False)
+    coordinates = LowRank(rank=rank).bind(Weights(layer))
+    start = torch.randn(70 * 1500, generator=torch.Generator().manual_seed(0))
+    whole, eager, ragged = start.clone(), start.clone(), start.clone()
+    coordinates.add_(whole, Direction(0, 0), "weight", 0, 0.3)
+    for first, last in ((0, 1501), (1501, 70 * 1500)):
+        coordinates.add_(ragged[first:last], Direction(0, 0), "weight", first, 0.3)
+    with compiled.using("cpu", None):
+        coordinates.add_(eager, Direction(0, 0), "weight", 0, 0.3)
+    assert not torch.equal(whole, start)
+    assert torch.equal(whole, eager)
+    assert torch.equal(ragged, eager)

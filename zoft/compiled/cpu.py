@@ -57,7 +57,8 @@ class CpuKernels(Kernels):
         library.zoft_gather.argtypes = [stream, number, threads, pointer, pointer]
         library.zoft_squared_norm.argtypes = [stream, number, number, threads]
         library.zoft_squared_norm.restype = ctypes.c_int64
-        for name in ("words", "draw", "add", "perturb", "gather"):
+        library.zoft_add_product.argtypes = [number, number, *[threads] * 2, pointer, pointer, ctypes.c_float, pointer]
+        for name in ("words", "draw", "add", "perturb", "gather", "add_product"):
             getattr(library, f"zoft_{name}").restype = None
 
     def words(self, stream: Stream, offset: int, out: Tensor) -> None:
@@ -85,6 +86,15 @@ class CpuKernels(Kernels):
         pointers = (ctypes.c_void_p * num)(*(_written(out, stored) for out in outs))
         what = _read(weight, stored), num, (ctypes.c_double * num)(*scales), pointers
         self._library.zoft_perturb(_native(stream), offset, count, _threads(count), dtype, *what)
+
+    def add_product(self, left: Tensor, right: Tensor, out: Tensor, scale: float) -> bool:
+        """See :class:`Kernels`."""
+        (rows, rank), columns = left.shape, right.shape[1]
+        assert out.numel() == rows * columns
+        factors = _read(left, torch.float32), _read(right, torch.float32)
+        threads = _threads(out.numel())
+        self._library.zoft_add_product(rows, columns, rank, threads, *factors, scale, _written(out, torch.float32))
+        return True
 
     def gather(self, stream: Stream, indices: Tensor, out: Tensor) -> None:
         """See :class:`Kernels`."""

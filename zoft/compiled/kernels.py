@@ -53,6 +53,14 @@ class Kernels:
         """``outs[i] = weight + z * scales[i]`` in the wide dtype, rounded once; a single out may be the weight."""
         raise NotImplementedError
 
+    def add_product(self, left: Tensor, right: Tensor, out: Tensor, scale: float) -> bool:
+        """``out += scale * (left @ right)`` term by term, for left [m, r], right [r, n], out [m * n], all float32.
+
+        Returns whether it was done: a backend may leave it to eager code.
+        """
+        del left, right, out, scale
+        return False
+
     def gather(self, stream: Stream, indices: Tensor, out: Tensor) -> None:
         """``out = z[indices]``: int64 indices from the block's start, float32 out."""
         raise NotImplementedError

@@ -176,6 +176,26 @@ void zoft_gather(const Stream* stream, int64_t count, int threads, const int64_t
   }
 }
 
+// out[i, j] += scale * sum_k left[i, k] right[k, j]: term by term, each rounded by itself, as zoft/subspaces/low_rank.py.
+void zoft_add_product(int64_t rows, int64_t columns, int rank, int threads, const float* left, const float* right,
+                      float scale, float* out) {
+  constexpr int64_t kTile = 1024;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* u = left + i * rank;
+    for (int64_t at = 0; at < columns; at += kTile) {
+      const int n = static_cast<int>(columns - at < kTile ? columns - at : kTile);
+      const float* v = right + at;
+      float z[kTile];
+      for (int j = 0; j < n; ++j) z[j] = u[0] * v[j];
+      for (int k = 1; k < rank; ++k)
+        for (int j = 0; j < n; ++j) z[j] += u[k] * v[k * columns + j];
+      float* w = out + i * columns + at;
+      for (int j = 0; j < n; ++j) w[j] += z[j] * scale;
+    }
+  }
+}
+
 // The words themselves; `offset` and `count` are of words.
 void zoft_words(const Stream* stream, int64_t offset, int64_t count, int threads, uint32_t* out) {
   const Stream s = *stream;

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from zoft import compiled
 from zoft.errors import UserError
 from zoft.lazy import torch
 from zoft.noise import CounterNoise, Direction, NoiseSource, key_of, sample
@@ -197,8 +198,20 @@ class LowRankCoordinates(Coordinates):
         """``out += scale * z`` in one addition, so that whoever is interrupted can tell whether it took place."""
         if name not in self._columns:
             super().add_(out, direction, name, start, scale)
-        else:
+        elif not self._add_rows_(out, direction, name, start, scale):
             out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
+
+    def _add_rows_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> bool:
+        """The same compiled, where that is in use and the piece is whole rows; returns whether it was done."""
+        kernels, n = compiled.kernels(out.device), self._columns[name]
+        if kernels is None or start % n or out.numel() % n or out.dtype != torch.float32:
+            return False
+        left = self._factor(direction, name, start // n, (start + out.numel()) // n)
+        return kernels.add_product(left, self._basis(direction, name), out, scale)
+
+    def spans(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """As in the full space; of a matrix whole rows, where ``start`` begins one."""
+        yield from self._ranges(name, start, stop) if name in self._columns else super().spans(name, start, stop)
 
     def perturb(
         self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
