@@ -100,6 +100,24 @@ def tiny_t5(seed: int = 0, **fields: Any) -> Any:
     return _build("T5ForConditionalGeneration", "T5Config", seed, small | more | fields, "eager")
 
 
+def tiny_mixtral(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM whose tokens go to two of four experts: which ones may differ between two points."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 64, "num_local_experts": 4}
+    return _build("MixtralForCausalLM", "MixtralConfig", seed, small | more | fields, attn)
+
+
+def tiny_vit(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """An image classifier: convolutions, and a parameter of the root of its embeddings."""
+    import transformers
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**small | {"image_size": 8, "patch_size": 4, "num_labels": 3} | fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.ViTForImageClassification._from_config(config, attn_implementation=attn).eval()
+
+
 CAUSAL = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2, "qwen": tiny_qwen}
 """Causal LMs by family."""
 
@@ -113,6 +131,9 @@ EVERY = CAUSAL | {"bert": tiny_bert_classifier, "roberta": tiny_roberta_mlm, "t5
 def batch_for(model: Any, *, rows: int = 3, length: int = 7, seed: int = 0) -> dict[str, Any]:
     """Unpadded inputs with labels of the right kind for ``model``, so that ``model(**batch).loss`` exists."""
     generator = torch.Generator().manual_seed(seed)
+    if hasattr(model.config, "image_size"):
+        pixels = torch.randn(rows, 3, model.config.image_size, model.config.image_size, generator=generator)
+        return {"pixel_values": pixels, "labels": torch.arange(rows) % model.config.num_labels}
     ids = torch.randint(4, VOCAB, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
     if type(model).__name__.endswith("ForSequenceClassification"):

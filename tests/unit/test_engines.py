@@ -559,3 +559,33 @@ def test_a_module_that_runs_twice_is_named_and_moves_once(caplog):
         losses = session.losses(x, POINTS)
     assert "1 modules run more than once in a forward (the one with again.weight)" in caplog.text
     torch.testing.assert_close(losses, bind(InPlace("copy"), model, session.objective).losses(x, POINTS))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("engine", [Layerwise(), SidePath(), InPlace("copy")], ids=lambda e: e.name())
+def test_a_frozen_quantised_base_under_a_trained_adapter(engine):
+    torch.manual_seed(0)
+    base_layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).requires_grad_(False)
+    quantised = torch.ao.quantization.quantize_dynamic(base_layers, {nn.Linear}, dtype=torch.qint8)
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.adapter = quantised, nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.base(x) + self.adapter(x)
+
+    model, x = Adapted(), torch.randn(5, 8)
+    session = bind(engine, model, lambda batch: model(batch).square().mean())
+    losses = session.losses(x, POINTS)
+    wanted = []
+    for point in POINTS:
+        moved = {
+            name: p.data
+            if point.direction is None
+            else p.data + point.scale * session.coordinates.z(point.direction, name)
+            for name, p in session.weights.tensors.items()
+        }
+        wanted.append((quantised(x) + x @ moved["adapter.weight"].T + moved["adapter.bias"]).square().mean())
+    torch.testing.assert_close(losses, torch.stack(wanted), rtol=1e-6, atol=0)

@@ -55,7 +55,7 @@ class Shelf:
         if self.bytes_far + size > self.disk_bytes:
             return False
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="zoft_")  # noqa: SIM115: open for as long as this is
+            self._file = tempfile.TemporaryFile(prefix="zoft_")  # noqa: SIM115 - open for as long as this is
         self._file.seek(self.bytes_far)
         self._file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         self._far[key] = (self.bytes_far, size, tensor.new_empty(0))
