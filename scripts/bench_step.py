@@ -49,6 +49,7 @@ from zoft.weights import Weights
 ROOT = Path(__file__).resolve().parent.parent
 EPS, LEARNING_RATE, SEED = 1e-3, 1e-7, 0
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
+BEGAN = time.perf_counter()
 Key = tuple[str, int]  # (name of a scheme, number of directions q)
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -105,8 +106,8 @@ ALL_Q = (1, 8, 16)
 PRESETS = {
     ("cpu", "micro"): [Plan("micro", 2, 8, (1, 2), 0.3, ("gaussian", "low_rank", "lora"))],
     ("cpu", "small"): [
-        Plan("small", qs=(1, 8), seconds=6),
-        Plan("opt_125m", seconds=12, variants=("gaussian", "rademacher", "low_rank", "lora")),
+        Plan("small", qs=(1, 8), seconds=4),
+        Plan("opt_125m", seconds=8, variants=("gaussian", "rademacher", "low_rank", "lora")),
     ],
     ("cpu", "full"): [
         *(Plan("small", rows, tokens, ALL_Q, 25) for rows, tokens in ((4, 32), (16, 64))),
@@ -313,14 +314,15 @@ def peak_of(plan: Plan, peft: str, key: Key, engine: str, threads: int) -> float
     return peak_mb_above_now(step)
 
 
-def peaks_on_cpu(contest: Contest, threads: int) -> dict[Key, float]:
-    """MiB above the weights of every scheme, at the fewest and the most directions; others do not depend on q."""
+def peaks_on_cpu(contest: Contest, args: argparse.Namespace) -> dict[Key, float]:
+    """MiB above the weights of every scheme: zoft's at the fewest directions, with --preset full at the most too."""
     qs = contest.plan.qs
+    some = {qs[0], qs[-1]} if args.preset == "full" else {qs[0]}
     alike: list[Key] = [("limit", qs[0])] + [("mezo", qs[0])] * (contest.mezo is not None)
-    keys = alike + [key for key in contest.zoft if key[1] in (qs[0], qs[-1])]
-    jobs = [(contest.plan, contest.peft, key, contest.engine, threads) for key in keys]
+    keys = alike + [key for key in contest.zoft if key[1] in some]
+    jobs = [(contest.plan, contest.peft, key, contest.engine, args.threads) for key in keys]
     peaks = dict(zip(keys, in_processes_of_their_own(peak_of, jobs), strict=True))
-    return peaks | {(name, q): peaks[name, qs[0]] for name, _ in alike for q in qs}
+    return peaks | {(name, q): peaks[name, qs[0]] for name, _ in alike for q in qs}  # theirs do not depend on q
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ def run_contest(plan: Plan, peft: str, labels: list[str], args: argparse.Namespa
     """What is stored about each case of one plan and adapter, and the variants that were skipped with the reason."""
     contest = Contest(plan, peft, labels, args)
     seconds, shares = contest.rounds(), shares_of(contest)
-    peaks = peaks_on_cpu(contest, args.threads) if args.device == "cpu" and args.memory else contest.peaks
+    peaks = peaks_on_cpu(contest, args) if args.device == "cpu" and args.memory else contest.peaks
     records = []
     for (label, q), zoft in contest.zoft.items():
         keys = {name: (name, q) for name in ("mezo", "mezo_forwards", "limit")} | {"zoft": (label, q)}
@@ -365,6 +367,7 @@ def endurance(label: str, args: argparse.Namespace) -> dict[str, Any]:
 
     A busy machine slows everything: a bare forward is timed beside each step, and the ratio to it is compared too.
     """
+    torch.set_num_threads(1)  # there is nothing to share in a model of this size
     model = build("micro", VARIANTS[label].peft, args.device, args.dtype)
     batch, _ = batches_of(Plan("micro"), args.device)
     zoft = ZoftStep(model, VARIANTS[label], 1, args.engine, batch)
@@ -435,7 +438,8 @@ def measure(plan: Plan, args: argparse.Namespace, result: dict[str, Any]) -> Non
     why = {v: f"there is no subspace called {VARIANTS[v].subspace}" for v in wanted if not exists(v)}
     for peft in dict.fromkeys(VARIANTS[v].peft for v in wanted if v not in why):
         labels = [v for v in wanted if v not in why and VARIANTS[v].peft == peft]
-        print(f"measuring {plan.size} {plan.rows}x{plan.tokens}: {', '.join(labels)}", file=sys.stderr, flush=True)
+        about = f"{time.perf_counter() - BEGAN:4.0f} s  {plan.size} {plan.rows}x{plan.tokens}: {', '.join(labels)}"
+        print(about, file=sys.stderr, flush=True)
         try:
             cases, skipped = run_contest(plan, peft, labels, args)
         except torch.OutOfMemoryError as error:

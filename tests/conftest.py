@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import pytest
 
@@ -27,3 +28,15 @@ def _logs_of_zoft():
         logging.getLogger(name) for name in list(logging.Logger.manager.loggerDict) if name.split(".")[0] == "zoft"
     ]
     return [logging.getLogger("zoft"), *known]
+
+
+@pytest.fixture(autouse=True)
+def torch_is_left_as_it_was():
+    """No test, and nothing that it calls, leaves torch's modes switched for the next one."""
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        left = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._len_torch_function_stack())
+        torch.set_grad_enabled(True)
+        assert left == (True, False, 0), "gradients enabled, inference mode, overriding contexts"

@@ -167,10 +167,9 @@ class ZOMixin(LossAveraging):
             self.session.come_back()
 
     def _nobody_looks(self) -> bool:
-        """Whether the weights may stay where the next query will be: no code but ours runs before it."""
+        """Whether the weights may be elsewhere between a query and the next: no code but ours runs in between."""
         callbacks = [*self.callback_handler.callbacks, self]
-        ours = all(type(one).__module__.split(".")[0] in ("transformers", "zoft") for one in callbacks)
-        return ours and self.state.global_step + 1 < self.state.max_steps
+        return all(type(one).__module__.split(".")[0] in ("transformers", "zoft") for one in callbacks)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's own, on the weights of the step and not on those of the next query."""
@@ -287,7 +286,8 @@ class ZOMixin(LossAveraging):
         started = time.perf_counter()
         assert self.session is not None
         with no_trials():
-            local = self.session.losses_before_update(window, points)
+            query = self.session.losses_before_update if self._nobody_looks() else self.session.losses
+        local = query(window, points)
         progress.seconds_forward += time.perf_counter() - started
         self.losses, tokens = self._over_processes(local, window)
         progress.steps += 1
@@ -296,7 +296,12 @@ class ZOMixin(LossAveraging):
         loss = float(self.estimator.loss(self.losses))
         self.projected_grads = self.estimator.projected_grads(self.losses)
         self.stepper.pending = self._estimate(directions)
-        if self._nobody_looks() and (self.direction_seeds is None or progress.steps < len(self.direction_seeds)):
+        another = self.state.global_step + 1 < self.state.max_steps
+        if (
+            self._nobody_looks()
+            and another
+            and (self.direction_seeds is None or progress.steps < len(self.direction_seeds))
+        ):
             self.session.expect(self.estimator.points(self._directions(progress.steps))[0])
         progress.losses.append(loss)
         return loss

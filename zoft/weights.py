@@ -39,6 +39,9 @@ class Weights:
                 "nothing is trainable: every parameter has requires_grad=False; "
                 "choose what moves with trainable=all, peft=lora, trainable=last_blocks or trainable=regex"
             )
+        for tensor in self.tensors.values():
+            if not tensor.is_contiguous():
+                tensor.data = tensor.data.contiguous()  # engines and steps work on flat pieces
         self.owners = _owners(model, self.tensors)
 
     @property

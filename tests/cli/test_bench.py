@@ -46,7 +46,8 @@ def test_every_case_is_there_with_everything(run):
         assert case["loss_difference"] < 1e-4
         assert case["queries_per_second"] > 0
         assert set(case["peak_mb"]) == {"mezo", "limit", "zoft"}
-        assert all(peak == peak and peak >= 0 for peak in case["peak_mb"].values())
+        assert all(peak >= 0 for peak in case["peak_mb"].values() if peak is not None)
+    assert all(cases[variant, 1]["peak_mb"]["zoft"] is not None for variant in ("gaussian", "low_rank", "lora"))
     assert cases["lora", 1]["trained"] < cases["gaussian", 1]["trained"]
     assert {"torch", "transformers", "zoft", "cpu", "cores", "threads", "date"} <= set(result["environment"])
     assert (folder / "step.txt").read_text().strip() in printed

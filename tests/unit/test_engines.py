@@ -589,3 +589,90 @@ def test_a_frozen_quantised_base_under_a_trained_adapter(engine):
         }
         wanted.append((quantised(x) + x @ moved["adapter.weight"].T + moved["adapter.bias"]).square().mean())
     torch.testing.assert_close(losses, torch.stack(wanted), rtol=1e-6, atol=0)
+
+
+# ------------------------------------------------------------------------------------- what a review has found, mended
+
+
+def test_scratch_of_modules_inside_modules_that_hold_weights_themselves():
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.inside = nn.Parameter(torch.randn(400, 64)), nn.Linear(8, 64)
+
+        def forward(self, x):
+            return self.inside(x) + self.table.mean(0)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Holds(), nn.Linear(64, 512)), torch.randn(3, 8)
+    objective = lambda batch: model(batch).square().mean()  # noqa: E731
+    session = bind(Layerwise(), model, objective)
+    for _ in range(3):
+        losses = session.losses(x, POINTS)
+    torch.testing.assert_close(losses, bind(InPlace("copy"), model, objective).losses(x, POINTS), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("engine", [Layerwise(), SidePath()], ids=lambda e: e.name())
+def test_a_model_that_was_compiled_and_called_before_is_perturbed_all_the_same(engine):
+    model = tiny_llama()
+    batch = batch_for(model)
+    compiled = torch.compile(model, backend="eager")
+    wanted = bind(InPlace("copy"), compiled, lambda inputs: model(**inputs).loss).losses(batch, POINTS)
+    with torch.no_grad():
+        compiled(**batch)
+    session = bind(engine, compiled, lambda inputs: compiled(**inputs).loss)
+    for _ in range(3):
+        torch.testing.assert_close(session.losses(batch, POINTS), wanted, rtol=1e-5, atol=0)
+    torch._dynamo.reset()
+
+
+def test_an_objective_that_draws_goes_one_point_after_the_other(monkeypatch, caplog):
+    monkeypatch.setattr(base, "_KEEP_MODELS", 0)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.ones(2, 4)
+
+    def objective(batch):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            hidden = model[0](batch)
+            return model[1](hidden + torch.randn(2, 4)).square().mean()
+
+    session, before = bind(Layerwise(), model, objective), torch.get_rng_state()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            losses = session.losses(x, POINTS)
+    torch.testing.assert_close(losses, bind(InPlace("copy"), model, objective).losses(x, POINTS), rtol=1e-6, atol=0)
+    assert "draws random numbers" in caplog.text
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_module_makes_once_can_be_trained_through_later():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.table = nn.Linear(4, 4), None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.arange(4.0).cos()
+            return self.layer(x) * self.table
+
+    for engine in (Layerwise(), InPlace("copy"), SidePath()):
+        model = Keeps()
+        bind(engine, model, lambda batch, model=model: model(batch).sum()).losses(torch.ones(1, 4), POINTS)
+        model(torch.ones(1, 4)).sum().backward()
+
+
+def test_errors_about_memory_that_are_not_for_want_of_it_stay_what_they_are():
+    model = tiny_llama()
+    for told in ("CUDA error: an illegal memory access was encountered", "refers to a single memory location"):
+        with pytest.raises(RuntimeError, match=told) as caught:
+            bind(Layerwise(), model, lambda _, told=told: (_ for _ in ()).throw(RuntimeError(told))).losses({}, POINTS)
+        assert not isinstance(caught.value, OutOfMemoryError)
+
+
+def test_parameters_that_are_not_contiguous_are_made_so():
+    layer = nn.Linear(3, 4)
+    layer.weight.data = torch.randn(3, 4).T
+    weights = Weights(layer)
+    assert weights.tensors["weight"].is_contiguous()

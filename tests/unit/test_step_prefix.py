@@ -108,3 +108,26 @@ def test_together_with_hidden_states_that_are_kept_for_the_whole_run():
         torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=0)
         if step == 3:  # the last block moves: below it one row after another was kept, and the rest ran once
             assert runs == {0: 3, 1: 3, 2: 1, 3: 4}
+
+
+def test_every_call_of_the_model_in_an_objective_is_reused():
+    model = tiny_llama()
+    session, runs = bind(Layerwise(), model, 2), Counter()
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.update("0"))
+    session.losses(batch_for(model), CENTRAL.points(CENTRAL.directions(0, 2)))
+    runs.clear()
+    session.losses(batch_for(model), CENTRAL.points(CENTRAL.directions(0, 2)))
+    assert runs["0"] == 2
+
+
+def test_a_forward_of_the_users_own_stays():
+    model = tiny_llama()
+    mine = model.model.layers[0].forward
+    model.model.layers[0].forward = mine
+    session = bind(Layerwise(), model)
+    prefix = FrozenPrefix(model, list(model.model.layers), 2, [], 1 << 20)
+    for step in range(3):
+        with prefix.reused():
+            session.losses(batch_for(model), CENTRAL.points(CENTRAL.directions(0, step)))
+    assert vars(model.model.layers[0])["forward"] == mine
+    assert not any("forward" in vars(layer) for layer in model.model.layers[1:])

@@ -1247,3 +1247,30 @@ def test_hidden_states_that_are_kept_come_before_packing(single: bool, make: Cal
     assert trainer.frozen_prefix.usable
     assert len(trainer.frozen_prefix._rows) <= kept + 2  # (the piece on which it was found out about the head)
     assert len(computed) <= 4
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_in_place_weights_are_clean_whenever_somebody_else_looks(make: Callable[..., ZOTrainer], foreign: bool):
+    """A callback between query and step, and after the step, sees the weights and not a point beside them."""
+    from transformers import TrainerCallback
+
+    from zoft.engines.in_place import InPlace
+
+    seen = []
+
+    class Looks(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.append(torch.cat([p.detach().view(-1) for p in model.parameters()]))
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(torch.cat([p.detach().view(-1) for p in model.parameters()]))
+
+    trainer = make(models.tiny_llama(), engine=InPlace("subtract"), max_steps=4, learning_rate=0.0)
+    start = torch.cat([p.detach().view(-1).clone() for p in trainer.model.parameters()])
+    if foreign:
+        trainer.add_callback(Looks())
+    trainer.train()
+    seen.append(torch.cat([p.detach().view(-1) for p in trainer.model.parameters()]))
+    assert len(seen) == (9 if foreign else 1)
+    for weights in seen:
+        assert float((weights - start).abs().max()) < 1e-6

@@ -50,6 +50,7 @@ class Session:
         self.coordinates = coordinates
         self.weights = coordinates.weights
         self.objective = objective
+        self._evaluated = False
         for device in {tensor.device for tensor in self.weights.tensors.values()}:
             prepare(self.weights.num_elements, device)
 
@@ -129,7 +130,9 @@ class Session:
 
     def evaluate(self, batch: Any) -> Tensor:
         """One evaluation of the objective at the weights as they are: float32 scalar on the CPU, no graph."""
-        with torch.inference_mode():
+        # What a model makes once and keeps (rotary tables, ...) must be ordinary tensors: gradients may come later.
+        once, self._evaluated = not self._evaluated, True
+        with torch.no_grad() if once else torch.inference_mode():
             return self.objective(batch).detach().to("cpu", torch.float32)
 
 
@@ -139,8 +142,11 @@ def memory_errors_say(mend: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = str(error).strip().split("\n")[0] or "out of memory"
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in told:
+        told = str(error).strip().split("\n")[0] or "The process is out of memory."
+        wanting = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not wanting and not any(
+            words in told for words in ("out of memory", "allocate memory", "not enough memory")
+        ):
             raise
         raise OutOfMemoryError(
             f"{told} The weights are what they were. Lower trainer.per_device_train_batch_size, or {mend}"

@@ -60,6 +60,7 @@ class FrozenPrefix:
         self.max_bytes = max_bytes
         self.disk_bytes = disk_bytes
         self.usable = True
+        self._own_forwards: dict[nn.Module, Any] = {}  # what a block's own dict held as forward, while it is replaced
         self._checked = self._capturing = self._filling = False
         self.clear()
 
@@ -136,21 +137,25 @@ class FrozenPrefix:
                     return
         self._serving = self._batch[1]
         for block in self.blocks[: self.first]:
+            if block.__dict__.get("forward") is not _passes_through:  # another forward, side by side, may have come by
+                self._own_forwards[block] = block.__dict__.get("forward")
             block.forward = _passes_through
 
     def _inject(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._serving is None:
             return None
+        hidden = self._serving.clone()  # a block may write into its input
         if args:
-            return (self._serving, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._serving}
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
 
     def _after(self, *_: Any) -> None:
         if self._capturing:
             return
         self._serving = None
-        for block in self.blocks[: self.first]:
-            block.__dict__.pop("forward", None)
+        for block, own in self._own_forwards.items():
+            put_back_forward(block, own)
+        self._own_forwards.clear()
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -230,6 +235,14 @@ class FrozenPrefix:
         self.usable = False
         self.clear()
         log.warning("hidden states below block %d are not kept between queries: %s", self.first, why)
+
+
+def put_back_forward(module: nn.Module, own: Any) -> None:
+    """Undo ``module.forward = ...``: ``own`` is what the module's own dict held before, None where nothing."""
+    if own is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = own
 
 
 def longest_stack(model: nn.Module) -> list[nn.Module]:

@@ -68,6 +68,7 @@ class Side:
     mine: dict[str, Tensor] = field(default_factory=dict)  # name -> what it is swapped for
     depth: Counter[str] = field(default_factory=Counter)  # a tied tensor can be inside two forwards at once
     entered: set[str] = field(default_factory=set)  # tensors whose modules have run or are running
+    entered_since: set[str] = field(default_factory=set)  # the same, since the model was called
     visits: Counter[Any] = field(default_factory=Counter)  # how often each module was entered
     modes: list[Any] = field(default_factory=list)  # contexts that are open
     undo: dict[int, list[list[Callable[[Any], None]]]] = field(default_factory=dict)  # what leaving a module does
@@ -86,7 +87,9 @@ class LayerwiseSession(Session):
         self.scratch = Scratch()
         self._side = Side()
         self._compiled = False
+        self._global_state: Any = None
         self._side_by_side = True
+        self._sets_global_state = False  # the objective: what it sets would be set for the other forwards too
         self._largest_output = 0  # bytes: of a module that holds trained weights, in the last call of losses
         self._read_outside: set[str] = set()
         self._whole_forward: list[str] | None = None  # tensors read outside their module's forward; None: not known yet
@@ -96,11 +99,22 @@ class LayerwiseSession(Session):
         refuse_derivatives(points, self.name)
         self._compiled = _is_compiled(self.model)
         small = self._largest_output <= self.piece_bytes  # as the queries before have seen it
-        self._side_by_side = small and not self._whole_forward and not self._compiled
+        self._side_by_side = small and not self._whole_forward and not self._compiled and not self._sets_global_state
         self._largest_output = 0
-        with memory_errors_say(self.what_to_lower()), self._hooks(), torch.inference_mode():
+        with memory_errors_say(self.what_to_lower()), self._hooks(), self._no_graph():
             results = self._losses(batch, points)
         return torch.stack(results)
+
+    @contextmanager
+    def _no_graph(self) -> Iterator[None]:
+        """Inference mode; in the first queries only no gradients (see :meth:`Session.evaluate`).
+
+        A graph that torch compiled before the hooks were there does not call them. It is not used inside an overriding
+        context, which is one of the things that a graph depends on.
+        """
+        apart = watching(lambda func, args, kwargs: func(*args, **kwargs)) if _may_be_compiled() else nullcontext()
+        with apart, torch.no_grad() if self._whole_forward is None else torch.inference_mode():
+            yield
 
     def what_to_lower(self) -> str:
         """The setting of this engine that bounds its memory, for somebody who ran out of it."""
@@ -126,7 +140,12 @@ class LayerwiseSession(Session):
             yield
             return
         owners = {module for module, held in self.weights.owners.items() if any(name in moving for _, name in held)}
-        prefix = StepPrefix(self.model, lambda: self._side.visits, lambda: not moving.isdisjoint(self._side.entered))
+        prefix = StepPrefix(
+            self.model,
+            lambda: self._side.visits,
+            lambda: self._side.entered_since.clear(),
+            lambda: not moving.isdisjoint(self._side.entered_since),
+        )
         with prefix.reused(owners):
             yield
 
@@ -153,6 +172,7 @@ class LayerwiseSession(Session):
                 if moving:
                     self._swap(side, moving)
                 side.depth.update(self._whole_forward)
+            self._global_state = _global_state() if self._whole_forward is None else None
             with self._watch() if self._whole_forward is None else nullcontext():
                 return self.evaluate(batch)
         finally:  # torch calls no hook of a forward that a signal ends
@@ -163,7 +183,10 @@ class LayerwiseSession(Session):
 
     def _enter(self, module: nn.Module, names: list[str]) -> None:
         side = self._side
+        if self._whole_forward is None and _global_state() != self._global_state:
+            self._sets_global_state = True
         side.entered.update(names)
+        side.entered_since.update(names)
         side.visits[id(module)] += 1
         undo: list[Callable[[Any], None]] = [lambda _: side.depth.subtract(names)]
         side.undo.setdefault(id(module), []).append(undo)
@@ -316,6 +339,12 @@ class LayerwiseSession(Session):
                 *(self.name, len(self._whole_forward), names),
             )
         self._name_shared_modules()
+        if self._sets_global_state:
+            log.warning(
+                "engine=%s: the objective draws random numbers or chooses attention kernels while the model runs: its "
+                "queries go one after the other, and z is made for each",
+                self.name,
+            )
         return bool(self._whole_forward)
 
     def _name_shared_modules(self) -> None:
@@ -330,6 +359,13 @@ class LayerwiseSession(Session):
                 "together, and their directions are made each time",
                 *(self.name, len(shared), names),
             )
+
+
+def _global_state() -> Any:
+    """What a forward may set for the whole process: the random state, and which attention kernels may be used."""
+    cuda = torch.backends.cuda
+    kernels = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    return *kernels, torch.get_rng_state().numpy().tobytes()
 
 
 def _may_be_compiled() -> bool:

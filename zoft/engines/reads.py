@@ -66,7 +66,7 @@ class Reads:
             return func(*args, **kwargs)
         if func is torch.nn.functional.embedding and len(args) > 1:
             return self._embedding(*args, **kwargs)
-        if func is torch.nn.functional.linear and id(args[1]) in self.names:
+        if func is torch.nn.functional.linear and len(args) > 1 and id(args[1]) in self.names:
             return self._linear(*args, **kwargs)
         result = func(*args, **kwargs)
         if asks_no_values(func, result):
@@ -144,7 +144,7 @@ def watching(call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any
 _METADATA = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
     *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_pinned", "is_shared", "type"),
-    *("__len__", "__hash__", "data_ptr", "untyped_storage"),
+    *("__len__", "__hash__", "data_ptr", "untyped_storage", "requires_grad_"),
 }
 
 
@@ -153,4 +153,6 @@ def asks_no_values(func: Any, result: Any) -> bool:
     name = getattr(func, "__name__", "")
     if name == "__get__":  # an attribute: .data and .T are values, .shape and .dtype are not, and neither is .grad
         return not isinstance(result, torch.Tensor) or getattr(func.__self__, "__name__", "") == "grad"
+    if name == "__set__":
+        return getattr(func.__self__, "__name__", "") in ("requires_grad", "grad")
     return name in _METADATA

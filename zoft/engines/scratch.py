@@ -57,7 +57,9 @@ class Scratch:
         if fitting:
             return Lease(free.pop(min(fitting, key=lambda i: free[i].numel())), like)
         if free:
-            free.remove(max(free, key=len))  # a larger one takes its place: all of them fit the largest module in time
+            free.pop(
+                max(range(len(free)), key=lambda i: free[i].numel())
+            )  # a larger one takes its place: all of them fit the largest module in time
         with torch.inference_mode(False):
             return Lease(torch.empty(size, dtype=torch.uint8, device=like[0].device), like)
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from zoft.engines.base import Engine, Objective, Session
+from zoft.engines.frozen_prefix import put_back_forward
 from zoft.engines.layerwise import LayerwiseSession
 from zoft.engines.reads import Brought
 from zoft.estimators.base import Point
@@ -86,7 +87,9 @@ class _SidePathSession(LayerwiseSession):
             members = list(group)
             while members:
                 tokens = max(1, self._tokens or self._tokens_before)
-                size = 1 if clean or self._compiled else max(1, self.tokens_in_flight // tokens)
+                size = (
+                    1 if clean or self._compiled or self._sets_global_state else max(1, self.tokens_in_flight // tokens)
+                )
                 if size < len(members) and not clean:
                     self._say(size, len(members))
                 self._in_flight = min(size, len(members))
@@ -153,15 +156,15 @@ class _SidePathSession(LayerwiseSession):
                 yield
         finally:
             for module, before in changed:
-                if before is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = before
+                put_back_forward(module, before)
 
-    def _shared(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def _shared(self, module: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         outputs = int(module.out_features if isinstance(module, torch.nn.Linear) else module.nf)  # type: ignore[arg-type]
 
-        def shared(x: Tensor) -> Tensor:
+        def shared(*args: Any, **kwargs: Any) -> Tensor:
+            if len(args) != 1 or kwargs:
+                return forward(*args, **kwargs)
+            (x,) = args
             side = self._side
             side.visits[id(module)] += 1
             if side.point.direction is None or not side.entered:
@@ -176,14 +179,13 @@ class _SidePathSession(LayerwiseSession):
         return shared
 
     def _together(self, xs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """One product for all inputs [..., n], unless its output would be large."""
-        first = forward(xs[0]) if len(xs) == 1 else None
-        if first is not None:
-            return [first]
+        """One product for all inputs [..., n]."""
+        if len(xs) == 1:
+            return [forward(xs[0])]
         rows = [x.reshape(-1, x.shape[-1]) for x in xs]
         y = forward(torch.cat(rows))
         pieces = y.split([len(r) for r in rows])
-        return [piece.view(*x.shape[:-1], -1) for piece, x in zip(pieces, xs, strict=True)]
+        return [piece.view(*x.shape[:-1], y.shape[-1]) for piece, x in zip(pieces, xs, strict=True)]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from zoft.engines.frozen_prefix import longest_stack
+from zoft.engines.frozen_prefix import longest_stack, put_back_forward
 from zoft.engines.lockstep import is_alone
 from zoft.lazy import torch
 
@@ -27,10 +27,19 @@ class StepPrefix:
     Args:
         model: any module; without a stack of alike blocks that hand on a tensor, nothing is reused.
         state: a place for the forward that runs to count in (several may be under way, side by side).
-        moved: whether the forward that runs has entered a module that moves.
+        begin: told whenever the model is called.
+        moved: whether a module that moves has been entered since.
     """
 
-    def __init__(self, model: nn.Module, state: Callable[[], Counter[Any]], moved: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        state: Callable[[], Counter[Any]],
+        begin: Callable[[], None],
+        moved: Callable[[], bool],
+    ) -> None:
+        self.model = model
+        self.begin = begin
         self.blocks = longest_stack(model)
         self.state = state
         self.moved = moved
@@ -46,15 +55,17 @@ class StepPrefix:
             yield
             return
         handle = self.blocks[first].register_forward_pre_hook(self._enter, with_kwargs=True)
-        below = self.blocks[:first]
+        begin = self.model.register_forward_pre_hook(lambda *_: self.begin())
+        below = {block: block.__dict__.get("forward") for block in self.blocks[:first]}
         for block in below:
             block.forward = self._passing(block.forward)
         try:
             yield
         finally:
             handle.remove()
-            for block in below:
-                block.__dict__.pop("forward", None)
+            begin.remove()
+            for block, own in below.items():
+                put_back_forward(block, own)
 
     def _passing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,9 @@ from zoft.weights import Weights, perturbed
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHUNK = 1 << 20  # elements updated at a time: bounds the temporaries of an update to a few MiB
+# Elements updated at a time: bounds the temporaries of an update. No more than noise makes at a time (zoft.counter), so
+# that adding a direction to a piece is one addition, which a signal finds done or not done.
+_CHUNK = 1 << 18
 _CHUNK_GPU = 1 << 25  # the same where launching a kernel costs more than its work on a smaller piece
 _KEEP_MODELS = 1 << 22  # trained elements up to which z is kept: adapters and norms draw each direction once a step
 _KEEP = 1 << 24  # elements kept at most, over all of a step's directions: 64 MiB
