@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 class OutOfMemoryError(UserError, RuntimeError):
-    """A query did not fit; the weights are what they were.
+    """A query did not fit; the weights are what they were (with ``in_place`` and ``subtract``, to the last bit or two).
 
     A RuntimeError, as torch's own: who halves batches waits for one (``auto_find_batch_size``).
     """
