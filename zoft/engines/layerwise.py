@@ -112,7 +112,8 @@ class LayerwiseSession(Session):
         A graph that torch compiled before the hooks were there does not call them. It is not used inside an overriding
         context, which is one of the things that a graph depends on.
         """
-        apart = watching(lambda func, args, kwargs: func(*args, **kwargs)) if _may_be_compiled() else nullcontext()
+        graphs = self._compiled or _graphs_exist()  # looking at every torch function takes time, too
+        apart = watching(lambda func, args, kwargs: func(*args, **kwargs)) if graphs else nullcontext()
         with apart, torch.no_grad() if self._whole_forward is None else torch.inference_mode():
             yield
 
@@ -372,10 +373,18 @@ def _may_be_compiled() -> bool:
     return "torch._dynamo" in sys.modules  # torch.compile imports it; importing it for nothing takes seconds
 
 
+def _graphs_exist() -> bool:
+    """Whether torch has compiled anything in this process."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and bool(dynamo.utils.counters["stats"])
+
+
 def _is_compiled(model: nn.Module) -> bool:
     """Whether some module runs compiled code, which no forward may leave halfway."""
     return _may_be_compiled() and any(
-        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        module._compiled_call_impl is not None
+        or type(module).__name__ == "OptimizedModule"
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         for module in model.modules()
     )
 
