@@ -172,7 +172,7 @@ def perturb(
 
 
 def perturb_with(z: Tensor, weight: Tensor, scales: Sequence[float], outs: Sequence[Tensor]) -> None:
-    """``outs[i] = weight + scales[i] * z``: the bits of :func:`zoft.weights.perturbed`, without its last copy.
+    """``outs[i] = weight + scales[i] * z``: what a perturbed weight is, here and in the compiled kernels.
 
     The product and the sum are each rounded to the wider dtype of the two, and the result once to ``outs``' dtype.
     """

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from typing import TYPE_CHECKING
 
+from zoft.counter import perturb_with
 from zoft.errors import UserError
 from zoft.lazy import torch
 
@@ -104,7 +105,8 @@ def _owners(model: nn.Module, tensors: dict[str, nn.Parameter]) -> dict[nn.Modul
 def perturbed(weight: Tensor, z: Tensor, scale: float) -> Tensor:
     """``weight + scale * z`` as a new tensor, added in float32 (or the wider dtype) and rounded once.
 
-    Every engine computes a perturbed weight through this one line, so their losses can be equal to the bit.
+    The arithmetic is that of :func:`zoft.counter.perturb_with`, as in every engine: losses can be equal to the bit.
     """
-    wide = torch.promote_types(z.dtype, weight.dtype)
-    return (z.to(wide) * scale).add_(weight).to(weight.dtype)
+    moved = torch.empty_like(weight)
+    perturb_with(z, weight, [scale], [moved])
+    return moved

@@ -367,4 +367,7 @@ def test_one_cache_folder_for_everything(variables, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert cpu.cache_dir() == assets.cache_dir()
+    wanted = {"ZOFT_CACHE": Path("/a"), "XDG_CACHE_HOME": Path("/b/zoft")}
+    wanted = wanted[next(iter(variables))] if variables else Path.home() / ".cache" / "zoft"
+    assert cpu.library().parent == wanted / "compiled"
+    assert assets.cache_dir() == wanted

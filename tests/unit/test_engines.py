@@ -676,3 +676,18 @@ def test_parameters_that_are_not_contiguous_are_made_so():
     layer.weight.data = torch.randn(3, 4).T
     weights = Weights(layer)
     assert weights.tensors["weight"].is_contiguous()
+
+
+def test_forwards_that_would_take_too_much_memory_side_by_side_go_apart_and_say_so(monkeypatch, caplog):
+    monkeypatch.setattr(base, "_KEEP_MODELS", 0)
+    model = tiny_llama()
+    session, batch = bind(Layerwise(), model), batch_for(model)
+    session.piece_bytes = 100
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            session.losses(batch, POINTS)
+    assert caplog.text.count("points go one after the other") == 1
+    assert [len(group) for group in session.groups(POINTS)] == [1, 1, 1]
+    session.piece_bytes = 1 << 24
+    session.losses(batch, POINTS)
+    assert [len(group) for group in session.groups(POINTS)] == [2, 1]

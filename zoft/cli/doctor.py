@@ -196,7 +196,7 @@ def _seconds(work: Callable[[], None], clock: Callable[[], float]) -> float:
 
 
 def _room() -> Iterator[Check]:
-    from zoft.data.assets import cache_dir
+    from zoft.cache import cache_dir
 
     folder = cache_dir()
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

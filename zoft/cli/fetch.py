@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zoft.cache import cache_dir
 from zoft.data import assets
 
 
@@ -14,7 +15,7 @@ def command(arguments: list[str]) -> int:
     for name in arguments:
         print(assets.fetch(name.removeprefix("zoft:")))
     if not arguments:
-        print(f"cache: {assets.cache_dir()}")
+        print(f"cache: {cache_dir()}")
         for name, asset in assets.ASSETS.items():
             print(f"  {name}  {'fetched' if assets.path(name) else asset.size}, {asset.licence}: {asset.source}")
     return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoft import atomic
+from zoft.cache import cache_dir
 from zoft.compiled.kernels import Kernels, Stream
 from zoft.lazy import torch
 
@@ -116,13 +117,6 @@ def compiler() -> list[str] | None:
         if words and shutil.which(words[0]):
             return words
     return None
-
-
-def cache_dir() -> Path:
-    """zoft's cache folder, as in zoft.data.assets: $ZOFT_CACHE, else $XDG_CACHE_HOME/zoft, else ~/.cache/zoft."""
-    if own := os.environ.get("ZOFT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zoft"
 
 
 def library() -> Path:

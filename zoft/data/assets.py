@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from zoft.cache import cache_dir
 from zoft.errors import UserError, did_you_mean
 
 
@@ -36,13 +37,6 @@ class Asset:
     source: str
     target: str  # path under the cache folder: a file, or a Hugging Face model folder
     build: Callable[[Path, Path], None]  # (extracted member, path to make) -> None
-
-
-def cache_dir() -> Path:
-    """Where assets live: $ZOFT_CACHE, else $XDG_CACHE_HOME/zoft, else ~/.cache/zoft. It may not exist yet."""
-    if own := os.environ.get("ZOFT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zoft"
 
 
 def path(name: str) -> Path | None:

@@ -67,8 +67,7 @@ class Session:
         raise NotImplementedError
 
     # An engine that moves the weights themselves may leave them where the last query was, and take them on while the
-    # step is written: one pass over memory instead of three. Everything between two of these calls sees clean weights
-    # unless it was told to expect others.
+    # step is written: one pass over memory instead of three. The caller answers for nobody looking in between.
 
     def losses_before_update(self, batch: Any, points: Sequence[Point]) -> Tensor:
         """:meth:`losses`, when a step follows: :meth:`settle` or :meth:`come_back` comes before anybody looks."""

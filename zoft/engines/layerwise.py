@@ -89,6 +89,8 @@ class LayerwiseSession(Session):
         self._compiled = False
         self._global_state: Any = None
         self._side_by_side = True
+        self._told = False
+        self._too_large = 0  # bytes of an activation that keeps forwards apart
         self._sets_global_state = False  # the objective: what it sets would be set for the other forwards too
         self._largest_output = 0  # bytes: of a module that holds trained weights, in the last call of losses
         self._read_outside: set[str] = set()
@@ -99,6 +101,7 @@ class LayerwiseSession(Session):
         refuse_derivatives(points, self.name)
         self._compiled = _is_compiled(self.model)
         small = self._largest_output <= self.piece_bytes  # as the queries before have seen it
+        self._too_large = 0 if small else self._largest_output
         self._side_by_side = small and not self._whole_forward and not self._compiled and not self._sets_global_state
         self._largest_output = 0
         with memory_errors_say(self.what_to_lower()), self._hooks(), self._no_graph():
@@ -156,6 +159,13 @@ class LayerwiseSession(Session):
         A forward that waits keeps its activations. Where one of them is larger than the scratch, making z again costs
         little beside the forward, and the memory counts.
         """
+        if self._too_large and not self._told:
+            self._told = True
+            log.info(
+                "engine=%s: an activation takes %d MiB, more than engine.piece_mb=%d: points go one after the other, "
+                "to keep within the memory of a forward, and z is made for each",
+                *(self.name, self._too_large >> 20, self.piece_bytes >> 20),
+            )
         for direction, group in groupby(points, key=lambda point: point.direction):
             members = list(group)
             if direction is None or self.coordinates.keeps or not self._side_by_side:

@@ -68,8 +68,8 @@ class _SidePathSession(LayerwiseSession):
         self.tokens_in_flight = tokens_in_flight or (1024 if device.type == "cpu" else 32768)
         self._tokens = self._tokens_before = 0  # of one forward, as its largest linear layer sees them
         self._in_flight = 1
+        self._told_chunks = False
         self._factors: dict[tuple[Direction, str], tuple[Tensor, Tensor] | None] = {}  # of the points in flight
-        self._told = False
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         self._tokens_before, self._tokens = self._tokens, 0
@@ -98,13 +98,13 @@ class _SidePathSession(LayerwiseSession):
                 members = members[size:]
 
     def _say(self, size: int, of: int) -> None:
-        if not self._told:
+        if not self._told_chunks:
             log.info(
                 "engine=side_path: %d tokens a forward: %d of %d points go through the model together, to keep within "
                 "engine.tokens_in_flight=%d",
                 *(self._tokens or self._tokens_before, size, of, self.tokens_in_flight),
             )
-            self._told = True
+            self._told_chunks = True
 
     def _see(self, output: Tensor) -> None:
         super()._see(output)
