@@ -185,7 +185,13 @@ class ZoftStep:
         directions = self.estimator.directions(SEED, progress.steps)
         losses = self.session.losses(self.batch, self.estimator.points(directions))
         progress.steps += 1
-        self.stepper.pending = list(zip(directions, self.estimator.coefficients(losses).tolist(), strict=True))
+        self.stepper.pending = list(
+            zip(
+                directions,
+                (self.estimator.projected_grads(losses) / self.estimator.num_directions).tolist(),
+                strict=True,
+            )
+        )
         self.stepper.step()
 
 

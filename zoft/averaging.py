@@ -75,15 +75,22 @@ class LossAveraging(_Base):
             return self.objective.num_terms(inputs)
         return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
 
-    def _over_processes(self, losses: Tensor, window: list[Inputs]) -> tuple[Tensor, int]:
-        """One all-reduce: losses weighted by examples (or already shares of one mean), and the tokens of the step."""
+    def _over_processes(self, losses: Tensor, window: list[Inputs]) -> Tensor:
+        """One all-reduce: losses weighted by examples, or already shares of one mean."""
+        if self.accelerator.num_processes == 1:
+            return losses
+        weight = 1.0 if self._loss_is_a_share() else float(sum(self._num_terms(inputs) for inputs in window))
+        mine = torch.cat((losses.double() * weight, torch.tensor([weight], dtype=torch.float64)))
+        total = self.accelerator.reduce(mine.to(self.args.device), reduction="sum").cpu()
+        return (total[:-1] / total[-1]).float()
+
+    def _tokens_over_processes(self, window: list[Inputs]) -> int:
+        """Tokens of a step, one query."""
         tokens = sum(_num_tokens(self._as_served(inputs)) for inputs in window)
         if self.accelerator.num_processes == 1:
-            return losses, tokens
-        weight = 1.0 if self._loss_is_a_share() else float(sum(self._num_terms(inputs) for inputs in window))
-        mine = torch.cat((losses.double() * weight, torch.tensor([weight, float(tokens)], dtype=torch.float64)))
-        total = self.accelerator.reduce(mine.to(self.args.device), reduction="sum").cpu()
-        return (total[:-2] / total[-2]).float(), int(total[-1])
+            return tokens
+        mine = torch.tensor(float(tokens), dtype=torch.float64).to(self.args.device)
+        return int(self.accelerator.reduce(mine, reduction="sum"))
 
 
 def _num_tokens(inputs: Inputs) -> int:

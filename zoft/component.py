@@ -21,6 +21,7 @@ from zoft.errors import UserError, did_you_mean
 GROUPS: dict[str, str] = {
     "subspace": "zoft.subspaces",
     "estimator": "zoft.estimators",
+    "weighting": "zoft.weightings",
     "engine": "zoft.engines",
     "optimizer": "zoft.optimizers",
     "objective": "zoft.objectives",
@@ -124,9 +125,13 @@ def create(group: str, choice: str | Component | None, default: str, **fields: A
 def describe(cls: type[Component]) -> list[tuple[str, str, str, str]]:
     """The hyper-parameters of a component: (name, type, default, what it means).
 
-    The meaning comes from the ``Args:`` section of the class docstring, so it is written once.
+    The meaning comes from the ``Args:`` section of the docstring of the class that has the field, or of a base of it,
+    so it is written once.
     """
-    meanings = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", inspect.cleandoc(cls.__doc__ or ""), re.M))
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(vars(base).get("__doc__") or "")
+        meanings |= re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", text, re.M)
     rows = []
     for field in dataclasses.fields(cls):
         default = field.default if field.default is not dataclasses.MISSING else "(required)"

@@ -53,11 +53,15 @@ class Direction:
         seed: the run's seed, or a given step seed (``direction_seeds``).
         step: optimisation step, from 0.
         probe: index of the direction within the step, from 0.
+        example: index of the example this direction is for, where each has its own (zoft/laws.py); None for all.
+        mix: where given, the direction is the sum of these directions times their factors.
     """
 
     seed: int
     step: int
     probe: int = 0
+    example: int | None = None
+    mix: tuple[tuple[Direction, float], ...] = ()
 
 
 def key_of(direction: Direction, name: str, role: str = "z") -> int:

@@ -131,6 +131,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
         processing_class=tokenizer,
         compute_metrics=accuracy,
         estimator=cfg.estimator,
+        weighting=cfg.weighting,
         optimizer=cfg.optimizer,
         subspace=cfg.subspace,
         engine=cfg.engine,
@@ -145,7 +146,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
         MetricsCallback(),
         TrackerAxisCallback(),
         StopOnInterrupt(),
-        ProgressCallback(cfg.estimator.num_queries, peak_mb=memory.peak_mb),
+        ProgressCallback(cfg.composition.queries_at(0), peak_mb=memory.peak_mb),
     ):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
@@ -165,9 +166,10 @@ def _opening_lines(
         f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({percent}), {cfg.model.dtype}",
         f"task    {cfg.task.name()}: {sizes} rows",
         f"method  subspace={cfg.subspace.name()} ({cfg.subspace.law}), estimator={cfg.estimator.name()} "
-        f"(q={cfg.estimator.num_directions}, eps={cfg.estimator.radius:g}), optimizer={cfg.optimizer.name()} "
+        f"(q={cfg.estimator.num_directions}, eps={cfg.estimator.radius:g}), "
+        f"weighting={cfg.weighting.name()}, optimizer={cfg.optimizer.name()} "
         f"(lr={trainer.args.learning_rate:g}), engine={trainer.engine_name}",
-        f"budget  {cfg.budget.queries:,} queries = {trainer.args.max_steps:,} steps of {cfg.estimator.num_queries}",
+        f"budget  {cfg.budget.queries:,} queries = {trainer.args.max_steps:,} steps of {cfg.composition.queries_at(0)}",
     ]
 
 

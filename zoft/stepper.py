@@ -7,18 +7,19 @@ of the run.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoft.engines.base import Session
+from zoft.engines.base import Backward, Session
 from zoft.errors import UserError
 from zoft.noise import CounterNoise, Direction
-from zoft.optimizers.base import Optimizer
+from zoft.optimizers.base import Estimate, Optimizer, Term
 from zoft.rounding import Rounding, follow_, round_sum
 from zoft.subspaces.base import Coordinates
 
@@ -97,11 +98,59 @@ class Stepper(torch.optim.Optimizer):
         self.coordinates: Coordinates = session.coordinates
         self.names = {id(tensor): name for name, tensor in session.weights.tensors.items()}
         self.progress = Progress()
-        self.pending: list[tuple[Direction, float]] | None = None
+        self.pending: list[Term] | None = None
+        self.curvatures: list[float] | None = None  # along the pending directions, where they were measured
+        self.backward: Backward | None = None  # gives the gradients that are to be added to the pending estimate
         self.moments: dict[str, dict[str, Tensor]] = {}
         self.masters: dict[str, Tensor] = {}  # name -> float32, flat
         self.sums: dict[str, Sum] = {}
         self.history: dict[str, tuple[int, Direction]] = {}  # name -> number of its updates, a direction of the last
+        self.records: list[list[Term]] = []  # the last steps, as many as the rule looks back at
+        self.scalars: dict[str, dict[str, Any]] = {"optimizer": rule.init()}  # what parts of the method remember
+        self.direction: Direction | None = None  # one of the step in progress
+        self._context: dict[str, Any] = {}
+        if rule.shapes_directions:
+            self.coordinates.arrange(shape=self._shape)
+
+    # ---- a step begins -----------------------------------------------------------------------------------------------
+
+    def begin(self, direction: Direction) -> None:
+        """Before the queries of a step, once the subspace has begun it: the state is carried over to its basis.
+
+        Args:
+            direction: any of the step's.
+        """
+        self.direction = direction
+        for name in self.moments:
+            self._transport(name, direction)
+        if self.rule.shapes_directions:
+            moving = [name for name in self.names.values() if self.coordinates.moves(direction, name)]
+            self._context = self.rule.shape_context({n: self._moments(n) for n in moving}, direction.step)
+
+    def _shape(self, z: Tensor, name: str, where: slice | Tensor) -> Tensor:
+        state = {key: tensor.view(-1)[where] for key, tensor in self._moments(name).items()}
+        return self.rule.shape(z, state, self._context)
+
+    def _moments(self, name: str) -> dict[str, Tensor]:
+        """The state of a tensor; made when it is first asked for."""
+        if name not in self.moments:
+            device = self.session.weights.tensors[name].device
+            self.moments[name] = {
+                key: torch.full(shape, self.rule.start_values.get(key, 0.0), dtype=torch.float32, device=device)
+                for key, shape in self.rule.state_shapes(self.coordinates.shape(name)).items()
+            }
+        return self.moments[name]
+
+    def _transport(self, name: str, direction: Direction) -> None:
+        """Carry a tensor's state over to the basis of this direction."""
+        if name not in self.history:
+            return
+        count, last = self.history[name]
+        for key in self.rule.carried:
+            self.moments[name][key] = self.coordinates.transport(name, self.moments[name][key], last, direction)
+        self.history[name] = count, direction
+
+    # ---- a step is written -------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Apply the pending estimate; without one (a skipped step) nothing moves."""
@@ -111,32 +160,56 @@ class Stepper(torch.optim.Optimizer):
             self.session.come_back()
             return
         terms, self.pending = self.pending, None
+        backward, self.backward = self.backward, None
+        direction = terms[0][0] if terms else self.direction
+        assert direction is not None, "an estimate without directions needs begin()"
+        self.direction = direction
+        scaled = self.rule.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
+        terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
         self.progress.updates += 1
-        with torch.no_grad():
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    name = self.names[id(parameter)]
-                    if self.coordinates.moves(terms[0][0], name):
-                        self._move(name, parameter, terms, group["lr"], group["weight_decay"])
-            self.session.settle()
+        left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
+
+        def write(name: str, dense: Tensor | None = None) -> None:
+            group, mine = left.pop(name), terms if self._moves(name, terms) else []
+            if mine or dense is not None:
+                with torch.no_grad():
+                    self._move(
+                        name, self.session.weights.tensors[name], mine, group["lr"], group["weight_decay"], dense
+                    )
+
+        if backward is not None:
+            backward(write)
+        for name in list(left):
+            write(name)
+        self.session.settle()
+        if self.rule.num_records:
+            self.records = [*self.records, terms][-self.rule.num_records :]
+        self.curvatures = None
+
+    def _moves(self, name: str, terms: list[Term]) -> bool:
+        return any(self.coordinates.moves(direction, name) for direction in {direction for direction, _ in terms})
 
     def _move(
-        self, name: str, parameter: nn.Parameter, terms: list[tuple[Direction, float]], lr: float, decay: float
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        terms: list[Term],
+        lr: float,
+        decay: float,
+        dense: Tensor | None = None,
     ) -> None:
-        direction = terms[0][0]
-        count, state = self._state_of(name, parameter, direction)
+        direction = self.direction
+        assert direction is not None
+        count, state = self._state_of(name, direction)
         way = self.rounding.way(parameter)
-        if self._is_one_addition(parameter, terms, decay):
+        if dense is None and self._is_one_addition(parameter, terms, decay):
             self._add_direction(name, parameter, *terms[0], lr)
             return
         kept = self._sum_of(name, parameter, direction)
         sum_bits = 0 if kept is None else self.rounding.key(kept.first, name, role="sum")
         rounds = way == "stochastic" and (kept is None or decay)  # what a sum says can be written as it is
         bits = self.rounding.key(self.progress.updates, name) if rounds else None
-        for start, stop in self.coordinates.chunks(name):
-            estimate = self.coordinates.combination(name, start, stop, terms)
-            pieces = {key: tensor.view(-1)[start:stop] for key, tensor in state.items()}
-            update = self.rule.update(estimate, pieces, count)
+        for start, stop, update in self._updates(name, terms, state, count, dense):
             if not lr:  # subtracting zero would turn a weight of -0.0 into +0.0
                 continue
             ends = None if kept is None else kept.add_(start, stop, update, lr)
@@ -156,6 +229,24 @@ class Stepper(torch.optim.Optimizer):
                         step = step.add_(theta.to(step.dtype) * (decay * lr))
                 self.session.apply_(name, first, last, step, bits, master)
                 self.session.depart(name, first, last)
+
+    def _updates(
+        self, name: str, terms: list[Term], state: dict[str, Tensor], count: int, dense: Tensor | None
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, what the rule makes of the estimate) for every chunk of the coordinates."""
+        whole = [(0, math.prod(self.coordinates.shape(name)))]
+        records = [
+            record
+            for record in self.records
+            if all(
+                self.coordinates.moves(d, name) and self.coordinates.same_basis(name, d, terms[0][0]) for d, _ in record
+            )
+        ]
+        for start, stop in whole if self.rule.whole else self.coordinates.chunks(name):
+            piece = None if dense is None else dense.view(-1)[start:stop]
+            estimate = Estimate(self.coordinates, name, start, stop, terms, self.curvatures, records, piece)
+            of_piece = state if self.rule.whole else {key: t.view(-1)[start:stop] for key, t in state.items()}
+            yield start, stop, self.rule.update_from(estimate, of_piece, count).view(-1)
 
     def _sum_of(self, name: str, parameter: nn.Parameter, direction: Direction) -> Sum | None:
         """The sum of the steps in the basis of this direction, where one is kept."""
@@ -191,19 +282,15 @@ class Stepper(torch.optim.Optimizer):
             self.masters[name] = self.session.weights.tensors[name].detach().to(torch.float32).view(-1)
         return follow_(self.masters[name][first:last], self.session.piece(name, first, last))
 
-    def _state_of(self, name: str, parameter: nn.Parameter, direction: Direction) -> tuple[int, dict[str, Tensor]]:
+    def _state_of(self, name: str, direction: Direction) -> tuple[int, dict[str, Tensor]]:
         """The number of this update of the tensor, and its state in the basis of this direction."""
-        count, last = self.history.get(name, (0, direction))
-        self.history[name] = count + 1, direction
-        if name not in self.moments:
-            shape = self.coordinates.shape(name)
-            self.moments[name] = {
-                key: torch.zeros(shape, dtype=torch.float32, device=parameter.device) for key in self.rule.state_names()
-            }
-        state = self.moments[name]
-        for key in self.rule.carried:
-            state[key] = self.coordinates.transport(name, state[key], last, direction)
-        return count + 1, state
+        state = self._moments(name)
+        self._transport(name, direction)
+        count = self.history.get(name, (0, direction))[0] + 1
+        self.history[name] = count, direction
+        return count, state
+
+    # ---- saved and loaded --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, state tensors by name, and the groups without their parameters: tensors and plain numbers only."""
@@ -216,6 +303,10 @@ class Stepper(torch.optim.Optimizer):
             "masters": dict(self.masters),
             "history": {name: [count, asdict(last)] for name, (count, last) in self.history.items()},
             "sums": {name: asdict(kept) for name, kept in self.sums.items()},
+            "records": [[[asdict(direction), coefficient] for direction, coefficient in r] for r in self.records],
+            "scalars": self.scalars,
+            "subspace": self.coordinates.state_dict(),
+            "anchor": self.session.anchor,
             "param_groups": groups,
         }
 
@@ -245,5 +336,13 @@ class Stepper(torch.optim.Optimizer):
         self.history = {
             name: (count, Direction(**last)) for name, (count, last) in state_dict.get("history", {}).items()
         }
+        self.records = [
+            [(Direction(**direction), coefficient) for direction, coefficient in record]
+            for record in state_dict.get("records", [])
+        ]
+        self.scalars |= copy.deepcopy(state_dict.get("scalars", {}))
+        self.coordinates.load_state_dict(state_dict.get("subspace", {}))
+        anchor = state_dict.get("anchor")
+        self.session.anchor = anchor and {n: saved.to(tensors[n]).clone() for n, saved in anchor.items()}
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)

@@ -22,21 +22,25 @@ from transformers import Trainer, TrainingArguments, set_seed
 from zoft.arguments import as_zo_config
 from zoft.averaging import Inputs, LossAveraging
 from zoft.component import create
+from zoft.data.rows import examples_of, of_lengths
 from zoft.engines.base import Engine, Session
 from zoft.engines.frozen_prefix import FrozenPrefix
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.base import Estimator
 from zoft.evaluation.order import LongestFirst, in_rows_order, lengths_of, metric_in_rows_order, order_of
+from zoft.method import Method
 from zoft.noise import Direction, step_seed
 from zoft.objectives._own_loss import is_known, own_loss
 from zoft.objectives._packing import serves
 from zoft.objectives._served import no_trials
 from zoft.objectives.base import Objective
 from zoft.optimizers.base import Optimizer
+from zoft.queries import Asked, Queries
 from zoft.random_state import global_random_state_kept
 from zoft.rounding import Rounding, with_float32_losses
 from zoft.stepper import Progress, Stepper
 from zoft.subspaces.base import Subspace
+from zoft.weightings.base import Weighting
 from zoft.weights import Weights
 
 
@@ -47,6 +51,7 @@ class ZOMixin(LossAveraging):
         model: a model, or a name or folder to load one from (float32; the class its config names, else a causal LM).
         args: a :class:`zoft.ZOConfig` or plain ``TrainingArguments``.
         estimator: name or component (default ``central``).
+        weighting: name or component (default ``mean``).
         optimizer: name or component (default ``sgd``).
         subspace: name or component (default ``full``).
         engine: name or component (default ``auto``).
@@ -65,6 +70,7 @@ class ZOMixin(LossAveraging):
         args: TrainingArguments | None = None,
         *positional: Any,
         estimator: str | Estimator | None = None,
+        weighting: str | Weighting | None = None,
         optimizer: str | Optimizer | None = None,
         subspace: str | Subspace | None = None,
         engine: str | Engine | None = None,
@@ -73,25 +79,25 @@ class ZOMixin(LossAveraging):
         direction_seeds: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.estimator: Estimator = create("estimator", estimator, "central")
-        self.rule: Optimizer = create("optimizer", optimizer, "sgd")
-        self.subspace: Subspace = create("subspace", subspace, "full")
+        self.method = Method.of(subspace, estimator, weighting, optimizer)
         self.engine: Engine = create("engine", engine, "auto")
         self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
         self.direction_seeds = None if direction_seeds is None else [int(seed) for seed in direction_seeds]
-        if direction_seeds is not None and hasattr(self.subspace, "interval"):
+        if direction_seeds is not None and hasattr(self.method.subspace, "interval"):
             raise UserError(
-                f"direction_seeds gives every step a seed of its own, and subspace={self.subspace.name()} keeps what "
-                "the seed chose for several steps: use subspace=full"
+                f"direction_seeds gives every step a seed of its own, and subspace={self.method.subspace.name()} keeps "
+                "what the seed chose for several steps: use subspace=full"
             )
         self.session: Session | None = None
         self.engine_name = self.engine.name()  # the one that serves, once there is a session
         self.frozen_prefix: FrozenPrefix | None = None
+        self.queries: Queries | None = None
         self.losses: Tensor | None = None
         self.projected_grads: Tensor | None = None
         self.peak_memory_mb: Callable[[], float] | None = None
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
         self._window: list[Inputs] = []
+        self._asked: list[Inputs] = []  # the micro-batches that are being queried
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
             if kwargs.get(name) not in (None, (None, None)):
                 raise UserError(f"{name}= is for first-order optimizers: pass optimizer= (sgd, momentum, adam)")
@@ -103,8 +109,8 @@ class ZOMixin(LossAveraging):
         if self.objective is not None:
             self.model_accepts_loss_kwargs = False
         weights = Weights(self.model)
-        if self.estimator.radius:
-            weights.check_eps(self.estimator.radius)
+        if self.method.estimator.radius:
+            weights.check_eps(self.method.estimator.radius)
         self._keep_frozen_prefix(weights)
 
     # ---- settings ----------------------------------------------------------------------------------------------------
@@ -112,15 +118,19 @@ class ZOMixin(LossAveraging):
     def _settle(self, args: Any) -> None:
         """Settings that belong together, in one place: learning rate, decay, budget, columns."""
         for name in ("learning_rate", "weight_decay"):
-            chosen, given = getattr(self.rule, name), getattr(args, name)
+            chosen, given = getattr(self.method.optimizer, name), getattr(args, name)
             if chosen is None:
                 continue
             if given not in (type(args).__dataclass_fields__[name].default, chosen):
                 raise UserError(f"two values for {name}: {given} in the arguments and {chosen} on the optimizer")
             setattr(args, name, chosen)
+        if self.method.optimizer.scale_with_directions:
+            args.learning_rate *= self.method.estimator.num_directions
+        if args.max_grad_norm and self.method.estimator.backpropagates:
+            raise UserError("max_grad_norm clips projected gradients: it does nothing for those of a backward pass")
         queries = getattr(args, "budget_queries", None)
         if queries is not None and args.max_steps <= 0:
-            args.max_steps = self.estimator.steps_within(queries)
+            args.max_steps = self.method.steps_within(queries)
         if self.objective is not None:
             args.remove_unused_columns = False  # the objective reads columns that the model's forward does not name
 
@@ -219,8 +229,9 @@ class ZOMixin(LossAveraging):
         if self.optimizer is None:
             model = self.model if model is None else model
             weights = Weights(model)
-            coordinates = self.subspace.bind(weights, self.estimator.noise)
-            engine = self.engine.choose(self.estimator, coordinates, model)
+            estimator = self.method.estimator
+            coordinates = self.method.bind(weights)
+            engine = self.engine.choose(estimator, coordinates, model)
             self.engine_name = engine.name()
             self.session = engine.bind(model, coordinates, with_float32_losses(self._objective_of_window))
             self._keep_frozen_prefix(weights)
@@ -232,8 +243,9 @@ class ZOMixin(LossAveraging):
                 },
                 {"params": [p for n, p in weights.tensors.items() if n not in decayed], "weight_decay": 0.0},
             ]
-            rounding = Rounding.chosen(self.args.precision_update, self.args.seed, self.estimator.noise)
-            self.optimizer = Stepper(groups, self.rule, self.session, self.args.learning_rate, rounding)
+            rounding = Rounding.chosen(self.args.precision_update, self.args.seed, estimator.noise)
+            self.optimizer = Stepper(groups, self.method.optimizer, self.session, self.args.learning_rate, rounding)
+            self.queries = self._queries(self.optimizer)
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -279,67 +291,100 @@ class ZOMixin(LossAveraging):
     def _query(self, model: nn.Module, window: list[Inputs]) -> float:
         if self._probe_loss_scaling:
             self._settle_loss_scaling(model, window[0])
-        progress = self.progress
-        directions = self._directions(progress.steps)
-        points = self.estimator.points(directions)
+        progress, step = self.progress, self.progress.steps
         self._try_out(window)
+        unseen = self._nobody_looks() and self.method.foreseeable and self.stepper.coordinates.foreseeable
         started = time.perf_counter()
-        assert self.session is not None
+        assert self.queries is not None
         with no_trials():
-            query = self.session.losses_before_update if self._nobody_looks() else self.session.losses
-        local = query(window, points)
+            lr, self._asked = self.stepper.param_groups[0]["lr"], window
+            asked = self.queries(window, self._directions(step), self._estimator(), lr=lr, looked_at=not unseen)
         progress.seconds_forward += time.perf_counter() - started
-        self.losses, tokens = self._over_processes(local, window)
         progress.steps += 1
-        progress.num_queries += self.estimator.num_queries
-        progress.num_tokens += tokens * self.estimator.num_queries
-        loss = float(self.estimator.loss(self.losses))
-        self.projected_grads = self.estimator.projected_grads(self.losses)
-        self.stepper.pending = self._estimate(directions)
-        another = self.state.global_step + 1 < self.state.max_steps
-        if (
-            self._nobody_looks()
-            and another
-            and (self.direction_seeds is None or progress.steps < len(self.direction_seeds))
-        ):
-            self.session.expect(self.estimator.points(self._directions(progress.steps))[0])
-        progress.losses.append(loss)
-        return loss
+        progress.num_queries += asked.num_queries
+        progress.num_tokens += self._tokens_over_processes(window) * asked.num_queries
+        self.losses = asked.losses
+        if not asked.usable:
+            self.projected_grads = torch.tensor([torch.nan])  # a step that came to nothing has no slope
+        elif asked.measured is not None:
+            self.projected_grads = asked.measured.projected_grads
+        self._count_skipped(asked)
+        if unseen and self.state.global_step + 1 < self.state.max_steps and self._is_direction_known(progress.steps):
+            directions = self._directions(progress.steps)
+            self.stepper.session.expect(self._estimator(ahead=1).points(directions)[0])
+        progress.losses.append(asked.loss)
+        return asked.loss
+
+    def _queries(self, stepper: Stepper) -> Queries:
+        """What asks the model, with what the method may want of the data and of the other processes."""
+        estimator, alone = self.method.estimator, self.accelerator.num_processes == 1
+        if not alone and (estimator.per_example or estimator.backpropagates):
+            raise UserError(f"estimator={estimator.name()} works in one process: start the run without torchrun")
+        return Queries(
+            self.method,
+            stepper,
+            examples=lambda window: [[one] for inputs in window for one in examples_of(inputs)],
+            select=lambda window, lengths: [p for inputs in window if (p := of_lengths(inputs, *lengths))] or None,
+            batches=self._batches,
+            average=lambda losses: self._over_processes(losses, self._asked),
+            agree=None if alone else self._agree,
+        )
+
+    def _batches(self, count: int) -> Iterator[list[Inputs]]:
+        """So many batches of the training rows, in an order of their own."""
+        size, rows = self.args.per_device_train_batch_size, self.train_dataset
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.progress.steps)).tolist()
+        share = chosen[self.args.process_index :: self.args.world_size][: count * size]
+        for start in range(0, len(share), size):
+            batch = self.data_collator([rows[index] for index in share[start : start + size]])
+            yield [self._prepare_inputs(batch)]
+
+    def _agree(self, seen: dict[str, Any]) -> dict[str, Any]:
+        """What the first process has seen, in all of them."""
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([seen])[0]
+
+    def _estimator(self, ahead: int = 0) -> Estimator:
+        """The estimator as it is now, or so many steps ahead: eps has a schedule."""
+        done = (self.state.global_step + ahead) / max(1, self.state.max_steps)
+        start = self.args.learning_rate
+        return self.method.estimator.at(min(done, 1.0), self.stepper.param_groups[0]["lr"] / start if start else 1.0)
+
+    def _is_direction_known(self, step: int) -> bool:
+        return self.direction_seeds is None or step < len(self.direction_seeds)
 
     def _directions(self, step: int) -> list[Direction]:
+        estimator = self.method.estimator
         if self.direction_seeds is None:
             seed = self.args.seed
-            if self.estimator.noise == "torch_sequential":  # that source is seeded by the direction's seed alone
+            if estimator.noise == "torch_sequential":  # that source is seeded by the direction's seed alone
                 return [
-                    Direction(step_seed(seed, step) + d.probe, step, d.probe)
-                    for d in self.estimator.directions(seed, step)
+                    Direction(step_seed(seed, step) + d.probe, step, d.probe) for d in estimator.directions(seed, step)
                 ]
-            return self.estimator.directions(seed, step)
-        if step >= len(self.direction_seeds):
+            return estimator.directions(seed, step)
+        if not self._is_direction_known(step):
             raise UserError(f"direction_seeds has {len(self.direction_seeds)} entries, step {step} needs one more")
         seed = self.direction_seeds[step]
         return [
             Direction(step_seed(seed, d.probe) if d.probe else seed, step, d.probe)
-            for d in self.estimator.directions(seed, step)
+            for d in estimator.directions(seed, step)
         ]
 
-    def _estimate(self, directions: list[Direction]) -> list[tuple[Direction, float]] | None:
-        """(direction, coefficient) pairs, or None when a loss is not finite: such a step must not reach the weights."""
-        assert self.losses is not None
+    def _count_skipped(self, asked: Asked) -> None:
+        """A step whose losses are not finite does not reach the weights; many in a row end the run."""
         progress = self.progress
-        coefficients = self.estimator.coefficients(self.losses)
-        if not bool(torch.isfinite(self.losses).all() and torch.isfinite(coefficients).all()):
-            progress.num_skipped += 1
-            progress.skipped_in_a_row += 1
-            if progress.skipped_in_a_row >= self.args.max_skipped_steps:
-                raise NonFiniteLossError(
-                    f"the loss was not finite in {progress.skipped_in_a_row} steps in a row (losses of the last: "
-                    f"{[round(x, 4) for x in self.losses.tolist()]}); the weights are those before them. Lower "
-                    "optimizer.learning_rate or estimator.eps, or load the model in float32"
-                )
-            return None
-        progress.skipped_in_a_row = 0
-        return list(zip(directions, coefficients.tolist(), strict=True))
+        if asked.usable:
+            progress.skipped_in_a_row = 0
+            return
+        progress.num_skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row >= self.args.max_skipped_steps:
+            raise NonFiniteLossError(
+                f"the loss was not finite in {progress.skipped_in_a_row} steps in a row (losses of the last: "
+                f"{[round(x, 4) for x in asked.losses.flatten().tolist()]}); the weights are those before them. Lower "
+                "optimizer.learning_rate or estimator.eps, or load the model in float32"
+            )
 
     # ---- the objective -----------------------------------------------------------------------------------------------
 
@@ -442,26 +487,26 @@ class ZOMixin(LossAveraging):
 
     # ---- what the Trainer's loop asks about gradients ----------------------------------------------------------------
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         """Clip each projected gradient to +- ``max_grad_norm``; returns their root mean square before."""
         before = self._get_grad_norm(model)
         if self.stepper.pending is not None and self.projected_grads is not None:
             bound = self.args.max_grad_norm
             shrink = (bound / self.projected_grads.abs().clamp_min(1e-30)).clamp_max(1.0).tolist()
-            self.stepper.pending = [(d, c * s) for (d, c), s in zip(self.stepper.pending, shrink, strict=True)]
+            own, others = self.stepper.pending[: len(shrink)], self.stepper.pending[len(shrink) :]
+            self.stepper.pending = [*((d, c * s) for (d, c), s in zip(own, shrink, strict=True)), *others]
         return before
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Root mean square of the projected gradients of the step."""
+        """Root mean square of the projected gradients of the step; None where none were measured."""
         del model
         if grad_norm is not None:
             return grad_norm
-        assert self.projected_grads is not None
-        return self.projected_grads.square().mean().sqrt()
+        return None if self.projected_grads is None else self.projected_grads.square().mean().sqrt()
 
     def floating_point_ops(self, inputs: Inputs) -> float:
         """2 N per token and query; the Trainer's own figure is 6 N (a forward and a backward pass)."""
-        return super().floating_point_ops(inputs) / 3 * self.estimator.num_queries
+        return super().floating_point_ops(inputs) / 3 * self.method.queries_at(max(0, self.progress.steps - 1))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Every line carries queries, tokens and seconds; a training line also loss, projected gradient and eps."""
@@ -473,7 +518,7 @@ class ZOMixin(LossAveraging):
             progress.losses.clear()
             if self.projected_grads is not None:
                 logs["projected_grad"] = float(self._get_grad_norm(self.model))
-            logs["eps"] = self.estimator.radius
+            logs["eps"] = self._estimator().radius
             logs["seconds_forward"] = progress.seconds_forward
             logs["seconds_other"] = progress.seconds - progress.seconds_forward
             logs["num_skipped_steps"] = progress.num_skipped

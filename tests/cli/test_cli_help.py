@@ -105,7 +105,7 @@ def test_cfg_prints_an_experiment(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("zoft tr", ["train"]),
         ("zoft train estimator=c", ["estimator=central"]),
         ("zoft train config=qu", ["config=quickstart"]),
-        ("zoft train estimator.ep", ["estimator.eps="]),
+        ("zoft train estimator.num_d", ["estimator.num_directions="]),
         ("zoft train seed=1 peft=lo", ["peft=lora"]),
         ("zoft train trainer.logging_st", ["trainer.logging_strategy=", "trainer.logging_steps="]),
         ("zoft show estimator/cen", ["estimator/central"]),

@@ -14,6 +14,7 @@ from torch import bfloat16, float16, float32, nn, ones
 from zoft.component import GROUPS, Component, components
 from zoft.engines.base import Session
 from zoft.errors import UserError
+from zoft.method import Method
 from zoft.subspaces.base import Coordinates
 from zoft.weights import Weights
 
@@ -41,6 +42,26 @@ def with_fields(component: Component, **fields: Any) -> Any:
 def coordinates_of(subspace: str, model: nn.Module, law: str, noise: str = "counter", interval: int = 2) -> Coordinates:
     """A subspace bound to a model; what it keeps for some steps changes within the few steps of a test."""
     return with_fields(example("subspace", subspace), law=law, interval=interval).bind(Weights(model), noise)
+
+
+def method(
+    subspace="full",
+    estimator="central",
+    weighting="mean",
+    optimizer="sgd",
+    law="gaussian",
+    interval=2,
+    q=2,
+    eps=1e-2,
+    noise="counter",
+) -> Method:
+    """A composition of discovered parts, with the settings of a test."""
+    return Method(
+        with_fields(example("subspace", subspace), law=law, interval=interval),
+        with_fields(example("estimator", estimator), num_directions=q, eps=eps, noise=noise),
+        example("weighting", weighting),
+        example("optimizer", optimizer),
+    )
 
 
 def bind(

@@ -279,7 +279,8 @@ def test_an_estimator_states_what_a_step_costs(estimator, q):
     clean_comes_free = any(p.derivative for p in points) and any(p.direction is None for p in points)
     assert chosen.num_queries == work - clean_comes_free
     losses = torch.arange(float(len(points)))
-    assert chosen.coefficients(losses).shape == (q,)
-    assert chosen.projected_grads(losses).shape == (q,)
-    assert chosen.loss(losses).shape == ()
+    measured = chosen.measure(losses)
+    assert measured.projected_grads.shape == (q,)
+    assert measured.loss.shape == ()
+    assert measured.losses.shape[0] == q
     assert torch.equal(losses, torch.arange(float(len(points)))), "the losses were overwritten"

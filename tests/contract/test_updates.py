@@ -13,19 +13,21 @@ from tests.contract.discovered import (
     CELLS,
     DTYPES,
     SUBSPACES,
-    bind,
     cells,
     coordinates_of,
     draws_from,
     example,
+    method,
     settings,
-    with_fields,
 )
 from tests.models import batch_for, tiny_opt
 from zoft.component import components
+from zoft.data.rows import examples_of, of_lengths
 from zoft.noise import LAWS, SOURCES, Direction
+from zoft.queries import Queries
 from zoft.stepper import Stepper
 from zoft.subspaces import base
+from zoft.weights import Weights
 
 
 class Run:
@@ -36,6 +38,7 @@ class Run:
         optimizer,
         *,
         estimator="central",
+        weighting="mean",
         engine="auto",
         law="gaussian",
         dtype="fp32",
@@ -49,23 +52,35 @@ class Run:
     ):
         self.model = tiny_opt().to(DTYPES[dtype])
         self.batch = batch_for(self.model)
-        self.estimator = with_fields(example("estimator", estimator), num_directions=q, eps=eps, noise=noise)
-        engine, objective = example("engine", engine), lambda b: self.model(**b).loss
-        self.session = bind(engine, self.estimator, self.model, objective, law, subspace, interval)
+        self.method = method(subspace, estimator, weighting, optimizer, law, interval, q, eps, noise)
+        self.estimator = self.method.estimator
+        coordinates = self.method.bind(Weights(self.model))
+        chosen = example("engine", engine).choose(self.estimator, coordinates, self.model)
+        self.session = chosen.bind(self.model, coordinates, lambda b: self.model(**b).loss)
         self.weights = self.session.weights
         groups = [
             {"params": [p for p in self.weights.tensors.values() if p.dim() > 1], "weight_decay": decay},
             {"params": [p for p in self.weights.tensors.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        self.stepper = Stepper(groups, example("optimizer", optimizer), self.session, lr)
+        self.stepper = Stepper(groups, self.method.optimizer, self.session, lr)
+        self.queries = Queries(
+            self.method,
+            self.stepper,
+            examples=examples_of,
+            select=lambda b, lengths: of_lengths(b, *lengths),
+            batches=lambda count: [self.batch] * count,
+        )
+
+    def ask(self) -> list[tuple[Direction, float]]:
+        """The estimate of the next step: left with the stepper, which has not written it."""
+        directions = self.estimator.directions(5, self.stepper.progress.steps)
+        asked = self.queries(self.batch, directions, lr=self.stepper.param_groups[0]["lr"])
+        self.stepper.progress.steps += 1
+        assert asked.usable
+        return list(self.stepper.pending)
 
     def step(self) -> list[tuple[Direction, float]]:
-        progress = self.stepper.progress
-        directions = self.estimator.directions(5, progress.steps)
-        losses = self.session.losses(self.batch, self.estimator.points(directions))
-        progress.steps += 1
-        terms = list(zip(directions, self.estimator.coefficients(losses).tolist(), strict=True))
-        self.stepper.pending = terms
+        terms = self.ask()
         self.stepper.step()
         return terms
 
@@ -98,6 +113,7 @@ def test_measured_along_what_is_applied(engine, estimator, subspace):
     """Each coefficient is the slope of the loss along the very direction that the step moves along."""
     run = Run("sgd", estimator=estimator, engine=engine, subspace=subspace, lr=0.0, eps=1e-4)
     directions = run.estimator.directions(5, 0)
+    run.queries.session.coordinates.begin(directions[0])
     losses = run.session.losses(run.batch, run.estimator.points(directions))
     grads = torch.autograd.grad(run.model(**run.batch).loss, list(run.weights.tensors.values()))
     gradient = torch.cat([g.double().view(-1) for g in grads])

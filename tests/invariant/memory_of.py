@@ -70,7 +70,9 @@ def use(name: str, model: Any, q: int) -> Callable[[], None]:
         for step in range(3 if q == 1 else 1):
             directions = estimator.directions(0, step)
             losses = session.losses_before_update(batch, estimator.points(directions))
-            stepper.pending = list(zip(directions, estimator.coefficients(losses).tolist(), strict=True))
+            stepper.pending = list(
+                zip(directions, (estimator.projected_grads(losses) / estimator.num_directions).tolist(), strict=True)
+            )
             stepper.step()
 
     return bare if name == "bare" else steps

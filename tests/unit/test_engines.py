@@ -157,7 +157,9 @@ def test_a_step_written_on_the_way_gives_the_numbers_of_separate_passes(ahead, n
             seen.append(losses)
             if fused and ahead and step < 2:
                 session.expect(estimator.points(estimator.directions(step + 1, step + 1))[0])
-            stepper.pending = list(zip(directions, estimator.coefficients(losses).tolist(), strict=True))
+            stepper.pending = list(
+                zip(directions, (estimator.projected_grads(losses) / estimator.num_directions).tolist(), strict=True)
+            )
             stepper.step()
         session.come_back()
         return torch.stack(seen), Weights(model).digest()

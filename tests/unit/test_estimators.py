@@ -26,7 +26,7 @@ def test_central_by_hand():
     assert estimator.points([A, B]) == [Point(A, 0.5), Point(A, -0.5), Point(B, 0.5), Point(B, -0.5)]
     losses = torch.tensor([3.0, 1.0, 2.0, 5.0])
     assert estimator.projected_grads(losses).tolist() == [2.0, -3.0]
-    assert estimator.coefficients(losses).tolist() == [1.0, -1.5]
+    assert (estimator.projected_grads(losses) / estimator.num_directions).tolist() == [1.0, -1.5]
     assert float(estimator.loss(losses)) == 2.75
     assert (estimator.num_queries, estimator.radius) == (4, 0.5)
 
@@ -36,7 +36,9 @@ def test_one_sided_by_hand():
     assert estimator.points([A, B, C]) == [Point(), Point(A, 0.25), Point(B, 0.25), Point(C, 0.25)]
     losses = torch.tensor([2.0, 3.0, 1.0, 2.0])
     assert estimator.projected_grads(losses).tolist() == [4.0, -4.0, 0.0]
-    assert estimator.coefficients(losses).tolist() == pytest.approx([4 / 3, -4 / 3, 0.0])
+    assert (estimator.projected_grads(losses) / estimator.num_directions).tolist() == pytest.approx(
+        [4 / 3, -4 / 3, 0.0]
+    )
     assert float(estimator.loss(losses)) == 2.0
     assert (estimator.num_queries, estimator.radius) == (4, 0.25)
 
@@ -46,7 +48,7 @@ def test_forward_gradient_by_hand():
     assert estimator.points([A, B]) == [Point(), Point(A, derivative=True), Point(B, derivative=True)]
     losses = torch.tensor([7.0, 1.0, -3.0])
     assert estimator.projected_grads(losses).tolist() == [1.0, -3.0]
-    assert estimator.coefficients(losses).tolist() == [0.5, -1.5]
+    assert (estimator.projected_grads(losses) / estimator.num_directions).tolist() == [0.5, -1.5]
     assert float(estimator.loss(losses)) == 7.0
     assert (estimator.num_queries, estimator.radius) == (4, 0.0)
 
@@ -108,7 +110,9 @@ def test_the_mean_estimate_is_the_gradient(cls, law):
     losses = losses_at(estimator.points(estimator.directions(2, 0)), z)
     hessian, linear, x = quadratic()
     gradient = hessian @ x + linear
-    estimates = estimator.coefficients(losses).unsqueeze(1) * z * MANY  # [Q, DIM], one estimate a direction
+    estimates = (
+        (estimator.projected_grads(losses) / estimator.num_directions).unsqueeze(1) * z * MANY
+    )  # [Q, DIM], one estimate a direction
     standard_error = estimates.std(0) / MANY**0.5
     assert bool(((estimates.mean(0) - gradient).abs() < 3 * standard_error).all())
     assert float(estimates.mean(0) @ gradient / gradient.norm() ** 2) == pytest.approx(1.0, abs=0.1)

@@ -154,7 +154,7 @@ def test_a_thousand_steps_at_a_learning_rate_of_zero_change_no_bit(dtype, update
         directions = estimator.directions(0, step)
         if step % 50 == 1:
             losses = run.session.losses(batch, estimator.points(directions))
-            coefficients = estimator.coefficients(losses).tolist()
+            coefficients = (estimator.projected_grads(losses) / estimator.num_directions).tolist()
         run.step(*zip(directions, coefficients, strict=True))
     assert run.stepper.progress.updates == 1001
     assert run.weights.digest() == digest

@@ -15,9 +15,10 @@ ABOUT = {
     "task": "dataset, template, answers and metric",
     "peft": "which adapter is put on the model",
     "trainable": "which weights move",
-    "method": "a paper's method: subspace, estimator and optimizer together",
+    "method": "a paper's method: subspace, estimator, weighting and optimizer together",
     "subspace": "which coordinates of the weights move, and what a direction looks like",
-    "estimator": "where the objective is queried, and how losses become a gradient estimate",
+    "estimator": "where the objective is queried, and what the losses say of each direction",
+    "weighting": "how the slopes along the directions become the coefficients of the estimate",
     "optimizer": "what step is taken from the estimate",
     "engine": "how the losses are computed",
     "objective": "the number that is minimised",
@@ -31,8 +32,9 @@ def command(arguments: list[str]) -> int:
     """List one group, or all.
 
     Args:
-        arguments: group names; none for all.
+        arguments: group names, singular or plural; none for all.
     """
+    arguments = [name.removesuffix("s") if name.removesuffix("s") in ORDER else name for name in arguments]
     for group in arguments:
         if group not in ORDER:
             raise UserError(f"there is no group called {group!r}.{did_you_mean(group, ORDER)}")

@@ -14,7 +14,7 @@ PRESET_GROUPS = ("config", "method", "model", "budget", "tracker", "launcher")
 
 ORDER = (
     *("config", "model", "task", "peft", "trainable"),
-    *("method", "subspace", "estimator", "optimizer", "engine", "objective"),
+    *("method", "subspace", "estimator", "weighting", "optimizer", "engine", "objective"),
     *("budget", "tracker", "launcher"),
 )
 """Every group, in the order in which a user meets them."""

@@ -8,6 +8,7 @@ from typing import Any
 from zoft.engines.base import Engine
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
+from zoft.method import Method
 from zoft.models.load import DTYPES
 from zoft.models.peft.base import Peft
 from zoft.models.trainable.base import Trainable
@@ -16,6 +17,7 @@ from zoft.optimizers.base import Optimizer
 from zoft.rounding import ROUNDINGS
 from zoft.subspaces.base import Subspace
 from zoft.tasks.base import Task
+from zoft.weightings.base import Weighting
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
 TRACKER_MODES = ("online", "offline")
@@ -115,7 +117,8 @@ class ZoftConfig:
         peft: which adapter is put on the model.
         trainable: which weights move.
         subspace: which coordinates of them move, and the law of a direction.
-        estimator: where the objective is queried, and how losses become a gradient estimate.
+        estimator: where the objective is queried, and what the losses say of each direction.
+        weighting: how the slopes along the directions become the coefficients of the estimate.
         optimizer: what step is taken from the estimate.
         engine: how the losses are computed.
         objective: the number that is minimised.
@@ -135,6 +138,7 @@ class ZoftConfig:
     trainable: Trainable
     subspace: Subspace
     estimator: Estimator
+    weighting: Weighting
     optimizer: Optimizer
     engine: Engine
     objective: Objective
@@ -148,8 +152,13 @@ class ZoftConfig:
             raise UserError("output_dir is empty: give a folder for the run")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be 0 or more and below 2**32 (numpy takes no more), got {self.seed}")
-        self.estimator.steps_within(self.budget.queries)
+        self.composition.steps_within(self.budget.queries)
         self._check_engine()
+
+    @property
+    def composition(self) -> Method:
+        """The parts of the method together; refuses those that make no sense with each other."""
+        return Method(self.subspace, self.estimator, self.weighting, self.optimizer)
 
     def _check_engine(self) -> None:
         """Losses and exact derivatives are computed by different engines."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zoft.component import Component
 from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.lazy import torch
-from zoft.noise import prepare
+from zoft.noise import Direction, prepare
 from zoft.rounding import has_few_bits, round_stochastically
 from zoft.subspaces.base import Coordinates
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 Objective = Callable[[Any], "Tensor"]
 """batch -> a scalar to minimise, at whatever the weights are while it runs."""
+
+
+Backward = Callable[[Callable[[str, "Tensor"], None]], None]
+"""Runs a backward pass and hands over (tensor name, gradient), one by one."""
 
 
 @dataclass
@@ -50,6 +55,7 @@ class Session:
         self.coordinates = coordinates
         self.weights = coordinates.weights
         self.objective = objective
+        self.anchor: dict[str, Tensor] | None = None  # earlier weights, for points that start from there
         self._evaluated = False
         for device in {tensor.device for tensor in self.weights.tensors.values()}:
             prepare(self.weights.num_elements, device)
@@ -65,6 +71,98 @@ class Session:
             float32 [P] on the CPU, in the order of ``points``.
         """
         raise NotImplementedError
+
+    def losses_per_example(self, examples: Sequence[Any], points: Sequence[Point]) -> Tensor:
+        """The objective of each example alone, at points along directions of its own.
+
+        Args:
+            examples: batches of one example each, [B].
+            points: where to evaluate; for example i along the directions with ``example=i``.
+
+        Returns:
+            float32 [P, B] on the CPU.
+        """
+
+        def own(point: Point, index: int) -> Point:
+            return (
+                point if point.direction is None else replace(point, direction=replace(point.direction, example=index))
+            )
+
+        of_each = [self.losses(one, [own(point, i) for point in points]) for i, one in enumerate(examples)]
+        return torch.stack(of_each, dim=1)
+
+    def keep_anchor(self) -> None:
+        """The weights as they are become the anchor."""
+        self.anchor = {name: tensor.detach().clone() for name, tensor in self.weights.tensors.items()}
+
+    @contextmanager
+    def at_anchor(self) -> Iterator[None]:
+        """The model has the anchor weights in here."""
+        assert self.anchor is not None, "keep_anchor() comes first"
+        here = {name: tensor.data for name, tensor in self.weights.tensors.items()}
+        try:
+            for name, tensor in self.weights.tensors.items():
+                tensor.data = self.anchor[name]
+            yield
+        finally:
+            for name, tensor in self.weights.tensors.items():
+                tensor.data = here[name]
+
+    def observe(self, batch: Any, direction: Direction) -> Tensor:
+        """The clean loss, from a forward in which the subspace sees the inputs of the linear layers it asks for."""
+        wanted = self.coordinates.inputs_wanted(direction)
+
+        def see(name: str) -> Callable[[Any, Any], None]:
+            def hook(module: nn.Module, inputs: Any) -> None:
+                del module
+                with torch.inference_mode(False), torch.no_grad():
+                    seen = inputs[0].detach()
+                    self.coordinates.observe(direction, name, seen.reshape(-1, seen.shape[-1]).clone())
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(see(name))
+            for module, held in self.weights.owners.items()
+            for attribute, name in held
+            if name in wanted and attribute == "weight"
+        ]
+        try:
+            return self.evaluate(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def graph(self, batch: Any, names: frozenset[str] | None = None) -> tuple[Tensor, Backward]:
+        """The loss with its graph, and the backward pass to be run later.
+
+        Args:
+            batch: handed to the objective as it is.
+            names: tensors whose gradient is wanted; all trained ones if left out. No graph is kept below them.
+
+        Returns:
+            The clean loss, float32 scalar on the CPU; and a function that runs the backward pass, and hands over name
+            and gradient of each tensor as soon as it is there: what it is handed to may write the tensor.
+
+        Raises:
+            UserError: the objective has no gradient.
+        """
+        wanted = {n: t for n, t in self.weights.tensors.items() if names is None or n in names}
+        others = [t for n, t in self.weights.tensors.items() if n not in wanted]
+        try:
+            for tensor in others:
+                tensor.requires_grad_(False)
+            with torch.enable_grad():
+                loss = self.objective(batch)
+        finally:
+            for tensor in others:
+                tensor.requires_grad_(True)
+        if not loss.requires_grad:
+            raise UserError(
+                "the objective has no gradient along the trained weights: a backward pass needs a differentiable "
+                "objective; use estimator=central"
+            )
+        return loss.detach().to("cpu", torch.float32), partial(_run_backward, loss, wanted)
 
     # An engine that moves the weights themselves may leave them where the last query was, and take them on while the
     # step is written: one pass over memory instead of three. The caller answers for nobody looking in between.
@@ -133,6 +231,27 @@ class Session:
         once, self._evaluated = not self._evaluated, True
         with torch.no_grad() if once else torch.inference_mode():
             return self.objective(batch).detach().to("cpu", torch.float32)
+
+
+def _run_backward(loss: Tensor, wanted: dict[str, nn.Parameter], take: Callable[[str, Tensor], None]) -> None:
+    """Gradients are freed as they come, and those that were there before come back."""
+
+    def hand_over(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        take(name, gradient.detach())
+
+    before = {name: tensor.grad for name, tensor in wanted.items()}
+    handles = [tensor.register_post_accumulate_grad_hook(partial(hand_over, name)) for name, tensor in wanted.items()]
+    try:
+        for tensor in wanted.values():
+            tensor.grad = None
+        loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, tensor in wanted.items():
+            tensor.grad = before[name]
 
 
 @contextmanager

@@ -1,16 +1,27 @@
-"""What every estimator promises: points to query, and coefficients from their losses; two pure functions."""
+"""What every estimator promises: points to query, and what their losses say of each direction; pure functions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from zoft.component import Component
 from zoft.errors import UserError
+from zoft.laws import ACROSS
 from zoft.noise import SOURCES, Direction
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+E = TypeVar("E", bound="Estimator")
+
+EPS_SCHEDULES = ("constant", "linear", "cosine", "tied")
+"""How eps goes on: ``tied`` follows the learning rate's schedule."""
+
+
+EVERY_LENGTH: tuple[int, float] = (0, math.inf)
+"""Rows of a batch of any length."""
 
 
 @dataclass(frozen=True)
@@ -21,55 +32,141 @@ class Point:
         direction: None for the clean point theta.
         scale: signed distance along the direction, in units of the weights; 0 for the clean point.
         derivative: ask for the exact directional derivative at theta instead of the loss (a forward-mode pass).
+        anchor: start from the anchor weights (an earlier theta that is kept) instead of theta.
     """
 
     direction: Direction | None = None
     scale: float = 0.0
     derivative: bool = False
+    anchor: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the losses of a step say; what a weighting makes coefficients of.
+
+    Args:
+        projected_grads: the objective's slope along each direction, float32 [Q]; their mean times z is the estimate.
+        loss: the training loss to report, a scalar.
+        losses: the objective at the perturbed points, float32 [Q, S]: S = 1 (one side) or 2 (+, -); [Q, 0] if none.
+        eps: the finite-difference radius; 0 for exact derivatives.
+        curvatures: z^T H z along each direction, float32 [Q], from estimators that measure it.
+    """
+
+    projected_grads: Tensor
+    loss: Tensor
+    losses: Tensor
+    eps: float = 0.0
+    curvatures: Tensor | None = None
 
 
 @dataclass
 class Estimator(Component):
-    """At which points to query, and how losses become one coefficient per direction.
+    """At which points to query, and what the losses say of the slope along each direction.
 
     Args:
         num_directions: directions per step, q >= 1.
         noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
+        across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
     """
+
+    measures_curvature: ClassVar[bool] = False
+    """Whether :meth:`curvatures` gives something."""
+
+    per_example: ClassVar[bool] = False
+    """Whether every example of the batch has directions of its own (``losses`` are then [P, B])."""
+
+    backpropagates: ClassVar[bool] = False
+    """Whether some of the gradient comes from a backward pass."""
 
     num_directions: int = 1
     noise: str = "counter"
+    across: str = "iid"
 
     def check(self) -> None:
-        """Refuse q < 1 and an unknown source of noise."""
+        """Refuse q < 1, an unknown source of noise, and directions that cannot hang together as asked for."""
         self.require(self.num_directions >= 1, "num_directions", "at least 1")
         self.require(self.noise in SOURCES, "noise", f"one of {', '.join(SOURCES)}")
+        self.require(self.across in ACROSS, "across", f"one of {', '.join(ACROSS)}")
+        if self.across == "antithetic" and self.num_directions % 2:
+            raise UserError(
+                f"{self.name()}.across=antithetic makes pairs z, -z: num_directions must be even, got "
+                f"{self.num_directions}"
+            )
+        if self.across == "orthogonal" and self.num_directions == 1:
+            raise UserError(
+                f"{self.name()}.across=orthogonal needs two directions or more: raise num_directions, or drop it"
+            )
+        if self.across != "iid" and self.noise == "torch_sequential":
+            raise UserError(f"{self.name()}.across={self.across} needs noise=counter: MeZO's own stream is iid")
+
+    def check_with(self, method: Any) -> None:
+        """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this estimator."""
 
     @property
     def num_queries(self) -> int:
-        """Forward passes of the objective that one step costs."""
+        """Forward passes of the objective that one ordinary step costs."""
         raise NotImplementedError
 
-    def steps_within(self, queries: int) -> int:
-        """How many steps a budget of queries pays for.
-
-        Args:
-            queries: forward passes of the objective.
-
-        Raises:
-            UserError: less than one step.
-        """
-        if queries < self.num_queries:
-            raise UserError(
-                f"budget.queries={queries} is less than one step costs: estimator={self.name()} with "
-                f"num_directions={self.num_directions} makes {self.num_queries} queries a step"
-            )
-        return queries // self.num_queries
+    def queries_at(self, step: int) -> int:
+        """Forward passes that step number ``step`` costs, where some steps cost more than others."""
+        del step
+        return self.num_queries
 
     @property
     def radius(self) -> float:
         """The finite-difference radius eps, 0 where there is none (exact derivatives)."""
         return float(getattr(self, "eps", 0.0))
+
+    @property
+    def asks_clean_loss(self) -> bool:
+        """Whether one of the points is the clean one."""
+        points = self.points(self.directions(0, 0))
+        return any(point.direction is None and not point.anchor for point in points)
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether the first point of a step is known before the step before it has been taken."""
+        return not self.per_example and not self.backpropagates
+
+    def batches_at(self, step: int) -> int:
+        """Over how many batches of the training data the losses of this step are averaged; 0: the step's own batch."""
+        del step
+        return 0
+
+    @property
+    def queried_lengths(self) -> tuple[int, float]:
+        """(shortest, longest) rows of a batch, in tokens, that are queried where others are backpropagated."""
+        return EVERY_LENGTH
+
+    @property
+    def backpropagated_lengths(self) -> tuple[int, float]:
+        """(shortest, longest) rows of a batch, in tokens, that go through a backward pass."""
+        return EVERY_LENGTH
+
+    def share_of_backward(self, queried: bool) -> float:
+        """The weight of the backward pass's gradient in the estimate; queries have the rest.
+
+        Args:
+            queried: whether there is an estimate from queries for the same tensors.
+        """
+        del queried
+        return 1.0
+
+    def still(self, names: list[str]) -> frozenset[str]:
+        """Which of the trained tensors queries do not move, because a backward pass gives their gradients."""
+        del names
+        return frozenset()
+
+    def at(self: E, done: float, rate: float) -> E:
+        """This estimator as it is at some place of the run.
+
+        Args:
+            done: share of the run's steps that have been taken, in [0, 1).
+            rate: the learning rate divided by what it was at the start.
+        """
+        del done, rate
+        return self
 
     def directions(self, seed: int, step: int) -> list[Direction]:
         """The names of this step's directions."""
@@ -79,13 +176,35 @@ class Estimator(Component):
         """Where to query the objective, in the order in which it is cheapest to walk there."""
         raise NotImplementedError
 
-    def coefficients(self, losses: Tensor) -> Tensor:
-        """One coefficient per direction, [Q], so that the gradient estimate is sum_j c_j z_j.
+    def init(self) -> dict[str, Any]:
+        """What it remembers from step to step: plain numbers; empty for most."""
+        return {}
+
+    def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
+        """What the losses say.
 
         Args:
             losses: the objective at :meth:`points`, in their order, float32 [P].
+            state: what :meth:`init` gave; updated in place. Without one, every call is the first.
         """
-        return self.projected_grads(losses) / self.num_directions
+        del state
+        return Measured(
+            projected_grads=self.projected_grads(losses),
+            loss=self.loss(losses),
+            losses=self.probe_losses(losses),
+            eps=self.radius,
+            curvatures=self.curvatures(losses),
+        )
+
+    def terms(self, terms: list[tuple[Direction, float]], state: dict[str, Any]) -> list[tuple[Direction, float]]:
+        """The estimate, from the step's own directions and coefficients and what is remembered of earlier ones.
+
+        Args:
+            terms: of this step.
+            state: what :meth:`init` gave; updated in place.
+        """
+        del state
+        return terms
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """The directional derivative of the objective along each direction, float32 [Q]."""
@@ -94,3 +213,80 @@ class Estimator(Component):
     def loss(self, losses: Tensor) -> Tensor:
         """The training loss to report, a scalar."""
         raise NotImplementedError
+
+    def probe_losses(self, losses: Tensor) -> Tensor:
+        """The losses at the perturbed points, [Q, S]; see :class:`Measured`."""
+        return losses.new_empty(self.num_directions, 0)
+
+    def curvatures(self, losses: Tensor) -> Tensor | None:
+        """Second differences along each direction, [Q]; None where they are not measured."""
+        del losses
+        return None
+
+
+@dataclass
+class FiniteDifference(Estimator):
+    """An estimator with a radius eps, and its schedule.
+
+    Args:
+        num_directions: directions per step, q >= 1.
+        noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
+        across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
+        eps: finite-difference radius, in units of the weights.
+        eps_schedule: constant, linear or cosine (from eps to eps * eps_end over the run), or tied (eps follows the
+            learning rate's schedule).
+        eps_end: what is left of eps at the end, as a share of it; for linear and cosine.
+    """
+
+    eps: float = 1e-3
+    eps_schedule: str = "constant"
+    eps_end: float = 0.25
+
+    def check(self) -> None:
+        """Refuse eps <= 0 and an unknown schedule."""
+        super().check()
+        self.require(0 < self.eps < float("inf"), "eps", "> 0 and finite")
+        self.require(self.eps_schedule in EPS_SCHEDULES, "eps_schedule", f"one of {', '.join(EPS_SCHEDULES)}")
+        self.require(0 < self.eps_end <= 1, "eps_end", "above 0 and at most 1")
+
+    @property
+    def foreseeable(self) -> bool:
+        """Not where eps follows a learning rate that has not been set yet."""
+        return super().foreseeable and self.eps_schedule != "tied"
+
+    def batches_at(self, step: int) -> int:
+        """Over how many batches of the training data the losses of this step are averaged; 0: the step's own batch."""
+        del step
+        return 0
+
+    queried_rows: ClassVar[str] = "all"
+    """Which rows of a batch are queried where others are backpropagated: all, or long."""
+
+    backpropagated_rows: ClassVar[str] = "all"
+    """Which rows go through a backward pass: all, or short."""
+
+    def share_of_backward(self, queried: bool) -> float:
+        """The weight of the backward pass's gradient in the estimate; queries have the rest.
+
+        Args:
+            queried: whether there is an estimate from queries for the same tensors.
+        """
+        del queried
+        return 1.0
+
+    def still(self, names: list[str]) -> frozenset[str]:
+        """Which of the trained tensors queries do not move, because a backward pass gives their gradients."""
+        del names
+        return frozenset()
+
+    def at(self: E, done: float, rate: float) -> E:
+        """With the eps of that place."""
+        schedule, end = self.eps_schedule, self.eps_end  # type: ignore[attr-defined]
+        if schedule == "constant" or (schedule == "tied" and not rate):
+            return self
+        shares = {
+            "linear": 1 - (1 - end) * done,
+            "cosine": end + (1 - end) * (1 + math.cos(math.pi * done)) / 2,
+            "tied": rate,
+        }
+        return replace(self, eps=self.eps * shares[schedule])  # type: ignore[attr-defined, call-arg]

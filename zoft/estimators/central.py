@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zoft.estimators.base import Estimator, Point
+from zoft.estimators.base import FiniteDifference, Point
 from zoft.noise import Direction
 
 if TYPE_CHECKING:
@@ -36,23 +36,20 @@ def projected_grad(loss_plus: Tensor, loss_minus: Tensor, eps: float) -> Tensor:
 
 
 @dataclass
-class Central(Estimator):
+class Central(FiniteDifference):
     """Central differences, averaged over directions: 2 q queries a step, bias O(eps^2).
 
     Args:
-        eps: finite-difference radius, in units of the weights.
         num_directions: directions per step, q >= 1.
         noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
+        across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
+        eps: finite-difference radius, in units of the weights.
+        eps_schedule: constant, linear or cosine (from eps to eps * eps_end over the run), or tied (eps follows the
+            learning rate's schedule).
+        eps_end: what is left of eps at the end, as a share of it; for linear and cosine.
 
     References: Malladi et al. 2023 (MeZO), Definition 1 and Algorithm 2 (n-SPSA).
     """
-
-    eps: float = 1e-3
-
-    def check(self) -> None:
-        """Refuse eps <= 0."""
-        super().check()
-        self.require(0 < self.eps < float("inf"), "eps", "> 0 and finite")
 
     @property
     def num_queries(self) -> int:
@@ -67,6 +64,10 @@ class Central(Estimator):
         """(L+ - L-) / 2 eps, [Q]."""
         pairs = losses.view(self.num_directions, 2)
         return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
+
+    def probe_losses(self, losses: Tensor) -> Tensor:
+        """[L+, L-] of each direction, [Q, 2]."""
+        return losses.view(self.num_directions, 2)
 
     def loss(self, losses: Tensor) -> Tensor:
         """The mean over both sides: the clean loss up to O(eps^2)."""

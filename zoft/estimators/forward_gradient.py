@@ -23,6 +23,7 @@ class ForwardGradient(Estimator):
     Args:
         num_directions: directions per step, q >= 1.
         noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
+        across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
 
     References: Baydin et al. 2022 (Gradients without Backpropagation), Definition 1.
     """

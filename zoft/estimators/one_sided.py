@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zoft.estimators.base import Estimator, Point
+from zoft.estimators.base import FiniteDifference, Point
 from zoft.noise import Direction
 
 if TYPE_CHECKING:
@@ -13,25 +13,22 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class OneSided(Estimator):
+class OneSided(FiniteDifference):
     """Forward differences against a shared clean loss: q + 1 queries a step, bias O(eps).
 
     g_q = (L(theta + eps z_q) - L(theta)) / eps.
 
     Args:
-        eps: finite-difference radius, in units of the weights.
         num_directions: directions per step, q >= 1.
         noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
+        across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
+        eps: finite-difference radius, in units of the weights.
+        eps_schedule: constant, linear or cosine (from eps to eps * eps_end over the run), or tied (eps follows the
+            learning rate's schedule).
+        eps_end: what is left of eps at the end, as a share of it; for linear and cosine.
 
     References: Nesterov & Spokoiny 2017, equation (22) (random gradient-free oracle).
     """
-
-    eps: float = 1e-3
-
-    def check(self) -> None:
-        """Refuse eps <= 0."""
-        super().check()
-        self.require(0 < self.eps < float("inf"), "eps", "> 0 and finite")
 
     @property
     def num_queries(self) -> int:
@@ -45,6 +42,10 @@ class OneSided(Estimator):
     def projected_grads(self, losses: Tensor) -> Tensor:
         """(L+ - L) / eps, [Q]."""
         return (losses[1:] - losses[0]) / self.eps
+
+    def probe_losses(self, losses: Tensor) -> Tensor:
+        """L+ of each direction, [Q, 1]."""
+        return losses[1:].unsqueeze(1)
 
     def loss(self, losses: Tensor) -> Tensor:
         """The clean loss."""

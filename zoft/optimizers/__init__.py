@@ -1,5 +1,5 @@
 """Optimizers: what step to take from the estimate, in the subspace's own coordinates."""
 
-from zoft.optimizers.base import Optimizer
+from zoft.optimizers.base import Estimate, Optimizer
 
-__all__ = ["Optimizer"]
+__all__ = ["Estimate", "Optimizer"]

@@ -2,13 +2,75 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.component import Component
+from zoft.lazy import torch
+from zoft.noise import Direction
+from zoft.subspaces.base import Coordinates
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+State = dict[str, "Tensor"]
+"""A tensor's state, by name."""
+
+Term = tuple[Direction, float]
+"""A direction and its coefficient."""
+
+
+@dataclass
+class Estimate:
+    """What a step knows of a flat piece of one tensor's coordinates.
+
+    Args:
+        coordinates: the subspace, bound.
+        name: the tensor.
+        start: first coordinate of the piece.
+        stop: one past the last.
+        terms: directions and coefficients: the estimate is sum_j c_j z_j.
+        curvatures: z_j^T H z_j for the same directions, where they were measured.
+        records: the terms of earlier steps in this basis, the last one last; as many as the optimizer asks for.
+        dense: a gradient from a backward pass, of the piece's length; it is added to the sum.
+    """
+
+    coordinates: Coordinates
+    name: str
+    start: int
+    stop: int
+    terms: list[Term]
+    curvatures: list[float] | None = None
+    records: Sequence[list[Term]] = ()
+    dense: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of all coordinates of the tensor."""
+        return self.coordinates.shape(self.name)
+
+    def gradient(self) -> Tensor:
+        """The estimate itself: flat, float32, the caller's own."""
+        if not self.terms:
+            assert self.dense is not None
+            return self.dense.to(torch.float32, copy=True)
+        total = self.combination(self.terms)
+        return total if self.dense is None else total.add_(self.dense)
+
+    def combination(self, terms: list[Term]) -> Tensor:
+        """sum_j c_j z_j for these terms."""
+        return self.coordinates.combination(self.name, self.start, self.stop, terms)
+
+    def squares(self, terms: list[Term]) -> Tensor:
+        """sum_j c_j z_j^2 for these terms, element by element."""
+        total: Tensor | None = None
+        for direction, coefficient in terms:
+            square = self.coordinates.draw(direction, self.name, self.start, self.stop).square_().mul_(coefficient)
+            total = square if total is None else total.add_(square)
+        assert total is not None
+        return total
 
 
 @dataclass
@@ -20,6 +82,8 @@ class Optimizer(Component):
     Args:
         learning_rate: step size; None takes the training arguments' ``learning_rate``.
         weight_decay: decoupled decay per unit of learning rate; None takes the training arguments' ``weight_decay``.
+        scale_with_directions: multiply the learning rate by num_directions: a mean over q directions has 1 / q of the
+            variance, and stands q times the step (MeZO, Lemma 2 and appendix A.2).
     """
 
     hands_back: ClassVar[bool] = False
@@ -28,8 +92,21 @@ class Optimizer(Component):
     carried: ClassVar[tuple[str, ...]] = ()
     """Which state tensors are linear in the estimates: they are carried over when the subspace changes its basis."""
 
+    whole: ClassVar[bool] = False
+    """Whether a tensor's coordinates are updated as one matrix instead of piece by piece."""
+
+    shapes_directions: ClassVar[bool] = False
+    """Whether :meth:`shape` makes something of the directions before they are used."""
+
+    needs_curvature: ClassVar[bool] = False
+    """Whether it needs an estimator that measures curvature along the directions."""
+
+    start_values: ClassVar[Mapping[str, float]] = {}
+    """What a state tensor is filled with at the start, where that is not zero."""
+
     learning_rate: float | None = None
     weight_decay: float | None = None
+    scale_with_directions: bool = False
 
     def check(self) -> None:
         """Refuse a negative learning rate or decay."""
@@ -37,16 +114,98 @@ class Optimizer(Component):
             value = getattr(self, field)
             self.require(value is None or 0 <= value < float("inf"), field, ">= 0 and finite")
 
+    def check_with(self, method: Any) -> None:
+        """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this optimizer."""
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_records(self) -> int:
+        """How many earlier steps' directions and coefficients it looks back at."""
+        return 0
+
     def state_names(self) -> tuple[str, ...]:
-        """Names of the float32 state tensors, each of the coordinates' shape, all zero at the start."""
+        """Names of the float32 state tensors that have the coordinates' shape."""
         return ()
 
-    def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        """The step's direction (before learning rate) for a flat piece of the coordinates.
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of all float32 state tensors of a tensor whose coordinates have ``shape``."""
+        return dict.fromkeys(self.state_names(), shape)
+
+    def init(self) -> dict[str, Any]:
+        """What it remembers besides, for all tensors together: plain numbers."""
+        return {}
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def coefficients(self, coefficients: list[float], scalars: dict[str, Any]) -> list[float]:
+        """What the rule makes of the coefficients themselves, once a step.
 
         Args:
-            gradient: the estimate for this piece, flat; may be overwritten.
-            state: the same piece of each state tensor; updated in place.
-            step: number of this update of this tensor, from 1.
+            coefficients: of the step's directions.
+            scalars: what :meth:`init` gave; updated in place.
         """
+        del scalars
+        return coefficients
+
+    def update_from(self, estimate: Estimate, state: State, step: int) -> Tensor:
+        """The step's direction (before learning rate) for a piece of the coordinates.
+
+        Args:
+            estimate: what is known of the piece; with :attr:`whole`, all coordinates of a tensor.
+            state: the same piece of each state tensor, flat (with :attr:`whole`, the tensors as they are); updated in
+                place.
+            step: number of this update of this tensor, from 1.
+
+        Returns:
+            float32, as many elements as the piece has.
+        """
+        return self.update(estimate.gradient(), state, step)
+
+    def update(self, gradient: Tensor, state: State, step: int) -> Tensor:
+        """The same for rules that need no more than the estimate itself, flat; it may be overwritten."""
         raise NotImplementedError
+
+    # ---- directions shaped by the state ------------------------------------------------------------------------------
+
+    def shape_context(self, states: Mapping[str, State], step: int) -> dict[str, Any]:
+        """Numbers over all tensors that :meth:`shape` needs, made once before the queries of a step.
+
+        Args:
+            states: the state of every tensor that moves in this step, by name.
+            step: number of the step, from 0.
+        """
+        del states, step
+        return {}
+
+    def shape(self, z: Tensor, state: State, context: dict[str, Any]) -> Tensor:
+        """What a random direction becomes, element by element.
+
+        Args:
+            z: elements of the direction, of mean 0 and variance 1; may be overwritten and handed back.
+            state: the same elements of each state tensor; read only.
+            context: what :meth:`shape_context` gave.
+        """
+        del state, context
+        return z
+
+    # ---- looking before the step -------------------------------------------------------------------------------------
+
+    @property
+    def trials(self) -> tuple[float, ...]:
+        """Multiples of the step at which the objective is to be asked before it is taken; empty for most."""
+        return ()
+
+    def choose(self, losses: Mapping[float, float]) -> float:
+        """The multiple of the step to take.
+
+        Args:
+            losses: the objective at the clean weights (0.0) and at each of :attr:`trials`.
+        """
+        del losses
+        return 1.0
+
+
+def norm_of(states: Mapping[str, State], key: str) -> float:
+    """Length of one state tensor over all tensors, summed in float64."""
+    return math.sqrt(sum(float(state[key].double().square().sum()) for state in states.values()))

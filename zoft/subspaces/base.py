@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.component import Component
 from zoft.errors import UserError
+from zoft.laws import Antithetic, Mixed, Orthogonal, PerExample, Shaped
 from zoft.lazy import torch
 from zoft.noise import SOURCES, CounterNoise, Direction, NoiseSource, TorchSequentialNoise, check_law
 from zoft.weights import Weights, perturbed
@@ -32,11 +33,22 @@ class Subspace(Component):
         law: distribution of one direction: gaussian, rademacher (+-1), or sphere (uniform, ||z||^2 = weights).
     """
 
+    changes_basis: ClassVar[bool] = False
+    """Whether the same coordinates stand for other steps in the weights after a while (a refreshed basis)."""
+
     law: str = "gaussian"
 
     def check(self) -> None:
         """Refuse an unknown law."""
         check_law(self.law, f"{self.name()}.law")
+
+    def check_with(self, method: Any) -> None:
+        """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this subspace."""
+
+    def looks_at_inputs(self, step: int) -> bool:
+        """Whether the inputs of linear layers are looked at before the queries of this step: one clean forward."""
+        del step
+        return False
 
     def bind(self, weights: Weights, noise: str = "counter") -> Coordinates:
         """This subspace for these weights, drawing from ``noise`` (one of :data:`zoft.noise.SOURCES`)."""
@@ -73,12 +85,120 @@ class Coordinates:
         self._kept: dict[tuple[Direction, str], Tensor] = {}
         self._kept_elements = 0
         self._kept_step = (-1, -1)
+        self.still: frozenset[str] = frozenset()  # trained by other means: no direction moves them
+
+    # ---- a step begins -----------------------------------------------------------------------------------------------
+
+    foreseeable: bool = True
+    """Whether a step's directions are known before it begins, from its number alone."""
+
+    def begin(self, direction: Direction) -> None:
+        """A step begins, and the weights are clean: what depends on them is settled here and holds for the step."""
+        del direction
+
+    def inputs_wanted(self, direction: Direction) -> frozenset[str]:
+        """Tensors whose linear layers' inputs this step's basis is built from; :meth:`observe` is given them."""
+        del direction
+        return frozenset()
+
+    def observe(self, direction: Direction, name: str, inputs: Tensor) -> None:
+        """The inputs of a linear layer in the clean forward before the queries of a step.
+
+        Args:
+            direction: a direction of the step.
+            name: the layer's weight.
+            inputs: [tokens, n], in the model's dtype; not to be kept or overwritten.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart: tensors and plain numbers; empty where all follows from seed and step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The other way round."""
+        del state
+
+    def arrange(
+        self,
+        across: str = "iid",
+        num_directions: int = 1,
+        *,
+        per_example: bool = False,
+        mixes: bool = False,
+        shape: Callable[[Tensor, str, slice | Tensor], Tensor] | None = None,
+    ) -> None:
+        """How the directions of a step hang together (:mod:`zoft.laws`); to be called once, before any is drawn.
+
+        Args:
+            across: one of :data:`zoft.laws.ACROSS`.
+            num_directions: directions of a step.
+            per_example: directions that carry an example's number are the example's own.
+            mixes: directions that are sums of others are asked for.
+            shape: what a state makes of the elements of a direction (see :class:`zoft.laws.Shaped`).
+        """
+        if across == "antithetic":
+            self.source = Antithetic(self.source)
+        if across == "orthogonal":
+            self.source = Orthogonal(self.source, num_directions, self._products, self.dimension)
+        if shape is not None:
+            self.source = Shaped(self.source, shape)
+            self.foreseeable = False
+        if per_example:
+            self.source = PerExample(self.source, {name: self.shape(name) for name in self.weights.tensors})
+        if mixes:
+            self.source = Mixed(self.source)
+
+    def dimension(self, direction: Direction) -> int:
+        """How many coordinates move along a direction."""
+        return sum(math.prod(self.shape(name)) for name in self.weights.tensors if self.moves(direction, name))
+
+    def gram(self, directions: Sequence[Direction]) -> Tensor:
+        """Inner products <z_i, z_j> of a step's directions over all weights: [q, q], float64, on the CPU."""
+        total = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        for name in self.weights.tensors:
+            if self.moves(directions[0], name):
+                for start, stop in self.chunks(name):
+                    drawn = torch.stack([self.draw(direction, name, start, stop) for direction in directions])
+                    total += self.products(directions[0], name, drawn, start).cpu()
+        return total
+
+    def products(self, direction: Direction, name: str, drawn: Tensor, start: int) -> Tensor:
+        """Inner products, in the weights, of what some coordinates of tensor ``name`` stand for.
+
+        Args:
+            direction: says which basis.
+            name: the tensor.
+            drawn: [q, count] coordinates from ``start`` on, a chunk of :meth:`chunks`.
+            start: flat index of the first of them.
+
+        Returns:
+            float64 [q, q].
+        """
+        del direction, start
+        wide = drawn.double()
+        return (wide @ wide.T) * self.gain(name) ** 2
+
+    def _products(self, source: NoiseSource, directions: list[Direction]) -> Tensor:
+        """Inner products of a source's directions in coordinates, over what moves."""
+        total = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        for name, tensor in self.weights.tensors.items():
+            if self.moves(directions[0], name):
+                for start, stop in self.chunks(name):
+                    drawn = [source.draw(d, name, start, stop, tensor.device, tensor.dtype) for d in directions]
+                    wide = torch.stack(drawn).double()
+                    total += (wide @ wide.T).cpu()
+        return total
 
     # ---- coordinates: what an optimizer sees -------------------------------------------------------------------------
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the coordinates of tensor ``name``."""
         return tuple(self.weights.tensors[name].shape)
+
+    def gain(self, name: str) -> float:
+        """How much longer the step in the weights is than the coordinates that stand for it, for orthonormal bases."""
+        del name
+        return 1.0
 
     def chunks(self, name: str) -> Iterator[tuple[int, int]]:
         """Flat ranges [start, stop) that cover the coordinates of ``name``."""
@@ -117,8 +237,8 @@ class Coordinates:
 
     def moves(self, direction: Direction, name: str) -> bool:
         """Whether tensor ``name`` moves at all along this direction; where not, z is zero."""
-        del direction, name
-        return True
+        del direction
+        return name not in self.still
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Flat ranges of tensor ``name`` that its coordinates [start, stop) move, in pieces of bounded size."""

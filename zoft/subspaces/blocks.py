@@ -103,7 +103,7 @@ class BlockCoordinates(Coordinates):
 
     def moves(self, direction: Direction, name: str) -> bool:
         """Whether ``name`` is in the block of the direction's step."""
-        return self.layer_of[name] in self._moving(direction)
+        return self.layer_of[name] in self._moving(direction) and super().moves(direction, name)
 
     def _moving(self, direction: Direction) -> frozenset[str | None]:
         """The layers of the step's block; {None} is what is in no layer."""

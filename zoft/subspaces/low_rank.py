@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from zoft import compiled
 from zoft.errors import UserError
@@ -45,6 +45,8 @@ class LowRank(Subspace):
     of a refresh step and without V in its update, so that those updates go where nothing was measured; here U and V
     have a stream each.
     """
+
+    changes_basis: ClassVar[bool] = True
 
     rank: int = 2
     interval: int = 50
@@ -139,6 +141,14 @@ class LowRankCoordinates(Coordinates):
                 "use subspace=full with direction_seeds"
             )
         return super().combination(name, start, stop, terms)
+
+    def products(self, direction: Direction, name: str, drawn: Tensor, start: int) -> Tensor:
+        """<U_i V^T, U_j V^T> / r, from V^T V."""
+        if name not in self._columns:
+            return super().products(direction, name, drawn, start)
+        basis = self._basis(direction, name).double()
+        left = drawn.double().view(len(drawn), -1, self.rank)
+        return (left @ (basis @ basis.T / self.rank)).flatten(1) @ left.flatten(1).T
 
     def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
         """Whether V is the same, or the tensor moves in full."""

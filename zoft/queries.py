@@ -1,0 +1,217 @@
+"""The queries of one step: what is asked of the model, in which order, and the estimate that the answers give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoft.estimators.base import Estimator, Measured, Point
+from zoft.method import Method
+from zoft.noise import Direction
+from zoft.stepper import Stepper
+
+
+def _as_they_are(losses: Tensor) -> Tensor:
+    return losses
+
+
+@dataclass
+class Asked:
+    """What a step's queries found.
+
+    Args:
+        losses: the objective at the points, float32 [P] (or [P, B] where every example has directions of its own).
+        measured: what they say; None where a loss is not finite.
+        loss: the training loss to report.
+        num_queries: forward passes that were made.
+        usable: whether the stepper has an estimate; without one the step must move nothing.
+    """
+
+    losses: Tensor
+    measured: Measured | None
+    loss: float
+    num_queries: int
+    usable: bool
+
+
+@dataclass
+class Queries:
+    """Asks a session what a method wants to know, and hands the estimate to a stepper.
+
+    Args:
+        method: the composition.
+        stepper: holds the session, takes the estimate, and keeps what parts remember.
+        examples: a batch as batches of one example each; for estimators with directions for each example.
+        select: (batch, (shortest, longest)) -> the rows of so many tokens, or None if there are none.
+        batches: (how many) -> batches of the training data, for estimators that ask about more than the step's own.
+        average: losses of this process -> of all processes.
+        agree: what the subspace has seen in this process -> in the first one, for all.
+    """
+
+    method: Method
+    stepper: Stepper
+    examples: Callable[[Any], Sequence[Any]] = field(default=lambda batch: [batch])
+    select: Callable[[Any, tuple[int, float]], Any] = field(default=lambda batch, lengths: batch)
+    batches: Callable[[int], Iterable[Any]] = field(default=lambda count: [])
+    average: Callable[[Tensor], Tensor] = _as_they_are
+    agree: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        scalars = self.stepper.scalars
+        scalars.setdefault("estimator", self.method.estimator.init())
+        scalars.setdefault("weighting", self.method.weighting.init())
+        self.session = self.stepper.session
+
+    def __call__(
+        self,
+        batch: Any,
+        directions: list[Direction],
+        estimator: Estimator | None = None,
+        *,
+        lr: float = 0.0,
+        looked_at: bool = True,
+    ) -> Asked:
+        """Query, and leave the estimate with the stepper.
+
+        Args:
+            batch: handed to the objective as it is.
+            directions: the step's.
+            estimator: the method's own as it is at this place of the run; as it was made if left out.
+            lr: the learning rate of the step, for methods that try the step before they take it.
+            looked_at: whether somebody may look at the weights before the step is written.
+        """
+        estimator = estimator or self.method.estimator
+        self.stepper.pending = self.stepper.backward = self.stepper.curvatures = None
+        first = directions[0]
+        clean = self._begin(batch, first)
+        if estimator.backpropagates:
+            return self._with_gradient(batch, directions, estimator)
+        directions, losses, queries = self._losses(batch, directions, estimator, clean, looked_at=looked_at)
+        if not bool(torch.isfinite(losses).all()):
+            return Asked(losses, None, float(estimator.loss(losses)), queries, usable=False)
+        measured = estimator.measure(losses, self.stepper.scalars["estimator"])
+        usable = self._estimate(estimator, directions, measured)
+        if usable and self.method.optimizer.trials:
+            usable, more = self._try_the_step(batch, float(measured.loss) if estimator.asks_clean_loss else None, lr)
+            queries += more
+        return Asked(losses, measured, float(measured.loss), queries, usable)
+
+    def _begin(self, batch: Any, direction: Direction) -> Tensor | None:
+        """Settle what the directions of the step depend on; the clean loss, where that took a forward."""
+        coordinates, clean = self.session.coordinates, None
+        coordinates.begin(direction)
+        if coordinates.inputs_wanted(direction):
+            clean = self.average(self.session.observe(batch, direction).view(1))[0]
+            if self.agree is not None:
+                coordinates.load_state_dict(self.agree(coordinates.state_dict()))
+        self.stepper.begin(direction)
+        return clean
+
+    # ---- losses ------------------------------------------------------------------------------------------------------
+
+    def _losses(
+        self, batch: Any, directions: list[Direction], estimator: Estimator, clean: Tensor | None, *, looked_at: bool
+    ) -> tuple[list[Direction], Tensor, int]:
+        """(directions, losses in the points' order, queries made)."""
+        points = estimator.points(directions)
+        queries = estimator.queries_at(directions[0].step) + (clean is not None and not estimator.asks_clean_loss)
+        if estimator.per_example:
+            of_each = list(self.examples(batch))
+            losses = self.session.losses_per_example(of_each, points)
+            own = [replace(direction, example=i) for direction in directions for i in range(len(of_each))]
+            return own, losses, queries
+        wide = estimator.batches_at(directions[0].step)
+        if wide:
+            return directions, self._over_batches(points, wide), queries
+        return directions, self._at(batch, points, clean, looked_at=looked_at), queries
+
+    def _at(self, batch: Any, points: list[Point], clean: Tensor | None = None, *, looked_at: bool = True) -> Tensor:
+        """The objective at some points, those at the anchor among them; a clean loss that is known is not asked for."""
+        here = [p for p in points if not p.anchor and (clean is None or p.direction is not None)]
+        query = self.session.losses if looked_at else self.session.losses_before_update
+        found = self.average(query(batch, here)) if here else torch.empty(0)
+        there = [p for p in points if p.anchor]
+        if there:
+            with self.session.at_anchor():
+                at_anchor = iter(self.average(self.session.losses(batch, there)).unbind())
+        answers = iter(found.unbind())
+        values = []
+        for point in points:
+            if point.anchor:
+                values.append(next(at_anchor))
+            elif point.direction is None and clean is not None:
+                values.append(clean)
+            else:
+                values.append(next(answers))
+        return torch.stack(values)
+
+    def _over_batches(self, points: list[Point], count: int) -> Tensor:
+        """The objective over many batches; the weights become the anchor."""
+        self.session.keep_anchor()
+        return torch.stack([self._at(batch, points) for batch in self.batches(count)]).mean(0)
+
+    # ---- the estimate ------------------------------------------------------------------------------------------------
+
+    def _estimate(self, estimator: Estimator, directions: list[Direction], measured: Measured) -> bool:
+        """Hand (direction, coefficient) pairs to the stepper; whether they are finite."""
+        gram = lambda: self.session.coordinates.gram(directions)  # noqa: E731
+        coefficients = self.method.weighting.coefficients(measured, gram, self.stepper.scalars["weighting"])
+        if not bool(torch.isfinite(coefficients).all()):
+            return False
+        terms = list(zip(directions, coefficients.tolist(), strict=True))
+        self.stepper.pending = estimator.terms(terms, self.stepper.scalars["estimator"])
+        self.stepper.curvatures = None if measured.curvatures is None else measured.curvatures.tolist()
+        return True
+
+    def _with_gradient(self, batch: Any, directions: list[Direction], estimator: Estimator) -> Asked:
+        """Part of the gradient from a backward pass, the rest from queries."""
+        terms: list[tuple[Direction, float]] = []
+        queries, losses, measured = estimator.queries_at(directions[0].step), torch.empty(0), None
+        far = self.select(batch, estimator.queried_lengths)
+        if estimator.points(directions) and far is not None:
+            losses = self._at(far, estimator.points(directions))
+            if not bool(torch.isfinite(losses).all()):
+                return Asked(losses, None, float(estimator.loss(losses)), queries, usable=False)
+            measured = estimator.measure(losses, self.stepper.scalars["estimator"])
+            if not self._estimate(estimator, directions, measured):
+                return Asked(losses, measured, float(measured.loss), queries, usable=False)
+            terms, self.stepper.pending = self.stepper.pending or [], None
+        near = self.select(batch, estimator.backpropagated_lengths)
+        if near is None:
+            assert measured is not None
+            self.stepper.pending = terms
+            return Asked(losses, measured, float(measured.loss), queries, usable=True)
+        names = frozenset(self.session.coordinates.still) or None
+        loss, run = self.session.graph(near, names)
+        value = float(self.average(loss.view(1))[0])
+        if not math.isfinite(value):
+            return Asked(loss.view(1), measured, value, queries, usable=False)
+        share = estimator.share_of_backward(measured is not None)
+        zeroth = 1.0 if names else 1.0 - share
+        self.stepper.pending = [(direction, zeroth * coefficient) for direction, coefficient in terms]
+        self.stepper.backward = lambda take: run(lambda name, gradient: take(name, gradient.mul(share)))
+        return Asked(torch.cat((losses, loss.view(1))), measured, value, queries, usable=True)
+
+    # ---- trying the step ---------------------------------------------------------------------------------------------
+
+    def _try_the_step(self, batch: Any, clean: float | None, lr: float) -> tuple[bool, int]:
+        """Ask the objective where the step would lead, and let the optimizer choose."""
+        terms, rule = self.stepper.pending, self.method.optimizer
+        assert terms is not None
+        step = Direction(terms[0][0].seed, terms[0][0].step, -1, mix=tuple(terms))
+        points = [Point(step, -lr * multiple) for multiple in rule.trials]
+        if clean is None:
+            points.insert(0, Point())
+        losses = self._at(batch, points).tolist()
+        at_clean = clean if clean is not None else losses.pop(0)
+        if not all(map(math.isfinite, losses)):
+            self.stepper.pending = None
+            return False, len(points)
+        chosen = rule.choose({0.0: at_clean, **dict(zip(rule.trials, losses, strict=True))})
+        self.stepper.pending = [(direction, chosen * coefficient) for direction, coefficient in terms]
+        return True, len(points)

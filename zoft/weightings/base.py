@@ -1,0 +1,38 @@
+"""What every weighting promises: one coefficient per direction from what the losses say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.component import Component
+from zoft.estimators.base import Measured
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Gram = Callable[[], "Tensor"]
+"""The inner products <z_i, z_j> of the step's directions, float64 [Q, Q], made when they are asked for."""
+
+
+@dataclass
+class Weighting(Component):
+    """How slopes along directions become the coefficients a_j of the estimate sum_j a_j z_j."""
+
+    def check_with(self, method: Any) -> None:
+        """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this weighting."""
+
+    def init(self) -> dict[str, Any]:
+        """What it remembers from step to step: plain numbers; empty for most."""
+        return {}
+
+    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+        """The coefficients, float32 [Q].
+
+        Args:
+            measured: what the losses of the step say.
+            gram: makes the inner products of the step's directions.
+            state: what :meth:`init` gave; updated in place.
+        """
+        raise NotImplementedError
