@@ -20,16 +20,19 @@ class LossAveraging(_Base):
     model_accepts_loss_kwargs: bool  # the Trainer's: the model divides its loss by the token count it is given
     objective: Any  # the component that replaces the model's own loss, or None
     _called: nn.Module  # the model as the Trainer's loop hands it over
+    _asked: list[Inputs]  # the micro-batches of the step that is being queried
     _as_served: Callable[[Inputs], Inputs]  # the batch as the objective computes with it
     _num_items: Any = None  # tokens that count in this step, over all micro-batches and processes; None where unknown
     _probe_loss_scaling = False  # whether the model's use of that number is still to be found out
 
     def _objective_of_window(self, window: list[Inputs]) -> Tensor:
         """The objective over the micro-batches of one step, as the first-order Trainer would have accumulated it."""
-        losses, counts = [], []
+        losses, counts, num_items = [], [], self._num_items
+        if num_items is not None and window is not self._asked:  # not the step's rows: their own mean, not a share
+            num_items = self._get_num_items_in_batch(window, self.args.device)
         for inputs in window:
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(self._called, dict(inputs), num_items_in_batch=self._num_items)
+                loss = self.compute_loss(self._called, dict(inputs), num_items_in_batch=num_items)
             losses.append(loss.float())
             counts.append(self._num_terms(inputs))
         if len(losses) == 1:

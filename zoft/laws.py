@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ACROSS = ("iid", "antithetic", "orthogonal")
 """How the directions of one step hang together."""
 
+_DEPENDENT = 1e-12  # what is left of a direction without those before it, relative to its square: rounding
+
 Get = Callable[[Direction], "Tensor"]
 """The same elements of another direction."""
 
@@ -113,7 +115,13 @@ class Orthogonal(Derived):
                     f"space of {dimension} dimensions: lower estimator.num_directions, or take a larger subspace"
                 )
             gram = self.gram(self.inner, [replace(first, probe=probe) for probe in range(self.num_directions)])
-            upper = torch.linalg.cholesky(gram.double().cpu(), upper=True)
+            upper, failed = torch.linalg.cholesky_ex(gram.double().cpu(), upper=True)
+            if failed or float(upper.diagonal().min()) ** 2 < _DEPENDENT * dimension:
+                raise UserError(
+                    f"estimator.across=orthogonal: the {self.num_directions} random directions of step "
+                    f"{direction.step} are linearly dependent, as signs in few dimensions ({dimension} here) may be: "
+                    "use subspace.law=gaussian, or lower estimator.num_directions"
+                )
             inverse = torch.linalg.inv(upper) * dimension**0.5
             self._kept = (first, inverse.T.tolist())
         return self._kept[1]

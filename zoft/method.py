@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from zoft.component import create
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator
+from zoft.lazy import torch
+from zoft.noise import Direction
 from zoft.optimizers.base import Optimizer
 from zoft.subspaces.base import Coordinates, Subspace
 from zoft.weightings.base import Weighting
@@ -97,10 +100,10 @@ class Method:
 
     def extra_elements(self, coordinates: Coordinates) -> int:
         """float32 numbers that the optimizer keeps from step to step, over all tensors."""
-        names = coordinates.weights.tensors
         return sum(
             math.prod(shape)
-            for name in names
+            for name in coordinates.weights.tensors
+            if coordinates.ever_moves(name)
             for shape in self.optimizer.state_shapes(coordinates.shape(name)).values()
         )
 
@@ -115,4 +118,32 @@ class Method:
             per_example=estimator.per_example,
             mixes=bool(self.optimizer.trials),
         )
+        dimension = coordinates.dimension(Direction(0, 0))
+        if estimator.across == "orthogonal" and estimator.num_directions > dimension:
+            raise UserError(
+                f"estimator.across=orthogonal: there are no {estimator.num_directions} directions at right angles in a "
+                f"space of {dimension} dimensions: lower estimator.num_directions, or take a larger subspace"
+            )
+        self._check_memory(coordinates)
         return coordinates
+
+    def _check_memory(self, coordinates: Coordinates) -> None:
+        """Refuse an optimizer whose state cannot fit, before the first query rather than in the first update."""
+        device = next(iter(coordinates.weights.tensors.values())).device
+        needed, there = 4 * self.extra_elements(coordinates), memory_of(device)
+        if there is not None and needed > there:
+            raise UserError(
+                f"optimizer={self.optimizer.name()} keeps {needed / 2**30:.3g} GiB beside the weights, and this device "
+                f"has {there / 2**30:.3g} GiB in all: use optimizer=sgd, or a subspace of few coordinates "
+                "(subspace=two_sided)"
+            )
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that a device has in all; None where that cannot be known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
+    except (AttributeError, ValueError, OSError):
+        return None

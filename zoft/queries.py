@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,12 +86,36 @@ class Queries:
             lr: the learning rate of the step, for methods that try the step before they take it.
             looked_at: whether somebody may look at the weights before the step is written.
         """
-        estimator = estimator or self.method.estimator
+        estimator, scalars = estimator or self.method.estimator, self.stepper.scalars
         self.stepper.pending = self.stepper.backward = self.stepper.curvatures = None
-        first = directions[0]
-        clean = self._begin(batch, first)
-        if estimator.backpropagates:
-            return self._with_gradient(batch, directions, estimator)
+        before = copy.deepcopy({part: scalars[part] for part in ("estimator", "weighting")})
+        usable = False
+        try:
+            clean = self._begin(batch, directions[0])
+            if estimator.backpropagates:
+                asked = self._with_gradient(batch, directions, estimator)
+            else:
+                asked = self._all(batch, directions, estimator, clean, lr=lr, looked_at=looked_at)
+            usable = asked.usable
+        finally:
+            if not usable:  # a step that comes to nothing is not remembered either
+                scalars.update(before)
+                self.stepper.pending = self.stepper.backward = self.stepper.curvatures = None
+        if estimator.batches_at(directions[0].step) and usable:
+            self.session.keep_anchor()
+        return asked
+
+    def _all(
+        self,
+        batch: Any,
+        directions: list[Direction],
+        estimator: Estimator,
+        clean: Tensor | None,
+        *,
+        lr: float,
+        looked_at: bool,
+    ) -> Asked:
+        """The whole estimate from queries."""
         directions, losses, queries = self._losses(batch, directions, estimator, clean, looked_at=looked_at)
         if not bool(torch.isfinite(losses).all()):
             return Asked(losses, None, float(estimator.loss(losses)), queries, usable=False)
@@ -127,7 +152,8 @@ class Queries:
             return own, losses, queries
         wide = estimator.batches_at(directions[0].step)
         if wide:
-            return directions, self._over_batches(points, wide), queries
+            over = [self._at(one, points) for one in self.batches(wide)]
+            return directions, torch.stack(over).mean(0), queries - len(points) * (wide - len(over))
         return directions, self._at(batch, points, clean, looked_at=looked_at), queries
 
     def _at(self, batch: Any, points: list[Point], clean: Tensor | None = None, *, looked_at: bool = True) -> Tensor:
@@ -149,11 +175,6 @@ class Queries:
             else:
                 values.append(next(answers))
         return torch.stack(values)
-
-    def _over_batches(self, points: list[Point], count: int) -> Tensor:
-        """The objective over many batches; the weights become the anchor."""
-        self.session.keep_anchor()
-        return torch.stack([self._at(batch, points) for batch in self.batches(count)]).mean(0)
 
     # ---- the estimate ------------------------------------------------------------------------------------------------
 

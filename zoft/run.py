@@ -95,48 +95,16 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from zoft.data.tokens import OptionCollator, encode
-    from zoft.evaluation.metrics import accuracy
     from zoft.interrupt import StopOnInterrupt
-    from zoft.models.load import load_model, load_tokenizer, require_causal_lm
     from zoft.report.console import ProgressCallback
     from zoft.report.memory import PeakMemory
     from zoft.report.metrics import MetricsCallback
     from zoft.report.terminal import say
     from zoft.report.trackers import TrackerAxisCallback
-    from zoft.trainer import ZOTrainer
 
-    args = _arguments(cfg)
-    splits = cfg.task.load()
-    as_mezo = cfg.estimator.noise == "torch_sequential"  # then everything else is as in MeZO's published code too
-    tokenizer = load_tokenizer(cfg.model.name, revision=cfg.model.revision, as_mezo=as_mezo)
-    model = load_model(
-        cfg.model.name,
-        revision=cfg.model.revision,
-        dtype=cfg.model.dtype,
-        attn_implementation=cfg.model.attn_implementation,
-    )
-    require_causal_lm(model, cfg.model.name)
-    model = cfg.peft.wrap(model, cfg.seed)
-    trained, total = cfg.trainable.apply(model)
-    rows = {name: encode(getattr(splits, name), tokenizer, cfg.task.max_length) for name in ("train", "dev", "test")}
-    trainer = ZOTrainer(
-        model=model,
-        args=args,
-        data_collator=OptionCollator(
-            tokenizer.pad_token_id, one_row_per_option=as_mezo, multiple_of=8 if as_mezo else 1
-        ),
-        train_dataset=rows["train"],
-        eval_dataset=rows["dev"],
-        processing_class=tokenizer,
-        compute_metrics=accuracy,
-        estimator=cfg.estimator,
-        weighting=cfg.weighting,
-        optimizer=cfg.optimizer,
-        subspace=cfg.subspace,
-        engine=cfg.engine,
-        objective=cfg.objective,
-    )
+    args = arguments_of(cfg)
+    model, tokenizer, rows = load(cfg)
+    trainer = make_trainer(cfg, args, model, tokenizer, rows)
     trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
@@ -150,16 +118,66 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     ):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
-        for line in _opening_lines(cfg, trainer, rows, trained, total):
+        for line in _opening_lines(cfg, trainer, rows):
             say(line)
     return trainer, rows, memory
 
 
-def _opening_lines(
-    cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], trained: int, total: int
-) -> list[str]:
+def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
+    """The model with the weights chosen that are trained, its tokenizer, and the encoded rows (train, dev, test)."""
+    from zoft.data.tokens import encode
+    from zoft.models.load import load_model, load_tokenizer, require_causal_lm
+
+    splits = cfg.task.load()
+    tokenizer = load_tokenizer(cfg.model.name, revision=cfg.model.revision, as_mezo=_as_mezo(cfg))
+    model = load_model(
+        cfg.model.name,
+        revision=cfg.model.revision,
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+    )
+    require_causal_lm(model, cfg.model.name)
+    model = cfg.peft.wrap(model, cfg.seed)
+    cfg.trainable.apply(model)
+    rows = {name: encode(getattr(splits, name), tokenizer, cfg.task.max_length) for name in ("train", "dev", "test")}
+    return model, tokenizer, rows
+
+
+def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> ZOTrainer:
+    """The trainer of a run, with the parts that its config chooses."""
+    from zoft.data.tokens import OptionCollator
+    from zoft.evaluation.metrics import accuracy
+    from zoft.trainer import ZOTrainer
+
+    collator = OptionCollator(
+        tokenizer.pad_token_id, one_row_per_option=_as_mezo(cfg), multiple_of=8 if _as_mezo(cfg) else 1
+    )
+    return ZOTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=rows["train"],
+        eval_dataset=rows["dev"],
+        processing_class=tokenizer,
+        compute_metrics=accuracy,
+        estimator=cfg.estimator,
+        weighting=cfg.weighting,
+        optimizer=cfg.optimizer,
+        subspace=cfg.subspace,
+        engine=cfg.engine,
+        objective=cfg.objective,
+    )
+
+
+def _as_mezo(cfg: ZoftConfig) -> bool:
+    """Whether batches are MeZO's own too: with its own stream of directions, to compare number for number."""
+    return cfg.estimator.noise == "torch_sequential"
+
+
+def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]]) -> list[str]:
     """What is about to happen, for the console."""
-    trainer.create_optimizer()  # binds the engine: only then is it known which one serves
+    trained = trainer.stepper.session.weights.num_elements
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
     percent = f"{100 * trained / total:.3g} %"
     sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
     return [
@@ -173,7 +191,8 @@ def _opening_lines(
     ]
 
 
-def _arguments(cfg: ZoftConfig) -> Any:
+def arguments_of(cfg: ZoftConfig) -> Any:
+    """The training arguments of a run."""
     from zoft.arguments import ZOConfig
 
     values = dict(cfg.trainer)

@@ -109,6 +109,7 @@ class Stepper(torch.optim.Optimizer):
         self.scalars: dict[str, dict[str, Any]] = {"optimizer": rule.init()}  # what parts of the method remember
         self.direction: Direction | None = None  # one of the step in progress
         self._context: dict[str, Any] = {}
+        self._bends: dict[Direction, float] = {}  # the curvature along each direction of the step in progress
         if rule.shapes_directions:
             self.coordinates.arrange(shape=self._shape)
 
@@ -146,8 +147,9 @@ class Stepper(torch.optim.Optimizer):
         if name not in self.history:
             return
         count, last = self.history[name]
-        for key in self.rule.carried:
-            self.moments[name][key] = self.coordinates.transport(name, self.moments[name][key], last, direction)
+        state = self.moments.get(name, {})  # a rule may keep less of some tensors
+        for key in (key for key in self.rule.carried if key in state):
+            state[key] = self.coordinates.transport(name, state[key], last, direction)
         self.history[name] = count, direction
 
     # ---- a step is written -------------------------------------------------------------------------------------------
@@ -164,13 +166,14 @@ class Stepper(torch.optim.Optimizer):
         direction = terms[0][0] if terms else self.direction
         assert direction is not None, "an estimate without directions needs begin()"
         self.direction = direction
+        self._bends = dict(zip((d for d, _ in terms), self.curvatures or (), strict=bool(self.curvatures)))
         scaled = self.rule.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
         terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
         self.progress.updates += 1
         left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
 
         def write(name: str, dense: Tensor | None = None) -> None:
-            group, mine = left.pop(name), terms if self._moves(name, terms) else []
+            group, mine = left.pop(name), [term for term in terms if self.coordinates.moves(term[0], name)]
             if mine or dense is not None:
                 with torch.no_grad():
                     self._move(
@@ -185,9 +188,6 @@ class Stepper(torch.optim.Optimizer):
         if self.rule.num_records:
             self.records = [*self.records, terms][-self.rule.num_records :]
         self.curvatures = None
-
-    def _moves(self, name: str, terms: list[Term]) -> bool:
-        return any(self.coordinates.moves(direction, name) for direction in {direction for direction, _ in terms})
 
     def _move(
         self,
@@ -235,18 +235,20 @@ class Stepper(torch.optim.Optimizer):
     ) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, what the rule makes of the estimate) for every chunk of the coordinates."""
         whole = [(0, math.prod(self.coordinates.shape(name)))]
-        records = [
-            record
-            for record in self.records
-            if all(
-                self.coordinates.moves(d, name) and self.coordinates.same_basis(name, d, terms[0][0]) for d, _ in record
-            )
-        ]
+        records = [mine for record in self.records if (mine := self._record_of(name, record))]
+        curvatures = [self._bends[direction] for direction, _ in terms] if self._bends else None
         for start, stop in whole if self.rule.whole else self.coordinates.chunks(name):
             piece = None if dense is None else dense.view(-1)[start:stop]
-            estimate = Estimate(self.coordinates, name, start, stop, terms, self.curvatures, records, piece)
+            estimate = Estimate(self.coordinates, name, start, stop, terms, curvatures, records, piece)
             of_piece = state if self.rule.whole else {key: t.view(-1)[start:stop] for key, t in state.items()}
             yield start, stop, self.rule.update_from(estimate, of_piece, count).view(-1)
+
+    def _record_of(self, name: str, record: list[Term]) -> list[Term]:
+        """The terms of an earlier step that moved this tensor; none where its basis was another one."""
+        now, coordinates = self.direction, self.coordinates
+        assert now is not None
+        mine = [term for term in record if coordinates.moves(term[0], name)]
+        return mine if all(coordinates.same_basis(name, direction, now) for direction, _ in mine) else []
 
     def _sum_of(self, name: str, parameter: nn.Parameter, direction: Direction) -> Sum | None:
         """The sum of the steps in the basis of this direction, where one is kept."""

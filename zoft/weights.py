@@ -91,6 +91,18 @@ class Weights:
         log.warning("%s: those hardly move; load the weights in float32 to train them", told)
 
 
+def layer_of(name: str) -> str | None:
+    """The numbered layer that a tensor belongs to, outermost first; None outside of them.
+
+    Example:
+        >>> layer_of("model.layers.7.mlp.experts.3.up_proj.weight"), layer_of("model.norm.weight")
+        ('model.layers.7', None)
+    """
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
 def _owners(model: nn.Module, tensors: dict[str, nn.Parameter]) -> dict[nn.Module, list[tuple[str, str]]]:
     """module -> [(attribute, canonical name)] for every module that holds a trainable tensor, tied ones included."""
     names = {id(tensor): name for name, tensor in tensors.items()}

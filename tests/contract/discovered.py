@@ -27,6 +27,9 @@ EVERY = [(group, name) for group in GROUPS for name in components(group)]
 
 SUBSPACES = list(components("subspace"))
 
+QUERYING = [name for name, cls in components("estimator").items() if not cls.backpropagates]
+"""Estimators for which losses at points are all there is: every engine is asked for them."""
+
 
 def example(group: str, name: str, **fields: Any) -> Any:
     """A component with its defaults, and what it cannot do without."""
@@ -41,7 +44,14 @@ def with_fields(component: Component, **fields: Any) -> Any:
 
 def coordinates_of(subspace: str, model: nn.Module, law: str, noise: str = "counter", interval: int = 2) -> Coordinates:
     """A subspace bound to a model; what it keeps for some steps changes within the few steps of a test."""
-    return with_fields(example("subspace", subspace), law=law, interval=interval).bind(Weights(model), noise)
+    return small_subspace(subspace, law, interval).bind(Weights(model), noise)
+
+
+def small_subspace(subspace: str, law: str, interval: int) -> Any:
+    """A subspace whose rank the tensors of a test model exceed; where it does not draw by ``law``, by its own first."""
+    laws = components("subspace")[subspace].laws
+    law = law if law in laws else laws[0]
+    return with_fields(example("subspace", subspace), law=law, interval=interval, rank=2)
 
 
 def method(
@@ -55,9 +65,11 @@ def method(
     eps=1e-2,
     noise="counter",
 ) -> Method:
-    """A composition of discovered parts, with the settings of a test."""
+    """A composition of discovered parts, with the settings of a test; it makes up for what its optimizer needs."""
+    if components("optimizer")[optimizer].needs_curvature and not components("estimator")[estimator].measures_curvature:
+        estimator = next(n for n, cls in components("estimator").items() if cls.measures_curvature)
     return Method(
-        with_fields(example("subspace", subspace), law=law, interval=interval),
+        small_subspace(subspace, law, interval),
         with_fields(example("estimator", estimator), num_directions=q, eps=eps, noise=noise),
         example("weighting", weighting),
         example("optimizer", optimizer),
@@ -97,14 +109,37 @@ def draws_from(subspace: str, noise: str) -> bool:
     return True
 
 
+ENGINES_SEE = ("central", "forward_gradient")
+"""An estimator for each kind of point: all that an engine knows of it. They are tried in every subspace."""
+
 CELLS = [
     (engine, estimator, subspace)
     for engine in components("engine")
-    for estimator in components("estimator")
+    for estimator in QUERYING
     for subspace in SUBSPACES
-    if serves(engine, estimator, subspace)
+    if (subspace == "full" or estimator in ENGINES_SEE) and serves(engine, estimator, subspace)
 ]
 """(engine, estimator, subspace) where the engine serves both."""
+
+
+@lru_cache
+def composes(**parts: str) -> bool:
+    """Whether these parts make sense together; otherwise they are refused with a sentence."""
+    try:
+        method(**parts)
+    except UserError:
+        return False
+    return True
+
+
+PAIRS = [
+    (optimizer, subspace)
+    for optimizer in components("optimizer")
+    for subspace in SUBSPACES
+    if (subspace in ("full", "low_rank") or optimizer in ("sgd", "momentum"))
+    and composes(optimizer=optimizer, subspace=subspace)
+]
+"""(optimizer, subspace): every optimizer in a fixed and in a changing basis, every subspace without and with state."""
 
 cells = pytest.mark.parametrize(("engine", "estimator", "subspace"), CELLS)
 

@@ -12,6 +12,7 @@ from torch import nn
 from tests.contract.discovered import (
     CELLS,
     DTYPES,
+    PAIRS,
     SUBSPACES,
     cells,
     coordinates_of,
@@ -99,6 +100,7 @@ class Run:
 )
 def test_the_direction_applied_is_the_direction_measured(engine, estimator, subspace, law, q):
     run = Run("sgd", estimator=estimator, engine=engine, subspace=subspace, law=law, q=q, lr=1e-3)
+    run.step()  # residual feedback has nothing to compare its first losses with
     for _ in range(3):  # every step is a fresh direction; what lasts an interval of two steps changes within these
         before = run.flat()
         terms = run.step()
@@ -111,6 +113,8 @@ def test_the_direction_applied_is_the_direction_measured(engine, estimator, subs
 @cells
 def test_measured_along_what_is_applied(engine, estimator, subspace):
     """Each coefficient is the slope of the loss along the very direction that the step moves along."""
+    if not components("estimator")[estimator].measures_slopes:
+        return
     run = Run("sgd", estimator=estimator, engine=engine, subspace=subspace, lr=0.0, eps=1e-4)
     directions = run.estimator.directions(5, 0)
     run.queries.session.coordinates.begin(directions[0])
@@ -123,12 +127,7 @@ def test_measured_along_what_is_applied(engine, estimator, subspace):
 
 def of_subspaces(*axes):
     """(optimizer, subspace, ...): see :func:`settings`."""
-    return [
-        (optimizer, subspace, *setting)
-        for optimizer in components("optimizer")
-        for subspace in SUBSPACES
-        for setting in settings(subspace, *axes)
-    ]
+    return [(optimizer, subspace, *setting) for optimizer, subspace in PAIRS for setting in settings(subspace, *axes)]
 
 
 @pytest.mark.parametrize("q", [1, 2])
@@ -140,14 +139,15 @@ def test_a_step_writes_every_element_of_what_moves_once_and_no_other(subspace, q
     monkeypatch.setattr(run.session, "arrive", lambda *piece: written.append(piece))
     for _ in range(8):  # more than it has layers
         written.clear()
-        (direction, _), *_ = run.step()
+        terms = run.step()
         for name, tensor in run.weights.tensors.items():
             elements = [i for n, start, stop in written if n == name for i in range(start, stop)]
-            moves = run.session.coordinates.moves(direction, name)
+            moves = any(run.session.coordinates.moves(direction, name) for direction, _ in terms)
             assert elements == list(range(tensor.numel() if moves else 0))
             assert all(stop - start <= 100 for _, start, stop in written)
             moved |= {name} if moves else set()
-    assert moved == set(run.weights.tensors), "some tensor that is trained never moves"
+    if subspace != "coordinate":  # where a step moves one weight or two, eight are not enough
+        assert moved == set(filter(run.session.coordinates.ever_moves, run.weights.tensors)), "something never moves"
 
 
 @pytest.mark.parametrize(("optimizer", "subspace", "dtype", "noise"), of_subspaces(DTYPES, SOURCES))
@@ -196,7 +196,8 @@ def test_a_saved_state_continues_bit_for_bit(optimizer, subspace, dtype, chunk, 
         for key, tensor in state.items():
             assert torch.equal(second.stepper.moments[name][key], tensor)
             assert tensor.dtype == torch.float32
-            assert tensor.shape == straight.session.coordinates.shape(name)
+            shapes = straight.method.optimizer.state_shapes(straight.session.coordinates.shape(name))
+            assert tensor.shape == shapes[key]
 
 
 @pytest.mark.parametrize("optimizer", components("optimizer"))
@@ -211,8 +212,7 @@ def test_a_saved_state_is_not_changed_by_what_follows(optimizer):
     assert all(torch.equal(state["state"][n][k], t) for (n, k), t in kept.items())
 
 
-@pytest.mark.parametrize("subspace", SUBSPACES)
-@pytest.mark.parametrize("optimizer", components("optimizer"))
+@pytest.mark.parametrize(("optimizer", "subspace"), PAIRS)
 def test_chunks_do_not_change_the_step(optimizer, subspace, monkeypatch):
     digests = set()
     for chunk in (13, 1 << 20):
@@ -235,8 +235,7 @@ def test_every_optimizer_moves_downhill(optimizer, subspace, dtype):
     assert float(run.model(**run.batch).loss.detach()) < start
 
 
-@pytest.mark.parametrize("subspace", SUBSPACES)
-@pytest.mark.parametrize("optimizer", components("optimizer"))
+@pytest.mark.parametrize(("optimizer", "subspace"), PAIRS)
 def test_weight_decay_and_learning_rate_are_honoured(optimizer, subspace):
     """Halving the rate halves the first step; decay adds rate * decay * theta to it, on the decayed group alone."""
     moved = {}
@@ -247,7 +246,8 @@ def test_weight_decay_and_learning_rate_are_honoured(optimizer, subspace):
         moved[lr, decay] = {n: p.detach().double() - before[n] for n, p in run.weights.tensors.items()}
     for name, step in moved[1e-2, 0.0].items():
         torch.testing.assert_close(moved[5e-3, 0.0][name], step / 2, rtol=1e-3, atol=2e-7)
-        decays = before[name].dim() > 1 and run.session.coordinates.moves(terms[0][0], name)
+        moves = any(run.session.coordinates.moves(direction, name) for direction, _ in terms)
+        decays = before[name].dim() > 1 and moves
         decay = -1e-2 * 0.5 * before[name] if decays else torch.zeros_like(step)
         torch.testing.assert_close(moved[1e-2, 0.5][name] - step, decay, rtol=1e-3, atol=3e-7)
 
@@ -271,6 +271,10 @@ def test_tensors_of_one_shape_do_not_share_their_noise(subspace, noise, law):
         for name in coordinates.weights.tensors
         if coordinates.moves(direction, name)
     ]
+    if not coordinates.ever_moves(next(iter(coordinates.weights.tensors))):
+        return  # vectors alone: these are matrices
     assert len(drawn) >= 4
+    # Elements of a product of few factors are not independent: their correlations are that much wider.
+    bound = 0.04 if coordinates.factors(directions[0], "layers.0.weight") is not None else 0.015  # 4.5 / sqrt(90 000)
     for a, b in combinations(drawn, 2):
-        assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) < 0.015  # 4.5 / sqrt(90 000)
+        assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) < bound

@@ -132,8 +132,8 @@ def test_an_arguments_method_replaces_the_experiments():
     write(
         "mine.yaml", "defaults: [override /method: mezo_adam]\nestimator: {eps: 0.5}\noptimizer: {learning_rate: 2.0}"
     )
-    cfg = compose(["config=mine.yaml", "method=mezo_momentum"])
-    assert (cfg.method, cfg.estimator.radius) == ("mezo_momentum", 1e-3)
+    cfg = compose(["config=mine.yaml", "method=zo_sgd_mmt"])
+    assert (cfg.method, cfg.estimator.radius) == ("zo_sgd_mmt", 1e-3)
     assert cfg.optimizer == Momentum(learning_rate=2.0, beta=0.9)
     assert compose(["config=mine.yaml", "method=null"]).method is None
 

@@ -82,13 +82,7 @@ class Session:
         Returns:
             float32 [P, B] on the CPU.
         """
-
-        def own(point: Point, index: int) -> Point:
-            return (
-                point if point.direction is None else replace(point, direction=replace(point.direction, example=index))
-            )
-
-        of_each = [self.losses(one, [own(point, i) for point in points]) for i, one in enumerate(examples)]
+        of_each = [self.losses(one, [of_example(p, i) for p in points]) for i, one in enumerate(examples)]
         return torch.stack(of_each, dim=1)
 
     def keep_anchor(self) -> None:
@@ -97,8 +91,10 @@ class Session:
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """The model has the anchor weights in here."""
-        assert self.anchor is not None, "keep_anchor() comes first"
+        """The model has the anchor weights in here; those it has anyway while there is no anchor."""
+        if self.anchor is None:
+            yield
+            return
         here = {name: tensor.data for name, tensor in self.weights.tensors.items()}
         try:
             for name, tensor in self.weights.tensors.items():
@@ -269,6 +265,13 @@ def memory_errors_say(mend: str) -> Iterator[None]:
         raise OutOfMemoryError(
             f"{told} The weights are what they were. Lower trainer.per_device_train_batch_size, or {mend}"
         ) from error
+
+
+def of_example(point: Point, index: int) -> Point:
+    """The point along the direction of one example's own."""
+    if point.direction is None:
+        return point
+    return replace(point, direction=replace(point.direction, example=index))
 
 
 def refuse_derivatives(points: Sequence[Point], engine: str) -> None:

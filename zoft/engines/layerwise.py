@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from zoft.engines.base import Engine, Objective, Session, memory_errors_say, refuse_derivatives
+from zoft.engines.base import Engine, Objective, Session, memory_errors_say, of_example, refuse_derivatives
 from zoft.engines.lockstep import Lockstep
 from zoft.engines.reads import Brought, Reads, asks_no_values, watching
 from zoft.engines.scratch import Lease, Scratch
@@ -98,15 +98,22 @@ class LayerwiseSession(Session):
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         """The objective at each point (see the base class)."""
-        refuse_derivatives(points, self.name)
+        return torch.stack(self._asked([(batch, point) for point in points]))
+
+    def losses_per_example(self, examples: Sequence[Any], points: Sequence[Point]) -> Tensor:
+        """The objective of each example along its own directions; examples go through the model side by side too."""
+        pairs = [(one, of_example(point, i)) for i, one in enumerate(examples) for point in points]
+        return torch.stack(self._asked(pairs)).view(len(examples), len(points)).T
+
+    def _asked(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
+        refuse_derivatives([point for _, point in pairs], self.name)
         self._compiled = _is_compiled(self.model)
         small = self._largest_output <= self.piece_bytes  # as the queries before have seen it
         self._too_large = 0 if small else self._largest_output
         self._side_by_side = small and not self._whole_forward and not self._compiled and not self._sets_global_state
         self._largest_output = 0
         with memory_errors_say(self.what_to_lower()), self._hooks(), self._no_graph():
-            results = self._losses(batch, points)
-        return torch.stack(results)
+            return self._losses(pairs)
 
     @contextmanager
     def _no_graph(self) -> Iterator[None]:
@@ -124,15 +131,18 @@ class LayerwiseSession(Session):
         """The setting of this engine that bounds its memory, for somebody who ran out of it."""
         return f"engine.piece_mb (now {self.piece_bytes >> 20})"
 
-    def _losses(self, batch: Any, points: Sequence[Point]) -> list[Tensor]:
+    def _losses(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
         if self._whole_forward is None:
-            results = [self._loss_at(batch, point) for point in points]
+            results = [self._loss_at(batch, point) for batch, point in pairs]
             if not self._find_read_outside():
                 return results
-        results = []
-        with self._prefix_reused(points):
+        results, points = [], [point for _, point in pairs]
+        same_batch = all(batch is pairs[0][0] for batch, _ in pairs)
+        with self._prefix_reused(points) if same_batch else nullcontext():
+            waiting = iter(pairs)
             for group in self.groups(points):
-                results += self.together.run([partial(self._loss_at, batch, point) for point in group])
+                together = islice(waiting, len(group))
+                results += self.together.run([partial(self._loss_at, batch, point) for batch, point in together])
         return results
 
     @contextmanager

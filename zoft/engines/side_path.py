@@ -71,10 +71,10 @@ class _SidePathSession(LayerwiseSession):
         self._told_chunks = False
         self._factors: dict[tuple[Direction, str], tuple[Tensor, Tensor] | None] = {}  # of the points in flight
 
-    def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
+    def _asked(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
         self._tokens_before, self._tokens = self._tokens, 0
         self._factors.clear()
-        return super().losses(batch, points)
+        return super()._asked(pairs)
 
     def what_to_lower(self) -> str:
         return f"engine.tokens_in_flight (now {self.tokens_in_flight}), or {super().what_to_lower()}"

@@ -79,13 +79,19 @@ class Estimator(Component):
     backpropagates: ClassVar[bool] = False
     """Whether some of the gradient comes from a backward pass."""
 
+    measures_slopes: ClassVar[bool] = True
+    """Whether each projected gradient is the slope along its own direction, and not only right on average."""
+
+    min_directions: ClassVar[int] = 1
+    """The fewest directions that say anything."""
+
     num_directions: int = 1
     noise: str = "counter"
     across: str = "iid"
 
     def check(self) -> None:
-        """Refuse q < 1, an unknown source of noise, and directions that cannot hang together as asked for."""
-        self.require(self.num_directions >= 1, "num_directions", "at least 1")
+        """Refuse too few directions, an unknown source of noise, and directions that cannot hang together so."""
+        self.require(self.num_directions >= self.min_directions, "num_directions", f"at least {self.min_directions}")
         self.require(self.noise in SOURCES, "noise", f"one of {', '.join(SOURCES)}")
         self.require(self.across in ACROSS, "across", f"one of {', '.join(ACROSS)}")
         if self.across == "antithetic" and self.num_directions % 2:
@@ -253,31 +259,6 @@ class FiniteDifference(Estimator):
     def foreseeable(self) -> bool:
         """Not where eps follows a learning rate that has not been set yet."""
         return super().foreseeable and self.eps_schedule != "tied"
-
-    def batches_at(self, step: int) -> int:
-        """Over how many batches of the training data the losses of this step are averaged; 0: the step's own batch."""
-        del step
-        return 0
-
-    queried_rows: ClassVar[str] = "all"
-    """Which rows of a batch are queried where others are backpropagated: all, or long."""
-
-    backpropagated_rows: ClassVar[str] = "all"
-    """Which rows go through a backward pass: all, or short."""
-
-    def share_of_backward(self, queried: bool) -> float:
-        """The weight of the backward pass's gradient in the estimate; queries have the rest.
-
-        Args:
-            queried: whether there is an estimate from queries for the same tensors.
-        """
-        del queried
-        return 1.0
-
-    def still(self, names: list[str]) -> frozenset[str]:
-        """Which of the trained tensors queries do not move, because a backward pass gives their gradients."""
-        del names
-        return frozenset()
 
     def at(self: E, done: float, rate: float) -> E:
         """With the eps of that place."""

@@ -18,6 +18,11 @@ class Adam(Optimizer):
     With one direction a step the second moment measures the noise, not the gradient; use many directions or few
     coordinates (SubZero+, table of K; see docs/concepts.md).
 
+    In a subspace the moments are those of its coordinates. When it changes its basis, the first moment is carried over,
+    for it is linear in the estimates. The second is not: it stays as it is. A new basis comes from the old one's law,
+    so the sizes it tells are right along the axis that keeps its meaning and of the right order along the other; begun
+    anew it would be too small for some 1 / (1 - adam_beta2) steps, and these steps too large.
+
     Args:
         learning_rate: step size; None takes the training arguments' ``learning_rate``.
         weight_decay: decoupled decay per unit of learning rate; None takes the training arguments' ``weight_decay``.

@@ -208,4 +208,10 @@ class Optimizer(Component):
 
 def norm_of(states: Mapping[str, State], key: str) -> float:
     """Length of one state tensor over all tensors, summed in float64."""
-    return math.sqrt(sum(float(state[key].double().square().sum()) for state in states.values()))
+    squares = (torch.linalg.vector_norm(state[key], dtype=torch.float64).item() ** 2 for state in states.values())
+    return math.sqrt(math.fsum(squares))
+
+
+def num_elements_of(states: Mapping[str, State], key: str) -> int:
+    """Elements of one state tensor over all tensors."""
+    return sum(state[key].numel() for state in states.values())

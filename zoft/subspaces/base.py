@@ -11,7 +11,7 @@ from zoft.component import Component
 from zoft.errors import UserError
 from zoft.laws import Antithetic, Mixed, Orthogonal, PerExample, Shaped
 from zoft.lazy import torch
-from zoft.noise import SOURCES, CounterNoise, Direction, NoiseSource, TorchSequentialNoise, check_law
+from zoft.noise import LAWS, SOURCES, CounterNoise, Direction, NoiseSource, TorchSequentialNoise
 from zoft.weights import Weights, perturbed
 
 if TYPE_CHECKING:
@@ -36,11 +36,17 @@ class Subspace(Component):
     changes_basis: ClassVar[bool] = False
     """Whether the same coordinates stand for other steps in the weights after a while (a refreshed basis)."""
 
+    has_matrices: ClassVar[bool] = True
+    """Whether the coordinates of a matrix are a matrix too."""
+
+    laws: ClassVar[tuple[str, ...]] = LAWS
+    """The laws that it draws by."""
+
     law: str = "gaussian"
 
     def check(self) -> None:
         """Refuse an unknown law."""
-        check_law(self.law, f"{self.name()}.law")
+        self.require(self.law in self.laws, "law", f"one of {', '.join(self.laws)}")
 
     def check_with(self, method: Any) -> None:
         """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this subspace."""
@@ -239,6 +245,11 @@ class Coordinates:
         """Whether tensor ``name`` moves at all along this direction; where not, z is zero."""
         del direction
         return name not in self.still
+
+    def ever_moves(self, name: str) -> bool:
+        """Whether tensor ``name`` moves in any step of a run."""
+        del name
+        return True
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Flat ranges of tensor ``name`` that its coordinates [start, stop) move, in pieces of bounded size."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
-from zoft.lazy import torch
 from zoft.noise import Direction, NoiseSource, key_of
-from zoft.subspaces.base import Coordinates, Subspace
-from zoft.weights import Weights
+from zoft.subspaces._partial import PartialCoordinates
+from zoft.subspaces.base import Subspace
+from zoft.weights import Weights, layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +64,7 @@ class Blocks(Subspace):
         return super().source(weights, noise)
 
 
-class BlockCoordinates(Coordinates):
+class BlockCoordinates(PartialCoordinates):
     """The full space restricted to the block of the step; what does not move has z = 0.
 
     Args:
@@ -120,8 +119,6 @@ class BlockCoordinates(Coordinates):
             return self._layers
         return sorted(self._layers, key=lambda layer: key_of(Direction(seed, in_pass), layer, role="blocks.order"))
 
-    # ---- the full space, and zeros elsewhere -------------------------------------------------------------------------
-
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j z_j; refused where the directions might not move the same block."""
         if len({(direction.seed, direction.step) for direction, _ in terms}) > 1:
@@ -129,55 +126,4 @@ class BlockCoordinates(Coordinates):
                 "subspace=blocks moves one block along all directions of a step, and these have a seed each: "
                 "use subspace=full with direction_seeds"
             )
-        if not self.moves(terms[0][0], name):
-            return self._zeros(name, stop - start)
         return super().combination(name, start, stop, terms)
-
-    def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
-        """Coordinates [start, stop) of one direction, flat, float32; zeros where the tensor does not move."""
-        if not self.moves(direction, name):
-            return self._zeros(name, stop - start)
-        return super().draw(direction, name, start, stop)
-
-    def z(self, direction: Direction, name: str) -> Tensor:
-        """The direction for tensor ``name``; fresh zeros, which are not kept, where it does not move."""
-        if not self.moves(direction, name):
-            tensor = self.weights.tensors[name]
-            return self._zeros(name, tensor.numel()).view(tensor.shape)
-        return super().z(direction, name)
-
-    def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
-        """``out += scale * z``; nothing where the tensor does not move."""
-        if self.moves(direction, name):
-            super().add_(out, direction, name, start, scale)
-
-    def perturb(
-        self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
-    ) -> None:
-        """``outs[i] = W + scales[i] * z``; copies of W where it does not move."""
-        if self.moves(direction, name):
-            super().perturb(direction, name, start, scales, outs)
-            return
-        for out in outs:
-            out.copy_(self.weights.tensors[name].data.view(-1)[start : start + out.numel()])
-
-    def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
-        """Rows of the matrix ``name`` at theta + scale * z: [len(rows), columns], in W's dtype."""
-        if self.moves(direction, name):
-            return super().perturbed_rows(direction, name, rows, scale)
-        return self.weights.tensors[name].data[rows]
-
-    def _zeros(self, name: str, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.float32, device=self.weights.tensors[name].device)
-
-
-def layer_of(name: str) -> str | None:
-    """The numbered layer that a tensor belongs to, outermost first; None outside of them.
-
-    Example:
-        >>> layer_of("model.layers.7.mlp.experts.3.up_proj.weight"), layer_of("model.norm.weight")
-        ('model.layers.7', None)
-    """
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return None if number is None else ".".join(parts[: number + 1])

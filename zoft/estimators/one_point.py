@@ -1,0 +1,63 @@
+"""One-point residual feedback: a loss against the one of the step before, one query a direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from zoft.estimators.base import FiniteDifference, Measured, Point
+from zoft.lazy import torch
+from zoft.noise import Direction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class OnePoint(FiniteDifference):
+    """One query a direction, against the loss of the step before: noisier than pairs at equal queries, for comparison.
+
+    g_t = (L(theta_t + eps z_t) - L(theta_{t-1} + eps z_{t-1})) / eps. What is taken away is independent of z_t, so the
+    mean of g_t z_t is that of one-sided differences. It also holds how far the weights and the batch have gone since,
+    divided by eps: that part of the variance grows without bound as eps goes to 0. The first step has no past: its
+    slopes are zero and nothing moves.
+
+    Args:
+        eps: finite-difference radius, in units of the weights; larger ones than for two points are better here.
+
+    References: Zhang et al. 2022 (residual feedback), equation (4); Malladi et al. 2023 (MeZO), Table 11.
+    """
+
+    measures_slopes: ClassVar[bool] = False
+
+    @property
+    def num_queries(self) -> int:
+        """One a direction."""
+        return self.num_directions
+
+    def points(self, directions: list[Direction]) -> list[Point]:
+        """+eps along each direction."""
+        return [Point(direction, self.eps) for direction in directions]
+
+    def init(self) -> dict[str, Any]:
+        """The losses of the last step, none before the first."""
+        return {"losses": []}
+
+    def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
+        """Each direction's loss against the loss that stood in its place in the step before."""
+        state = self.init() if state is None else state
+        past = torch.tensor(state["losses"]) if state["losses"] else losses
+        state["losses"] = losses.tolist()
+        return Measured((losses - past) / self.eps, self.loss(losses), self.probe_losses(losses), self.eps)
+
+    def projected_grads(self, losses: Tensor) -> Tensor:
+        """Without a past, zeros: [Q]."""
+        return torch.zeros_like(losses)
+
+    def probe_losses(self, losses: Tensor) -> Tensor:
+        """L+ of each direction, [Q, 1]."""
+        return losses.unsqueeze(1)
+
+    def loss(self, losses: Tensor) -> Tensor:
+        """The mean over the perturbed points: the clean loss up to a slope that is zero on average, and O(eps^2)."""
+        return losses.mean()

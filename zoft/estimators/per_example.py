@@ -1,0 +1,55 @@
+"""Per-example central differences: every example of the batch has a direction of its own (Flipout, GRZO)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from zoft.estimators.base import FiniteDifference, Point
+from zoft.estimators.central import projected_grad
+from zoft.noise import Direction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class PerExample(FiniteDifference):
+    """Central differences of each example's own loss, along q directions of its own: 2 q queries a step.
+
+    g_ji = (L_i(theta + eps z_ji) - L_i(theta - eps z_ji)) / (2 eps), and the estimate is the mean of g_ji z_ji over all
+    q B of them: B directions a batch at the price of one, since an example goes through the model once a point either
+    way. The mean of the examples' losses is what it is the gradient of; every example counts alike, also where the
+    batch's loss is a mean over tokens. The directions of an example share z with the others', and have signs of
+    their own for rows and columns (:class:`zoft.laws.PerExample`): uncorrelated, and nothing more is drawn. Of signs
+    (``subspace.law=rademacher``) the variance is a B-th of one direction's; Gaussian ones share their elements' sizes,
+    of which 2 ||grad L||^2 of variance remain, nothing against the d / B of many weights.
+
+    Its examples go through the model one by one here: it costs no more queries, but more time than a batch.
+
+    References: GRZO (arXiv 2606.02857); Wen et al. 2018 (Flipout), section 3.1.
+    """
+
+    per_example: ClassVar[bool] = True
+
+    @property
+    def num_queries(self) -> int:
+        """Two a direction, of all examples together."""
+        return 2 * self.num_directions
+
+    def points(self, directions: list[Direction]) -> list[Point]:
+        """+eps and -eps along each direction; every example goes along its own version of it."""
+        return [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]
+
+    def projected_grads(self, losses: Tensor) -> Tensor:
+        """(L+ - L-) / 2 eps, [Q B]: all examples of the first direction, then of the next; losses are [2 Q, B]."""
+        pairs = self.probe_losses(losses)
+        return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
+
+    def probe_losses(self, losses: Tensor) -> Tensor:
+        """[L+, L-] of each direction and example, [Q B, 2]."""
+        return losses.view(self.num_directions, 2, -1).transpose(1, 2).reshape(-1, 2)
+
+    def loss(self, losses: Tensor) -> Tensor:
+        """The mean over examples and both sides: the clean loss up to O(eps^2)."""
+        return losses.mean()

@@ -1,0 +1,82 @@
+"""Directions from a cone around the momentum, and plain steps along them (ConMeZO)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from zoft.optimizers.base import Optimizer, State, norm_of, num_elements_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Cone(Optimizer):
+    """Directions lie in a cone around the momentum of the estimates; the step is the estimate.
+
+    z = sqrt(d) cos(angle) m / ||m|| + sin(angle) u with u from the subspace's law, and m <- beta m + (1 - beta) g.
+    Lengths are taken over all coordinates that move in the step, d is their number, and E||z||^2 = d as without a cone,
+    so that eps and the learning rate keep their meaning. Before there is a momentum, z = u. One float32 number per
+    coordinate.
+
+    The estimate is drawn towards m: E[z z^T] = d cos^2 m m^T / ||m||^2 + sin^2 I. That matrix is positive definite, so
+    the step descends in expectation, and it is the same for -m: only the axis of the cone matters, not its sign. An
+    angle of pi / 2 is MeZO.
+
+    Args:
+        beta: weight of the past in the momentum, in [0, 1).
+        angle: half-angle of the cone, in radians, above 0 and at most pi / 2.
+
+    References: Behric et al. 2025 (ConMeZO, arXiv 2511.02757).
+    """
+
+    shapes_directions: ClassVar[bool] = True
+    carried: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    beta: float = 0.99
+    angle: float = 1.35
+
+    def check(self) -> None:
+        """Refuse beta outside [0, 1) and an angle that makes no cone."""
+        super().check()
+        self.require(0 <= self.beta < 1, "beta", "in [0, 1)")
+        self.require(0 < self.angle <= math.pi / 2, "angle", "above 0 and at most pi / 2")
+
+    def state_names(self) -> tuple[str, ...]:
+        """The running mean of the estimates."""
+        return ("momentum",)
+
+    def shape_context(self, states: Mapping[str, State], step: int) -> dict[str, Any]:
+        """What the momentum and the random part are multiplied with."""
+        del step
+        return mix(states, self.angle)
+
+    def shape(self, z: Tensor, state: State, context: dict[str, Any]) -> Tensor:
+        """sqrt(d) cos(angle) m / ||m|| + sin(angle) u."""
+        return z.mul_(context["across"]).add_(state["momentum"], alpha=context["along"])
+
+    def update(self, gradient: Tensor, state: State, step: int) -> Tensor:
+        """The estimate; the momentum takes it in."""
+        del step
+        state["momentum"].mul_(self.beta).add_(gradient, alpha=1 - self.beta)
+        return gradient
+
+
+def mix(states: Mapping[str, State], angle: float) -> dict[str, Any]:
+    """Factors of the momentum and of the random part, for a direction at some angle to the momentum.
+
+    Args:
+        states: the state of every tensor that moves, with its ``momentum``.
+        angle: in radians.
+
+    Returns:
+        ``along`` = sqrt(d) cos(angle) / ||m|| and ``across`` = sin(angle); 0 and 1 while the momentum is zero.
+    """
+    length = norm_of(states, "momentum")
+    if not length or angle >= math.pi / 2:
+        return {"along": 0.0, "across": 1.0}
+    elements = num_elements_of(states, "momentum")
+    return {"along": math.sqrt(elements) * math.cos(angle) / length, "across": math.sin(angle)}

@@ -1,0 +1,30 @@
+"""SGD that looks first: of a step, its opposite and none, the one with the lowest loss is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from zoft.optimizers.sgd import SGD
+
+
+@dataclass
+class Conservative(SGD):
+    """The loss is asked at theta, theta - lr g and theta + lr g, and the lowest of the three is where the step leads.
+
+    Two more queries a step, and a third for the clean loss where the estimator does not ask for it. Where losses tie,
+    the weights stay; between the step and its opposite the step is taken. The losses are those of the step's batch,
+    with the learning rate of the first parameter group. Weight decay is no part of what is tried: it is applied
+    whatever is chosen, so that it does not depend on the losses.
+
+    References: Zhang et al. 2024 (ZO-Bench, arXiv 2402.11592), ZO-SGD-Cons.
+    """
+
+    @property
+    def trials(self) -> tuple[float, ...]:
+        """The step and its opposite."""
+        return (1.0, -1.0)
+
+    def choose(self, losses: Mapping[float, float]) -> float:
+        """Where the loss is lowest: none, the step, or its opposite, in this order where they tie."""
+        return min((0.0, *self.trials), key=lambda multiple: losses[multiple])

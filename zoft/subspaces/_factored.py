@@ -1,0 +1,447 @@
+"""What subspaces of matrices share: along a direction a matrix moves by Z = s L C R^T, and C are its coordinates."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.errors import UserError
+from zoft.lazy import torch
+from zoft.noise import CounterNoise, Direction, NoiseSource, sample
+from zoft.subspaces.base import Coordinates, Subspace
+from zoft.weights import Weights, perturbed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Elements of Z that one matrix product makes. Where the products begin and end is fixed by the tensor's shape alone, so
+# that the bits of an element do not depend on the piece that was asked for.
+_BLOCK = 1 << 16
+_BLOCK_GPU = 1 << 22
+
+Bases = tuple["Tensor | None", "Tensor | None"]
+"""(L [m, a], R [n, b]) with orthonormal columns; None is the identity."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tensor is taken.
+
+    Args:
+        rows: m of the matrix that its elements make up, in flat order.
+        columns: n.
+        shape: of the coordinates C.
+        scale: s, for which E||Z||^2 = m n.
+        by_rows: row i of Z is made of row i of C alone (L is the identity).
+    """
+
+    rows: int
+    columns: int
+    shape: tuple[int, ...]
+    scale: float
+    by_rows: bool = False
+
+
+@dataclass
+class Factored(Subspace):
+    """Base of the subspaces of matrices.
+
+    Args:
+        rank: columns r of the bases, at least 1. Vectors, and matrices with no more rows or columns, move in full.
+    """
+
+    rank: int = 64
+
+    def check(self) -> None:
+        """Refuse an unknown law and rank < 1."""
+        super().check()
+        self.require(self.rank >= 1, "rank", "at least 1")
+
+    def form(self, rows: int, columns: int) -> Form:
+        """How a matrix of this size moves."""
+        raise NotImplementedError
+
+    def forms(self, weights: Weights) -> dict[str, Form]:
+        """name -> form of what moves in the subspace; the rest moves in full."""
+        sizes = {name: self.matrix(tuple(tensor.shape)) for name, tensor in weights.tensors.items()}
+        return {name: self.form(*size) for name, size in sizes.items() if size is not None and min(size) > self.rank}
+
+    def matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """(m, n) of the matrix that a tensor is taken as: [shape[0], the rest]; None for vectors."""
+        return (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else None
+
+    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, Form]) -> FactoredCoordinates:
+        """The subspace for these weights."""
+        raise NotImplementedError
+
+    def bind(self, weights: Weights, noise: str = "counter") -> FactoredCoordinates:
+        """Coordinates are the elements of C, and the tensor's own where it moves in full."""
+        forms, source = self.forms(weights), self.source(weights, noise)
+        if not forms:
+            log.warning(
+                "subspace=%s: no trained tensor has more than rank=%d rows and columns, so all of them move in full, "
+                "as with subspace=full",
+                *(self.name(), self.rank),
+            )
+        return self.coordinates(weights, source, forms)
+
+    def source(self, weights: Weights, noise: str) -> NoiseSource:
+        """The counter, over the coordinates: there is no published stream of structured directions."""
+        self.refuse_sequential(noise)
+        super().source(weights, noise)  # refuses an unknown one
+        shapes = {name: math.prod(form.shape) for name, form in self.forms(weights).items()}
+        return CounterNoise(self.law, weights.sizes() | shapes)
+
+    def refuse_sequential(self, noise: str) -> None:
+        """MeZO's own stream has no directions of this form."""
+        refuse_sequential(self.name(), noise)
+
+
+class FactoredCoordinates(Coordinates):
+    """Coordinates of a matrix are C, row by row.
+
+    Z is made by matrix products of whole blocks of rows, always the same ones, from which what is asked for is cut.
+    Devices and numbers of threads may differ in its last bits.
+
+    A subclass says what the bases are (:meth:`make_bases`), and if need be when they change (:meth:`era`). A basis is
+    a function of seed and period, kept while it is in use: nothing of it has to be saved.
+
+    Args:
+        weights: what is trained.
+        source: where C and the directions of what moves in full come from.
+        forms: what moves in the subspace.
+        name: the subspace's.
+        interval: steps that share the bases; 0: all do.
+    """
+
+    def __init__(
+        self, weights: Weights, source: NoiseSource, forms: dict[str, Form], name: str, interval: int = 0
+    ) -> None:
+        super().__init__(weights, source)
+        self.forms = forms
+        self.name = name
+        self.interval = interval
+        self._bases: dict[str, tuple[Hashable, Bases]] = {}
+        self._drawn: tuple[Direction, str, Tensor] | None = None
+        self._overlap: tuple[tuple[str, Hashable, Hashable], Bases] | None = None
+
+    # ---- bases -------------------------------------------------------------------------------------------------------
+
+    def make_bases(self, period: Direction, name: str) -> Bases:
+        """(L, R) of a period, float32 on the tensor's device; the period's name is a direction's."""
+        raise NotImplementedError
+
+    def period(self, direction: Direction) -> Direction:
+        """The name of the bases: the same for ``interval`` steps and for all directions of a step."""
+        return Direction(direction.seed, direction.step // self.interval if self.interval else 0)
+
+    def era(self, direction: Direction, name: str) -> Hashable:
+        """Equal for two directions exactly when they have the bases of tensor ``name`` in common."""
+        del name
+        return self.period(direction)
+
+    def bases(self, direction: Direction, name: str) -> Bases:
+        """(L, R) of a matrix; those of the last period asked for are kept."""
+        era = self.era(direction, name)
+        kept = self._bases.get(name)
+        if kept is None or kept[0] != era:
+            with torch.inference_mode(False), torch.no_grad():  # they outlive the forward in which they are made
+                kept = self._bases[name] = (era, self.make_bases(self.period(direction), name))
+        return kept[1]
+
+    def begin(self, direction: Direction) -> None:
+        """What was kept for a step goes."""
+        super().begin(direction)
+        self._drawn = None
+
+    # ---- coordinates -------------------------------------------------------------------------------------------------
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """C's for a matrix, else the tensor's own."""
+        return self.forms[name].shape if name in self.forms else super().shape(name)
+
+    def gain(self, name: str) -> float:
+        """s for a matrix: ||Z|| = s ||C||."""
+        return self.forms[name].scale if name in self.forms else super().gain(name)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, int]]:
+        """Flat ranges of coordinates: whole rows where each moves one of the matrix, else all of C, which is small."""
+        if name not in self.forms:
+            yield from super().chunks(name)
+            return
+        form = self.forms[name]
+        count = math.prod(form.shape)
+        width, size = form.shape[-1], count
+        if form.by_rows:
+            rows, block = max(1, self._chunk(name) // width), self._block_rows(name)
+            size = (rows // block * block or rows) * width
+        yield from ((start, min(count, start + size)) for start in range(0, count, size))
+
+    def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of C, flat, float32; of what moves in full, of its z."""
+        if name not in self.forms:
+            return super().draw(direction, name, start, stop)
+        tensor = self.weights.tensors[name]
+        return self.source.draw(direction, name, start, stop, tensor.device, tensor.dtype)
+
+    def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
+        """sum_j c_j C_j; refused where the directions do not share their bases."""
+        if len({self.period(direction) for direction, _ in terms}) > 1:
+            raise UserError(
+                f"subspace={self.name} shares its bases between the directions of a step, and these have bases of "
+                "their own: use subspace=full with direction_seeds"
+            )
+        return super().combination(name, start, stop, terms)
+
+    def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
+        """Whether the bases are the same, or the tensor moves in full."""
+        return name not in self.forms or self.era(old, name) == self.era(new, name)
+
+    def transport(self, name: str, state: Tensor, old: Direction, new: Direction) -> Tensor:
+        """What a state linear in the estimates becomes in new bases: (L'^T L) C (R^T R'), the projection of its step.
+
+        Args:
+            name: the tensor.
+            state: float32, of the coordinates' shape; not overwritten.
+            old: a direction of the step that ``state`` was last updated in.
+            new: a direction of the step to come.
+        """
+        if self.same_basis(name, old, new):
+            return state
+        left, right = self._overlaps(name, old, new)
+        if left is not None:
+            state = left @ state
+        return state if right is None else state @ right
+
+    def _overlaps(self, name: str, old: Direction, new: Direction) -> Bases:
+        """(L'^T L, R^T R'); the last pair is kept, since an optimizer may carry over more than one state."""
+        key = (name, self.era(old, name), self.era(new, name))
+        if self._overlap is None or self._overlap[0] != key:
+            left, right = self.bases(old, name)
+            new_left, new_right = self.bases(new, name)
+            self._overlap = (
+                key,
+                (
+                    None if left is None or new_left is None else new_left.T @ left,
+                    None if right is None or new_right is None else right.T @ new_right,
+                ),
+            )
+        return self._overlap[1]
+
+    # ---- Z = (s L C) R^T in two factors ------------------------------------------------------------------------------
+
+    def left(self, direction: Direction, name: str, coordinates: Tensor, row: int, end: int) -> Tensor:
+        """Rows [row, end) of the left factor, a new tensor: of s L C, or of s L where R is the identity.
+
+        Args:
+            direction: says which bases.
+            name: the tensor.
+            coordinates: C, or its rows [row, end) where each moves a row of the matrix.
+            row: first row.
+            end: one past the last.
+        """
+        left, right = self.bases(direction, name)
+        if left is None:
+            made = coordinates.clone()
+        elif right is None:
+            made = left[row:end].clone()
+        else:
+            made = _matmul(left[row:end], coordinates)
+        return made.mul_(self.forms[name].scale)
+
+    def right(self, direction: Direction, name: str, coordinates: Tensor) -> Tensor:
+        """The right factor [k, n]: R^T, or C where R is the identity."""
+        right = self.bases(direction, name)[1]
+        return coordinates if right is None else right.T
+
+    def factors(self, direction: Direction, name: str) -> tuple[Tensor, Tensor] | None:
+        """(s L C [m, k], R [n, k]), float32, for a matrix of two dimensions that is taken as it is, else None."""
+        form = self.forms.get(name)
+        if form is None or tuple(self.weights.tensors[name].shape) != (form.rows, form.columns):
+            return None
+        coordinates = self._rows_of(direction, name, 0, form.rows)
+        left = self.left(direction, name, coordinates, 0, form.rows)
+        return left, self.right(direction, name, coordinates).T.contiguous()
+
+    def _rows_of(self, direction: Direction, name: str, row: int, end: int) -> Tensor:
+        """What :meth:`left` needs of a direction's C for these rows; not to be overwritten."""
+        form = self.forms[name]
+        if form.by_rows:
+            width = form.shape[1]
+            return self.draw(direction, name, row * width, end * width).view(-1, width)
+        if self._drawn is None or self._drawn[:2] != (direction, name):
+            drawn = self.draw(direction, name, 0, math.prod(form.shape)).view(form.shape)
+            self._drawn = (direction, name, drawn)
+        return self._drawn[2]
+
+    # ---- tensors -----------------------------------------------------------------------------------------------------
+
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The rows that these rows of C move, or all of the matrix."""
+        if name not in self.forms:
+            yield from super().pieces(name, start, stop)
+            return
+        form = self.forms[name]
+        whole = form.rows * form.columns
+        first, last = (i // form.shape[1] * form.columns for i in (start, stop)) if form.by_rows else (0, whole)
+        yield from self._cut(name, first, last)
+
+    def spans(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """As in the full space; of a matrix whole blocks, where a piece may be as large."""
+        yield from self._cut(name, start, stop) if name in self.forms else super().spans(name, start, stop)
+
+    def lift(self, direction: Direction, name: str, coordinates: Tensor, start: int, first: int, last: int) -> Tensor:
+        """Elements [first, last) of s L C R^T."""
+        if name not in self.forms:
+            return super().lift(direction, name, coordinates, start, first, last)
+        form = self.forms[name]
+        given = coordinates.view(-1, form.shape[1]) if form.by_rows else coordinates.view(form.shape)
+        step = torch.empty(last - first, dtype=torch.float32, device=coordinates.device)
+        for row, end, begin, stop in self._blocks(name, first, last):
+            of_block = _rows(given, row - start // form.shape[1], end - row) if form.by_rows else given
+            step[begin - first : stop - first] = self._block(direction, name, of_block, row, end, begin, stop)
+        return step
+
+    def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
+        """``out += scale * z`` in one addition, so that whoever is interrupted can tell whether it took place."""
+        if name not in self.forms:
+            super().add_(out, direction, name, start, scale)
+        else:
+            out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
+
+    def perturb(
+        self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
+    ) -> None:
+        """``outs[i] = W + scales[i] * z``, some rows at a time."""
+        if self.keeps or name not in self.forms:
+            super().perturb(direction, name, start, scales, outs)
+            return
+        weight = self.weights.tensors[name].data.view(-1)
+        for first, last in self._cut(name, start, start + outs[0].numel()):
+            z, clean = self._elements(direction, name, first, last), weight[first:last]
+            for scale, out in zip(scales, outs, strict=True):
+                out[first - start : last - start].copy_(perturbed(clean, z, scale))
+
+    def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
+        """Rows of the matrix at theta + scale * z, from the blocks that hold them: [len(rows), n], in W's dtype."""
+        if name not in self.forms:
+            return super().perturbed_rows(direction, name, rows, scale)
+        tensor, n = self.weights.tensors[name].data, self.forms[name].columns
+        if tensor.shape[1] != n:  # reshaped
+            return perturbed(tensor[rows], self.z(direction, name)[rows], scale)
+        z = torch.empty(len(rows), n, dtype=torch.float32, device=tensor.device)
+        size = self._block_rows(name)
+        blocks = rows // size
+        for block in torch.unique(blocks).tolist():
+            row, end = block * size, min(len(tensor), (block + 1) * size)
+            here = (blocks == block).nonzero().squeeze(1)
+            z[here] = self._elements(direction, name, row * n, end * n).view(-1, n)[rows[here] - row]
+        return perturbed(tensor[rows], z, scale)
+
+    def _make_z(self, direction: Direction, name: str) -> Tensor:
+        if name not in self.forms:
+            return super()._make_z(direction, name)
+        tensor = self.weights.tensors[name]
+        return self._elements(direction, name, 0, tensor.numel()).view(tensor.shape)
+
+    # ---- blocks ------------------------------------------------------------------------------------------------------
+
+    def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of z, flat; the caller may overwrite them."""
+        kept = self._kept.get((direction, name))
+        if kept is not None:
+            return kept.view(-1)[start:stop].clone()
+        z = torch.empty(stop - start, dtype=torch.float32, device=self.weights.tensors[name].device)
+        for row, end, first, last in self._blocks(name, start, stop):
+            coordinates = self._rows_of(direction, name, row, end)
+            z[first - start : last - start] = self._block(direction, name, coordinates, row, end, first, last)
+        return z
+
+    def _block(
+        self, direction: Direction, name: str, coordinates: Tensor, row: int, end: int, first: int, last: int
+    ) -> Tensor:
+        """Elements [first, last) of Z, from the block of the rows [row, end) that holds them."""
+        left = self.left(direction, name, coordinates, row, end)
+        n = self.forms[name].columns
+        return _matmul(left, self.right(direction, name, coordinates)).view(-1)[first - row * n : last - row * n]
+
+    def _block_rows(self, name: str) -> int:
+        block = _BLOCK if self.weights.tensors[name].device.type == "cpu" else _BLOCK_GPU
+        return max(1, block // self.forms[name].columns)
+
+    def _blocks(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first row, one past the last, first element, one past the last) of the blocks that hold [start, stop)."""
+        form, size = self.forms[name], self._block_rows(name)
+        while start < stop:
+            row = start // (form.columns * size) * size
+            end = min(form.rows, row + size)
+            last = min(stop, end * form.columns)
+            yield row, end, start, last
+            start = last
+
+    def _cut(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """[start, stop) in pieces of bounded size: of whole blocks, or within one where a block is larger."""
+        block, size = self._block_rows(name) * self.forms[name].columns, self._chunk(name)
+        whole = size // block * block
+        while start < stop:
+            border = start // block * block
+            end = min(stop, border + whole if whole else min(start + size, border + block))
+            yield start, end
+            start = end
+
+
+def haar(key: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """A matrix with orthonormal columns, uniformly distributed: float32 [rows, columns].
+
+    Q of a Gaussian matrix's QR with each column's sign that of R's diagonal; without that Q is not uniform. It is
+    computed in float64 on the CPU, so that every device has the same.
+
+    Args:
+        key: of the stream of numbers.
+        rows: at least ``columns``.
+        columns: how many.
+        device: where the result is wanted.
+
+    References: Mezzadri 2007 (How to generate random matrices from the classical compact groups).
+    """
+    gaussian = sample("gaussian", key, 0, rows * columns, torch.device("cpu")).view(rows, columns).double()
+    q, r = torch.linalg.qr(gaussian)
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).to(torch.float32).contiguous().to(device)
+
+
+def refuse_sequential(subspace: str, noise: str) -> None:
+    """MeZO's own stream is of the full space's directions."""
+    if noise == "torch_sequential":
+        raise UserError(
+            f"noise=torch_sequential draws MeZO's directions, which move every weight by itself: subspace={subspace} "
+            "needs estimator.noise=counter"
+        )
+
+
+def _rows(given: Tensor, first: int, count: int) -> Tensor:
+    """Rows [first, first + count) of a matrix, with zeros where there are none: the others' products do not change."""
+    if first >= 0 and first + count <= len(given):
+        return given[first : first + count]
+    rows = given.new_zeros(count, given.shape[1])
+    start, stop = max(0, first), min(len(given), first + count)
+    rows[start - first : stop - first] = given[start:stop]
+    return rows
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left [m, k] times right [k, n] in float32: the same bits for the same numbers, wherever they lie in memory."""
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(left.device.type):  # the model's own forward may be on
+            stack.enter_context(torch.autocast(left.device.type, enabled=False))
+        return _aligned(left) @ _aligned(right)
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """Kernels are chosen by the place of the first element, too."""
+    return matrix if matrix.data_ptr() % 64 == 0 else matrix.clone()

@@ -1,0 +1,81 @@
+"""The CP space: along a direction a matrix moves by U diag(tau) V^T, with U and V fixed for the whole run (TeZO)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from zoft.noise import Direction, NoiseSource, key_of, sample
+from zoft.subspaces._factored import Bases, Factored, FactoredCoordinates, Form
+from zoft.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass
+class Cp(Factored):
+    """Matrices move along z = s U diag(tau) V^T, with tau drawn for each direction, U and V once for the run.
+
+    tau is [r], U [m, r] and V [n, r]. Optimizers work on tau: r numbers a matrix, and a run can change no more of it.
+
+    The columns of U and V are Gaussian and of length 1, so that E||z||^2 = s^2 sum_k ||u_k||^2 ||v_k||^2 = m n with
+    s = sqrt(m n / r), as in the full space: eps and the learning rate carry over from it. The mean estimate is
+    s^2 sum_k <grad L, u_k v_k^T> u_k v_k^T. The paper has Gaussian U and V as they are, whose z is about sqrt(r) times
+    as long, and chooses a rank for each layer from the spectrum of its weights; here all have one.
+
+    Matrices with more than ``rank`` rows and columns move in the subspace, embeddings and heads among them; a tensor of
+    more than two dimensions is taken as the matrix [shape[0], the rest]. Vectors (norms, biases) and smaller matrices
+    move in full. A tied tensor is one tensor and moves once.
+
+    References: Sun et al. 2025 (TeZO, arXiv 2501.19057), section 4.
+    """
+
+    has_matrices: ClassVar[bool] = False
+
+    rank: int = 64
+
+    def form(self, rows: int, columns: int) -> Form:
+        """tau is [r]."""
+        return Form(rows, columns, (self.rank,), (rows * columns / self.rank) ** 0.5)
+
+    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, Form]) -> CpCoordinates:
+        """The subspace for these weights."""
+        return CpCoordinates(weights, source, forms, self.name())
+
+
+class CpCoordinates(FactoredCoordinates):
+    """Coordinates of a matrix are tau.
+
+    Example:
+        >>> import torch
+        >>> coordinates = Cp(rank=2).bind(Weights(torch.nn.Linear(5, 4)))
+        >>> coordinates.shape("weight"), coordinates.shape("bias")
+        ((2,), (4,))
+    """
+
+    def make_bases(self, period: Direction, name: str) -> Bases:
+        """(U, V), columns of length 1."""
+        form, device = self.forms[name], self.weights.tensors[name].device
+        u, v = (key_of(period, name, role=f"cp.{side}") for side in "UV")
+        return _unit_columns(u, form.rows, form.shape[0], device), _unit_columns(v, form.columns, form.shape[0], device)
+
+    def left(self, direction: Direction, name: str, coordinates: Tensor, row: int, end: int) -> Tensor:
+        """Rows [row, end) of s U diag(tau)."""
+        u, _ = self.bases(direction, name)
+        assert u is not None
+        return u[row:end] * (coordinates * self.forms[name].scale)
+
+    def products(self, direction: Direction, name: str, drawn: Tensor, start: int) -> Tensor:
+        """s^2 tau_i^T K tau_j with K = (U^T U) o (V^T V): the columns are not at right angles."""
+        if name not in self.forms:
+            return super().products(direction, name, drawn, start)
+        u, v = (basis.double() for basis in self.bases(direction, name) if basis is not None)
+        return drawn.double() @ ((u.T @ u) * (v.T @ v)) @ drawn.double().T * self.forms[name].scale ** 2
+
+
+def _unit_columns(key: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Gaussian columns, each scaled to length 1: float32 [rows, columns], the same on every device."""
+    gaussian = sample("gaussian", key, 0, rows * columns, "cpu").view(rows, columns).double()
+    return (gaussian / gaussian.norm(dim=0)).float().to(device)

@@ -1,0 +1,293 @@
+"""A sparse space: some elements of each matrix move, the smallest (S-MeZO), random ones, or a supplied mask's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from zoft.errors import UserError
+from zoft.lazy import torch
+from zoft.noise import Direction, NoiseSource, key_of
+from zoft.subspaces._masks import Mask, by_chance, check_file, read, smallest
+from zoft.subspaces.base import Coordinates, Subspace
+from zoft.weights import Weights, perturbed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHOICES = ("magnitude", "random", "mask")
+
+
+@dataclass
+class Sparse(Subspace):
+    """Some elements of each matrix move along z = m * z_full / sqrt(s), with m in {0, 1} and s the share where m = 1.
+
+    With magnitude and random, vectors (norms, biases) move in full, and every tensor of two or more dimensions,
+    embeddings among them, has a mask of its own: vectors are a few thousandths of the weights, and the sizes of a
+    norm's weights, all near 1, say nothing. A supplied mask says it of every tensor; what it leaves out stands still,
+    and s is one for all tensors together, so that it does not change their steps relative to each other.
+
+    E||z||^2 is the number of elements of what moves, as in the full space. The papers do not divide by sqrt(s): their
+    eps is this one / sqrt(s), and their learning rate this one / s (at s = 0.2: eps 1e-3 there is 4.5e-4 here, and a
+    learning rate of 1e-6 there 2e-7 here). The mask is kept at one bit an element. A mask by magnitude is made of the
+    clean weights before the queries of a step, never during them, and is saved with a checkpoint.
+
+    Args:
+        law: distribution of z_full: gaussian, rademacher (+-1), or sphere (uniform over all trained weights, of which
+            the mask leaves some).
+        choose: magnitude (the smallest |theta| of each matrix move, with all that are as small as the largest of them),
+            random (each element with probability ``keep``), or mask (a file's).
+        keep: share of a matrix that moves, above 0 and at most 1; a file has its own.
+        interval: steps after which magnitude and random choose anew, at least 1.
+        mask: for choose=mask, a .safetensors file of tensor name -> bool or uint8 of its shape, or int64 flat indices
+            (scripts/score_weights.py makes one by squared gradients).
+
+    References: Liu et al. 2024 (S-MeZO, arXiv 2402.15751), m_ij = [|theta_ij| <= h] with h of each layer: 80 % frozen
+    does best, and the mask is made anew in every step (interval 1). Guo et al. 2024 (SensZOQ, arXiv 2406.02913): a
+    static mask of the 0.1 % of weights of largest squared gradients.
+    """
+
+    changes_basis: ClassVar[bool] = True
+
+    choose: str = "magnitude"
+    keep: float = 0.2
+    interval: int = 50
+    mask: str | None = None
+
+    def check(self) -> None:
+        """Refuse unknown words, a share outside (0, 1], an interval below 1, and a file where none is read."""
+        super().check()
+        self.require(self.choose in CHOICES, "choose", f"one of {', '.join(CHOICES)}")
+        self.require(0 < self.keep <= 1, "keep", "above 0 and at most 1")
+        self.require(self.interval >= 1, "interval", "at least 1")
+        if (self.choose == "mask") != (self.mask is not None):
+            raise UserError(
+                f"sparse.choose={self.choose} and sparse.mask={self.mask} do not go together: a file is read with "
+                "choose=mask, and choose=mask reads one"
+            )
+
+    def check_with(self, method: Any) -> None:
+        """Refuse a file that is not there."""
+        del method
+        if self.mask is not None:
+            check_file(self.mask)
+
+    def bind(self, weights: Weights, noise: str = "counter") -> SparseCoordinates:
+        """Coordinates are the tensors' elements; those that stand still are zero."""
+        return SparseCoordinates(weights, self.source(weights, noise), self)
+
+    def source(self, weights: Weights, noise: str) -> NoiseSource:
+        """The counter: MeZO's own stream moves every weight."""
+        if noise == "torch_sequential":
+            raise UserError(
+                "noise=torch_sequential draws MeZO's directions, which move every weight: subspace=sparse needs "
+                "estimator.noise=counter"
+            )
+        return super().source(weights, noise)
+
+
+class SparseCoordinates(Coordinates):
+    """Coordinates are the tensor's elements times the mask; lifting multiplies by the mask (again) and 1 / sqrt(s).
+
+    An optimizer's state has an element for every weight. Where one stands still for an interval its state goes on
+    without gradients, and the mask keeps the weight where it is.
+
+    Args:
+        weights: what is trained.
+        source: where z_full comes from.
+        sparse: the component.
+
+    Example:
+        >>> bound = Sparse(keep=0.5).bind(Weights(torch.nn.Linear(4, 2)))
+        >>> int(bound.z(Direction(0, 0), "weight").count_nonzero()), round(bound.gain("weight") ** -2, 6)
+        (4, 0.5)
+    """
+
+    def __init__(self, weights: Weights, source: NoiseSource, sparse: Sparse) -> None:
+        super().__init__(weights, source)
+        self.sparse = sparse
+        self.foreseeable = sparse.choose != "magnitude"
+        self._masks: dict[str, Mask] = {}
+        self._made_for: tuple[int, ...] | None = None  # the interval; where chosen by chance, (seed, interval)
+        self._share: float | None = None  # s, where it is one for all tensors
+        if sparse.mask is not None:
+            none = Mask.of(torch.zeros(0, dtype=torch.bool))
+            self._masks = dict.fromkeys(weights.tensors, none) | read(sparse.mask, weights.tensors)
+            moving = {name: mask for name, mask in self._masks.items() if mask.count}
+            elements = sum(weights.tensors[name].numel() for name in moving)
+            self._share = sum(mask.count for mask in moving.values()) / elements
+
+    # ---- the mask ----------------------------------------------------------------------------------------------------
+
+    def begin(self, direction: Direction) -> None:
+        """By magnitude: chosen anew, of the clean weights, in the first step of every interval."""
+        if self.sparse.choose == "magnitude" and self._made_for != self._interval(direction):
+            self._made_for = self._interval(direction)
+            self._masks = {n: self._make_mask(direction, n) for n in self.weights.tensors if self._is_masked(n)}
+            self._kept, self._kept_elements = {}, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks by magnitude, packed: the weights of which they were made have moved on."""
+        if self.sparse.choose != "magnitude" or not self._masks:
+            return {}
+        return {
+            "made_for": self._made_for and list(self._made_for),
+            "bits": {name: mask.bits for name, mask in self._masks.items()},
+            "counts": {name: mask.count for name, mask in self._masks.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The other way round; without masks in the state they are made anew."""
+        if self.sparse.choose == "magnitude" and state:
+            made_for = state["made_for"]
+            self._made_for = made_for and tuple(made_for)
+            devices = {name: tensor.device for name, tensor in self.weights.tensors.items()}
+            self._masks = {
+                name: Mask(bits.to(devices[name]).clone(), state["counts"][name])
+                for name, bits in state["bits"].items()
+            }
+
+    def _mask(self, direction: Direction, name: str) -> Mask | None:
+        """The mask of a tensor; None where it moves in full. Before any step has begun it is made on first use."""
+        if not self._is_masked(name):
+            return None
+        if self.sparse.choose == "random" and self._made_for != self._interval(direction):
+            self._made_for, self._masks = self._interval(direction), {}
+        if name not in self._masks:
+            self._masks[name] = self._make_mask(direction, name)
+        return self._masks[name]
+
+    def _is_masked(self, name: str) -> bool:
+        return self.sparse.choose == "mask" or _is_matrix(self.weights.tensors[name])
+
+    def _interval(self, direction: Direction) -> tuple[int, ...]:
+        """What the mask lasts for."""
+        index = direction.step // self.sparse.interval
+        return {"magnitude": (index,), "random": (direction.seed, index), "mask": ()}[self.sparse.choose]
+
+    def _make_mask(self, direction: Direction, name: str) -> Mask:
+        tensor, keep = self.weights.tensors[name], self.sparse.keep
+        with torch.inference_mode(False), torch.no_grad():  # it outlives the query in which it is first asked for
+            if self.sparse.choose == "magnitude":
+                return smallest(tensor.data, max(1, round(keep * tensor.numel())))
+            period = Direction(direction.seed, direction.step // self.sparse.interval)
+            return by_chance(key_of(period, name, role="sparse.mask"), tensor.numel(), keep, tensor.device)
+
+    # ---- coordinates -------------------------------------------------------------------------------------------------
+
+    def gain(self, name: str) -> float:
+        """1 / sqrt(s) of the mask in use."""
+        mask = self._masks.get(name)
+        if mask is None or not mask.count:
+            return 1.0
+        return float((self._share or mask.count / self.weights.tensors[name].numel()) ** -0.5)
+
+    def dimension(self, direction: Direction) -> int:
+        """How many elements move."""
+        masks = {name: self._mask(direction, name) for name in self.weights.tensors if self.moves(direction, name)}
+        return sum(self.weights.tensors[n].numel() if mask is None else mask.count for n, mask in masks.items())
+
+    def moves(self, direction: Direction, name: str) -> bool:
+        """Not where no element does; by magnitude, the smallest element always does."""
+        mask = None if self.sparse.choose == "magnitude" else self._mask(direction, name)
+        return (mask is None or mask.count > 0) and super().moves(direction, name)
+
+    def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of m * z_full, flat, float32."""
+        mask, tensor = self._mask(direction, name), self.weights.tensors[name]
+        if mask is None:
+            return super().draw(direction, name, start, stop)
+        if not mask.count:
+            return torch.zeros(stop - start, dtype=torch.float32, device=tensor.device)
+        drawn = self.source.draw(direction, name, start, stop, tensor.device, tensor.dtype)
+        return drawn.mul_(mask.piece(start, stop))
+
+    def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
+        """sum_j c_j m * z_j; refused where the directions do not share m."""
+        if len({self._interval(direction) for direction, _ in terms}) > 1:
+            raise UserError(
+                "subspace=sparse shares its mask between the directions of a step, and these are of several seeds or "
+                "intervals: use subspace=full"
+            )
+        if not self._is_masked(name):
+            return super().combination(name, start, stop, terms)
+        (first, coefficient), *rest = terms
+        total = self.draw(first, name, start, stop).mul_(coefficient)
+        for direction, coefficient in rest:
+            total.add_(self.draw(direction, name, start, stop).mul_(coefficient))
+        return total
+
+    def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
+        """Whether the mask is the same, or the tensor moves in full."""
+        return self._interval(old) == self._interval(new) or not self._is_masked(name)
+
+    def lift(self, direction: Direction, name: str, coordinates: Tensor, start: int, first: int, last: int) -> Tensor:
+        """m * coordinates / sqrt(s)."""
+        mask = self._mask(direction, name)
+        if mask is None:
+            return super().lift(direction, name, coordinates, start, first, last)
+        if not mask.count:
+            return coordinates.zero_()
+        return coordinates.mul_(mask.piece(first, last)).mul_(self.gain(name))
+
+    def _products(self, source: NoiseSource, directions: list[Direction]) -> Tensor:
+        """Inner products of a source's directions over the elements that move."""
+        total = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        for name, tensor in self.weights.tensors.items():
+            mask = self._mask(directions[0], name)
+            for start, stop in self.chunks(name) if self.moves(directions[0], name) else ():
+                drawn = [source.draw(d, name, start, stop, tensor.device, tensor.dtype) for d in directions]
+                wide = torch.stack(drawn).double()
+                wide = wide if mask is None else wide.mul_(mask.piece(start, stop))
+                total += (wide @ wide.T).cpu()
+        return total
+
+    # ---- tensors -----------------------------------------------------------------------------------------------------
+
+    def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
+        """``out += scale * z`` in one addition; see the base class."""
+        if not self._is_masked(name):
+            super().add_(out, direction, name, start, scale)
+        else:
+            out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
+
+    def perturb(
+        self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
+    ) -> None:
+        """``outs[i] = W + scales[i] * z``, a piece of bounded size at a time."""
+        if self.keeps or not self._is_masked(name):
+            super().perturb(direction, name, start, scales, outs)
+            return
+        weight = self.weights.tensors[name].data.view(-1)
+        for first, last in self.spans(name, start, start + outs[0].numel()):
+            z, clean = self._elements(direction, name, first, last), weight[first:last]
+            for scale, out in zip(scales, outs, strict=True):
+                out[first - start : last - start].copy_(perturbed(clean, z, scale))
+
+    def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
+        """Rows of the matrix ``name`` at theta + scale * z: [len(rows), columns], in W's dtype."""
+        mask, tensor = self._mask(direction, name), self.weights.tensors[name].data
+        if mask is None:
+            return super().perturbed_rows(direction, name, rows, scale)
+        if not mask.count:
+            return tensor[rows]
+        places = rows.unsqueeze(1) * tensor.shape[1] + torch.arange(tensor.shape[1], device=rows.device)
+        z = self.source.gather(direction, name, places).mul_(mask.at(places)).mul_(self.gain(name))
+        return perturbed(tensor[rows], z, scale)
+
+    def _make_z(self, direction: Direction, name: str) -> Tensor:
+        tensor = self.weights.tensors[name]
+        return self._elements(direction, name, 0, tensor.numel()).view(tensor.shape)
+
+    def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of z: flat, float32, the caller's own."""
+        kept = self._kept.get((direction, name))
+        if kept is not None:
+            return kept.view(-1)[start:stop].clone()
+        drawn = self.draw(direction, name, start, stop)
+        return drawn.mul_(self.gain(name)) if self._is_masked(name) else drawn
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.dim() >= 2 and tensor.numel() > 0

@@ -1,0 +1,64 @@
+"""The vectors: normalisation weights and biases move, matrices stand still."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zoft.errors import UserError
+from zoft.noise import Direction, NoiseSource
+from zoft.subspaces._partial import PartialCoordinates
+from zoft.subspaces.base import Subspace
+from zoft.weights import Weights
+
+
+@dataclass
+class Vectors(Subspace):
+    """Trained tensors of one dimension (normalisation weights, biases) move in full; matrices stand still.
+
+    They are a few thousandths of a model's numbers, and the gradient's energy per number is hundreds of times larger in
+    them than in matrices (docs/comparison.md), so an estimate from few queries says far more of them. What
+    ``trainable=norms_and_biases`` does for every method this does for one, in whatever is trained.
+
+    Tensors of one dimension that are adapters' or prompts' own move too; a model without any is refused.
+
+    References: Ben-Zaken et al. 2022 (BitFit, arXiv 2106.10199) and Zhao et al. 2024 (tuning LayerNorm, arXiv
+    2312.11420), for backpropagation.
+    """
+
+    has_matrices: ClassVar[bool] = False
+
+    def bind(self, weights: Weights, noise: str = "counter") -> VectorCoordinates:
+        """Coordinates are the elements of the vectors."""
+        return VectorCoordinates(weights, self.source(weights, noise))
+
+
+class VectorCoordinates(PartialCoordinates):
+    """The full space restricted to tensors of one dimension.
+
+    Raises:
+        UserError: none of the trained tensors has one dimension.
+
+    Example:
+        >>> import torch
+        >>> coordinates = Vectors().bind(Weights(torch.nn.Linear(3, 2)))
+        >>> [name for name in coordinates.weights.tensors if coordinates.moves(Direction(0, 0), name)]
+        ['bias']
+    """
+
+    def __init__(self, weights: Weights, source: NoiseSource) -> None:
+        super().__init__(weights, source)
+        if not any(map(self.ever_moves, weights.tensors)):
+            raise UserError(
+                "subspace=vectors moves normalisation weights and biases, and none of the trained tensors is one (they "
+                f"have names such as {next(iter(weights.tensors))}): train them too (trainable=all), or use "
+                "subspace=full"
+            )
+
+    def moves(self, direction: Direction, name: str) -> bool:
+        """Whether ``name`` is a vector."""
+        return self.ever_moves(name) and super().moves(direction, name)
+
+    def ever_moves(self, name: str) -> bool:
+        """Whether ``name`` has one dimension."""
+        return self.weights.tensors[name].dim() == 1

@@ -1,0 +1,41 @@
+"""The spread of a step's losses around what they have in common, by how many sides of a direction were asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+from zoft.estimators.base import Measured
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def refuse_one_loss(weighting: Any, method: Any) -> None:
+    """Refuse a single direction asked for on one side: one loss has no spread."""
+    estimator = method.estimator
+    points = [] if estimator.backpropagates else estimator.points(estimator.directions(0, 1))
+    losses = [p for p in points if p.direction is not None and not p.derivative and not p.anchor]
+    if estimator.num_directions == 1 and len(losses) == 1 and not estimator.per_example:
+        raise UserError(
+            f"weighting={weighting.name()} divides by the spread of the losses, and estimator={estimator.name()} with "
+            "num_directions=1 asks for one: raise estimator.num_directions, or use estimator=central"
+        )
+
+
+def rms(values: Tensor) -> Tensor:
+    """Root mean square."""
+    return values.square().mean().sqrt()
+
+
+def spread(measured: Measured) -> Tensor:
+    """How far the losses move by the perturbation, a scalar; in units of a slope where it is exact.
+
+    One side: the population's standard deviation over the directions. Two sides: each pair is set against its own mean,
+    which takes away what both have in common (curvature, and with ``per_example`` the example's own loss); the root
+    mean square of +-(L+ - L-) / 2 is left. An exact slope is the limit of such a pair: its root mean square.
+    """
+    losses = measured.losses
+    if not losses.shape[1]:
+        return rms(measured.projected_grads)
+    return rms(losses - losses.mean(dim=0 if losses.shape[1] == 1 else 1, keepdim=True))

@@ -1,0 +1,58 @@
+"""Losses as z-scores: evolution strategies' fitness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+from zoft.estimators.base import Measured
+from zoft.lazy import torch
+from zoft.weightings._spread import refuse_one_loss, rms
+from zoft.weightings.base import Gram, Weighting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class ZScore(Weighting):
+    """a_j = s_j / q with s = (L - mean) / std over all perturbed losses of the step; eps has no part in it.
+
+    With two sides a_j = (s+_j - s-_j) / 2 / q, mean and deviation over all 2 q losses. Exact slopes are taken as the
+    limit of two sides: a_j = p_j / (q rms(p)). The step is as long as for a gradient of length one, so a published
+    learning rate of evolution strategies, which has 1 / sigma in it, is taken as it is.
+
+    Args:
+        floor: smallest standard deviation that is believed, in units of the loss, >= 0: below it nothing moves.
+
+    References: Salimans et al. 2017; Qiu et al. 2025 (ES at scale, arXiv 2509.24372), Algorithm 2; Sarkar et al. 2025
+    (EGGROLL, arXiv 2511.16652), which multiplies by sqrt(population) besides.
+    """
+
+    floor: float = 1e-6
+
+    def check(self) -> None:
+        """Refuse a negative floor."""
+        self.require(0 <= self.floor < float("inf"), "floor", ">= 0 and finite")
+
+    def check_with(self, method: Any) -> None:
+        """Refuse losses that are not of the same rows."""
+        refuse_one_loss(self, method)
+        if method.estimator.per_example:
+            raise UserError(
+                f"weighting={self.name()} compares losses of the same rows, and estimator={method.estimator.name()} "
+                "has those of different ones: use weighting=loss_std"
+            )
+
+    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+        """The scores, or half the difference of a pair's, over q."""
+        del gram, state
+        slopes, losses = measured.projected_grads, measured.losses
+        centred = losses - losses.mean() if losses.shape[1] else slopes.unsqueeze(1)
+        deviation = rms(centred)
+        if float(deviation) <= self.floor:
+            return torch.zeros_like(slopes)
+        scores = centred / deviation  # [Q, S]
+        one = scores[:, 0] if scores.shape[1] == 1 else (scores[:, 0] - scores[:, 1]) / 2
+        return one / len(slopes)
