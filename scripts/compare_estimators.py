@@ -42,12 +42,37 @@ TASK = [
 ]
 EVALUATIONS = 8  # along a run
 
-PLAIN = [1e-6, 3e-6, 1e-5, 3e-5]  # a mean of slopes times directions, in the full space's units
-GRIDS: dict[str, list[float]] = {}
-"""Learning rates to try where PLAIN is not the method's scale."""
+PLAIN = [3e-5, 1e-4, 3e-4]  # a mean of slopes times directions, in the full space's units
+LOW = (1e-5, 3e-5, 1e-4)
+ADAM = (1e-4, 1e-3, 1e-2)
+GRIDS: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(["n_spsa", "rge_one_sided", "kerzoo", "mezo_svrg", "zo_sgd_mmt", "lozo_m"], LOW),
+    **dict.fromkeys(["zo_sgd_sign", "meazo", "fzoo", "grzo", "es", "eggroll"], LOW),  # steps of a given length
+    **dict.fromkeys(["mezo_adam", "adamezo", "zo_adamu", "adamw"], (1e-5, 1e-4, 1e-3)),
+    **dict.fromkeys(["subzero_plus", "zo_act", "addax"], ADAM),
+    **dict.fromkeys(["zo_muon", "zo_mopi"], (1e-3, 1e-2, 1e-1)),
+    **dict.fromkeys(["agzo", "aim_zo"], (1e-5, 3e-5, 1e-4)),
+    **dict.fromkeys(["one_point", "deepzero"], (1e-6, 1e-5, 1e-4)),
+    "zoft": (3e-3, 1e-2, 3e-2),
+}
+"""Learning rates to try: each method's own scale."""
 
-SMALL: dict[str, list[str]] = {}
-"""What a budget of some hundred queries asks to be changed: populations of a hundred would be a handful of steps."""
+SMALL: dict[str, list[str]] = {
+    "subzero_plus": ["estimator.num_directions=15", "subspace.rank=32"],
+    "aim_zo": [
+        "estimator.num_directions=7",
+        "subspace.rank=16",
+        "subspace.basis_columns=32",
+        "subspace.shared_columns=12",
+    ],
+    "es": ["estimator.num_directions=16"],
+    "eggroll": ["estimator.num_directions=8"],
+    "spsa_1_5": ["estimator.num_directions=8"],
+    "lezo": ["subspace.block_size=1"],
+    "addax": ["estimator.long_tokens=26"],
+}
+"""What a budget of some hundred queries and one trained block ask to be changed: a population of a hundred would be two
+steps, and a quarter of the layers none."""
 
 
 def methods() -> list[str]:
@@ -155,7 +180,11 @@ def cell(job: tuple[str, float, int, int, list[str], str]) -> dict[str, Any]:
     method, rate, seed, budget, extra, tag = job
     file = file_of(method, rate, seed, budget, tag)
     if not file.is_file():
-        result = run_cell(method, rate, seed, budget, extra)
+        try:
+            result = run_cell(method, rate, seed, budget, extra)
+        except Exception as error:  # the other cells go on
+            print(f"{method}{tag} lr={rate:g} seed={seed}: {error}", flush=True)
+            return {"method": method, "learning_rate": rate, "curve": [[0, math.inf, 0.0]], "failed": str(error)}
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(result))
@@ -216,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="run the cells that are missing")
-    run.add_argument("--budget", type=int, default=400, help="queries of a cell")
+    run.add_argument("--budget", type=int, default=240, help="queries of a cell")
     run.add_argument("--seeds", type=int, default=3)
     run.add_argument("--jobs", type=int, default=1, help="processes")
     run.add_argument("--methods", nargs="*", help="presets; all if left out")
@@ -224,7 +253,7 @@ def main() -> None:
     run.add_argument("--set", nargs="*", help="further arguments of zoft train, for trying something")
     run.add_argument("--tag", default="", help="name of what was set, for the files")
     picture = verbs.add_parser("draw", help="table and picture from the files")
-    picture.add_argument("--budget", type=int, default=400)
+    picture.add_argument("--budget", type=int, default=240)
     picture.add_argument("--picture", type=Path, default=ROOT / "docs" / "comparison.png")
     options = parser.parse_args()
     {"run": command_run, "draw": command_draw}[options.verb](options)

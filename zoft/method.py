@@ -16,6 +16,9 @@ from zoft.subspaces.base import Coordinates, Subspace
 from zoft.weightings.base import Weighting
 from zoft.weights import Weights
 
+BACKWARD = 3
+"""Queries that a backward pass counts, with the forward pass before it."""
+
 
 @dataclass
 class Method:
@@ -70,6 +73,7 @@ class Method:
     def queries_at(self, step: int) -> int:
         """Forward passes of the objective that a step costs: points, a look at the inputs, trials of the step."""
         queries = self.estimator.queries_at(step) + len(self.optimizer.trials)
+        queries += BACKWARD * self.subspace.takes_gradient(step)
         if not self.estimator.asks_clean_loss:  # what a clean forward gives comes with the clean loss
             queries += self.subspace.looks_at_inputs(step) or bool(self.optimizer.trials)
         return queries
@@ -99,7 +103,12 @@ class Method:
         return self.estimator.foreseeable and not self.optimizer.trials and not self.optimizer.shapes_directions
 
     def extra_elements(self, coordinates: Coordinates) -> int:
-        """float32 numbers that the optimizer keeps from step to step, over all tensors."""
+        """Numbers that are kept from step to step: the optimizer's state, the subspace's bases, an anchor."""
+        anchor = coordinates.weights.num_elements if self.estimator.keeps_anchor else 0
+        return anchor + coordinates.basis_elements() + self.state_elements(coordinates)
+
+    def state_elements(self, coordinates: Coordinates) -> int:
+        """float32 numbers of the optimizer's state, over all tensors."""
         return sum(
             math.prod(shape)
             for name in coordinates.weights.tensors
@@ -118,14 +127,18 @@ class Method:
             per_example=estimator.per_example,
             mixes=bool(self.optimizer.trials),
         )
-        dimension = coordinates.dimension(Direction(0, 0))
-        if estimator.across == "orthogonal" and estimator.num_directions > dimension:
+        if estimator.across == "orthogonal":
+            self._check_dimension(coordinates.dimension(Direction(0, 0)))
+        self._check_memory(coordinates)
+        return coordinates
+
+    def _check_dimension(self, dimension: int) -> None:
+        estimator = self.estimator
+        if estimator.num_directions > dimension:
             raise UserError(
                 f"estimator.across=orthogonal: there are no {estimator.num_directions} directions at right angles in a "
                 f"space of {dimension} dimensions: lower estimator.num_directions, or take a larger subspace"
             )
-        self._check_memory(coordinates)
-        return coordinates
 
     def _check_memory(self, coordinates: Coordinates) -> None:
         """Refuse an optimizer whose state cannot fit, before the first query rather than in the first update."""

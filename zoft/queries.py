@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoft.estimators.base import Estimator, Measured, Point
-from zoft.method import Method
+from zoft.method import BACKWARD, Method
 from zoft.noise import Direction
 from zoft.stepper import Stepper
 
@@ -67,6 +67,7 @@ class Queries:
         scalars.setdefault("estimator", self.method.estimator.init())
         scalars.setdefault("weighting", self.method.weighting.init())
         self.session = self.stepper.session
+        self._scored = 0  # queries that a backward pass before the step's own has cost
 
     def __call__(
         self,
@@ -103,7 +104,7 @@ class Queries:
                 self.stepper.pending = self.stepper.backward = self.stepper.curvatures = None
         if estimator.batches_at(directions[0].step) and usable:
             self.session.keep_anchor()
-        return asked
+        return replace(asked, num_queries=asked.num_queries + self._scored)
 
     def _all(
         self,
@@ -128,12 +129,18 @@ class Queries:
 
     def _begin(self, batch: Any, direction: Direction) -> Tensor | None:
         """Settle what the directions of the step depend on; the clean loss, where that took a forward."""
-        coordinates, clean = self.session.coordinates, None
+        coordinates, clean, self._scored = self.session.coordinates, None, 0
         coordinates.begin(direction)
-        if coordinates.inputs_wanted(direction):
+        scores, looks = coordinates.gradients_wanted(direction), coordinates.inputs_wanted(direction)
+        if scores:
+            _, run = self.session.graph(batch)
+            run(coordinates.score)
+            coordinates.scored()
+            self._scored = BACKWARD
+        if looks:
             clean = self.average(self.session.observe(batch, direction).view(1))[0]
-            if self.agree is not None:
-                coordinates.load_state_dict(self.agree(coordinates.state_dict()))
+        if (scores or looks) and self.agree is not None:
+            coordinates.load_state_dict(self.agree(coordinates.state_dict()))
         self.stepper.begin(direction)
         return clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
@@ -33,7 +34,10 @@ class Layer(nn.Module):
 
 def coordinates(subspace, law="gaussian", dtype="fp32", keeps=False):
     layers = nn.ModuleList(Layer(DTYPES[dtype]) for _ in range(2))
-    bound = coordinates_of(subspace, nn.ModuleDict({"layers": layers, "head": nn.Linear(3, 9)}), law, interval=1)
+    head = nn.Linear(3, 9)
+    for parameter in head.parameters():  # a subspace may choose by the weights: the same ones every time
+        parameter.data = torch.linspace(-1, 1, parameter.numel()).view(parameter.shape)
+    bound = coordinates_of(subspace, nn.ModuleDict({"layers": layers, "head": head}), law, interval=1)
     bound.keeps = bound.keeps and keeps
     return bound
 
@@ -117,9 +121,10 @@ def test_a_direction_is_as_long_as_in_the_full_space(subspace, law):
     """E||z||^2 of a tensor is its number of elements, so that eps and learning rate carry over between subspaces."""
     bound, squares, elements = coordinates(subspace, law), 0.0, 0
     for direction in [Direction(seed, seed) for seed in range(40)]:
-        moving = [name for name in bound.weights.tensors if bound.moves(direction, name)]
+        step = [replace(direction, probe=probe) for probe in range(bound.weights.num_elements)]
+        moving = [name for name in bound.weights.tensors if any(bound.moves(d, name) for d in step)]
         squares += sum(float(bound.z(direction, name).square().sum()) for name in moving)
-        elements += sum(bound.weights.tensors[name].numel() for name in moving)
+        elements += sum(bound.weights.tensors[name].numel() for name in moving)  # some direction of the step moves it
     assert squares / elements == pytest.approx(1, abs=0.1)
 
 

@@ -106,7 +106,8 @@ def test_the_direction_applied_is_the_direction_measured(engine, estimator, subs
         terms = run.step()
         moved = run.flat() - before
         measured = run.direction_of(terms)
-        assert float(torch.nn.functional.cosine_similarity(moved, -measured, dim=0)) > 1 - 1e-6
+        if measured.any() or moved.any():  # the slope along a weight that is not used is zero
+            assert float(torch.nn.functional.cosine_similarity(moved, -measured, dim=0)) > 1 - 1e-6
         torch.testing.assert_close(moved, -1e-3 * measured, rtol=0, atol=2e-7)
 
 
@@ -256,6 +257,7 @@ class Alike(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(300, 300, bias=False) for _ in range(4))
+        self.gains = nn.ParameterList(torch.ones(90_000) for _ in range(2))
 
 
 @pytest.mark.parametrize("subspace", SUBSPACES)
@@ -271,10 +273,9 @@ def test_tensors_of_one_shape_do_not_share_their_noise(subspace, noise, law):
         for name in coordinates.weights.tensors
         if coordinates.moves(direction, name)
     ]
-    if not coordinates.ever_moves(next(iter(coordinates.weights.tensors))):
-        return  # vectors alone: these are matrices
     assert len(drawn) >= 4
     # Elements of a product of few factors are not independent: their correlations are that much wider.
     bound = 0.04 if coordinates.factors(directions[0], "layers.0.weight") is not None else 0.015  # 4.5 / sqrt(90 000)
     for a, b in combinations(drawn, 2):
-        assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) < bound
+        few = (min(int(a.count_nonzero()), int(b.count_nonzero())) / a.numel()) ** 0.5  # of a mask, elements are fewer
+        assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) < bound / few

@@ -6,8 +6,17 @@ import contextvars
 
 import pytest
 import torch
+from torch import nn
 
+from tests.models import batch_for, tiny_llama, tiny_opt
+from zoft.component import create
+from zoft.data.rows import examples_of
+from zoft.engines.base import Session, of_example
 from zoft.engines.lockstep import Lockstep
+from zoft.estimators.central import Central
+from zoft.estimators.per_example import PerExample
+from zoft.method import Method
+from zoft.weights import Weights
 
 
 def test_all_of_them_meet_at_every_place_in_order():
@@ -118,3 +127,49 @@ def test_inside_a_context_that_must_close_in_order_nobody_waits():
 
     assert together.run([forward, forward]) == ["cpu", "cpu"]
     assert alone == [1, 1]
+
+
+class ReadsOutside(nn.Module):
+    """A layer whose weight is also read past its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.second(self.first(x)) + x @ self.first.weight
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "side_path"])
+def test_forwards_that_run_again_side_by_side_leave_inference_mode(engine):
+    """The first queries find the read, and all points go through the model again, as coroutines."""
+    model = ReadsOutside()
+    method = Method.of("full", Central(num_directions=6), "mean", "sgd")
+    session = create("engine", engine, engine).bind(
+        model, method.bind(Weights(model)), lambda x: model(x).square().mean()
+    )
+    session.losses(torch.ones(2, 6), method.estimator.points(method.estimator.directions(0, 0)))
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("subspace", ["full", "low_rank"])
+@pytest.mark.parametrize("engine", ["layerwise", "side_path", "in_place"])
+@pytest.mark.parametrize("built", [tiny_opt, tiny_llama])
+def test_examples_side_by_side_have_the_losses_they_have_alone(built, engine, subspace):
+    model = built()
+    batch = batch_for(model)
+    method = Method.of(
+        create("subspace", subspace, "full", **({"rank": 2} if subspace == "low_rank" else {})), PerExample(eps=1e-2)
+    )
+    session = create("engine", engine, engine).bind(model, method.bind(Weights(model)), lambda one: model(**one).loss)
+    examples, points = examples_of(batch), method.estimator.points(method.estimator.directions(0, 0))
+    for _ in range(2):  # the first finds out how the model reads its weights
+        losses = session.losses_per_example(examples, points)
+    assert losses.shape == (2, len(examples))
+    torch.testing.assert_close(losses, Session.losses_per_example(session, examples, points), rtol=0, atol=1e-6)
+    assert len(losses.unique()) == losses.numel()
+    for i, one in enumerate(examples):
+        name = "model.decoder.layers.0.fc1.weight" if built is tiny_opt else "model.layers.0.mlp.up_proj.weight"
+        directions = [of_example(point, j).direction for point in points[:1] for j in (i, i + 1)]
+        assert not torch.equal(*(session.coordinates.z(direction, name) for direction in directions))
+        assert one["input_ids"].shape[0] == 1

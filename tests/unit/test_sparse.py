@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from zoft.engines.in_place import InPlace
 from zoft.errors import UserError
 from zoft.method import Method
 from zoft.models.load import load_model, load_tokenizer
 from zoft.noise import LAWS, Direction
+from zoft.queries import Queries
+from zoft.stepper import Stepper
 from zoft.subspaces import _masks, base
 from zoft.subspaces._masks import Mask, smallest
 from zoft.subspaces.full import Full
@@ -267,6 +270,7 @@ def test_a_supplied_mask_says_what_moves_and_what_it_leaves_out_stands_still(tmp
     assert torch.equal(moved(coordinates, "a"), a.view(-1))
     assert moved(coordinates, "norm").nonzero().view(-1).tolist() == [1, 8]
     assert [n for n in coordinates.weights.tensors if coordinates.moves(direction, n)] == ["a", "norm"]
+    assert [n for n in coordinates.weights.tensors if coordinates.ever_moves(n)] == ["a", "norm"]
     assert not coordinates.z(direction, "b").any()
     assert coordinates.dimension(direction) == 4
     share = 4 / (31 * 17 + 9)  # one for all: their steps relative to each other are those of the full space
@@ -313,7 +317,7 @@ def test_settings_that_do_not_go_together_are_refused():
     for fields in ({"choose": "mask"}, {"mask": "x"}, {"choose": "random", "mask": "x"}):
         with pytest.raises(UserError, match=r"sparse.choose=\w+ and sparse.mask=\w+ do not go together"):
             Sparse(**fields)
-    with pytest.raises(UserError, match=r"sparse.choose must be one of magnitude, random, mask, got 'large'"):
+    with pytest.raises(UserError, match=r"sparse.choose must be one of magnitude, random, gradient, mask, got 'large'"):
         Sparse(choose="large")
     for keep in (0.0, 1.1, -0.1):
         with pytest.raises(UserError, match=r"sparse.keep must be above 0 and at most 1"):
@@ -380,3 +384,30 @@ def test_what_cannot_be_scored_is_said(tmp_path):
         with pytest.raises(SystemExit, match=f"error: .*{says}"):
             score_weights().main([*same, *more])
     assert not (tmp_path / "mask.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- by gradients
+
+
+def test_by_gradient_the_largest_squares_of_all_tensors_move_from_one_backward_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
+    x, keep = torch.randn(3, 6), 0.1
+    method = Method.of(Sparse(choose="gradient", keep=keep), "central", "mean", "sgd")
+    session = InPlace().bind(model, method.bind(Weights(model)), lambda batch: model(batch).square().mean())
+    stepper = Stepper([{"params": list(model.parameters())}], method.optimizer, session, 1e-2)
+    grads = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    largest = torch.cat([g.flatten() for g in grads]).square().topk(round(keep * session.weights.num_elements))[0][-1]
+    assert [method.queries_at(step) for step in (0, 1)] == [5, 2]
+    asked = Queries(method, stepper)(x, method.estimator.directions(0, 0))
+    assert asked.num_queries == 5
+    coordinates = session.coordinates
+    for (name, tensor), gradient in zip(session.weights.tensors.items(), grads, strict=True):
+        z = coordinates.z(Direction(0, 0), name) if coordinates.moves(Direction(0, 0), name) else torch.zeros(())
+        assert torch.equal(z.expand(tensor.shape) != 0, gradient.square() >= largest), name
+        assert tensor.grad is None
+    stepper.step()
+    assert Queries(method, stepper)(x, method.estimator.directions(0, 1)).num_queries == 2  # once for the run
+    again = Sparse(choose="gradient", keep=keep).bind(Weights(model))
+    again.load_state_dict(coordinates.state_dict())
+    assert torch.equal(again.z(Direction(0, 3), "0.weight"), coordinates.z(Direction(0, 3), "0.weight"))

@@ -138,7 +138,8 @@ class LayerwiseSession(Session):
                 return results
         results, points = [], [point for _, point in pairs]
         same_batch = all(batch is pairs[0][0] for batch, _ in pairs)
-        with self._prefix_reused(points) if same_batch else nullcontext():
+        # Once here, for all: coroutines that each entered and left it would do so in turns, and leave it on.
+        with torch.inference_mode(), self._prefix_reused(points) if same_batch else nullcontext():
             waiting = iter(pairs)
             for group in self.groups(points):
                 together = islice(waiting, len(group))

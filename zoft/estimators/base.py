@@ -76,6 +76,9 @@ class Estimator(Component):
     per_example: ClassVar[bool] = False
     """Whether every example of the batch has directions of its own (``losses`` are then [P, B])."""
 
+    keeps_anchor: ClassVar[bool] = False
+    """Whether a copy of the trained weights is kept, from which some points start."""
+
     backpropagates: ClassVar[bool] = False
     """Whether some of the gradient comes from a backward pass."""
 

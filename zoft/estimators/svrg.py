@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.estimators.base import FiniteDifference, Measured, Point
@@ -35,6 +35,8 @@ class SVRG(FiniteDifference):
 
     References: Gautam et al. 2024 (MeZO-SVRG, arXiv 2404.08080), Algorithm 2; one learning rate here, two there.
     """
+
+    keeps_anchor: ClassVar[bool] = True
 
     interval: int = 2
     anchor_batches: int = 4

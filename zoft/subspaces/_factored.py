@@ -47,6 +47,13 @@ class Form:
     scale: float
     by_rows: bool = False
 
+    def basis_elements(self) -> int:
+        """Numbers in L [m, a] and R [n, b]; in U and V where C is a vector."""
+        if len(self.shape) == 1:
+            return (self.rows + self.columns) * self.shape[0]
+        sides = ((self.rows, self.shape[0]), (self.columns, self.shape[1]))
+        return sum(full * few for full, few in sides if full != few)
+
 
 @dataclass
 class Factored(Subspace):
@@ -154,6 +161,10 @@ class FactoredCoordinates(Coordinates):
             with torch.inference_mode(False), torch.no_grad():  # they outlive the forward in which they are made
                 kept = self._bases[name] = (era, self.make_bases(self.period(direction), name))
         return kept[1]
+
+    def basis_elements(self) -> int:
+        """Of L and R."""
+        return sum(form.basis_elements() for form in self.forms.values())
 
     def begin(self, direction: Direction) -> None:
         """What was kept for a step goes."""

@@ -196,6 +196,13 @@ class ActivationCoordinates(FactoredCoordinates):
         key = key_of(Direction(direction.seed, 0), name, role="activation.A")
         return haar(key, _inputs(self.forms[name]), columns, self.weights.tensors[name].device)
 
+    def basis_elements(self) -> int:
+        """Of A, of the one before it where there is another in every step, and of Oja's K."""
+        every = super().basis_elements() * (1 if self.subspace.basis == "first" else 2)
+        if self.subspace.basis != "oja":
+            return every
+        return every + sum(_inputs(f) * min(self.subspace.basis_columns, _inputs(f)) for f in self.forms.values())
+
     # ---- which basis -------------------------------------------------------------------------------------------------
 
     def period(self, direction: Direction) -> Direction:

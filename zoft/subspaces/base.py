@@ -51,6 +51,11 @@ class Subspace(Component):
     def check_with(self, method: Any) -> None:
         """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this subspace."""
 
+    def takes_gradient(self, step: int) -> bool:
+        """Whether a backward pass is made before the queries of this step: three queries."""
+        del step
+        return False
+
     def looks_at_inputs(self, step: int) -> bool:
         """Whether the inputs of linear layers are looked at before the queries of this step: one clean forward."""
         del step
@@ -115,6 +120,21 @@ class Coordinates:
             name: the layer's weight.
             inputs: [tokens, n], in the model's dtype; not to be kept or overwritten.
         """
+
+    def gradients_wanted(self, direction: Direction) -> bool:
+        """Whether :meth:`score` is to be given the gradients of a backward pass before the queries of this step."""
+        del direction
+        return False
+
+    def score(self, name: str, gradient: Tensor) -> None:
+        """The gradient of a tensor, in a step for which gradients were wanted; not to be kept."""
+
+    def scored(self) -> None:
+        """All gradients have been given."""
+
+    def basis_elements(self) -> int:
+        """Numbers (32 bits each) that bases and masks take, as long as they are in use."""
+        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors and plain numbers; empty where all follows from seed and step."""

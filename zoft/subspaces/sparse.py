@@ -16,7 +16,7 @@ from zoft.weights import Weights, perturbed
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHOICES = ("magnitude", "random", "mask")
+CHOICES = ("magnitude", "random", "gradient", "mask")
 
 
 @dataclass
@@ -25,8 +25,9 @@ class Sparse(Subspace):
 
     With magnitude and random, vectors (norms, biases) move in full, and every tensor of two or more dimensions,
     embeddings among them, has a mask of its own: vectors are a few thousandths of the weights, and the sizes of a
-    norm's weights, all near 1, say nothing. A supplied mask says it of every tensor; what it leaves out stands still,
-    and s is one for all tensors together, so that it does not change their steps relative to each other.
+    norm's weights, all near 1, say nothing. A mask that is supplied or made of gradients says it of every tensor; what
+    it leaves out stands still, and s is one for all tensors together, so that it does not change their steps relative
+    to each other.
 
     E||z||^2 is the number of elements of what moves, as in the full space. The papers do not divide by sqrt(s): their
     eps is this one / sqrt(s), and their learning rate this one / s (at s = 0.2: eps 1e-3 there is 4.5e-4 here, and a
@@ -37,8 +38,9 @@ class Sparse(Subspace):
         law: distribution of z_full: gaussian, rademacher (+-1), or sphere (uniform over all trained weights, of which
             the mask leaves some).
         choose: magnitude (the smallest |theta| of each matrix move, with all that are as small as the largest of them),
-            random (each element with probability ``keep``), or mask (a file's).
-        keep: share of a matrix that moves, above 0 and at most 1; a file has its own.
+            random (each element with probability ``keep``), gradient (those of the largest squared gradients in one
+            backward pass over the first step's batch, for the whole run), or mask (a file's).
+        keep: share of a matrix that moves, above 0 and at most 1 (for gradient, of all weights); a file has its own.
         interval: steps after which magnitude and random choose anew, at least 1.
         mask: for choose=mask, a .safetensors file of tensor name -> bool or uint8 of its shape, or int64 flat indices
             (scripts/score_weights.py makes one by squared gradients).
@@ -72,6 +74,10 @@ class Sparse(Subspace):
         del method
         if self.mask is not None:
             check_file(self.mask)
+
+    def takes_gradient(self, step: int) -> bool:
+        """In the first step, for choose=gradient."""
+        return self.choose == "gradient" and step == 0
 
     def bind(self, weights: Weights, noise: str = "counter") -> SparseCoordinates:
         """Coordinates are the tensors' elements; those that stand still are zero."""
@@ -107,16 +113,15 @@ class SparseCoordinates(Coordinates):
     def __init__(self, weights: Weights, source: NoiseSource, sparse: Sparse) -> None:
         super().__init__(weights, source)
         self.sparse = sparse
-        self.foreseeable = sparse.choose != "magnitude"
+        self.foreseeable = sparse.choose not in ("magnitude", "gradient")
         self._masks: dict[str, Mask] = {}
         self._made_for: tuple[int, ...] | None = None  # the interval; where chosen by chance, (seed, interval)
         self._share: float | None = None  # s, where it is one for all tensors
+        self._scores: dict[str, tuple[Tensor, Tensor]] = {}  # while gradients come: the largest squares, their places
         if sparse.mask is not None:
             none = Mask.of(torch.zeros(0, dtype=torch.bool))
             self._masks = dict.fromkeys(weights.tensors, none) | read(sparse.mask, weights.tensors)
-            moving = {name: mask for name, mask in self._masks.items() if mask.count}
-            elements = sum(weights.tensors[name].numel() for name in moving)
-            self._share = sum(mask.count for mask in moving.values()) / elements
+            self._share_all()
 
     # ---- the mask ----------------------------------------------------------------------------------------------------
 
@@ -127,26 +132,67 @@ class SparseCoordinates(Coordinates):
             self._masks = {n: self._make_mask(direction, n) for n in self.weights.tensors if self._is_masked(n)}
             self._kept, self._kept_elements = {}, 0
 
+    def _share_all(self) -> None:
+        """One s for all tensors."""
+        moving = {name: mask for name, mask in self._masks.items() if mask.count}
+        elements = sum(self.weights.tensors[name].numel() for name in moving)
+        self._share = sum(mask.count for mask in moving.values()) / elements
+
+    def gradients_wanted(self, direction: Direction) -> bool:
+        """Once, for choose=gradient."""
+        del direction
+        return self.sparse.choose == "gradient" and self._made_for is None
+
+    def score(self, name: str, gradient: Tensor) -> None:
+        """Keep what may be among the largest squares of all tensors."""
+        squares = gradient.detach().to(torch.float32).flatten().square()
+        self._scores[name] = squares.topk(min(self._num_kept, len(squares)))
+
+    def scored(self) -> None:
+        """The largest squares of all tensors make the masks."""
+        smallest_kept = torch.cat([squares.cpu() for squares, _ in self._scores.values()]).topk(self._num_kept)[0][-1]
+        for name, tensor in self.weights.tensors.items():
+            moves = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+            if name in self._scores:
+                squares, places = self._scores[name]
+                moves[places[squares >= smallest_kept.to(squares.device)]] = True
+            self._masks[name] = Mask.of(moves)
+        self._scores, self._made_for, self._kept, self._kept_elements = {}, (), {}, 0
+        self._share_all()
+
+    @property
+    def _num_kept(self) -> int:
+        return max(1, round(self.sparse.keep * self.weights.num_elements))
+
+    def basis_elements(self) -> int:
+        """One bit an element of what has a mask."""
+        masked = [
+            t for t in self.weights.tensors.values() if _is_matrix(t) or self.sparse.choose in ("mask", "gradient")
+        ]
+        return -(-sum(tensor.numel() for tensor in masked) // 32)
+
     def state_dict(self) -> dict[str, Any]:
-        """The masks by magnitude, packed: the weights of which they were made have moved on."""
-        if self.sparse.choose != "magnitude" or not self._masks:
+        """The masks by magnitude or gradient, packed: the weights of which they were made have moved on."""
+        if self.sparse.choose not in ("magnitude", "gradient") or not self._masks or self._made_for is None:
             return {}
         return {
-            "made_for": self._made_for and list(self._made_for),
+            "made_for": list(self._made_for),
             "bits": {name: mask.bits for name, mask in self._masks.items()},
             "counts": {name: mask.count for name, mask in self._masks.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The other way round; without masks in the state they are made anew."""
-        if self.sparse.choose == "magnitude" and state:
+        if self.sparse.choose in ("magnitude", "gradient") and state:
             made_for = state["made_for"]
-            self._made_for = made_for and tuple(made_for)
+            self._made_for = tuple(made_for)
             devices = {name: tensor.device for name, tensor in self.weights.tensors.items()}
             self._masks = {
                 name: Mask(bits.to(devices[name]).clone(), state["counts"][name])
                 for name, bits in state["bits"].items()
             }
+            if self.sparse.choose == "gradient":
+                self._share_all()
 
     def _mask(self, direction: Direction, name: str) -> Mask | None:
         """The mask of a tensor; None where it moves in full. Before any step has begun it is made on first use."""
@@ -159,12 +205,13 @@ class SparseCoordinates(Coordinates):
         return self._masks[name]
 
     def _is_masked(self, name: str) -> bool:
-        return self.sparse.choose == "mask" or _is_matrix(self.weights.tensors[name])
+        scored = self.sparse.choose == "gradient" and self._made_for is not None
+        return scored or self.sparse.choose == "mask" or _is_matrix(self.weights.tensors[name])
 
     def _interval(self, direction: Direction) -> tuple[int, ...]:
         """What the mask lasts for."""
         index = direction.step // self.sparse.interval
-        return {"magnitude": (index,), "random": (direction.seed, index), "mask": ()}[self.sparse.choose]
+        return {"magnitude": (index,), "random": (direction.seed, index)}.get(self.sparse.choose, ())
 
     def _make_mask(self, direction: Direction, name: str) -> Mask:
         tensor, keep = self.weights.tensors[name], self.sparse.keep
@@ -192,6 +239,10 @@ class SparseCoordinates(Coordinates):
         """Not where no element does; by magnitude, the smallest element always does."""
         mask = None if self.sparse.choose == "magnitude" else self._mask(direction, name)
         return (mask is None or mask.count > 0) and super().moves(direction, name)
+
+    def ever_moves(self, name: str) -> bool:
+        """Not where a supplied mask leaves a tensor out."""
+        return super().ever_moves(name) and (self.sparse.choose != "mask" or self._masks[name].count > 0)
 
     def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of m * z_full, flat, float32."""
