@@ -5,7 +5,7 @@ the loss on the dev rows) then runs with the other seeds. All cells train the la
 in batches of the same size, and pay for every forward: clean losses, looks at activations, trials, and two for a
 backward pass. A cell's result is a file; what is there is not run again, so the script can be stopped and gone on with.
 
-    python scripts/compare_estimators.py run --budget 400 --seeds 3 --jobs 2
+    python scripts/compare_estimators.py run --jobs 2
     python scripts/compare_estimators.py draw
 """
 
@@ -28,6 +28,8 @@ from compare_report import draw, final_loss, rows_of, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "runs" / "compare"
+PAGE = ROOT / "docs" / "comparison.md"
+TABLE, END = "<!-- table: written by compare_estimators.py draw -->", "<!-- end of table -->"
 TASK = [
     "config=quickstart",
     "trainable=last_blocks",
@@ -228,16 +230,21 @@ def command_run(options: argparse.Namespace) -> None:
 
 
 def results(budget: int) -> Iterator[dict[str, Any]]:
-    """All that has been run at this budget."""
+    """All that has been run at this budget, without what was tried under a name of its own (--tag)."""
     for file in sorted((RESULTS / str(budget)).glob("*.json")):
-        yield json.loads(file.read_text())
+        cell = json.loads(file.read_text())
+        if file == file_of(cell["method"], cell["learning_rate"], cell["seed"], budget):
+            yield cell
 
 
 def command_draw(options: argparse.Namespace) -> None:
-    """The table to the screen, the picture to docs/."""
+    """The table into docs/comparison.md, the picture beside it."""
     rows = rows_of([cell for cell in results(options.budget) if cell["method"] in methods()])
-    print(table(rows, rows[0].cells[0]["trained"]))
-    draw(rows, options.picture)
+    told = table(rows, rows[0].cells[0]["trained"])
+    draw(rows, PAGE.with_suffix(".png"))
+    before, rest = PAGE.read_text(encoding="utf-8").split(TABLE, 1)
+    PAGE.write_text(before + TABLE + "\n" + told + "\n" + END + rest.split(END, 1)[1], encoding="utf-8")
+    print(told)
 
 
 def main() -> None:
@@ -254,7 +261,6 @@ def main() -> None:
     run.add_argument("--tag", default="", help="name of what was set, for the files")
     picture = verbs.add_parser("draw", help="table and picture from the files")
     picture.add_argument("--budget", type=int, default=240)
-    picture.add_argument("--picture", type=Path, default=ROOT / "docs" / "comparison.png")
     options = parser.parse_args()
     {"run": command_run, "draw": command_draw}[options.verb](options)
 

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parent.parent
-NOUNS = {"subspaces", "estimators", "engines", "optimizers", "journal"}
+NOUNS = {"subspaces", "estimators", "weightings", "engines", "optimizers", "journal"}
 WIDTH, HEIGHT, GAP = 10.0, 0.92, 0.16
 
 

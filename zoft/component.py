@@ -52,11 +52,11 @@ class Component:
         """The name it is chosen by: its file's name, e.g. ``one_sided``."""
         return cls.__module__.rpartition(".")[2]
 
-    def require(self, ok: bool, field: str, rule: str) -> None:
-        """Raise a :class:`UserError` that names ``field`` unless ``ok``."""
+    def require(self, ok: bool, field: str, rule: str, hint: str = "") -> None:
+        """Raise a :class:`UserError` that names ``field`` unless ``ok``; ``hint`` says what was probably meant."""
         if not ok:
             value = getattr(self, field)
-            raise UserError(f"{self.name()}.{field} must be {rule}, got {value!r}")
+            raise UserError(f"{self.name()}.{field} must be {rule}, got {value!r}{hint and f': {hint}'}")
 
 
 @lru_cache

@@ -19,6 +19,11 @@ from zoft.weights import Weights
 BACKWARD = 3
 """Queries that a backward pass counts, with the forward pass before it."""
 
+NOTHING_TO_CLIP = (
+    "max_grad_norm clips projected gradients, and those of a backward pass (estimator={}) are none: leave it out, and "
+    "lower the learning rate where steps are too long"
+)
+
 
 @dataclass
 class Method:
@@ -93,7 +98,8 @@ class Method:
         if not steps:
             raise UserError(
                 f"budget.queries={queries} is less than one step costs: estimator={self.estimator.name()} with "
-                f"num_directions={self.estimator.num_directions} makes {self.queries_at(0)} queries a step"
+                f"num_directions={self.estimator.num_directions} makes {self.queries_at(0)} queries in the first one: "
+                f"set budget.queries to {self.queries_at(0)} or more, or take fewer directions"
             )
         return steps
 

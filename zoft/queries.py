@@ -52,6 +52,9 @@ class Queries:
         batches: (how many) -> batches of the training data, for estimators that ask about more than the step's own.
         average: losses of this process -> of all processes.
         agree: what the subspace has seen in this process -> in the first one, for all.
+        gather: a tensor of this process -> those of all of them; None where there is one.
+        rank: number of this process.
+        num_ranks: how many there are.
     """
 
     method: Method
@@ -61,6 +64,9 @@ class Queries:
     batches: Callable[[int], Iterable[Any]] = field(default=lambda count: [])
     average: Callable[[Tensor], Tensor] = _as_they_are
     agree: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    gather: Callable[[Tensor], list[Tensor]] | None = None
+    rank: int = 0
+    num_ranks: int = 1
 
     def __post_init__(self) -> None:
         scalars = self.stepper.scalars
@@ -153,15 +159,26 @@ class Queries:
         points = estimator.points(directions)
         queries = estimator.queries_at(directions[0].step) + (clean is not None and not estimator.asks_clean_loss)
         if estimator.per_example:
-            of_each = list(self.examples(batch))
-            losses = self.session.losses_per_example(of_each, points)
-            own = [replace(direction, example=i) for direction in directions for i in range(len(of_each))]
-            return own, losses, queries
+            return *self._per_example(batch, directions, points), queries
         wide = estimator.batches_at(directions[0].step)
         if wide:
             over = [self._at(one, points) for one in self.batches(wide)]
             return directions, torch.stack(over).mean(0), queries - len(points) * (wide - len(over))
         return directions, self._at(batch, points, clean, looked_at=looked_at), queries
+
+    def _per_example(
+        self, batch: Any, directions: list[Direction], points: list[Point]
+    ) -> tuple[list[Direction], Tensor]:
+        """(every example's own directions, losses [P, B]), over the examples of all processes."""
+        examples = list(self.examples(batch))
+        numbers = range(self.rank, self.rank + len(examples) * self.num_ranks, self.num_ranks)
+        losses = self.session.losses_per_example(examples, points, numbers)
+        counts = [losses.shape[1]]
+        if self.gather is not None:
+            of_ranks = self.gather(losses)
+            losses, counts = torch.cat(of_ranks, dim=1), [each.shape[1] for each in of_ranks]
+        named = [i * self.num_ranks + rank for rank, count in enumerate(counts) for i in range(count)]
+        return [replace(direction, example=number) for direction in directions for number in named], losses
 
     def _at(self, batch: Any, points: list[Point], clean: Tensor | None = None, *, looked_at: bool = True) -> Tensor:
         """The objective at some points, those at the anchor among them; a clean loss that is known is not asked for."""

@@ -108,13 +108,13 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
-    memory = PeakMemory(str(args.device))
+    memory, costs = PeakMemory(str(args.device)), _costs(cfg, trainer)
     trainer.peak_memory_mb = memory.peak_mb
     for callback in (
         MetricsCallback(),
         TrackerAxisCallback(),
         StopOnInterrupt(),
-        ProgressCallback(cfg.composition.queries_at(0), peak_mb=memory.peak_mb),
+        ProgressCallback(sum(costs) / len(costs), peak_mb=memory.peak_mb),
     ):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
@@ -179,16 +179,26 @@ def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any
     trained = trainer.stepper.session.weights.num_elements
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     percent = f"{100 * trained / total:.3g} %"
+    costs = _costs(cfg, trainer)
     sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
+    q, eps = cfg.estimator.num_directions, cfg.estimator.radius
+    law, directions = f" ({cfg.subspace.law})", f" (q={q}, eps={eps:g})" if eps else f" (q={q})"
+    if cfg.estimator.backpropagates and not eps:
+        law = directions = ""  # nothing is drawn
     return [
         f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({percent}), {cfg.model.dtype}",
         f"task    {cfg.task.name()}: {sizes} rows",
-        f"method  subspace={cfg.subspace.name()} ({cfg.subspace.law}), estimator={cfg.estimator.name()} "
-        f"(q={cfg.estimator.num_directions}, eps={cfg.estimator.radius:g}), "
+        f"method  subspace={cfg.subspace.name()}{law}, estimator={cfg.estimator.name()}{directions}, "
         f"weighting={cfg.weighting.name()}, optimizer={cfg.optimizer.name()} "
         f"(lr={trainer.args.learning_rate:g}), engine={trainer.engine_name}",
-        f"budget  {cfg.budget.queries:,} queries = {trainer.args.max_steps:,} steps of {cfg.composition.queries_at(0)}",
+        f"budget  {cfg.budget.queries:,} queries = {trainer.args.max_steps:,} steps of "
+        + " or ".join(map(str, sorted(set(costs)))),
     ]
+
+
+def _costs(cfg: ZoftConfig, trainer: ZOTrainer) -> list[int]:
+    """Queries of every step of the run."""
+    return [cfg.composition.queries_at(step) for step in range(trainer.args.max_steps)]
 
 
 def arguments_of(cfg: ZoftConfig) -> Any:

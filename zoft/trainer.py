@@ -28,7 +28,7 @@ from zoft.engines.frozen_prefix import FrozenPrefix
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.base import Estimator
 from zoft.evaluation.order import LongestFirst, in_rows_order, lengths_of, metric_in_rows_order, order_of
-from zoft.method import Method
+from zoft.method import NOTHING_TO_CLIP, Method
 from zoft.noise import Direction, step_seed
 from zoft.objectives._own_loss import is_known, own_loss
 from zoft.objectives._packing import serves
@@ -83,9 +83,10 @@ class ZOMixin(LossAveraging):
         self.engine: Engine = create("engine", engine, "auto")
         self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
         self.direction_seeds = None if direction_seeds is None else [int(seed) for seed in direction_seeds]
-        if direction_seeds is not None and hasattr(self.method.subspace, "interval"):
+        chosen = self.method.subspace
+        if direction_seeds is not None and (chosen.keeps_choices or hasattr(chosen, "interval")):
             raise UserError(
-                f"direction_seeds gives every step a seed of its own, and subspace={self.method.subspace.name()} keeps "
+                f"direction_seeds gives every step a seed of its own, and subspace={chosen.name()} keeps "
                 "what the seed chose for several steps: use subspace=full"
             )
         self.session: Session | None = None
@@ -97,6 +98,7 @@ class ZOMixin(LossAveraging):
         self.peak_memory_mb: Callable[[], float] | None = None
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
         self._window: list[Inputs] = []
+        self._eps: float | None = None  # of the last step
         self._asked: list[Inputs] = []  # the micro-batches that are being queried
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
             if kwargs.get(name) not in (None, (None, None)):
@@ -127,7 +129,7 @@ class ZOMixin(LossAveraging):
         if self.method.optimizer.scale_with_directions:
             args.learning_rate *= self.method.estimator.num_directions
         if args.max_grad_norm and self.method.estimator.backpropagates:
-            raise UserError("max_grad_norm clips projected gradients: it does nothing for those of a backward pass")
+            raise UserError(NOTHING_TO_CLIP.format(self.method.estimator.name()))
         queries = getattr(args, "budget_queries", None)
         if queries is not None and args.max_steps <= 0:
             args.max_steps = self.method.steps_within(queries)
@@ -297,8 +299,9 @@ class ZOMixin(LossAveraging):
         started = time.perf_counter()
         assert self.queries is not None
         with no_trials():
-            lr, self._asked = self.stepper.param_groups[0]["lr"], window
-            asked = self.queries(window, self._directions(step), self._estimator(), lr=lr, looked_at=not unseen)
+            lr, self._asked, estimator = self.stepper.param_groups[0]["lr"], window, self._estimator()
+            self._eps = estimator.radius
+            asked = self.queries(window, self._directions(step), estimator, lr=lr, looked_at=not unseen)
         progress.seconds_forward += time.perf_counter() - started
         progress.steps += 1
         progress.num_queries += asked.num_queries
@@ -318,7 +321,7 @@ class ZOMixin(LossAveraging):
     def _queries(self, stepper: Stepper) -> Queries:
         """What asks the model, with what the method may want of the data and of the other processes."""
         estimator, alone = self.method.estimator, self.accelerator.num_processes == 1
-        if not alone and (estimator.per_example or estimator.backpropagates):
+        if not alone and estimator.backpropagates:
             raise UserError(f"estimator={estimator.name()} works in one process: start the run without torchrun")
         return Queries(
             self.method,
@@ -328,16 +331,26 @@ class ZOMixin(LossAveraging):
             batches=self._batches,
             average=lambda losses: self._over_processes(losses, self._asked),
             agree=None if alone else self._agree,
+            gather=None if alone else self._gather,
+            rank=self.args.process_index,
+            num_ranks=self.accelerator.num_processes,
         )
 
     def _batches(self, count: int) -> Iterator[list[Inputs]]:
         """So many batches of the training rows, in an order of their own."""
         size, rows = self.args.per_device_train_batch_size, self.train_dataset
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.progress.steps)).tolist()
-        share = chosen[self.args.process_index :: self.args.world_size][: count * size]
+        even = len(chosen) // self.args.world_size * self.args.world_size  # all processes have as many batches
+        share = chosen[self.args.process_index : even : self.args.world_size][: count * size]
         for start in range(0, len(share), size):
             batch = self.data_collator([rows[index] for index in share[start : start + size]])
             yield [self._prepare_inputs(batch)]
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        """This process's tensor and the others', by rank; their sizes may differ."""
+        found: list[Any] = [None] * self.accelerator.num_processes
+        torch.distributed.all_gather_object(found, mine)
+        return found
 
     def _agree(self, seen: dict[str, Any]) -> dict[str, Any]:
         """What the first process has seen, in all of them."""
@@ -518,7 +531,7 @@ class ZOMixin(LossAveraging):
             progress.losses.clear()
             if self.projected_grads is not None:
                 logs["projected_grad"] = float(self._get_grad_norm(self.model))
-            logs["eps"] = self._estimator().radius
+            logs["eps"] = self.method.estimator.radius if self._eps is None else self._eps
             logs["seconds_forward"] = progress.seconds_forward
             logs["seconds_other"] = progress.seconds - progress.seconds_forward
             logs["num_skipped_steps"] = progress.num_skipped

@@ -109,8 +109,16 @@ def draws_from(subspace: str, noise: str) -> bool:
     return True
 
 
+def draws_by(subspace: str, law: str) -> bool:
+    """Whether this subspace knows this law; :func:`small_subspace` takes one that it knows."""
+    return law in components("subspace")[subspace].laws
+
+
 ENGINES_SEE = ("central", "forward_gradient")
 """An estimator for each kind of point: all that an engine knows of it. They are tried in every subspace."""
+
+WITH_CLEAN = "one_sided"
+"""One that asks for the clean loss among the others: all that an engine sees of the rest of the estimators."""
 
 CELLS = [
     (engine, estimator, subspace)
@@ -120,6 +128,13 @@ CELLS = [
     if (subspace == "full" or estimator in ENGINES_SEE) and serves(engine, estimator, subspace)
 ]
 """(engine, estimator, subspace) where the engine serves both."""
+
+OWN_CELLS = [
+    (engine, estimator, subspace)
+    for engine, estimator, subspace in CELLS
+    if engine != "auto" and (estimator in ENGINES_SEE or (subspace, estimator) == ("full", WITH_CLEAN))
+]
+"""Those in which an engine does something of its own: auto is one of the others, more points are more of the same."""
 
 
 @lru_cache
@@ -141,7 +156,18 @@ PAIRS = [
 ]
 """(optimizer, subspace): every optimizer in a fixed and in a changing basis, every subspace without and with state."""
 
-cells = pytest.mark.parametrize(("engine", "estimator", "subspace"), CELLS)
+own_cells = pytest.mark.parametrize(("engine", "estimator", "subspace"), OWN_CELLS)
+
+
+def own_cells_with(name: str, *values: Any) -> Any:
+    """Own cells with one axis more: all of its values in the full space, elsewhere one of them by turns.
+
+    What an axis like the kind of model or the moment of a failure meets is the engine; that every subspace meets every
+    value in some engine, and every engine every value in some subspace, is enough.
+    """
+    turns = itertools.cycle(values)
+    rows = [(*cell, value) for cell in OWN_CELLS for value in (values if cell[2] == "full" else [next(turns)])]
+    return pytest.mark.parametrize(("engine", "estimator", "subspace", name), rows)
 
 
 def settings(subspace: str, *axes: Iterable[Any]) -> list[tuple[Any, ...]]:

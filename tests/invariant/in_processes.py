@@ -18,6 +18,7 @@ import torch
 from tests import models
 from zoft.estimators.central import Central
 from zoft.estimators.one_sided import OneSided
+from zoft.subspaces.activation import Activation
 
 STEPS = 6
 CASES: dict[str, dict[str, Any]] = {
@@ -29,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one_sided_lora": {"lora": True, "estimator": OneSided(eps=1e-2)},
     "nan_on_one": {"nan_on_one": True},
     "in_place": {"engine": "in_place"},
+    "activation": {"subspace": Activation(rank=2)},
     "stopped": {"interrupt": True},
     "resumed": {"resume": "stopped"},
 }

@@ -378,14 +378,14 @@ def test_a_model_without_linear_layers_is_refused():
 
 
 def test_a_rank_above_all_inputs_is_refused():
-    with pytest.raises(UserError, match=r"activation\.rank=12 leaves no linear layer .*the most is 12"):
+    with pytest.raises(UserError, match=r"subspace\.rank=12 leaves no linear layer .*the most is 12"):
         bound(rank=12)
 
 
 def test_a_checkpoint_of_another_rank_is_refused():
     coordinates = bound()
     coordinates.observe(D, "linear.weight", inputs(20))
-    with pytest.raises(UserError, match=r"basis of 3 columns for linear\.weight, this run has activation\.rank=2"):
+    with pytest.raises(UserError, match=r"basis of 3 columns for linear\.weight, this run has subspace\.rank=2"):
         bound(rank=2).load_state_dict(coordinates.state_dict())
 
 

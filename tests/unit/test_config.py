@@ -20,6 +20,8 @@ from zoft.optimizers.sgd import SGD
 
 SHIPPED = sorted(configs_dir().glob("*/*.yaml"))
 NEEDS = {
+    "weighting=curvature": ["estimator=three_point"],
+    "optimizer=hessian": ["estimator=three_point"],
     "trainable=regex": ["trainable.pattern=norm"],
     "engine=forward_mode": ["estimator=forward_gradient"],
 }
@@ -125,16 +127,20 @@ def test_experiment_wins_over_the_method_it_chooses_itself():
     cfg = compose(["config=mine.yaml"])
     assert cfg.method == "mezo_adam"
     assert cfg.estimator.radius == 0.5
-    assert cfg.optimizer == Adam(adam_beta1=0.5)
+    assert cfg.optimizer == Adam(learning_rate=1e-5, adam_beta1=0.5)
 
 
 def test_an_arguments_method_replaces_the_experiments():
+    """Its own values win; a value that it says nothing of is still the experiment's."""
     write(
-        "mine.yaml", "defaults: [override /method: mezo_adam]\nestimator: {eps: 0.5}\noptimizer: {learning_rate: 2.0}"
+        "mine.yaml",
+        "defaults: [override /method: mezo_adam]\n"
+        "estimator: {eps: 0.5}\n"
+        "optimizer: {learning_rate: 2.0, weight_decay: 0.5}",
     )
     cfg = compose(["config=mine.yaml", "method=zo_sgd_mmt"])
     assert (cfg.method, cfg.estimator.radius) == ("zo_sgd_mmt", 1e-3)
-    assert cfg.optimizer == Momentum(learning_rate=2.0, beta=0.9)
+    assert cfg.optimizer == Momentum(learning_rate=1e-6, weight_decay=0.5, beta=0.9)
     assert compose(["config=mine.yaml", "method=null"]).method is None
 
 

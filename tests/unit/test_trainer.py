@@ -22,11 +22,17 @@ from zoft.arguments import _MEANINGLESS
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.central import Central
 from zoft.estimators.one_sided import OneSided
+from zoft.estimators.svrg import SVRG
 from zoft.noise import CounterNoise, Direction
 from zoft.optimizers.adam import Adam
 from zoft.optimizers.momentum import Momentum
+from zoft.optimizers.muon import Muon
+from zoft.optimizers.replay_adam import ReplayAdam
 from zoft.optimizers.sgd import SGD
+from zoft.subspaces.activation import Activation
 from zoft.subspaces.full import Full
+from zoft.subspaces.left import Left
+from zoft.subspaces.sparse import Sparse
 from zoft.weights import Weights
 
 Rows = list[dict[str, Any]]
@@ -477,6 +483,40 @@ def test_every_log_line_counts(make: Callable[..., ZOTrainer]):
             assert line["num_skipped_steps"] == 0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"), [("constant", [1, 1, 1, 1]), ("linear", [1, 0.8, 0.6, 0.4]), ("tied", [1, 0.75, 0.5, 0.25])]
+)
+def test_the_logged_eps_is_that_of_the_step(schedule: str, shares: list[float], make: Callable[..., ZOTrainer]):
+    """And of the points that were queried; tied, it is to the logged learning rate as at the start."""
+    estimator = Central(eps=1e-2, eps_schedule=schedule, eps_end=0.2)
+    trainer = make(models.tiny_llama(), estimator=estimator, max_steps=4, lr_scheduler_type="linear")
+    asked: list[float] = []
+    trainer.create_optimizer()
+    real = trainer.stepper.session.losses
+
+    def losses(batch: Any, points: Any) -> Any:
+        asked.append(max(point.scale for point in points))
+        return real(batch, points)
+
+    trainer.stepper.session.losses = trainer.stepper.session.losses_before_update = losses  # type: ignore[method-assign]
+    trainer.train()
+    assert lines(trainer, "eps") == pytest.approx([1e-2 * share for share in shares])
+    assert asked == lines(trainer, "eps")
+    if schedule == "tied":
+        rates = lines(trainer, "learning_rate")
+        assert [eps / rate for eps, rate in zip(asked, rates, strict=True)] == pytest.approx([10.0] * 4)
+
+
+def test_the_logged_rate_is_scaled_with_the_directions_where_that_is_asked_for(make: Callable[..., ZOTrainer]):
+    for scaled, rate in ((False, 1e-3), (True, 3e-3)):
+        optimizer = SGD(learning_rate=1e-3, scale_with_directions=scaled)
+        estimator = Central(num_directions=3, eps_schedule="tied")
+        trainer = make(models.tiny_llama(), estimator=estimator, optimizer=optimizer)
+        trainer.train()
+        assert lines(trainer, "learning_rate") == pytest.approx([rate] * 3)
+        assert lines(trainer, "eps") == pytest.approx([1e-3] * 3)
+
+
 def test_the_mean_loss_between_log_lines(make: Callable[..., ZOTrainer]):
     each = make(models.tiny_llama(), max_steps=6)
     each.train()
@@ -607,7 +647,21 @@ RESUMED = {
     "torch_sequential": {"estimator": Central(noise="torch_sequential")},
     "in_place": {"engine": "in_place"},
     "accumulated": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1},
+    "activation": {"subspace": Activation(rank=2), "estimator": OneSided(num_directions=2), "optimizer": Adam()},
+    "activation_oja": {"subspace": Activation(rank=4, basis="oja", basis_columns=8, shared_columns=2)},
+    "sparse": {"subspace": Sparse(choose="magnitude", interval=3)},
+    "svrg": {"estimator": SVRG(interval=3, anchor_batches=2)},
+    "one_point": {"estimator": "one_point"},
+    "kalman": {"estimator": OneSided(num_directions=2), "weighting": "kalman"},
+    "hessian": {"estimator": "three_point", "optimizer": "hessian"},
+    "replay_adam": {"optimizer": ReplayAdam(history=3)},
+    "muon": {
+        "subspace": Left(rank=2, interval=3),
+        "estimator": OneSided(num_directions=2),
+        "optimizer": Muon(method="power", top_k=2, beta=0.5),
+    },
 }
+"""Name -> what differs from the plain run: checkpoints lie between refreshes, anchors and the ends of records."""
 
 
 @pytest.mark.parametrize("case", RESUMED)

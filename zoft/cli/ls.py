@@ -44,7 +44,7 @@ def command(arguments: list[str]) -> int:
 
 def listing(group: str) -> str:
     """A group and its choices, each with the first line of what it says about itself."""
-    entries = {name: inspect.cleandoc(cls.__doc__ or "").split("\n")[0] for name, cls in _components(group).items()}
+    entries = {name: first_line(cls) for name, cls in _components(group).items()}
     entries.update({name: first_comment(file) for name, file in preset_files(group).items()})
     width = max(map(len, entries), default=0)
     indent = " " * (width + 4)
@@ -52,6 +52,11 @@ def listing(group: str) -> str:
     for name, what in sorted(entries.items()):
         lines += textwrap.wrap(what, 120, initial_indent=f"  {name:{width}}  ", subsequent_indent=indent)
     return "\n".join([f"{group}: {ABOUT[group]}", *lines])
+
+
+def first_line(cls: type) -> str:
+    """What a component says first of itself, without the marks of reStructuredText."""
+    return inspect.cleandoc(cls.__doc__ or "").split("\n")[0].replace("``", "")
 
 
 def _components(group: str) -> dict[str, type]:

@@ -45,7 +45,8 @@ def _find(text: str) -> tuple[str, str]:
         return group, name
     homes = [group for group in ORDER if text in choices(group)]
     if len(homes) > 1:
-        raise UserError(f"{text!r} is a choice of several groups: {', '.join(f'{home}/{text}' for home in homes)}")
+        ways = " or ".join(f"zoft show {home}/{text}" for home in homes)
+        raise UserError(f"{text!r} is a choice of several groups: {ways}")
     if not homes:
         everything = {*ORDER, *(name for group in ORDER for name in choices(group))}
         raise UserError(f"there is nothing called {text!r}.{did_you_mean(text, everything)} zoft ls lists everything")

@@ -73,13 +73,18 @@ def _flag(text: str) -> str:
 def _quiet() -> None:
     """Hydra's warnings are not the user's business; zoft's notes are one line each, from one process."""
     warnings.filterwarnings("ignore", module=r"hydra(\.|$)|hydra_plugins(\.|$)")
-    log = logging.getLogger("zoft.config")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("zoft: note: %(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
+    log = logging.getLogger("zoft")
+    if not any(isinstance(handler, Notes) for handler in log.handlers):
+        log.addHandler(Notes())
     log.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+class Notes(logging.Handler):
+    """What zoft's modules warn of, on standard error as it is then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        print(f"zoft: note: {record.getMessage()}", file=sys.stderr)
 
 
 def run_cell(cfg: ZoftConfig) -> dict[str, Any]:

@@ -142,7 +142,9 @@ def _choice(override: Override, experiments: Experiments) -> list[str]:
         return [f"config={experiments.register(value)}"]
     known = choices(group)
     if value not in known:
-        raise UserError(f"there is no {group} called {value!r}.{did_you_mean(value, known)}")
+        homes = [f"{other}={value}" for other in ORDER if value in choices(other)]  # `optimizer=lozo`: a method's name
+        hint = f" Did you mean {' or '.join(homes)}?" if homes else did_you_mean(value, known)
+        raise UserError(f"there is no {group} called {value!r}.{hint}")
     # An argument's method comes after the experiment: it takes the second slot, and empties the first.
     return ["~method", f"{METHOD_SLOT}={value}"] if group == "method" else [f"{group}={value}"]
 

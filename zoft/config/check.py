@@ -131,7 +131,8 @@ def _no_such_field(group: str, key: str, cls: type[Component], where: str) -> st
     others = [name for name, other in components(group).items() if key in _hints(other)]
     message = f"{where}: {group}={cls.name()} has no {key!r}."
     if others:
-        return f"{message} It belongs to {group}={' and '.join(others)}."
+        listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
+        return f"{message} It belongs to {group}={listed}."
     return message + (did_you_mean(key, _hints(cls)) or " It has no settings.")
 
 

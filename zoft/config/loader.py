@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
+from functools import lru_cache
 from typing import Any, cast
 
 from hydra import version
@@ -64,13 +66,23 @@ def to_config(cfg: DictConfig) -> ZoftConfig:
         if missing:
             raise UserError(f"{missing[0]} must be given: add {missing[0]}=...")
         try:
-            return cast(ZoftConfig, OmegaConf.to_object(cfg))
+            made = cast(ZoftConfig, OmegaConf.to_object(cfg))
         except UserError as error:  # a component speaks of itself, the user knows it by its group
             message = str(error)
             for group in GROUPS:
-                name = cast(type[Component], OmegaConf.get_type(cfg, group)).name()
-                message = re.sub(rf"^{name}\.(?=\w)", f"{group}.", message)
+                cls = cast(type[Component], OmegaConf.get_type(cfg, group))
+                fields = "|".join(field.name for field in dataclasses.fields(cls))
+                if fields:
+                    message = re.sub(rf"(?<![\w./=]){cls.name()}\.(?=(?:{fields})\b)", f"{group}.", message)
             raise UserError(message) from error
+    for doubt in made.doubts():
+        _note_once(doubt)
+    return made
+
+
+@lru_cache
+def _note_once(text: str) -> None:
+    log.warning(text)
 
 
 class Loader(ConfigLoaderImpl):

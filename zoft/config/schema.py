@@ -8,7 +8,7 @@ from typing import Any
 from zoft.engines.base import Engine
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
-from zoft.method import Method
+from zoft.method import NOTHING_TO_CLIP, Method
 from zoft.models.load import DTYPES
 from zoft.models.peft.base import Peft
 from zoft.models.trainable.base import Trainable
@@ -21,6 +21,8 @@ from zoft.weightings.base import Weighting
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
 TRACKER_MODES = ("online", "offline")
+FEW_FOR_ADAM = 10
+"""Directions below which Adam does not learn in the full space (SubZero+, table of K)."""
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
@@ -154,11 +156,33 @@ class ZoftConfig:
             raise UserError(f"seed must be 0 or more and below 2**32 (numpy takes no more), got {self.seed}")
         self.composition.steps_within(self.budget.queries)
         self._check_engine()
+        if self.trainer.get("max_grad_norm") and self.estimator.backpropagates:
+            raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
 
     @property
     def composition(self) -> Method:
         """The parts of the method together; refuses those that make no sense with each other."""
         return Method(self.subspace, self.estimator, self.weighting, self.optimizer)
+
+    def doubts(self) -> list[str]:
+        """What can be run and is hardly meant, a sentence each."""
+        trainable, optimizer, q = self.trainable.name(), self.optimizer.name(), self.estimator.num_directions
+        many = trainable in ("all", "last_blocks") or (trainable == "auto" and self.peft.name() == "none")
+        full, adam = self.subspace.name() == "full", optimizer in ("adam", "adamw")
+        found = []
+        if adam and many and full and q < FEW_FOR_ADAM and not self.estimator.backpropagates:
+            found.append(
+                f"optimizer={optimizer} with num_directions={q} in subspace=full: of so few directions its second "
+                "moment measures their noise, not the gradient, and its state is two float32 numbers a weight; raise "
+                f"estimator.num_directions to {FEW_FOR_ADAM} or more, train few weights (trainable=norms_and_biases), "
+                "take few coordinates (subspace=two_sided), or use optimizer=sgd"
+            )
+        if optimizer == "muon" and trainable == "norms_and_biases":
+            found.append(
+                "optimizer=muon orthogonalises matrices, and trainable=norms_and_biases trains none: all weights move "
+                "at learning_rate * vector_scale; train matrices (trainable=all), or use optimizer=sgd"
+            )
+        return found
 
     def _check_engine(self) -> None:
         """Losses and exact derivatives are computed by different engines."""
@@ -174,6 +198,6 @@ class ZoftConfig:
             )
         if engine == "forward_mode" and not exact:
             raise UserError(
-                f"engine=forward_mode computes exact derivatives, and estimator={self.estimator.name()} needs losses: "
-                "choose engine=auto, or estimator=forward_gradient"
+                f"engine=forward_mode computes exact derivatives, and estimator={self.estimator.name()} "
+                f"needs {'losses' if points else 'a backward pass'}: choose engine=auto, or estimator=forward_gradient"
             )

@@ -128,11 +128,16 @@ def expand(loader: Loader, overrides: list[str]) -> dict[tuple[str, ...], str]:
 def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
     """The sweep's folder; composing every cell on the way, so that a mistake in the last one is found now."""
     folders, configs = set(), set()
+    same = set.intersection(*map(set, cells))
     for cell in cells:
-        cfg = loader.load(list(cell))
+        try:
+            cfg = loader.load(list(cell))
+            resolved = to_config(cfg)
+        except UserError as error:
+            own = [argument for argument in cell if argument not in same]
+            raise UserError(f"{error} (in the cell {' '.join(own)})" if own else str(error)) from error
         written = OmegaConf.to_container(cfg, resolve=False)
         assert isinstance(written, dict)
-        resolved = to_config(cfg)
         configs.add(resolved.config)
         folders.add(None if written["output_dir"] == DEFAULT_DIR and len(cells) > 1 else resolved.output_dir)
     if len(folders) > 1:
@@ -140,5 +145,5 @@ def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
     folder = folders.pop()
     if folder:
         return folder
-    same = suffix(sorted(set.intersection(*map(set, cells))))  # what all cells have in common tells sweeps apart
-    return (f"runs/{configs.pop()}-sweep" if len(configs) == 1 else "runs/sweep") + same
+    shared = suffix(sorted(same))  # what all cells have in common tells sweeps apart
+    return (f"runs/{configs.pop()}-sweep" if len(configs) == 1 else "runs/sweep") + shared

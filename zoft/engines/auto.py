@@ -22,8 +22,10 @@ _FEW = 0.05  # of the model's numbers: adapters, norms and biases
 
 @dataclass
 class Auto(Engine):
-    """Chooses forward_mode for exact derivatives, in_place for noise=torch_sequential, side_path for low-rank
-    directions and where 5 % of the model or less is trained (adapters), and layerwise otherwise.
+    """Chooses the engine that fits the estimator, the directions and the share of the model that is trained.
+
+    forward_mode for exact derivatives, in_place for noise=torch_sequential, side_path for low-rank directions and where
+    5 % of the model or less moves (adapters, norms), and layerwise otherwise.
     """
 
     def choose(self, estimator: Estimator, coordinates: Coordinates, model: nn.Module) -> Engine:
@@ -34,7 +36,8 @@ class Auto(Engine):
         if estimator.noise == "torch_sequential":
             return InPlace()
         names = coordinates.weights.tensors
-        few = coordinates.weights.num_elements <= _FEW * sum(parameter.numel() for parameter in model.parameters())
+        moving = sum(tensor.numel() for name, tensor in names.items() if coordinates.ever_moves(name))
+        few = moving <= _FEW * sum(parameter.numel() for parameter in model.parameters())
         if few or any(coordinates.factors(direction, name) is not None for name in names):
             return SidePath()
         return Layerwise()

@@ -72,17 +72,21 @@ class Session:
         """
         raise NotImplementedError
 
-    def losses_per_example(self, examples: Sequence[Any], points: Sequence[Point]) -> Tensor:
+    def losses_per_example(
+        self, examples: Sequence[Any], points: Sequence[Point], numbers: Sequence[int] | None = None
+    ) -> Tensor:
         """The objective of each example alone, at points along directions of its own.
 
         Args:
             examples: batches of one example each, [B].
-            points: where to evaluate; for example i along the directions with ``example=i``.
+            points: where to evaluate; for each example along the directions with its number as ``example``.
+            numbers: the examples' numbers; 0 to B - 1 if left out.
 
         Returns:
             float32 [P, B] on the CPU.
         """
-        of_each = [self.losses(one, [of_example(p, i) for p in points]) for i, one in enumerate(examples)]
+        numbered = zip(examples, range(len(examples)) if numbers is None else numbers, strict=True)
+        of_each = [self.losses(one, [of_example(p, number) for p in points]) for one, number in numbered]
         return torch.stack(of_each, dim=1)
 
     def keep_anchor(self) -> None:

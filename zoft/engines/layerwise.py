@@ -100,9 +100,12 @@ class LayerwiseSession(Session):
         """The objective at each point (see the base class)."""
         return torch.stack(self._asked([(batch, point) for point in points]))
 
-    def losses_per_example(self, examples: Sequence[Any], points: Sequence[Point]) -> Tensor:
+    def losses_per_example(
+        self, examples: Sequence[Any], points: Sequence[Point], numbers: Sequence[int] | None = None
+    ) -> Tensor:
         """The objective of each example along its own directions; examples go through the model side by side too."""
-        pairs = [(one, of_example(point, i)) for i, one in enumerate(examples) for point in points]
+        numbered = zip(examples, range(len(examples)) if numbers is None else numbers, strict=True)
+        pairs = [(one, of_example(point, number)) for one, number in numbered for point in points]
         return torch.stack(self._asked(pairs)).view(len(examples), len(points)).T
 
     def _asked(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:

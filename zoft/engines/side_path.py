@@ -149,7 +149,8 @@ class _SidePathSession(LayerwiseSession):
         try:
             if not self._compiled:
                 for module in self.model.modules():
-                    if _is_linear(module) and module not in self.weights.owners:
+                    held = [name for _, name in self.weights.owners.get(module, [])]
+                    if _is_linear(module) and not any(map(self.coordinates.ever_moves, held)):
                         changed.append((module, module.__dict__.get("forward")))
                         module.forward = self._shared(module, module.forward)
             with super()._hooks():

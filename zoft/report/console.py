@@ -32,8 +32,8 @@ class ProgressCallback(TrainerCallback):
     steps and the evaluations between them.
 
     Args:
-        queries_per_step: forward passes one optimizer step takes, all its micro-batches together. Between two log
-            rows the count goes by this; every log row's own `num_queries` corrects it.
+        queries_per_step: forward passes one optimizer step takes, all its micro-batches together; the mean where steps
+            differ. Between two log rows the count goes by this; every log row's own `num_queries` corrects it.
         peak_mb: gives the run's peak memory so far in MiB; the log rows' `peak_memory_mb` when None.
         split: what the evaluated rows are called.
         stream: where to draw; standard error when None.
@@ -45,7 +45,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(
         self,
-        queries_per_step: int,
+        queries_per_step: float,
         *,
         peak_mb: Callable[[], float] | None = None,
         split: str = "dev",
@@ -99,9 +99,9 @@ class ProgressCallback(TrainerCallback):
             return
         self.close()
         # What will really be spent: whole steps, and no more than either of the two limits allows.
-        planned = state.max_steps * self.queries_per_step
+        planned = round(state.max_steps * self.queries_per_step)
         self._total = min(planned, getattr(args, "budget_queries", None) or planned)
-        self._first = self._done = state.global_step * self.queries_per_step
+        self._first = self._done = round(state.global_step * self.queries_per_step)
         self._logged = (state.global_step, self._done)
         self._began, self._training, self._batches = time.monotonic(), True, 0
         self._next_line = self._done + _LINE_SHARE * self._total
@@ -121,7 +121,7 @@ class ProgressCallback(TrainerCallback):
         """Count the step's queries."""
         if self._training:
             step, queries = self._logged
-            self._done = queries + (state.global_step - step) * self.queries_per_step
+            self._done = queries + round((state.global_step - step) * self.queries_per_step)
             self._draw()
 
     def on_log(

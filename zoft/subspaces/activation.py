@@ -97,7 +97,7 @@ class Activation(Factored):
         if not forms:
             most = max(weights.tensors[name].shape[0 if turned else 1] for name, turned in layers.items())
             raise UserError(
-                f"activation.rank={self.rank} leaves no linear layer with more inputs than that (the most is {most}): "
+                f"subspace.rank={self.rank} leaves no linear layer with more inputs than that (the most is {most}): "
                 "lower the rank, or use subspace=full"
             )
         return ActivationCoordinates(weights, self.source(weights, noise), forms, self)
@@ -143,6 +143,11 @@ class ActivationCoordinates(FactoredCoordinates):
 
     # ---- what the layers see -----------------------------------------------------------------------------------------
 
+    def begin(self, direction: Direction) -> None:
+        """What the last step's inputs come to is of no more use."""
+        super().begin(direction)
+        self._sketches = {n: kept for n, kept in self._sketches.items() if self._seen[n][0] == direction.step}
+
     def inputs_wanted(self, direction: Direction) -> frozenset[str]:
         """All linear layers that move in the subspace; with basis=first none once some have been seen."""
         if self.subspace.basis == "first" and self._seen:
@@ -158,6 +163,7 @@ class ActivationCoordinates(FactoredCoordinates):
             return
         if name not in self._seen or self._seen[name][0] != direction.step:
             self._sketches.pop(name, None)
+            self._bases.pop(name, None)  # a random one
             if name in self._seen:
                 self._before[name] = self._seen[name]
         with torch.autocast(inputs.device.type, enabled=False):
@@ -197,8 +203,8 @@ class ActivationCoordinates(FactoredCoordinates):
         return haar(key, _inputs(self.forms[name]), columns, self.weights.tensors[name].device)
 
     def basis_elements(self) -> int:
-        """Of A, of the one before it where there is another in every step, and of Oja's K."""
-        every = super().basis_elements() * (1 if self.subspace.basis == "first" else 2)
+        """Of A, of the one before it where there is another in every step, of a step's sketches, and of Oja's K."""
+        every = super().basis_elements() * {"first": 1, "oja": 2, "batch": 3}[self.subspace.basis]
         if self.subspace.basis != "oja":
             return every
         return every + sum(_inputs(f) * min(self.subspace.basis_columns, _inputs(f)) for f in self.forms.values())
@@ -257,7 +263,7 @@ class ActivationCoordinates(FactoredCoordinates):
             if basis.shape != (_inputs(self.forms[name]), self.subspace.rank):
                 raise UserError(
                     f"the checkpoint has a basis of {basis.shape[1]} columns for {name}, this run has "
-                    f"activation.rank={self.subspace.rank}: resume with the same one, or start a new run"
+                    f"subspace.rank={self.subspace.rank}: resume with the same one, or start a new run"
                 )
         self._seen = {n: (step, basis.to(devices[n], torch.float32).clone()) for n, (step, basis) in seen.items()}
         followed = {name: k for name, k in state.get("followed", {}).items() if name in self.forms}

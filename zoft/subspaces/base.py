@@ -24,6 +24,12 @@ _CHUNK_GPU = 1 << 25  # the same where launching a kernel costs more than its wo
 _KEEP_MODELS = 1 << 22  # trained elements up to which z is kept: adapters and norms draw each direction once a step
 _KEEP = 1 << 24  # elements kept at most, over all of a step's directions: 64 MiB
 
+NOT_LAWS = {
+    "cone": "a cone around the momentum is optimizer=cone",
+    **dict.fromkeys(("orthogonal", "antithetic"), "how a step's directions hang together is estimator.across"),
+}
+"""What papers call a law of directions, and belongs to another part here."""
+
 
 @dataclass
 class Subspace(Component):
@@ -39,6 +45,9 @@ class Subspace(Component):
     has_matrices: ClassVar[bool] = True
     """Whether the coordinates of a matrix are a matrix too."""
 
+    keeps_choices: ClassVar[bool] = False
+    """Whether what the seed chose is kept for several steps, or for the run (true where there is an ``interval``)."""
+
     laws: ClassVar[tuple[str, ...]] = LAWS
     """The laws that it draws by."""
 
@@ -46,7 +55,7 @@ class Subspace(Component):
 
     def check(self) -> None:
         """Refuse an unknown law."""
-        self.require(self.law in self.laws, "law", f"one of {', '.join(self.laws)}")
+        self.require(self.law in self.laws, "law", f"one of {', '.join(self.laws)}", NOT_LAWS.get(self.law, ""))
 
     def check_with(self, method: Any) -> None:
         """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this subspace."""

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Coordinate(Subspace):
-    """Along a direction z = +-sqrt(d) e_i a single weight moves, of all d that are trained: coordinate-wise finite
-    differences. The weights have their turns in random order, each once in a sweep of d directions.
+    """One weight moves along a direction z = +-sqrt(d) e_i, of all d that are trained: coordinate-wise differences.
+
+    The weights have their turns in random order, each once in a sweep of d directions.
 
     ||z||^2 = d as in the full space. The mean of <g, z_i> z_i = d g_i e_i over the d directions of a sweep is the
     gradient, exactly: q = d directions a step make a coordinate-wise gradient descent. With fewer, a step moves q
@@ -39,6 +40,7 @@ class Coordinate(Subspace):
     estimator=one_sided; its pruning is a matter of what is trained. Lian et al. 2016, for coordinates dealt at random.
     """
 
+    keeps_choices: ClassVar[bool] = True
     laws: ClassVar[tuple[str, ...]] = ("rademacher",)
 
     law: str = "rademacher"

@@ -33,6 +33,7 @@ class Cp(Factored):
     """
 
     has_matrices: ClassVar[bool] = False
+    keeps_choices: ClassVar[bool] = True
 
     rank: int = 64
 

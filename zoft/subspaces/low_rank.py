@@ -25,8 +25,9 @@ _PIECE = 1 << 18  # elements of a product made at a time on a CPU: it and the ne
 
 @dataclass
 class LowRank(Subspace):
-    """Matrices move along z = U V^T / sqrt(r), with U [m, r] drawn for each direction and V [n, r] ~ N(0, 1) for
-    ``interval`` steps; all directions of a step share V. Optimizers work on U's coordinates.
+    """Matrices move along z = U V^T / sqrt(r), with U drawn for each direction and V kept for ``interval`` steps.
+
+    U is [m, r], and V [n, r] ~ N(0, 1); all directions of a step share V. Optimizers work on U's coordinates.
 
     Vectors, and matrices with no more than ``rank`` rows or columns, move in full; a tensor of more than two dimensions
     is taken as the matrix [shape[0], the rest].

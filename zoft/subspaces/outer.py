@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from zoft.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,6 +51,12 @@ class Outer(Subspace):
 
     def bind(self, weights: Weights, noise: str = "counter") -> OuterCoordinates:
         """Coordinates are the tensors' own elements."""
+        if not any(t.dim() >= 2 and min(_sides(t)) > self.rank for t in weights.tensors.values()):
+            log.warning(
+                "subspace=outer: no trained tensor has more than rank=%d rows and columns, so all of them move in "
+                "full, as with subspace=full",
+                self.rank,
+            )
         return OuterCoordinates(weights, self.source(weights, noise))
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
@@ -55,13 +64,16 @@ class Outer(Subspace):
         refuse_sequential(self.name(), noise)
         super().source(weights, noise)  # refuses an unknown one
         sizes = {
-            name: (tensor.shape[0], tensor.numel() // tensor.shape[0])
-            for name, tensor in weights.tensors.items()
-            if tensor.dim() >= 2 and tensor.numel()
+            name: _sides(tensor) for name, tensor in weights.tensors.items() if tensor.dim() >= 2 and tensor.numel()
         }
         return OuterNoise(
             self.law, weights.sizes(), {name: size for name, size in sizes.items() if min(size) > self.rank}, self.rank
         )
+
+
+def _sides(tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns of a tensor as a matrix."""
+    return tensor.shape[0], tensor.numel() // max(1, tensor.shape[0])
 
 
 class OuterCoordinates(Coordinates):

@@ -65,8 +65,8 @@ class Sparse(Subspace):
         self.require(self.interval >= 1, "interval", "at least 1")
         if (self.choose == "mask") != (self.mask is not None):
             raise UserError(
-                f"sparse.choose={self.choose} and sparse.mask={self.mask} do not go together: a file is read with "
-                "choose=mask, and choose=mask reads one"
+                f"sparse.choose={self.choose} and sparse.mask={self.mask} do not go together: "
+                + ("give a file, mask=FILE" if self.mask is None else "a file is read with choose=mask only")
             )
 
     def check_with(self, method: Any) -> None:
