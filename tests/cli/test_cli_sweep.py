@@ -120,7 +120,9 @@ def test_sweeps_that_cannot_be(arguments: list[str], expected: str):
 
 
 def test_expansion_and_names():
-    cells = expand(Loader(), ["seed=range(1,3)", "config=smoke", "estimator=glob(*_*)", "model.name=a/b,c"])
+    cells = expand(
+        Loader(), ["seed=range(1,3)", "config=smoke", "estimator=glob([forward_*,one_s*])", "model.name=a/b,c"]
+    )
     assert list(cells.values())[:2] == [
         "estimator=forward_gradient,model.name=a-b,seed=1",
         "estimator=forward_gradient,model.name=c,seed=1",

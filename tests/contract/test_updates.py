@@ -51,7 +51,7 @@ class Run:
         q=2,
         eps=1e-2,
     ):
-        self.model = tiny_opt().to(DTYPES[dtype])
+        self.model = tiny_opt(num_hidden_layers=2).to(DTYPES[dtype])
         self.batch = batch_for(self.model)
         self.method = method(subspace, estimator, weighting, optimizer, law, interval, q, eps, noise)
         self.estimator = self.method.estimator
