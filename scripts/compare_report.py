@@ -53,8 +53,10 @@ class Row:
 
     def curve(self) -> list[tuple[float, float, float]]:
         """(queries, loss, accuracy), means over the seeds."""
-        points = zip(*(cell["curve"] for cell in self.cells), strict=False)
-        return [(mean(p[0] for p in at), mean(p[1] for p in at), mean(p[2] for p in at)) for at in points]
+        of_seeds = [{queries: rest for queries, *rest in cell["curve"]} for cell in self.cells]
+        common = sorted(set.intersection(*(set(points) for points in of_seeds)))
+        at = {queries: [points[queries] for points in of_seeds] for queries in common}
+        return [(q, mean(loss for loss, _ in there), mean(acc for _, acc in there)) for q, there in at.items()]
 
 
 def final_loss(cell: Cell) -> float:
@@ -78,8 +80,8 @@ def table(rows: list[Row], trained: int) -> str:
     start = mezo.curve()[0][1]
     lines = [
         "| method | learning rate | queries a step | steps | dev loss: mean (lowest, highest) | accuracy % | "
-        "queries to MeZO's loss | state / weight |",
-        "|:--|--:|--:|--:|--:|--:|--:|--:|",
+        "queries to MeZO's loss | kept / weight | seeds |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         reached = row.queries_to(target)
@@ -90,7 +92,7 @@ def table(rows: list[Row], trained: int) -> str:
         lines.append(
             f"| {row.method}{helped} | {rate} | {row.queries_a_step} | {row.steps} | "
             f"{mean(row.losses):.3f} ({low:.3f}, {high:.3f}) | {100 * mean(row.accuracies):.1f} | {told} | "
-            f"{row.state / trained:.2g} |"
+            f"{row.state / trained:.2g} | {len(row.cells)} |"
         )
     lines += [
         "",

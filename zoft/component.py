@@ -70,8 +70,8 @@ def components(group: str) -> dict[str, type[Component]]:
         name -> class, sorted by name; modules that begin with ``_`` and ``base`` are not components.
 
     Example:
-        >>> sorted(components("estimator"))[:2]
-        ['central', 'forward_gradient']
+        >>> {"central", "one_sided"} <= set(components("estimator"))
+        True
     """
     package = importlib.import_module(GROUPS[group])
     found: dict[str, type[Component]] = {}

@@ -76,6 +76,7 @@ class BlockCoordinates(PartialCoordinates):
         UserError: no trained tensor belongs to a numbered layer.
 
     Example:
+        >>> import torch
         >>> weights = Weights(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
         >>> coordinates = Blocks().bind(weights)
         >>> [name for name in weights.tensors if coordinates.moves(Direction(0, 1), name)]
