@@ -16,8 +16,7 @@ from zoft.weights import Weights
 class Vectors(Subspace):
     """Trained tensors of one dimension (normalisation weights, biases) move in full; matrices stand still.
 
-    They are a few thousandths of a model's numbers, and the gradient's energy per number is hundreds of times larger in
-    them than in matrices (docs/comparison.md), so an estimate from few queries says far more of them. What
+    They are a few thousandths of a model's numbers, so that an estimate from few queries says more of each. What
     ``trainable=norms_and_biases`` does for every method this does for one, in whatever is trained.
 
     Tensors of one dimension that are adapters' or prompts' own move too; a model without any is refused.
