@@ -32,7 +32,7 @@ class Progress:
         steps: optimisation steps taken, skipped ones included; the directions' step number.
         updates: steps that moved the weights.
         num_queries: forward passes of the objective, clean ones included.
-        num_tokens: tokens that went through the model in those passes, over all processes.
+        num_tokens: tokens of the steps' batches times the steps' queries, over all processes.
         num_skipped: steps skipped because a loss was not finite.
         skipped_in_a_row: how many of the last steps were skipped.
         seconds: wall time of training steps.

@@ -339,7 +339,8 @@ class ZOMixin(LossAveraging):
     def _batches(self, count: int) -> Iterator[list[Inputs]]:
         """So many batches of the training rows, in an order of their own."""
         size, rows = self.args.per_device_train_batch_size, self.train_dataset
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.progress.steps)).tolist()
+        drawn = torch.Generator().manual_seed(step_seed(self.args.seed, self.progress.steps))
+        chosen = torch.randperm(len(rows), generator=drawn).tolist()
         even = len(chosen) // self.args.world_size * self.args.world_size  # all processes have as many batches
         share = chosen[self.args.process_index : even : self.args.world_size][: count * size]
         for start in range(0, len(share), size):

@@ -238,9 +238,6 @@ class FiniteDifference(Estimator):
     """An estimator with a radius eps, and its schedule.
 
     Args:
-        num_directions: directions per step, q >= 1.
-        noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
-        across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
         eps: finite-difference radius, in units of the weights.
         eps_schedule: constant, linear or cosine (from eps to eps * eps_end over the run), or tied (eps follows the
             learning rate's schedule).

@@ -39,15 +39,6 @@ def projected_grad(loss_plus: Tensor, loss_minus: Tensor, eps: float) -> Tensor:
 class Central(FiniteDifference):
     """Central differences, averaged over directions: 2 q queries a step, bias O(eps^2).
 
-    Args:
-        num_directions: directions per step, q >= 1.
-        noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
-        across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
-        eps: finite-difference radius, in units of the weights.
-        eps_schedule: constant, linear or cosine (from eps to eps * eps_end over the run), or tied (eps follows the
-            learning rate's schedule).
-        eps_end: what is left of eps at the end, as a share of it; for linear and cosine.
-
     References: Malladi et al. 2023 (MeZO), Definition 1 and Algorithm 2 (n-SPSA).
     """
 

@@ -20,11 +20,6 @@ class ForwardGradient(Estimator):
     so it is counted as two queries; the clean loss comes with it for nothing. Needs an engine with exact derivatives
     (``engine=forward_mode``, chosen by ``engine=auto``).
 
-    Args:
-        num_directions: directions per step, q >= 1.
-        noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
-        across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
-
     References: Baydin et al. 2022 (Gradients without Backpropagation), Definition 1.
     """
 

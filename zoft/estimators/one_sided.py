@@ -18,15 +18,6 @@ class OneSided(FiniteDifference):
 
     g_q = (L(theta + eps z_q) - L(theta)) / eps.
 
-    Args:
-        num_directions: directions per step, q >= 1.
-        noise: where directions come from: counter (same bits everywhere), or torch_sequential (MeZO's own stream).
-        across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
-        eps: finite-difference radius, in units of the weights.
-        eps_schedule: constant, linear or cosine (from eps to eps * eps_end over the run), or tied (eps follows the
-            learning rate's schedule).
-        eps_end: what is left of eps at the end, as a share of it; for linear and cosine.
-
     References: Nesterov & Spokoiny 2017, equation (22) (random gradient-free oracle).
     """
 

@@ -24,8 +24,6 @@ class Adam(Optimizer):
     anew it would be too small for some 1 / (1 - adam_beta2) steps, and these steps too large.
 
     Args:
-        learning_rate: step size; None takes the training arguments' ``learning_rate``.
-        weight_decay: decoupled decay per unit of learning rate; None takes the training arguments' ``weight_decay``.
         adam_beta1: weight of the past in the first moment, in [0, 1).
         adam_beta2: weight of the past in the second moment, in [0, 1).
         adam_epsilon: added to the root of the second moment, > 0.

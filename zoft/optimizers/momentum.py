@@ -18,8 +18,6 @@ class Momentum(Optimizer):
     The estimate is averaged rather than summed, so that a learning rate tuned for ``sgd`` carries over.
 
     Args:
-        learning_rate: step size; None takes the training arguments' ``learning_rate``.
-        weight_decay: decoupled decay per unit of learning rate; None takes the training arguments' ``weight_decay``.
         beta: weight of the past, in [0, 1).
 
     References: Polyak 1964; Zhang et al. 2024 (ZO-Bench), ZO-SGD-MMT.

@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 class SGD(Optimizer):
     """theta <- theta - learning_rate * (g + weight_decay * theta); no state.
 
-    Args:
-        learning_rate: step size; None takes the training arguments' ``learning_rate``.
-        weight_decay: decoupled decay per unit of learning rate; None takes the training arguments' ``weight_decay``.
-
     References: Malladi et al. 2023 (MeZO), Algorithm 1.
     """
 

@@ -12,9 +12,6 @@ from zoft.weights import Weights
 class Full(Subspace):
     """Every trainable weight moves; a direction is one random number a weight.
 
-    Args:
-        law: distribution of one direction: gaussian, rademacher (+-1), or sphere (uniform, ||z||^2 = weights).
-
     References: Malladi et al. 2023 (MeZO) for Gaussian directions; Spall 1992 (SPSA) for Rademacher ones.
     """
 
