@@ -1,9 +1,10 @@
 """Which method gets furthest with so many queries? Every preset at one budget, on the demo's model and task.
 
-A cell is (method, learning rate, seed). Every method first runs with each learning rate of its own grid; the best (by
-the loss on the dev rows) then runs with the other seeds. All cells train the last block of the model on the same rows,
-in batches of the same size, and pay for every forward: clean losses, looks at activations, trials, and two for a
-backward pass. A cell's result is a file; what is there is not run again, so the script can be stopped and gone on with.
+A cell is (method, learning rate, seed). A method's learning rate is searched for upward and downward in steps of about
+three until its neighbours on both sides are worse (by the loss on the dev rows); the best then runs with other seeds.
+All cells train the last block of the model on the same rows, in batches of the same size, and pay for every forward:
+clean losses, looks at activations, trials, and two for a backward pass. A cell's result is a file; what is there is not
+run again, so the script can be stopped and gone on with.
 
     python scripts/compare_estimators.py run --jobs 2
     python scripts/compare_estimators.py draw
@@ -44,18 +45,16 @@ TASK = [
 ]
 EVALUATIONS = 4  # along a run
 
-PLAIN = (1e-4, 3e-4, 1e-3)  # a mean of slopes times directions, in the full space's units
-SAME_LENGTH = (3e-4, 1e-3, 3e-3)  # steps whose length does not depend on the slopes'
-GRIDS: dict[str, tuple[float, ...]] = {
-    **dict.fromkeys(["zo_sgd_sign", "meazo", "fzoo", "grzo", "es", "eggroll"], SAME_LENGTH),
-    **dict.fromkeys(["adamezo", "mezo_adam", "zo_adamu", "adamw"], (1e-4, 1e-3, 3e-3)),
-    **dict.fromkeys(["subzero_plus", "zo_act", "addax"], (1e-4, 1e-3, 1e-2)),
-    **dict.fromkeys(["zo_muon", "zo_mopi"], (1e-3, 1e-2, 1e-1)),
-    **dict.fromkeys(["agzo", "aim_zo"], (1e-5, 3e-5, 1e-4)),
-    **dict.fromkeys(["one_point", "deepzero"], (1e-6, 1e-5, 1e-4)),
-    "zoft": (1e-2, 2e-2, 4e-2),
+STEPS_OF_RATE = (1.0, 3.0)  # learning rates are these times powers of ten
+FIRST: dict[str, float] = {
+    **dict.fromkeys(["adamw", "mezo_svrg", "lozo_m"], 1e-3),
+    **dict.fromkeys(["zo_sgd_sign", "meazo", "fzoo", "grzo", "es", "eggroll", "spsa_1_5", "zo_act"], 1e-2),
+    **dict.fromkeys(["adamezo", "mezo_adam", "zo_adamu", "bszo"], 1e-2),
+    **dict.fromkeys(["zo_muon", "zo_mopi", "zoft"], 1e-1),
+    **dict.fromkeys(["agzo", "aim_zo", "addax", "senszoq"], 3e-4),
+    **dict.fromkeys(["one_point", "deepzero"], 1e-5),
 }
-"""Learning rates to try: each method's own scale."""
+"""Where the search for a method's learning rate begins; 3e-3 where nothing is said."""
 
 SMALL: dict[str, list[str]] = {
     "subzero_plus": ["estimator.num_directions=15", "subspace.rank=32"],
@@ -210,21 +209,48 @@ def quiet() -> None:
     PrinterCallback.on_log = lambda *args, **kwargs: None  # type: ignore[method-assign]
 
 
+def neighbour(rate: float, up: int) -> float:
+    """The next learning rate, or the one before it."""
+    places = len(STEPS_OF_RATE)
+    at = round(math.log10(rate) * places) + up
+    return float(f"{STEPS_OF_RATE[at % places] * 10.0 ** (at // places):g}")
+
+
+def search(job: tuple[str, float, int, list[str], str]) -> tuple[str, float]:
+    """(method, its best learning rate): from where it begins upward until two are worse, then downward until one is."""
+    method, first, budget, extra, tag = job
+    found: dict[float, float] = {}
+
+    def loss(rate: float) -> float:
+        if rate not in found:
+            found[rate] = final_loss(cell((method, rate, 0, budget, extra, tag)))
+        return found[rate]
+
+    best, rate, worse = first, first, 0
+    loss(first)
+    while worse < 2:
+        rate = neighbour(rate, +1)
+        best, worse = (rate, 0) if loss(rate) < loss(best) else (best, worse + 1)
+    while loss(lower := neighbour(best, -1)) < loss(best):
+        best = lower
+    return method, best
+
+
 def command_run(options: argparse.Namespace) -> None:
-    """Grid first, then the other seeds at each method's best learning rate."""
+    """Each method's learning rate first, then the other seeds with it."""
     chosen = options.methods or methods()
-    extra, tag = options.set or [], options.tag
-    budget = options.budget
+    extra, tag, budget = options.set or [], options.tag, options.budget
+    seeds = range(1, options.seeds)
     with multiprocessing.get_context("spawn").Pool(options.jobs, quiet) as pool:
-        grid = [(m, rate, 0, budget, extra, tag) for m in chosen for rate in (options.rates or GRIDS.get(m, PLAIN))]
-        results = list(pool.imap_unordered(cell, grid))
-        best = {}
-        for method in chosen:
-            mine = [result for result in results if result["method"] == method]
-            best[method] = min(mine, key=final_loss)["learning_rate"]
-        list(pool.imap_unordered(
-            cell, [(m, best[m], seed, budget, extra, tag) for m in chosen for seed in range(1, options.seeds)]
-        ))  # fmt: skip
+        if options.rates:
+            every = [
+                (m, rate, seed, budget, extra, tag) for m in chosen for rate in options.rates for seed in [0, *seeds]
+            ]
+            list(pool.imap_unordered(cell, every))
+            return
+        jobs = [(m, FIRST.get(m, 3e-3), budget, extra, tag) for m in chosen]
+        best = list(pool.imap_unordered(search, jobs))
+        list(pool.imap_unordered(cell, [(m, rate, seed, budget, extra, tag) for m, rate in best for seed in seeds]))
 
 
 def results(budget: int) -> Iterator[dict[str, Any]]:
@@ -254,7 +280,7 @@ def main() -> None:
     run.add_argument("--seeds", type=int, default=3)
     run.add_argument("--jobs", type=int, default=1, help="processes")
     run.add_argument("--methods", nargs="*", help="presets; all if left out")
-    run.add_argument("--rates", nargs="*", type=float, help="learning rates instead of each method's grid")
+    run.add_argument("--rates", nargs="*", type=float, help="these learning rates instead of the search")
     run.add_argument("--set", nargs="*", help="further arguments of zoft train, for trying something")
     run.add_argument("--tag", default="", help="name of what was set, for the files")
     picture = verbs.add_parser("draw", help="table and picture from the files")

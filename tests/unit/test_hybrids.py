@@ -17,6 +17,7 @@ from zoft.component import components
 from zoft.data.tokens import OptionCollator
 from zoft.errors import UserError
 from zoft.models.trainable.last_blocks import LastBlocks
+from zoft.noise import step_seed
 from zoft.objectives.options import Options
 from zoft.optimizers.adamw import AdamW
 
@@ -441,7 +442,8 @@ def test_anchors_average_batches_by_their_own_means_in_the_trainer(tmp_path):
     trainer = ZOTrainer(models.tiny_opt(), args, train_dataset=rows(), estimator=estimator)
     trainer.train()
     model, losses = models.tiny_opt(), []
-    chosen = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = torch.Generator().manual_seed(step_seed(args.seed, 0))
+    chosen = torch.randperm(12, generator=drawn).tolist()
     for start in range(0, 12, 3):
         batch = {name: torch.stack([rows()[i][name] for i in chosen[start : start + 3]]) for name in rows()[0]}
         with torch.no_grad():
