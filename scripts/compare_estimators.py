@@ -231,7 +231,7 @@ def search(job: tuple[str, float, int, list[str], str]) -> tuple[str, float]:
     while worse < 2:
         rate = neighbour(rate, +1)
         best, worse = (rate, 0) if loss(rate) < loss(best) else (best, worse + 1)
-    while loss(lower := neighbour(best, -1)) < loss(best):
+    while loss(lower := neighbour(best, -1)) < loss(best) - 1e-3:
         best = lower
     return method, best
 

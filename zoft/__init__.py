@@ -16,15 +16,29 @@ _HOMES = {
     "ZOTrainer": "zoft.trainer",
     "ZOMixin": "zoft.trainer",
     "ZOConfig": "zoft.arguments",
+    "Minimizer": "zoft.blackbox.minimizer",
+    "minimize": "zoft.blackbox.minimize",
     "UserError": "zoft.errors",
     "components": "zoft.component",
     "create": "zoft.component",
 }
 
-__all__ = ["UserError", "ZOConfig", "ZOMixin", "ZOTrainer", "__version__", "components", "create"]
+__all__ = [
+    "Minimizer",
+    "UserError",
+    "ZOConfig",
+    "ZOMixin",
+    "ZOTrainer",
+    "__version__",
+    "components",
+    "create",
+    "minimize",
+]
 
 if TYPE_CHECKING:
     from zoft.arguments import ZOConfig
+    from zoft.blackbox.minimize import minimize
+    from zoft.blackbox.minimizer import Minimizer
     from zoft.component import components, create
     from zoft.errors import UserError
     from zoft.trainer import ZOMixin, ZOTrainer

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from zoft import guards
 from zoft.errors import UserError
 from zoft.rounding import ROUNDINGS
 
@@ -59,6 +60,15 @@ class ZOConfig(TrainingArguments):
         keep_frozen_prefix: compute hidden states below the lowest trained block once per example and keep them.
         frozen_prefix_mb: memory bound of those hidden states, MiB.
         frozen_prefix_disk_mb: bound of a temporary file for those beyond it, MiB; 0 writes none.
+        journal: write every step to ``output_dir/journal.bin``: a killed run goes on from there (docs/journal.md).
+        journal_hash_steps: steps between hashes of the trained weights, by which a replay and other processes are
+            checked; 0 makes none.
+        guard: what to do about a step whose loss or |projected gradient| is far outside its running range: none, clip
+            (the step is shortened to what the range allows), rollback (the run goes back some steps by its journal and
+            on at half the learning rate, five times at most).
+        guard_factor: how many times the running median, or the median distance from it, is far outside.
+        guard_steps: steps that the running range is made of.
+        guard_back: steps that rollback goes back.
         precision_update: how a step is written into bfloat16 and float16 weights: stochastic (small steps survive on
             average), master (a float32 copy takes them), nearest (they are lost), auto (a master for norms, biases and
             other small tensors, stochastic for the rest; nearest for MeZO's own numbers).
@@ -83,6 +93,17 @@ class ZOConfig(TrainingArguments):
     frozen_prefix_disk_mb: int = field(
         default=0, metadata={"help": "Bound of a temporary file for hidden states beyond it, MiB; 0 writes none."}
     )
+    journal: bool = field(default=True, metadata={"help": "Write a journal of every step to output_dir/journal.bin."})
+    journal_hash_steps: int = field(
+        default=1000, metadata={"help": "Steps between hashes of the trained weights in the journal; 0: none."}
+    )
+    guard: str = field(
+        default="none",
+        metadata={"help": "What to do about a step far outside the running range: none, clip, rollback."},
+    )
+    guard_factor: float = field(default=10.0, metadata={"help": "How many times the running median is far outside."})
+    guard_steps: int = field(default=100, metadata={"help": "Steps of the running range."})
+    guard_back: int = field(default=20, metadata={"help": "Steps that guard=rollback goes back."})
     precision_update: str = field(
         default="auto", metadata={"help": "Updates of 16-bit weights: auto, stochastic, master or nearest."}
     )
@@ -106,6 +127,8 @@ class ZOConfig(TrainingArguments):
             raise UserError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
         if self.precision_update not in ROUNDINGS:
             raise UserError(f"precision.update must be one of {', '.join(ROUNDINGS)}, got {self.precision_update!r}")
+        if told := guards.check(self):
+            raise UserError(told)
         if self.max_grad_norm < 0:
             raise UserError(f"max_grad_norm must be 0 (no clipping) or more, got {self.max_grad_norm}")
         if self.budget_queries is not None and self.max_steps > 0:

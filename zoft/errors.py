@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -23,8 +26,34 @@ class OutOfMemoryError(UserError, RuntimeError):
     """
 
 
+class DiskFullError(UserError):
+    """Something could not be written; what lay on the disk before is whole."""
+
+    @classmethod
+    def of(cls, error: OSError, path: Path, size: int) -> DiskFullError:
+        """The error as a sentence, with the bytes that were wanted and those that are free.
+
+        Args:
+            error: what the system said.
+            path: what was being written.
+            size: its bytes, as far as known.
+        """
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return cls(f"{path} cannot be written: {error.strerror or error}; repeat the command once it can")
+        free = shutil.disk_usage(there).free
+        return cls(
+            f"the disk of {path} is full: {size:,} bytes are wanted, {free:,} are free. What was saved before is whole: "
+            "free some space and repeat the command, and the run goes on"
+        )
+
+
 class NonFiniteLossError(RuntimeError):
     """Too many steps in a row had a non-finite loss; the weights are untouched by them; exit code 1."""
+
+
+class Requeued(KeyboardInterrupt):
+    """A scheduler's signal ended the run, which the same command goes on with; exit code 75."""
 
 
 def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:

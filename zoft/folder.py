@@ -11,7 +11,14 @@ from pathlib import Path
 from zoft import atomic
 from zoft.errors import UserError
 
-CONFIG, REPORT, LOCK = "config.yaml", "report.json", ".lock"
+CONFIG, FINAL, REPORT, LOCK = "config.yaml", "final.json", "report.json", ".lock"
+CHANGEABLE = re.compile(
+    r"output_dir|config|budget\.queries|optimizer\.learning_rate|tracker\..*"
+    r"|trainer\.(logging|eval|save|lr_scheduler|warmup|dataloader|metric_for|greater_is|load_best|max_skipped|guard).*"
+    r"|trainer\.(per_device_train_batch_size|gradient_accumulation_steps|disable_tqdm|run_name|journal.*|frozen.*)"
+)
+"""Keys of a config that may differ when a run is resumed; batches may be cut in other ways of the same size, which the
+journal checks."""
 _IGNORED = {".hydra", "multirun.yaml", ".submitit", LOCK}
 _held: dict[Path, int] = {}  # folder -> the open file of the lock that this process holds
 _ATTEMPTS = 20
@@ -20,7 +27,8 @@ _ATTEMPTS = 20
 def claim(output_dir: str, resolved: str) -> str:
     """Decide what a run may do with its folder, lock it against other processes, and put its resolved config there.
 
-    Two runs are the same when their configs are, whatever the folder is called: it may be moved, and spelled anew.
+    Two runs are the same when their configs are, but for :data:`CHANGEABLE` keys: the folder may be moved, and budget,
+    logging and learning rate be changed. A finished run with a larger budget than before goes on.
 
     Args:
         output_dir: the folder.
@@ -44,6 +52,11 @@ def claim(output_dir: str, resolved: str) -> str:
         raise
     if standing == "done":
         unlock(output_dir)
+    elif standing == "resume":
+        if (Path(output_dir) / REPORT).exists():  # what it said is not the end any more
+            (Path(output_dir) / FINAL).unlink(missing_ok=True)
+            (Path(output_dir) / REPORT).unlink()
+        _write(output_dir, resolved)
     return standing
 
 
@@ -65,7 +78,7 @@ def _standing(output_dir: str, resolved: str) -> str:
                 f"output_dir={output_dir} holds another run; it differs in\n{different}\n"
                 "choose another output_dir, or repeat that run's command to resume it"
             )
-        return "done" if REPORT in held else "resume"
+        return "done" if REPORT in held and _budget(resolved) <= _budget(earlier) else "resume"
     return "new"
 
 
@@ -156,8 +169,26 @@ def _not_writable(output_dir: str, error: OSError) -> UserError:
 
 
 def _identity(resolved: str) -> str:
-    """The config without the name of its folder."""
-    return re.sub(r"^output_dir:.*\n(?:[ \t]+.*\n)*", "", resolved, flags=re.MULTILINE)
+    """The lines of a config that a resumed run must share."""
+    return "".join(f"{line}\n" for key, line in _lines(resolved) if not CHANGEABLE.fullmatch(key))
+
+
+def _budget(resolved: str) -> int:
+    found = [line.split(":")[1] for key, line in _lines(resolved) if key == "budget.queries"]
+    return int(found[0]) if found and found[0].strip().isdecimal() else 0
+
+
+def _lines(resolved: str) -> list[tuple[str, str]]:
+    """(dotted key, line) of a config's text; a line without a key of its own belongs to the key above it."""
+    above: list[tuple[int, str]] = []  # (indentation, key)
+    lines = []
+    for line in resolved.splitlines():
+        found = re.match(r"( *)([^\s:#'\"-][^:]*):(?: |$)", line)
+        if found:
+            indent = len(found.group(1))
+            above = [*((i, key) for i, key in above if i < indent), (indent, found.group(2))]
+        lines.append((".".join(key for _, key in above), line))
+    return lines
 
 
 def _difference(earlier: str, now: str) -> str:

@@ -53,6 +53,7 @@ class Queries:
         average: losses of this process -> of all processes.
         agree: what the subspace has seen in this process -> in the first one, for all.
         gather: a tensor of this process -> those of all of them; None where there is one.
+        saw: is told (step, what the subspace has seen) where it has looked at the model before the queries.
         rank: number of this process.
         num_ranks: how many there are.
     """
@@ -65,6 +66,7 @@ class Queries:
     average: Callable[[Tensor], Tensor] = _as_they_are
     agree: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     gather: Callable[[Tensor], list[Tensor]] | None = None
+    saw: Callable[[int, dict[str, Any]], None] | None = None
     rank: int = 0
     num_ranks: int = 1
 
@@ -147,6 +149,8 @@ class Queries:
             clean = self.average(self.session.observe(batch, direction).view(1))[0]
         if (scores or looks) and self.agree is not None:
             coordinates.load_state_dict(self.agree(coordinates.state_dict()))
+        if (scores or looks) and self.saw is not None:
+            self.saw(direction.step, coordinates.state_dict())
         self.stepper.begin(direction)
         return clean
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft import __version__, atomic, folder
-from zoft.errors import UserError, did_you_mean
+from zoft.errors import Requeued, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
     from zoft.report.memory import PeakMemory
     from zoft.trainer import ZOTrainer
 
-METRICS = ("loss", "accuracy", "accuracy_low", "accuracy_high")
-"""What an evaluation computes."""
+METRICS = {
+    "accuracy": ("loss", "accuracy", "accuracy_low", "accuracy_high"),
+    "loss": ("loss", "loss_low", "loss_high", "perplexity"),
+}
+"""What is reported -> all that an evaluation computes then."""
 
 
 def run(cfg: ZoftConfig) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     memory, costs = PeakMemory(str(args.device)), _costs(cfg, trainer)
     trainer.peak_memory_mb = memory.peak_mb
     for callback in (
-        MetricsCallback(),
+        MetricsCallback(lambda: trainer.journal_end),
         TrackerAxisCallback(),
         StopOnInterrupt(),
         ProgressCallback(sum(costs) / len(costs), peak_mb=memory.peak_mb),
@@ -125,11 +129,22 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 
 def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
     """The model with the weights chosen that are trained, its tokenizer, and the encoded rows (train, dev, test)."""
-    from zoft.data.tokens import encode
-    from zoft.models.load import load_model, load_tokenizer, require_causal_lm
+    from zoft.data.encoding import encode_examples, require_objective
 
+    cfg.task.require_kind("zoft train", "options")
     splits = cfg.task.load()
-    tokenizer = load_tokenizer(cfg.model.name, revision=cfg.model.revision, as_mezo=_as_mezo(cfg))
+    require_objective(splits.train, cfg.objective.name())
+    tokenizer = tokenizer_of(cfg)
+    length = cfg.task.max_length
+    rows = {name: encode_examples(getattr(splits, name), tokenizer, length) for name in ("train", "dev", "test")}
+    model = load_model_of(cfg)
+    return model, tokenizer, rows
+
+
+def load_model_of(cfg: ZoftConfig) -> Any:
+    """The model of a run, with its adapter and with the weights chosen that are trained."""
+    from zoft.models.load import load_model, require_causal_lm
+
     model = load_model(
         cfg.model.name,
         revision=cfg.model.revision,
@@ -139,27 +154,33 @@ def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
     require_causal_lm(model, cfg.model.name)
     model = cfg.peft.wrap(model, cfg.seed)
     cfg.trainable.apply(model)
-    rows = {name: encode(getattr(splits, name), tokenizer, cfg.task.max_length) for name in ("train", "dev", "test")}
-    return model, tokenizer, rows
+    return model
+
+
+def tokenizer_of(cfg: ZoftConfig) -> Any:
+    """The tokenizer of a run."""
+    from zoft.models.load import load_tokenizer
+
+    return load_tokenizer(cfg.model.name, revision=cfg.model.revision, as_mezo=_as_mezo(cfg))
 
 
 def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> ZOTrainer:
     """The trainer of a run, with the parts that its config chooses."""
-    from zoft.data.tokens import OptionCollator
+    from zoft.data.encoding import collator_of
     from zoft.evaluation.metrics import accuracy
+    from zoft.evaluation.perplexity import perplexity
     from zoft.trainer import ZOTrainer
 
-    collator = OptionCollator(
-        tokenizer.pad_token_id, one_row_per_option=_as_mezo(cfg), multiple_of=8 if _as_mezo(cfg) else 1
-    )
+    metric = _metric_of(rows)
+    _check_best_metric(args, METRICS[metric])
     return ZOTrainer(
         model=model,
         args=args,
-        data_collator=collator,
+        data_collator=collator_of(rows["train"], tokenizer.pad_token_id, as_mezo=_as_mezo(cfg)),
         train_dataset=rows["train"],
         eval_dataset=rows["dev"],
         processing_class=tokenizer,
-        compute_metrics=accuracy,
+        compute_metrics=accuracy if metric == "accuracy" else perplexity,
         estimator=cfg.estimator,
         weighting=cfg.weighting,
         optimizer=cfg.optimizer,
@@ -167,6 +188,13 @@ def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: d
         engine=cfg.engine,
         objective=cfg.objective,
     )
+
+
+def _metric_of(rows: dict[str, list[Any]]) -> str:
+    """What is reported of such rows: a key of :data:`METRICS`."""
+    from zoft.data.encoding import are_counted
+
+    return "loss" if are_counted(rows["test"]) else "accuracy"
 
 
 def _as_mezo(cfg: ZoftConfig) -> bool:
@@ -208,6 +236,8 @@ def arguments_of(cfg: ZoftConfig) -> Any:
     values = dict(cfg.trainer)
     values.setdefault("data_seed", cfg.seed)
     values.setdefault("dataloader_pin_memory", _has_cuda())
+    if str(values.get("metric_for_best_model")).removeprefix("eval_") in METRICS["loss"]:
+        values.setdefault("greater_is_better", False)
     if cfg.tracker.report_to:
         os.environ["WANDB_PROJECT"] = cfg.tracker.project
         os.environ["WANDB_MODE"] = cfg.tracker.mode
@@ -225,46 +255,46 @@ def arguments_of(cfg: ZoftConfig) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"trainer: {next(iter(str(error).splitlines()), error)}") from error
-    _check_best_metric(args)
+    _check_best_metric(args, {name for names in METRICS.values() for name in names})
     return args
 
 
-def _check_best_metric(args: Any) -> None:
+def _check_best_metric(args: Any, computed: Collection[str]) -> None:
     """The Trainer looks the metric up at the first evaluation only."""
     metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric not in METRICS and (args.load_best_model_at_end or args.save_strategy == "best"):
-        near = did_you_mean(metric, METRICS)
+    if metric not in computed and (args.load_best_model_at_end or args.save_strategy == "best"):
+        near = did_you_mean(metric, computed)
         raise UserError(f"trainer.metric_for_best_model={metric} is not computed by an evaluation.{near}")
 
 
 def _carry_out(
     cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], memory: PeakMemory, *, resuming: bool
 ) -> dict[str, Any]:
-    from transformers.trainer_utils import get_last_checkpoint
-
     from zoft.interrupt import StopOnInterrupt
     from zoft.report.plots import learning_curve
     from zoft.report.report import summary_lines, write_report
     from zoft.report.terminal import say
 
     first = trainer.is_world_process_zero()
-    checkpoint = get_last_checkpoint(cfg.output_dir) if resuming else None
+    known = _known_steps(cfg.output_dir) if resuming else None
     zero_shot_file = Path(cfg.output_dir) / "zero_shot.json"
     if first and resuming:
-        say(f"resume  {checkpoint or 'no checkpoint yet: starting over'}")
+        say(f"resume  {'nothing was saved yet: starting over' if known is None else f'{known:,} steps are known'}")
     _fill_frozen_prefix(trainer, rows)
     memory.reset()
     zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory)
     memory.reset()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if any(isinstance(c, StopOnInterrupt) and c.stopped for c in trainer.callback_handler.callbacks):
+    trainer.train(resume_from_checkpoint=None if known is None else True)
+    stops = [c for c in trainer.callback_handler.callbacks if isinstance(c, StopOnInterrupt) and c.stopped]
+    if stops:
         if first:
             say(f"stopped after {trainer.state.global_step:,} steps; the same command goes on from there")
-        raise KeyboardInterrupt
+        raise Requeued if stops[0].requeue else KeyboardInterrupt
     peak = memory.peak_mb()
-    final = _held_out(trainer, rows["test"], Path(cfg.output_dir) / "final.json", "final", memory)
+    final = _held_out(trainer, rows["test"], Path(cfg.output_dir) / folder.FINAL, "final", memory)
     trainer.save_model(str(Path(cfg.output_dir) / "model"))
-    facts = _facts(cfg, trainer, zero_shot, final, len(rows["test"])) | {
+    facts = _facts(cfg, trainer, len(rows["test"])) | _scores(_metric_of(rows), zero_shot, final)
+    facts |= {
         "peak_memory_mb": peak,
         "inference_peak_mb": zero_shot["peak_memory_mb"],
     }
@@ -272,14 +302,23 @@ def _carry_out(
         learning_curve(
             cfg.output_dir,
             title=Path(cfg.output_dir).name,
-            zero_shot=facts["zero_shot"],
+            zero_shot=zero_shot.get("perplexity", facts["zero_shot"]),
             num_eval_rows=len(rows["dev"]),
+            metric="perplexity" if "perplexity" in zero_shot else "accuracy",
         )
         write_report(cfg.output_dir, facts)
         for line in summary_lines(facts):
             say(line)
         say(f"run     {cfg.output_dir}: report.md, curve.png, metrics.csv, model/")
     return facts
+
+
+def _known_steps(output_dir: str) -> int | None:
+    """How many steps the run's folder knows; None where it has no journal."""
+    from zoft.journal import journal
+
+    path = Path(output_dir) / journal.NAME
+    return journal.read(path).end if path.is_file() else None
 
 
 def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
@@ -304,27 +343,43 @@ def _held_out(trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory
     if kept.is_file() and trainer.args.world_size == 1:  # with more, all must do the same whatever disk they see
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     metrics = trainer.predict(rows, metric_key_prefix="test").metrics
-    kept_keys = [key for key in metrics if key.startswith(("test_accuracy", "test_loss"))]
+    kept_keys = [key for key in metrics if key.startswith(("test_accuracy", "test_loss", "test_perplexity"))]
     values = {key.removeprefix("test_"): float(metrics[key]) for key in kept_keys}
     values["peak_memory_mb"] = memory.peak_mb()
     if trainer.is_world_process_zero():
         atomic.write(kept, json.dumps(values, indent=2) + "\n")
-        low, high = 100 * values["accuracy_low"], 100 * values["accuracy_high"]
-        told = f"{100 * values['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
-        say(f"{name:<9} held-out accuracy {told} on {len(rows):,} rows")
+        say(f"{name:<9} held-out {_told(values)} on {len(rows):,} rows")
     return values
 
 
-def _facts(
-    cfg: ZoftConfig, trainer: ZOTrainer, zero_shot: dict[str, float], final: dict[str, float], num_rows: int
-) -> dict[str, Any]:
+def _told(values: dict[str, float]) -> str:
+    """The metric and its interval, for the console."""
+    if "perplexity" in values:
+        interval = f"[{values['loss_low']:.3f}, {values['loss_high']:.3f}]"
+        return f"loss {values['loss']:.3f} {interval} (perplexity {values['perplexity']:.2f})"
+    low, high = 100 * values["accuracy_low"], 100 * values["accuracy_high"]
+    return f"accuracy {100 * values['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def _scores(metric: str, zero_shot: dict[str, float], final: dict[str, float]) -> dict[str, Any]:
+    """What was reached, as the report's facts; an accuracy's interval is computed there."""
+    facts: dict[str, Any] = {"metric": metric}
+    for name, values in (("zero_shot", zero_shot), ("final", final)):
+        facts[name] = values[metric]
+        if metric == "loss":
+            facts[f"{name}_interval"] = (values["loss_low"], values["loss_high"])
+            facts[f"{name}_perplexity"] = values["perplexity"]
+    return facts
+
+
+def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]:
     """What the report says, as numbers."""
     from zoft.report.backprop import backprop_estimate_mb, model_shape
     from zoft.weights import Weights
 
     weights, progress = Weights(trainer.model), trainer.progress
     batch = trainer.args.per_device_train_batch_size
-    longest = max(len(sequence) for row in trainer.train_dataset for sequence in row["sequences"])
+    longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
     shape = model_shape(trainer.model, weights.num_elements)
     return {
         "run_name": Path(cfg.output_dir).name,
@@ -334,8 +389,6 @@ def _facts(
         "device": str(trainer.args.device),
         "dtype": cfg.model.dtype,
         "seed": cfg.seed,
-        "zero_shot": zero_shot["accuracy"],
-        "final": final["accuracy"],
         "num_eval_rows": num_rows,
         "num_queries": progress.num_queries,
         "budget_queries": cfg.budget.queries,

@@ -38,6 +38,8 @@ class Progress:
         seconds: wall time of training steps.
         seconds_forward: wall time spent querying the objective.
         losses: training losses since the last log line, whose mean the next one says.
+        num_guarded: steps that were far outside the running range.
+        recent: (loss, slope) of the last steps inside it, as many as ``guard_steps``.
     """
 
     steps: int = 0
@@ -49,6 +51,8 @@ class Progress:
     seconds: float = 0.0
     seconds_forward: float = 0.0
     losses: list[float] = field(default_factory=list)
+    num_guarded: int = 0
+    recent: list[list[float]] = field(default_factory=list)
 
 
 @dataclass
@@ -108,6 +112,7 @@ class Stepper(torch.optim.Optimizer):
         self.records: list[list[Term]] = []  # the last steps, as many as the rule looks back at
         self.scalars: dict[str, dict[str, Any]] = {"optimizer": rule.init()}  # what parts of the method remember
         self.direction: Direction | None = None  # one of the step in progress
+        self.about_to_write: Callable[[list[Term] | None], None] | None = None  # is told the estimate of every step
         self._context: dict[str, Any] = {}
         self._bends: dict[Direction, float] = {}  # the curvature along each direction of the step in progress
         if rule.shapes_directions:
@@ -158,6 +163,8 @@ class Stepper(torch.optim.Optimizer):
         """Apply the pending estimate; without one (a skipped step) nothing moves."""
         if closure is not None:
             raise ValueError("a zeroth-order step takes no closure: the trainer has queried the objective already")
+        if self.about_to_write is not None:
+            self.about_to_write(self.pending)
         if self.pending is None:
             self.session.come_back()
             return

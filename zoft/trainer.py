@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from zoft.engines.frozen_prefix import FrozenPrefix
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.base import Estimator
 from zoft.evaluation.order import LongestFirst, in_rows_order, lengths_of, metric_in_rows_order, order_of
+from zoft.guards import Halving, RolledBack, outside
+from zoft.journaled import Journaled
 from zoft.method import NOTHING_TO_CLIP, Method
 from zoft.noise import Direction, step_seed
 from zoft.objectives._own_loss import is_known, own_loss
@@ -43,8 +46,10 @@ from zoft.subspaces.base import Subspace
 from zoft.weightings.base import Weighting
 from zoft.weights import Weights
 
+log = logging.getLogger(__name__)
 
-class ZOMixin(LossAveraging):
+
+class ZOMixin(Journaled, LossAveraging):
     """Replaces the backward pass of a Trainer by zeroth-order queries.
 
     Args:
@@ -96,6 +101,7 @@ class ZOMixin(LossAveraging):
         self.losses: Tensor | None = None
         self.projected_grads: Tensor | None = None
         self.peak_memory_mb: Callable[[], float] | None = None
+        self._halving = Halving()
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
         self._window: list[Inputs] = []
         self._eps: float | None = None  # of the last step
@@ -165,14 +171,51 @@ class ZOMixin(LossAveraging):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's own; the global torch, numpy and Python random states are left as they were."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's own, with a journal; the global torch, numpy and Python random states are left as they were.
+
+        Args:
+            resume_from_checkpoint: True goes on from the newest whole checkpoint and the journal in ``output_dir``; a
+                folder, from that checkpoint.
+            *args: as the Trainer's.
+            **kwargs: as the Trainer's.
+        """
         with global_random_state_kept():
-            set_seed(self.args.seed)  # the order of the rows comes from it, not from what the caller has drawn before
-            try:
-                return super().train(*args, **kwargs)
-            finally:
-                self._come_back()
+            while True:
+                try:
+                    return self._train(resume_from_checkpoint, *args, **kwargs)
+                except RolledBack as back:
+                    self._go_back(back)
+                    resume_from_checkpoint = True
+
+    def _train(self, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+        set_seed(self.args.seed)  # the order of the rows comes from it, not from what the caller has drawn before
+        checkpoint, finished = self._begin_journal(resume), False
+        try:
+            trained = super().train(checkpoint, *args, **kwargs)
+            finished = self.state.global_step >= self.state.max_steps
+        finally:
+            self._come_back()
+            self._end_journal(finished=finished)
+        return trained
+
+    def _guard(self, loss: float) -> None:
+        """What `guard` asks for, where the step that has been queried is far outside the running range."""
+        args, progress = self.args, self.progress
+        slope = self._get_grad_norm(self.model)
+        found = None
+        if args.guard != "none" and slope is not None and self.stepper.pending is not None:
+            found = outside(progress.recent, loss, float(slope), args.guard_factor)
+        if found is None:
+            self._remember(loss)
+            return
+        reason, share = found
+        progress.num_guarded += 1
+        if args.guard == "rollback":
+            raise RolledBack(max(0, progress.steps - 1 - args.guard_back), f"step {progress.steps}: {reason}")
+        assert self.stepper.pending is not None
+        self.stepper.pending = [(direction, c * share) for direction, c in self.stepper.pending]
+        log.warning("step %d: %s; the step is shortened to %.2g of its length", progress.steps, reason, share)
 
     def _come_back(self) -> None:
         if self.session is not None:
@@ -185,6 +228,7 @@ class ZOMixin(LossAveraging):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's own, on the weights of the step and not on those of the next query."""
+        self._journal_digest()
         if self.control.should_evaluate or self.control.should_save or self.control.should_training_stop:
             self._come_back()
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -247,6 +291,7 @@ class ZOMixin(LossAveraging):
             ]
             rounding = Rounding.chosen(self.args.precision_update, self.args.seed, estimator.noise)
             self.optimizer = Stepper(groups, self.method.optimizer, self.session, self.args.learning_rate, rounding)
+            self.optimizer.about_to_write = self._journal_step
             self.queries = self._queries(self.optimizer)
         return self.optimizer
 
@@ -291,17 +336,27 @@ class ZOMixin(LossAveraging):
             self.progress.seconds = time.perf_counter() - self._began
 
     def _query(self, model: nn.Module, window: list[Inputs]) -> float:
+        known = self._replayed()
+        if known is not None:
+            return known
         if self._probe_loss_scaling:
             self._settle_loss_scaling(model, window[0])
         progress, step = self.progress, self.progress.steps
         self._try_out(window)
         unseen = self._nobody_looks() and self.method.foreseeable and self.stepper.coordinates.foreseeable
         started = time.perf_counter()
-        assert self.queries is not None
+        queries = self.queries
+        assert queries is not None
         with no_trials():
-            lr, self._asked, estimator = self.stepper.param_groups[0]["lr"], window, self._estimator()
-            self._eps = estimator.radius
-            asked = self.queries(window, self._directions(step), estimator, lr=lr, looked_at=not unseen)
+            lr, estimator = self.stepper.param_groups[0]["lr"], self._estimator()
+            self._eps, seen = estimator.radius, self.stepper.coordinates.state_dict()
+
+            def ask(micro_batches: list[Inputs]) -> Asked:
+                self._asked = micro_batches
+                self.stepper.coordinates.load_state_dict(seen)
+                return queries(micro_batches, self._directions(step), estimator, lr=lr, looked_at=not unseen)
+
+            asked = self._halving(ask, window) if self.accelerator.num_processes == 1 else ask(window)
         progress.seconds_forward += time.perf_counter() - started
         progress.steps += 1
         progress.num_queries += asked.num_queries
@@ -316,6 +371,7 @@ class ZOMixin(LossAveraging):
             directions = self._directions(progress.steps)
             self.stepper.session.expect(self._estimator(ahead=1).points(directions)[0])
         progress.losses.append(asked.loss)
+        self._guard(asked.loss)
         return asked.loss
 
     def _queries(self, stepper: Stepper) -> Queries:
@@ -332,6 +388,7 @@ class ZOMixin(LossAveraging):
             average=lambda losses: self._over_processes(losses, self._asked),
             agree=None if alone else self._agree,
             gather=None if alone else self._gather,
+            saw=self._journal_look,
             rank=self.args.process_index,
             num_ranks=self.accelerator.num_processes,
         )
@@ -504,7 +561,7 @@ class ZOMixin(LossAveraging):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         """Clip each projected gradient to +- ``max_grad_norm``; returns their root mean square before."""
         before = self._get_grad_norm(model)
-        if self.stepper.pending is not None and self.projected_grads is not None:
+        if self.stepper.pending is not None and self.projected_grads is not None and not self._from_journal:
             bound = self.args.max_grad_norm
             shrink = (bound / self.projected_grads.abs().clamp_min(1e-30)).clamp_max(1.0).tolist()
             own, others = self.stepper.pending[: len(shrink)], self.stepper.pending[len(shrink) :]

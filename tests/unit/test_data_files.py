@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
-from zoft.data.files import SUFFIXES, column, read_rows
+from tests.runs import environment
+from zoft.data import _json
+from zoft.data.files import SUFFIXES, column, read_placed, read_rows
 from zoft.errors import UserError
 
 ROWS = [{"text": 'a fine, "quoted" film', "label": "1"}, {"text": "naïve", "label": "0"}]
@@ -77,8 +82,27 @@ BROKEN = {
     "narrow.tsv": (b"a\tb\n1\n", r"narrow.tsv:2: 1 cells, the header has 2"),
     "huge.csv": (b"a,b\n1," + b"x" * 200_000 + b"\n", r"huge.csv:2: "),
     "broken.json": (b'[{"a": 1},\n{"a": }]', r"broken.json:2"),
-    "object.json": (b'{"a": 1}', r"object.json: expected a list of JSON objects; one object a line is .jsonl"),
-    "mixed.json": (b'[{"a": 1}, 3]', r"mixed.json: expected a list of JSON objects"),
+    "object.json": (b'{"a": 1}', r"object.json:1: expected a list of JSON objects; one object a line is .jsonl"),
+    "mixed.json": (b'[{"a": 1},\n 3]', r"mixed.json:2: expected a list of JSON objects.*found '3\]'"),
+    "comma.json": (b'[{"a": 1},\n]', r"comma.json:2: expected a list"),
+    "missing_comma.json": (b'[{"a": 1}\n{"a": 2}]', r"missing_comma.json:2: expected a list"),
+    "after.json": (b'[{"a": 1}]\n\n{}', r"after.json:3: expected a list"),
+    "cut.json": (b'[{"a": 1},\n{"a": "x', r"cut.json:2: not JSON: what begins here has no end"),
+    "cut_list.json": (b'[{"a": 1}', r"cut_list.json:1: expected a list.*found the end of the file"),
+    "deep.json": (b'[{"a": 1},\n{"a": ' + b"[" * 100_000, r"deep.json:2: nested too deeply"),
+    "latin.json": (b'[{"a": 1},\n{"a": "na\xefve"}]', r"latin.json:2: not UTF-8 text \(byte 9"),
+    "deeper.jsonl": (b'{"a": ' + b"[" * 40 + b"]" * 40 + b"}", r"deeper.jsonl:1: .*nested too deeply"),
+    "twice.jsonl": (b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}', r"twice.jsonl:2: the key 'a' stands twice"),
+    "twice_inside.json": (b'[{"b": [{"a": 1, "a": 1}]}]', r"twice_inside.json:1: the key 'a' stands twice"),
+    "nan.jsonl": (b'{"a": NaN}', r"nan.jsonl:1: NaN is not JSON"),
+    "infinity.json": (b'[{"a": 1},\n{"a": -Infinity}]', r"infinity.json:2: -Infinity is not JSON"),
+    "large.jsonl": (b'{"a": 1e999}', r"large.jsonl:1: the number 1e999 is too large"),
+    "digits.jsonl": (b'{"a": ' + b"9" * 10_000 + b"}", r"digits.jsonl:1: a number of too many digits"),
+    "utf16.jsonl": ('{"a": 1}'.encode("utf-16"), r"utf16.jsonl:1: UTF-16 text .*re-encode it as UTF-8"),
+    "twice.csv": (b"a,b,a\n1,2,3\n", r"twice.csv:1: two columns are called 'a'"),
+    "open_quote.csv": (b'a,b\n1,2\n"x,3\n4,5\n', r"open_quote.csv:\d: a quotation mark that does not fit"),
+    "inner_quote.tsv": (b'a\tb\n"x" y\t3\n', r"inner_quote.tsv:2: a quotation mark that does not fit"),
+    "mac.csv": (b"a,b\r1,2\r", r"mac.csv:1: "),
     "text.parquet": (b"not parquet at all", r"text.parquet: not a parquet file"),
     "empty.jsonl": (b"", r"empty.jsonl has no rows"),
     "empty.json": (b"[]", r"empty.json has no rows"),
@@ -115,6 +139,122 @@ def test_another_ending_names_those_that_are_read(tmp_path):
     path.write_bytes(b"PK")
     with pytest.raises(UserError, match=r"rows.xlsx is not a data file: expected a name ending in .jsonl, .json, .csv"):
         read_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["../../etc/passwd", "/etc/passwd", "/etc", "~nobody_here/x.csv", "a\0b.jsonl", "x" * 5000 + ".csv", "json",
+     "pandas", "user/../name", "a/b/c", "https://example.org/a", "", "-x/..", "file:///etc/hosts"],
+)  # fmt: skip
+def test_what_is_neither_a_file_nor_a_hub_name_is_not_asked_for(monkeypatch, source):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=r"data file") as caught:
+        read_rows(source)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_link_that_leads_in_circles_and_a_pipe_are_no_files(tmp_path):
+    (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("circle.jsonl", "pipe.csv"):
+        with pytest.raises(UserError, match=r"data file"):
+            read_rows(str(tmp_path / name))
+
+
+ROW_OF_MANY = {"text": 'say "hi" \\ {[}], \n über 日本', "list": [[1], {"a": "]"}], "n": None}
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_a_list_is_read_object_by_object_wherever_its_pieces_end(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(_json, "_CHUNK", size)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([ROW_OF_MANY, {}, ROW_OF_MANY], ensure_ascii=False, indent=1), encoding="utf-8")
+    assert read_rows(str(path)) == [ROW_OF_MANY, {}, ROW_OF_MANY]
+    assert [where for where, _ in read_placed(str(path))] == [f"{path}:{line}" for line in (2, 14, 15)]
+
+
+def test_places_are_those_that_an_editor_shows(tmp_path):
+    csv = tmp_path / "a.csv"
+    csv.write_text("a,b\n1,2\n\n3,4\n")
+    assert [where for where, _ in read_placed(str(csv))] == [f"{csv}:2", f"{csv}:4"]
+    parquet = tmp_path / "a.parquet"
+    written(parquet, ROWS)
+    assert [where for where, _ in read_placed(str(parquet))] == [f"{parquet}: row 1", f"{parquet}: row 2"]
+
+
+def test_chats_in_parquet_come_as_they_went_in(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "yo"}]}
+        for i in range(99)
+    ]
+    assert read_rows(written(tmp_path / "a.parquet", rows)) == rows
+
+
+HOSTILE = """
+import json, os, sys
+from itertools import islice
+from pathlib import Path
+from zoft.data.files import read_placed
+from zoft.errors import UserError
+folder = Path(sys.argv[1])
+
+def peak():  # MiB of this program; getrusage would tell the peak of the one that started it
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+def sparse(name, beginning):
+    with open(folder / name, "wb") as file:
+        file.write(beginning)
+        file.truncate(2**30)
+
+def parquet(name, columns, **more):
+    pq.write_table(pa.table(columns), folder / name, store_schema=False, compression="zstd", **more)
+
+if os.fork() == 0:  # what writing takes is not what reading takes
+    import pyarrow as pa, pyarrow.parquet as pq
+    sparse("line.jsonl", b'{"text": "a"}\\n{"text": "')
+    sparse("list.json", b'[{"text": "a"},\\n{"text": "')
+    sparse("blank.json", b'[')
+    sparse("line.csv", b"text,label\\nfine,1\\n")
+    (folder / "lists.jsonl").write_bytes(b'{"a": [' + b"[]," * 1_300_000 + b"[]]}")
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["x" * 2**20]))
+    parquet("texts.parquet", {"text": long})
+    turns = pa.StructArray.from_arrays([pa.array(["user"] * 2000), long], ["role", "content"])
+    parquet("chat.parquet", {"messages": pa.ListArray.from_arrays(pa.array([0, 2000], pa.int32()), turns)})
+    parquet("same.parquet", {"text": pa.array([b"x" * 100 * 2**20])}, use_dictionary=False)
+    parquet("nulls.parquet", {"list": pa.array([[None] * 2**25], pa.list_(pa.int8()))})
+    os._exit(0)
+assert os.wait()[1] == 0
+before = peak()
+told = {}
+for path in sorted(folder.iterdir()):
+    try:
+        told[path.name] = sum(len(row) for _, row in islice(read_placed(str(path)), 200))
+    except UserError as error:
+        told[path.name] = str(error).replace(str(folder), "")
+print(json.dumps({"told": told, "grown": peak() - before, "before": before}))
+"""
+
+
+def test_hostile_files_are_refused_in_bounded_memory(tmp_path):
+    """Lines of 1 GiB, 2 GiB of text in 500 bytes of parquet: what they take is some hundred MiB, and a moment."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTILE, str(tmp_path)],
+        capture_output=True, text=True, timeout=120, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout)
+    told = facts["told"]
+    assert re.match(r"/line.jsonl:2: more than 4 MiB in one row", told["line.jsonl"])
+    assert re.match(r"/list.json:2: more than 4 MiB in one row", told["list.json"])
+    assert re.match(r"/blank.json:1: expected a list of JSON objects", told["blank.json"])
+    assert re.match(r"/line.csv:3: more than 4 MiB in one row", told["line.csv"])
+    assert re.match(r"/chat.parquet: row 1: more than 4 MiB in one row", told["chat.parquet"])
+    assert re.match(r"/same.parquet: the column 'text' unpacks", told["same.parquet"])
+    assert re.match(r"/nulls.parquet: the column 'list.list.element' unpacks", told["nulls.parquet"])
+    assert (told["texts.parquet"], told["lists.jsonl"]) == (200, 1)  # rows that can be read, one at a time
+    assert facts["grown"] < 300
 
 
 def test_a_hub_name_that_cannot_be_reached_is_one_sentence(monkeypatch):

@@ -174,12 +174,12 @@ def test_custom_text_that_looks_like_another_column_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train": ""}, "custom.train must be a data file"),
-        ({"template": ""}, "custom.template must be the prompt"),
-        ({"words": {"ham": "No"}}, "custom.words must be a word for each label"),
+        ({"train": ""}, "task.train must be a data file"),
+        ({"template": ""}, "task.template must be the prompt"),
+        ({"words": {"ham": "No"}}, "task.words must be a word for each label"),
         ({"words": {"hem": "No", "spam": "Yes"}}, "label 'ham' has no word. Did you mean hem"),
-        ({"template": "{txt} Spam?"}, r"row 1 has no 'txt' \(its columns: text, label\)"),
-        ({"label": "lable"}, r"row 1 has no 'lable'"),
+        ({"template": "{txt} Spam?"}, r"own.jsonl:1 has no 'txt' \(its columns: text, label\)"),
+        ({"label": "lable"}, r"own.jsonl:1 has no 'lable'.*Did you mean label"),
         ({"num_test": 18}, "too few rows for num_test=18 and num_dev=3"),
     ],
 )

@@ -8,8 +8,12 @@ import sys
 
 VERBS = {
     "train": "fine-tune a model (the one you came for)",
+    "data": "see the data of a run as the model will: zoft data show task=custom task.train=my.jsonl",
     "ls": "list what can be chosen: zoft ls, zoft ls estimator",
     "show": "one choice in full: zoft show estimator/central, zoft show config/quickstart",
+    "journal": "what a run's journal says, step by step: zoft journal show RUN",
+    "replay": "a run's weights at any step, from the base model and the journal: zoft replay RUN --to 100",
+    "diff": "where two runs part: zoft diff RUN_A RUN_B",
     "fetch": "bring the demo's model and data to the cache: zoft fetch sms-spam",
     "doctor": "check this installation: versions, devices, the cache, the speed of the noise",
     "completion": "print a bash script that completes zoft's arguments",
@@ -17,7 +21,7 @@ VERBS = {
 }
 """Verb -> what it does; each lives in the module of its name."""
 
-SUCCESS, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+SUCCESS, RUN_FAILED, BAD_INPUT, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes."""
 
 
@@ -28,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after ``zoft``; None takes the process's own.
 
     Returns:
-        The exit code: 0 done, 1 the run failed, 2 something the user can mend, 130 interrupted.
+        The exit code: 0 done, 1 the run failed, 2 something the user can mend, 75 stopped by a
+        signal and to be started again, 130 interrupted.
 
     Example:
         >>> main(["version"])  # doctest: +ELLIPSIS
@@ -38,9 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        requeued = type(stop).__name__ == "Requeued"  # by name: the class need not be loaded for Ctrl-C
+        _complain("stopped by a signal; the same command goes on" if requeued else "interrupted")
+        return REQUEUE if requeued else INTERRUPTED
     except BrokenPipeError:  # `zoft ls | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the interpreter flushes it at exit
         return SUCCESS

@@ -18,7 +18,8 @@ Start here:
   zoft train config=quickstart            a real model learns a real task, about 5 minutes on 2 CPU cores
   zoft train --help                       the grammar, every choice, examples
 
-Exit codes: 0 done; 1 the run failed; 2 something to mend in the arguments (one line says what); 130 interrupted.
+Exit codes: 0 done; 1 the run failed; 2 something to mend in the arguments (one line says what);
+75 stopped by SIGTERM or SIGUSR1, the same command goes on; 130 interrupted.
 ZOFT_TRACEBACK=1 shows where an error comes from. ZOFT_CACHE is where fetched models and data live, and
 the compiled noise. ZOFT_COMPILE=auto|always|never says whether noise is compiled (zoft doctor shows whether it is).
 """
@@ -71,10 +72,24 @@ It can live anywhere (config=path/to/mine.yaml) or in ./configs (config=mine).
 Results: output_dir holds config.yaml (the whole run), metrics.csv and metrics.jsonl, a learning curve, the final model
 or adapter and a report; nothing is written anywhere else (but a large run's compiled noise, to the cache). A sweep's
 cells are output_dir/<key=value,...>.
-Exit codes: 0 done; 1 the run failed (non-finite loss); 2 something to mend (one line says what); 130 interrupted.
+Exit codes: 0 done; 1 the run failed (non-finite loss); 2 something to mend (one line says what);
+75 stopped by SIGTERM or SIGUSR1, the same command goes on; 130 interrupted (and the same command goes on as well).
 """
 
 OTHER = {
+    "data": (
+        "usage: zoft data show [config=NAME_OR_PATH] [group=choice]... [key=value]... [--rows N] [--json]\n\n"
+        "Reads and checks the data of the run that these arguments describe (those of zoft train) and prints, for train,\n"
+        "dev and test, how many rows there are, their lengths in tokens, how many tokens count in the loss, what is cut\n"
+        "at task.max_length and how often each label stands there; then the first N rows (3) as the model will see\n"
+        "them: text, tokens, and a ^ under each token that counts. Only the model's tokenizer is loaded.\n\n"
+        "Your own data needs no code: task=custom reads json, jsonl, csv, tsv, parquet or a hub dataset and finds by the\n"
+        "columns what it is: text + label, multiple choice, prompt + completion, chat messages, preference pairs, or\n"
+        "prompt + reward (zoft show task/custom).\n\n"
+        "Examples:\n"
+        "  zoft data show config=quickstart\n"
+        "  zoft data show config=quickstart task=custom task.train=chats.jsonl objective=cross_entropy --rows 1"
+    ),
     "ls": (
         "usage: zoft ls [group]\n\n"
         "Lists groups and their choices, with what each is for; also those of ./configs and of plugins."
@@ -82,6 +97,24 @@ OTHER = {
     "show": (
         "usage: zoft show GROUP/CHOICE   (or CHOICE alone where it is unambiguous, or GROUP)\n\n"
         "What a part does, its settings with type, default and meaning, and where it was published; a preset's file."
+    ),
+    "journal": (
+        "usage: zoft journal show RUN [--json] [--all]\n\n"
+        "RUN is a run's folder or a journal file. Prints what the run is and its steps (the first and last 20; --all\n"
+        "for every one): queries, loss, |projected gradient|, learning rate, eps, coefficients. --json prints one\n"
+        "object a line. A finished run's journal is sealed: losses and slopes are then in metrics.csv alone."
+    ),
+    "replay": (
+        "usage: zoft replay RUN [--to STEP] [--output DIR]\n\n"
+        "Rebuilds the weights after so many steps (all of them if left out) from the base model and RUN/journal.bin,\n"
+        "without data and without a forward pass, compares them with the hashes in the journal, and prints theirs.\n"
+        "With --output the model or adapter is saved. RUN needs config.yaml and journal.bin, nothing else: they are all\n"
+        "that one has to send to share a fine-tuned model."
+    ),
+    "diff": (
+        "usage: zoft diff RUN_A RUN_B\n\n"
+        "Compares the settings and the steps of two journals and says where they part. Exit code 0 if they are the\n"
+        "same, 1 if not."
     ),
     "fetch": (
         "usage: zoft fetch [NAME]...\n\n"

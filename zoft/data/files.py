@@ -1,25 +1,33 @@
-"""Rows from a local file (json, jsonl, csv, tsv, parquet) or a hub dataset; errors name the file and the line."""
+"""Rows from a local file (json, jsonl, csv, tsv, parquet) or a hub dataset, one at a time, each with its place."""
 
 from __future__ import annotations
 
 import csv
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from zoft.data import _json, _parquet
+from zoft.data._lines import lines_of
 from zoft.errors import UserError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+MAX_ROWS = 20_000_000
+"""Rows read of one source; a few kilobytes of parquet can hold a thousand times as many."""
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]*){0,2}")
+_NOT_HUB_NAMES = ("json", "csv", "text", "parquet", "arrow", "pandas", "sql", "xml", "spark", "generator", "cache")
 
 
 def read_rows(source: str, split: str = "train") -> list[Row]:
     """All rows of a file or of one split of a hub dataset.
 
     Args:
-        source: a path that ends in one of :data:`SUFFIXES`, or a hub name such as ``nyu-mll/glue:sst2``.
-        split: the hub dataset's split; a file has only one.
+        source: a path that ends in one of :data:`SUFFIXES`, or a hub name: ``nyu-mll/glue:sst2`` with a subset,
+            ``name:subset:split`` or ``name::split`` with a split of its own.
+        split: the hub dataset's split where the name has none; a file has only one.
 
     Returns:
         One dict a row.
@@ -27,18 +35,29 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     Raises:
         UserError: the file is not there, is empty, or has a broken line (``file:line: what is wrong``).
     """
-    path = Path(source).expanduser()
-    if path.suffix.lower() in SUFFIXES:
-        if not path.is_file():
-            raise UserError(f"there is no data file {source} (looked in {Path.cwd()})")
-        rows = list(_READERS[path.suffix.lower()](path))
-    elif path.exists():
-        raise UserError(f"{source} is not a data file: expected a name ending in {', '.join(SUFFIXES)}")
-    else:
-        rows = _from_hub(source, split)
-    if not rows:
+    return [row for _, row in read_placed(source, split)]
+
+
+def read_placed(source: str, split: str = "train") -> Iterator[tuple[str, Row]]:
+    """The rows one at a time, each with the place that an error names; no more than one row of a file is held.
+
+    Args:
+        source: as for :func:`read_rows`.
+        split: as for :func:`read_rows`.
+
+    Yields:
+        (``file:line`` or ``file: row N``, the row).
+
+    Raises:
+        UserError: as for :func:`read_rows`.
+    """
+    number = 0
+    for number, (where, row) in enumerate(_open(source, split), start=1):
+        if number > MAX_ROWS:
+            raise UserError(f"{source} has more than {MAX_ROWS:,} rows: give a file with fewer")
+        yield where, row
+    if not number:
         raise UserError(f"{source} has no rows")
-    return rows
 
 
 def column(row: Row, name: str, source: str, number: int) -> Any:
@@ -48,88 +67,82 @@ def column(row: Row, name: str, source: str, number: int) -> Any:
     return row[name]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: not UTF-8 text (byte {error.start} of the line); re-encode it"
-                ) from None
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not a JSON object ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        yield row
-
-
-def _json(path: Path) -> Iterator[Row]:
+def _open(source: str, split: str) -> Iterator[tuple[str, Row]]:
     try:
-        rows = json.loads("".join(line for _, line in _lines(path)))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error})") from None
-    except RecursionError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a list of JSON objects; one object a line is .jsonl")
-    yield from rows
+        path = Path(source).expanduser()
+        kind, is_file, is_there = path.suffix.lower(), path.is_file(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, ~nobody, a null byte
+        raise UserError(f"{source!r:.200} is not a data file ({getattr(error, 'strerror', None) or error})") from None
+    if kind in SUFFIXES:
+        if not is_file:
+            raise UserError(f"there is no data file {source} (looked in {Path.cwd()})")
+        return _of_file(path, kind)
+    if is_there or not _HUB_NAME.fullmatch(source) or ".." in source or source.partition(":")[0] in _NOT_HUB_NAMES:
+        raise UserError(
+            f"{source} is not a data file: expected a name ending in {', '.join(SUFFIXES)}, or a hub dataset, e.g. "
+            "nyu-mll/glue:sst2"
+        )
+    return _from_hub(source, split)
 
 
-def _separated(path: Path, delimiter: str) -> Iterator[Row]:
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter)
+def _of_file(path: Path, kind: str) -> Iterator[tuple[str, Row]]:
     try:
-        yield from _cells(path, reader)
+        yield from _READERS[kind](path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _separated(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
+    reader = csv.reader((line for _, line in lines_of(path)), delimiter=delimiter, strict=True)
+    began = 0
+    try:
+        for began, row in _cells(path, reader):
+            yield f"{path}:{began}", row
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from None
+        reason = str(error)
+        if "field limit" in reason:
+            reason = f"a cell of more than {csv.field_size_limit():,} characters; is a quotation mark missing?"
+        elif "expected after" in reason or "unexpected end" in reason:
+            reason = f"a quotation mark that does not fit ({error}); inside a quoted cell it is written twice"
+        raise UserError(f"{path}:{max(began + 1, reader.line_num)}: {reason}") from None
 
 
-def _cells(path: Path, reader: Any) -> Iterator[Row]:
+def _cells(path: Path, reader: Any) -> Iterator[tuple[int, Row]]:
     header = next(reader, None)
     if not header:
         return
+    if len(set(header)) < len(header):
+        twice = next(name for place, name in enumerate(header) if name in header[:place])
+        raise UserError(f"{path}:1: two columns are called {twice[:80]!r}: rename one")
     for cells in reader:
         if cells and len(cells) != len(header):
-            raise UserError(f"{path}:{reader.line_num}: {len(cells)} cells, the header has {len(header)}")
+            raise UserError(f"{path}:{reader.line_num}: {len(cells):,} cells, the header has {len(header):,}")
         if cells:
-            yield dict(zip(header, cells, strict=True))
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a parquet file ({error})") from None
+            yield reader.line_num, dict(zip(header, cells, strict=True))
 
 
 _READERS = {
-    ".jsonl": _jsonl,
-    ".json": _json,
+    ".jsonl": _json.rows_of_lines,
+    ".json": _json.rows_of_list,
     ".csv": lambda path: _separated(path, ","),
     ".tsv": lambda path: _separated(path, "\t"),
-    ".parquet": _parquet,
+    ".parquet": _parquet.rows_of,
 }
 
 
-def _from_hub(source: str, split: str) -> list[Row]:
+def _from_hub(source: str, split: str) -> Iterator[tuple[str, Row]]:
+    """A dataset's rows from where `datasets` keeps them on disk; it runs no code of the repository."""
     import datasets
 
-    name, _, subset = source.partition(":")
+    name, _, rest = source.partition(":")
+    subset, _, chosen = rest.partition(":")
     try:
-        return list(datasets.load_dataset(name, subset or None, split=split))
+        loaded = datasets.load_dataset(name, subset or None, split=chosen or split)
     except Exception as error:  # the hub client raises a dozen kinds; the user needs one sentence
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"could not load {source!r} ({split}): {first_line}; give a local file instead ({', '.join(SUFFIXES)})"
+            f"could not load {source!r} ({chosen or split}): {first_line}; give a local file instead "
+            f"({', '.join(SUFFIXES)})"
         ) from None
+    for number, row in enumerate(loaded, start=1):
+        yield f"{source}: row {number}", dict(row)

@@ -1,4 +1,4 @@
-"""One-point residual feedback: a loss against the one of the step before, one query a direction."""
+"""One point: a loss alone, or against the one of the step before (residual feedback); one query a direction."""
 
 from __future__ import annotations
 
@@ -22,13 +22,20 @@ class OnePoint(FiniteDifference):
     divided by eps: that part of the variance grows without bound as eps goes to 0. The first step has no past: its
     slopes are zero and nothing moves.
 
+    Without feedback it is the textbook's g_t = L(theta_t + eps z_t) / eps. Its mean is the same, and its variance holds
+    d L(theta)^2 / eps^2 for the level of the loss itself, which says nothing of its slope (docs/mathematics.md).
+
     Args:
         eps: finite-difference radius, in units of the weights; larger ones than for two points are better here.
+        feedback: whether the loss of the step before is taken away.
 
-    References: Zhang et al. 2022 (residual feedback), equation (4); Malladi et al. 2023 (MeZO), Table 11.
+    References: Zhang et al. 2022 (residual feedback), equation (4); Malladi et al. 2023 (MeZO), Table 11; without
+    feedback, Flaxman, Kalai & McMahan 2005 (online convex optimization in the bandit setting), Lemma 2.1.
     """
 
     measures_slopes: ClassVar[bool] = False
+
+    feedback: bool = True
 
     @property
     def num_queries(self) -> int:
@@ -46,13 +53,15 @@ class OnePoint(FiniteDifference):
     def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
         """Each direction's loss against the loss that stood in its place in the step before."""
         state = self.init() if state is None else state
-        past = torch.tensor(state["losses"]) if state["losses"] else losses
+        if not self.feedback:
+            return super().measure(losses)
+        past = torch.tensor(state["losses"], dtype=losses.dtype) if state["losses"] else losses
         state["losses"] = losses.tolist()
         return Measured((losses - past) / self.eps, self.loss(losses), self.probe_losses(losses), self.eps)
 
     def projected_grads(self, losses: Tensor) -> Tensor:
-        """Without a past, zeros: [Q]."""
-        return torch.zeros_like(losses)
+        """Without a past, zeros; without feedback, L+ / eps: [Q]."""
+        return torch.zeros_like(losses) if self.feedback else losses / self.eps
 
     def probe_losses(self, losses: Tensor) -> Tensor:
         """L+ of each direction, [Q, 1]."""

@@ -1,4 +1,4 @@
-"""The gold answer's tokens, by cross-entropy over all of the batch's answer tokens."""
+"""The right answer's tokens, by cross-entropy over all of the batch's answer tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from zoft.lazy import torch
 from zoft.objectives._calls import arguments
+from zoft.objectives._counted import is_counted, log_probs_of_counted, num_counted, predictions_of_counted
 from zoft.objectives._logits import log_probs_at
 from zoft.objectives._served import is_known
 from zoft.objectives.base import Batch, Objective
@@ -20,13 +21,18 @@ if TYPE_CHECKING:
 class CrossEntropy(Objective):
     """Cross-entropy of the gold option's tokens, averaged over the batch's tokens; options still rank for the metric.
 
+    Completions and chats come with a label for every token ([B, T]; below 0 where the loss does not look) and have no
+    options: their tokens that count are averaged over the batch.
+
     Only the positions that predict those tokens go through the language-model head, a bounded number of them at a time.
 
     References: Malladi et al. 2023 (MeZO): the language-modelling loss of tasks that are not trained as classification.
     """
 
     def num_terms(self, batch: Batch) -> int:
-        """Tokens of the gold options."""
+        """Tokens of the gold options, or those that count."""
+        if is_counted(batch):
+            return num_counted(batch)
         if "option_tokens" in batch:
             return len(gold_of(batch))
         return int(batch["option_len"][_gold_rows(batch)].sum())
@@ -38,6 +44,8 @@ class CrossEntropy(Objective):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean negative log-probability of the gold tokens."""
+        if is_counted(batch):
+            return -log_probs_of_counted(model, batch)[0].mean()
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if "option_tokens" in batch:
             places, targets = ends(batch), batch["option_tokens"].gather(1, gold_of(batch).unsqueeze(1)).squeeze(1)
@@ -48,7 +56,12 @@ class CrossEntropy(Objective):
         return -log_probs_at(model, arguments(model, ids, mask), places, targets).mean()
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, option scores [B, O], gold index [B]), all from one forward."""
+        """(loss, option scores [B, O], gold index [B]), all from one forward.
+
+        Without options: (loss, each row's sum of losses [B], its number of tokens that count [B]).
+        """
+        if is_counted(batch):
+            return predictions_of_counted(model, batch)
         log_probs = option_log_probs(model, batch)
         _, scores, gold = Options().ranked(batch, log_probs)
         if "option_tokens" in batch:

@@ -26,7 +26,9 @@ class Options(Objective):
     * one row a prompt, when every option is one token: ``input_ids`` [B, T], ``option_tokens`` [B, O], ``labels`` [B];
     * one row an option: ``input_ids`` [R, T] with R = sum of ``num_options``, ``option_len`` [R], ``num_options`` [R]
       and ``labels`` [R] (the gold index, the same on every row of an example). Beside it there may be ``packed``, the
-      same tokens with the options of an example behind one context (:mod:`zoft.data.packing`).
+      same tokens with the options of an example behind one context (:mod:`zoft.data.packing`), and ``also_right`` [R],
+      whether the option is right, where an example has several that are: the loss goes for ``labels``, a metric counts
+      all of them.
 
     Only the positions that predict an option's tokens go through the language-model head. The loss over options of one
     token reads those tokens' rows of it alone: the normaliser over the vocabulary is the same for all of them and
@@ -64,7 +66,17 @@ class Options(Objective):
             means = _means(log_probs, batch["option_len"])  # [R]
             examples = means.split(group_sizes(batch["num_options"]))
             scores = torch.nn.utils.rnn.pad_sequence(list(examples), batch_first=True, padding_value=-torch.inf)
-        return torch.nn.functional.cross_entropy(scores, gold), scores, gold
+        return torch.nn.functional.cross_entropy(scores, gold), scores, _counted(batch, scores, gold)
+
+
+def _counted(batch: Batch, scores: Tensor, gold: Tensor) -> Tensor:
+    """The gold indices a metric compares with: the best option itself where several are right and it is one of them."""
+    if "also_right" not in batch:
+        return gold
+    examples = batch["also_right"].split(group_sizes(batch["num_options"]))
+    right = torch.nn.utils.rnn.pad_sequence(list(examples), batch_first=True)  # [B, O]
+    best = scores.argmax(1, keepdim=True)
+    return torch.where(right.gather(1, best).squeeze(1), best.squeeze(1), gold)
 
 
 def option_log_probs(model: nn.Module, batch: Batch) -> Tensor:

@@ -139,7 +139,7 @@ class ProgressCallback(TrainerCallback):
             {name: logs[name] for name in ("loss", "peak_memory_mb", "num_skipped_steps") if name in logs}
         )
         best = (getattr(args, "metric_for_best_model", None) or "accuracy").removeprefix("eval_")
-        for name in ("accuracy", best):
+        for name in ("accuracy", best, "perplexity"):
             if f"eval_{name}" in logs and name != "loss":
                 self._metric = (name, logs[f"eval_{name}"])
                 break

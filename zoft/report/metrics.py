@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,16 @@ class MetricsCallback(TrainerCallback):
     in the jsonl (JSON has no NaN), never 0. Rows logged before training begins (a zero-shot evaluation, step 0) wait
     until it does: only then is it known whether the files are new or continued.
 
+    Args:
+        known: number of steps that a resumed run takes from its journal; the rows of those stay as they are.
+
     Example:
         >>> MetricsCallback().columns[:3]
         ('step', 'queries', 'tokens')
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Callable[[], int] = lambda: 0) -> None:
+        self.known = known
         self.columns: tuple[str, ...] = COLUMNS
         self._folder: Path | None = None  # None until training begins
         self._waiting: list[dict[str, Any]] = []
@@ -99,7 +104,8 @@ class MetricsCallback(TrainerCallback):
             self.columns = (*COLUMNS, _prefixed(best))
         folder = Path(str(args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(folder) if row["step"] <= state.global_step] if state.global_step else []
+        past = max(state.global_step, self.known())
+        kept = [row for row in read_metrics(folder) if row["step"] <= past] if past else []
         self._folder, self._row = folder, {}
         # The csv is written anew from the jsonl, so that the two agree whatever an interruption left of either.
         atomic.write(folder / CSV, _csv_line(self.columns) + b"".join(self._encode(row)[CSV] for row in kept))
@@ -135,6 +141,8 @@ class MetricsCallback(TrainerCallback):
 
     def _write(self, row: dict[str, Any]) -> None:
         assert self._folder is not None
+        if row["step"] < self._row.get("step", 0):  # replayed, and there already
+            return
         same_step = row["step"] == self._row.get("step")
         if same_step:
             row = {**self._row, **{key: value for key, value in row.items() if key not in self._row}}

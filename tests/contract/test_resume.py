@@ -1,0 +1,124 @@
+"""Every preset, killed anywhere: the journal and a snapshot give back the run that was never interrupted."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import models
+from zoft import ZOConfig, ZOTrainer
+from zoft.config import compose
+from zoft.config.catalog import preset_files
+from zoft.journal.journal import NAME, read
+
+SMALL = {
+    "subzero_plus": ["estimator.num_directions=3"],
+    "aim_zo": ["estimator.num_directions=3", "subspace.rank=4", "subspace.basis_columns=8", "subspace.shared_columns=3"],
+    "es": ["estimator.num_directions=3"],
+    "eggroll": ["estimator.num_directions=3"],
+    "spsa_1_5": ["estimator.num_directions=3"],
+    "deepzero": ["estimator.num_directions=4"],
+    "lezo": ["subspace.block_size=1"],
+    "addax": ["estimator.long_tokens=5"],
+    "mezo_svrg": ["estimator.interval=3", "estimator.anchor_batches=2"],
+}
+STEPS = 8
+TIMES = ("runtime", "per_second", "seconds")
+
+
+class Killed(BaseException):
+    """A process that is no more, as far as the trainer can tell."""
+
+
+def rows():
+    batch = models.batch_for(models.tiny_opt(), rows=12, length=9)
+    return [{name: value[i] for name, value in batch.items()} for i in range(12)]
+
+
+def trainer(folder, method, *, model=None, dtype=torch.float32, more=(), **given):
+    cfg = compose([f"method={method}", "budget.queries=100000", *SMALL.get(method, []), *more])
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "per_device_train_batch_size": 3,
+        "dataloader_pin_memory": False,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "journal_hash_steps": 2,
+        "seed": 3,
+    }
+    if cfg.optimizer.learning_rate is not None:
+        cfg.optimizer.learning_rate = None
+    parts = {part: getattr(cfg, part) for part in ("subspace", "estimator", "weighting", "optimizer")}
+    data = rows()
+    return ZOTrainer(
+        (model or models.tiny_opt)().to(dtype),
+        ZOConfig(**settings | given),
+        train_dataset=data,
+        eval_dataset=data[:3],
+        **parts,
+    )
+
+
+def killed_at(folder, method, step, **given):
+    """Train until the queries of a step, then be gone in the middle of them."""
+    one = trainer(folder, method, **given)
+    compute = one.compute_loss
+
+    def counted(*args, **kwargs):
+        if one.progress.steps == step and one.model.training is False and hasattr(one, "_called"):
+            raise Killed
+        return compute(*args, **kwargs)
+
+    one.compute_loss = counted
+    with pytest.raises(Killed):
+        one.train()
+
+
+def lines(one):
+    """What was logged, without wall times."""
+    told = [{k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in one.state.log_history]
+    return [{k: str(v) for k, v in line.items() if k != "total_flos"} for line in told if "train_loss" not in line]
+
+
+def same(whole, resumed):
+    for (name, a), (_, b) in zip(whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert lines(whole) == lines(resumed)
+    a, b = read_of(whole), read_of(resumed)
+    assert [r.coefficients for r in a.records] == [r.coefficients for r in b.records]
+    assert a.digests == b.digests
+    assert len(a.digests) == STEPS // 2
+
+
+def read_of(one):
+    return read(Path(one.args.output_dir) / NAME)
+
+
+@pytest.mark.parametrize("method", preset_files("method"))
+def test_a_killed_run_ends_as_the_run_that_was_never_interrupted(method, tmp_path):
+    whole = trainer(tmp_path / "whole", method)
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    killed_at(tmp_path / "killed", method, 5, **saving)
+    resumed = trainer(tmp_path / "killed", method, **saving)
+    compute = resumed.compute_loss
+
+    def counted(*args, **kwargs):
+        assert resumed.progress.steps >= 5 or resumed.method.estimator.backpropagates, "a forward pass in a replay"
+        return compute(*args, **kwargs)
+
+    resumed.compute_loss = counted
+    resumed.train(resume_from_checkpoint=True)
+    same(whole, resumed)
+    assert all(math.isfinite(record.lr) for record in read_of(resumed).records)

@@ -1,0 +1,146 @@
+"""A method walking over a function: its parts bound to the numbers that are searched, one step after another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from zoft.blackbox.engine import Ask, FunctionSession, check_method
+from zoft.blackbox.space import Space
+from zoft.estimators.base import Estimator, FiniteDifference
+from zoft.lazy import torch
+from zoft.method import Method
+from zoft.queries import Asked, Queries
+from zoft.stepper import Stepper
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Walk:
+    """A composition at some point, with what its parts remember.
+
+    Args:
+        space: what x is.
+        method: the composition.
+        ask: answers points with values.
+        seed: of the directions.
+        first_step: number of the first step: directions of one search are never used twice.
+    """
+
+    def __init__(self, space: Space, method: Method, ask: Ask, seed: int, first_step: int = 0) -> None:
+        check_method(method)
+        self.space, self.method, self.seed = space, method, seed
+        coordinates = method.bind(space.weights())
+        self.session = FunctionSession(space, coordinates, ask)
+        rule = method.optimizer
+        groups = [{"params": list(self.tensors.values()), "weight_decay": rule.weight_decay or 0.0}]
+        self.stepper = Stepper(groups, rule, self.session, 0.0)
+        self.queries = Queries(method, self.stepper)
+        self.stepper.progress.steps = first_step
+
+    @property
+    def tensors(self) -> dict[str, torch.nn.Parameter]:
+        """u, by name."""
+        return self.session.weights.tensors
+
+    @property
+    def step(self) -> int:
+        """Number of the next step."""
+        return self.stepper.progress.steps
+
+    @property
+    def reach(self) -> float:
+        """How far a direction goes in the coordinate that it moves most, about."""
+        d = self.session.weights.num_elements
+        return float(d**0.5) if self.method.subspace.name() == "coordinate" else 1.0
+
+    # ---- where it stands ---------------------------------------------------------------------------------------------
+
+    def vector(self) -> Tensor:
+        """u as one vector, a copy."""
+        return torch.cat([tensor.data.reshape(-1) for tensor in self.tensors.values()])
+
+    def put(self, vector: Tensor, value: float | None = None) -> None:
+        """Stand at u, or at the point within bounds that is next to it.
+
+        Args:
+            vector: u.
+            value: f there, if it is known and always the same.
+        """
+        start = 0
+        for tensor in self.tensors.values():
+            tensor.data.copy_(vector[start : start + tensor.numel()].view(tensor.shape))
+            start += tensor.numel()
+        self.space.project_({name: tensor.data for name, tensor in self.tensors.items()})
+        self.session.clean = value
+
+    def value(self) -> float:
+        """f where it stands; one query, NaN if it fails."""
+        return self.session.ask([self.session.at()])[0]
+
+    def free(self, gradient: Tensor) -> Tensor:
+        """Which elements a step against the gradient can move: not those that are held by a bound; bool [d]."""
+        before = self.vector()
+        self.put(before - gradient)
+        free = (self.vector() != before) | (gradient == 0)
+        self.put(before, self.session.clean)
+        return free
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def cost(self, estimator: Estimator) -> int:
+        """Queries of the next step."""
+        known = self.session.clean is not None and estimator.asks_clean_loss
+        trials = self.method.queries_at(self.step) - self.method.estimator.queries_at(self.step)
+        return estimator.queries_at(self.step) + trials - known
+
+    def fitting(self, estimator: Estimator, queries: int) -> Estimator | None:
+        """The estimator with as many of its directions as so many queries pay for; None for none of them."""
+        if self.cost(estimator) <= queries:
+            return estimator
+        remembers = bool(estimator.init()) or bool(self.method.weighting.init())
+        if remembers or estimator.across == "antithetic" or estimator.num_directions == 1:
+            return None
+        one = replace(estimator, num_directions=max(2, estimator.min_directions), across="iid")
+        each = one.queries_at(self.step) // one.num_directions
+        count = estimator.num_directions - -(-(self.cost(estimator) - queries) // each)
+        if count < estimator.min_directions or (estimator.across == "orthogonal" and count < 2):
+            return None
+        return replace(estimator, num_directions=count)
+
+    def with_eps(self, eps: float) -> Estimator:
+        """The estimator at another radius, where it has one."""
+        estimator = self.method.estimator
+        return replace(estimator, eps=eps) if isinstance(estimator, FiniteDifference) else estimator
+
+    def ask(self, estimator: Estimator, lr: float = 0.0) -> Asked:
+        """The queries of a step; :meth:`write` takes it.
+
+        Args:
+            estimator: the method's own, or one with another radius or fewer directions.
+            lr: learning rate, for optimizers that try their step.
+        """
+        try:
+            return self.queries(None, estimator.directions(self.seed, self.step), estimator, lr=lr)
+        finally:
+            self.stepper.progress.steps += 1
+
+    def write(self, lr: float, *, project: bool = True) -> Tensor:
+        """Take the step that the queries gave.
+
+        Args:
+            lr: learning rate.
+            project: come back into the bounds.
+
+        Returns:
+            How u has moved, one vector.
+        """
+        before = self.vector()
+        for group in self.stepper.param_groups:
+            group["lr"] = lr
+        self.stepper.step()
+        if project:
+            self.put(self.vector())
+        self.session.clean = None
+        return self.vector() - before

@@ -1,0 +1,214 @@
+"""`zoft data show`: the rows of a run as the model will see them, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from typing import Any
+
+from zoft.errors import UserError, did_you_mean
+
+ROWS = 3
+"""Rows shown of a split."""
+
+_MAX_TOKENS = 300  # of one row on the terminal; the middle of a longer one is left out
+_MAX_TEXT = 600  # characters
+_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+_SPLITS = ("train", "dev", "test")
+
+
+def command(arguments: list[str]) -> int:
+    """Show the data of a run.
+
+    Args:
+        arguments: ``show``, overrides as of `zoft train`, ``--rows N`` and ``--json``.
+    """
+    if not arguments or arguments[0] != "show":
+        given = arguments[0] if arguments else ""
+        raise UserError(f"say `zoft data show`, with the arguments of zoft train, got {given!r}. See zoft data --help")
+    overrides, num_rows, as_json = _parsed(arguments[1:])
+    facts = gathered(overrides, num_rows)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print("\n".join(lines(facts, width=_width(), colour=_colour())))
+    return 0
+
+
+def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
+    """What the verb shows, as plain values; the model's weights are not read.
+
+    Args:
+        overrides: as of `zoft train`.
+        num_rows: rows shown of a split.
+    """
+    import logging
+
+    from zoft.cli.train import _quiet
+    from zoft.config import compose
+
+    _quiet()
+    cfg = compose(overrides)
+    logging.getLogger("zoft.tasks.custom").setLevel(logging.ERROR)  # what it would note is said here
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    from zoft.data.preview import preview
+    from zoft.models.load import load_tokenizer
+
+    task: Any = cfg.task
+    reading = task.reading() if hasattr(task, "reading") else None
+    splits = task.load()
+    tokenizer = load_tokenizer(
+        cfg.model.name, revision=cfg.model.revision, as_mezo=cfg.estimator.noise == "torch_sequential"
+    )
+    length, objective = task.max_length, cfg.objective.name()
+    return {
+        "task": task.name(),
+        "read_as": reading and {"format": reading.format, "columns": reading.columns, "unused": list(reading.unused)},
+        "sentence": f"{task.train}: {reading.sentence()}" if reading else None,
+        "model": cfg.model.name,
+        "vocabulary": len(tokenizer),
+        "max_length": length,
+        "objective": objective,
+        "splits": {name: preview(getattr(splits, name), tokenizer, length, objective, num_rows) for name in _SPLITS},
+    }
+
+
+def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> list[str]:
+    """The facts for people.
+
+    Args:
+        facts: what :func:`gathered` gives.
+        width: columns of the terminal.
+        colour: whether tokens that count are coloured too; they are always marked.
+    """
+    told = [
+        f"task    {facts['task']}" + (f", {safe(facts['sentence'])}" if facts["sentence"] else ""),
+        f"tokens  {facts['model']}, vocabulary {facts['vocabulary']:,}; of a row {facts['max_length']:,} are kept "
+        "(task.max_length)",
+        f"loss    objective={facts['objective']} looks at the tokens marked ^"
+        + (", and compares the options" if facts["objective"] == "options" else ""),
+    ]
+    told += [f"{name:<7} {_summary(split)}" for name, split in facts["splits"].items()]
+    for name, split in facts["splits"].items():
+        for number, row in enumerate(split["first"], start=1):
+            told += ["", f"--- {name}, row {number} of {split['rows']:,}" + _origin(row)]
+            for part in row["parts"]:
+                told += _part(part, width, colour)
+            if "options" in row:
+                told += [_options(row["options"])]
+            if "reward" in row:
+                told += [f"  reward   {safe(str(row['reward']))}"]
+    return told
+
+
+def safe(text: str) -> str:
+    r"""Text that cannot move the cursor or hide anything: what does not print is written as an escape.
+
+    Example:
+        >>> print(safe("a\nb\x1b[31m"))
+        a\nb\x1b[31m
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _summary(split: dict[str, Any]) -> str:
+    tokens, counted, cut = split["tokens"], split["counted"], split["cut"]
+    share = f"{100 * counted['total'] / max(1, tokens['total']):.0f} % of all"
+    parts = [
+        f"{split['rows']:,} rows",
+        f"{tokens['min']:,} to {tokens['max']:,} tokens (median {tokens['median']:g})",
+        f"{counted['min']:,} to {counted['max']:,} of them count ({share})" if counted["max"] else "none of them count",
+        f"{cut['rows']:,} cut by {cut['tokens']:,} tokens" if cut["rows"] else "none cut",
+    ]
+    labels = ", ".join(f"{safe(name)} {count:,}" for name, count in list(split["labels"].items())[:12])
+    return "; ".join(parts + ([f"labels: {labels}"] if labels else []))
+
+
+def _origin(row: dict[str, Any]) -> str:
+    return f" ({row['where']})" if row["where"] else ""
+
+
+def _part(part: dict[str, Any], width: int, colour: bool) -> list[str]:
+    cuts = [f"{part['cut']:,} of the beginning"] * bool(part["cut"])
+    cuts += [f"{part['cut_end']:,} of the end"] * bool(part["cut_end"])
+    head = f"{len(part['ids']):,} tokens, {sum(part['counted']):,} count" + (
+        f", cut: {' and '.join(cuts)}" if cuts else ""
+    )
+    text = part["text"] if len(part["text"]) <= _MAX_TEXT else part["text"][:_MAX_TEXT] + " ..."
+    told = [f"  {part['name']}: {head}"]
+    told += [
+        f"  text     {safe(line)}" if not k else f"           {safe(line)}" for k, line in enumerate(text.split("\n"))
+    ]
+    return told + _tokens(part["tokens"], part["counted"], width - 11, colour)
+
+
+def _tokens(tokens: list[str], counted: list[bool], width: int, colour: bool) -> list[str]:
+    """Tokens with a bar between, and under those that count a row of ^."""
+    pairs = [(safe(token), counts) for token, counts in zip(tokens, counted, strict=True)]
+    if len(pairs) > _MAX_TOKENS:
+        half = _MAX_TOKENS // 2
+        pairs = [*pairs[:half], (f" ... {len(pairs) - 2 * half:,} more ... ", False), *pairs[-half:]]
+    told, text, marks, used = [], "", "", 0
+    for token, counts in pairs:
+        room = _columns(token) + 1
+        if used and used + room > max(20, width):
+            told += _line(text, marks, first=not told)
+            text, marks, used = "", "", 0
+        text += (f"{_GREEN}{token}{_PLAIN}" if colour and counts else token) + "|"
+        marks += ("^" if counts else " ") * (room - 1) + " "
+        used += room
+    return told + _line(text, marks, first=not told)
+
+
+def _line(text: str, marks: str, *, first: bool) -> list[str]:
+    told = [("  tokens   " if first else "           ") + text]
+    return [*told, "  counted  " + marks.rstrip()] if marks.strip() else told
+
+
+def _options(options: list[dict[str, Any]]) -> str:
+    told = (
+        f"{safe(option['text'])!r} ({option['tokens']} token{'s' * (option['tokens'] != 1)})"
+        + (" <- right" if option["right"] else "")
+        for option in options[:12]
+    )
+    return "  options  " + ", ".join(told)
+
+
+def _columns(text: str) -> int:
+    """How many cells of a terminal the text takes."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def _parsed(arguments: list[str]) -> tuple[list[str], int, bool]:
+    overrides, rows, as_json, rest = [], str(ROWS), False, iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if argument == "--json":
+            as_json = True
+        elif name == "--rows":
+            rows = value if equals else next(rest, "")
+        elif argument.startswith("-"):
+            near = did_you_mean(argument, ("--json", "--rows", "--help"))
+            raise UserError(f"zoft data show has no flag {argument!r}.{near} See zoft data --help")
+        else:
+            overrides.append(argument)
+    if not rows.isdecimal() or int(rows) > 1000:
+        raise UserError(f"--rows must be a whole number up to 1000, got {rows!r}")
+    return overrides, int(rows), as_json
+
+
+def _width() -> int:
+    from zoft.report.terminal import columns
+
+    return columns(sys.stdout)
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,55 @@
+"""`zoft diff`: where two runs' journals part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zoft.cli.journal import as_row, journal_of
+from zoft.errors import UserError
+
+SAME, DIFFERENT = 0, 1
+
+
+def command(arguments: list[str]) -> int:
+    """Compare two journals.
+
+    Args:
+        arguments: two runs' folders, or journal files.
+
+    Returns:
+        0 if they say the same, 1 if not.
+    """
+    if len(arguments) != 2 or any(word.startswith("-") for word in arguments):
+        raise UserError("say which two runs: zoft diff RUN_A RUN_B")
+    from zoft.journal import journal
+
+    a, b = (journal.read(journal_of(run)) for run in arguments)
+    settings = _differing(a.header.get("settings", {}), b.header.get("settings", {}))
+    for key in ("model", "weights", "frozen"):
+        if a.header.get(key) != b.header.get(key):
+            settings.append(f"  {key}: {str(a.header.get(key))[:40]} | {str(b.header.get(key))[:40]}")
+    print("settings: " + ("the same" if not settings else "they differ in\n" + "\n".join(settings)))
+    steps = {record.step: record for record in b.records}
+    for record in a.records:
+        other = steps.get(record.step)
+        if other is None:
+            break
+        lines = _differing(_compared(as_row(record)), _compared(as_row(other)))
+        if lines:
+            print(f"steps: the same before step {record.step}, where they differ in\n" + "\n".join(lines))
+            return DIFFERENT
+    shared = sum(record.step in steps for record in a.records)
+    if a.end != b.end:
+        print(f"steps: the {shared:,} that both have are the same; one has {a.end:,} steps, the other {b.end:,}")
+        return DIFFERENT
+    print(f"steps: all {shared:,} are the same")
+    return DIFFERENT if settings else SAME
+
+
+def _compared(row: dict[str, Any]) -> dict[str, Any]:
+    """Without what sealing leaves out: a sealed journal is the same as it was before."""
+    return {key: value for key, value in row.items() if key not in ("loss", "slope", "tokens", "scalars")}
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    return [f"  {key}: {a.get(key)} | {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]

@@ -1,0 +1,48 @@
+"""`zoft replay`: a run's weights at any step, from the base model and the journal alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from zoft.cli.journal import journal_of
+from zoft.errors import UserError
+
+
+def command(arguments: list[str]) -> int:
+    """Rebuild weights and say their hash, or save them.
+
+    Args:
+        arguments: ``RUN [--to STEP] [--output DIR]``.
+    """
+    run, options = _parsed(arguments)
+    from zoft import folder
+
+    config = Path(run) / folder.CONFIG
+    if not config.is_file():
+        raise UserError(f"{run} holds no {folder.CONFIG}: give the folder of a run of zoft train")
+    journal_of(run)
+    from zoft.config import compose
+    from zoft.replaying import replay_run
+
+    told = replay_run(compose([f"config={config}"]), Path(run), to=options.get("--to"), output=options.get("--output"))
+    print(told)
+    return 0
+
+
+def _parsed(arguments: list[str]) -> tuple[str, dict[str, str]]:
+    options: dict[str, str] = {}
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        name, _, value = word.partition("=")
+        if name in ("--to", "--output"):
+            options[name] = value or next(rest, "")
+            if not options[name]:
+                raise UserError(f"{name} needs a value: zoft replay RUN [--to STEP] [--output DIR]")
+        elif word.startswith("-"):
+            raise UserError(f"zoft replay knows no {word}: zoft replay RUN [--to STEP] [--output DIR]")
+        else:
+            words.append(word)
+    if len(words) != 1:
+        raise UserError("say which run: zoft replay RUN [--to STEP] [--output DIR]")
+    return words[0], options

@@ -1,0 +1,214 @@
+"""What a journal says of a step, to the byte: the record of one step, and blocks of many steps once sealed."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from zoft.errors import UserError
+
+SKIPPED, COMPUTED = 1, 2
+"""Flags: nothing was written to the weights; part of the step was a gradient, which is not in the journal."""
+
+BLOCK_STEPS = 4096
+"""The most steps in a sealed block."""
+
+_FIXED = struct.Struct("<IHHHIQddQQdd")  # step, flags, terms, curvatures, extra bytes, seed, lr, eps, ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One optimisation step.
+
+    Args:
+        step: number of the step, from 0.
+        seed: of its directions; direction i is (seed, step, i) where ``extra`` does not say otherwise.
+        lr: learning rate it was written with.
+        eps: finite-difference radius, in units of the weights; 0 where there is none.
+        queries: forward passes of the run up to here, this step's included.
+        tokens: tokens that went through the model up to here.
+        loss: training loss of the step; NaN where it was not finite.
+        slope: root mean square of the projected gradients.
+        coefficients: one a direction, as they were handed to the optimizer.
+        curvatures: along the directions, where they were measured.
+        flags: sum of :data:`SKIPPED` and :data:`COMPUTED`.
+        extra: what is rarely there: ``directions`` (seed, step, probe, example), ``scalars`` (what parts remember).
+    """
+
+    step: int
+    seed: int
+    lr: float
+    eps: float
+    queries: int
+    tokens: int
+    loss: float
+    slope: float
+    coefficients: tuple[float, ...] = ()
+    curvatures: tuple[float, ...] = ()
+    flags: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step came to nothing."""
+        return bool(self.flags & SKIPPED)
+
+    @property
+    def computed(self) -> bool:
+        """Whether a backward pass was part of the step."""
+        return bool(self.flags & COMPUTED)
+
+
+def encode(record: Record) -> bytes:
+    """A record's bytes: 66 fixed ones, 8 a coefficient and curvature, and the extra as JSON.
+
+    Example:
+        >>> record = Record(0, 7, 1e-3, 1e-3, 2, 64, 0.5, 1.5, (0.25,))
+        >>> len(encode(record)), decode(encode(record)) == record
+        (74, True)
+    """
+    extra = json.dumps(record.extra, separators=(",", ":")).encode() if record.extra else b""
+    fixed = _FIXED.pack(
+        record.step,
+        record.flags,
+        len(record.coefficients),
+        len(record.curvatures),
+        len(extra),
+        record.seed,
+        record.lr,
+        record.eps,
+        record.queries,
+        record.tokens,
+        record.loss,
+        record.slope,
+    )
+    return fixed + _doubles(record.coefficients) + _doubles(record.curvatures) + extra
+
+
+def decode(data: bytes) -> Record:
+    """The other way round."""
+    step, flags, terms, bends, extra, seed, lr, eps, queries, tokens, loss, slope = _FIXED.unpack_from(data)
+    at = _FIXED.size
+    values = struct.unpack_from(f"<{terms + bends}d", data, at)
+    at += 8 * (terms + bends)
+    more = json.loads(data[at : at + extra]) if extra else {}
+    return Record(
+        step, seed, lr, eps, queries, tokens, loss, slope, values[:terms], values[terms:], flags, more
+    )  # fmt: skip
+
+
+def _doubles(values: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(values)}d", *values)
+
+
+# ---- sealed ----------------------------------------------------------------------------------------------------------
+
+
+def seal(records: Sequence[Record]) -> bytes:
+    """Consecutive steps as one block: what their weights need, by columns, and what parts remember after the last.
+
+    A step of one direction takes four bytes or less; losses, tokens and slopes are left out (metrics.csv has them).
+
+    Args:
+        records: of consecutive steps.
+    """
+    coefficients = [c for record in records for c in record.coefficients]
+    bends = [c for record in records for c in record.curvatures]
+    narrow = _is_single(coefficients) and _is_single(bends)
+    code = "f" if narrow else "d"
+    extras = {i: r.extra["directions"] for i, r in enumerate(records) if "directions" in r.extra}
+    columns: dict[str, array[Any]] = {
+        "flags": array("H", [r.flags for r in records]),
+        "terms": array("H", [len(r.coefficients) for r in records]),
+        "bends": array("H", [len(r.curvatures) for r in records]),
+        "seed": array("Q", [r.seed for r in records]),
+        "lr": array("d", [r.lr for r in records]),
+        "eps": array("d", [r.eps for r in records]),
+        "queries": array("I", [b - a for a, b in _steps([r.queries for r in records])]),
+        "coefficients": array(code, coefficients),
+        "curvatures": array(code, bends),
+    }
+    last = records[-1]
+    told = {
+        "first": records[0].step,
+        "count": len(records),
+        "code": code,
+        "queries": records[0].queries,
+        "tokens": last.tokens,
+        "directions": extras,
+        "scalars": last.extra.get("scalars"),
+        "sizes": [len(_shuffled(column)) for column in columns.values()],
+    }
+    front = json.dumps({k: v for k, v in told.items() if v}, separators=(",", ":")).encode()
+    body = b"".join(_shuffled(column) for column in columns.values())
+    return zlib.compress(struct.pack("<I", len(front)) + front + body, 9)
+
+
+def unseal(data: bytes) -> list[Record]:
+    """The steps of a block; their losses and slopes are NaN, and only the last says tokens and what parts remember."""
+    whole = _inflated(data)
+    (length,) = struct.unpack_from("<I", whole)
+    told = json.loads(whole[4 : 4 + length])
+    at, columns = 4 + length, []
+    count, code = told["count"], told["code"]
+    for kind, size in zip(("H", "H", "H", "Q", "d", "d", "I", code, code), told["sizes"], strict=True):
+        columns.append(_unshuffled(kind, whole[at : at + size]))
+        at += size
+    flags, terms, bends, seeds, rates, eps, gaps, coefficients, curvatures = columns
+    queries, c, b, records, nan = told["queries"], 0, 0, [], float("nan")
+    directions = {int(i): which for i, which in told.get("directions", {}).items()}
+    for i in range(count):
+        queries += gaps[i]
+        records.append(
+            Record(
+                told.get("first", 0) + i, seeds[i], rates[i], eps[i], queries, 0, nan, nan,
+                tuple(coefficients[c : c + terms[i]]), tuple(curvatures[b : b + bends[i]]), flags[i],
+                {"directions": directions[i]} if i in directions else {},
+            )
+        )  # fmt: skip
+        c, b = c + terms[i], b + bends[i]
+    remembered = {"scalars": told["scalars"]} if "scalars" in told else {}
+    last = records[-1]
+    records[-1] = replace(last, tokens=told.get("tokens", 0), extra=last.extra | remembered)
+    return records
+
+
+def _inflated(data: bytes) -> bytes:
+    """Decompressed, up to what a block can hold: a small file must not fill the memory."""
+    bound = BLOCK_STEPS * 65536
+    inflate = zlib.decompressobj()
+    whole = inflate.decompress(data, bound)
+    if inflate.unconsumed_tail:
+        raise UserError(f"a block of the journal is larger than {bound} bytes: it was not written by zoft")
+    return whole
+
+
+def _steps(values: list[int]) -> list[tuple[int, int]]:
+    """(the one before, each); the first has itself before it."""
+    return list(zip([values[0], *values[:-1]], values, strict=True))
+
+
+def _is_single(values: Sequence[float]) -> bool:
+    """Whether float32 holds all of them exactly."""
+    return list(array("f", values)) == list(values)
+
+
+def _shuffled(column: array[Any]) -> bytes:
+    """First bytes of all values, then second bytes, ...: what is alike lies together and compresses."""
+    data, size = column.tobytes(), column.itemsize
+    return b"".join(data[i::size] for i in range(size))
+
+
+def _unshuffled(kind: str, data: bytes) -> array[Any]:
+    column = array(kind)
+    size, count = column.itemsize, len(data) // column.itemsize
+    whole = bytearray(len(data))
+    for i in range(size):
+        whole[i::size] = data[i * count : (i + 1) * count]
+    column.frombytes(bytes(whole))
+    return column

@@ -1,0 +1,519 @@
+"""The part of the trainer that writes the journal and snapshots, and resumes from them without forward passes.
+
+A resumed run starts at its newest whole snapshot (or at the base model) and goes through the Trainer's own loop: as
+long as the journal knows a step, its estimate is taken from there instead of from queries. Batches, schedules,
+callbacks and log lines take their usual way, so the run is the one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from zoft import atomic
+from zoft.errors import DiskFullError, NonFiniteLossError, UserError
+from zoft.guards import RolledBack
+from zoft.journal import journal as files
+from zoft.journal import snapshot, state
+from zoft.journal.journal import Contents, Journal
+from zoft.journal.records import COMPUTED, SKIPPED, Record
+from zoft.journal.replay import put_record
+from zoft.noise import Direction
+from zoft.weights import Weights
+
+log = logging.getLogger(__name__)
+
+_FIRST = "first.safetensors"  # the trained weights before the first step, where the run may have to go back
+_MOST_RETURNS = 5
+
+_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
+
+OPTIMIZER, SCHEDULER, RANDOM, STATE, ARGUMENTS = (
+    "optimizer.safetensors",
+    "scheduler.json",
+    "random.json",
+    "trainer_state.json",
+    "training_args.json",
+)
+
+
+class Journaled(_Base):
+    """Journal, snapshots and resuming; mixed into :class:`zoft.trainer.ZOMixin`."""
+
+    journal: Journal | None = None  # of the first process, while training
+    _known: dict[int, Record]  # step -> what the journal says of it, as long as it is ahead of the run
+    _contents: Contents | None = None
+    _run: str | None = None  # identifier of the run
+    control: Any
+    optimizer: Any
+    lr_scheduler: Any
+    queries: Any
+    projected_grads: Any
+    _eps: Any
+    _begun_rate: float | None = None  # the learning rate that was given
+    _hashed = -1  # the step of the last hash
+    _from_journal = False  # whether the estimate of the step at hand was taken from the journal
+
+    # ---- a run begins ------------------------------------------------------------------------------------------------
+
+    def _begin_journal(self, resume: str | bool | None) -> str | None:
+        """Open the journal, and say which checkpoint to load: the first process decides, the others hear of it."""
+        told: list[Any] = [None]
+        if self.args.process_index == 0:
+            try:
+                told = [self._decide(resume)]
+            except UserError as error:
+                told = [error]
+        if self.args.world_size > 1:
+            from accelerate.utils import broadcast_object_list
+
+            told = broadcast_object_list(told)
+        if isinstance(told[0], UserError):
+            raise told[0]
+        checkpoint, self._contents, self._run = told[0]
+        self._known = {}
+        if self._begun_rate is None:
+            self._begun_rate = self.args.learning_rate
+        notes = [] if self._contents is None else self._contents.notes
+        self.args.learning_rate = self._begun_rate * math.prod(note.get("lr_factor", 1.0) for note in notes)
+        if self._contents is not None:
+            self._known = {record.step: record for record in self._contents.records}
+        return None if checkpoint is None else str(checkpoint)
+
+    def _decide(self, resume: str | bool | None) -> tuple[Path | None, Contents | None, str | None]:
+        """(checkpoint, what the journal knows, the run's identifier); the journal is open behind what is kept of it."""
+        folder = Path(str(self.args.output_dir))
+        path = folder / files.NAME
+        snapshot.clear_unfinished(folder)
+        if not resume or not (path.is_file() and self.args.journal):
+            return self._without_journal(folder, resume)
+        contents = files.read(path)
+        run = str(contents.header["run"])
+        checkpoint = snapshot.newest(folder, run) if resume is True else Path(str(resume))
+        if resume is not True and checkpoint is not None:
+            snapshot.verify(checkpoint, run)
+        self._check_same(contents, path)
+        start = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+        if checkpoint is None and contents.header["first"]:
+            raise UserError(
+                f"{path} begins at step {contents.header['first']}, and no whole checkpoint from there on is left: "
+                "start a new run in another output_dir"
+            )
+        if checkpoint is None:
+            self._check_base(contents, path)
+        if contents.end < start:  # the snapshot knows more than what is left of the journal
+            self.journal = Journal.create(path, {**contents.header, "first": start, "weights": None})
+            contents.records, contents.looks, contents.evaluations = [], {}, {}
+            return checkpoint, contents, run
+        stop = next((r.step for r in contents.records if r.step >= start and r.computed), contents.end)
+        self.journal = Journal.open(path, stop)
+        contents.records = [record for record in contents.records if start <= record.step < stop]
+        return checkpoint, contents, run
+
+    def _without_journal(
+        self, folder: Path, resume: str | bool | None
+    ) -> tuple[Path | None, Contents | None, str | None]:
+        """A new run, or one that goes on from a checkpoint alone."""
+        checkpoint = None
+        if resume is True:
+            checkpoint = snapshot.newest(folder)
+            if checkpoint is None:
+                raise UserError(
+                    f"there is nothing to resume in {folder}: no journal and no whole checkpoint of zoft; "
+                    "train without resume_from_checkpoint"
+                )
+        elif resume:
+            checkpoint = Path(str(resume))
+            snapshot.verify(checkpoint)
+        if not self.args.journal:
+            return checkpoint, None, None
+        header: dict[str, Any] = {"settings": self._settings(), "frozen": self._frozen(), "weights": None}
+        header["model"] = self._model_name()
+        if checkpoint is not None:
+            header["first"] = int(checkpoint.name.rsplit("-", 1)[1])
+        elif self.model is not None:
+            header["weights"] = Weights(self.model).digest()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskFullError.of(error, folder, 0) from None
+        self.journal = Journal.create(folder / files.NAME, header)
+        if self.args.guard == "rollback":
+            begun = {name: tensor.detach() for name, tensor in Weights(self.model).tensors.items()}
+            atomic.write(folder / _FIRST, state.pack(begun))
+        return checkpoint, None, str(files.read(folder / files.NAME).header["run"])
+
+    def _end_journal(self, *, finished: bool) -> None:
+        """Seal what is complete, and let go of the file."""
+        journal, self.journal = self.journal, None
+        if journal is not None:
+            try:
+                if finished:
+                    journal.seal()
+            finally:
+                journal.close()
+
+    # ---- what must be the same ---------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        """What changes the numbers of a run, as plain values; learning rate, budget and logging may change."""
+        method, args = self.method, self.args
+        chosen: dict[str, Any] = {"seed": args.seed, "data_seed": args.data_seed}
+        chosen["batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        chosen["precision_update"] = args.precision_update
+        chosen["weight_decay"] = args.weight_decay
+        chosen["max_grad_norm"] = args.max_grad_norm
+        chosen["direction_seeds"] = None if self.direction_seeds is None else _short(self.direction_seeds)
+        chosen["data"] = _fingerprint(self.train_dataset)
+        for group in ("subspace", "estimator", "weighting", "optimizer"):
+            part = getattr(method, group)
+            chosen[group] = part.name()
+            for field in dataclasses.fields(part):
+                if field.name not in ("learning_rate", "weight_decay"):
+                    chosen[f"{group}.{field.name}"] = getattr(part, field.name)
+        return dict(json.loads(json.dumps(chosen, default=str)))
+
+    def _check_same(self, contents: Contents, path: Path) -> None:
+        there, now = contents.header.get("settings", {}), self._settings()
+        differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+        lines = [f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing]
+        if contents.header.get("frozen") != self._frozen():
+            lines.append(f"  model: {contents.header.get('model')} there, {self._model_name()} now")
+        if lines:
+            raise UserError(
+                f"{path} belongs to another run; it differs in\n" + "\n".join(lines) + "\n"
+                "give the same, or another output_dir for a new run"
+            )
+
+    def _check_base(self, contents: Contents, path: Path) -> None:
+        """Without a checkpoint the steps are replayed onto the model as it is: the one they began with."""
+        begun = contents.header["weights"]
+        if begun is not None and self.model is not None and Weights(self.model).digest() != begun:
+            raise UserError(
+                f"{path} does not belong to this model: its trained weights differ from those that the run began with; "
+                "load the base model anew"
+            )
+
+    def _frozen(self) -> str | None:
+        """A fingerprint of what is not trained: some numbers of every tensor."""
+        if self.model is None:
+            return None
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.named_parameters()):
+            if not tensor.requires_grad:
+                some = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 8)][:8]
+                digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+                digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _model_name(self) -> str:
+        return str(getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__)
+
+    # ---- a step is taken from the journal, or written into it --------------------------------------------------------
+
+    @property
+    def journal_end(self) -> int:
+        """The number of steps that the journal knew when training began; 0 in a new run."""
+        return max(self._known, default=-1) + 1 if self._known else 0
+
+    def _replayed(self) -> float | None:
+        """Hand over the estimate that the journal has of the next step: its loss; None where it has none."""
+        step = self.progress.steps
+        record = self._known.pop(step, None)
+        self._from_journal = record is not None
+        if record is None:
+            return None
+        for group in self.stepper.param_groups:
+            group["lr"] = record.lr
+        put_record(self.method, self.stepper, self._directions(step), record, self._look_of(step))
+        progress = self.progress
+        progress.steps, progress.num_queries = step + 1, record.queries
+        progress.num_tokens = record.tokens or progress.num_tokens
+        progress.num_skipped += record.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record.skipped else 0
+        progress.losses.append(record.loss)
+        self._eps, self.projected_grads = record.eps, torch.tensor([record.slope], dtype=torch.float64)
+        self._remember(record.loss)
+        return record.loss
+
+    def _remember(self, loss: float) -> None:
+        """A step inside the running range becomes part of it."""
+        slope = self._get_grad_norm(self.model)
+        if self.args.guard != "none" and slope is not None:
+            self.progress.recent = [*self.progress.recent, [loss, float(slope)]][-self.args.guard_steps :]
+
+    def _go_back(self, back: RolledBack) -> None:
+        """Cut journal and checkpoints off behind the step, put the first weights back, and lower the learning rate."""
+        folder, path = Path(str(self.args.output_dir)), Path(str(self.args.output_dir)) / files.NAME
+        contents = files.read(path)
+        times = len(contents.notes) + 1
+        if times > _MOST_RETURNS:
+            raise NonFiniteLossError(
+                f"{back.reason}: the run has gone back {_MOST_RETURNS} times and left its range again; "
+                "lower optimizer.learning_rate"
+            )
+        log.warning("%s; the run goes back to step %d at %g of its learning rate", back.reason, back.step, 0.5**times)
+        for checkpoint in snapshot.checkpoints(folder):
+            if snapshot.step_of(checkpoint) > back.step:
+                shutil.rmtree(checkpoint)
+        journal = Journal.open(path, back.step)
+        journal.note(back.step, {"lr_factor": 0.5})
+        journal.close()
+        with torch.no_grad():
+            begun = state.unpack((folder / _FIRST).read_bytes())
+            for name, tensor in Weights(self.model).tensors.items():
+                tensor.copy_(begun[name])
+        self.optimizer = self.lr_scheduler = self.queries = None
+
+    def _look_of(self, step: int) -> bytes | None:
+        return None if self._contents is None else self._contents.looks.get(step)
+
+    def _journal_step(self, terms: list[tuple[Direction, float]] | None) -> None:
+        """Called by the stepper when a step is about to be written."""
+        step = self.progress.steps - 1
+        if self.journal is None or self._from_journal:
+            return
+        stepper, terms = self.stepper, terms or []
+        extra: dict[str, Any] = {}
+        plain = self._directions(step)
+        if [direction for direction, _ in terms] != plain[: len(terms)]:
+            extra["directions"] = [[d.seed, d.step, d.probe, d.example] for d, _ in terms]
+        scalars = {part: stepper.scalars[part] for part in ("estimator", "weighting") if stepper.scalars.get(part)}
+        if scalars:
+            extra["scalars"] = scalars
+        flags = SKIPPED * (stepper.pending is None) + COMPUTED * (stepper.backward is not None)
+        self.journal.append(
+            Record(
+                step=step,
+                seed=plain[0].seed,
+                lr=float(stepper.param_groups[0]["lr"]),
+                eps=float(self._eps or 0.0),
+                queries=self.progress.num_queries,
+                tokens=self.progress.num_tokens,
+                loss=float(self.progress.losses[-1]),
+                slope=float(self._get_grad_norm(self.model)) if self.projected_grads is not None else math.nan,
+                coefficients=tuple(float(c) for _, c in terms),
+                curvatures=tuple(map(float, stepper.curvatures or ())),
+                flags=flags,
+                extra=extra,
+            )
+        )
+
+    def _journal_look(self, step: int, seen: dict[str, Any]) -> None:
+        if self.journal is not None:
+            self.journal.look(step, state.pack(seen))
+
+    def _journal_digest(self) -> None:
+        """Every so many steps, the hash of the trained weights: a run, its replay and all processes must agree."""
+        every, step = self.args.journal_hash_steps, self.state.global_step
+        alone = self.journal is None and self.args.world_size == 1
+        if not every or step % every or step == self._hashed or alone:
+            return
+        self._come_back()
+        self._hashed = step
+        sha = Weights(self.model).digest()
+        self._check_digest(step, sha)
+        if self.journal is not None and not self._from_journal:
+            self.journal.digest(step, sha)
+
+    def _check_digest(self, step: int, sha: str) -> None:
+        known = None if self._contents is None or not self._from_journal else self._contents.digests.get(step)
+        if known not in (None, sha):
+            raise UserError(
+                f"the weights after step {step} are not those of the run in {self.args.output_dir}: another device or "
+                "another version of torch computes other last bits; start from a checkpoint, or a new run"
+            )
+        if self.args.world_size > 1:
+            found: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(found, sha)
+            if len(set(found)) > 1:
+                raise RuntimeError(
+                    f"the processes' weights differ after step {step} ({', '.join(x[:8] for x in found)}): a device or "
+                    "its memory is faulty; repeat the command to go on from the last checkpoint"
+                )
+
+    # ---- evaluations -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """As the Trainer's own; one that the journal knows is not made again."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not self.is_in_train or isinstance(given, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        step = self.state.global_step
+        known = [] if self._contents is None else self._contents.evaluations.get(step, [])
+        if known:
+            metrics = dict(known.pop(0))
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.journal is not None:
+            self.journal.evaluation(step, {key: _plain(value) for key, value in metrics.items()})
+        return metrics
+
+    # ---- snapshots ---------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's own, without pickles, and whole or not at all."""
+        del model
+        if trial is None:
+            self.store_flos()
+        folder = Path(self._get_output_dir(trial=trial))
+        target = folder / f"checkpoint-{self.state.global_step}"
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == target or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+        randoms = self._random_states()
+        if self.args.should_save:
+            self._refuse_full_disk(target)
+            with snapshot.staged(target, {"run": self._run, "step": self.state.global_step}) as staged:
+                self.save_model(str(staged), _internal_call=True)
+                if not self.args.save_only_model:
+                    (staged / OPTIMIZER).write_bytes(state.pack(self.stepper.state_dict()))
+                    (staged / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict(), default=str))
+                    (staged / RANDOM).write_text(json.dumps(randoms))
+                self._export_callbacks()
+                self.state.save_to_json(str(staged / STATE))
+        elif self.is_distributed_loading_by_transformers:
+            self.save_model(str(target), _internal_call=True)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _refuse_full_disk(self, target: Path) -> None:
+        """Before anything is written: what a checkpoint takes, as far as it is known, must be free."""
+        tensors: Iterable[Tensor] = [*self.model.parameters(), *self.model.buffers()]
+        if hasattr(self.model, "peft_config"):
+            tensors = [p for p in self.model.parameters() if p.requires_grad]
+        moments = [m for kept in self.stepper.moments.values() for m in kept.values()]
+        size = sum(t.numel() * t.element_size() for t in [*tensors, *moments, *self.stepper.masters.values()])
+        snapshot.refuse_full_disk(target, size)
+
+    def _export_callbacks(self) -> None:
+        """What callbacks keep belongs to the saved state (as in the Trainer's own `_save_checkpoint`)."""
+        for one in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(one, ExportableState):
+                name, kept = type(one).__name__, one.state()
+                if isinstance(self.state.stateful_callbacks.get(name), list):
+                    self.state.stateful_callbacks[name].append(kept)
+                else:
+                    self.state.stateful_callbacks[name] = kept
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the Trainer's own, with the arguments as JSON instead of a pickle."""
+        super()._save(output_dir, state_dict)
+        folder = Path(str(output_dir if output_dir is not None else self.args.output_dir))
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / ARGUMENTS).write_text(json.dumps(_public(self.args.to_sanitized_dict()), indent=1, default=str))
+
+    def _random_states(self) -> list[dict[str, Any]]:
+        """The global random states of all processes, as plain values."""
+        mine = _random_state()
+        if self.args.world_size == 1:
+            return [mine]
+        found: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(found, mine)
+        return found
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The global random states as they were; a process that was not there then takes the first one's."""
+        if checkpoint is not None and (file := Path(checkpoint) / RANDOM).is_file():
+            kept = json.loads(file.read_text())
+            _put_random_state(kept[self.args.process_index if self.args.process_index < len(kept) else 0])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stepper's state and the schedule's position; the schedule itself is the one of this run."""
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not (folder / OPTIMIZER).is_file():
+            raise UserError(f"{folder} holds a model alone (save_only_model): nothing can be resumed from it")
+        self.optimizer.load_state_dict(state.unpack((folder / OPTIMIZER).read_bytes()))
+        kept = json.loads((folder / SCHEDULER).read_text())
+        for own in ("base_lrs", "lr_lambdas", "_get_lr_called_within_step"):
+            kept.pop(own, None)
+        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **kept})
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is no loss scaler."""
+
+
+# ---- plain values ----------------------------------------------------------------------------------------------------
+
+
+def _random_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    whole: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+    }
+    if torch.cuda.is_available():
+        whole["cuda"] = [bytes(one.tolist()).hex() for one in torch.cuda.get_rng_state_all()]
+    return whole
+
+
+def _put_random_state(kept: dict[str, Any]) -> None:
+    version, words, gauss = kept["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = kept["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_bytes(kept["torch"]))
+    if torch.cuda.is_available() and len(kept.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_bytes(one) for one in kept["cuda"]])
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _public(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what is secret."""
+    return {key: value for key, value in values.items() if "token" not in key or isinstance(value, bool | int)}
+
+
+def _short(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
+
+
+def _fingerprint(rows: Any) -> str | None:
+    """Length and some rows of a dataset; None where it cannot be looked into without disturbing it."""
+    try:
+        count = len(rows)
+        some = [rows[i] for i in range(0, count, max(1, count // 32))]
+    except (TypeError, KeyError, NotImplementedError):
+        return None
+    return f"{count} rows, {_short([_as_plain(row) for row in some])}"
+
+
+def _as_plain(row: Any) -> Any:
+    return {key: _plain(value) for key, value in row.items()} if isinstance(row, dict) else str(row)

@@ -1,0 +1,206 @@
+"""What a user's rows can be, the names their columns go by, and which of them a first row is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zoft.errors import UserError, did_you_mean
+
+Columns = dict[str, Any]
+"""Role -> the column that plays it; ``choices`` may be several columns."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of rows.
+
+    Args:
+        what: in words.
+        roles: role -> the names its column is found by, whatever their case.
+        settings: those of the task's settings that it reads.
+        needs_list: a role whose value is a list or a mapping, or this is another format.
+        hides: formats that such a row also looks like, and is not.
+    """
+
+    what: str
+    roles: dict[str, tuple[str, ...]]
+    settings: tuple[str, ...] = ("template", "columns")
+    needs_list: str = ""
+    hides: tuple[str, ...] = ()
+
+
+_PROMPTS = ("prompt", "instruction", "question", "query")
+FORMATS = {
+    "text_label": Format(
+        "text + label",
+        {"label": ("label", "labels", "class", "category", "target")},
+        settings=("template", "words", "label"),
+    ),
+    "multiple_choice": Format(
+        "question, choices and answer",
+        {
+            "question": ("question", "prompt", "query", "context", "ctx", "sentence"),
+            "choices": ("choices", "options", "endings"),
+            "answer": ("answer", "answerkey", "label", "correct", "target"),
+        },
+        needs_list="choices",
+        hides=("text_label", "completion"),
+    ),
+    "completion": Format(
+        "prompt + completion",
+        {"prompt": _PROMPTS, "completion": ("completion", "response", "output", "answer")},
+    ),
+    "chat": Format(
+        "chat messages",
+        {"messages": ("messages", "conversations", "conversation")},
+        settings=("columns",),
+        needs_list="messages",
+    ),
+    "preference": Format(
+        "chosen and rejected answers",
+        {"prompt": _PROMPTS, "chosen": ("chosen",), "rejected": ("rejected",)},
+    ),
+    "reward": Format("prompt + reward", {"prompt": _PROMPTS, "reward": ("reward",)}),
+}
+"""Every format by the name that ``task.format`` takes."""
+
+OPTIONAL = {("preference", "prompt")}
+"""(format, role) that rows can do without: chosen and rejected chats hold their prompt."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source's rows are read.
+
+    Args:
+        format: a key of :data:`FORMATS`.
+        columns: which column plays which role.
+        unused: columns that nothing reads.
+        found: whether the format comes from the columns, and not from a setting.
+    """
+
+    format: str
+    columns: Columns
+    unused: tuple[str, ...]
+    found: bool
+
+    def sentence(self) -> str:
+        """What was found, for people.
+
+        Example:
+            >>> Reading("completion", {"prompt": "question", "completion": "answer"}, ("id",), True).sentence()
+            'prompt + completion (format=completion, found: prompt=question, completion=answer; not used: id)'
+        """
+        roles = ", ".join(f"{role}={'+'.join(_listed(column))}" for role, column in self.columns.items())
+        told = ", ".join(filter(None, (f"format={self.format}", "found" if self.found else "as set")))
+        told += f": {roles}" if roles else ""
+        return f"{FORMATS[self.format].what} ({told}" + (f"; not used: {listed(self.unused)})" if self.unused else ")")
+
+
+def reading(
+    row: Mapping[str, Any],
+    where: str,
+    *,
+    format: str = "auto",
+    columns: Columns | None = None,
+    label: str = "",
+    words: bool = False,
+    template: Iterable[str] = (),
+) -> Reading:
+    """What a row is, from its columns and from what was set.
+
+    Args:
+        row: the first one of a source.
+        where: its place.
+        format: a key of :data:`FORMATS`, or auto.
+        columns: role -> column, as set.
+        label: the label's column, as set.
+        words: whether words for labels are set, which only ``text_label`` has.
+        template: the columns that the template names.
+
+    Raises:
+        UserError: no format fits, several do, or a column that was named is not there.
+
+    Example:
+        >>> reading({"question": "2 + 2?", "answer": "4", "id": 7}, "sums.jsonl:1").format
+        'completion'
+    """
+    given = dict(columns or {}) | ({"label": label} if label else {})
+    for name in [name for column in given.values() for name in _listed(column)]:
+        if name not in row:
+            raise UserError(f"{where} has no {name!r} (its columns: {listed(row)}).{did_you_mean(name, map(str, row))}")
+    chosen, found = format, False
+    if chosen == "auto" and (words or label):
+        chosen = "text_label"
+    if chosen == "auto":
+        chosen, found = _fitting(row, where, given), True
+    roles = FORMATS[chosen].roles
+    for role in given:
+        if role not in roles:
+            raise UserError(f"task.columns: format={chosen} has no {role!r}.{did_you_mean(role, roles)}")
+    settled = _settled(chosen, row, given)
+    missing = [role for role in roles if role not in settled and (chosen, role) not in OPTIONAL]
+    templated = list(template)
+    if templated and missing and missing[0] in ("prompt", "question"):
+        missing = missing[1:]  # the template is the prompt
+    if missing:
+        setting = "task.label=COLUMN" if chosen == "text_label" else f"'task.columns={{{missing[0]}: COLUMN}}'"
+        raise UserError(
+            f"{where} has no column for {missing[0]!r} of format={chosen} (its columns: {listed(row)}): "
+            f"name it, {setting}"
+        )
+    if templated:
+        settled = {role: column for role, column in settled.items() if role not in ("prompt", "question")}
+    used = {name for column in settled.values() for name in _listed(column)} | set(templated)
+    return Reading(chosen, settled, tuple(str(name) for name in row if name not in used), found)
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Column names in a message, cut where there are too many to read."""
+    text = ", ".join(str(name)[:60] for name in names)
+    return text if len(text) <= 240 else text[:240] + "..."
+
+
+def _fitting(row: Mapping[str, Any], where: str, given: Columns) -> str:
+    fits = []
+    for name, format in FORMATS.items():
+        settled = _settled(name, row, given)
+        complete = all(role in settled or (name, role) in OPTIONAL for role in format.roles)
+        nested = format.needs_list and isinstance(settled.get(format.needs_list), str)
+        if complete and given.keys() <= format.roles.keys():
+            if nested and not isinstance(row[settled[format.needs_list]], list | dict):
+                continue
+            fits.append(name)
+    hidden = {other for name in fits for other in FORMATS[name].hides}
+    fits = [name for name in fits if name not in hidden]
+    if len(fits) > 1:
+        raise UserError(
+            f"{where} could be {' or '.join(fits)} by its columns ({listed(row)}): say which, task.format={fits[0]}"
+        )
+    if not fits:
+        raise UserError(
+            f"{where}: the columns ({listed(row)}) fit no format: name one and its columns, e.g. "
+            "task.format=completion 'task.columns={prompt: COLUMN, completion: COLUMN}', or "
+            "task.format=text_label task.label=COLUMN "
+            f"(formats: {', '.join(FORMATS)})"
+        )
+    return fits[0]
+
+
+def _settled(name: str, row: Mapping[str, Any], given: Columns) -> Columns:
+    """Role -> column, the given ones first and then those found by name; no column plays two roles."""
+    settled: Columns = {}
+    taken = {one for column in given.values() for one in _listed(column)}
+    lower = {str(column).lower(): str(column) for column in reversed(list(row))}
+    for role, aliases in FORMATS[name].roles.items():
+        column = given.get(role) or next((lower[a] for a in aliases if a in lower and lower[a] not in taken), None)
+        if column:
+            settled[role] = column
+            taken.update(_listed(column))
+    return settled
+
+
+def _listed(column: Any) -> list[str]:
+    return [str(one) for one in column] if isinstance(column, list | tuple) else [str(column)]
