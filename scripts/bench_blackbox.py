@@ -62,7 +62,7 @@ def quadratic(d: int, condition: float) -> Callable:
             y = y if turn is None else turn @ y
             return float(bends @ (y * y)) / 2
 
-        return f, np.zeros(d)
+        return f, random.standard_normal(d)
 
     return make
 
@@ -83,7 +83,7 @@ def of_norm(d: int, norm: float, *, rotated: bool = True) -> Callable:
     def make(random: np.random.Generator) -> tuple[Callable, np.ndarray]:
         centre = random.standard_normal(d)
         turn = np.linalg.qr(random.standard_normal((d, d)))[0] if rotated else np.eye(d)
-        return (lambda x: float(np.linalg.norm(turn @ (x - centre), norm))), np.zeros(d)
+        return (lambda x: float(np.linalg.norm(turn @ (x - centre), norm))), random.standard_normal(d)
 
     return make
 
@@ -93,7 +93,7 @@ def steps(d: int, width: float) -> Callable:
 
     def make(random: np.random.Generator) -> tuple[Callable, np.ndarray]:
         centre = random.standard_normal(d)
-        return (lambda x: float(np.floor(np.abs(x - centre) / width).sum())), np.zeros(d)
+        return (lambda x: float(np.floor(np.abs(x - centre) / width).sum())), random.standard_normal(d)
 
     return make
 

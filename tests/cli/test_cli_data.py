@@ -13,8 +13,11 @@ from tests.runs import WORDS, data_file, model_folder, tiny_tokenizer
 from zoft.cli import main
 from zoft.cli.data import lines, safe
 from zoft.config import compose
+from zoft.data import preview
 from zoft.errors import UserError
 from zoft.run import run
+from zoft.tasks import Example
+from zoft.tasks.base import MASK, Piece
 
 TEMPLATE = "{% for m in messages %}{{ bos_token }} {{ m.role }} : {{ m.content }} {{ eos_token }} {% endfor %}"
 
@@ -210,6 +213,42 @@ def test_show_works_for_a_task_of_the_house(capsys, model, tmp_path):
     assert "test    40 rows" in text
     assert "labels: great 20, terrible 20" in text
     assert "---" not in text
+
+
+@pytest.mark.parametrize(
+    ("example", "told"),
+    [
+        (Example("", (" no", " yes"), 1, pieces=(Piece("free home"), MASK, Piece("spam"))), "options  ' no' (1 token)"),
+        (Example("free home", (), 1), "labels: class 1 2"),
+    ],
+)
+def test_show_knows_masked_models_and_heads(monkeypatch, example, told):
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = "<unk>"
+    monkeypatch.setattr(
+        preview, "encode_masked", lambda examples, *_: [{"input_ids": [4, 3, 14], "mask_position": 1}] * 2
+    )
+    split = preview.preview([example] * 2, tokenizer, 100, "label_words", 1)
+    facts = {"task": "t", "sentence": None, "model": "m", "vocabulary": 9, "max_length": 8, "objective": "label_words"}
+    text = "\n".join(lines(facts | {"splits": {"train": split}}))
+    assert told in text
+    assert ("free|<unk>|spam|\n  counted       ^^^^^" in text) == bool(example.pieces)
+
+
+BROKEN = {
+    "ragged.csv": b"prompt,completion\na,b\na,b,c\n",
+    "text.parquet": b"PAR1 and no more",
+    "deep.jsonl": b"[" * 10_000,
+    "chat.jsonl": b'{"messages": [{"role": "user", "content": {"$ref": "/etc/passwd"}}]}\n',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_one_sentence_with_its_place_and_exit_code_2(tmp_path, capsys, model, name):
+    (tmp_path / name).write_bytes(BROKEN[name])
+    assert main(["data", "show", *arguments(model, tmp_path / name)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"zoft: error: {tmp_path / name}:")
 
 
 def test_what_data_says_cannot_move_the_cursor():

@@ -110,6 +110,9 @@ def test_cfg_prints_an_experiment(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("zoft train trainer.logging_st", ["trainer.logging_strategy=", "trainer.logging_steps="]),
         ("zoft show estimator/cen", ["estimator/central"]),
         ("zoft ls subs", ["subspace"]),
+        ("zoft data ", ["show"]),
+        ("zoft data show task=cus", ["task=custom"]),
+        ("zoft data show --j", ["--json"]),
         ("zoft train foo=", []),
     ],
 )

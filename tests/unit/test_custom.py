@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from zoft.data import choosing
 from zoft.data.examples import Chat, Completion, Preference, Rated
 from zoft.errors import UserError
 from zoft.tasks import Example
+from zoft.tasks._custom_formats import FORMATS
 from zoft.tasks.custom import Custom
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -236,3 +240,33 @@ def test_columns_and_format_come_from_the_command_line():
     assert (task.format, task.columns) == ("multiple_choice", {"choices": ["a", "b"], "answer": "gold"})
     with pytest.raises(UserError, match=r"task.format must be one of.*Did you mean completion"):
         compose(["task=custom", "task.format=completions"])
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def documented() -> list[tuple[str, str, str]]:
+    """(format, arguments, row) of every example in docs/data.md."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    found = []
+    for section in page.split("\n### ")[1:]:
+        arguments = re.search(r"^    ('task\..*)$", section, re.M)
+        for block in re.findall(r"```json\n(.*?)```", section, re.S):
+            found += [
+                (section.split("\n")[0], arguments.group(1) if arguments else "", row) for row in block.splitlines()
+            ]
+    return found
+
+
+@pytest.mark.parametrize(("format", "arguments", "row"), documented())
+def test_every_row_of_the_page_is_of_its_format(tmp_path, format, arguments, row):
+    path = tmp_path / "own.jsonl"
+    path.write_text(f"{row}\n" * 8)
+    words = ["task=custom", f"task.train={path}", "task.num_dev=2", "task.num_test=2", *shlex.split(arguments)]
+    task = compose(words).task
+    assert task.reading().format == format
+    assert len(task.load().train) == 4
+
+
+def test_the_page_names_every_format():
+    assert {format for format, _, _ in documented()} == set(FORMATS)

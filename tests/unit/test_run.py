@@ -224,8 +224,8 @@ def test_interrupted_before_the_first_step_starts_over(tmp_path: Path, monkeypat
     [
         ("task.train=nowhere.jsonl", "there is no data file nowhere.jsonl"),
         ("model.name=./nowhere", "there is no model folder ./nowhere"),
-        ("task.label=lable", "row 1 has no 'lable'"),
-        ("task.template='{txt} is'", "row 1 has no 'txt'"),
+        ("task.label=lable", "data.jsonl:1 has no 'lable'"),
+        ("task.template='{txt} is'", "data.jsonl:1 has no 'txt'"),
         ("task.num_test=48", "too few rows"),
         ("estimator.eps=1e-12", "estimator.eps=1e-12 is below what float32"),
         ("trainable=adapter", "trainable=adapter needs an adapter"),

@@ -1,57 +1,71 @@
-"""The pace for a noisy function."""
+"""The pace for noise and kinks: no step is judged by a value; the length follows from how steps hang together."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+from zoft.blackbox.ending import finish, kept_for_the_end, one_more_failed
 from zoft.blackbox.walk import Walk
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from zoft.blackbox.minimizer import Minimizer
 
-
-EPS = 4.0
-AVERAGE = 0.0
+_REACH = 4.0  # queries are so many times as far away as the step is long
+_SMALLEST = 1e-10  # length of a step, relative to x, that is believed to be one
 
 
 class Drift:
-    def __init__(self, walk: Walk, host: Minimizer, radius: float, fixes_eps: bool = False) -> None:
-        self.walk, self.host, self.fixes_eps, self.radius = walk, host, fixes_eps, radius
+    """Steps of a length that grows while they go the same way, and shrinks while they go back and forth.
+
+    The running sum p <- (1 - c) p + sqrt(c (2 - c)) u of the steps' directions u has length one on average where they
+    have nothing to do with each other, as under pure noise; the radius is multiplied by exp(c (|p|^2 - 1)). Queries are
+    made at ``_REACH`` times the length of the step, so that a difference is large against the noise and looks across
+    kinks. No value of f decides anything, so a lucky one does no harm.
+
+    Args:
+        walk: a composition where the search stands.
+        host: answers points, and counts.
+        radius: length of the first step.
+        fixes_eps: leave the radius of the differences as the estimator has it.
+
+    References: Ostermeier, Gawelczyk & Hansen 1994 (cumulative step-size adaptation); Hansen & Ostermeier 2001.
+    """
+
+    def __init__(self, walk: Walk, host: Minimizer, radius: float, *, fixes_eps: bool = False) -> None:
+        self.walk, self.host, self.radius, self.fixes_eps = walk, host, radius, fixes_eps
+        self.d = walk.space.num_elements
+        self.memory = 1 / (1 + math.sqrt(self.d) / 2)  # c
+        self.path: Tensor | None = None  # p
 
     def run(self) -> None:
-        from zoft.blackbox.search import finish, count_failed, reserve
-        walk, host = self.walk, self.host
-        d = walk.session.weights.num_elements
-        kept = min(16, 1 + host.budget // 20)
-        failed = 0
-        last = None
-        c = 1 / (1 + d**0.5 / 2)
-        path = None
-        trail = []
-        while True:
-            eps = walk.method.estimator.radius if self.fixes_eps else EPS * self.radius / d**0.5
-            estimator = walk.fitting(walk.with_eps(eps), host.left - kept)
+        """To the end of the budget (a stop), or until steps are below the resolution of x."""
+        walk, host, failed = self.walk, self.host, 0
+        while self.radius > _SMALLEST * float(walk.vector().norm()) or host.result().noisy:
+            estimator = walk.fitting(walk.with_eps(self.eps()), host.left - kept_for_the_end(host))
             if estimator is None:
-                if AVERAGE and trail:
-                    n = max(1, int(len(trail) * AVERAGE))
-                    walk.put(sum(trail[-n:]) / n)
-                finish(walk, host, True)
+                finish(walk, host)
             asked = walk.ask(estimator)
             if not asked.usable:
-                failed = count_failed(failed)
-                self.radius /= 2
+                failed = one_more_failed(failed)
                 host.note_step(walk.session.at(), math.nan, 0.0, estimator.radius, 0.0)
                 continue
-            failed = 0
-            before = walk.vector()
+            failed, before = 0, walk.vector()
             step = walk.write(1.0, project=False)
             size = float(step.norm())
-            if size:
-                unit = step / size
-                path = unit if path is None else (1 - c) * path + math.sqrt(c * (2 - c)) * unit
-                self.radius *= math.exp(min(1.0, c * (float(path @ path) - 1)))
-                walk.put(before + unit * self.radius)
-            moved = walk.vector() - before
-            trail.append(walk.vector())
-            host.note_step(walk.session.at(), asked.loss, self.radius / size if size else 0.0, estimator.radius, float(moved.norm()))
+            walk.put(before + self.stride(step / size) if size else before)
+            length = float((walk.vector() - before).norm())
+            host.note_step(walk.session.at(), asked.loss, length / size if size else 0.0, estimator.radius, length)
+
+    def eps(self) -> float:
+        """A direction is as long as sqrt(d)."""
+        return self.walk.method.estimator.radius if self.fixes_eps else _REACH * self.radius / math.sqrt(self.d)
+
+    def stride(self, unit: Tensor) -> Tensor:
+        """The step along a direction, of the length that the past says."""
+        c = self.memory
+        self.path = unit if self.path is None else (1 - c) * self.path + math.sqrt(c * (2 - c)) * unit
+        self.radius *= math.exp(min(1.0, c * (float(self.path @ self.path) - 1)))
+        return unit * self.radius

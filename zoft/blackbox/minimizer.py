@@ -10,8 +10,9 @@ from typing import Any
 from greenlet import greenlet
 
 from zoft.blackbox.calls import Value, number
+from zoft.blackbox.ending import Stop
 from zoft.blackbox.result import Failure, Record, Result
-from zoft.blackbox.search import Stop, search
+from zoft.blackbox.search import search
 from zoft.blackbox.settings import Settings
 from zoft.blackbox.space import Space
 from zoft.errors import UserError

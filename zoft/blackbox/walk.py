@@ -55,6 +55,11 @@ class Walk:
         d = self.session.weights.num_elements
         return float(d**0.5) if self.method.subspace.name() == "coordinate" else 1.0
 
+    @property
+    def least_eps(self) -> float:
+        """Below it a difference is rounded away in the user's dtype, where that is not float64."""
+        return max(float(gap.max()) for gap in self.space.spacing().values()) / self.reach
+
     # ---- where it stands ---------------------------------------------------------------------------------------------
 
     def vector(self) -> Tensor:

@@ -100,7 +100,7 @@ def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> l
             told += ["", f"--- {name}, row {number} of {split['rows']:,}" + _origin(row)]
             for part in row["parts"]:
                 told += _part(part, width, colour)
-            if "options" in row:
+            if row.get("options"):
                 told += [_options(row["options"])]
             if "reward" in row:
                 told += [f"  reward   {safe(str(row['reward']))}"]
@@ -154,7 +154,8 @@ def _tokens(tokens: list[str], counted: list[bool], width: int, colour: bool) ->
     if len(pairs) > _MAX_TOKENS:
         half = _MAX_TOKENS // 2
         pairs = [*pairs[:half], (f" ... {len(pairs) - 2 * half:,} more ... ", False), *pairs[-half:]]
-    told, text, marks, used = [], "", "", 0
+    told: list[str] = []
+    text, marks, used = "", "", 0
     for token, counts in pairs:
         room = _columns(token) + 1
         if used and used + room > max(20, width):

@@ -138,11 +138,11 @@ def _from_hub(source: str, split: str) -> Iterator[tuple[str, Row]]:
     subset, _, chosen = rest.partition(":")
     try:
         loaded = datasets.load_dataset(name, subset or None, split=chosen or split)
+        for number, row in enumerate(loaded, start=1):
+            yield f"{source}: row {number}", dict(row)
     except Exception as error:  # the hub client raises a dozen kinds; the user needs one sentence
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"could not load {source!r} ({chosen or split}): {first_line}; give a local file instead "
             f"({', '.join(SUFFIXES)})"
         ) from None
-    for number, row in enumerate(loaded, start=1):
-        yield f"{source}: row {number}", dict(row)

@@ -9,6 +9,8 @@ from typing import Any
 
 from zoft.data.encoding import are_counted, encode_examples
 from zoft.data.examples import Preference, Rated
+from zoft.data.masked import encode_masked
+from zoft.data.tokens import encode_prompts
 from zoft.tasks.base import Example
 
 Facts = dict[str, Any]
@@ -56,7 +58,7 @@ def _parts(examples: Sequence[Any], tokenizer: Any, max_length: int) -> list[dic
     if kind is Rated:
         prompts = tokenizer([example.prompt for example in examples])["input_ids"]
         return [{"prompt": _prompt(ids, max_length)} for ids in prompts]
-    encoded = encode_examples(examples, tokenizer, max_length)
+    encoded = _encoded(examples, tokenizer, max_length)
     if are_counted(encoded):
         return [
             {"row": {"ids": r["input_ids"], "counted": [label >= 0 for label in r["labels"]]} | _cuts(r)}
@@ -64,8 +66,27 @@ def _parts(examples: Sequence[Any], tokenizer: Any, max_length: int) -> list[dic
         ]
     room = max_length - max(getattr(example, "max_new_tokens", 0) for example in examples)
     could_be_cut = any(len(row["input_ids"]) >= room for row in encoded)
-    whole = encode_examples(examples, tokenizer, _UNCUT) if could_be_cut else encoded
-    return [{"right answer": _gold(row, uncut)} for row, uncut in zip(encoded, whole, strict=True)]
+    whole = _encoded(examples, tokenizer, _UNCUT) if could_be_cut else encoded
+    pairs = list(zip(encoded, whole, strict=True))
+    if "sequences" in encoded[0]:
+        return [{"right answer": _gold(row, uncut)} for row, uncut in pairs]
+    return [{"row": _asked(row, uncut, masked=bool(examples[0].pieces))} for row, uncut in pairs]
+
+
+def _encoded(examples: Sequence[Any], tokenizer: Any, max_length: int) -> list[Facts]:
+    """The rows, for masked models and classification heads too."""
+    if isinstance(examples[0], Example) and examples[0].pieces:
+        return encode_masked(examples, tokenizer, max_length)
+    if isinstance(examples[0], Example) and not examples[0].options:
+        return encode_prompts(examples, tokenizer, max_length)
+    return encode_examples(examples, tokenizer, max_length)
+
+
+def _asked(row: Facts, whole: Facts, *, masked: bool) -> Facts:
+    """A text with a mask, at which a word is asked for, or a text for a classification head."""
+    ids, cut = row["input_ids"], len(whole["input_ids"]) - len(row["input_ids"])
+    counted = [place == row.get("mask_position") for place in range(len(ids))]
+    return {"ids": ids, "counted": counted, "cut": 0 if masked else cut, "cut_end": cut if masked else 0}
 
 
 def _gold(row: Facts, whole: Facts) -> Facts:
@@ -93,7 +114,7 @@ def _num_counted(row: Facts, objective: str) -> int:
 def _shown(example: Any, named: dict[str, Facts], tokenizer: Any) -> Facts:
     shown: Facts = {"where": getattr(example, "where", None)}
     if isinstance(example, Example):
-        lengths = next(iter(named.values()))["lengths"]
+        lengths = next(iter(named.values())).get("lengths", [1] * len(example.options))
         shown["options"] = [
             {"text": text, "tokens": length, "right": place == example.label}
             for place, (text, length) in enumerate(zip(example.options, lengths, strict=True))
@@ -126,7 +147,9 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 def _labels(examples: Sequence[Any]) -> dict[str, int]:
     """How often each answer is right; by its place where every row has choices of its own."""
-    if isinstance(examples[0], Example):
+    if isinstance(examples[0], Example) and not examples[0].options:
+        names = [f"class {example.label}" for example in examples]
+    elif isinstance(examples[0], Example):
         same = len({example.options for example in examples}) == 1
         names = [
             example.options[example.label].strip() if same else f"choice {example.label + 1}" for example in examples

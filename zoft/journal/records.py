@@ -18,6 +18,7 @@ SKIPPED, COMPUTED = 1, 2
 BLOCK_STEPS = 4096
 """The most steps in a sealed block."""
 
+_LARGEST = 1 << 28  # bytes of a block
 _FIXED = struct.Struct("<IHHHIQddQQdd")  # step, flags, terms, curvatures, extra bytes, seed, lr, eps, ...
 
 
@@ -65,12 +66,12 @@ class Record:
 
 
 def encode(record: Record) -> bytes:
-    """A record's bytes: 66 fixed ones, 8 a coefficient and curvature, and the extra as JSON.
+    """A record's bytes: 70 fixed ones, 8 a coefficient and curvature, and the extra as JSON.
 
     Example:
         >>> record = Record(0, 7, 1e-3, 1e-3, 2, 64, 0.5, 1.5, (0.25,))
         >>> len(encode(record)), decode(encode(record)) == record
-        (74, True)
+        (78, True)
     """
     extra = json.dumps(record.extra, separators=(",", ":")).encode() if record.extra else b""
     fixed = _FIXED.pack(
@@ -180,11 +181,10 @@ def unseal(data: bytes) -> list[Record]:
 
 def _inflated(data: bytes) -> bytes:
     """Decompressed, up to what a block can hold: a small file must not fill the memory."""
-    bound = BLOCK_STEPS * 65536
     inflate = zlib.decompressobj()
-    whole = inflate.decompress(data, bound)
+    whole = inflate.decompress(data, _LARGEST)
     if inflate.unconsumed_tail:
-        raise UserError(f"a block of the journal is larger than {bound} bytes: it was not written by zoft")
+        raise UserError(f"a block of the journal is larger than {_LARGEST} bytes: it was not written by zoft")
     return whole
 
 

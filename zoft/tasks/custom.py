@@ -13,7 +13,7 @@ from zoft.data.choosing import choose
 from zoft.data.files import read_placed
 from zoft.errors import UserError, did_you_mean
 from zoft.tasks import _custom_rows as rows
-from zoft.tasks._custom_formats import FORMATS, Reading, reading
+from zoft.tasks._custom_formats import FORMATS, Reading, listed, reading
 from zoft.tasks.base import Splits, Task
 
 log = logging.getLogger("zoft.tasks.custom")
@@ -107,7 +107,9 @@ class Custom(Task):
         )
         self._refuse_unread(found.format)
         if found.format == "text_label":
-            self._need(bool(self.template), "template", "the prompt, with columns in braces, e.g. '{text} It was'")
+            there = listed(name for name in row if name not in found.columns.values())
+            rule = f"the prompt, with columns in braces (there are {there}), e.g. '{{text}} It was'"
+            self._need(bool(self.template), "template", rule)
         return found
 
     def _chosen(self, source: str, split: str, made: Callable[[Any, str], Any], wanted: int) -> list[Any]:

@@ -1,0 +1,51 @@
+"""Why and how a search ends."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NoReturn
+
+from zoft.blackbox.walk import Walk
+
+if TYPE_CHECKING:
+    from zoft.blackbox.minimizer import Minimizer
+
+_MOST_FAILED = 20  # steps in a row
+_MOST_AT_THE_END = 16  # queries of a noisy f where the search ends
+
+
+class Stop(Exception):  # noqa: N818 - it is no error
+    """The search ends.
+
+    Args:
+        status: see :class:`zoft.blackbox.result.Result`.
+        message: a sentence.
+        success: whether it ended as it should.
+    """
+
+    def __init__(self, status: str, message: str, *, success: bool = True) -> None:
+        super().__init__(message)
+        self.status, self.message, self.success = status, message, success
+
+
+def kept_for_the_end(host: Minimizer) -> int:
+    """Queries of the budget that are kept for the point where the search ends: one, or several of a noisy f."""
+    return min(_MOST_AT_THE_END, 1 + host.budget // 20) if host.result().noisy else 1
+
+
+def finish(walk: Walk, host: Minimizer, status: str = "budget", message: str = "") -> NoReturn:
+    """Ask what f is where the search has ended, unless that is known, and stop."""
+    if walk.session.clean is None and host.left:
+        x = walk.session.at()
+        values = [v for v in host.values([x] * min(host.left, kept_for_the_end(host))) if math.isfinite(v)]
+        if host.result().noisy and values:
+            host.note(x=x, fun=math.fsum(values) / len(values))
+    left = f"; {host.left} of them are left, which pay for no further step" if host.left else ""
+    raise Stop(status, message or f"The budget of {host.budget} queries is spent{left}.")
+
+
+def one_more_failed(failed: int) -> int:
+    """Counts steps in a row in which a query failed; too many end the search."""
+    if failed + 1 >= _MOST_FAILED:
+        raise Stop("failed", f"In {_MOST_FAILED} steps in a row a query failed.", success=False)
+    return failed + 1
