@@ -213,6 +213,13 @@ def test_words_that_cannot_be_told_apart_are_refused(tmp_path, words, message):
         custom(tmp_path, {"text": "t", "label": "a"}, template="{text}", words=words).load()
 
 
+def test_the_training_file_is_no_validation_file(tmp_path):
+    task = custom(tmp_path, {"prompt": "a", "completion": "b"})
+    (tmp_path / "link.jsonl").symlink_to(task.train)
+    with pytest.raises(UserError, match=r"task.validation must be another file than task.train"):
+        Custom(train=task.train, validation=str(tmp_path / "link.jsonl"), **SMALL).load()
+
+
 def test_a_column_of_texts_is_no_set_of_labels(tmp_path):
     rows = [{"text": "t", "label": f"answer {i}"} for i in range(100)]
     with pytest.raises(UserError, match=r"own.jsonl:65: 'label' has more than 64 different values so far"):
@@ -228,6 +235,9 @@ def test_of_a_large_source_only_the_chosen_rows_are_held(tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "KEPT_CHARS", 100)
     again = custom(tmp_path, rows).load()
     assert held == again
+    choices = iter((50, 3))
+    with pytest.raises(UserError, match=r"lost rows while it was read"):
+        choosing.choose(lambda: (("a:1", "x" * 9) for _ in range(next(choices))), lambda row, where: row, 5, 0)
     order = list(range(50))
     random.Random(0).shuffle(order)  # as the examples themselves always were
     assert [int(e.completion) for e in (*held.test, *held.dev, *held.train)] == order[:8]

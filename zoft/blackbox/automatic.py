@@ -17,8 +17,9 @@ from zoft.method import Method
 if TYPE_CHECKING:
     from zoft.blackbox.minimizer import Minimizer
 
-_SWEEPS = 4  # a budget of so many sweeps over the coordinates is spent on sweeps
-_FEW = 16  # random directions of a step where it is not
+_SWEEPS = 2  # a budget of so many sweeps over the coordinates is spent on sweeps
+_FEW = 64  # random directions of a step where it is not, or fewer, so that there are some steps
+_STEPS = 30
 _ORTHOGONAL_TO = 50  # times as many dimensions as directions: beyond it random ones are nearly at right angles
 
 
@@ -37,7 +38,7 @@ def automatic(settings: Settings, walk: Walk, host: Minimizer) -> None:
     d = walk.space.num_elements
     if not noisy:
         sweeps = host.left >= _SWEEPS * (d + 1)
-        method = Method.of("coordinate", OneSided(num_directions=d)) if sweeps else few_directions(d)
+        method = Method.of("coordinate", OneSided(num_directions=d)) if sweeps else few_directions(d, host.left)
         walk = another(walk, host, method)
         pace = Descent(walk, host, radius, fixes_eps=settings.fixes_eps)
         if pace.run():
@@ -48,9 +49,9 @@ def automatic(settings: Settings, walk: Walk, host: Minimizer) -> None:
     finish(walk, host, "converged", "The steps are below the resolution of x.")
 
 
-def few_directions(d: int) -> Method:
-    """For budgets of few sweeps: forward differences along a few random directions."""
-    return Method.of("full", OneSided(num_directions=min(d, _FEW)))
+def few_directions(d: int, queries: int) -> Method:
+    """For budgets below that: forward differences along a few random directions."""
+    return Method.of("full", OneSided(num_directions=max(1, min(d, _FEW, queries // _STEPS))))
 
 
 def smoothed(d: int) -> Method:

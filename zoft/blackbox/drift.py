@@ -55,17 +55,18 @@ class Drift:
             failed, before = 0, walk.vector()
             step = walk.write(1.0, project=False)
             size = float(step.norm())
-            walk.put(before + self.stride(step / size) if size else before)
-            length = float((walk.vector() - before).norm())
+            walk.put(before + step * (self.radius / size) if size else before)
+            moved = walk.vector() - before
+            length = float(moved.norm())
+            self.learn(moved / self.radius)
             host.note_step(walk.session.at(), asked.loss, length / size if size else 0.0, estimator.radius, length)
 
     def eps(self) -> float:
         """A direction is as long as sqrt(d)."""
         return self.walk.method.estimator.radius if self.fixes_eps else _REACH * self.radius / math.sqrt(self.d)
 
-    def stride(self, unit: Tensor) -> Tensor:
-        """The step along a direction, of the length that the past says."""
+    def learn(self, step: Tensor) -> None:
+        """Of a step, in units of its length; it is shorter where a bound has cut it."""
         c = self.memory
-        self.path = unit if self.path is None else (1 - c) * self.path + math.sqrt(c * (2 - c)) * unit
+        self.path = step if self.path is None else (1 - c) * self.path + math.sqrt(c * (2 - c)) * step
         self.radius *= math.exp(min(1.0, c * (float(self.path @ self.path) - 1)))
-        return unit * self.radius

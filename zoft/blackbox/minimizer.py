@@ -54,6 +54,8 @@ class Minimizer:
         bounds = {name: settings.pop(name) for name in ("bounds", "bounds_by", "scale") if name in settings}
         self.settings = Settings.of(budget=budget, **settings)
         self.space = Space(x0, **bounds)
+        if not self.settings.fixes_eps:  # what is given is in units of x
+            self.space.scale_by_bounds()
         self._result = Result(x=self.space.x(self.space.start()), fun=math.inf)
         self.best = math.inf  # the lowest value seen
         self._wanted: list[Any] = []

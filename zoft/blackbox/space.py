@@ -56,8 +56,14 @@ class Space:
             if not bool(torch.isfinite(value).all()):
                 raise UserError(f"{self._called(name)} has elements that are not finite: the search must begin somewhere")
         self.box = Box(self.x0, bounds, bounds_by, {n: _torch_dtype(like) for n, like in self.likes.items()}, self._called)
-        self.has_scale = scale is not None
         self.scale = self._scales(1.0 if scale is None else scale)
+        self.takes_scale = scale is None and bounds_by == "projection"  # from the bounds, where that is wanted
+
+    def scale_by_bounds(self) -> None:
+        """A quarter of the width where both bounds are there, unless a scale was given."""
+        for name in self.scale if self.takes_scale else ():
+            width = self.box.widths(name)
+            self.scale[name] = torch.where(torch.isfinite(width) & (width > 0), width / 4, self.scale[name])
 
     @property
     def num_elements(self) -> int:

@@ -57,7 +57,7 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    from zoft.data.preview import preview
+    from zoft.data.preview import preview, repeated
     from zoft.models.load import load_tokenizer
 
     task: Any = cfg.task
@@ -67,6 +67,9 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         cfg.model.name, revision=cfg.model.revision, as_mezo=cfg.estimator.noise == "torch_sequential"
     )
     length, objective = task.max_length, cfg.objective.name()
+    told = {name: preview(getattr(splits, name), tokenizer, length, objective, num_rows) for name in _SPLITS}
+    for name in ("dev", "test"):
+        told[name]["in_train"] = repeated(getattr(splits, name), splits.train)
     return {
         "task": task.name(),
         "read_as": reading and {"format": reading.format, "columns": reading.columns, "unused": list(reading.unused)},
@@ -75,7 +78,7 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         "vocabulary": len(tokenizer),
         "max_length": length,
         "objective": objective,
-        "splits": {name: preview(getattr(splits, name), tokenizer, length, objective, num_rows) for name in _SPLITS},
+        "splits": told,
     }
 
 
@@ -126,6 +129,8 @@ def _summary(split: dict[str, Any]) -> str:
         f"{counted['min']:,} to {counted['max']:,} of them count ({share})" if counted["max"] else "none of them count",
         f"{cut['rows']:,} cut by {cut['tokens']:,} tokens" if cut["rows"] else "none cut",
     ]
+    if split.get("in_train"):
+        parts.append(f"{split['in_train']:,} OF THEM STAND IN TRAIN TOO")
     labels = ", ".join(f"{safe(name)} {count:,}" for name, count in list(split["labels"].items())[:12])
     return "; ".join(parts + ([f"labels: {labels}"] if labels else []))
 

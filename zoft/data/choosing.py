@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from zoft.data.examples import num_chars
+from zoft.errors import UserError
 
 T = TypeVar("T")
 KEPT_CHARS = 2**26
@@ -50,4 +51,6 @@ def choose(
 def _again(placed: Iterable[tuple[str, Any]], made: Callable[[Any, str], T], chosen: list[int]) -> list[T]:
     wanted = set(chosen)
     found = {index: made(row, where) for index, (where, row) in enumerate(placed) if index in wanted}
+    if len(found) < len(wanted):
+        raise UserError("a data file lost rows while it was read: start again when nothing writes to it")
     return [found[index] for index in chosen]

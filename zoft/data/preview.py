@@ -48,6 +48,22 @@ def preview(examples: Sequence[Any], tokenizer: Any, max_length: int, objective:
     }
 
 
+def repeated(examples: Sequence[Any], train: Sequence[Any]) -> int:
+    """How many of the examples stand in the training rows too, word for word: a metric on them measures memory.
+
+    Example:
+        >>> rows = [Example("a", (" b", " c"), 0), Example("d", (" b", " c"), 1)]
+        >>> repeated(rows, rows[:1])
+        1
+    """
+    known = {_content(example) for example in train}
+    return sum(_content(example) in known for example in examples)
+
+
+def _content(example: Any) -> str:
+    return str({name: value for name, value in vars(example).items() if name != "where"})
+
+
 def _parts(examples: Sequence[Any], tokenizer: Any, max_length: int) -> list[dict[str, Facts]]:
     """For every example, what the model reads of it, by name."""
     kind = type(examples[0])

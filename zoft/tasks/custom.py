@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from zoft.data.choosing import choose
@@ -71,6 +72,7 @@ class Custom(Task):
         if found.found:
             log.warning("task.train=%s is read as %s", self.train, found.sentence())
         made = self._maker(found)
+        self._need(not self._held_out_in_train(), "validation", "another file than task.train, or empty")
         held = self.num_test if not self.validation else 0
         pool = self._chosen(self.train, "train", made, held + self.num_dev + self.num_train)
         if self.validation:
@@ -111,6 +113,11 @@ class Custom(Task):
             rule = f"the prompt, with columns in braces (there are {there}), e.g. '{{text}} It was'"
             self._need(bool(self.template), "template", rule)
         return found
+
+    def _held_out_in_train(self) -> bool:
+        """Whether both sources are one file; a hub name has splits of its own."""
+        train, validation = (Path(source).expanduser() for source in (self.train, self.validation or "."))
+        return validation.is_file() and train.is_file() and validation.samefile(train)
 
     def _chosen(self, source: str, split: str, made: Callable[[Any, str], Any], wanted: int) -> list[Any]:
         return choose(partial(read_placed, source, split), made, wanted, self.data_seed)

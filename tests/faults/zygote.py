@@ -1,0 +1,180 @@
+"""Runs of `zoft train` that can be killed for real and start in no time: forked from a process that has loaded all.
+
+The process that is asked (``python -m tests.faults.zygote``) reads one JSON object a line: start a run, or wait for
+one. A run is a process of its own, with its own signals, locks and files; only its imports are inherited.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.runs import REPOSITORY, environment
+
+
+class Zygote:
+    """Asks the process of runs; one a test session, closed when done."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.faults.zygote"]
+        self.process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._ask({})  # everything is loaded when it answers
+
+    def run(self, words: list[str], told: Path, *, faults: dict[str, Any] | None = None, **env: str) -> Run:
+        """Start ``zoft train``; its output goes to the file ``told``, ``faults`` (of :mod:`.injected`) are put in."""
+        pid = self._ask({"words": words, "told": str(told), "faults": faults or {}, "env": env})["pid"]
+        return Run(self, pid, told)
+
+    def ranks(self, words: list[str], told: Path, count: int = 2, **given: Any) -> list[Run]:
+        """The processes of one run, as torchrun would start them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        return [
+            self.run(
+                words,
+                told.with_suffix(f".{rank}"),
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                MASTER_PORT=port,
+                **shared,
+                **given,
+            )
+            for rank in range(count)
+        ]
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(10)
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return dict(json.loads(self.process.stdout.readline()))
+
+
+@dataclass
+class Run:
+    """One process of `zoft train`."""
+
+    zygote: Zygote
+    pid: int
+    told: Path
+    code: int | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal, where it still lives."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal's number where one ended it; None while it lives."""
+        if self.code is None:
+            self.code = self.zygote._ask({"wait": self.pid})["code"]
+        return self.code
+
+    def wait(self, seconds: float = 200.0) -> int:
+        """The exit code, once it has ended."""
+        until = time.perf_counter() + seconds
+        while self.poll() is None:
+            if time.perf_counter() > until:
+                os.kill(self.pid, signal.SIGKILL)
+                raise TimeoutError(f"{self.told} has not ended within {seconds} s")
+            time.sleep(0.005)
+        assert self.code is not None
+        return self.code
+
+    def output(self) -> str:
+        """What it has said."""
+        return self.told.read_text(errors="replace")
+
+
+# ---- the process that is asked ---------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Answer until the questions end; what still runs then is killed."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing but answers may get between answers
+    _load_everything()
+    living: set[int] = set()
+    for line in sys.stdin:
+        question = json.loads(line)
+        told: dict[str, Any] = {}
+        if "words" in question:
+            pid = os.fork()
+            if pid == 0:
+                answer.close()
+                _be_a_run(question)
+            living.add(pid)
+            told = {"pid": pid}
+        elif "wait" in question:
+            ended, status = os.waitpid(question["wait"], os.WNOHANG)
+            living.discard(ended)
+            told = {"code": os.waitstatus_to_exitcode(status) if ended else None}
+        answer.write(json.dumps(told) + "\n")
+        answer.flush()
+    for pid in living:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _load_everything() -> None:
+    """The modules of a run; a run of a few steps, in a process of its own, tells which are there."""
+    import importlib
+
+    for name in (
+        "accelerate peft torch transformers.models.llama.modeling_llama matplotlib.pyplot zoft.run zoft.trainer "
+        "zoft.config.loader zoft.interrupt zoft.replaying zoft.report.plots zoft.report.report zoft.report.console "
+        "zoft.data.encoding zoft.evaluation.metrics zoft.cli.train"
+    ).split():
+        importlib.import_module(name)
+    import transformers
+
+    assert transformers.LlamaForCausalLM
+    assert transformers.PreTrainedTokenizerFast
+    from zoft.config import compose
+
+    compose(["config=quickstart"])
+
+
+def _be_a_run(question: dict[str, Any]) -> None:
+    code = 1
+    try:
+        file = os.open(question["told"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(question["env"])
+        from tests.faults import injected
+        from zoft.cli import main
+
+        for name, given in question["faults"].items():
+            getattr(injected, name)(**given)
+        code = main(["train", *question["words"]])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
