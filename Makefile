@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-wheel bench bench-gpu lint format constraints clean
+.PHONY: help install assets train test test-slow test-wheel bench bench-gpu bench-blackbox lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -40,6 +40,9 @@ bench: $(INSTALLED) ## time one step against MeZO's and against bare forwards: 5
 
 bench-gpu: $(INSTALLED) ## the same on an NVIDIA GPU in bf16, up to the size of OPT-66B
 	$(BIN)/python scripts/bench_step.py --device cuda --preset full --output build/bench-gpu $(ARGS)
+
+bench-blackbox: $(INSTALLED) ## zoft.minimize beside SciPy and nevergrad: queries to tolerance, 5 minutes
+	$(ENV) $(BIN)/python scripts/bench_blackbox.py $(ARGS)
 
 lint: $(INSTALLED) ## style, types, layers, spelling
 	$(BIN)/ruff check .

@@ -50,13 +50,15 @@ class StopOnInterrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Ask for a checkpoint and the end, in every process after the same step."""
+        heard = self.heard or 0
         if args.world_size > 1:
             # What was heard is read before the exchange: a signal that comes while waiting in it counts next step.
-            loudest = torch.tensor(float(self.heard or 0), device=args.device)
+            loudest = torch.tensor(float(heard), device=args.device)
             torch.distributed.all_reduce(loudest, op=torch.distributed.ReduceOp.MAX)
-            self.heard = int(loudest) or None
-        self.stopped = self.heard is not None
+            heard = int(loudest)
+        self.stopped = heard > 0
         if self.stopped:
+            self.heard = heard
             _set_alarm(0)
             size = sum(p.numel() * p.element_size() for p in model.parameters()) if model is not None else 0
             control.should_save = self.heard == signal.SIGINT or size <= _LARGEST

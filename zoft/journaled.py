@@ -12,18 +12,12 @@ import hashlib
 import json
 import logging
 import math
-import random
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
-from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 
 from zoft import atomic
 from zoft.errors import DiskFullError, NonFiniteLossError, UserError
@@ -42,14 +36,6 @@ _FIRST = "first.safetensors"  # the trained weights before the first step, where
 _MOST_RETURNS = 5
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
-
-OPTIMIZER, SCHEDULER, RANDOM, STATE, ARGUMENTS = (
-    "optimizer.safetensors",
-    "scheduler.json",
-    "random.json",
-    "trainer_state.json",
-    "training_args.json",
-)
 
 
 class Journaled(_Base):
@@ -366,139 +352,12 @@ class Journaled(_Base):
             self.journal.evaluation(step, {key: _plain(value) for key, value in metrics.items()})
         return metrics
 
-    # ---- snapshots ---------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's own, without pickles, and whole or not at all."""
-        del model
-        if trial is None:
-            self.store_flos()
-        folder = Path(self._get_output_dir(trial=trial))
-        target = folder / f"checkpoint-{self.state.global_step}"
-        best = folder / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == target or best.exists()):
-            self.state.best_model_checkpoint = str(best)
-        randoms = self._random_states()
-        if self.args.should_save:
-            self._refuse_full_disk(target)
-            with snapshot.staged(target, {"run": self._run, "step": self.state.global_step}) as staged:
-                self.save_model(str(staged), _internal_call=True)
-                if not self.args.save_only_model:
-                    (staged / OPTIMIZER).write_bytes(state.pack(self.stepper.state_dict()))
-                    (staged / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict(), default=str))
-                    (staged / RANDOM).write_text(json.dumps(randoms))
-                self._export_callbacks()
-                self.state.save_to_json(str(staged / STATE))
-        elif self.is_distributed_loading_by_transformers:
-            self.save_model(str(target), _internal_call=True)
-        if self.args.world_size > 1:
-            torch.distributed.barrier()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _refuse_full_disk(self, target: Path) -> None:
-        """Before anything is written: what a checkpoint takes, as far as it is known, must be free."""
-        tensors: Iterable[Tensor] = [*self.model.parameters(), *self.model.buffers()]
-        if hasattr(self.model, "peft_config"):
-            tensors = [p for p in self.model.parameters() if p.requires_grad]
-        moments = [m for kept in self.stepper.moments.values() for m in kept.values()]
-        size = sum(t.numel() * t.element_size() for t in [*tensors, *moments, *self.stepper.masters.values()])
-        snapshot.refuse_full_disk(target, size)
-
-    def _export_callbacks(self) -> None:
-        """What callbacks keep belongs to the saved state (as in the Trainer's own `_save_checkpoint`)."""
-        for one in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(one, ExportableState):
-                name, kept = type(one).__name__, one.state()
-                if isinstance(self.state.stateful_callbacks.get(name), list):
-                    self.state.stateful_callbacks[name].append(kept)
-                else:
-                    self.state.stateful_callbacks[name] = kept
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the Trainer's own, with the arguments as JSON instead of a pickle."""
-        super()._save(output_dir, state_dict)
-        folder = Path(str(output_dir if output_dir is not None else self.args.output_dir))
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / ARGUMENTS).write_text(json.dumps(_public(self.args.to_sanitized_dict()), indent=1, default=str))
-
-    def _random_states(self) -> list[dict[str, Any]]:
-        """The global random states of all processes, as plain values."""
-        mine = _random_state()
-        if self.args.world_size == 1:
-            return [mine]
-        found: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(found, mine)
-        return found
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The global random states as they were; a process that was not there then takes the first one's."""
-        if checkpoint is not None and (file := Path(checkpoint) / RANDOM).is_file():
-            kept = json.loads(file.read_text())
-            _put_random_state(kept[self.args.process_index if self.args.process_index < len(kept) else 0])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The stepper's state and the schedule's position; the schedule itself is the one of this run."""
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
-        if not (folder / OPTIMIZER).is_file():
-            raise UserError(f"{folder} holds a model alone (save_only_model): nothing can be resumed from it")
-        self.optimizer.load_state_dict(state.unpack((folder / OPTIMIZER).read_bytes()))
-        kept = json.loads((folder / SCHEDULER).read_text())
-        for own in ("base_lrs", "lr_lambdas", "_get_lr_called_within_step"):
-            kept.pop(own, None)
-        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **kept})
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is no loss scaler."""
-
 
 # ---- plain values ----------------------------------------------------------------------------------------------------
 
 
-def _random_state() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = numpy.random.get_state()
-    whole: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
-        "torch": bytes(torch.get_rng_state().tolist()).hex(),
-    }
-    if torch.cuda.is_available():
-        whole["cuda"] = [bytes(one.tolist()).hex() for one in torch.cuda.get_rng_state_all()]
-    return whole
-
-
-def _put_random_state(kept: dict[str, Any]) -> None:
-    version, words, gauss = kept["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = kept["numpy"]
-    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_bytes(kept["torch"]))
-    if torch.cuda.is_available() and len(kept.get("cuda", ())) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_bytes(one) for one in kept["cuda"]])
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _public(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what is secret."""
-    return {key: value for key, value in values.items() if "token" not in key or isinstance(value, bool | int)}
 
 
 def _short(values: Any) -> str:

@@ -41,7 +41,7 @@ def run(cfg: ZoftConfig) -> dict[str, Any]:
 
     first = int(os.environ.get("RANK", "0")) == 0
     there = folder.nearest(cfg.output_dir)
-    standing = _claim(cfg.output_dir, resolved_yaml(cfg), first)
+    standing = _claim(cfg, resolved_yaml(cfg), first)
     if standing == "done":
         return _show_finished(cfg.output_dir)
     try:
@@ -73,18 +73,24 @@ def _train(
                 callback.close()  # a run that failed must not keep the next one's Ctrl-C
 
 
-def _claim(output_dir: str, resolved: str, first: bool) -> str:
+def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
     """The first process decides about the folder and the others hear of it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return folder.claim(output_dir, resolved)
+        return folder.claim(cfg.output_dir, resolved)
+    from datetime import timedelta
+
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(cpu=not _has_cuda())
+    from zoft.arguments import ZOConfig
+
+    # The processes meet here: what ZOConfig says later of how long to wait for each other would come too late.
+    wait = cfg.trainer.get("ddp_timeout", ZOConfig.ddp_timeout)
+    PartialState(cpu=not _has_cuda(), timeout=timedelta(seconds=float(wait)))
     answer: list[Any] = [None]
     if first:
         try:
-            answer = [folder.claim(output_dir, resolved)]
+            answer = [folder.claim(cfg.output_dir, resolved)]
         except UserError as error:
             answer = [error]
     standing = broadcast_object_list(answer)[0]

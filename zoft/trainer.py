@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from zoft.arguments import as_zo_config
 from zoft.averaging import Inputs, LossAveraging
+from zoft.checkpoints import Checkpoints
 from zoft.component import create
 from zoft.data.rows import examples_of, of_lengths
 from zoft.engines.base import Engine, Session
@@ -49,7 +50,7 @@ from zoft.weights import Weights
 log = logging.getLogger(__name__)
 
 
-class ZOMixin(Journaled, LossAveraging):
+class ZOMixin(Journaled, Checkpoints, LossAveraging):
     """Replaces the backward pass of a Trainer by zeroth-order queries.
 
     Args:

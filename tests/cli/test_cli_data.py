@@ -177,13 +177,15 @@ def test_show_needs_no_weights_and_marks_what_counts(tmp_path, capsys, model):
     under = "".join(c for c, mark in zip(tokens, marks.ljust(len(tokens)), strict=True) if mark == "^")
     assert "".join(counted).startswith(under)
     assert "\x1b" not in text
+    repeats = [split["in_train"] for name, split in facts["splits"].items() if name != "train"]
+    assert sum(repeats) > 0  # 24 rows of 15 kinds
+    assert text.count(" OF THEM STAND IN TRAIN TOO") == sum(map(bool, repeats))
 
 
 def test_show_tells_labels_options_and_what_is_cut(tmp_path, capsys, model):
     data = data_file(tmp_path / "data.jsonl", count=40)
     text = shown(capsys, *arguments(model, data, *LABELLED, "task.max_length=8"))
     assert "labels: no " in text
-    assert text.count(" OF THEM STAND IN TRAIN TOO") >= 1  # three to five of four words
     assert " cut by " not in text  # five words, two of the template and the answer are eight tokens
     words = arguments(model, data, "task.template='free free free {text} is it'", LABELLED[1], "task.max_length=8")
     text, facts = shown(capsys, *words), json.loads(shown(capsys, *words, "--json"))

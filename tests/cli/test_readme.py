@@ -17,9 +17,9 @@ SMALL = [
     "task.num_test=4",
     "budget.queries=10",
     "trainer.per_device_train_batch_size=4",
-    "trainer.eval_steps=1",
+    "trainer.eval_steps=2",
     "trainer.logging_steps=1",
-    "trainer.save_steps=1",
+    "trainer.save_steps=2",
 ]
 
 
@@ -54,18 +54,30 @@ def run(arguments, cwd):
     return done.stdout
 
 
-@pytest.fixture
-def folder(tmp_path):
+def with_reviews(folder):
     """Where a reader would stand, with a file of their own."""
     rows = [f'"film {i} was {word}",{label}' for i in range(20) for label, word in ((0, "dull"), (1, "superb"))]
-    (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return tmp_path
+    (folder / "reviews.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def after_quickstart(tmp_path_factory):
+    """Where the quickstart has been run."""
+    folder = with_reviews(tmp_path_factory.mktemp("quickstart"))
+    run(as_run_here(["zoft", "train", "config=quickstart"]), folder)
+    return folder
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
-def test_command(words, folder):
-    if any("runs/quickstart-seed0/" in word for word in words):  # what an earlier command has left
-        run(as_run_here(["zoft", "train", "config=quickstart"]), folder)
+def test_command(words, tmp_path, request):
+    if any("runs/quickstart-seed0" in word for word in words):
+        folder = request.getfixturevalue("after_quickstart")
+    elif words == ["zoft", "train", "config=quickstart"]:  # has been run there
+        assert (request.getfixturevalue("after_quickstart") / "runs" / "quickstart-seed0" / "report.md").is_file()
+        return
+    else:
+        folder = with_reviews(tmp_path)
     run(as_run_here(words), folder)
     assert {path.name for path in folder.iterdir()} <= {"reviews.csv", "runs"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,6 @@ class Outcome:
     lost: int = 0  # the most steps that were written and were not there after a kill
     same: bool = False  # whether the last weights are those of the run left alone
     steps: int = 0
-    slowest: float = 0.0  # seconds that another process took to leave when one of two was killed
 
     def __str__(self) -> str:
         what = "equal" if self.same else "DIFFERENT"
@@ -83,11 +83,8 @@ def kill_at_random(zygote: Zygote, folder: Path, variant: str, *, steps: int, ki
             one = runs[generator.randrange(len(runs))]
             _wait_for(one, counter, target, generator)
             one.kill()
-        codes = []
-        for run in runs:
-            began = time.perf_counter()
-            codes.append(run.wait())
-            outcome.slowest = max(outcome.slowest, time.perf_counter() - began if codes != [0] else 0.0)
+            _as_torchrun_would([run for run in runs if run is not one])
+        codes = [run.wait() for run in runs]
         if any(code == -9 for code in codes):
             outcome.kills += 1
             path = place / journal.NAME
@@ -102,6 +99,15 @@ def kill_at_random(zygote: Zygote, folder: Path, variant: str, *, steps: int, ki
     shutil.rmtree(place)
     shutil.rmtree(folder / "whole")
     return outcome
+
+
+def _as_torchrun_would(others: list[Run]) -> None:
+    """One process has died: the others see its connections close, and those that have none yet are terminated."""
+    until = time.perf_counter() + 2
+    while time.perf_counter() < until and any(run.poll() is None for run in others):
+        time.sleep(0.01)
+    for run in others:
+        run.kill(signal.SIGTERM)
 
 
 def _wait_for(run: Run, counter: Path, target: int, generator: random.Random) -> None:

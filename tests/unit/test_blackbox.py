@@ -70,7 +70,7 @@ def test_a_dict_keeps_its_kinds_and_a_mutating_f_harms_nothing():
     assert found.x["layer.weight"].dtype == torch.float32
     assert found.x["list"].dtype == np.float64
     assert found.x["c"].shape == ()
-    assert found.fun < 1e-5
+    assert f(found.x) == found.fun < 1e-5
     assert not x0["layer.weight"].any()
     assert x0["list"] == [1, 2]
 
@@ -119,6 +119,7 @@ def by_hand(f, x0, name, steps, lr, h, law="gaussian", q=1):
 @pytest.mark.parametrize("law", ["gaussian", "sphere", "coordinate"])
 def test_textbook_forms(name, law):
     q, h, lr = (3, 0.05, 0.02) if law == "coordinate" else (1, 0.1, 0.003)
+    lr = 1e-4 if name == "one_point" else lr  # its estimates are long
     estimator = {"one_sided": OneSided, "central": Central}.get(name, lambda **k: OnePoint(feedback=False, **k))
     each = {"one_sided": q + 1, "central": 2 * q, "one_point": q}[name]
     f, ends = Counted(), []
@@ -142,9 +143,11 @@ def test_a_sweep_over_the_coordinates_is_the_gradient():
     for name, bias, budget in (("central", 0.0, 10), ("one_sided", 1e-3 * a, 6)):  # sqrt(d) h a / 2 of a x^2 / 2
         f = Counted(lambda x: float((a * x * x / 2).sum()))
         x0 = np.array([1.0, -1.0, 2.0, 0.3])
-        zoft.minimize(f, x0, estimator=name, subspace="coordinate", eps=1e-3, learning_rate=0.1, budget=budget, noisy=False)
+        zoft.minimize(
+            f, x0, estimator=name, subspace="coordinate", eps=1e-3, learning_rate=0.1, budget=budget, noisy=False
+        )
         error = (x0 - f.asked[-1]) / 0.1 - a * x0
-        np.testing.assert_allclose(np.abs(error), bias, atol=1e-7)
+        np.testing.assert_allclose(np.abs(error), bias, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- counting and course
@@ -166,7 +169,9 @@ def test_a_sweep_over_the_coordinates_is_the_gradient():
 def test_the_budget_is_kept_and_every_call_is_counted(settings, noisy):
     for budget in (15, 16, 97):
         f, seen = Counted(), []
-        found = zoft.minimize(f, np.zeros(3), budget=budget, noisy=noisy, callback=lambda r, s=seen: s.append(r), **settings)
+        found = zoft.minimize(
+            f, np.zeros(3), budget=budget, noisy=noisy, callback=lambda r, s=seen: s.append(r), **settings
+        )
         assert found.num_queries == len(f.asked) <= budget
         assert found.status in ("budget", "converged"), found
         assert len(found.history) == found.num_steps == len(seen)
@@ -201,7 +206,7 @@ def test_ask_and_tell_is_the_same_search():
         resumed.ask()
         resumed.tell(values)
     assert resumed.result().history == whole.history[: resumed.result().num_steps]
-    with pytest.raises(UserError, match="needs .* values"):
+    with pytest.raises(UserError, match=r"needs .* values"):
         resumed.ask() and resumed.tell([0.0] * 99)
 
 
@@ -232,9 +237,39 @@ def test_threads_run_at_the_same_time():
         return bowl(x)
 
     seen = []
-    zoft.minimize(f, np.zeros(3), estimator="central", num_directions=2, learning_rate=0.1, budget=9, noisy=False, workers=4,
-                  callback=lambda r: r.num_steps == 2)
+    zoft.minimize(
+        f,
+        np.zeros(3),
+        estimator="central",
+        num_directions=2,
+        learning_rate=0.1,
+        budget=10,
+        noisy=False,
+        workers=4,
+        callback=lambda r: r.num_steps == 2,
+    )
     assert len(set(seen[1:])) == 4
+
+
+def test_values_that_are_rounded_to_float32_are_no_obstacle():
+    found = zoft.minimize(lambda x: float(np.float32(7 + bowl(x))), np.zeros(3), budget=400)
+    assert bowl(found.x) < 1e-5
+
+
+@pytest.mark.parametrize("d", [1, 10])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_left_alone_it_finds_the_minimum_whatever_the_scale(d, noise):
+    random, bends = np.random.default_rng(d), np.geomspace(1, 10, d)
+    for u in (1e-3, 1e3):
+        f = lambda x, u=u: float(bends @ (x / u - 1) ** 2) + noise * random.standard_normal()  # noqa: E731
+        x0 = np.full(d, 0.3 * u if noise else 0.0)  # where nothing tells the scale, noise hides all slopes
+        found = zoft.minimize(f, x0, budget=100 + 60 * d, noisy=noise > 0)
+        assert float(bends @ (found.x / u - 1) ** 2) < (1e-6 if not noise else 0.05) * bends.sum()
+
+
+def test_kinks_do_not_hold_it_up():
+    found = zoft.minimize(lambda x: float(np.abs(x - CENTRE).max()), np.zeros(3), budget=600)
+    assert found.fun < 1e-3
 
 
 def test_target_and_callback_stop_it():
@@ -245,7 +280,7 @@ def test_target_and_callback_stop_it():
     assert (found.status, found.num_steps) == ("callback", 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------- bounds
+# --------------------------------------------------------------------------------------------------------------- bounds
 
 BOX = np.array([0.5, -1.0, -1.0]), np.array([2.0, 1.0, 0.25])
 
@@ -262,14 +297,15 @@ BOX = np.array([0.5, -1.0, -1.0]), np.array([2.0, 1.0, 0.25])
     ],
 )
 def test_f_is_never_called_out_of_bounds(bounds, bounds_by):
-    for noisy, x0 in ((False, [1.0, 0.5, 0.0]), (True, [0.5, 1.0, 0.25])):
+    edge = [0.5, 1.0, 0.25] if bounds_by == "projection" else [1.0, 0.5, 0.0]
+    for noisy, x0 in ((False, [1.0, 0.5, 0.0]), (True, edge)):
         f = Counted()
         found = zoft.minimize(f, np.array(x0, np.float32), bounds=bounds, bounds_by=bounds_by, budget=300, noisy=noisy)
         asked = np.array(f.asked, float)
         for low, high, column in zip([0.5, -1, -np.inf], [np.inf, np.inf, 0.25], asked.T, strict=True):
             assert low <= column.min()
             assert column.max() <= high
-        np.testing.assert_allclose(found.x, [1.0, -1.0, 0.25], atol=0.02 if noisy else 2e-3)
+        np.testing.assert_allclose(found.x, [1.0, -1.0, 0.25], atol=0.05 if noisy else 2e-3)
 
 
 def test_bounds_of_a_dict_and_fixed_elements():
@@ -369,7 +405,7 @@ def test_a_vectorised_f_must_give_a_number_for_each_point():
         ({"estimator": "centrall"}, "no estimator called 'centrall'. Did you mean central"),
         ({"subspace": "ful"}, "no subspace called"),
         ({"optimizer": 3}, "optimizer must be a name or a component, got int"),
-        ({"optimizer": Central()}, "is not a optimizer|is not an optimizer"),
+        ({"optimizer": Central()}, "central is no optimizer"),
         ({"estimator": "central", "num_directions": 600}, "budget=1000 is less than one step costs"),
         ({"budget": 0}, "budget must be"),
         ({"budget": 1.5}, "budget must be"),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from tests.runs import arguments, report
 from zoft.config import compose
 from zoft.errors import NonFiniteLossError, UserError
+from zoft.journal.journal import read
 from zoft.run import run
 from zoft.trainer import ZOTrainer
 from zoft.weights import Weights
@@ -70,6 +72,7 @@ def test_the_folder_holds_everything(finished: tuple[Path, dict[str, Any]]):
     out = folder / "out"
     names = {path.name for path in out.iterdir()}
     expected = {"config.yaml", "metrics.csv", "metrics.jsonl", "curve.png", "model", "report.md", "report.json"}
+    expected.add("journal.bin")
     assert expected <= names
     assert {name for name in names - expected if not name.startswith("checkpoint-")} == {"zero_shot.json", "final.json"}
     told = report(out)
@@ -129,7 +132,7 @@ def test_a_finished_run_is_shown_and_left_alone(
     assert contents(folder / "out") == before
 
 
-@pytest.mark.parametrize("change", ["seed=1", "estimator.eps=1e-2", "budget.queries=26", "trainer.logging_steps=3"])
+@pytest.mark.parametrize("change", ["seed=1", "estimator.eps=1e-2", "task.max_length=20"])
 def test_another_run_is_refused(change: str, finished: tuple[Path, dict[str, Any]]):
     folder, _ = finished
     before = contents(folder / "out")
@@ -141,6 +144,26 @@ def test_another_run_is_refused(change: str, finished: tuple[Path, dict[str, Any
     assert f"+{key}: " in message.replace("+  ", "+")
     assert float(message.replace("+  ", "+").split(f"+{key}: ")[1].split("\n")[0]) == float(value)
     assert contents(folder / "out") == before
+
+
+@pytest.mark.parametrize("change", ["trainer.logging_steps=3", "optimizer.learning_rate=1e-4", "budget.queries=20"])
+def test_what_may_change_does_not_make_another_run(
+    change: str, finished: tuple[Path, dict[str, Any]], capfd: pytest.CaptureFixture[str]
+):
+    folder, facts = finished
+    assert go(folder, "out", change)["weights_sha256"] == facts["weights_sha256"]
+    assert "holds this very run, finished" in "".join(capfd.readouterr())
+
+
+def test_a_finished_run_with_a_larger_budget_goes_on(finished: tuple[Path, dict[str, Any]], tmp_path: Path):
+    folder, facts = finished
+    shutil.copytree(folder / "out", tmp_path / "longer")
+    told = go(folder, str(tmp_path / "longer"), "budget.queries=32", "optimizer.learning_rate=0")
+    assert (told["num_queries"], told["num_steps"]) == (32, 16)
+    assert told["weights_sha256"] == facts["weights_sha256"]  # at the new learning rate nothing moved any more
+    assert read(tmp_path / "longer" / "journal.bin").records[-1].lr == 0.0
+    lines = (tmp_path / "longer" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
 @pytest.mark.parametrize(

@@ -42,15 +42,15 @@ class Bends:
             free: bool [d].
         """
         pairs = [(s * free, y * free) for s, y in self.pairs]
-        pairs = [(s, y, 1 / float(s @ y)) for s, y in pairs if float(s @ y) > 0]
+        pairs = [(s, y) for s, y in pairs if float(s @ y) > 0]
         if not pairs:
             return None
         direction, shares = -gradient * free, []
-        for s, y, rho in reversed(pairs):
-            shares.append(rho * float(s @ direction))
+        for s, y in reversed(pairs):
+            shares.append(float(s @ direction) / float(s @ y))
             direction = direction - shares[-1] * y
-        s, y, rho = pairs[-1]
-        direction = direction / (rho * float(y @ y))
-        for (s, y, rho), share in zip(pairs, reversed(shares), strict=True):
-            direction = direction + (share - rho * float(y @ direction)) * s
+        s, y = pairs[-1]
+        direction = direction * (float(s @ y) / float(y @ y))
+        for (s, y), share in zip(pairs, reversed(shares), strict=True):
+            direction = direction + (share - float(y @ direction) / float(s @ y)) * s
         return direction

@@ -57,11 +57,18 @@ class Box:
         of_each = _by_name(bounds, x0)
         self.lower, self.upper = {}, {}
         for name, value in x0.items():
-            ends = [_end(end, value, side, called(name)) for side, end in enumerate(_pair(of_each.get(name), value))]
-            self.lower[name], self.upper[name] = ends
-            _check(value, *ends, called(name))
-        self.inner = {name: (_within(self.lower[name], dtypes[name], 1), _within(self.upper[name], dtypes[name], -1)) for name in x0}
-        self.bounded = {name: bool(torch.isfinite(torch.cat((self.lower[name].view(-1), self.upper[name].view(-1)))).any()) for name in x0}
+            low, high = _pair(of_each.get(name), value)
+            self.lower[name] = _end(low, value, 0, called(name))
+            self.upper[name] = _end(high, value, 1, called(name))
+            _check(value, self.lower[name], self.upper[name], called(name))
+        self.inner = {
+            name: (_within(self.lower[name], dtypes[name], 1), _within(self.upper[name], dtypes[name], -1))
+            for name in x0
+        }
+        self.bounded = {
+            name: bool(torch.isfinite(torch.cat((self.lower[name].view(-1), self.upper[name].view(-1)))).any())
+            for name in x0
+        }
         if all(bool(self.is_fixed(name).all()) for name in x0):
             raise UserError("the bounds leave nothing to move: lower and upper are equal everywhere")
 
@@ -160,7 +167,9 @@ def _end(end: Any, x0: Tensor, side: int, called: str) -> Tensor:
         shape = tuple(x0.shape)
         raise UserError(f"the {word} bound must be a number or have the shape of {called}, {shape}") from None
     if bool(torch.isnan(tensor).any()):
-        raise UserError(f"the {word} bound of {called} is NaN somewhere: use None or an infinity where there is no bound")
+        raise UserError(
+            f"the {word} bound of {called} is NaN somewhere: use None or an infinity where there is no bound"
+        )
     return tensor
 
 

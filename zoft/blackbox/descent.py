@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from zoft.blackbox.bends import Bends
 from zoft.blackbox.ending import finish, one_more_failed
 from zoft.blackbox.walk import Walk
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from zoft.blackbox.minimizer import Minimizer
 
 _MEMORY = 10  # pairs for the curvature
-_ROUNDING = 2.0**-52  # of f, relative
+_FLOAT32, _FLOAT64 = 2.0**-23, 2.0**-52  # rounding of f, relative
 _ERROR = 0.1  # of a difference that may come from the curvature, about
 
 
@@ -70,7 +72,7 @@ class Descent:
         self.bends = Bends(_MEMORY)
         self.past: tuple[Tensor, Tensor] | None = None  # u and gradient of the step before
         self.gradient = 0.0  # length of the last estimate
-        self.f = math.nan
+        self.f, self.rounding = math.nan, _FLOAT32  # until a value is seen that float32 does not have
 
     @property
     def longest(self) -> float:
@@ -83,6 +85,8 @@ class Descent:
         self.f = walk.value() if walk.session.clean is None else walk.session.clean
         while stuck < self.patience.directions:
             walk.put(walk.vector(), self.f)
+            if self.f != float(np.float32(self.f)):
+                self.rounding = _FLOAT64
             estimator = walk.fitting(walk.with_eps(self.eps()), host.left - 1)
             if estimator is None:
                 finish(walk, host)
@@ -125,9 +129,7 @@ class Descent:
         if self.bends.pairs:
             bend = max(float(y @ y) / float(s @ y) for s, y in self.bends.pairs)
             most = min(most, _ERROR * self.gradient / bend / self.d)
-        least = 64 * _ROUNDING * float(self.walk.vector().abs().max())
-        if bend:
-            least = max(least, 2 * math.sqrt(_ROUNDING * abs(self.f) / bend))
+        least = 0.0 if not bend else 2 * math.sqrt(self.rounding * abs(self.f) / bend)
         return max(most, least / self.walk.reach, self.walk.least_eps, 1e-200)
 
     # ---- where to go -------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ class Descent:
             gradient = -step
             if self.past is not None:
                 self.bends.add(here - self.past[0], gradient - self.past[1])
-            self.past, free = (here, gradient), self.walk.free(gradient)
+            self.past, free = (here, gradient), self.walk.free(gradient, here)
             newton, step = self.bends.direction(gradient, free), step * free
             if newton is not None and float(newton @ step) > 0:
                 found = self.along(here, newton, 1.0, float(newton @ step))

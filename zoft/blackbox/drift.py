@@ -39,6 +39,7 @@ class Drift:
         self.d = walk.space.num_elements
         self.memory = 1 / (1 + math.sqrt(self.d) / 2)  # c
         self.path: Tensor | None = None  # p
+        self.most = walk.space.most_eps * math.sqrt(self.d) / _REACH
 
     def run(self) -> None:
         """To the end of the budget (a stop), or until steps are below the resolution of x."""
@@ -54,6 +55,7 @@ class Drift:
                 continue
             failed, before = 0, walk.vector()
             step = walk.write(1.0, project=False)
+            step = step * walk.free(-step, before)
             size = float(step.norm())
             walk.put(before + step * (self.radius / size) if size else before)
             moved = walk.vector() - before
@@ -69,4 +71,4 @@ class Drift:
         """Of a step, in units of its length; it is shorter where a bound has cut it."""
         c = self.memory
         self.path = step if self.path is None else (1 - c) * self.path + math.sqrt(c * (2 - c)) * step
-        self.radius *= math.exp(min(1.0, c * (float(self.path @ self.path) - 1)))
+        self.radius = min(self.most, self.radius * math.exp(min(1.0, c * (float(self.path @ self.path) - 1))))

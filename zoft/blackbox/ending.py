@@ -14,7 +14,7 @@ _MOST_FAILED = 20  # steps in a row
 _MOST_AT_THE_END = 16  # queries of a noisy f where the search ends
 
 
-class Stop(Exception):  # noqa: N818 - it is no error
+class Stop(Exception):
     """The search ends.
 
     Args:

@@ -87,6 +87,8 @@ def check_method(method: Method) -> None:
     elif any(subspace.looks_at_inputs(step) for step in range(2)):
         needs = f"subspace={subspace.name()} needs the inputs of linear layers"
     if needs:
-        raise UserError(f"{needs}, and f gives values only: use estimator=central, one_sided or one_point in subspace=full")
+        raise UserError(
+            f"{needs}, and f gives values only: use estimator=central, one_sided or one_point in subspace=full"
+        )
     if estimator.noise != "counter":
         raise UserError(f"estimator.noise={estimator.noise} is MeZO's stream for weights; a function has noise=counter")

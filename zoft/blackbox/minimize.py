@@ -55,7 +55,8 @@ def minimize(
         bounds_by: projection (queries and steps are moved to the nearest point within bounds) or reparameterize (a
             change of variable without bounds; eps and learning_rate are then in units of the new variable).
         scale: by how much x changes when the variable that is searched changes by one: a number, an array like x0, or a
-            dict. Left out it is 1, and a quarter of the width where the step size is automatic and both bounds are there.
+            dict. Left out it is 1; a quarter of the width where two bounds are kept by projection and neither eps nor
+            learning_rate is given.
         estimator: name or component: central, one_sided, one_point, three_point, leave_one_out, kernel, ...
         subspace: name or component: full (random directions; its law is gaussian, rademacher or sphere), coordinate
             (coordinate-wise differences, all coordinates in one step unless num_directions says less), low_rank, ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -57,7 +58,7 @@ class Minimizer:
         if not self.settings.fixes_eps:  # what is given is in units of x
             self.space.scale_by_bounds()
         self._result = Result(x=self.space.x(self.space.start()), fun=math.inf)
-        self.best = math.inf  # the lowest value seen
+        self.best, self._best_x = math.inf, self._result.x  # the lowest value seen, and where
         self._wanted: list[Any] = []
         self.settings.method(self.space)  # what cannot work is refused here
         self._greenlet = greenlet(self._search)
@@ -82,7 +83,7 @@ class Minimizer:
         """
         if self.done:
             raise UserError(f"the search is done ({self._result.message}): look at result()")
-        return list(self._wanted)
+        return copy.deepcopy(self._wanted)  # f may write into what it is given
 
     def tell(self, values: Sequence[Any]) -> None:
         """What f is at the points of :meth:`ask`.
@@ -130,6 +131,7 @@ class Minimizer:
         assert self._caller is not None
         told: list[float] = self._caller.switch()
         if self.settings.target is not None and self.best <= self.settings.target:
+            self.note(x=self._best_x, fun=self.best)
             raise Stop("target", f"A value of {self.best:.6g} reached target={self.settings.target:g}.")
         return told
 
@@ -181,7 +183,7 @@ class Minimizer:
         for point, value in zip(points, told, strict=True):
             if isinstance(value, float):
                 if value < self.best:
-                    self.best = value
+                    self.best, self._best_x = value, point
                     if not result.noisy:
                         result.fun, result.x = value, point
             else:

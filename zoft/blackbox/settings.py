@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,13 +57,19 @@ class Settings:
         if self.learning_rate is not None and rate is not None:
             raise UserError("learning_rate is given twice: here, and in the optimizer")
         if self.rate is not None and not 0 < self.rate < float("inf"):
-            raise UserError(f"learning_rate must be > 0 and finite, got {self.rate!r}; leave it out for an automatic one")
+            raise UserError(
+                f"learning_rate must be > 0 and finite, got {self.rate!r}; leave it out for an automatic one"
+            )
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.schedule != "constant" and self.rate is None:
-            raise UserError(f"schedule={self.schedule} is that of a given learning rate: give learning_rate, or drop it")
+            raise UserError(
+                f"schedule={self.schedule} is that of a given learning rate: give learning_rate, or drop it"
+            )
         if self.radius is not None and self.rate is not None:
-            raise UserError("radius is the first step of an automatic learning rate, and learning_rate is given: drop one")
+            raise UserError(
+                "radius is the first step of an automatic learning rate, and learning_rate is given: drop one"
+            )
         if self.radius is not None and not 0 < self.radius < float("inf"):
             raise UserError(f"radius must be > 0 and finite, got {self.radius!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -115,28 +120,27 @@ class Settings:
     def _estimator(self, space: Space) -> Estimator:
         if isinstance(self.estimator, Estimator):
             return self.estimator
-        fields: dict[str, Any] = {}
-        if self.num_directions is not None:
-            fields["num_directions"] = self.num_directions
-        elif self._moves_coordinates():
-            fields["num_directions"] = self._sweep(space)
-        if self.eps is not None:
-            fields["eps"] = self.eps
         name = "central" if self.estimator is None else self.estimator
+        given = {"num_directions": self.num_directions, "eps": self.eps}
+        fields = {field: value for field, value in given.items() if value is not None}
         cls = components("estimator").get(name) if isinstance(name, str) else None
-        if cls is not None and "eps" in fields and not issubclass(cls, FiniteDifference):
+        if cls is not None and self.eps is not None and not issubclass(cls, FiniteDifference):
             raise UserError(f"estimator={name} has no eps: leave it out")
-        return create("estimator", name, "central", **fields)
+        estimator = create("estimator", name, "central", **fields)
+        if self.num_directions is None and self._moves_coordinates():
+            return self._sweep(estimator, space.num_elements)
+        return estimator
 
     def _moves_coordinates(self) -> bool:
         return self.subspace == "coordinate" or (
             isinstance(self.subspace, Subspace) and self.subspace.name() == "coordinate"
         )
 
-    def _sweep(self, space: Space) -> int:
-        """Every coordinate once a step, where the budget has at least one such step."""
-        d = space.num_elements
-        return d if 2 * d + 1 <= self.budget else max(1, (self.budget - 1) // 2)
+    def _sweep(self, estimator: Estimator, d: int) -> Estimator:
+        """Every coordinate once a step, or as many as the budget pays for."""
+        whole = replace(estimator, num_directions=d)
+        least = whole.queries_at(0) + 1
+        return whole if least <= self.budget else replace(whole, num_directions=max(1, d * self.budget // least - 1))
 
 
 def _part(group: str, choice: Any, default: str) -> Any:
@@ -145,8 +149,5 @@ def _part(group: str, choice: Any, default: str) -> Any:
     part = create(group, choice, default)
     wanted = {"subspace": Subspace, "weighting": Weighting, "optimizer": Optimizer, "estimator": Estimator}[group]
     if not isinstance(part, wanted):
-        raise UserError(f"{group}={part.name()} is not a {group}: {inspect.cleandoc(part.__doc__ or '').splitlines()[0]}")
+        raise UserError(f"{group}={part.name()} is no {group}: give it as what it is")
     return part
-
-
-__all__ = ["SCHEDULES", "Settings", "replace"]

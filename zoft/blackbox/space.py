@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +55,12 @@ class Space:
         self.x0: Values = {name: _float64(like) for name, like in self.likes.items()}
         for name, value in self.x0.items():
             if not bool(torch.isfinite(value).all()):
-                raise UserError(f"{self._called(name)} has elements that are not finite: the search must begin somewhere")
-        self.box = Box(self.x0, bounds, bounds_by, {n: _torch_dtype(like) for n, like in self.likes.items()}, self._called)
+                raise UserError(
+                    f"{self._called(name)} has elements that are not finite: the search must begin somewhere"
+                )
+        self.box = Box(
+            self.x0, bounds, bounds_by, {n: _torch_dtype(like) for n, like in self.likes.items()}, self._called
+        )
         self.scale = self._scales(1.0 if scale is None else scale)
         self.takes_scale = scale is None and bounds_by == "projection"  # from the bounds, where that is wanted
 
@@ -124,6 +129,13 @@ class Space:
 
         return {name: stack([x[name] for x in xs]) for name in self.likes} if self.is_dict else stack(list(xs))
 
+    @property
+    def most_eps(self) -> float:
+        """Beyond it queries say little: half a turn of the sine that keeps two bounds is pi wide."""
+        if self.box.by == "projection" or not any(self.box.bounded.values()):
+            return math.inf
+        return math.pi / 4 / max(float(scale.max()) for scale in self.scale.values())
+
     # ---- resolution --------------------------------------------------------------------------------------------------
 
     def spacing(self) -> Values:
@@ -164,7 +176,9 @@ def _array(value: Any, called: str) -> Any:
         try:
             value = np.asarray(value, dtype=None if isinstance(value, np.generic) else np.float64)
         except (TypeError, ValueError):
-            raise UserError(f"{called} must be an array of floats or a dict of arrays, got {type(value).__name__}") from None
+            raise UserError(
+                f"{called} must be an array of floats or a dict of arrays, got {type(value).__name__}"
+            ) from None
     if value.dtype not in (np.float16, np.float32, np.float64):
         raise UserError(f"{called} has dtype {value.dtype}, and steps are real numbers: pass {called}.astype(float)")
     return _not_empty(value, value.size, called)

@@ -16,6 +16,8 @@ from zoft.stepper import Stepper
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SPACINGS = 32  # of x0 that a query is away at least
+
 
 class Walk:
     """A composition at some point, with what its parts remember.
@@ -57,8 +59,8 @@ class Walk:
 
     @property
     def least_eps(self) -> float:
-        """Below it a difference is rounded away in the user's dtype, where that is not float64."""
-        return max(float(gap.max()) for gap in self.space.spacing().values()) / self.reach
+        """Below it the rounding of x0 in the user's dtype is more than a few hundredths of a difference."""
+        return _SPACINGS * max(float(gap.max()) for gap in self.space.spacing().values()) / self.reach
 
     # ---- where it stands ---------------------------------------------------------------------------------------------
 
@@ -84,12 +86,11 @@ class Walk:
         """f where it stands; one query, NaN if it fails."""
         return self.session.ask([self.session.at()])[0]
 
-    def free(self, gradient: Tensor) -> Tensor:
-        """Which elements a step against the gradient can move: not those that are held by a bound; bool [d]."""
-        before = self.vector()
-        self.put(before - gradient)
-        free = (self.vector() != before) | (gradient == 0)
-        self.put(before, self.session.clean)
+    def free(self, gradient: Tensor, here: Tensor) -> Tensor:
+        """Which elements of u a step against the gradient can move: not those that are held by a bound; bool [d]."""
+        self.put(here - gradient)
+        free = (self.vector() != here) | (gradient == 0)
+        self.put(here)
         return free
 
     # ---- a step ------------------------------------------------------------------------------------------------------

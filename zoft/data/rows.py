@@ -66,6 +66,9 @@ def take(batch: Batch, rows: list[int]) -> Batch:
     for key, value in batch.items():
         if key == "packed":  # the same tokens in other rows: those would have to be packed anew
             continue
+        if isinstance(value, list) and len(value) == count:  # texts and token ids, an entry a row
+            taken[key] = [value[row] for row in rows]
+            continue
         if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != count:
             taken[key] = value
             continue

@@ -1,8 +1,9 @@
-"""How sure a measured proportion is: the Wilson score interval."""
+"""How sure a measured proportion or mean is: 95 % intervals."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 _Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile: two sides of 2.5 % each
 
@@ -34,11 +35,59 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
         raise ValueError(f"wilson needs 0 <= successes <= n, got successes={successes}, n={n}")
     if n == 0:
         return 0.0, 1.0
-    p, z = successes / n, _Z_95
+    # At p = 0 and p = 1 the bound is exactly 0 or 1; rounding would leave it 1e-17 off or outside.
+    low, high = _wilson(successes / n, n)
+    return 0.0 if successes == 0 else low, 1.0 if successes == n else high
+
+
+def _wilson(p: float, n: float) -> tuple[float, float]:
+    z = _Z_95
     center = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # At p = 0 and p = 1 the bound is exactly 0 or 1; rounding would leave it 1e-17 off or outside.
-    low = 0.0 if successes == 0 else max(0.0, (center - half) / scale)
-    high = 1.0 if successes == n else min(1.0, (center + half) / scale)
-    return low, high
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+
+
+def mean_of_scores(scores: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of scores that lie in [0, 1] (F1, exact match): Wilson's, for as many sure answers.
+
+    The variance s^2 of n scores with mean m is that of n' = n m (1 - m) / s^2 >= n answers that are right or wrong.
+    Where all are right or wrong this is :func:`wilson`.
+
+    Args:
+        scores: one a row.
+
+    Returns:
+        (low, high), fractions in [0, 1].
+
+    Example:
+        >>> mean_of_scores([1.0, 0.0, 1.0, 1.0]) == wilson(3, 4)
+        True
+        >>> low, high = mean_of_scores([0.5, 0.6, 0.4, 0.5])
+        >>> f"{low:.2f} {high:.2f}"
+        '0.43 0.57'
+    """
+    n = len(scores)
+    if n == 0:
+        return wilson(0, 0)
+    mean = math.fsum(scores) / n
+    variance = math.fsum((score - mean) ** 2 for score in scores) / n
+    told = mean * (1 - mean) / variance if variance > 0 else 1.0
+    if math.isclose(told, 1.0) or told < 1:  # all right or wrong, up to rounding; or all alike, which says no more
+        return wilson(min(n, mean * n), n)
+    return _wilson(mean, n * told)
+
+
+def mean_of_numbers(numbers: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of any numbers (rewards): mean -+ 1.96 standard errors; infinite for one number.
+
+    Example:
+        >>> mean_of_numbers([1.0])
+        (-inf, inf)
+    """
+    n = len(numbers)
+    if n < 2:
+        return -math.inf, math.inf
+    mean = math.fsum(numbers) / n
+    half = _Z_95 * math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (n - 1) / n)
+    return mean - half, mean + half

@@ -66,7 +66,7 @@ def _class_of(name: str, revision: str | None) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(_place(name), revision=revision)
+        config = transformers.AutoConfig.from_pretrained(_place(name), revision=revision, trust_remote_code=False)
     except UserError:
         raise
     except (OSError, ValueError):  # an adapter's folder, or nothing at all: loading says which
@@ -96,10 +96,14 @@ def load_tokenizer(name: str, *, revision: str | None = None, as_mezo: bool = Fa
 
 
 def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
     place = _place(name)
-    try:
-        return loader.from_pretrained(place, **arguments)
-    except (OSError, ValueError) as error:
+    try:  # False, not the default: that asks on the terminal whether to run the repository's code
+        return loader.from_pretrained(place, trust_remote_code=False, **arguments)
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"could not load model.name={name}: {first_line} "

@@ -17,6 +17,21 @@ Batch = dict[str, Any]
 class Objective(Component):
     """One number per batch; the same object serves training and evaluation."""
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Which rows it is computed from: keys of :data:`zoft.forms.FORMS`; empty for any."""
+        return ()
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the loss has a gradient."""
+        return True
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes text for it: many forwards with a cache, not one."""
+        return False
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """A scalar to minimise, float32, mean over the examples of the batch."""
         return self.predict(model, batch)[0]
