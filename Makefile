@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-wheel bench bench-gpu bench-blackbox lint format constraints clean
+.PHONY: help install assets train test test-slow test-wheel faults bench bench-gpu bench-blackbox lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -35,13 +35,16 @@ test-slow: install ## the tests that take minutes
 test-wheel: install ## build the wheel, install it in an empty environment, train from an empty folder
 	$(PYTEST) -m slow tests/cli/test_wheel.py $(ARGS)
 
+faults: install ## kill, cut, fill and forge: the thirty faults of docs/reliability.md, about an hour; ARGS="1a 17" some
+	$(ENV) $(BIN)/python scripts/faults.py $(ARGS)
+
 bench: $(INSTALLED) ## time one step against MeZO's and against bare forwards: 5 minutes, BENCH=full 40
 	$(BIN)/python scripts/bench_step.py --preset $(BENCH) --output build/bench $(ARGS)
 
 bench-gpu: $(INSTALLED) ## the same on an NVIDIA GPU in bf16, up to the size of OPT-66B
 	$(BIN)/python scripts/bench_step.py --device cuda --preset full --output build/bench-gpu $(ARGS)
 
-bench-blackbox: $(INSTALLED) ## zoft.minimize beside SciPy and nevergrad: queries to tolerance, 5 minutes
+bench-blackbox: $(INSTALLED) ## zoft.minimize beside SciPy and nevergrad: queries to tolerance, 6 minutes
 	$(ENV) $(BIN)/python scripts/bench_blackbox.py $(ARGS)
 
 lint: $(INSTALLED) ## style, types, layers, spelling

@@ -208,7 +208,7 @@ def with_nevergrad(name: str) -> Callable:
     return run
 
 
-METHODS: dict[str, tuple[Callable, float]] = {  # and the largest dimension in which a run takes less than a minute
+METHODS: dict[str, tuple[Callable, float]] = {  # and the largest dimension in which they are run
     "zoft": (with_zoft, math.inf),
     "COBYLA": (with_scipy("COBYLA", tol=1e-12), 10),
     "Nelder-Mead": (with_scipy("Nelder-Mead", xatol=1e-12, fatol=1e-12, maxfev=10**9), 1000),

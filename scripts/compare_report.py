@@ -25,15 +25,20 @@ class Row:
     """
 
     def __init__(self, cells: list[Cell]) -> None:
-        of_seed = {cell["learning_rate"]: cell for cell in cells if cell["seed"] == 0}
-        best = min(of_seed.values(), key=final_loss)
-        self.method: str = best["method"]
-        self.rate: float = best["learning_rate"]
+        of_rate: dict[float, list[Cell]] = {}
+        for cell in cells:
+            of_rate.setdefault(cell["learning_rate"], []).append(cell)
+        losses = {rate: mean(final_loss(cell) for cell in group) for rate, group in of_rate.items()}
+        most = max(map(len, of_rate.values()))
+        tried = [rate for rate, group in of_rate.items() if len(group) == most]  # as many seeds, to be fair
+        best = min(tried, key=lambda rate: (losses[rate] > min(losses[r] for r in tried) + 1e-3, -rate))
+        self.method: str = cells[0]["method"]
+        self.rate = best
         self.cells = [cell for cell in cells if cell["learning_rate"] == self.rate]
-        self.tried = sorted(of_seed)
-        self.steps: int = best["steps"]
-        self.queries_a_step: int = best["queries_a_step"]
-        self.state: int = best["state_elements"]
+        self.tried = sorted(of_rate)
+        self.steps: int = self.cells[0]["steps"]
+        self.queries_a_step: int = self.cells[0]["queries_a_step"]
+        self.state: int = self.cells[0]["state_elements"]
         self.losses = [final_loss(cell) for cell in self.cells]
         self.accuracies = [cell["curve"][-1][2] for cell in self.cells]
         self.seconds = mean(cell["seconds"] for cell in self.cells)

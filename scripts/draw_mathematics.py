@@ -78,7 +78,8 @@ def smoothing() -> None:
         ("one_point", OnePoint(eps=h), ORANGE, 0.03),
     )
     for name, estimator, colour, shift in kinds:
-        found = [estimates(lambda p: np.abs(p).sum(1), np.array([x]), estimator, count=400)[1:, 0] for x in xs]
+        f = lambda p: np.abs(p).sum(1)  # noqa: E731
+        found = [estimates(f, np.array([x]), estimator, count=400, seed=i)[1:, 0] for i, x in enumerate(xs)]
         means, errors = [v.mean() for v in found], [1.96 * v.std() / math.sqrt(len(v)) for v in found]
         axes.errorbar(xs + shift, means, errors, fmt="o", ms=3, lw=1, color=colour, label=f"{name}: mean of 400, 95 %")
     dress(axes, "What estimates of |x| are on average, h = 0.5", "x", "slope", loglog=False)
@@ -91,13 +92,13 @@ def variance() -> None:
     ds = [1, 2, 4, 8, 16, 32, 64, 128, 256]
     for law, colour, formula in (("gaussian", BLUE, lambda d: d + 1), ("sphere", GREEN, lambda d: d - 1)):
         shown = [d for d in ds if formula(d)]
-        measured = [relative(d, Central(eps=0.1), Full(law=law), 500) for d in shown]
+        measured = [relative(d, Central(eps=0.1), Full(law=law), 800) for d in shown]
         left.plot(shown, measured, "o", ms=4, color=colour, label=f"{law}, measured")
         left.plot(
             shown, [formula(d) for d in shown], color=colour, lw=1, label="d + 1" if law == "gaussian" else "d - 1"
         )
     dress(left, "One direction", "d", "E ‖ĝ - g‖² / ‖g‖²")
-    d, qs = 32, [1, 2, 4, 8, 16, 24, 31]
+    d, qs = 32, [1, 2, 4, 8, 12, 16, 20, 24, 28, 31]
     for across, colour, formula in (("iid", BLUE, lambda q: (d + 1) / q), ("orthogonal", GREEN, lambda q: d / q - 1)):
         shown = [q for q in qs if q > 1 or across == "iid"]
         measured = [relative(d, Central(eps=0.1, num_directions=q, across=across), Full(), 100) for q in shown]
@@ -115,7 +116,7 @@ def variance() -> None:
 
 def relative(d: int, estimator: Central, subspace: Full, count: int) -> float:
     gradient = np.linspace(-1, 1, d) + 0.1 if d > 1 else np.ones(1)
-    found = estimates(lambda xs: xs @ gradient, np.zeros(d), estimator, subspace, count=count)
+    found = estimates(lambda xs: xs @ gradient, np.zeros(d), estimator, subspace, count=count, seed=d)
     return mean_square(found, gradient) / float(gradient @ gradient)
 
 
@@ -124,14 +125,14 @@ def one_point() -> None:
     d, gradient, hs = 8, np.ones(8), np.geomspace(1e-4, 1, 13)
     figure, axes = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
     kinds = (
-        ("f(x + hz) z / h", lambda h: OnePoint(eps=h, feedback=False), RED, lambda h: d / h**2),
+        ("f(x + hz) z / h", lambda h: OnePoint(eps=h, feedback=False), RED, lambda h: d / h**2 + (d + 1) * d),
         ("residual feedback", lambda h: OnePoint(eps=h), ORANGE, lambda h: (2 * d + 1) * d),
         ("central differences", lambda h: Central(eps=h), GREEN, lambda h: (d + 1) * d),
     )
     for name, make, colour, formula in kinds:
+        f = lambda xs: 1 + xs @ gradient  # noqa: E731
         values = [
-            mean_square(estimates(lambda xs: 1 + xs @ gradient, np.zeros(d), make(h), count=500)[1:], gradient)
-            for h in hs
+            mean_square(estimates(f, np.zeros(d), make(h), count=500, seed=i)[1:], gradient) for i, h in enumerate(hs)
         ]
         axes.plot(hs, values, "o", ms=4, color=colour, label=f"{name}, measured")
         axes.plot(hs, [formula(h) for h in hs], color=colour, lw=1)
@@ -161,7 +162,8 @@ def noise() -> None:
             f = lambda xs, s=sigma: (xs**2 / 2 + xs**3 / 6).sum(1) + random.normal(0, s, len(xs))  # noqa: E731
             values = [mean_square(estimates(f, np.zeros(1), kind(eps=h), "coordinate", count=150), 0.0) for h in hs]
             axes.plot(hs, values, "o", ms=3.5, color=colour, label=f"noise {sigma:g}")
-            axes.plot(hs, [formula(sigma, h) for h in hs], color=colour, lw=1)
+            dense = np.geomspace(hs[0], hs[-1], 100)
+            axes.plot(dense, [formula(sigma, h) for h in dense], color=colour, lw=1)
             axes.plot([best(sigma)], [formula(sigma, best(sigma))], "D", ms=7, mfc="none", color=INK)
         axes.plot([], [], "D", ms=7, mfc="none", color=INK, label="best h, by the formula")
         dress(axes, title, "h", "mean square error")

@@ -18,6 +18,7 @@ _HOMES = {
     "ZOConfig": "zoft.arguments",
     "Minimizer": "zoft.blackbox.minimizer",
     "minimize": "zoft.blackbox.minimize",
+    "tune": "zoft.blackbox.tune.tune",
     "UserError": "zoft.errors",
     "components": "zoft.component",
     "create": "zoft.component",
@@ -33,12 +34,14 @@ __all__ = [
     "components",
     "create",
     "minimize",
+    "tune",
 ]
 
 if TYPE_CHECKING:
     from zoft.arguments import ZOConfig
     from zoft.blackbox.minimize import minimize
     from zoft.blackbox.minimizer import Minimizer
+    from zoft.blackbox.tune.tune import tune
     from zoft.component import components, create
     from zoft.errors import UserError
     from zoft.trainer import ZOMixin, ZOTrainer

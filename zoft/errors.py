@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,10 +44,27 @@ class DiskFullError(UserError):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return cls(f"{path} cannot be written: {error.strerror or error}; repeat the command once it can")
         free = shutil.disk_usage(there).free
+        wanted = f"{size:,} bytes are wanted, {free:,} are free" if size else f"{free:,} bytes are free, and are not enough"
         return cls(
-            f"the disk of {path} is full: {size:,} bytes are wanted, {free:,} are free. What was saved before is whole: "
+            f"the disk of {path} is full: {wanted}. What was saved before is whole: "
             "free some space and repeat the command, and the run goes on"
         )
+
+
+def os_error_of(error: Exception) -> OSError | None:
+    """What the system said, also where safetensors says it as an error of its own; None where it was not the system.
+
+    Args:
+        error: as it was caught.
+
+    Example:
+        >>> os_error_of(RuntimeError("I/O error: No space left on device (os error 28)")).errno == errno.ENOSPC
+        True
+    """
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
+    return OSError(int(found.group(1)), os.strerror(int(found.group(1)))) if found else None
 
 
 class NonFiniteLossError(RuntimeError):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft import __version__, atomic, folder
-from zoft.errors import Requeued, UserError, did_you_mean
+from zoft.errors import DiskFullError, Requeued, UserError, did_you_mean, os_error_of
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -20,15 +21,19 @@ if TYPE_CHECKING:
 METRICS = {
     "accuracy": ("loss", "accuracy", "accuracy_low", "accuracy_high"),
     "loss": ("loss", "loss_low", "loss_high", "perplexity"),
+    "f1": ("loss", "f1", "f1_low", "f1_high", "exact_match", "exact_match_low", "exact_match_high"),
+    "exact_match": ("loss", "exact_match", "exact_match_low", "exact_match_high", "f1", "f1_low", "f1_high"),
+    "reward": ("loss", "reward", "reward_low", "reward_high"),
 }
 """What is reported -> all that an evaluation computes then."""
 
 
-def run(cfg: ZoftConfig) -> dict[str, Any]:
+def run(cfg: ZoftConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Carry out one run in its folder; a run that is there already is resumed, a finished one is shown.
 
     Args:
         cfg: what `zoft.config.compose` gives.
+        callbacks: the caller's own, ``transformers.TrainerCallback``s, heard after the run's.
 
     Returns:
         The facts of the report: zero-shot and final metric, queries, seconds, memory, ...
@@ -47,6 +52,8 @@ def run(cfg: ZoftConfig) -> dict[str, Any]:
     try:
         try:
             trainer, splits, memory = _prepare(cfg)
+            for callback in callbacks:
+                trainer.add_callback(callback)
         except BaseException:
             if first and standing == "new":
                 folder.release(cfg.output_dir, there)
@@ -63,6 +70,11 @@ def _train(
     """Carry the run out; the signal handler and the trackers are given back whatever happens."""
     try:
         return _carry_out(cfg, trainer, splits, memory, resuming=standing == "resume")
+    except Exception as error:
+        told = _of_disk(error, cfg.output_dir)
+        if told is None:
+            raise
+        raise told from None
     finally:
         from zoft.interrupt import StopOnInterrupt
         from zoft.report.trackers import close_trackers
@@ -71,6 +83,16 @@ def _train(
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, StopOnInterrupt):
                 callback.close()  # a run that failed must not keep the next one's Ctrl-C
+
+
+def _of_disk(error: Exception, output_dir: str) -> UserError | None:
+    """A disk that is full, or a folder that has gone, as a sentence; None for everything else that can happen."""
+    said, place = os_error_of(error), Path(output_dir).absolute()
+    if said is None:
+        return None
+    named = said.filename if isinstance(said.filename, str) else ""
+    ours = place in Path(named).absolute().parents
+    return DiskFullError.of(said, Path(named) if ours else place, 0) if ours or said.errno == errno.ENOSPC else None
 
 
 def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
@@ -110,7 +132,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     from zoft.report.memory import PeakMemory
     from zoft.report.metrics import MetricsCallback
     from zoft.report.terminal import say
-    from zoft.report.trackers import TrackerAxisCallback
+    from zoft.report.trackers import TrackerAxisCallback, forgive_trackers
 
     args = arguments_of(cfg)
     model, tokenizer, rows = load(cfg)
@@ -118,6 +140,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
+    forgive_trackers(trainer.callback_handler.callbacks)
     memory, costs = PeakMemory(str(args.device)), _costs(cfg, trainer)
     trainer.peak_memory_mb = memory.peak_mb
     for callback in (
@@ -135,29 +158,36 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 
 def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
     """The model with the weights chosen that are trained, its tokenizer, and the encoded rows (train, dev, test)."""
-    from zoft.data.encoding import encode_examples, require_objective
+    from zoft import forms
 
-    cfg.task.require_kind("zoft train", "options")
+    if cfg.task.kind != "options":  # of those, the user's own rows say what they are
+        forms.require_fit(cfg.task, cfg.task.kind, cfg.objective)
     splits = cfg.task.load()
-    require_objective(splits.train, cfg.objective.name())
+    form = forms.form_of(cfg.task, splits.train, cfg.objective)
     tokenizer = tokenizer_of(cfg)
-    length = cfg.task.max_length
-    rows = {name: encode_examples(getattr(splits, name), tokenizer, length) for name in ("train", "dev", "test")}
+    length, room = cfg.task.max_length, forms.room_of(cfg.task, cfg.objective)
+    rows = {
+        name: forms.encode_rows(form, getattr(splits, name), tokenizer, length, room)
+        for name in ("train", "dev", "test")
+    }
     model = load_model_of(cfg)
     return model, tokenizer, rows
 
 
 def load_model_of(cfg: ZoftConfig) -> Any:
     """The model of a run, with its adapter and with the weights chosen that are trained."""
-    from zoft.models.load import load_model, require_causal_lm
+    from zoft import forms
+    from zoft.models.load import load_model_as
 
-    model = load_model(
+    model = load_model_as(
+        forms.model_kind(cfg.task),
         cfg.model.name,
         revision=cfg.model.revision,
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
+        num_labels=forms.num_labels(cfg.task),
+        seed=cfg.seed,
     )
-    require_causal_lm(model, cfg.model.name)
     model = cfg.peft.wrap(model, cfg.seed)
     cfg.trainable.apply(model)
     return model
@@ -172,35 +202,38 @@ def tokenizer_of(cfg: ZoftConfig) -> Any:
 
 def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> ZOTrainer:
     """The trainer of a run, with the parts that its config chooses."""
-    from zoft.data.encoding import collator_of
-    from zoft.evaluation.metrics import accuracy
-    from zoft.evaluation.perplexity import perplexity
+    from zoft import forms
+    from zoft.engines.in_place import InPlace
     from zoft.trainer import ZOTrainer
 
-    metric = _metric_of(rows)
-    _check_best_metric(args, METRICS[metric])
+    form = forms.form_of_row(rows["train"][0])
+    _check_best_metric(args, METRICS[_metric_of(cfg, rows)])
+    # A text takes a forward for every token: directions are made once a query, and not once in each of those.
+    once = cfg.objective.generates and form in ("generate", "rated") and cfg.engine.name() == "auto"
     return ZOTrainer(
         model=model,
         args=args,
-        data_collator=collator_of(rows["train"], tokenizer.pad_token_id, as_mezo=_as_mezo(cfg)),
+        data_collator=forms.collator_for(
+            form, rows["train"], tokenizer, cfg.task, cfg.objective, as_mezo=_as_mezo(cfg)
+        ),
         train_dataset=rows["train"],
         eval_dataset=rows["dev"],
         processing_class=tokenizer,
-        compute_metrics=accuracy if metric == "accuracy" else perplexity,
+        compute_metrics=forms.metric_function(form),
         estimator=cfg.estimator,
         weighting=cfg.weighting,
         optimizer=cfg.optimizer,
         subspace=cfg.subspace,
-        engine=cfg.engine,
+        engine=InPlace() if once else cfg.engine,
         objective=cfg.objective,
     )
 
 
-def _metric_of(rows: dict[str, list[Any]]) -> str:
+def _metric_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> str:
     """What is reported of such rows: a key of :data:`METRICS`."""
-    from zoft.data.encoding import are_counted
+    from zoft import forms
 
-    return "loss" if are_counted(rows["test"]) else "accuracy"
+    return forms.reported(forms.form_of_row(rows["test"][0]), cfg.task)
 
 
 def _as_mezo(cfg: ZoftConfig) -> bool:
@@ -286,6 +319,7 @@ def _carry_out(
     zero_shot_file = Path(cfg.output_dir) / "zero_shot.json"
     if first and resuming:
         say(f"resume  {'nothing was saved yet: starting over' if known is None else f'{known:,} steps are known'}")
+    _keep_reference(trainer, rows)
     _fill_frozen_prefix(trainer, rows)
     memory.reset()
     zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory)
@@ -299,7 +333,8 @@ def _carry_out(
     peak = memory.peak_mb()
     final = _held_out(trainer, rows["test"], Path(cfg.output_dir) / folder.FINAL, "final", memory)
     trainer.save_model(str(Path(cfg.output_dir) / "model"))
-    facts = _facts(cfg, trainer, len(rows["test"])) | _scores(_metric_of(rows), zero_shot, final)
+    metric = _metric_of(cfg, rows)
+    facts = _facts(cfg, trainer, len(rows["test"])) | _scores(metric, zero_shot, final)
     facts |= {
         "peak_memory_mb": peak,
         "inference_peak_mb": zero_shot["peak_memory_mb"],
@@ -310,7 +345,7 @@ def _carry_out(
             title=Path(cfg.output_dir).name,
             zero_shot=zero_shot.get("perplexity", facts["zero_shot"]),
             num_eval_rows=len(rows["dev"]),
-            metric="perplexity" if "perplexity" in zero_shot else "accuracy",
+            metric="perplexity" if "perplexity" in zero_shot else metric,
         )
         write_report(cfg.output_dir, facts)
         for line in summary_lines(facts):
@@ -325,6 +360,20 @@ def _known_steps(output_dir: str) -> int | None:
 
     path = Path(output_dir) / journal.NAME
     return journal.read(path).end if path.is_file() else None
+
+
+def _keep_reference(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
+    """Log-probabilities of preference pairs under the model before training, once for all rows; else nothing."""
+    from zoft import forms
+
+    if forms.form_of_row(rows["train"][0]) != "pairs":
+        return
+    from zoft.objectives.preference import keep_reference
+
+    trainer.model.eval()
+    for part in rows.values():
+        with trainer.compute_loss_context_manager():
+            list(keep_reference(trainer.model, part, trainer.data_collator, trainer.args.per_device_eval_batch_size))
 
 
 def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
@@ -349,7 +398,8 @@ def _held_out(trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory
     if kept.is_file() and trainer.args.world_size == 1:  # with more, all must do the same whatever disk they see
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     metrics = trainer.predict(rows, metric_key_prefix="test").metrics
-    kept_keys = [key for key in metrics if key.startswith(("test_accuracy", "test_loss", "test_perplexity"))]
+    known = {f"test_{name}" for names in METRICS.values() for name in names}
+    kept_keys = [key for key in metrics if key in known]
     values = {key.removeprefix("test_"): float(metrics[key]) for key in kept_keys}
     values["peak_memory_mb"] = memory.peak_mb()
     if trainer.is_world_process_zero():
@@ -363,6 +413,11 @@ def _told(values: dict[str, float]) -> str:
     if "perplexity" in values:
         interval = f"[{values['loss_low']:.3f}, {values['loss_high']:.3f}]"
         return f"loss {values['loss']:.3f} {interval} (perplexity {values['perplexity']:.2f})"
+    for metric in ("f1", "reward"):
+        if metric in values:
+            return f"{metric} {values[metric]:.3f} [{values[f'{metric}_low']:.3f}, {values[f'{metric}_high']:.3f}]" + (
+                f", exact match {values['exact_match']:.3f}" if "exact_match" in values else ""
+            )
     low, high = 100 * values["accuracy_low"], 100 * values["accuracy_high"]
     return f"accuracy {100 * values['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
 
@@ -372,8 +427,9 @@ def _scores(metric: str, zero_shot: dict[str, float], final: dict[str, float]) -
     facts: dict[str, Any] = {"metric": metric}
     for name, values in (("zero_shot", zero_shot), ("final", final)):
         facts[name] = values[metric]
+        if metric != "accuracy":
+            facts[f"{name}_interval"] = (values[f"{metric}_low"], values[f"{metric}_high"])
         if metric == "loss":
-            facts[f"{name}_interval"] = (values["loss_low"], values["loss_high"])
             facts[f"{name}_perplexity"] = values["perplexity"]
     return facts
 

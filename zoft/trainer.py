@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy
@@ -27,6 +27,7 @@ from zoft.component import create
 from zoft.data.rows import examples_of, of_lengths
 from zoft.engines.base import Engine, Session
 from zoft.engines.frozen_prefix import FrozenPrefix
+from zoft.engines.lockstep import alone
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.base import Estimator
 from zoft.evaluation.order import LongestFirst, in_rows_order, lengths_of, metric_in_rows_order, order_of
@@ -147,6 +148,8 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
         """Find what lies below the trained weights, anew when ``model_init`` has made another model."""
         if not self.args.keep_frozen_prefix or self.args.torch_compile:
             return
+        if self.objective is not None and self.objective.generates:  # with a cache: no call has whole rows
+            return
         if self.frozen_prefix is None or self.frozen_prefix.model is not self.model:
             self.frozen_prefix = FrozenPrefix.of(
                 self.model, weights, self.args.frozen_prefix_mb, self.args.frozen_prefix_disk_mb
@@ -238,6 +241,12 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
         """As the Trainer's own, for evaluate and predict; a data loader draws from the global random state."""
         with global_random_state_kept(), self._told_in_rows_order(dataloader) as in_order:
             return in_order(super().evaluation_loop(dataloader, *args, **kwargs))
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's own; when to log, evaluate and save is what is asked for now, not when the run began."""
+        told = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return told
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's own; a finished run that is resumed is finished (the Trainer would take one more step)."""
@@ -467,7 +476,9 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
             return super().compute_loss(called, inputs, return_outputs=return_outputs, **kwargs)
         inputs = self._as_served(inputs)
         if not return_outputs:
-            return self.objective.loss(model, inputs)
+            # What is written parts sooner or later: no waiting for others, and nothing of a step's first query reused.
+            with alone() if self.objective.generates else nullcontext():
+                return self.objective.loss(model, inputs)
         loss, predictions, _ = self.objective.predict(model, inputs)
         return loss, {"logits": predictions}
 

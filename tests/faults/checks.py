@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tests.faults import damage, kills
+from tests.faults import attacks, damage, kills, processes, steps
 from tests.faults.zygote import Zygote
 from tests.runs import REPOSITORY, environment
 
@@ -54,7 +55,7 @@ def check(number: str, fault: str, pass_line: str) -> Callable[[Callable[[Place]
     return add
 
 
-def tests(*names: str) -> str:
+def covered(*names: str) -> str:
     """Tests of the default suite that show a line: run them, and say how many passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names]
     done = subprocess.run(
@@ -89,8 +90,213 @@ check("1c", "the same, LoRA", KILLED)(_killed("LoRA"))
 check("1d", "the same, one of two processes (gloo) each time", KILLED)(_killed("two processes"))
 
 
+
+
+@check("2", "death before, in and after every write, flush and rename of a save", "100 % resumable")
+def _(place: Place) -> str:
+    points, died = processes.die_in_saves(place.zygote, place.folder)
+    assert died == points, (died, points)
+    return f"{died} of {points} deaths resumed by the same command, SHA-256 equal"
+
+
+@check("3", "50 SIGKILLs while weights are perturbed (engine=in_place)", "bit-exact")
+def _(place: Place) -> str:
+    outcome = processes.die_in_queries(place.zygote, place.folder, kills=50)
+    assert outcome.same, str(outcome)
+    assert outcome.kills == 50, str(outcome)
+    return str(outcome)
+
+
+@check("4", "SIGTERM, SIGUSR1 in a step; in a step of a minute; a second signal", "snapshot, code 75, ≤ 5 s; at once")
+def _(place: Place) -> str:
+    told = processes.signals(place.zygote, place.folder, [name for name in processes.SIGNALS if name != "SIGINT"])
+    return "; ".join(f"{name}: code {code}, {seconds:.1f} s" for name, (code, seconds) in told.items())
+
+
+@check("5", "Ctrl-C in a step", "weights restored, code 130")
+def _(place: Place) -> str:
+    ((code, seconds),) = processes.signals(place.zygote, place.folder, ["SIGINT"]).values()
+    return f"code {code}, {seconds:.1f} s, and goes on to an equal SHA-256"
+
+
+@check("6", "a journal cut at each byte of its last record", "≤ 1 step lost")
+def _(place: Place) -> str:
+    cuts, lost = damage.cut_journal(place.folder, every=1)
+    assert lost <= 1
+    return f"{cuts} cuts, {lost} step lost, {cuts} resumes with equal SHA-256"
+
+
+@check("7", "a disk that is full at 20 sizes (tmpfs)", "one line with bytes wanted and free, old snapshot whole, 20 resume")
+def _(place: Place) -> str:
+    refused, resumed = processes.full_disks(place.zygote, place.folder, 20)
+    assert refused == resumed == 20, (refused, resumed)
+    return f"{refused} ended in one line, {resumed} went on with room, SHA-256 equal"
+
+
+@check("8", "output_dir not writable, or taken away under the run", "refused before step 1; one line")
+def _(place: Place) -> str:
+    processes.folder_goes_away(place.zygote, place.folder)
+    return "taken away: one line, code 2; not writable: " + covered("tests/unit/test_folder.py::test_not_writable_is_refused")
+
+
 @check("9", "200 single flipped bits, over all files of a snapshot", "200 noticed, the snapshot before it used")
 def _(place: Place) -> str:
-    damaged = damage.Damaged(place.folder / "run")
-    count = damage.flip_bits(damaged, 200, resumes=9)
-    return f"{count} noticed by the file's name; of these, 9 resumes carried out, SHA-256 equal"
+    count = damage.flip_bits(damage.Damaged(place.folder / "run"), 200, resumes=20)
+    return f"{count} noticed by the file's name; 20 of them resumed, SHA-256 equal"
+
+
+@check("10", "100 truncated files of a snapshot", "100 noticed, the snapshot before it used")
+def _(place: Place) -> str:
+    count = damage.truncate(damage.Damaged(place.folder / "run"), 100, resumes=20)
+    return f"{count} noticed by the file's name; 20 of them resumed, SHA-256 equal"
+
+
+@check("11", "each file of a snapshot missing", "refused by name")
+def _(place: Place) -> str:
+    count = damage.remove(damage.Damaged(place.folder / "run"), resumes=100)
+    return f"{count} of {count}, each resumed from the snapshot before"
+
+
+@check("12", "resumed with another seed, data, batch, eps, optimizer, model", "refused with what differs; others honoured")
+def _(_: Place) -> str:
+    return covered("tests/faults/test_damage.py::test_another_run_is_refused_with_what_differs",
+                 "tests/faults/test_damage.py::test_budget_logging_and_learning_rate_may_change",
+                 "tests/unit/test_folder.py")  # fmt: skip
+
+
+@check("13", "two processes, one output_dir; a killed one's lock", "second refused; lock reclaimed")
+def _(place: Place) -> str:
+    processes.one_folder(place.zygote, place.folder)
+    return "refused with the other's process number; reclaimed after SIGKILL"
+
+
+@check("14a", "one of two processes hangs (trainer.ddp_timeout=40)", "the other leaves ≤ 60 s, not with 0")
+def _(place: Place) -> str:
+    code, seconds = processes.a_rank_hangs(place.zygote, place.folder, 40)
+    assert seconds <= 60
+    return f"code {code} after {seconds:.0f} s"
+
+
+@check("14b", "killed on 2 processes, resumed on 1, 2, 4 (eps 0.1, float32)", "\\|Δg\\| ≤ 1e-6")
+def _(place: Place) -> str:
+    first, later = processes.ranks_agree(place.zygote, place.folder)
+    assert first <= 1e-6, first
+    return f"{first:.1e} in the first step measured anew, {later:.1e} at most in those after it"
+
+
+@check("15", "what earlier releases have written", "loads, or is refused clearly")
+def _(_: Place) -> str:
+    return covered("tests/faults/test_releases.py")
+
+
+# ---- numerics --------------------------------------------------------------------------------------------------------
+
+
+@check("16", "learning rate 0 for 1000 steps in float32, bfloat16, float16", "0 weights changed")
+def _(place: Place) -> str:
+    for dtype in steps.DTYPES:
+        steps.stand_still(place.folder / dtype, dtype, 1000)
+    return "0 changed, SHA-256 equal; int8 and nf4 bases are not trained, and are not covered"
+
+
+@check("17", "NaN, ±Inf at L₊, L₋, both, one, all, clean × first, middle, last step", "untouched, counted, logged; abort")
+def _(place: Place) -> str:
+    cases = [(where, value, step) for where in steps.WHERE for value in steps.VALUES for step in (0, 1, 3)]
+    for number, (where, value, step) in enumerate(cases):
+        steps.bad_losses(place.folder / str(number), where, value, step)
+    for number, value in enumerate(steps.VALUES):
+        steps.bad_to_the_end(place.folder / f"end{number}", value)
+    return f"{len(cases)} of {len(cases)}; 3 of 3 that stay end the run"
+
+
+@check("18", "a quadratic: mean of 10⁴ estimates; 200 seeds", "within 3 standard errors of ∇L; falls for ≥ 95 %")
+def _(_: Place) -> str:
+    share = steps.downhill(200)
+    assert share >= 0.95
+    name = "test_the_mean_estimate_of_every_estimator_is_the_gradient"
+    return f"falls for {100 * share:.0f} %; " + covered(f"tests/contract/test_estimates.py::{name}")
+
+
+@check("19", "noise of tensors of one shape; any sharding", "\\|corr\\| < 0.01; the same bits")
+def _(_: Place) -> str:
+    return covered("tests/unit/test_noise.py") + "; on a GPU: not covered here"
+
+
+@check("20", "global random states; order of the data", "untouched by a step; independent of the estimator")
+def _(_: Place) -> str:
+    file = "tests/unit/test_trainer.py::"
+    return covered(file + "test_global_random_states_are_left_alone", file + "test_the_order_of_the_rows_follows_the_seed_alone")
+
+
+@check("21", "out of memory at 20 random forwards; batch of 8", "loss equal within 1e-5, ≤ 3 retries")
+def _(place: Place) -> str:
+    apart, retries = steps.out_of_memory(place.folder, 20)
+    assert apart <= 1e-5
+    return f"losses within {apart:.1e}, {retries} retries at most"
+
+
+@check("22", "a bit of one process's weights flips (hash every 10 steps)", "found within 10 steps")
+def _(place: Place) -> str:
+    return f"found after {processes.a_bit_flips(place.zygote, place.folder)} steps"
+
+
+@check("23", "nothing trainable; eps below the dtype's resolution", "error before step 1")
+def _(_: Place) -> str:
+    file = "tests/unit/test_trainer.py::"
+    return covered(file + "test_nothing_trainable_is_refused", file + "test_eps_below_bfloat16_is_refused",
+                 "tests/unit/test_weights.py::test_eps_below_the_dtype_is_refused_and_the_advice_works")  # fmt: skip
+
+
+@check("24", "10⁴ steps", "resident memory grows < 1 %; open files constant")
+def _(place: Place) -> str:
+    growth, before, after = processes.soak(place.zygote, place.folder, 10_000)
+    assert growth < 0.01, growth
+    assert before == after, (before, after)
+    return f"{100 * growth:+.2f} % from step 1,000 to 10,000; {after} open files at both"
+
+
+# ---- users and security ----------------------------------------------------------------------------------------------
+
+
+@check("25", "200 mutated config keys", "200 refused, ≥ 95 % right suggestions, < 1 s, torch not loaded")
+def _(_: Place) -> str:
+    command = [sys.executable, "-m", "tests.faults.mutated", "200"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    share = told["meant"] / told["typos"]
+    assert told["refused"] == 200, told
+    assert share >= 0.95, told
+    assert told["slowest"] < 1, told
+    assert not told["torch"]
+    return f"200 refused, {100 * share:.0f} % of {told['typos']} right, {told['slowest']:.2f} s at most, not loaded"
+
+
+@check("26", "hostile data files: bombs, lines of 1 GiB, depth, encodings, templates", "file:line message, bounded memory")
+def _(_: Place) -> str:
+    return covered("tests/unit/test_data_files.py", "tests/unit/test_data_encoding.py")
+
+
+@check("27", "pickles in every loadable name, auto_map, _target_, header bombs", "0 executions")
+def _(place: Place) -> str:
+    planted, carried_out = attacks.pickles(place.folder / "pickles")
+    carried_out += attacks.remote_code(place.folder / "remote")
+    bombs = attacks.header_bombs(place.folder / "bombs")
+    assert not carried_out
+    keys = covered("tests/cli/test_cli_bad_input.py")
+    return f"0 of {planted} pickles and of 2 remote modules; {bombs} header bombs refused; _target_: {keys}"
+
+
+@check("28", "tokens in the environment", "in no file and no line of output")
+def _(place: Place) -> str:
+    return f"0 of {processes.secrets(place.zygote, place.folder)} files"
+
+
+@check("29", "no network: offline hub, and a tracker whose server is gone", "run completes, one warning")
+def _(place: Place) -> str:
+    processes.dead_tracker(place.zygote, place.folder)
+    return "completed, one note"
+
+
+@check("30", "every README command, example and shipped YAML", "runs in the tests")
+def _(_: Place) -> str:
+    return covered("tests/cli/test_readme.py", "tests/cli/test_cli_help.py", "tests/cli/test_cli_catalogue.py")

@@ -13,6 +13,7 @@ import torch
 from tests import models
 from zoft import ZOConfig, ZOTrainer
 from zoft.errors import UserError
+from zoft.estimators.central import Central
 from zoft.journal import journal, snapshot
 from zoft.weights import Weights
 
@@ -21,7 +22,7 @@ STEPS, EVERY = 12, 4
 
 def trainer(folder: Path, cls: type[ZOTrainer] = ZOTrainer, *, seed: int = 0, rows: int = 24, **given: Any) -> ZOTrainer:
     """A run of twelve steps with a snapshot every fourth."""
-    model = models.tiny_llama(given.pop("model_seed", 0))
+    model = models.tiny_llama(given.pop("model_seed", 0)).to(getattr(torch, given.pop("dtype", "float32")))
     batch = models.batch_for(model, rows=rows, length=9)
     data = [{name: value[i] for name, value in batch.items()} for i in range(rows)]
     parts = {part: given.pop(part) for part in ("estimator", "optimizer", "engine", "callbacks") if part in given}

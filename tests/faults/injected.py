@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 from pathlib import Path
@@ -76,7 +75,7 @@ def die_in_save(count: int, told: str, save: int = 1) -> None:
     """
     import transformers.modeling_utils as modeling
 
-    from zoft.journaled import Journaled
+    from zoft.trainer import ZOMixin
 
     state = {"saves": 0, "points": 0, "inside": False}
 
@@ -113,7 +112,7 @@ def die_in_save(count: int, told: str, save: int = 1) -> None:
     around(modeling, "safe_save_file")
     halved(Path, "write_bytes")
     halved(Path, "write_text")
-    save_checkpoint = Journaled._save_checkpoint
+    save_checkpoint = ZOMixin._save_checkpoint
 
     def saving(self: Any, *args: Any, **kwargs: Any) -> Any:
         state["saves"] += 1
@@ -125,7 +124,7 @@ def die_in_save(count: int, told: str, save: int = 1) -> None:
                 Path(told).write_text(str(state["points"]))
             state["inside"] = False
 
-    Journaled._save_checkpoint = saving  # type: ignore[method-assign]
+    ZOMixin._save_checkpoint = saving  # type: ignore[method-assign]
 
 
 def signal_in_query(step: int, numbers: list[int], seconds: float = 0.0) -> None:
@@ -165,45 +164,6 @@ def flip_weight(rank: int, step: int) -> None:
                 weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
     Stepper.step = flipped  # type: ignore[method-assign]
-
-
-def losses_of(values: dict[str, float]) -> None:
-    """The query of this number in every step gives this loss."""
-    from zoft.trainer import ZOMixin
-
-    compute, seen = ZOMixin.compute_loss, {"step": -1, "query": 0}
-
-    def faulty(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = compute(self, *args, **kwargs)
-        if not hasattr(self, "_called"):
-            return loss
-        if seen["step"] != self.progress.steps:
-            seen.update(step=self.progress.steps, query=0)
-        value = values.get(f"{seen['step']},{seen['query']}")
-        seen["query"] += 1
-        return loss if value is None else loss * 0 + value
-
-    ZOMixin.compute_loss = faulty  # type: ignore[method-assign]
-
-
-def full_disk(bytes_free: int) -> None:
-    """Writes of zoft's own files fail once so many bytes are written (the real thing is a mount of that size)."""
-    left = {"bytes": bytes_free}
-
-    def limited(kind: Any, name: str, at: int) -> None:
-        write = getattr(kind, name)
-
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            left["bytes"] -= len(args[at])
-            if left["bytes"] < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return write(*args, **kwargs)
-
-        setattr(kind, name, checked)
-
-    limited(os, "pwrite", 1)
-    limited(Path, "write_bytes", 1)
-    limited(Path, "write_text", 1)
 
 
 def report_memory(file: str, every: int) -> None:

@@ -29,6 +29,7 @@ WHERE: dict[str, tuple[Any, list[int]]] = {
 }
 """Where in a step: the estimator, and the queries whose losses are no numbers."""
 VALUES = (math.nan, math.inf, -math.inf)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Faulty(ZOTrainer):
@@ -203,3 +204,12 @@ def downhill(seeds: int, size: int = 32, steps: int = 40) -> float:
             stepper.step()
         fell += float(model.weight.detach().square().sum()) < first
     return fell / seeds
+
+
+def stand_still(folder: Path, dtype: str, count: int) -> None:
+    """So many steps at a learning rate of zero, with queries: not one bit of a weight is another."""
+    one = trainer(folder, dtype=dtype, max_steps=count, learning_rate=0.0, save_strategy="no", estimator=Central(eps=1e-2))
+    before = digest(one)
+    one.train()
+    assert digest(one) == before
+    assert one.progress.updates == count

@@ -80,3 +80,29 @@ def test_the_users_own_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.
     trackers.TrackerAxisCallback().on_init_end(args, TrainerState(), TrainerControl())
     trackers.close_trackers()
     assert os.environ["WANDB_DIR"] == "/the/users/choice"
+
+
+def test_a_tracker_that_fails_is_left_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import TrainerCallback
+
+    class Dead(TrainerCallback):
+        asked = 0
+
+        def on_log(self, *args: object, **kwargs: object) -> None:
+            self.asked += 1
+            raise ConnectionError("the server is gone\nand a long story")
+
+    class Other(Dead):
+        pass
+
+    Dead.__module__ = "transformers.integrations.dead"
+    dead, other = Dead(), Other()
+    trackers.forgive_trackers([dead, other])
+    for _ in range(3):
+        dead.on_log(None, None, None)
+    assert dead.asked == 1
+    assert [record.message for record in caplog.records] == [
+        "the tracker Dead is left out from here on: the server is gone"
+    ]
+    with pytest.raises(ConnectionError):  # a callback of the user's own is the user's business
+        other.on_log(None, None, None)

@@ -203,13 +203,14 @@ def test_a_task_trains_end_to_end_from_local_files(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["task=squad"], "task=squad compares generated answers with the gold ones, and `zoft train` ranks answer opt"),
-        (["task=masked_trec"], "task=masked_trec asks a masked language model"),
-        (["task=rte", "task.prompt=head"], "classification head.*set task.prompt=aligned"),
-        (["task=sms_spam", "task.prompt=head"], "classification head"),
+        (["task=squad"], "task=squad has answers that the model writes, and objective=options is computed from answers"),
+        (["task=masked_trec"], "task=masked_trec has a word at a mask.*set objective=label_words or metric"),
+        (["task=rte", "task.prompt=head"], "classes for a head.*set objective=classes or metric"),
+        (["task=sms_spam", "task.prompt=head"], "classes for a head"),
+        (["task=squad", "objective=reward"], "needs objective.function"),
     ],
 )
-def test_what_cannot_be_scored_yet_is_refused_before_anything_is_read(arguments, message, tmp_path):
+def test_an_objective_that_does_not_fit_is_refused_before_anything_is_read(arguments, message, tmp_path):
     from zoft.run import run
 
     with pytest.raises(UserError, match=message):

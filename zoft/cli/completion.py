@@ -53,6 +53,8 @@ def words(line: str) -> list[str]:
         offered = [f"{group}/{name}" for group in ORDER for name in choices(group, plugins=False)]
     elif typed[0] == "train":
         offered = _arguments(word)
+    elif typed[0] == "eval":
+        offered = [*_arguments(word), "run=", "mode=", "k=", "split=", "evaluate=", "--json"]
     elif typed[0] == "data":
         offered = [*_arguments(word), "--rows", "--json"] if typed[1:] else ["show"]
     elif typed[0] == "doctor":

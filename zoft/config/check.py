@@ -96,6 +96,34 @@ def refuse_targets(data: Any, where: str) -> None:
             refuse_targets(item, where)
 
 
+def refuse_code(data: dict[str, Any], arguments: list[dict[str, Any]], where: str) -> None:
+    """A function is named on the command line: a file that names one is no reason to call it.
+
+    Args:
+        data: a file's keys.
+        arguments: those of the command line.
+        where: the file.
+
+    Raises:
+        UserError: the file names a function that the command line does not.
+    """
+    known = {name for argument in arguments for name in _functions(argument.get("objective"))}
+    for name in _functions(data.get("objective")):
+        if name not in known:
+            raise UserError(
+                f"{where} names a function to call, objective.function={name}: a config is data, so write it on the "
+                "command line too if you trust it"
+            )
+
+
+def _functions(data: Any) -> list[str]:
+    """Values of keys called function, at any depth, but for empty ones."""
+    if not isinstance(data, dict):
+        return []
+    own = [str(value) for key, value in data.items() if key == "function" and value]
+    return own + [name for value in data.values() for name in _functions(value)]
+
+
 def _check_hydra(value: Any, where: str) -> None:
     if not isinstance(value, dict) or value.keys() - {"launcher"}:
         raise UserError(f"{where}: of hydra's settings only hydra.launcher can be set; the run's folder is output_dir")

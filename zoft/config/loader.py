@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from zoft.component import GROUPS, Component, components
 from zoft.config import arguments, experiments
 from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir
-from zoft.config.check import Checker
+from zoft.config.check import Checker, refuse_code
 from zoft.config.foldername import suffix
 from zoft.config.messages import translated
 from zoft.config.schema import ZoftConfig
@@ -37,11 +37,12 @@ DEFAULT_DIR = str(ZoftConfig.__dataclass_fields__["output_dir"].default)
 PRIMARY = "zoft_train"  # configs/train.yaml under a name that no file of a user's ./configs can hide
 
 
-def compose(overrides: list[str]) -> ZoftConfig:
+def compose(overrides: list[str], *, runs_code: bool = True) -> ZoftConfig:
     """The run that these arguments describe; components are instances, everything is checked.
 
     Args:
         overrides: as on the command line: ``config=quickstart``, ``estimator=one_sided``, ``estimator.eps=1e-2``.
+        runs_code: whether functions that the config names may be called; what a file alone names is then refused.
 
     Returns:
         The run's config.
@@ -53,7 +54,9 @@ def compose(overrides: list[str]) -> ZoftConfig:
         >>> compose(["config=quickstart", "estimator.eps=1e-2"]).estimator.radius
         0.01
     """
-    cfg = Loader().load(overrides)
+    loader = Loader()
+    loader.runs_code = runs_code
+    cfg = loader.load(overrides)
     if OmegaConf.to_container(cfg)["output_dir"] == DEFAULT_DIR:
         cfg.output_dir = DEFAULT_DIR + suffix(overrides)
     return to_config(cfg)
@@ -102,6 +105,7 @@ class Loader(ConfigLoaderImpl):
         super().__init__(path)
         self.experiments = experiments.Experiments()
         self.sweeping = False
+        self.runs_code = True
         self.cells: dict[tuple[str, ...], str] = {}  # a sweep's cell -> its folder's name
         self._noted: set[str] = set()
 
@@ -207,6 +211,8 @@ class Loader(ConfigLoaderImpl):
         data = OmegaConf.to_container(result.config, resolve=False)
         if not isinstance(data, dict):
             raise UserError(f"{where}: a config is a mapping of keys to values, got a {type(data).__name__}")
+        if self.runs_code:
+            refuse_code(data, [arguments.nested(override) for override in self._values], where)
         dropped = self._checker.check(cast(dict[str, Any], data), where, self._replaced.get(path, frozenset()))
         for key in dropped:
             section, field = key.split(".")

@@ -156,6 +156,7 @@ class ZoftConfig:
             raise UserError(f"seed must be 0 or more and below 2**32 (numpy takes no more), got {self.seed}")
         self.composition.steps_within(self.budget.queries)
         self._check_engine()
+        self._check_gradient()
         if self.trainer.get("max_grad_norm") and self.estimator.backpropagates:
             raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
 
@@ -183,6 +184,22 @@ class ZoftConfig:
                 "at learning_rate * vector_scale; train matrices (trainable=all), or use optimizer=sgd"
             )
         return found
+
+    def _check_gradient(self) -> None:
+        """A metric or a reward has none."""
+        if self.objective.differentiable:
+            return
+        estimator = self.estimator.name()
+        exact = any(point.derivative for point in self.estimator.points(self.estimator.directions(0, 0)))
+        if exact or self.estimator.backpropagates:
+            raise UserError(
+                f"objective={self.objective.name()} has no gradient, and estimator={estimator} computes one: choose an "
+                "estimator that only asks for losses, e.g. estimator=central"
+            )
+        if self.subspace.takes_gradient(0):
+            raise UserError(
+                f"objective={self.objective.name()} has no gradient, and subspace={self.subspace.name()} chooses by one"
+            )
 
     def _check_engine(self) -> None:
         """Losses and exact derivatives are computed by different engines."""

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def encode_pairs(examples: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Rows with ``chosen`` and ``rejected``, each as a completion's or chat's row is, and ``input_ids``, the longer one.
+    """Rows with ``chosen`` and ``rejected``, rows of a completion or a chat each, and the longer one's ``input_ids``.
 
     Args:
         examples: what the task made.
@@ -54,7 +54,7 @@ class PairCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask``, ``labels`` [2 B, T], ``num_options`` [2 B] and, where known, ``reference``.
+        """``input_ids``, ``attention_mask``, ``labels`` [2 B, T]; ``num_options`` and, if known, ``reference`` [2 B].
 
         ``labels`` are below 0 where the loss does not look; ``num_options`` is 2, which keeps a pair's rows together.
         """

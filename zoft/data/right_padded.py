@@ -29,7 +29,7 @@ class RightPaddedCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask`` [B, T], ``labels`` [B]; of masks ``mask_position`` [B], ``word_ids`` [B, C]."""
+        """``input_ids``, ``attention_mask`` [B, T], ``labels`` [B]; and ``mask_position`` [B], ``word_ids`` [B, C]."""
         longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(values: list[list[int]], filler: int) -> Any:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zoft.errors import DiskFullError, UserError
+from zoft.errors import DiskFullError, UserError, os_error_of
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +53,13 @@ def staged(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
         folder.rename(target)
         _sync(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
+    except BaseException as error:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
         shutil.rmtree(folder, ignore_errors=True)
-        raise DiskFullError.of(error, target, size) from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        said = os_error_of(error) if isinstance(error, Exception) else None
+        if said is None:
+            raise
+        raise DiskFullError.of(said, target, size) from None
 
 
 def verify(folder: Path, run: str | None = None) -> dict[str, Any]:

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+KINDS = {
+    "causal": "causal language model",
+    "masked": "masked language model",
+    "classifier": "sequence classifier",
+}
+"""Kinds of models that tasks need, in words."""
+
 
 def load_model(
     name: str,
@@ -37,12 +44,78 @@ def load_model(
     """
     import transformers
 
-    if dtype not in DTYPES:
-        raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    _require_dtype(dtype)
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
     return _load(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
+
+
+def load_model_as(
+    kind: str,
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    num_labels: int = 2,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A model of the kind that a task needs; a wrong one is refused before its weights are read.
+
+    Args:
+        kind: a key of :data:`KINDS`.
+        name: as for :func:`load_model`.
+        revision: branch, tag or commit on the hub.
+        dtype: float32, bfloat16 or float16.
+        attn_implementation: eager, sdpa, ...; None takes transformers' choice.
+        num_labels: classes of a classifier; a model that is none gets a fresh head for them.
+        seed: of the fresh head; the global random state is left as it was.
+
+    Raises:
+        UserError: a model of another kind, or a classifier with another number of classes.
+    """
+    given: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
+    if kind == "classifier":
+        return _load_classifier(name, num_labels, seed, **given)
+    if kind == "masked":
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        cls = _class_of(name, revision)
+        if cls is None or cls.__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+            raise UserError(
+                f"model.name={name} is {'no known model' if cls is None else f'a {cls.__name__}'}, no masked language "
+                "model, and the task asks one for the word at its mask: give one (any ...ForMaskedLM), e.g. "
+                "model.name=FacebookAI/roberta-large"
+            )
+    model = load_model(name, **given)
+    if kind == "causal":
+        require_causal_lm(model, name)
+    return model
+
+
+def _load_classifier(
+    name: str, num_labels: int, seed: int, *, revision: str | None, dtype: str, attn_implementation: str | None
+) -> PreTrainedModel:
+    import transformers
+
+    _require_dtype(dtype)
+    cls = _class_of(name, revision)
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
+    if attn_implementation:
+        arguments["attn_implementation"] = attn_implementation
+    if cls is not None and cls.__name__.endswith("ForSequenceClassification"):
+        own = transformers.AutoConfig.from_pretrained(_place(name), revision=revision).num_labels
+        if own != num_labels:
+            raise UserError(
+                f"model.name={name} has a head for {own} classes, and the task has {num_labels}: give another"
+            )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _load(transformers.AutoModelForSequenceClassification, name, arguments | {"num_labels": num_labels})
+    if model.config.pad_token_id is None:  # by it, a causal model's classifier finds a text's last token
+        model.config.pad_token_id = load_tokenizer(name, revision=revision).pad_token_id
+    return model
 
 
 def require_causal_lm(model: PreTrainedModel, name: str) -> None:
@@ -93,6 +166,11 @@ def load_tokenizer(name: str, *, revision: str | None = None, as_mezo: bool = Fa
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _require_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:

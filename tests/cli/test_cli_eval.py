@@ -1,0 +1,117 @@
+"""`zoft eval`: a run's final model scores as its report says, every mode writes its predictions, wrong pairs are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import arguments
+from tests.unit.test_forms_runs import folder, words  # noqa: F401  # a fixture
+from zoft.cli import main
+from zoft.config import compose
+from zoft.run import run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    made = tmp_path_factory.mktemp("finished")
+    return made, run(compose(arguments(made, made / "out", "peft=lora", "optimizer.learning_rate=1")))
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    assert main(["eval", *more, "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+
+def test_a_runs_model_scores_as_its_report_says(finished, capsys):
+    made, facts = finished
+    told = evaluated(capsys, f"run={made / 'out'}")
+    assert told["accuracy"] == facts["final"]
+    assert told["output_dir"] == str(made / "out" / "eval-zero_shot-test")
+    rows = [json.loads(line) for line in (Path(told["output_dir"]) / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == told["num_rows"] == 16
+    assert sum(row["right"] for row in rows) / 16 == told["accuracy"]
+    assert all(row["options"] == ["no", "yes"] and len(row["scores"]) == 2 and row["prompt"] for row in rows)
+    assert json.loads((Path(told["output_dir"]) / "evaluation.json").read_text()) == told
+    before = evaluated(capsys, *arguments(made, made / "before"), "peft=lora")
+    assert before["accuracy"] == facts["zero_shot"]
+    assert before["output_dir"] == str(made / "before")
+    assert run(compose(arguments(made, made / "out", "peft=lora", "optimizer.learning_rate=1")))["final"] == facts["final"]
+
+
+def test_every_mode(finished, capsys, tmp_path):
+    made, _ = finished
+    given = arguments(made, tmp_path / "out")
+    found = {mode: evaluated(capsys, *given, f"mode={mode}") for mode in ("calibrated", "linear_probe")}
+    found["icl"] = evaluated(capsys, *given, "mode=icl", "k=3", "task.max_length=60")
+    assert {told["metric"] for told in found.values()} == {"accuracy"}
+    assert found["linear_probe"]["accuracy"] > 0.7  # spam has other words
+    assert found["icl"]["num_demonstrations"] == 3
+    (row, *_) = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert len(row["scores"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "more", "metrics"),
+    [
+        ("squad", "causal", ["task.max_new_tokens=3", "mode=icl", "k=1"], {"f1", "exact_match", "f1_low"}),
+        ("masked_sst2", "masked", [], {"accuracy", "loss"}),
+        ("pairs", "causal", [], {"accuracy"}),
+        ("texts", "causal", [], {"loss", "perplexity"}),
+        ("rated", "causal", ["objective=reward", "objective.function=zoft.rewards:countdown"], {"reward"}),
+    ],
+)
+def test_every_form(folder, capsys, tmp_path, task, model, more, metrics):  # noqa: F811
+    told = evaluated(capsys, *words(folder, task, model), *more, f"output_dir={tmp_path}")
+    assert metrics <= told.keys()
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == told["num_rows"] == 2
+
+
+def test_metrics_of_the_evaluate_library_need_no_network(finished, capsys, tmp_path, monkeypatch):
+    made, _ = finished
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "share").mkdir()
+    (tmp_path / "share" / "share.py").write_text(
+        "import datasets, evaluate\n"
+        "class Share(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        features = datasets.Features({'predictions': datasets.Value('int32'), 'references': datasets.Value('int32')})\n"
+        "        return evaluate.MetricInfo(description='', citation='', features=features)\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'share': sum(map(int.__eq__, predictions, references)) / len(references)}\n"
+    )
+    told = evaluated(capsys, *arguments(made, tmp_path / "out"), f"evaluate={tmp_path / 'share'}")
+    assert told["evaluate"]["share"] == told["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["mode=icll"], "mode must be one of zero_shot, icl, calibrated, linear_probe, got 'icll'. Did you mean icl?"),
+        (["k=3"], "k=3 is not read by mode=zero_shot"),
+        (["mode=icl", "k=x"], "k must be a whole number"),
+        (["mode=icl", "split=dev"], "would be its own example"),
+        (["--jsn"], "zoft eval has no flag '--jsn'. Did you mean --json?"),
+        (["run=nowhere"], "run=nowhere holds no config.yaml"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(more, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "config=quickstart", *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_modes_that_the_rows_have_nothing_for(folder, capsys, tmp_path):  # noqa: F811
+    for task, more, message in (
+        ("texts", ["mode=icl"], "mode=icl is for answers to choose from or answers that the model writes"),
+        ("squad", ["mode=calibrated"], "mode=calibrated is for answers to choose from, task=squad has answers that"),
+        ("copa", ["mode=linear_probe"], "the options of task=copa differ"),
+        ("rated", [], "objective=reward needs objective.function"),
+    ):
+        assert main(["eval", *words(folder, task), *more, f"output_dir={tmp_path / 'out'}"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,103 @@
+"""`zoft eval`: metrics of a model, or of a run's final model, on held-out rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from zoft.errors import UserError, did_you_mean
+
+_KEYS = ("run", "mode", "k", "split", "evaluate")
+
+
+def command(arguments: list[str]) -> int:
+    """Evaluate.
+
+    Args:
+        arguments: overrides as of `zoft train`, ``run=``, ``mode=``, ``k=``, ``split=``, ``evaluate=``, ``--json``.
+    """
+    overrides, asked, as_json = _parsed(arguments)
+    from zoft.cli.train import _quiet
+    from zoft.config import compose
+    from zoft.evaluating import Request, config_of_run, default_output_dir, evaluate
+
+    _quiet()
+    run = asked.get("run", "")
+    Request(**_settings(asked))  # what is wrong with it is said before anything is read
+    if run and not any(word.startswith("config=") for word in overrides):
+        overrides = [f"config={config_of_run(run)}", *overrides]
+    cfg = compose(overrides)
+    given = any(word.startswith("output_dir=") for word in overrides)
+    request = Request(**_settings(asked))
+    request = Request(**_settings(asked), output_dir=default_output_dir(cfg, request, given=given))
+    facts = evaluate(cfg, request)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print("\n".join(lines(facts)))
+    return 0
+
+
+def lines(facts: dict[str, Any]) -> list[str]:
+    """The facts for people.
+
+    Example:
+        >>> told = lines({
+        ...     "mode": "zero_shot", "model": "m", "task": "sst2", "split": "test", "num_rows": 2, "metric": "accuracy",
+        ...     "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "num_demonstrations": 0, "seconds": 1.0,
+        ...     "num_computed_alone": 0, "output_dir": "out"})
+        >>> print(told[0])
+        accuracy  50.0 % [10.0, 90.0] of m, zero_shot, on 2 test rows of sst2
+    """
+    metrics = [name for name in ("accuracy", "f1", "exact_match", "reward", "loss") if name in facts]
+    metrics.sort(key=lambda name: name != facts["metric"])
+    shown = f", {facts['num_demonstrations']} demonstrations" if facts["num_demonstrations"] else ""
+    rows = f"{facts['num_rows']:,} {facts['split']} rows of {facts['task']}"
+    about = f" of {facts['model']}, {facts['mode']}{shown}, on {rows}"
+    width = max(8, *map(len, metrics), 10 if "perplexity" in facts else 0)
+    told = [f"{name:<{width}}  {_value(facts, name)}" for name in metrics]
+    told[0] += about
+    if "perplexity" in facts:
+        told.append(f"{'perplexity':<{width}}  {facts['perplexity']:.2f}")
+    told += [f"{name:<{width}}  {value:.4g} (evaluate)" for name, value in facts.get("evaluate", {}).items()]
+    alone = facts["num_computed_alone"]
+    closeness = f", {alone:,} of them again alone because a batch could have decided" if alone else ""
+    told.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {facts['num_rows']:,} rows{closeness}")
+    told.append(f"{'written':<{width}}  {facts['output_dir']}: predictions.jsonl, evaluation.json")
+    return told
+
+
+def _value(facts: dict[str, Any], name: str) -> str:
+    scale, digits, unit = (100, 1, " %") if name == "accuracy" else (1, 3, "")
+    told = f"{scale * facts[name]:.{digits}f}{unit}"
+    if f"{name}_low" in facts:
+        low, high = (scale * facts[f"{name}_{end}"] for end in ("low", "high"))
+        told += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return told
+
+
+def _settings(asked: dict[str, str]) -> dict[str, Any]:
+    names = {"run": "run", "mode": "mode", "split": "split", "evaluate": "metric"}
+    given: dict[str, Any] = {names[key]: value for key, value in asked.items() if key in names}
+    if "k" in asked:
+        if not asked["k"].isdecimal():
+            raise UserError(f"k must be a whole number of demonstrations, got {asked['k']!r}")
+        given["k"] = int(asked["k"])
+    return given
+
+
+def _parsed(arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
+    overrides, asked, as_json = [], {}, False
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if word == "--json":
+            as_json = True
+        elif word.startswith("-"):
+            raise UserError(
+                f"zoft eval has no flag {word!r}.{did_you_mean(word, ('--json', '--help'))} See zoft eval --help"
+            )
+        elif equals and key in _KEYS:
+            asked[key] = value
+        else:
+            overrides.append(word)
+    return overrides, asked, as_json

@@ -1,0 +1,173 @@
+"""`zoft tune`: a training job's settings by search; prints the best points and the command that trains the best."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import Requeued, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from zoft.blackbox.tune.evaluation import Evaluation
+    from zoft.blackbox.tune.result import TuneResult
+    from zoft.tuning.search import Tuned
+
+_OWN = ("repeats", "workers", "metric", "direction", "search", "stop_early", "output_dir")
+_SPACE = "space."
+
+
+def command(arguments: list[str]) -> int:
+    """Tune.
+
+    Args:
+        arguments: ``space.<key>=<range>``, settings of the search, and those of ``zoft train``.
+
+    Returns:
+        The exit code: 1 where no point could be trained to its end.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in zoft train
+    space, own, training = split(arguments)
+    from zoft.blackbox.tune.search import Settings
+    from zoft.blackbox.tune.space import SearchSpace
+    from zoft.cli.train import _quiet
+    from zoft.tuning.search import tune_training
+
+    _quiet()
+    metric = own.get("metric", "eval_loss")
+    settings = Settings(
+        budget=_whole("budget", own.get("budget", "40")),
+        repeats=_whole("repeats", own.get("repeats", "1")),
+        workers=_whole("workers", own.get("workers", "1")),
+        search=own.get("search", "zo"),
+        direction=own.get("direction") or direction_of(metric),
+        stop_early=_flag(own.get("stop_early", "true")),
+    )
+    if SearchSpace(space).is_mostly_choices and settings.search == "zo":
+        print(
+            "note: most of this space is choices, which have no slope that a zeroth-order search could follow: "
+            "search=tpe (Optuna's) is the better tool for it (docs/tune.md)"
+        )
+    signal.signal(signal.SIGTERM, _requeue)
+    show = Progress(settings.budget, settings.repeats, metric)
+    tuned = tune_training(training, space, settings, metric=metric, output_dir=own.get("output_dir"), callback=show)
+    print(summary(tuned, metric))
+    return 0 if tuned.result.best else 1
+
+
+def split(arguments: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """(space, settings of the search, arguments of `zoft train`).
+
+    Args:
+        arguments: as written.
+
+    Raises:
+        UserError: a flag, a parameter twice, or no parameter at all.
+
+    Example:
+        >>> split(["config=smoke", "space.estimator.eps=log(1e-4,1e-2)", "budget=8"])
+        ({'estimator.eps': 'log(1e-4,1e-2)'}, {'budget': '8'}, ['config=smoke'])
+    """
+    space: dict[str, str] = {}
+    own: dict[str, str] = {}
+    training = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            raise UserError(f"zoft tune has no flag {argument!r}: see zoft tune --help")
+        if name.startswith(_SPACE):
+            key = name.removeprefix(_SPACE)
+            if key in space:
+                raise UserError(f"{name} is given twice: a parameter has one range")
+            space[key] = value
+        elif equals and (name in _OWN or (name == "budget" and not value[:1].isalpha())):
+            own[name] = value
+        else:
+            training.append(argument)
+            _refuse_near_miss(name)
+    if not space:
+        raise UserError("there is nothing to tune: add ranges, e.g. space.optimizer.learning_rate='log(1e-5,1e-1)'")
+    return space, own, training
+
+
+def _refuse_near_miss(name: str) -> None:
+    """A setting of the search that is written wrongly would otherwise be looked for in the config."""
+    from zoft.config.catalog import ORDER
+    from zoft.config.schema import ZoftConfig
+
+    known = {*ORDER, *ZoftConfig.__dataclass_fields__}
+    near = did_you_mean(name, ("budget", *_OWN, *known))
+    if "." not in name and name.lstrip("+~") not in known and near.startswith(" Did"):
+        raise UserError(f"zoft tune has no setting {name!r}.{near}")
+
+
+def direction_of(metric: str) -> str:
+    """Where more of a metric is better: accuracy, F1, exact match and reward; else less.
+
+    Example:
+        >>> direction_of("eval_accuracy"), direction_of("eval_loss")
+        ('maximize', 'minimize')
+    """
+    return "maximize" if any(word in metric for word in ("accuracy", "f1", "exact_match", "reward")) else "minimize"
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name} must be a whole number >= 1, got {text!r}") from None
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise UserError(f"stop_early must be true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _requeue(*_: Any) -> None:
+    raise Requeued
+
+
+class Progress:
+    """A line for each evaluation."""
+
+    def __init__(self, budget: int, repeats: int, metric: str) -> None:
+        self.points, self.metric = budget // repeats, metric
+        self.told_resumed = False
+
+    def __call__(self, evaluation: Evaluation, result: TuneResult) -> None:
+        """Print it."""
+        from zoft.blackbox.tune.result import told_value
+        from zoft.blackbox.tune.space import told
+
+        if result.num_resumed and not self.told_resumed:
+            print(f"resume  {result.num_resumed} points are in the journal")
+            self.told_resumed = True
+        place = f"{len(result.evaluations)}/{self.points}"
+        what = f"failed: {evaluation.error}" if evaluation.error else f"{self.metric} {told_value(evaluation)}"
+        mark = ", stopped at half" if evaluation.status == "stopped" else ""
+        mark = ", the best so far" if evaluation is result.best else mark
+        print(f"{place:>7}  {what}{mark}  ({evaluation.seconds:.1f} s)  {told(evaluation.values)}", flush=True)
+
+
+def summary(tuned: Tuned, metric: str) -> str:
+    """What is printed at the end.
+
+    Args:
+        tuned: what was found, and where it is.
+        metric: what a value is called.
+    """
+    from zoft.blackbox.tune.space import told
+
+    result = tuned.result
+    lines = ["", result.table(metric=metric), ""]
+    counts = f"{len(result.ranked)} points went to their end, {len(result.stopped)} were stopped at half"
+    lines.append(f"{result.message} {counts}, {len(result.failed)} failed.")
+    lines += [
+        f"  failed: {told(e.values)}: {e.error}"[: 4 * shutil.get_terminal_size().columns] for e in result.failed[:5]
+    ]
+    lines.append(f"results {tuned.folder}: results.json, tune.png, journal.jsonl")
+    if result.best:
+        lines += [f"the best is in {tuned.best_folder}; to train it again:", f"  {tuned.command}"]
+    return "\n".join(lines)

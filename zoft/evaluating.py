@@ -1,0 +1,277 @@
+"""`zoft eval`: a model as it is, with demonstrations, calibrated or probed, or a run's final one, on held-out rows."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft import atomic, folder
+from zoft.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+    from zoft.scoring import Scored, Scoring
+
+MODES = ("zero_shot", "icl", "calibrated", "linear_probe")
+SPLITS = ("test", "dev", "train")
+SHOWN = 32
+"""Demonstrations, unless said otherwise: the published number."""
+
+PREDICTIONS, FACTS = "predictions.jsonl", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for beside the run's config.
+
+    Args:
+        mode: zero_shot (the model as it is), icl (behind solved rows), calibrated (against a prompt without content)
+            or linear_probe (logistic regression on its hidden states).
+        k: solved rows shown; None takes 32 with icl and none elsewhere.
+        split: test, dev or train.
+        run: folder of a run whose final model is evaluated; empty for the model that the config names.
+        metric: a metric of the `evaluate` library, computed too; empty for none.
+        output_dir: where predictions go.
+    """
+
+    mode: str = "zero_shot"
+    k: int | None = None
+    split: str = "test"
+    run: str = ""
+    metric: str = ""
+    output_dir: str = "evaluation"
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", MODES), ("split", SPLITS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}")
+        if self.k is not None and self.mode not in ("icl", "calibrated"):
+            raise UserError(f"k={self.k} is not read by mode={self.mode}: set mode=icl, or calibrated")
+        if self.k is not None and self.k < 1:
+            raise UserError(f"k must be at least 1, got {self.k}")
+        if self.shown and self.split != "test":
+            raise UserError(
+                f"split={self.split} and mode={self.mode} with k={self.shown}: a row would be its own example"
+            )
+
+    @property
+    def shown(self) -> int:
+        """Demonstrations before each row."""
+        return self.k or (SHOWN if self.mode == "icl" else 0)
+
+
+def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
+    """Carry out an evaluation and write its predictions and facts.
+
+    Args:
+        cfg: model, task and what else a run is made of.
+        request: what is asked for.
+
+    Returns:
+        The facts, with the metrics by name.
+
+    Raises:
+        UserError: something does not go together; nothing is written then.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from zoft import forms
+    from zoft.run import tokenizer_of
+
+    began = time.perf_counter()
+    splits = cfg.task.load()
+    examples = getattr(splits, request.split)
+    objective = forms.scorer_of(cfg.task, examples, cfg.objective)
+    form = forms.form_of(cfg.task, examples, objective)
+    _check(form, request, cfg, splits.train)
+    if request.shown:
+        from zoft.evaluation.demonstrations import with_solved
+
+        examples = with_solved(cfg.task, examples, splits.train, request.shown)
+    tokenizer = tokenizer_of(cfg)
+    encode = functools.partial(
+        forms.encode_rows,
+        form,
+        tokenizer=tokenizer,
+        max_length=cfg.task.max_length,
+        room=forms.room_of(cfg.task, objective),
+    )
+    rows = encode(examples)
+    scoring = _scoring(cfg, request, form, rows, tokenizer, objective)
+    if request.mode == "linear_probe":
+        found = _probed(scoring, splits, request, encode)
+    else:
+        found = _scored(scoring, form, rows, examples, request, encode)
+    facts = _facts(cfg, request, form, found, examples, time.perf_counter() - began)
+    _write(request.output_dir, facts, found, getattr(splits, request.split), form)
+    return facts
+
+
+def _check(form: str, request: Request, cfg: ZoftConfig, train: Any) -> None:
+    """Refuse a mode that the rows have nothing for."""
+    serves = {
+        "icl": ("options", "generate"),
+        "calibrated": ("options",),
+        "linear_probe": ("options", "mask", "head"),
+    }
+    from zoft.forms import FORMS
+    from zoft.tasks.base import Example
+
+    if form not in serves.get(request.mode, (form,)) or (request.shown and not isinstance(train[0], Example)):
+        wanted = " or ".join(FORMS[one].what for one in serves[request.mode])
+        raise UserError(
+            f"mode={request.mode} is for {wanted}, task={cfg.task.name()} has {FORMS[form].what}: set mode=zero_shot"
+        )
+    if request.mode == "linear_probe" and len({one.options for one in train}) > 1:
+        raise UserError(
+            f"mode=linear_probe needs the same few labels in every row, and the options of task={cfg.task.name()} "
+            "differ: choose another mode"
+        )
+    if request.metric and form not in ("options", "mask", "head", "generate"):
+        raise UserError(f"evaluate={request.metric} compares predictions with labels, and this task has none")
+    if request.run and not (Path(request.run) / "model").is_dir():
+        raise UserError(f"run={request.run} holds no final model: finish it with the command that began it")
+
+
+def _scoring(cfg: ZoftConfig, request: Request, form: str, rows: Any, tokenizer: Any, objective: Any) -> Scoring:
+    """The model on its device, and what makes batches for it."""
+    from zoft import forms
+    from zoft.lazy import torch
+    from zoft.run import arguments_of
+    from zoft.scoring import Scoring
+
+    cfg.tracker.report_to = []
+    args = arguments_of(cfg)
+    model = _model(cfg, request.run).to(args.device).eval()
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    autocast: Any = nullcontext if dtype is None else functools.partial(torch.autocast, args.device.type, dtype)
+    collate = forms.collator_for(form, rows, tokenizer, cfg.task, objective)
+    return Scoring(model, objective, collate, args.per_device_eval_batch_size, autocast)
+
+
+def _model(cfg: ZoftConfig, run: str) -> Any:
+    """The config's model, or a run's final one: its own folder, or its adapter on the config's model."""
+    from zoft import forms
+    from zoft.models.load import load_model_as
+
+    kept = Path(run) / "model"
+    adapter = bool(run) and (kept / "adapter_config.json").is_file()
+    model: Any = load_model_as(
+        forms.model_kind(cfg.task),
+        str(kept.absolute()) if run and not adapter else cfg.model.name,
+        revision=None if run and not adapter else cfg.model.revision,
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+        num_labels=forms.num_labels(cfg.task),
+        seed=cfg.seed,
+    )
+    if adapter:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(kept))
+    return model if run else cfg.peft.wrap(model, cfg.seed)
+
+
+def _scored(scoring: Scoring, form: str, rows: Any, examples: Any, request: Request, encode: Any) -> Scored:
+    if form in ("generate", "rated"):
+        return scoring.written(rows)
+    if form == "counted":
+        return scoring.counted(rows)
+    if form == "pairs":
+        return scoring.pairs(rows)
+    against = None
+    if request.mode == "calibrated":
+        from zoft.tasks.base import uncontextual
+
+        against = encode([uncontextual(example) for example in examples])
+    return scoring.chosen(rows, scoring.choices(rows, against))
+
+
+def _probed(scoring: Scoring, splits: Any, request: Request, encode: Any) -> Scored:
+    from zoft.evaluation.choices import Choice
+    from zoft.evaluation.linear_probe import probe
+    from zoft.features import features
+
+    parts = {name: encode(getattr(splits, name)) for name in {"train", "dev", request.split}}
+    found = {name: features(scoring, rows) for name, rows in parts.items()}
+    labels = {name: [row["label"] for row in rows] for name, rows in parts.items()}
+    count = max(max(values) for values in labels.values()) + 1
+    log_probs, penalty = probe(
+        (found["train"], labels["train"]), (found["dev"], labels["dev"]), found[request.split], count
+    )
+    scores = log_probs.tolist()
+    scored = scoring.chosen(parts[request.split], [Choice(row, row.index(max(row))) for row in scores])
+    scored.metrics["penalty"] = penalty
+    return scored
+
+
+def _facts(
+    cfg: ZoftConfig, request: Request, form: str, found: Scored, examples: Any, seconds: float
+) -> dict[str, Any]:
+    from zoft import forms
+    from zoft.evaluation.libraries import computed
+
+    facts: dict[str, Any] = {
+        "mode": request.mode,
+        "model": request.run or cfg.model.name,
+        "task": cfg.task.name(),
+        "prompt": getattr(cfg.task, "prompt", None),
+        "split": request.split,
+        "num_rows": len(found.predictions),
+        "num_demonstrations": request.shown,
+        "metric": forms.reported(form, cfg.task),
+        **found.metrics,
+        "num_computed_alone": found.num_alone,
+        "seconds": seconds,
+        "output_dir": request.output_dir,
+    }
+    if request.metric:
+        predictions = [row.get("answer", row.get("chosen")) for row in found.predictions]
+        references = [row.get("answers", row.get("label")) for row in found.predictions]
+        facts["evaluate"] = computed(request.metric, predictions, references)
+    return facts
+
+
+def _write(output_dir: str, facts: dict[str, Any], found: Scored, examples: Any, form: str) -> None:
+    """Predictions and facts, each whole or not at all."""
+    place = Path(output_dir)
+    place.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (row, example) in enumerate(zip(found.predictions, examples, strict=True)):
+        told: dict[str, Any] = {"row": number}
+        if form in ("options", "mask", "head"):
+            text = example.prompt or "".join("<mask>" if p.text is None else p.text for p in example.pieces)
+            told |= {"prompt": text, "options": list(example.options)}
+        lines.append(json.dumps(told | row) + "\n")
+    atomic.write(place / PREDICTIONS, "".join(lines))
+    atomic.write(place / FACTS, json.dumps(facts, indent=2) + "\n")
+
+
+def default_output_dir(cfg: ZoftConfig, request: Request, *, given: bool) -> str:
+    """Where predictions go unless it is said: beside a run's own files, never where a run would begin.
+
+    Args:
+        cfg: its ``output_dir`` is taken as it is where it was ``given``.
+        request: mode, split and run.
+        given: whether the user wrote ``output_dir=``.
+    """
+    if given:
+        return cfg.output_dir
+    name = "-".join(["eval", request.mode, *([str(request.k)] if request.k else []), request.split])
+    return str(Path(request.run) / name) if request.run else f"{cfg.output_dir}-{name}"
+
+
+def config_of_run(run: str) -> str:
+    """The config of a run's folder."""
+    path = Path(run) / folder.CONFIG
+    if not path.is_file():
+        raise UserError(f"run={run} holds no {folder.CONFIG}: give the folder of a run of zoft train")
+    return str(path)

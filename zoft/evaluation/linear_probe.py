@@ -1,0 +1,83 @@
+"""Linear probing: logistic regression on the model's last hidden states, a reference that trains no weight of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from zoft.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Strengths that the dev rows choose from: of the squared weights, for standardised features, over the mean loss."""
+
+
+def probe(
+    train: tuple[Tensor, Sequence[int]], dev: tuple[Tensor, Sequence[int]], test: Tensor, num_labels: int
+) -> tuple[Tensor, float]:
+    """Log-probabilities of the test rows' labels, by the penalty with the smallest dev loss.
+
+    Args:
+        train: features [N, H] and labels.
+        dev: the same, to choose the penalty by.
+        test: features [M, H].
+        num_labels: how many there are.
+
+    Returns:
+        ([M, num_labels] float64, the penalty).
+
+    Example:
+        >>> x = torch.tensor([[-1.0], [-2.0], [1.0], [2.0]])
+        >>> found, _ = probe((x, [0, 0, 1, 1]), (x, [0, 0, 1, 1]), torch.tensor([[-3.0], [3.0]]), 2)
+        >>> found.argmax(1).tolist()
+        [0, 1]
+
+    References: Malladi et al. 2023 (MeZO), Table 1 (LP).
+    """
+    mean, scale = train[0].double().mean(0), train[0].double().std(0, correction=0)
+    scale = torch.where(scale > 1e-6 * (1 + mean.abs()), scale, torch.inf)  # what never changes says nothing
+
+    def standard(features: Tensor) -> Tensor:
+        return (features.double() - mean) / scale
+
+    best: tuple[float, Tensor, float] | None = None
+    wanted = torch.tensor(dev[1], device=train[0].device)
+    for penalty in PENALTIES:
+        weight, bias = fit(standard(train[0]), train[1], num_labels, penalty)
+        loss = float(torch.nn.functional.cross_entropy(standard(dev[0]) @ weight + bias, wanted))
+        if best is None or loss < best[0]:
+            best = loss, torch.log_softmax(standard(test) @ weight + bias, dim=-1), penalty
+    assert best is not None
+    return best[1], best[2]
+
+
+def fit(features: Tensor, labels: Sequence[int], num_labels: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression by L-BFGS from zero: the loss is convex, so nothing is random.
+
+    Args:
+        features: float64 [N, H].
+        labels: N indices.
+        num_labels: C.
+        penalty: of the squared weights, over the mean loss; above 0.
+
+    Returns:
+        weight [H, C] and bias [C].
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        features = features.clone()  # made in inference mode, they could not be saved for a gradient
+        weight = features.new_zeros(features.shape[1], num_labels, requires_grad=True)
+        bias = features.new_zeros(num_labels, requires_grad=True)
+        wanted = torch.tensor(labels, device=features.device)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(features @ weight + bias, wanted)
+            loss = loss + 0.5 * penalty * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return weight.detach(), bias.detach()
