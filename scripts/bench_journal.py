@@ -1,7 +1,7 @@
 """What journal and guard cost: their share of a step's time in one run of the demo, and the bytes they leave.
 
-    python scripts/bench_journal.py                          # the quickstart, 40 steps, guard=clip
-    python scripts/bench_journal.py --steps 20 key=value ...
+    python scripts/bench_journal.py                          # the quickstart, 400 queries, guard=clip
+    python scripts/bench_journal.py --queries 200 key=value ...
 
 The time inside each of their calls is added up, and divided by the wall time of the steps of the same run.
 """
@@ -36,7 +36,7 @@ def timed(kind: type, name: str, spent: dict[str, list[float]], key: str) -> Non
 def main() -> None:
     """Run, and print the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--queries", type=int, default=400)
     parser.add_argument("overrides", nargs="*", help="as for zoft train")
     given = parser.parse_args()
     from zoft.config import compose
@@ -49,14 +49,18 @@ def main() -> None:
     timed(ZOMixin, "_guard", spent, "guard")
     folder = Path(tempfile.mkdtemp())
     few = ["task.num_test=16", "task.num_dev=16", "trainer.eval_strategy='no'", "trainer.save_strategy='no'"]
-    words = ["config=quickstart", f"budget.queries={2 * given.steps}", *few, "+trainer.guard=clip"]
+    words = ["config=quickstart", f"budget.queries={given.queries}", *few, "+trainer.guard=clip"]
     try:
-        facts = run(compose([*words, "trainer.load_best_model_at_end=false", *given.overrides, f"output_dir={folder / 'run'}"]))
+        facts = run(
+            compose([*words, "trainer.load_best_model_at_end=false", *given.overrides, f"output_dir={folder / 'run'}"])
+        )
         size = (folder / "run" / "journal.bin").stat().st_size
     finally:
         shutil.rmtree(folder)
     steps, seconds = facts["num_steps"], facts["seconds"]
-    print(f"{steps} steps of {1e3 * seconds / steps:.1f} ms: {facts['model']}, {facts['num_trainable']:,} weights trained")
+    print(
+        f"{steps} steps of {1e3 * seconds / steps:.1f} ms: {facts['model']}, {facts['num_trainable']:,} weights trained"
+    )
     for key, calls in spent.items():
         share = sum(calls) / seconds
         print(f"{key:8} {1e3 * sum(calls) / steps:.3f} ms a step, {100 * share:.3f} % of its time")

@@ -54,7 +54,9 @@ def table(kept: dict[str, dict[str, object]]) -> str:
 def main() -> int:
     """Carry out, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"which: {', '.join(CHECKS)}; all where none is given")
+    parser.add_argument(
+        "checks", nargs="*", metavar="CHECK", help=f"which: {', '.join(CHECKS)}; all where none is given"
+    )
     parser.add_argument("--folder", default=None, help="where the runs are made (default: a temporary folder)")
     given = parser.parse_args()
     unknown = sorted(set(given.checks) - set(CHECKS))

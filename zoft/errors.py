@@ -44,7 +44,9 @@ class DiskFullError(UserError):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return cls(f"{path} cannot be written: {error.strerror or error}; repeat the command once it can")
         free = shutil.disk_usage(there).free
-        wanted = f"{size:,} bytes are wanted, {free:,} are free" if size else f"{free:,} bytes are free, and are not enough"
+        wanted = (
+            f"{size:,} bytes are wanted, {free:,} are free" if size else f"{free:,} bytes are free, and are not enough"
+        )
         return cls(
             f"the disk of {path} is full: {wanted}. What was saved before is whole: "
             "free some space and repeat the command, and the run goes on"

@@ -137,8 +137,6 @@ def _check(form: str, request: Request, cfg: ZoftConfig, train: Any) -> None:
         )
     if request.metric and form not in ("options", "mask", "head", "generate"):
         raise UserError(f"evaluate={request.metric} compares predictions with labels, and this task has none")
-    if request.run and not (Path(request.run) / "model").is_dir():
-        raise UserError(f"run={request.run} holds no final model: finish it with the command that began it")
 
 
 def _scoring(cfg: ZoftConfig, request: Request, form: str, rows: Any, tokenizer: Any, objective: Any) -> Scoring:
@@ -270,8 +268,10 @@ def default_output_dir(cfg: ZoftConfig, request: Request, *, given: bool) -> str
 
 
 def config_of_run(run: str) -> str:
-    """The config of a run's folder."""
+    """The config of a run's folder, which must hold its final model."""
     path = Path(run) / folder.CONFIG
     if not path.is_file():
         raise UserError(f"run={run} holds no {folder.CONFIG}: give the folder of a run of zoft train")
+    if not (path.parent / "model").is_dir():
+        raise UserError(f"run={run} holds no final model: finish it with the command that began it")
     return str(path)

@@ -1,4 +1,4 @@
-"""`zoft eval`: a run's final model scores as its report says, every mode writes its predictions, wrong pairs are refused."""
+"""`zoft eval`: a run's final model scores as reported, every mode writes its predictions, wrong pairs are refused."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ def test_a_runs_model_scores_as_its_report_says(finished, capsys):
     rows = [json.loads(line) for line in (Path(told["output_dir"]) / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == told["num_rows"] == 16
     assert sum(row["right"] for row in rows) / 16 == told["accuracy"]
-    assert all(row["options"] == ["no", "yes"] and len(row["scores"]) == 2 and row["prompt"] for row in rows)
+    assert all(row["options"] == [" no", " yes"] and len(row["scores"]) == 2 and row["prompt"] for row in rows)
     assert json.loads((Path(told["output_dir"]) / "evaluation.json").read_text()) == told
     before = evaluated(capsys, *arguments(made, made / "before"), "peft=lora")
     assert before["accuracy"] == facts["zero_shot"]
     assert before["output_dir"] == str(made / "before")
-    assert run(compose(arguments(made, made / "out", "peft=lora", "optimizer.learning_rate=1")))["final"] == facts["final"]
+    assert (
+        run(compose(arguments(made, made / "out", "peft=lora", "optimizer.learning_rate=1")))["final"] == facts["final"]
+    )
 
 
 def test_every_mode(finished, capsys, tmp_path):
@@ -75,10 +77,11 @@ def test_metrics_of_the_evaluate_library_need_no_network(finished, capsys, tmp_p
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     (tmp_path / "share").mkdir()
     (tmp_path / "share" / "share.py").write_text(
-        "import datasets, evaluate\n"
+        "import datasets\nimport evaluate\n"
         "class Share(evaluate.Metric):\n"
         "    def _info(self):\n"
-        "        features = datasets.Features({'predictions': datasets.Value('int32'), 'references': datasets.Value('int32')})\n"
+        "        number = datasets.Value('int32')\n"
+        "        features = datasets.Features({'predictions': number, 'references': number})\n"
         "        return evaluate.MetricInfo(description='', citation='', features=features)\n"
         "    def _compute(self, predictions, references):\n"
         "        return {'share': sum(map(int.__eq__, predictions, references)) / len(references)}\n"

@@ -103,7 +103,11 @@ def remote_code(folder: Path) -> int:
     made, place = folder / "executed", model_folder(folder / "remote")
     (place / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
     config = json.loads((place / "config.json").read_text())
-    auto = {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.M", "AutoTokenizer": "modeling_evil.T"}
+    auto = {
+        "AutoConfig": "modeling_evil.C",
+        "AutoModelForCausalLM": "modeling_evil.M",
+        "AutoTokenizer": "modeling_evil.T",
+    }
     (place / "config.json").write_text(json.dumps(config | {"auto_map": auto}))
     load_model(str(place))  # a kind that transformers knows: its own code is used
     load_tokenizer(str(place))

@@ -90,8 +90,6 @@ check("1c", "the same, LoRA", KILLED)(_killed("LoRA"))
 check("1d", "the same, one of two processes (gloo) each time", KILLED)(_killed("two processes"))
 
 
-
-
 @check("2", "death before, in and after every write, flush and rename of a save", "100 % resumable")
 def _(place: Place) -> str:
     points, died = processes.die_in_saves(place.zygote, place.folder)
@@ -126,7 +124,9 @@ def _(place: Place) -> str:
     return f"{cuts} cuts, {lost} step lost, {cuts} resumes with equal SHA-256"
 
 
-@check("7", "a disk that is full at 20 sizes (tmpfs)", "one line with bytes wanted and free, old snapshot whole, 20 resume")
+@check(
+    "7", "a disk that is full at 20 sizes (tmpfs)", "one line with bytes wanted and free, old snapshot whole, 20 resume"
+)
 def _(place: Place) -> str:
     refused, resumed = processes.full_disks(place.zygote, place.folder, 20)
     assert refused == resumed == 20, (refused, resumed)
@@ -136,7 +136,9 @@ def _(place: Place) -> str:
 @check("8", "output_dir not writable, or taken away under the run", "refused before step 1; one line")
 def _(place: Place) -> str:
     processes.folder_goes_away(place.zygote, place.folder)
-    return "taken away: one line, code 2; not writable: " + covered("tests/unit/test_folder.py::test_not_writable_is_refused")
+    return "taken away: one line, code 2; not writable: " + covered(
+        "tests/unit/test_folder.py::test_not_writable_is_refused"
+    )
 
 
 @check("9", "200 single flipped bits, over all files of a snapshot", "200 noticed, the snapshot before it used")
@@ -157,7 +159,9 @@ def _(place: Place) -> str:
     return f"{count} of {count}, each resumed from the snapshot before"
 
 
-@check("12", "resumed with another seed, data, batch, eps, optimizer, model", "refused with what differs; others honoured")
+@check(
+    "12", "resumed with another seed, data, batch, eps, optimizer, model", "refused with what differs; others honoured"
+)
 def _(_: Place) -> str:
     return covered("tests/faults/test_damage.py::test_another_run_is_refused_with_what_differs",
                  "tests/faults/test_damage.py::test_budget_logging_and_learning_rate_may_change",
@@ -199,7 +203,9 @@ def _(place: Place) -> str:
     return "0 changed, SHA-256 equal; int8 and nf4 bases are not trained, and are not covered"
 
 
-@check("17", "NaN, ±Inf at L₊, L₋, both, one, all, clean × first, middle, last step", "untouched, counted, logged; abort")
+@check(
+    "17", "NaN, ±Inf at L₊, L₋, both, one, all, clean × first, middle, last step", "untouched, counted, logged; abort"
+)
 def _(place: Place) -> str:
     cases = [(where, value, step) for where in steps.WHERE for value in steps.VALUES for step in (0, 1, 3)]
     for number, (where, value, step) in enumerate(cases):
@@ -225,7 +231,9 @@ def _(_: Place) -> str:
 @check("20", "global random states; order of the data", "untouched by a step; independent of the estimator")
 def _(_: Place) -> str:
     file = "tests/unit/test_trainer.py::"
-    return covered(file + "test_global_random_states_are_left_alone", file + "test_the_order_of_the_rows_follows_the_seed_alone")
+    return covered(
+        file + "test_global_random_states_are_left_alone", file + "test_the_order_of_the_rows_follows_the_seed_alone"
+    )
 
 
 @check("21", "out of memory at 20 random forwards; batch of 8", "loss equal within 1e-5, ≤ 3 retries")
@@ -271,7 +279,9 @@ def _(_: Place) -> str:
     return f"200 refused, {100 * share:.0f} % of {told['typos']} right, {told['slowest']:.2f} s at most, not loaded"
 
 
-@check("26", "hostile data files: bombs, lines of 1 GiB, depth, encodings, templates", "file:line message, bounded memory")
+@check(
+    "26", "hostile data files: bombs, lines of 1 GiB, depth, encodings, templates", "file:line message, bounded memory"
+)
 def _(_: Place) -> str:
     return covered("tests/unit/test_data_files.py", "tests/unit/test_data_encoding.py")
 

@@ -170,7 +170,7 @@ def report_memory(file: str, every: int) -> None:
     """Write resident memory (KiB) and open files every so many steps, one line each."""
     from zoft.stepper import Stepper
 
-    write, opened = Stepper.step, Path(file).open("w")
+    write, opened = Stepper.step, Path(file).open("w")  # noqa: SIM115  # as long as the process lives
 
     def told(self: Any, closure: Any = None) -> None:
         write(self, closure)

@@ -1,4 +1,4 @@
-"""Faults that need processes: death inside a save or a query, signals, full disks, ranks that die or hang, long runs."""
+"""Faults that need processes: death inside a save or a query, signals, full disks, ranks that hang, long runs."""
 
 from __future__ import annotations
 

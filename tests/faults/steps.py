@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def bad_losses(folder: Path, where: str, value: float, step: int) -> None:
     seen = [digest(one)]
     one.add_callback(_Witness(lambda: seen.append(digest(one))))
     one.train()
-    assert [a == b for a, b in zip(seen, seen[1:], strict=False)] == [i == step for i in range(4)]
+    assert [a == b for a, b in pairwise(seen)] == [i == step for i in range(4)]
     assert weights_are_finite(one)
     assert one.progress.num_skipped == 1
     told = [line for line in one.state.log_history if "loss" in line]
@@ -208,7 +209,9 @@ def downhill(seeds: int, size: int = 32, steps: int = 40) -> float:
 
 def stand_still(folder: Path, dtype: str, count: int) -> None:
     """So many steps at a learning rate of zero, with queries: not one bit of a weight is another."""
-    one = trainer(folder, dtype=dtype, max_steps=count, learning_rate=0.0, save_strategy="no", estimator=Central(eps=1e-2))
+    one = trainer(
+        folder, dtype=dtype, max_steps=count, learning_rate=0.0, save_strategy="no", estimator=Central(eps=1e-2)
+    )
     before = digest(one)
     one.train()
     assert digest(one) == before

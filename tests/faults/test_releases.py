@@ -33,7 +33,9 @@ def test_the_trainers_own_checkpoint_is_refused_in_a_sentence(tmp_path: Path):
         output_dir=str(tmp_path / "theirs"), max_steps=1, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
     )
     Trainer(made.model, args, train_dataset=made.train_dataset).train()
-    with pytest.raises(UserError, match=r"there is nothing to resume in .*: no journal and no whole checkpoint of zoft"):
+    with pytest.raises(
+        UserError, match=r"there is nothing to resume in .*: no journal and no whole checkpoint of zoft"
+    ):
         damage.trainer(tmp_path / "theirs").train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match=r"has no manifest.json: it was not written by this zoft"):
         damage.trainer(tmp_path / "theirs").train(resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoint-1"))

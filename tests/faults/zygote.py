@@ -105,6 +105,25 @@ class Run:
         return self.told.read_text(errors="replace")
 
 
+LOADED = (
+    "accelerate",
+    "matplotlib.pyplot",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "zoft.cli.train",
+    "zoft.config.loader",
+    "zoft.evaluation.metrics",
+    "zoft.interrupt",
+    "zoft.replaying",
+    "zoft.report.console",
+    "zoft.report.plots",
+    "zoft.report.report",
+    "zoft.run",
+    "zoft.trainer",
+)
+"""What a run needs, and would otherwise load in every process."""
+
+
 # ---- the process that is asked ---------------------------------------------------------------------------------------
 
 
@@ -135,14 +154,10 @@ def serve() -> None:
 
 
 def _load_everything() -> None:
-    """The modules of a run; a run of a few steps, in a process of its own, tells which are there."""
+    """Import, and compose a config: what is slow about a start."""
     import importlib
 
-    for name in (
-        "accelerate peft torch transformers.models.llama.modeling_llama matplotlib.pyplot zoft.run zoft.trainer "
-        "zoft.config.loader zoft.interrupt zoft.replaying zoft.report.plots zoft.report.report zoft.report.console "
-        "zoft.data.encoding zoft.evaluation.metrics zoft.cli.train"
-    ).split():
+    for name in LOADED:
         importlib.import_module(name)
     import transformers
 

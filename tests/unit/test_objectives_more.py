@@ -34,12 +34,19 @@ MASKED = [
     {"input_ids": [0, *range(5, 5 + n), MASK, 2], "mask_position": n + 1, "word_ids": [9, 30, 12], "label": n % 3}
     for n in (7, 2, 4)
 ]
-ANSWERED = [Example("is it", (" spam",), 0, answers=("spam", "free prize")), Example("call", (" you",), 0, answers=("you",))]
+ANSWERED = [
+    Example("is it", (" spam",), 0, answers=("spam", "free prize")),
+    Example("call", (" you",), 0, answers=("you",)),
+]
 
 
 def generated(answers=None) -> tuple[list, GeneratedCollator, Answering]:
     answering = Answering(tiny_tokenizer(), 3)
-    return encode_generated(answers or ANSWERED, answering.tokenizer, 60, 3), GeneratedCollator(PAD, answering), answering
+    return (
+        encode_generated(answers or ANSWERED, answering.tokenizer, 60, 3),
+        GeneratedCollator(PAD, answering),
+        answering,
+    )
 
 
 def test_label_words_read_the_words_at_the_mask():
@@ -60,7 +67,10 @@ def test_label_words_read_the_words_at_the_mask():
 
 
 def test_classes_are_the_heads():
-    model, rows = tiny_bert_classifier(), [{"input_ids": [0, 5, 6, 2], "label": 2}, {"input_ids": [0, 7, 2], "label": 0}]
+    model, rows = (
+        tiny_bert_classifier(),
+        [{"input_ids": [0, 5, 6, 2], "label": 2}, {"input_ids": [0, 7, 2], "label": 0}],
+    )
     with torch.no_grad():
         scores = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in rows])
         loss, found, _ = Classes().predict(model, RIGHT(rows))
@@ -166,7 +176,9 @@ def test_a_reward_is_any_function(monkeypatch, tmp_path):
 
 def test_an_expression_is_the_weighted_sum():
     model, batch = tiny_llama(), COLLATE(UNEQUAL)
-    made = Expression(formula="options - 0.5*cross_entropy + 2e-1 * metric", settings={"metric": {"metric": "accuracy"}})
+    made = Expression(
+        formula="options - 0.5*cross_entropy + 2e-1 * metric", settings={"metric": {"metric": "accuracy"}}
+    )
     with torch.no_grad():
         options, entropy, metric = (one.loss(model, batch) for one in (Options(), CrossEntropy(), Metric()))
         loss, scores, _ = made.predict(model, batch)
@@ -213,5 +225,7 @@ def test_a_file_names_no_code(tmp_path):
         with pytest.raises(UserError, match="mine.yaml names a function to call, objective.function=os:system"):
             compose([f"config={mine}"])
         assert compose([f"config={mine}"], runs_code=False).objective.name() == objective
-    mine.write_text("# @package _global_\ndefaults:\n  - override /objective: reward\nobjective: {function: 'os:system'}\n")
+    mine.write_text(
+        "# @package _global_\ndefaults:\n  - override /objective: reward\nobjective: {function: 'os:system'}\n"
+    )
     assert compose([f"config={mine}", "objective.function=os:system"]).objective.function == "os:system"

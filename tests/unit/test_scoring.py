@@ -1,4 +1,4 @@
-"""Evaluation in batches decides as one candidate at a time does; calibration, probing and intervals are what they say."""
+"""Evaluation in batches decides as one candidate at a time does; calibration and probing are what they say."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ def test_words_at_masks_and_several_right_answers():
     found = scoring.choices(MASKED)
     assert [c.chosen for c in found] == [scoring.scores([row]).argmax().item() for row in MASKED]
     others = [[(c.chosen + 1) % 3, c.chosen][k % 2 : k % 2 + 1] for k, c in enumerate(found)]
-    rows = [row | {"label": (c.chosen + 2) % 3, "also_right": more} for row, c, more in zip(MASKED, found, others, strict=True)]
+    rows = [
+        row | {"label": (c.chosen + 2) % 3, "also_right": more}
+        for row, c, more in zip(MASKED, found, others, strict=True)
+    ]
     assert scoring.chosen(rows, found).metrics["accuracy"] == pytest.approx(1 / 3)
     assert cross_entropy(found, [c.chosen for c in found]) < cross_entropy(found, [row["label"] for row in rows])
 
@@ -119,7 +122,7 @@ def test_answers_in_batches_are_those_written_alone():
         assert scored.metrics["f1"] == pytest.approx(sum(row["f1"] for row in scored.predictions) / 9)
         assert scored.metrics["exact_match_low"] <= scored.metrics["exact_match"] <= scored.metrics["exact_match_high"]
     model.lm_head.weight.data.zero_()  # all tokens alike: nothing that a batch says counts
-    assert many.texts(rows)[1] == 9
+    assert Scoring(model, Metric(), collate, 4).texts(rows)[1] == 8  # the ninth is alone in its batch
 
 
 def test_a_probe_is_logistic_regression():

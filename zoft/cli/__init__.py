@@ -16,6 +16,7 @@ VERBS = {
     "journal": "what a run's journal says, step by step: zoft journal show RUN",
     "replay": "a run's weights at any step, from the base model and the journal: zoft replay RUN --to 100",
     "diff": "where two runs part: zoft diff RUN_A RUN_B",
+    "attack": "adversarial examples against an image classifier that is only asked: zoft attack data=digits",
     "fetch": "bring the demo's model and data to the cache: zoft fetch sms-spam",
     "doctor": "check this installation: versions, devices, the cache, the speed of the noise",
     "completion": "print a bash script that completes zoft's arguments",

@@ -24,8 +24,9 @@ def command(arguments: list[str]) -> int:
     _quiet()
     run = asked.get("run", "")
     Request(**_settings(asked))  # what is wrong with it is said before anything is read
-    if run and not any(word.startswith("config=") for word in overrides):
-        overrides = [f"config={config_of_run(run)}", *overrides]
+    if run:
+        own = f"config={config_of_run(run)}"
+        overrides = overrides if any(word.startswith("config=") for word in overrides) else [own, *overrides]
     cfg = compose(overrides)
     given = any(word.startswith("output_dir=") for word in overrides)
     request = Request(**_settings(asked))

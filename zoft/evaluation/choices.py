@@ -17,8 +17,8 @@ Scorer = Callable[[Sequence[Row]], "Tensor"]
 """Rows -> their scores [B, O], -inf where a row has fewer options than others."""
 
 CLOSE = {"float32": 1e-4, "float64": 1e-10}
-"""How near two scores of a dtype may be, relative to the larger of 1 and their size, before the batch could decide which
-is the larger; 5e-2 in 16 bits."""
+"""How near two scores of a dtype may be, relative to the larger of 1 and their size, before the batch could decide
+which is the larger; 5e-2 in 16 bits."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zoft.lazy import torch
 
@@ -70,7 +70,8 @@ def fit(features: Tensor, labels: Sequence[int], num_labels: int, penalty: float
         weight = features.new_zeros(features.shape[1], num_labels, requires_grad=True)
         bias = features.new_zeros(num_labels, requires_grad=True)
         wanted = torch.tensor(labels, device=features.device)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+        exact: dict[str, Any] = {"tolerance_grad": 1e-9, "tolerance_change": 1e-15, "line_search_fn": "strong_wolfe"}
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, **exact)
 
         def closure() -> Tensor:
             optimizer.zero_grad()

@@ -18,8 +18,8 @@ class Aim:
         label: the right class.
         target: the class that is wanted; None for any but the right one.
         loss: ``margin`` is log p(wrong way) - log p(wanted way), negative exactly where the label has changed:
-            log p_label - max of the others', or max of the others' - log p_target. ``cross_entropy`` is log p_label (the
-            true class's loss, maximised), or -log p_target.
+            log p_label - max of the others', or max of the others' - log p_target. ``cross_entropy`` is log p_label
+            (the true class's loss, maximised), or -log p_target.
 
     Example:
         >>> aim = Aim(label=0)

@@ -62,7 +62,9 @@ class Ball:
         """
         delta = np.asarray(delta, np.float64)
         if self.norm == "linf":
-            return np.clip(image + (self.radius * np.sign(delta) if fill else np.clip(delta, -self.radius, self.radius)), 0, 1)
+            return np.clip(
+                image + (self.radius * np.sign(delta) if fill else np.clip(delta, -self.radius, self.radius)), 0, 1
+            )
         for _ in range(_STRETCHES if fill else 1):
             size = self.size(delta)
             if size and (fill or size > self.radius):

@@ -67,8 +67,8 @@ class Classifier:
         scores = np.asarray(given, dtype=np.float64)
         if scores.shape != (len(images), len(self.labels)):
             raise UserError(
-                f"the classifier must give {len(self.labels)} scores for each image: of {len(images)} images it gave an "
-                f"array of shape {scores.shape}"
+                f"the classifier must give {len(self.labels)} scores for each image: of {len(images)} images it gave "
+                f"an array of shape {scores.shape}"
             )
         if not np.isfinite(scores).all():
             raise UserError("the classifier gave a score that is not finite: there is nothing to go by")

@@ -10,7 +10,6 @@ import numpy as np
 
 from zoft.blackbox.attack.search import Search
 from zoft.blackbox.attack.subspaces import ImageSubspace
-from zoft.blackbox.minimizer import Minimizer
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ def descent(
         budget: queries, with the one of the image itself.
         seed: of the directions.
     """
+    from zoft.blackbox.minimizer import Minimizer  # a mistyped key is answered without torch
+
     search = Minimizer(
         np.zeros(subspace.z_shape),
         budget=budget,

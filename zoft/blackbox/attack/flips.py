@@ -1,6 +1,8 @@
-"""Sign flips: a perturbation of plus and minus the bound; blocks of signs are turned, large ones first, and kept if better."""
+"""Sign flips: a perturbation of plus and minus the bound, of which blocks are turned, and kept if the loss is lower."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -53,4 +55,4 @@ def _levels(shape: tuple[int, int, int]) -> list[list[tuple[slice, slice, slice]
 
 def _cut(length: int, count: int) -> list[slice]:
     ends = np.linspace(0, length, min(length, count) + 1).round().astype(int)
-    return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [slice(a, b) for a, b in pairwise(ends)]

@@ -60,7 +60,7 @@ class AttackMethod:
         if self.name not in METHODS:
             raise UserError(f"there is no method {self.name!r}.{did_you_mean(self.name, METHODS)}")
         for key, value in self.changes.items():
-            if getattr(self.parts, key) is None:
+            if getattr(COMPOSITIONS.get(self.name, Composition()), key) is None:
                 having = [name for name, parts in COMPOSITIONS.items() if getattr(parts, key) is not None]
                 raise UserError(f"method={self.name} has no {key}: leave it out, or use method={' or '.join(having)}")
             if not 0 < value < float("inf"):

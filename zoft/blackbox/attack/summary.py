@@ -18,8 +18,8 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
     Returns:
         num_images, num_skipped, num_flipped, success_rate with its 95 % interval (Wilson), median_queries_flipped (of
-        those that flipped; None without one), median_queries (of all, those that did not flip as never; None where fewer
-        than half did) with its 95 % interval (order statistics; None for an end that is beyond the budget), and
+        those that flipped; None without one), median_queries (of all, those that did not flip as never; None where
+        fewer than half did) with its 95 % interval (order statistics; None for an end that is beyond the budget), and
         num_queries of all together.
     """
     tried = [o for o in outcomes if not o.skipped]

@@ -1,0 +1,83 @@
+"""`zoft attack`: adversarial examples against an image classifier that is only asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from zoft.errors import UserError, did_you_mean
+
+
+def command(arguments: list[str]) -> int:
+    """Attack, and say what came of it.
+
+    Args:
+        arguments: ``key=value``, and ``--json``.
+    """
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    for flag in flags:
+        if flag != "--json":
+            near = did_you_mean(flag, ("--json", "--help"))
+            raise UserError(f"zoft attack has no flag {flag!r}.{near} See zoft attack --help")
+    from zoft.blackbox.attack.settings import AttackSettings
+
+    settings = AttackSettings.of([argument for argument in arguments if argument not in flags]).resolved()
+    from zoft.blackbox.attack.report import carry_out
+
+    results = carry_out(settings, progress=_progress)
+    if flags:
+        print(json.dumps(results, ensure_ascii=False))
+    else:
+        print("\n".join([*lines(results), f"results: {settings.output_dir}"]))
+    return 0
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """The results for people.
+
+    Args:
+        results: what results.json holds.
+    """
+    told, settings = results["summary"], results["settings"]
+    bound = f"{settings['norm']} {settings['radius']:.4g}"
+    wanted = f" to {settings['target']!r}" if "target" in settings else ""
+    head = [results["classifier"], f"method={settings['method']}, bound {bound}, budget {settings['budget']:,} queries"]
+    if told["num_skipped"]:
+        why = "was wrong already, or the target" if wanted else "was wrong already"
+        head.append(f"{told['num_skipped']} skipped: the classifier's label of the clean image {why}")
+    if not told["num_images"]:
+        return [*head, "nothing was left to attack"]
+    if told["num_images"] == 1:
+        return head + _one(next(row for row in results["images"] if not row["skipped"]), results.get("picture"))
+    low, high = (100 * end for end in told["success_interval"])
+    head.append(
+        f"flipped{wanted} {told['num_flipped']} of {told['num_images']}: {100 * told['success_rate']:.1f} % "
+        f"(95 % interval {low:.1f} to {high:.1f})"
+    )
+    if told["num_flipped"]:
+        low, high = ("beyond the budget" if end is None else f"{end:g}" for end in told["median_interval"])
+        middle = told["median_queries"]
+        head.append(
+            f"queries: median {told['median_queries_flipped']:g} of those flipped; of all, "
+            + (f"{middle:g} (95 % interval {low} to {high})" if middle is not None else "beyond the budget")
+        )
+    return head
+
+
+def _one(row: dict[str, Any], picture: dict[str, Any] | None) -> list[str]:
+    before, after = (f"{row[at]['label']!r} ({100 * row[at]['probability']:.1f} %)" for at in ("before", "after"))
+    verb = "became" if row["success"] else "did not become what was wanted; the nearest was"
+    told = [f"{before} {verb} {after} after {row['queries']:,} queries, perturbation {row['size']:.4g}"]
+    if picture:
+        kept = "still" if picture["success"] else "but no longer adversarial:"
+        told.append(
+            f"rounded to bytes (adversarial.png) it is {kept} {picture['label']!r} "
+            f"({100 * picture['probability']:.1f} %)"
+        )
+    return told
+
+
+def _progress(done: int, of: int) -> None:
+    if sys.stderr.isatty() and of > 1:
+        print(f"\r{done:,} of {of:,} images", end="\n" if done >= of else "", file=sys.stderr, flush=True)
