@@ -71,7 +71,7 @@ def main() -> None:
         outcomes = attack(
             setting.classifier,
             images,
-            labels,
+            labels.tolist(),
             norm=args.norm,
             radius=radius,
             budget=args.budget,

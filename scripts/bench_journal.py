@@ -48,7 +48,13 @@ def main() -> None:
         timed(ZOMixin, name, spent, "journal")
     timed(ZOMixin, "_guard", spent, "guard")
     folder = Path(tempfile.mkdtemp())
-    few = ["task.num_test=16", "task.num_dev=16", "trainer.eval_strategy='no'", "trainer.save_strategy='no'"]
+    few = [
+        "task.num_train=64",
+        "task.num_test=16",
+        "task.num_dev=16",
+        "trainer.eval_strategy='no'",
+        "trainer.save_strategy='no'",
+    ]
     words = ["config=quickstart", f"budget.queries={given.queries}", *few, "+trainer.guard=clip"]
     try:
         facts = run(

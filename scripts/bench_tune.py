@@ -1,6 +1,6 @@
 """Hyper-parameter search: zoft.tune beside random search and Optuna's TPE at equal evaluations, on three problems.
 
-    python scripts/bench_tune.py                       # all of it, about 10 minutes on one core
+    python scripts/bench_tune.py                       # all of it; a quarter of an hour on one busy core
     python scripts/bench_tune.py --only mlp --seeds 3
     python scripts/bench_tune.py --write               # the table into docs/tune.md, the picture to docs/tune.png
 
@@ -234,7 +234,7 @@ def draw(results: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--budget", type=int, default=40)
     parser.add_argument("--write", action="store_true", help="docs/tune.md and docs/tune.png")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench-tune")

@@ -107,8 +107,8 @@ def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
     from zoft.arguments import ZOConfig
 
     # The processes meet here: what ZOConfig says later of how long to wait for each other would come too late.
-    wait = cfg.trainer.get("ddp_timeout", ZOConfig.ddp_timeout)
-    PartialState(cpu=not _has_cuda(), timeout=timedelta(seconds=float(wait)))
+    wait = float(cfg.trainer.get("ddp_timeout") or ZOConfig.ddp_timeout)
+    PartialState(cpu=not _has_cuda(), timeout=timedelta(seconds=wait))
     answer: list[Any] = [None]
     if first:
         try:

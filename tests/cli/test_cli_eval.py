@@ -60,9 +60,7 @@ def test_every_mode(finished, capsys, tmp_path):
     ("task", "model", "more", "metrics"),
     [
         ("squad", "causal", ["task.max_new_tokens=3", "mode=icl", "k=1"], {"f1", "exact_match", "f1_low"}),
-        ("masked_sst2", "masked", [], {"accuracy", "loss"}),
         ("pairs", "causal", [], {"accuracy"}),
-        ("texts", "causal", [], {"loss", "perplexity"}),
         ("rated", "causal", ["objective=reward", "objective.function=zoft.rewards:countdown"], {"reward"}),
     ],
 )

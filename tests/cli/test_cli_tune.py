@@ -15,6 +15,7 @@ RATE = "space.optimizer.learning_rate=log(1e-4,1e-1)"
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
+    monkeypatch.setattr("zoft.tuning.training.gc.collect", lambda: None)
     made = FakeRun()
     monkeypatch.setattr("zoft.run.run", made)
     monkeypatch.chdir(tmp_path)
@@ -73,7 +74,7 @@ def test_where_most_is_choices_it_points_elsewhere(fake, here, capsys):
         (["space.optimizer.learning_rate=log(0,1)"], "needs both ends > 0"),
         (["space.optimizer.lr=log(1e-4,1)"], "optimizer=sgd has no 'lr'. Known: learning_rate"),
         ([RATE, "metric=accuracy"], "Did you mean eval_accuracy"),
-        ([RATE, "model.nam=x"], "Did you mean name"),
+        ([RATE, "model.nme=x"], "Did you mean name"),
     ],
 )
 def test_bad_input_is_one_sentence(fake, capsys, tmp_path, arguments, words):

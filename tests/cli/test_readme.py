@@ -82,10 +82,10 @@ def test_command(words, tmp_path, request):
     assert {path.name for path in folder.iterdir()} <= {"reviews.csv", "runs"}
 
 
-def test_python_example(tmp_path):
-    (code,) = blocks("python")
-    (tmp_path / "example.py").write_text(code, encoding="utf-8")
-    assert "8 queries" in run([sys.executable, "example.py"], tmp_path)
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_example(number, tmp_path):
+    (tmp_path / "example.py").write_text(blocks("python")[number], encoding="utf-8")
+    assert "queries" in run([sys.executable, "example.py"], tmp_path)
 
 
 def test_make_targets_are_what_is_promised():

@@ -59,20 +59,17 @@ def words(folder: Path, task: str, model: str = "causal") -> list[str]:
     return [f"model.name={folder / model}", f"task={task}", "task.num_train=2", *given, *small]
 
 
-WHOLE = ("objective=reward", "objective=preference", "objective=label_words")
+WHOLE = ("objective=reward", "objective=preference")
+SAMPLED = ["objective.temperature=1", "objective.max_new_tokens=2"]
+SETTINGS = ["objective.settings={metric: {metric: exact_match, max_new_tokens: 2}}"]
 RUNS = [
-    ("squad", "causal", ["objective=cross_entropy", "task.max_new_tokens=4", "peft=lora"], "f1"),
-    ("squad", "causal", ["objective=metric", "task.max_new_tokens=3", "trainable=last_blocks"], "f1"),
-    ("gsm8k", "causal", ["objective=metric", "objective.temperature=1", "task.max_new_tokens=3"], "exact_match"),
-    ("masked_sst2", "masked", ["objective=label_words"], "accuracy"),
-    ("masked_sst2", "masked", ["objective=metric", "peft=lora"], "accuracy"),
-    ("masked_sst2", "masked", ["objective=classes", "task.prompt=head"], "accuracy"),
-    ("sst2", "causal", ["objective=classes", "task.prompt=head", "peft=lora"], "accuracy"),
-    ("sst2", "causal", ["objective=expression", "objective.formula=options+0.5*metric"], "accuracy"),
+    ("squad", "causal", ["objective=cross_entropy", "task.max_new_tokens=3", "peft=lora"], "f1"),
+    ("squad", "causal", ["objective=metric", "task.max_new_tokens=2", "trainable=last_blocks"], "f1"),
+    ("masked_sst2", "masked", ["objective=label_words", "peft=lora"], "accuracy"),
+    ("sst2", "causal", ["objective=classes", "task.prompt=head"], "accuracy"),
     ("pairs", "causal", ["objective=preference", "trainable=last_blocks"], "accuracy"),
-    ("rated", "causal", ["objective=reward", "objective.function=zoft.rewards:countdown"], "reward"),
-    ("texts", "causal", ["objective=metric", "objective.metric=exact_match", "objective.max_new_tokens=3"], "f1"),
-    ("texts", "causal", ["objective=cross_entropy"], "loss"),
+    ("rated", "causal", ["objective=reward", "objective.function=zoft.rewards:countdown", *SAMPLED], "reward"),
+    ("texts", "causal", ["objective=expression", "objective.formula=metric", *SETTINGS], "exact_match"),
 ]
 
 
@@ -90,7 +87,7 @@ def test_every_form_trains(folder: Path, tmp_path: Path, task: str, model: str, 
     trainer.train()
     assert trainer.progress.num_queries == 4
     assert f"test_{metric}" in trainer.predict(rows["test"], metric_key_prefix="test").metrics
-    if not more[0].endswith(("metric", "reward", "expression")):  # of so few rows these may stay the same
+    if not more[0].endswith(("metric", "expression")):  # of so few rows these may stay the same
         assert Weights(trainer.model).digest() != before
 
 

@@ -30,7 +30,7 @@ def naive(model, prompt: list[int], answering: Answering) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_batch_writes_what_each_prompt_alone_does(family, answering):
     model = CAUSAL[family](vocab_size=VOCABULARY)
     before = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()

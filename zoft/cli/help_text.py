@@ -163,8 +163,8 @@ OTHER = {
     "attack": (
         "usage: zoft attack [data=digits|fashion_mnist] [key=value]... [--json]\n"
         "       zoft attack model=HUB_NAME_OR_FOLDER image=FILE [label=NAME] [key=value]... [--json]\n\n"
-        "Looks for a small change of an image that changes a classifier's label, from its answers alone: no gradients,\n"
-        "no weights; every image that the classifier is asked about counts as a query. For testing models of your own.\n"
+        "Looks for a small change of an image that changes a classifier's label, from its answers alone: no gradients\n"
+        "and no weights; every image that the classifier is asked about is a query. For testing your own models.\n"
         "data= trains a small network on the spot; model= is any image classifier of transformers.\n\n"
         "  norm=linf radius=0.2     bound on the change, pixels are in [0, 1]: linf (largest pixel) or l2\n"
         "  method=flips             flips, squares, greedy: searches made for images; sign, coordinate, random: the\n"

@@ -166,7 +166,8 @@ class _Try:
         except StopIteration:
             asked = None
         if asked is None or len(asked) > self.budget - self.num_queries:
-            self.search.close()
+            if self.search is not None:
+                self.search.close()
             self.questions = self.questions[:0]
         else:
             self.questions = np.stack([self.at(z) for z in asked])

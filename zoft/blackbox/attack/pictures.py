@@ -69,11 +69,12 @@ def curves(
     """
     figure = _figure(6.6, 4.2)
     axes = figure.subplots()
-    for colour, (name, rows) in zip(_COLOURS, methods.items(), strict=False):
+    for number, (name, rows) in enumerate(methods.items()):
+        colour, dashes = _COLOURS[number % len(_COLOURS)], "--" if number >= len(_COLOURS) else "-"
         ends = [*rows, (budget, *rows[-1][1:])]
         queries, rate, low, high = (list(column) for column in zip(*ends, strict=True))
         percent = [[100 * value for value in values] for values in (rate, low, high)]
-        axes.step(queries, percent[0], where="post", color=colour, lw=2, label=name)
+        axes.step(queries, percent[0], where="post", color=colour, ls=dashes, lw=2, label=name)
         band = 0.15 if len(methods) <= 2 else 0.07
         axes.fill_between(queries, percent[1], percent[2], step="post", color=colour, alpha=band, lw=0)
     axes.set(xscale="log", xlim=(1, budget), ylim=(0, 101))

@@ -43,7 +43,7 @@ def carry_out(settings: AttackSettings, progress: Any = None) -> dict[str, Any]:
     outcomes = attack(
         setting.classifier,
         images,
-        labels,
+        labels.tolist(),
         norm=settings.norm,
         radius=settings.radius or 0.0,
         budget=settings.budget,

@@ -123,7 +123,7 @@ class AttackSettings:
         if self.data is None and not (self.model and self.image):
             missing, given = ("image", "model") if self.model else ("model", "image")
             raise UserError(f"{given} needs {missing}: write zoft attack model=HUB_NAME_OR_FOLDER image=FILE")
-        useless = ("images", "first", "folder") if self.data is None else ("label",)
+        useless: tuple[str, ...] = ("images", "first", "folder") if self.data is None else ("label",)
         if self.data == "digits":
             useless += ("folder",)
         for key in useless:
