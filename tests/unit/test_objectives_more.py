@@ -222,7 +222,7 @@ def test_a_file_names_no_code(tmp_path):
         ("expression", "{formula: reward, settings: {reward: {function: 'os:system'}}}"),
     ):
         mine.write_text(f"# @package _global_\ndefaults:\n  - override /objective: {objective}\nobjective: {setting}\n")
-        with pytest.raises(UserError, match="mine.yaml names a function to call, objective.function=os:system"):
+        with pytest.raises(UserError, match=r"mine\.yaml names a function to call, objective\.function=os:system"):
             compose([f"config={mine}"])
         assert compose([f"config={mine}"], runs_code=False).objective.name() == objective
     mine.write_text(

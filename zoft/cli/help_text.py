@@ -116,10 +116,10 @@ OTHER = {
         "  seed=0              of the search, and of the jobs\n"
         "  output_dir=DIR      default runs/CONFIG-tune-seedSEED: journal.jsonl, results.json, tune.png, the jobs\n\n"
         "Examples:\n"
-        "  zoft tune config=quickstart space.optimizer.learning_rate='log(1e-3,1)' space.estimator.eps='log(1e-4,1e-2)'\n"
+        "  zoft tune config=quickstart space.optimizer.learning_rate='log(1e-3,1)' space.estimator.eps='log(1e-4,1)'\n"
         "  zoft tune config=mine.yaml space.optimizer.learning_rate='log(1e-7,1e-4)' budget=20 workers=4 repeats=2\n\n"
-        "Exit codes: 0 done; 1 no job came to its end; 2 something to mend (one line says what); 75 stopped by SIGTERM and\n"
-        "130 interrupted: the same command goes on."
+        "Exit codes: 0 done; 1 no job came to its end; 2 something to mend (one line says what); 75 stopped by SIGTERM\n"
+        "and 130 interrupted: the same command goes on."
     ),
     "data": (
         "usage: zoft data show [config=NAME_OR_PATH] [group=choice]... [key=value]... [--rows N] [--json]\n\n"
@@ -152,8 +152,8 @@ OTHER = {
         "usage: zoft replay RUN [--to STEP] [--output DIR]\n\n"
         "Rebuilds the weights after so many steps (all of them if left out) from the base model and RUN/journal.bin,\n"
         "without data and without a forward pass, compares them with the hashes in the journal, and prints theirs.\n"
-        "With --output the model or adapter is saved. RUN needs config.yaml and journal.bin, nothing else: they are all\n"
-        "that one has to send to share a fine-tuned model."
+        "With --output the model or adapter is saved. RUN needs config.yaml and journal.bin, nothing else: they are\n"
+        "all that one has to send to share a fine-tuned model."
     ),
     "diff": (
         "usage: zoft diff RUN_A RUN_B\n\n"

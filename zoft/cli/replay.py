@@ -24,7 +24,12 @@ def command(arguments: list[str]) -> int:
     from zoft.config import compose
     from zoft.replaying import replay_run
 
-    told = replay_run(compose([f"config={config}"], runs_code=False), Path(run), to=options.get("--to"), output=options.get("--output"))
+    told = replay_run(
+        compose([f"config={config}"], runs_code=False),
+        Path(run),
+        to=options.get("--to"),
+        output=options.get("--output"),
+    )
     print(told)
     return 0
 
