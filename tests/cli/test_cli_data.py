@@ -127,8 +127,8 @@ def test_the_best_checkpoint_is_that_of_the_lowest_perplexity(tmp_path, model):
     [
         ("chat", "options", r"objective=options cannot train on chats.*set objective=cross_entropy"),
         ("completion", "options", r"objective=options cannot train on prompts with completions"),
-        ("preference", "cross_entropy", r"holds preference pairs, which `zoft data show` reads and checks"),
-        ("reward", "cross_entropy", r"holds prompts with rewards, which `zoft data show` reads and checks"),
+        ("preference", "cross_entropy", "has preference pairs, .*set objective=preference"),
+        ("reward", "cross_entropy", "has prompts with what a reward judges by, .*set objective=reward"),
     ],
 )
 def test_data_that_the_objective_cannot_use_is_refused_before_the_model_is_looked_for(

@@ -118,8 +118,8 @@ OTHER = {
         "Examples:\n"
         "  zoft tune config=quickstart space.optimizer.learning_rate='log(1e-3,1)' space.estimator.eps='log(1e-4,1)'\n"
         "  zoft tune config=mine.yaml space.optimizer.learning_rate='log(1e-7,1e-4)' budget=20 workers=4 repeats=2\n\n"
-        "Exit codes: 0 done; 1 no job came to its end; 2 something to mend (one line says what); 75 stopped by SIGTERM\n"
-        "and 130 interrupted: the same command goes on."
+        "Exit codes: 0 done; 1 no job came to its end; 2 something to mend (one line says what); 75 stopped by\n"
+        "SIGTERM and 130 interrupted: the same command goes on."
     ),
     "data": (
         "usage: zoft data show [config=NAME_OR_PATH] [group=choice]... [key=value]... [--rows N] [--json]\n\n"
