@@ -44,8 +44,9 @@ bench: $(INSTALLED) ## time one step against MeZO's and against bare forwards: 5
 bench-gpu: $(INSTALLED) ## the same on an NVIDIA GPU in bf16, up to the size of OPT-66B
 	$(BIN)/python scripts/bench_step.py --device cuda --preset full --output build/bench-gpu $(ARGS)
 
-bench-blackbox: $(INSTALLED) ## zoft.minimize beside SciPy and nevergrad: queries to tolerance, 6 minutes
+bench-blackbox: $(INSTALLED) ## the tables of docs/blackbox.md and attack.md (8 minutes); tune.md: scripts/bench_tune.py
 	$(ENV) $(BIN)/python scripts/bench_blackbox.py $(ARGS)
+	$(ENV) $(BIN)/python scripts/bench_attack.py --data digits
 
 lint: $(INSTALLED) ## style, types, layers, spelling
 	$(BIN)/ruff check .
