@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from zoft.errors import UserError
 from zoft.journal import snapshot, state
@@ -133,12 +135,23 @@ class Checkpoints(_Base):
                     self.state.stateful_callbacks[name] = kept
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the Trainer's own, with the arguments as JSON instead of a pickle."""
-        super()._save(output_dir, state_dict)
-        folder = Path(str(output_dir if output_dir is not None else self.args.output_dir))
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / ARGUMENTS).write_text(json.dumps(_public(self.args.to_sanitized_dict()), indent=1, default=str))
+        """What the Trainer's own writes, without the pickle of the arguments at its end: they are JSON here."""
+        folder, first = Path(str(self.args.output_dir if output_dir is None else output_dir)), self.args.should_save
+        if not first and not self.is_distributed_loading_by_transformers:
+            return
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+            model.save_pretrained(str(folder), state_dict=state_dict, is_main_process=first)
+        elif first:
+            save_file(state_dict or model.state_dict(), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        if not first:
+            return
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        (folder / ARGUMENTS).write_text(json.dumps(_public(self.args.to_sanitized_dict()), indent=1, default=str))
 
     def _random_states(self) -> list[dict[str, Any]]:
         """The global random states of all processes, as plain values."""

@@ -332,6 +332,8 @@ def _carry_out(
         raise Requeued if stops[0].requeue else KeyboardInterrupt
     peak = memory.peak_mb()
     final = _held_out(trainer, rows["test"], Path(cfg.output_dir) / folder.FINAL, "final", memory)
+    if first:
+        trainer._refuse_full_disk(Path(cfg.output_dir) / "model")
     trainer.save_model(str(Path(cfg.output_dir) / "model"))
     metric = _metric_of(cfg, rows)
     facts = _facts(cfg, trainer, len(rows["test"])) | _scores(metric, zero_shot, final)

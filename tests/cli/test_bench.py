@@ -35,6 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], 
     return done.stdout, json.loads((folder / "step.json").read_text()), folder
 
 
+@pytest.mark.slow
 def test_every_case_is_there_with_everything(run):
     printed, result, folder = run
     cases = {(case["variant"], case["q"]): case for case in result["cases"]}
@@ -54,6 +55,7 @@ def test_every_case_is_there_with_everything(run):
     assert (folder / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_the_rounds(run):
     for case in run[1]["cases"]:
         seconds = case["seconds"]
@@ -66,6 +68,7 @@ def test_ratios_are_those_of_the_rounds(run):
             assert case[name]["q1"] <= case[name]["median"] <= case[name]["q3"]
 
 
+@pytest.mark.slow
 def test_shares_are_of_the_whole(run):
     for case in run[1]["cases"]:
         for shares in case["shares"].values():
@@ -73,6 +76,7 @@ def test_shares_are_of_the_whole(run):
             assert all(share > 0 for share in shares.values())  # each part was found in every scheme
 
 
+@pytest.mark.slow
 def test_slopes_and_endurance(run):
     result = run[1]
     assert [(slope["variant"], slope["q"]) for slope in result["slopes"]] == [

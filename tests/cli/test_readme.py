@@ -33,6 +33,7 @@ def commands():
 
 
 COMMANDS = [words for words in commands() if words[0] != "make"]
+SEVERAL_RUNS = [words for words in COMMANDS if "-m" in words[2:3] or words[1] == "tune"]
 
 
 def as_run_here(words):
@@ -70,7 +71,11 @@ def after_quickstart(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, marks=[pytest.mark.slow] * (words in SEVERAL_RUNS)) for words in COMMANDS],
+    ids=[shlex.join(words) for words in COMMANDS],
+)
 def test_command(words, tmp_path, request):
     if any("runs/quickstart-seed0" in word for word in words):
         folder = request.getfixturevalue("after_quickstart")

@@ -133,9 +133,11 @@ def header_bombs(folder: Path) -> int:
     for name, data in bombs.items():
         place = model_folder(folder / name)
         (place / "model.safetensors").write_bytes(data)
-        refused += "could not load" in _says(lambda place=place: load_model(str(place))) or name == "tree"
-        refused += "cannot be read" in _says(lambda data=data: state.unpack(data))
-    assert refused == 2 * len(bombs), refused
+        if name != "tree":  # to a model that is a file without tensors, and its header is none of a bomb
+            assert "could not load" in _says(lambda place=place: load_model(str(place)))
+            refused += 1
+        assert "cannot be read" in _says(lambda data=data: state.unpack(data))
+        refused += 1
     return refused
 
 
