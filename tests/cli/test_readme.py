@@ -41,8 +41,8 @@ def as_run_here(words):
     words = list(words)
     if words == ["zoft", "train", "config=quickstart"]:
         words.append("output_dir=runs/quickstart-seed0")  # its default; what cuts it down would join the name
-    small = SMALL if "train" in words and "--help" not in words else []
-    small = {"tune": [*SMALL, "budget=2"], "attack": ["images=2", "budget=40"]}.get(words[1], small)
+    small = SMALL if {"train", "tune", "data"} & set(words) and "--help" not in words else []
+    small = [*small, *["budget=2"] * (words[1] == "tune")]
     if words[0] == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *small]
     assert words[0] == "zoft", words

@@ -34,6 +34,7 @@ class Outcome:
     lost: int = 0  # the most steps that were written and were not there after a kill
     same: bool = False  # whether the last weights are those of the run left alone
     steps: int = 0
+    expected: str = ""  # the hash of the last weights of the run left alone
 
     def __str__(self) -> str:
         what = "equal" if self.same else "DIFFERENT"
@@ -72,7 +73,7 @@ def started(zygote: Zygote, line: list[str], told: Path, variant: str, **given: 
 
 def kill_at_random(zygote: Zygote, folder: Path, variant: str, *, steps: int, kills: int, seed: int = 0) -> Outcome:
     """Kill a run (one of its two processes) so often at random moments, from its start to its end."""
-    expected, outcome, generator = whole(zygote, folder, steps, variant), Outcome(steps=steps), random.Random(seed)
+    outcome, generator = Outcome(steps=steps, expected=whole(zygote, folder, steps, variant)), random.Random(seed)
     line, place, counter = words(folder, "killed", steps, variant), folder / "killed", folder / "counter"
     while True:
         runs = started(zygote, line, folder / "killed.txt", variant, faults={"count_steps": {"file": str(counter)}})
@@ -95,7 +96,7 @@ def kill_at_random(zygote: Zygote, folder: Path, variant: str, *, steps: int, ki
             raise AssertionError("\n".join(run.output()[-3000:] for run in runs))
         else:
             break
-    outcome.same = report(place)["weights_sha256"] == expected
+    outcome.same = report(place)["weights_sha256"] == outcome.expected
     shutil.rmtree(place)
     shutil.rmtree(folder / "whole")
     return outcome
