@@ -19,7 +19,7 @@ SMALL = [
     "trainer.per_device_train_batch_size=4",
     "trainer.eval_steps=2",
     "trainer.logging_steps=1",
-    "trainer.save_steps=2",
+    "trainer.save_strategy=no",
 ]
 
 
