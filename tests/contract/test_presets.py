@@ -63,7 +63,7 @@ every = pytest.mark.parametrize("name", PRESETS)
 
 
 def composed(name, *more):
-    return compose([f"method={name}", "budget.queries=100000", *more])
+    return compose([f"method={name}", "budget.queries=20000", *more])
 
 
 def entry(name) -> str:

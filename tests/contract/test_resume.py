@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,8 +51,13 @@ def lora():
     return get_peft_model(models.tiny_opt(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
 
 
+@cache
+def composed(method):
+    return compose([f"method={method}", "budget.queries=20000", *SMALL.get(method, [])])
+
+
 def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", **given):
-    cfg = compose([f"method={method}", "budget.queries=100000", *SMALL.get(method, [])])
+    cfg = copy.deepcopy(composed(method))
     settings = {
         "output_dir": str(folder),
         "use_cpu": True,
