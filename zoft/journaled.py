@@ -28,6 +28,7 @@ from zoft.journal.journal import Contents, Journal
 from zoft.journal.records import COMPUTED, SKIPPED, Record
 from zoft.journal.replay import put_record
 from zoft.noise import Direction
+from zoft.random_state import global_random_state_kept
 from zoft.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Journaled(_Base):
     """Journal, snapshots and resuming; mixed into :class:`zoft.trainer.ZOMixin`."""
 
     journal: Journal | None = None  # of the first process, while training
+    journal_end = 0  # number of steps that the journal knew when training began; 0 in a new run
     _known: dict[int, Record]  # step -> what the journal says of it, as long as it is ahead of the run
     _contents: Contents | None = None
     _run: str | None = None  # identifier of the run
@@ -72,13 +74,14 @@ class Journaled(_Base):
         if isinstance(told[0], UserError):
             raise told[0]
         checkpoint, self._contents, self._run = told[0]
-        self._known = {}
+        self._known, self.journal_end = {}, 0
         if self._begun_rate is None:
             self._begun_rate = self.args.learning_rate
         notes = [] if self._contents is None else self._contents.notes
         self.args.learning_rate = self._begun_rate * math.prod(note.get("lr_factor", 1.0) for note in notes)
         if self._contents is not None:
             self._known = {record.step: record for record in self._contents.records}
+            self.journal_end = max(self._known, default=-1) + 1
         return None if checkpoint is None else str(checkpoint)
 
     def _decide(self, resume: str | bool | None) -> tuple[Path | None, Contents | None, str | None]:
@@ -109,6 +112,7 @@ class Journaled(_Base):
         stop = next((r.step for r in contents.records if r.step >= start and r.computed), contents.end)
         self.journal = Journal.open(path, stop)
         contents.records = [record for record in contents.records if start <= record.step < stop]
+        contents.evaluations = {step: made for step, made in contents.evaluations.items() if step <= stop}
         return checkpoint, contents, run
 
     def _without_journal(
@@ -211,11 +215,6 @@ class Journaled(_Base):
         return str(getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__)
 
     # ---- a step is taken from the journal, or written into it --------------------------------------------------------
-
-    @property
-    def journal_end(self) -> int:
-        """The number of steps that the journal knew when training began; 0 in a new run."""
-        return max(self._known, default=-1) + 1 if self._known else 0
 
     def _replayed(self) -> float | None:
         """Hand over the estimate that the journal has of the next step: its loss; None where it has none."""
@@ -335,6 +334,12 @@ class Journaled(_Base):
 
     # ---- evaluations -------------------------------------------------------------------------------------------------
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        """As the Trainer's own; the one at the start (the only one without the schedule) is not made when resuming."""
+        if skip_scheduler and self.state.global_step:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """As the Trainer's own; one that the journal knows is not made again."""
         given = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -368,7 +373,8 @@ def _fingerprint(rows: Any) -> str | None:
     """Length and some rows of a dataset; None where it cannot be looked into without disturbing it."""
     try:
         count = len(rows)
-        some = [rows[i] for i in range(0, count, max(1, count // 32))]
+        with global_random_state_kept():  # a row may be drawn at random
+            some = [rows[i] for i in range(0, count, max(1, count // 32))]
     except (TypeError, KeyError, NotImplementedError):
         return None
     return f"{count} rows, {_short([_as_plain(row) for row in some])}"

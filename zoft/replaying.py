@@ -9,6 +9,7 @@ from zoft.errors import UserError
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
+    from zoft.journal.journal import Contents
     from zoft.trainer import ZOTrainer
 
 
@@ -47,7 +48,7 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
     return told
 
 
-def replay(trainer: ZOTrainer, contents: object, steps: int, path: Path) -> int:
+def replay(trainer: ZOTrainer, contents: Contents, steps: int, path: Path) -> int:
     """Take a fresh trainer's model through the first steps of a journal; how many hashes were compared on the way.
 
     Args:
@@ -56,11 +57,9 @@ def replay(trainer: ZOTrainer, contents: object, steps: int, path: Path) -> int:
         steps: how many.
         path: the journal's file, for messages.
     """
-    from zoft.journal.journal import Contents
     from zoft.journal.replay import put_record
     from zoft.weights import Weights
 
-    assert isinstance(contents, Contents)
     weights = Weights(trainer.model)
     if contents.header["weights"] not in (None, weights.digest()):
         raise UserError(
@@ -69,7 +68,6 @@ def replay(trainer: ZOTrainer, contents: object, steps: int, path: Path) -> int:
         )
     trainer.create_optimizer()
     stepper, checked = trainer.stepper, 0
-    trainer._from_journal = True
     for record in contents.records[:steps]:
         for group in stepper.param_groups:
             group["lr"] = record.lr
@@ -88,10 +86,7 @@ def replay(trainer: ZOTrainer, contents: object, steps: int, path: Path) -> int:
     return checked
 
 
-def _steps(contents: object, path: Path, to: str | None) -> int:
-    from zoft.journal.journal import Contents
-
-    assert isinstance(contents, Contents)
+def _steps(contents: Contents, path: Path, to: str | None) -> int:
     if contents.header["first"]:
         raise UserError(
             f"{path} begins at step {contents.header['first']}: what was before it is in a checkpoint, and cannot be "

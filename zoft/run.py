@@ -357,11 +357,14 @@ def _carry_out(
 
 
 def _known_steps(output_dir: str) -> int | None:
-    """How many steps the run's folder knows; None where it has no journal."""
-    from zoft.journal import journal
+    """How many steps the folder knows, by its journal or else its newest checkpoint; None where it has neither."""
+    from zoft.journal import journal, snapshot
 
     path = Path(output_dir) / journal.NAME
-    return journal.read(path).end if path.is_file() else None
+    if path.is_file():
+        return journal.read(path).end
+    newest = snapshot.newest(Path(output_dir))
+    return None if newest is None else snapshot.step_of(newest)
 
 
 def _keep_reference(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:

@@ -170,6 +170,10 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
                 f"torchrun started {started} processes, the arguments know of {self.accelerator.num_processes}: "
                 "give use_cpu=True where there is no accelerator, and make the arguments after torchrun has started"
             )
+        if self.args.guard == "rollback" and started > 1:
+            raise UserError(
+                "guard=rollback goes back in one process: start the run without torchrun, or use guard=clip"
+            )
         self.accelerator.scaler = None
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
@@ -362,8 +366,9 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
             self._eps, seen = estimator.radius, self.stepper.coordinates.state_dict()
 
             def ask(micro_batches: list[Inputs]) -> Asked:
+                if micro_batches is not window:  # asked again: what the first try has looked at is forgotten
+                    self.stepper.coordinates.load_state_dict(seen)
                 self._asked = micro_batches
-                self.stepper.coordinates.load_state_dict(seen)
                 return queries(micro_batches, self._directions(step), estimator, lr=lr, looked_at=not unseen)
 
             asked = self._halving(ask, window) if self.accelerator.num_processes == 1 else ask(window)
@@ -605,6 +610,8 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
             logs["seconds_forward"] = progress.seconds_forward
             logs["seconds_other"] = progress.seconds - progress.seconds_forward
             logs["num_skipped_steps"] = progress.num_skipped
+            if self.args.guard != "none":
+                logs["num_guarded_steps"] = progress.num_guarded
             if self.peak_memory_mb is not None:
                 logs["peak_memory_mb"] = self.peak_memory_mb()
         logs |= {"num_queries": progress.num_queries, "num_tokens": progress.num_tokens, "seconds": progress.seconds}

@@ -117,6 +117,7 @@ def same(whole, resumed):
     a, b = read_of(whole), read_of(resumed)
     assert [r.coefficients for r in a.records] == [r.coefficients for r in b.records]
     assert a.digests == b.digests
+    assert a.evaluations.keys() == b.evaluations.keys()
     assert len(a.digests) == STEPS // 2
 
 
@@ -138,6 +139,7 @@ CASES = {
     "adapter": ("mezo_adam", {"model": lora, "save_strategy": "steps", "save_steps": 3}),
     "weights perturbed": ("n_spsa", {"engine": "in_place"}),
     "micro-batches": ("mezo", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    "evaluated at the start": ("mezo", {"eval_on_start": True, "save_strategy": "steps", "save_steps": 3}),
     "clipped": ("mezo", {"max_grad_norm": 0.05, "guard": "clip", "guard_factor": 1.5, "guard_steps": 10}),
     "another schedule": ("zo_sgd_mmt", {"lr_scheduler_type": "cosine", "warmup_steps": 3}),
 }

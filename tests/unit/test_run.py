@@ -174,8 +174,9 @@ def test_a_finished_run_with_a_larger_budget_goes_on(finished: tuple[Path, dict[
         ("peft=lora", "estimator=one_sided", "estimator.num_directions=2"),
         ("trainable=last_blocks", "trainable.num_blocks=1"),
         ("trainer.save_strategy='no'",),
+        ("trainer.journal=false",),
     ],
-    ids=["full", "adam", "lora", "last_blocks", "no_checkpoints"],
+    ids=["full", "adam", "lora", "last_blocks", "no_checkpoints", "no_journal"],
 )
 def test_interrupted_and_repeated_is_the_same_run(more: tuple[str, ...], interrupted: Any, tmp_path: Path):
     whole = go(tmp_path, "whole", *more)
@@ -209,7 +210,8 @@ def test_interrupted_in_its_last_step(interrupted: Any, tmp_path: Path):
     assert facts["weights_sha256"] == whole["weights_sha256"]
 
 
-def test_killed_between_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("journal", ["there", "moved away"])
+def test_killed_between_checkpoints(journal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No checkpoint is written on the way out: the run goes on from the last one, and its rows are not doubled."""
     whole = go(tmp_path, "whole")
     original = ZOTrainer.training_step
@@ -224,6 +226,8 @@ def test_killed_between_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         go(tmp_path, "killed")
     monkeypatch.setattr(ZOTrainer, "training_step", original)
     assert sorted(p.name for p in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-4"]
+    if journal == "moved away":
+        (tmp_path / "killed" / "journal.bin").unlink()
     assert go(tmp_path, "killed")["weights_sha256"] == whole["weights_sha256"]
     lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 10, 12]

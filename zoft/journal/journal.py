@@ -72,7 +72,10 @@ def read(path: Path) -> Contents:
             _take(found, chunk)
         end = chunk.end
     if found is None:
-        raise UserError(f"{path} is not a journal of zoft, or its first bytes are damaged")
+        raise UserError(
+            f"{path} is not a journal of zoft, or its first bytes are damaged: move it away, and the run goes on from "
+            "its newest checkpoint"
+        )
     found.damaged = len(data) - end
     return found
 
