@@ -57,12 +57,8 @@ def form_of(task: Task, examples: Sequence[Any], objective: Objective) -> str:
     Raises:
         UserError: the objective is computed from something else; the sentence names those that fit.
     """
-    from zoft.data.encoding import require_objective
-
     possible = _possible(task, examples)
     form = next((one for one in possible if one in objective.forms), possible[0])
-    if form == "counted" and objective.forms and form not in objective.forms:
-        require_objective(examples, objective.name())  # names the file
     require_fit(task, form, objective)
     return form
 

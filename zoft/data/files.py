@@ -1,4 +1,4 @@
-"""Rows from a local file (json, jsonl, csv, tsv, parquet) or a hub dataset, one at a time, each with its place."""
+"""Rows from a local file (json, jsonl, csv, tsv, parquet), an asset or a hub dataset, one at a time, with its place."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 from zoft.data import _json, _parquet
 from zoft.data._lines import lines_of
-from zoft.errors import UserError
+from zoft.errors import UserError, did_you_mean
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 MAX_ROWS = 20_000_000
 """Rows read of one source; a few kilobytes of parquet can hold a thousand times as many."""
+
+ASSET = "zoft:"
+"""What a source begins with that is a data set of :mod:`zoft.data.assets`."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]*){0,2}")
 _NOT_HUB_NAMES = ("json", "csv", "text", "parquet", "arrow", "pandas", "sql", "xml", "spark", "generator", "cache")
@@ -25,8 +28,8 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     """All rows of a file or of one split of a hub dataset.
 
     Args:
-        source: a path that ends in one of :data:`SUFFIXES`, or a hub name: ``nyu-mll/glue:sst2`` with a subset,
-            ``name:subset:split`` or ``name::split`` with a split of its own.
+        source: a path that ends in one of :data:`SUFFIXES`; ``zoft:NAME``, which is fetched on first use; or a hub
+            name: ``nyu-mll/glue:sst2`` with a subset, ``name:subset:split`` or ``name::split`` with a split of its own.
         split: the hub dataset's split where the name has none; a file has only one.
 
     Returns:
@@ -67,10 +70,33 @@ def column(row: Row, name: str, source: str, number: int) -> Any:
     return row[name]
 
 
+def located(source: str) -> Path:
+    """Where a source would lie on this machine: the file of an asset, which is fetched on first use, or the path it is.
+
+    Raises:
+        UserError: no data set has the asset's name, or it cannot be fetched.
+
+    Example:
+        >>> located("zoft:sms-spam").name, located("mail.csv").name
+        ('sms_spam.csv', 'mail.csv')
+    """
+    if not source.startswith(ASSET):
+        return Path(source).expanduser()
+    from zoft.data.assets import ASSETS, fetch
+
+    name = source.removeprefix(ASSET)
+    known = [asset.name for asset in ASSETS.values() if asset.target.endswith(SUFFIXES)]
+    if name not in known:
+        raise UserError(f"no data set to fetch is called {name[:80]!r}.{did_you_mean(name[:80], known)}")
+    return fetch(name)
+
+
 def _open(source: str, split: str) -> Iterator[tuple[str, Row]]:
     try:
-        path = Path(source).expanduser()
+        path = located(source)
         kind, is_file, is_there = path.suffix.lower(), path.is_file(), path.exists()
+    except UserError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, ~nobody, a null byte
         raise UserError(f"{source!r:.200} is not a data file ({getattr(error, 'strerror', None) or error})") from None
     if kind in SUFFIXES:

@@ -31,12 +31,16 @@ class Format:
     hides: tuple[str, ...] = ()
 
 
+_WRITTEN = ("prompt", "question", "text")  # roles that a template takes the place of
 _PROMPTS = ("prompt", "instruction", "question", "query")
 FORMATS = {
     "text_label": Format(
         "text + label",
-        {"label": ("label", "labels", "class", "category", "target")},
-        settings=("template", "words", "label"),
+        {
+            "text": ("text", "sentence", "review", "message", "content"),
+            "label": ("label", "labels", "class", "category", "target"),
+        },
+        settings=("template", "words", "label", "columns"),
     ),
     "multiple_choice": Format(
         "question, choices and answer",
@@ -66,8 +70,8 @@ FORMATS = {
 }
 """Every format by the name that ``task.format`` takes."""
 
-OPTIONAL = {("preference", "prompt")}
-"""(format, role) that rows can do without: chosen and rejected chats hold their prompt."""
+OPTIONAL = {("preference", "prompt"), ("text_label", "text")}
+"""(format, role) that rows can do without: chosen and rejected chats hold their prompt, a template names its texts."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,8 @@ def reading(
     settled = _settled(chosen, row, given)
     missing = [role for role in roles if role not in settled and (chosen, role) not in OPTIONAL]
     templated = list(template)
-    if templated and missing and missing[0] in ("prompt", "question"):
-        missing = missing[1:]  # the template is the prompt
+    if templated and missing and missing[0] in _WRITTEN:
+        missing = missing[1:]
     if missing:
         setting = "task.label=COLUMN" if chosen == "text_label" else f"'task.columns={{{missing[0]}: COLUMN}}'"
         raise UserError(
@@ -152,7 +156,12 @@ def reading(
             f"name it, {setting}"
         )
     if templated:
-        settled = {role: column for role, column in settled.items() if role not in ("prompt", "question")}
+        for role in given:
+            if role in _WRITTEN:
+                raise UserError(
+                    f"task.columns names the {role}, and task.template is what is read: leave one of them out"
+                )
+        settled = {role: column for role, column in settled.items() if role not in _WRITTEN}
     used = {name for column in settled.values() for name in _listed(column)} | set(templated)
     return Reading(chosen, settled, tuple(str(name) for name in row if name not in used), found)
 

@@ -51,6 +51,16 @@ class Template:
             )
         return cls(tuple((piece, name) for piece, name, _, _ in parsed))
 
+    @classmethod
+    def bare(cls, columns: Sequence[str]) -> Template:
+        r"""The columns' text and nothing else, each on a line of its own.
+
+        Example:
+            >>> Template.bare(["a", "b"]).filled({"a": "It rains.", "b": "It pours."}, "mail.csv:2")
+            'It rains.\nIt pours.'
+        """
+        return cls(tuple(("\n" if place else "", name) for place, name in enumerate(columns)))
+
     @property
     def columns(self) -> list[str]:
         """The columns it names."""
@@ -109,13 +119,19 @@ def label_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def text_label(row: Row, where: str, columns: Columns, template: Template, words: Mapping[str, str]) -> Example:
-    """Text + label, as a choice between the labels' words."""
+def text_label(
+    row: Row, where: str, columns: Columns, template: Template, words: Mapping[str, str], *, head: bool
+) -> Example:
+    """Text + label, as a choice between the labels' words, or as a class of a ``head`` in the order of the words."""
     label = label_of(row, columns["label"], where)
     if label not in words:
-        raise UserError(f"{where}: label {label[:80]!r} has no word.{did_you_mean(label[:80], words)}")
-    options = tuple(f" {word.strip()}" for word in words.values())
-    return Example(template.filled(row, where), options, list(words).index(label), domain=template.ending)
+        what = "class" if head else "word"
+        raise UserError(f"{where}: label {label[:80]!r} has no {what}.{did_you_mean(label[:80], words)}")
+    prompt = template.filled(row, where)
+    if not prompt.strip():
+        raise UserError(f"{where}: {listed(template.columns)!r} is empty")
+    options = () if head else tuple(f" {word.strip()}" for word in words.values())
+    return Example(prompt, options, list(words).index(label), domain=template.ending)
 
 
 def label_of(row: Row, column: str, where: str) -> str:

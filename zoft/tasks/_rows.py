@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from zoft.data.files import SUFFIXES, Row, read_rows
+from zoft.data.files import ASSET, SUFFIXES, Row, read_rows
 from zoft.errors import UserError
 from zoft.tasks.base import Example, Splits, Task
 
@@ -31,7 +31,7 @@ class RowsTask(Task):
             (raw text for a fresh classification head).
         protocol: default (dev takes half of the rows at most) or mezo (as published: dev takes num_dev rows first, and
             what is left is trained on).
-        train: hub name (``name:subset:split``) or a local file with the hub's columns.
+        train: hub name (``name:subset:split``), or a local file or ``zoft:NAME`` with the hub's columns.
         validation: the same for the held-out rows.
     """
 
@@ -49,8 +49,8 @@ class RowsTask(Task):
         why = "its answers differ from row to row, a head has none for them" * (self.prompt == "head")
         self.require(self.prompt in self.prompts, "prompt", f"one of {', '.join(self.prompts)}", why)
         self.require(self.protocol in PROTOCOLS, "protocol", f"one of {', '.join(PROTOCOLS)}")
-        local = Path(self.train).suffix.lower() in SUFFIXES
-        self.require(not local or self.train != self.validation, "validation", "another file than train")
+        one_split = self.train.startswith(ASSET) or Path(self.train).suffix.lower() in SUFFIXES
+        self.require(not one_split or self.train != self.validation, "validation", "another file than train")
 
     @property
     def kind(self) -> str:

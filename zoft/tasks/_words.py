@@ -8,14 +8,14 @@ from typing import ClassVar
 from zoft.data.files import Row
 from zoft.tasks._fields import one_of, text
 from zoft.tasks._rows import RowsTask
-from zoft.tasks.base import Example
+from zoft.tasks.base import PROMPTS, Example
 
 
 @dataclass
 class WordsTask(RowsTask):
     """A template over text columns, and the same words to choose from in every row."""
 
-    prompts = ("aligned", "none", "head")
+    prompts = PROMPTS
 
     columns: ClassVar[tuple[str, ...]] = ()
     """The text columns, in the order that raw text has them."""

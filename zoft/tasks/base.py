@@ -13,13 +13,8 @@ from zoft.errors import UserError
 
 T = TypeVar("T")
 
-NEEDS = {
-    "options": "ranks answer options",
-    "generate": "compares generated answers with the gold ones",
-    "mask": "asks a masked language model for the word at its mask",
-    "head": "puts a fresh classification head on the model",
-}
-"""Kind of task -> what scoring it takes."""
+PROMPTS = ("aligned", "none", "head")
+"""What a task's ``prompt`` may be: its template, the raw text and the words, the raw text for a classification head."""
 
 
 class Piece(NamedTuple):
@@ -106,15 +101,8 @@ class Task(Component):
 
     @property
     def kind(self) -> str:
-        """What its rows ask of a model: a key of :data:`NEEDS`."""
+        """What its rows ask of a model: a key of :data:`zoft.forms.FORMS`."""
         return "options"
-
-    def require_kind(self, verb: str, *kinds: str) -> None:
-        """Refuse, for the command ``verb``, a task of another kind than those it can score."""
-        if self.kind not in kinds:
-            does = " or ".join(NEEDS[kind] for kind in kinds)
-            mend = "set task.prompt=aligned" if self.kind == "head" else "choose another task (zoft ls task)"
-            raise UserError(f"task={self.name()} {NEEDS[self.kind]}, and `{verb}` {does}: {mend}")
 
     def load(self) -> Splits:
         """Read the data and cut it into splits.

@@ -6,20 +6,22 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any, cast
 
 from zoft.data.choosing import choose
-from zoft.data.files import read_placed
+from zoft.data.files import located, read_placed
 from zoft.errors import UserError, did_you_mean
 from zoft.tasks import _custom_rows as rows
 from zoft.tasks._custom_formats import FORMATS, Reading, listed, reading
-from zoft.tasks.base import Splits, Task
+from zoft.tasks.base import PROMPTS, Splits, Task
 
 log = logging.getLogger("zoft.tasks.custom")
 MAX_LABELS = 64
 """Labels that can be their own words; more is no set of labels."""
+
+MAX_CLASSES = 1000
+"""Labels that can be classes of a head."""
 
 
 @dataclass
@@ -35,14 +37,19 @@ class Custom(Task):
         num_test: held-out rows that the reported metric is computed on; fewer where the file has fewer.
         data_seed: which rows go where; the run's seed does not change them.
         max_length: tokens kept of a row; the beginning of longer ones is cut.
-        train: a json, jsonl, csv, tsv or parquet file, or a hub name (``name:subset``).
+        train: a json, jsonl, csv, tsv or parquet file, a data set that `zoft fetch` brings (``zoft:NAME``), or a hub
+            name (``name:subset``).
         validation: the same for held-out rows; empty takes them from ``train``.
         format: text_label, multiple_choice, completion, chat, preference or reward; auto finds it from the columns.
         columns: which column plays which role where its name does not say so, e.g. ``{prompt: q, completion: a}``;
             ``choices`` may be several, ``{choices: [a, b, c]}``.
+        prompt: of text_label: aligned (the template), none (the text and the words only), or head (the text for a fresh
+            classification head). The text is the template's columns, or without a template the column that is found or
+            named as ``text``.
         label: the column that holds the label; empty finds it by its name.
         template: the prompt, with columns in braces, e.g. ``{text}\nIs this spam? Answer:``.
-        words: label -> answer word, e.g. ``{ham: No, spam: Yes}``; empty takes labels that are words as they are.
+        words: label -> answer word, e.g. ``{ham: No, spam: Yes}``; empty takes labels that are words as they are. A
+            head's classes are in the same order.
     """
 
     num_train: int = 1000
@@ -52,6 +59,7 @@ class Custom(Task):
     validation: str = ""
     format: str = "auto"
     columns: dict[str, Any] = field(default_factory=dict)
+    prompt: str = "aligned"
     label: str = ""
     template: str = ""
     words: dict[Any, str] = field(default_factory=dict)
@@ -64,7 +72,21 @@ class Custom(Task):
         self.require(
             self.format in known, "format", f"one of {', '.join(known)}", near.strip() if "Did" in near else ""
         )
+        near = did_you_mean(self.prompt, PROMPTS)
+        self.require(
+            self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}", near.strip() if "Did" in near else ""
+        )
         self._refuse_unread(self.format)
+
+    @property
+    def kind(self) -> str:
+        """Options are ranked and texts continued, unless a head is wanted."""
+        return "head" if self.prompt == "head" else "options"
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Names of a head's classes, in their order; there are none without a head."""
+        return tuple(self._words(self.reading().columns["label"])) if self.kind == "head" else ()
 
     def load(self) -> Splits:
         """Read, check every row, and cut."""
@@ -108,15 +130,18 @@ class Custom(Task):
             template=template,
         )
         self._refuse_unread(found.format)
-        if found.format == "text_label":
-            there = listed(name for name in row if name not in found.columns.values())
+        if found.format == "text_label" and not self.template:
+            there = listed(name for name in row if name != found.columns["label"])
             rule = f"the prompt, with columns in braces (there are {there}), e.g. '{{text}} It was'"
-            self._need(bool(self.template), "template", rule)
+            self._need(self.prompt != "aligned", "template", rule)
+            if "text" not in found.columns:
+                named = "name it, 'task.columns={text: COLUMN}'"
+                raise UserError(f"{where} has no column called text (its columns: {listed(row)}): {named}")
         return found
 
     def _held_out_in_train(self) -> bool:
         """Whether both sources are one file; a hub name has splits of its own."""
-        train, validation = (Path(source).expanduser() for source in (self.train, self.validation or "."))
+        train, validation = located(self.train), located(self.validation or ".")
         return validation.is_file() and train.is_file() and validation.samefile(train)
 
     def _chosen(self, source: str, split: str, made: Callable[[Any, str], Any], wanted: int) -> list[Any]:
@@ -129,29 +154,45 @@ class Custom(Task):
         if found.format != "chat":
             more["template"] = template
         if found.format == "text_label":
-            more["words"] = self._words(found.columns["label"])
+            head = self.prompt == "head"
+            more |= {
+                "words": dict.fromkeys(self.labels, "") if head else self._words(found.columns["label"]),
+                "head": head,
+            }
+            if self.prompt != "aligned":
+                more["template"] = rows.Template.bare(template.columns if template else [found.columns["text"]])
         return partial(getattr(rows, found.format), **more)
 
     def _words(self, column: str) -> dict[str, str]:
-        """Label -> its word: as set, or the labels of the training rows where those are words."""
+        """Label -> its word: as set, or the labels of the training rows where those are words or a head's classes."""
         if self.words:
             return {rows.label_text(label): str(word) for label, word in self.words.items()}
-        counts: Counter[str] = Counter()
-        for where, row in read_placed(self.train, "train"):
-            counts[rows.label_of(row, column, where)] += 1
-            if len(counts) > MAX_LABELS:
-                raise UserError(
-                    f"{where}: {column!r} has more than {MAX_LABELS} different values so far, no set of labels: name "
-                    "the label's column, task.label=COLUMN, or the format, task.format=completion"
-                )
-        told = ", ".join(f"{label[:40]} ({count:,} rows)" for label, count in sorted(counts.items())[:12])
-        if len(counts) < 2 or not all(any(c.isalpha() for c in label) for label in counts):
+        head = self.kind == "head"
+        counts = self._counted(column, MAX_CLASSES if head else MAX_LABELS)
+        told = ", ".join(f"{label[:40]} ({count:,} rows)" for label, count in list(counts.items())[:12])
+        if head and len(counts) < 2:
+            raise UserError(f"a head needs two classes or more; the labels of {self.train} are {told}")
+        if len(counts) < 2 or not (head or all(any(c.isalpha() for c in label) for label in counts)):
             raise UserError(
                 "task.words must be a word for each label, e.g. '{0: terrible, 1: great}', got none; the labels of "
                 f"{self.train} are {told}"
             )
-        log.warning("task.words is not given: the labels are their own words: %s", told)
-        return {label: label for label in sorted(counts)}
+        what = "classes" if head else "words"
+        log.warning("task.words is not given: the labels are their own %s: %s", what, told)
+        return {label: label for label in counts}
+
+    def _counted(self, column: str, limit: int) -> dict[str, int]:
+        """Label -> its rows, numbers by their size and then texts by the alphabet."""
+        counts: Counter[str] = Counter()
+        for where, row in read_placed(self.train, "train"):
+            counts[rows.label_of(row, column, where)] += 1
+            if len(counts) > limit:
+                raise UserError(
+                    f"{where}: {column!r} has more than {limit} different values so far, no set of labels: name "
+                    "the label's column, task.label=COLUMN, or the format, task.format=completion"
+                )
+        by_size = sorted(counts, key=lambda label: (not label.isdecimal(), len(label) * label.isdecimal(), label))
+        return {label: counts[label] for label in by_size}
 
     def _check_words(self) -> None:
         self._need(len(self.words) >= 2, "words", "a word for each label, e.g. '{0: terrible, 1: great}'")
@@ -168,6 +209,20 @@ class Custom(Task):
         """A setting that would be ignored is an error."""
         if format == "auto":
             return
+        labelled = format == "text_label"
+        if self.prompt != "aligned" and not labelled:
+            why = "whose prompt is the template's or the row's own"
+            if self.prompt == "head":
+                why = "which have no classes" + " for all rows" * (format == "multiple_choice")
+            raise UserError(
+                f"task.prompt={self.prompt} is for text + label, and not for rows of format={format}, {why}: leave it "
+                "out, or set task.format=text_label"
+            )
+        if labelled and self.prompt == "aligned" and self.columns:
+            raise UserError(
+                "task.columns is not read by format=text_label with task.prompt=aligned: task.template and task.label "
+                "name its columns"
+            )
         for name in ("template", "words", "label", "columns"):
             if getattr(self, name) and name not in FORMATS[format].settings:
                 raise UserError(f"task.{name} is not read by format={format}: leave it out, or set task.format")

@@ -6,9 +6,7 @@ import csv
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zoft.tasks.base import Example, Splits, Task
-
-PROMPTS = ("aligned", "none", "head")
+from zoft.tasks.base import PROMPTS, Example, Splits, Task
 
 
 @dataclass
