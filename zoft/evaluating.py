@@ -148,15 +148,20 @@ def _scoring(cfg: ZoftConfig, request: Request, form: str, rows: Any, tokenizer:
 
     cfg.tracker.report_to = []
     args = arguments_of(cfg)
-    model = _model(cfg, request.run).to(args.device).eval()
+    model = model_of(cfg, request.run).to(args.device).eval()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     autocast: Any = nullcontext if dtype is None else functools.partial(torch.autocast, args.device.type, dtype)
     collate = forms.collator_for(form, rows, tokenizer, cfg.task, objective)
     return Scoring(model, objective, collate, args.per_device_eval_batch_size, autocast)
 
 
-def _model(cfg: ZoftConfig, run: str) -> Any:
-    """The config's model, or a run's final one: its own folder, or its adapter on the config's model."""
+def model_of(cfg: ZoftConfig, run: str) -> Any:
+    """The config's model, or a run's final one: its own folder, or its adapter on the config's model.
+
+    Args:
+        cfg: model, task and adapter.
+        run: a run's folder, or the empty string.
+    """
     from zoft import forms
     from zoft.models.load import load_model_as
 
@@ -239,17 +244,28 @@ def _facts(
 
 
 def _write(output_dir: str, facts: dict[str, Any], found: Scored, examples: Any, form: str) -> None:
-    """Predictions and facts, each whole or not at all."""
-    place = Path(output_dir)
-    place.mkdir(parents=True, exist_ok=True)
+    """The predictions line by line, and the facts."""
     lines = []
     for number, (row, example) in enumerate(zip(found.predictions, examples, strict=True)):
         told: dict[str, Any] = {"row": number}
         if form in ("options", "mask", "head"):
             text = example.prompt or "".join("<mask>" if p.text is None else p.text for p in example.pieces)
             told |= {"prompt": text, "options": list(example.options)}
-        lines.append(json.dumps(told | row) + "\n")
-    atomic.write(place / PREDICTIONS, "".join(lines))
+        lines.append(json.dumps(told | row))
+    write_files(output_dir, lines, facts)
+
+
+def write_files(output_dir: str, lines: list[str], facts: dict[str, Any]) -> None:
+    """Predictions and facts, each whole or not at all.
+
+    Args:
+        output_dir: their folder, which is made.
+        lines: of the predictions, JSON.
+        facts: of the evaluation.
+    """
+    place = Path(output_dir)
+    place.mkdir(parents=True, exist_ok=True)
+    atomic.write(place / PREDICTIONS, "".join(f"{line}\n" for line in lines))
     atomic.write(place / FACTS, json.dumps(facts, indent=2) + "\n")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests import models
 from zoft.errors import UserError
-from zoft.models.load import load_model, require_causal_lm
+from zoft.models.load import load_model, load_model_as, require_causal_lm
 
 
 def test_a_classifier_stays_a_classifier(tmp_path: Path):
@@ -37,3 +37,25 @@ def test_a_class_without_a_loss_is_loaded_as_a_causal_model(architectures: list[
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
     assert type(load_model(str(tmp_path))).__name__ == "LlamaForCausalLM"
+
+
+def test_a_file_that_lacks_tensors_is_refused_and_a_fresh_head_is_not(tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    models.tiny_llama().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole, lost = load_file(file), "model.layers.0.mlp.up_proj.weight"
+    load_model_as("classifier", str(tmp_path), num_labels=3)  # its head is new, as asked
+    for tensors in (
+        {key: value for key, value in whole.items() if key != lost},
+        whole | {lost: whole[lost][:3].clone()},
+    ):
+        save_file(tensors, file, {"format": "pt"})
+        for kind, name in (("causal", "LlamaForCausalLM"), ("classifier", "LlamaForSequenceClassification")):
+            with pytest.raises(UserError, match=rf"lacks 1 of the tensors of a {name}, .*\({lost}\)"):
+                load_model_as(kind, str(tmp_path))
+    save_file({key: value for key, value in whole.items() if key != "lm_head.weight"}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lm_head\.weight"):
+        load_model_as("causal", str(tmp_path))
+    models.tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)  # has no lm_head of its own
+    load_model_as("causal", str(tmp_path))

@@ -54,7 +54,8 @@ def words(line: str) -> list[str]:
     elif typed[0] == "train":
         offered = _arguments(word)
     elif typed[0] == "eval":
-        offered = [*_arguments(word), "run=", "mode=", "k=", "split=", "evaluate=", "--json"]
+        own = ["run=", "mode=", "k=", "split=", "evaluate=", "harness=", "harness_path=", "harness_limit=", "--json"]
+        offered = [*_arguments(word), *own]
     elif typed[0] == "data":
         offered = [*_arguments(word), "--rows", "--json"] if typed[1:] else ["show"]
     elif typed[0] == "doctor":

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 from zoft.errors import UserError, did_you_mean
 
-_KEYS = ("run", "mode", "k", "split", "evaluate")
+_HARNESS = ("harness", "harness_limit", "harness_path")
+_KEYS = ("run", "mode", "k", "split", "evaluate", *_HARNESS)
 
 
 def command(arguments: list[str]) -> int:
     """Evaluate.
 
     Args:
-        arguments: overrides as of `zoft train`, ``run=``, ``mode=``, ``k=``, ``split=``, ``evaluate=``, ``--json``.
+        arguments: overrides as of `zoft train`, ``run=``, ``mode=``, ``k=``, ``split=``, ``evaluate=``, ``harness=``,
+            ``harness_limit=``, ``harness_path=``, ``--json``.
     """
     overrides, asked, as_json = _parsed(arguments)
+    from zoft import evaluating, harness
     from zoft.cli.train import _quiet
     from zoft.config import compose
-    from zoft.evaluating import Request, config_of_run, default_output_dir, evaluate
+    from zoft.evaluation.harness_tasks import require_harness
 
     _quiet()
     run = asked.get("run", "")
-    Request(**_settings(asked))  # what is wrong with it is said before anything is read
+    wanted: Any = _harness_settings(asked, overrides) if "harness" in asked else _settings(asked)
+    place: Any = harness if "harness" in asked else evaluating
+    make = harness.HarnessRequest if "harness" in asked else evaluating.Request
+    request = make(**wanted)  # what is wrong with it is said before anything is read
+    if "harness" in asked:
+        require_harness()
     if run:
-        own = f"config={config_of_run(run)}"
+        own = f"config={evaluating.config_of_run(run)}"
         overrides = overrides if any(word.startswith("config=") for word in overrides) else [own, *overrides]
     cfg = compose(overrides)
     given = any(word.startswith("output_dir=") for word in overrides)
-    request = Request(**_settings(asked))
-    request = Request(**_settings(asked), output_dir=default_output_dir(cfg, request, given=given))
-    facts = evaluate(cfg, request)
+    request = dataclasses.replace(request, output_dir=place.default_output_dir(cfg, request, given=given))
+    facts = place.evaluate(cfg, request)
     if as_json:
         print(json.dumps(facts))
     else:
@@ -50,6 +58,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
         >>> print(told[0])
         accuracy  50.0 % [10.0, 90.0] of m, zero_shot, on 2 test rows of sst2
     """
+    if facts["mode"] == "harness":
+        return _harness_lines(facts)
     metrics = [name for name in ("accuracy", "f1", "exact_match", "reward", "loss") if name in facts]
     metrics.sort(key=lambda name: name != facts["metric"])
     shown = f", {facts['num_demonstrations']} demonstrations" if facts["num_demonstrations"] else ""
@@ -68,6 +78,32 @@ def lines(facts: dict[str, Any]) -> list[str]:
     return told
 
 
+def _harness_lines(facts: dict[str, Any]) -> list[str]:
+    """A line for every group and task."""
+    parts = facts["groups"] | facts["tasks"]
+    width = max(8, *map(len, parts))
+    told = []
+    for name, part in parts.items():
+        metrics = ", ".join(_harness_value(metric, found) for metric, found in part["metrics"].items())
+        shown = (
+            f"of {len(part['tasks'])} tasks" if "tasks" in part else f"with {part['num_demonstrations']} demonstrations"
+        )
+        told.append(f"{name:<{width}}  {metrics or 'no metric that is a number'}, on {part['num_rows']:,} rows {shown}")
+    told[0] += f", by {facts['model']}"
+    harness = f"lm_eval {facts['lm_eval']}"
+    told.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {facts['num_rows']:,} rows, {harness}")
+    told.append(f"{'written':<{width}}  {facts['output_dir']}: predictions.jsonl, evaluation.json")
+    return told
+
+
+def _harness_value(metric: str, found: dict[str, Any]) -> str:
+    scale, digits, unit = (100, 1, " %") if metric.startswith("acc") else (1, 3, "")
+    interval = ""
+    if "low" in found:
+        interval = f" [{scale * found['low']:.{digits}f}, {scale * found['high']:.{digits}f}]"
+    return f"{metric} {scale * found['value']:.{digits}f}{unit}{interval}"
+
+
 def _value(facts: dict[str, Any], name: str) -> str:
     scale, digits, unit = (100, 1, " %") if name == "accuracy" else (1, 3, "")
     told = f"{scale * facts[name]:.{digits}f}{unit}"
@@ -78,12 +114,34 @@ def _value(facts: dict[str, Any], name: str) -> str:
 
 
 def _settings(asked: dict[str, str]) -> dict[str, Any]:
+    """Of a request for the config's own task."""
+    lost = next((key for key in _HARNESS if key in asked), None)
+    if lost:
+        raise UserError(f"{lost}={asked[lost]} is read together with harness= alone: name tasks, harness=hellaswag")
     names = {"run": "run", "mode": "mode", "split": "split", "evaluate": "metric"}
     given: dict[str, Any] = {names[key]: value for key, value in asked.items() if key in names}
     if "k" in asked:
         if not asked["k"].isdecimal():
             raise UserError(f"k must be a whole number of demonstrations, got {asked['k']!r}")
         given["k"] = int(asked["k"])
+    return given
+
+
+def _harness_settings(asked: dict[str, str], overrides: list[str]) -> dict[str, Any]:
+    """Of a request for tasks of the harness, which have rows and metrics of their own."""
+    ours = [key for key in asked if key in ("mode", "split", "evaluate")]
+    ours += [word.partition("=")[0] for word in overrides if word.startswith(("task=", "task.", "objective"))]
+    if ours:
+        raise UserError(
+            f"{ours[0]}= is not read together with harness=, whose tasks say what is measured: leave one out"
+        )
+    names = tuple(name.strip() for name in asked["harness"].split(","))
+    given: dict[str, Any] = {"tasks": names, "run": asked.get("run", ""), "path": asked.get("harness_path", "")}
+    for key, field, what in (("k", "k", "demonstrations"), ("harness_limit", "limit", "rows")):
+        if key in asked:
+            if not asked[key].isdecimal():
+                raise UserError(f"{key} must be a whole number of {what}, got {asked[key]!r}")
+            given[field] = int(asked[key])
     return given
 
 

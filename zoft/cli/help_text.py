@@ -79,7 +79,8 @@ Exit codes: 0 done; 1 the run failed (non-finite loss); 2 something to mend (one
 OTHER = {
     "eval": (
         "usage: zoft eval [config=NAME_OR_PATH] [run=DIR] [mode=MODE] [k=N] [split=test] [evaluate=METRIC] [--json]\n"
-        "                 [group=choice]... [key=value]...\n\n"
+        "                 [group=choice]... [key=value]...\n"
+        "       zoft eval [config=NAME_OR_PATH] [run=DIR] harness=TASKS [harness_path=DIR] [harness_limit=N] [k=N]\n\n"
         "Computes the task's metric with its 95 % interval on held-out rows, and writes predictions.jsonl and\n"
         "evaluation.json. The model is the one that the arguments (those of zoft train) describe; with run=DIR it is\n"
         "that run's final one, and the arguments are the run's own unless config= says otherwise.\n\n"
@@ -89,10 +90,16 @@ OTHER = {
         "mode=linear_probe  logistic regression on the model's last hidden states, trained on the training rows\n\n"
         "split=test|dev|train. evaluate=METRIC adds a metric of the `evaluate` library (its name, or its folder).\n"
         "Without output_dir= the files go to DIR/eval-MODE-SPLIT or <output_dir>-eval-MODE-SPLIT.\n\n"
+        "harness=NAME,...   tasks of EleutherAI's lm-evaluation-harness instead (pip install 'zoft[harness]'), or\n"
+        "                   task files (.yaml), whose `!function` lines run the Python beside them\n"
+        "harness_path=DIR   a folder of task files that can be named\n"
+        "harness_limit=N    the first N rows of each task\n"
+        "k=N                solved rows before each; left out, what the task says\n\n"
         "Examples:\n"
         "  zoft eval config=quickstart\n"
         "  zoft eval config=quickstart mode=icl k=8\n"
-        "  zoft eval run=runs/quickstart-seed0 --json"
+        "  zoft eval run=runs/quickstart-seed0 --json\n"
+        "  zoft eval run=runs/quickstart-seed0 harness=hellaswag,arc_easy harness_limit=200"
     ),
     "tune": (
         "usage: zoft tune [config=NAME_OR_PATH] [group=choice]... [key=value]... space.KEY=RANGE... [budget=N]\n\n"

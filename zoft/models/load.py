@@ -40,7 +40,7 @@ def load_model(
         attn_implementation: eager, sdpa, ...; None takes transformers' choice.
 
     Raises:
-        UserError: no such folder or hub model, or an unknown dtype.
+        UserError: no such folder or hub model, one without some of its weights, or an unknown dtype.
     """
     import transformers
 
@@ -48,7 +48,7 @@ def load_model(
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
-    return _load(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
+    return _load_whole(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
 
 
 def load_model_as(
@@ -104,7 +104,8 @@ def _load_classifier(
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
-    if cls is not None and cls.__name__.endswith("ForSequenceClassification"):
+    has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
+    if has_head:
         own = transformers.AutoConfig.from_pretrained(_place(name), revision=revision).num_labels
         if own != num_labels:
             raise UserError(
@@ -112,7 +113,8 @@ def _load_classifier(
             )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _load(transformers.AutoModelForSequenceClassification, name, arguments | {"num_labels": num_labels})
+        arguments["num_labels"] = num_labels
+        model = _load_whole(transformers.AutoModelForSequenceClassification, name, arguments, fresh_head=not has_head)
     if model.config.pad_token_id is None:  # by it, a causal model's classifier finds a text's last token
         model.config.pad_token_id = load_tokenizer(name, revision=revision).pad_token_id
     return model
@@ -187,6 +189,24 @@ def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
             f"could not load model.name={name}: {first_line} "
             "Give a folder with config.json and model.safetensors, or a hub name this machine can reach or has cached"
         ) from error
+
+
+def _load_whole(loader: Any, name: str, arguments: dict[str, Any], *, fresh_head: bool = False) -> Any:
+    """A model none of whose weights are drawn anew, which transformers only logs; a head that was asked for may be."""
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the sentence below is said instead
+    model, found = _load(loader, name, arguments | asked)
+    reshaped = {key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]}
+    lost = sorted({*found["missing_keys"], *reshaped})
+    if fresh_head:
+        body = f"{model.base_model_prefix}."
+        lost = [key for key in lost if key.startswith(body) and ".pooler." not in key]
+    if lost:
+        shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise UserError(
+            f"model.name={name} lacks {len(lost)} of the tensors of a {type(model).__name__}, or has them in another "
+            f"shape ({shown}), and they would be random: give a folder whose files are whole, or another model"
+        )
+    return model
 
 
 def _place(name: str) -> str:
