@@ -150,6 +150,10 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
         ProgressCallback(sum(costs) / len(costs), peak_mb=memory.peak_mb),
     ):
         trainer.add_callback(callback)
+    if cfg.diagnostics.every:
+        from zoft.diagnostics import DiagnosticsCallback
+
+        trainer.add_callback(DiagnosticsCallback(**vars(cfg.diagnostics)))
     if trainer.is_world_process_zero():
         for line in _opening_lines(cfg, trainer, rows):
             say(line)
@@ -158,6 +162,12 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 
 def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
     """The model with the weights chosen that are trained, its tokenizer, and the encoded rows (train, dev, test)."""
+    tokenizer, rows = load_rows(cfg)
+    return load_model_of(cfg), tokenizer, rows
+
+
+def load_rows(cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
+    """The tokenizer and the encoded rows (train, dev, test) of a run."""
     from zoft import forms
 
     if cfg.task.kind != "options":  # of those, the user's own rows say what they are
@@ -170,8 +180,7 @@ def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
         name: forms.encode_rows(form, getattr(splits, name), tokenizer, length, room)
         for name in ("train", "dev", "test")
     }
-    model = load_model_of(cfg)
-    return model, tokenizer, rows
+    return tokenizer, rows
 
 
 def load_model_of(cfg: ZoftConfig) -> Any:
@@ -315,11 +324,11 @@ def _carry_out(
     from zoft.report.terminal import say
 
     first = trainer.is_world_process_zero()
-    known = _known_steps(cfg.output_dir) if resuming else None
+    known = known_steps(cfg.output_dir) if resuming else None
     zero_shot_file = Path(cfg.output_dir) / "zero_shot.json"
     if first and resuming:
         say(f"resume  {'nothing was saved yet: starting over' if known is None else f'{known:,} steps are known'}")
-    _keep_reference(trainer, rows)
+    keep_reference(trainer, rows)
     _fill_frozen_prefix(trainer, rows)
     memory.reset()
     zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory)
@@ -356,7 +365,7 @@ def _carry_out(
     return facts
 
 
-def _known_steps(output_dir: str) -> int | None:
+def known_steps(output_dir: str) -> int | None:
     """How many steps the folder knows, by its journal or else its newest checkpoint; None where it has neither."""
     from zoft.journal import journal, snapshot
 
@@ -367,7 +376,7 @@ def _known_steps(output_dir: str) -> int | None:
     return None if newest is None else snapshot.step_of(newest)
 
 
-def _keep_reference(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
+def keep_reference(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
     """Log-probabilities of preference pairs under the model before training, once for all rows; else nothing."""
     from zoft import forms
 

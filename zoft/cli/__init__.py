@@ -10,6 +10,7 @@ VERBS = {
     "train": "fine-tune a model (the one you came for)",
     "tune": "search a training job's settings: zoft tune config=quickstart space.optimizer.learning_rate='log(1e-3,1)'",
     "eval": "metrics on held-out rows, of a model or a run: zoft eval run=runs/mine mode=icl",
+    "bench": "methods x tasks x prompts x seeds at one budget, a table and pictures: zoft bench config=demo",
     "data": "see the data of a run as the model will: zoft data show task=custom task.train=my.jsonl",
     "ls": "list what can be chosen: zoft ls, zoft ls estimator",
     "show": "one choice in full: zoft show estimator/central, zoft show config/quickstart",

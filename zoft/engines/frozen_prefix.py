@@ -82,6 +82,14 @@ class FrozenPrefix:
         self._batch: tuple[dict[str, Tensor], Tensor] | None = None  # the last batch, put together
         self._serving: Tensor | None = None
 
+    def share(self, other: FrozenPrefix) -> None:
+        """Keep the rows that another prefix keeps too: of the same weights below the same block, in another model.
+
+        Args:
+            other: what it has checked counts here.
+        """
+        self._rows, self._checked, self.usable = other._rows, other._checked, other.usable
+
     @contextmanager
     def reused(self) -> Iterator[None]:
         """Within this block, forwards of the model start at block k wherever that is exact."""

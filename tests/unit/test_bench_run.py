@@ -1,0 +1,237 @@
+"""A bench of a tiny model: every cell once, the same numbers however it is cut up, a table that adds up, pictures."""
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from statistics import mean
+
+import pytest
+
+from tests import runs
+from zoft.bench import worker
+from zoft.bench.choosing import best_point, chosen_factors
+from zoft.bench.ledger import Ledger
+from zoft.bench.plan import MODES, Cell
+from zoft.bench.reading import fill_in, read_plan
+from zoft.bench.results import Results
+from zoft.cli import main
+
+METHODS = "{mezo: 1e-2, broken: {learning_rate: 1e300, arguments: [method=mezo]}, forward_gradient: 1e-2, adamw: 1e-2}"
+
+
+def words(folder, output_dir, *more):
+    """The command line of a bench of 2 prompts x (2 evaluations + 4 methods x (2 rates + 1 seed)) cells."""
+    base = [
+        word
+        for word in runs.arguments(folder, "unused")
+        if not word.startswith(("output_dir", "budget", "optimizer", "task="))
+    ]
+    file = folder / "bench.yaml"
+    file.write_text(
+        "base: [trainable=all, trainer.logging_nan_inf_filter=false]\n"
+        "tasks: {words: [task=custom]}\n"
+        f"methods: {METHODS}\n"
+        "references: [zero_shot, icl, forward_gradient, adamw]\n"
+        "queries: 24\nseeds: [0, 1]\nrates: [0.5, 1]\ndemonstrations: 2\nevaluations: 3\n"
+    )
+    return [f"config={file}", *base, f"output_dir={output_dir}", *more]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """(its folder, its command line, plan, rows)."""
+    folder = tmp_path_factory.mktemp("bench")
+    line = words(folder, folder / "out")
+    assert main(["bench", *line]) == 0
+    plan = read_plan(line)
+    fill_in(plan)
+    return folder, line, plan, worker.known(plan, Ledger(plan.output_dir))
+
+
+def test_every_cell_has_a_row_and_nothing_else_is_left(bench):
+    folder, _, plan, rows = bench
+    broken = [cell for cell in rows if cell.method == "broken"]
+    assert len(rows) == 2 * (2 + 3 * 3 + 2)  # what diverges at every rate is not run with the other seed
+    assert all(rows[cell]["failed"] and rows[cell]["test"] is None for cell in broken)
+    assert len(broken) == 4
+    assert set(chosen_factors(plan, rows)) == {
+        ("words", p, m) for p in plan.prompts for m in plan.runs if m != "broken"
+    }
+    assert {file.name for file in (folder / "out").iterdir()} == {
+        *("cells", "work", "bench.md", "bench.csv", "curves.png", "ranks.png", "rates.png", "gaps.png")
+    }
+    assert not list((folder / "out" / "work").iterdir())
+
+
+def test_a_row_is_what_zoft_train_does(bench, tmp_path):
+    """The dev scores along a cell are those of `zoft train` with the cell's arguments."""
+    _, _, plan, rows = bench
+    cell = Cell("words", "none", "mezo", 1.0, 0)
+    row = rows[cell]
+    out = tmp_path / "run"
+    more = ["trainer.eval_steps=4", "trainer.eval_on_start=true", "trainer.eval_strategy=steps", f"output_dir={out}"]
+    assert main(["train", *plan.arguments(cell), *more]) == 0
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    curve = {line["queries"]: line["eval_loss"] for line in logged if "eval_loss" in line}
+    assert {point["queries"]: point["loss"] for point in row["curve"]} == curve
+    assert row["steps"] == 12
+    assert row["queries"] == 24
+    assert len(row["curve"]) == 4
+    best = best_point(row, "loss")
+    assert best["queries"] > 0
+    assert best["loss"] == min(p["loss"] for p in row["curve"][1:])
+    if best["queries"] == 24:  # then the best checkpoint is the final model
+        assert row["test"]["accuracy"] == json.loads((out / "final.json").read_text())["accuracy"]
+
+
+def test_the_test_rows_are_scored_by_the_best_checkpoint(bench, tmp_path):
+    """A rate that first helps and then hurts: the test scores are those of the run cut off at its best point."""
+    folder, _, plan, _ = bench
+    line = words(folder, tmp_path / "a", "methods=[mezo]", "references=[]")
+    line += ["prompts=[none]", "rates=[3]", "seeds=[0]", "queries=48"]
+    assert main(["bench", *line]) == 0
+    plan = read_plan(line)
+    (row,) = worker.known(plan, Ledger(plan.output_dir)).values()
+    best = best_point(row, "loss")
+    assert best["queries"] < 48, "this rate was meant to overshoot"
+    again = [*line[:-1], f"queries={best['queries']}", f"output_dir={tmp_path / 'b'}", "evaluations=1"]
+    assert main(["bench", *again]) == 0
+    (cut,) = worker.known(read_plan(again), Ledger(tmp_path / "b")).values()
+    assert cut["test"]["loss"] == row["test"]["loss"]
+    assert cut["curve"][-1]["loss"] == best["loss"]
+
+
+def test_repeating_it_runs_nothing_and_a_lost_row_comes_back_the_same(bench, capsys, monkeypatch):
+    folder, line, _, _ = bench
+    file = folder / "out" / "cells" / "words" / "none" / "mezo-x0.5-seed0.json"
+    before, table = json.loads(file.read_text()), (folder / "out" / "bench.md").read_text()
+    monkeypatch.setattr("zoft.bench.cells.run_cell", None)  # nothing may be run
+    assert main(["bench", *line]) == 0
+    monkeypatch.undo()
+    file.unlink()
+    capsys.readouterr()
+    assert main(["bench", *line]) == 0
+    again = json.loads(file.read_text())
+    assert capsys.readouterr().out.count("mezo-x0.5-seed0") == 1
+    for row in (before, again):
+        for name in ("seconds", "seconds_in_all", "peak_memory_mb", "memory_before_mb"):
+            row.pop(name)
+        for name in [name for name in row["test"] if "second" in name or "runtime" in name]:
+            row["test"].pop(name)
+    assert again == before
+    assert len(table.splitlines()) == len((folder / "out" / "bench.md").read_text().splitlines())
+
+
+def test_two_processes_share_the_cells_and_find_the_same(bench, tmp_path):
+    folder, _, _, rows = bench
+    line = words(folder, tmp_path / "two", "jobs=2", "prompts=[aligned]")
+    assert main(["bench", *line]) == 0
+    plan = read_plan(line)
+    fill_in(plan)
+    found = worker.known(plan, Ledger(plan.output_dir))
+    assert set(found) == {cell for cell in rows if cell.prompt == "aligned"}
+    for cell, row in found.items():
+        assert row.get("curve") == rows[cell].get("curve")
+        assert (row["test"] or {}).get("loss") == (rows[cell]["test"] or {}).get("loss")
+
+
+def _work(line):
+    os.setsid()
+    plan = read_plan(line)
+    fill_in(plan)
+    worker.work(plan)
+
+
+def test_a_killed_process_leaves_a_cell_that_goes_on(bench, tmp_path):
+    folder, _, _, rows = bench
+    line = words(folder, tmp_path / "killed", "prompts=[aligned]")
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(line,))
+    process.start()
+    work = tmp_path / "killed" / "work"
+    until = time.monotonic() + 60
+    while not list(work.glob("*mezo*/journal.bin")) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert list(work.glob("*.claim")), "it was killed in the middle of a cell"
+    assert main(["bench", *line]) == 0
+    plan = read_plan(line)
+    fill_in(plan)
+    found = worker.known(plan, Ledger(plan.output_dir))
+    assert {cell: row.get("curve") for cell, row in found.items()} == {
+        cell: row.get("curve") for cell, row in rows.items() if cell.prompt == "aligned"
+    }
+    assert not list(work.iterdir())
+
+
+def test_the_table_adds_up(bench):
+    folder, _, plan, rows = bench
+    with (folder / "out" / "bench.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows)
+    results = Results(plan, rows)
+    group = ("words", "none")
+    mezo = results.results[group, "mezo"]
+    own = [
+        line
+        for line in lines
+        if line["method"] == "mezo" and line["prompt"] == "none" and float(line["factor"]) == mezo.factor
+    ]
+    assert len(own) == 2
+    assert mean(mezo.test()) == pytest.approx(mean(float(line["test_metric"]) for line in own))
+    assert results.gap(group, "mezo", "forward_gradient") == pytest.approx(
+        mean(p["loss"] for p in mezo.dev()) - mean(p["loss"] for p in results.results[group, "forward_gradient"].dev())
+    )
+    assert results.ranks("none") == {"mezo": 1.0}  # references are not ranked, and what diverges has no rank
+    assert results.robustness("broken") == {0.5: math.inf, 1.0: math.inf}
+    text = (folder / "out" / "bench.md").read_text()
+    assert f"{100 * mean(mezo.test()):.1f} ±" in text
+    assert "| *zero_shot* |" in text
+    assert text.count("diverges at every rate") == 2
+    for mode in MODES[:2]:
+        assert rows[Cell("words", "none", mode)]["test"]["accuracy"] >= 0
+
+
+def test_a_failed_cell_stops_no_other_and_is_tried_again(bench, tmp_path, monkeypatch, capsys):
+    folder, _, _, _ = bench
+    line = words(folder, tmp_path / "out", "methods=[mezo, adamw]", "references=[adamw]", "prompts=[none]", "rates=[1]")
+    from zoft.bench import cells
+
+    real = cells.run_cell
+
+    def breaks(plan, cell, work, shared):
+        if cell.method == "mezo":
+            raise RuntimeError("the disk is on fire")
+        return real(plan, cell, work, shared)
+
+    monkeypatch.setattr(cells, "run_cell", breaks)
+    assert main(["bench", *line]) == 1
+    assert "mezo-x1-seed0: RuntimeError: the disk is on fire" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "cells").rglob("adamw*.json"))) == 2
+    monkeypatch.undo()
+    assert main(["bench", *line]) == 0
+    assert len(list((tmp_path / "out" / "cells").rglob("*.json"))) == 4
+    assert not (tmp_path / "out" / "failed").exists()
+
+
+def test_another_bench_in_the_folder_is_refused(bench, capsys):
+    _, line, _, _ = bench
+    assert main(["bench", *line, "trainer.per_device_train_batch_size=2"]) == 2
+    assert "holds another bench" in capsys.readouterr().err
+
+
+def test_the_plan_is_shown_without_running(bench, tmp_path, capsys):
+    folder, _, _, _ = bench
+    line = words(folder, tmp_path / "out")
+    assert main(["bench", *line, "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "cells       28 of 24 queries" in out
+    assert "zoft train" in out
+    assert not (tmp_path / "out").exists()
+    assert main(["bench", *line, "--draw"]) == 2
+    shutil.rmtree(tmp_path, ignore_errors=True)

@@ -1,0 +1,242 @@
+"""A bench in pictures: metric against queries, ranks under each prompt, learning rates, gaps to the references."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from zoft.bench.ledger import Row
+from zoft.bench.plan import Cell, Plan
+from zoft.bench.results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CURVES, RANKS, RATES, GAPS = "curves.png", "ranks.png", "rates.png", "gaps.png"
+
+_INK, _PALE, _GRID = "#2b2f36", "#6b7079", "#e6e8ec"
+_DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (1, 3)))
+_REFERENCES = {"forward_gradient": "#8e5ea2", "adamw": "#d9603b", "lora": "#e0a458"}
+_KNOWN = {"mezo": "#2b2f36", "zoft": "#1f8a5b"}
+_COLOURS = (
+    "#2f6db5",
+    "#c0503a",
+    "#4f9bd9",
+    "#c98a1b",
+    "#5aa6a0",
+    "#9c5577",
+    "#7a9a3a",
+    "#b08968",
+    "#5b6abf",
+    "#d07aa5",
+)
+
+
+def draw(plan: Plan, rows: Mapping[Cell, Row]) -> list[Path]:
+    """Draw what there is to draw into the bench's folder.
+
+    Args:
+        plan: the bench.
+        rows: of its cells.
+
+    Returns:
+        The PNGs' paths.
+    """
+    results, folder = Results(plan, rows), Path(plan.output_dir)
+    drawn = [_curves(results, folder / CURVES), _rates(results, folder / RATES)]
+    if measured := _distances(results):
+        drawn.append(_gaps(results, measured, folder / GAPS))
+    if len(plan.prompts) > 1 and any(map(results.ranks, plan.prompts)):
+        drawn.append(_ranks(results, folder / RANKS))
+    return drawn
+
+
+def colours(plan: Plan) -> dict[str, str]:
+    """Method -> colour, the same in every picture."""
+    found = {**_REFERENCES, **_KNOWN}
+    free = iter(_COLOURS)
+    return {method: found.get(method) or next(free, "#8a8f98") for method in plan.runs}
+
+
+def _curves(results: Results, file: Path) -> Path:
+    """Tasks down, prompts across: the dev metric against queries, mean over the seeds."""
+    plan = results.plan
+    colour = colours(plan)
+    figure = _figure(4.4 * len(plan.prompts) + 1.6, 2.9 * len(plan.tasks) + 0.5)
+    panels = figure.subplots(len(plan.tasks), len(plan.prompts), squeeze=False, sharex=True)
+    handles: dict[str, Any] = {}
+    for panel, group in zip(panels.flat, results.groups, strict=True):
+        _dress(panel)
+        metric, scale = "metric", 1.0
+        for result in results.of(group):
+            if result.finished:
+                metric = result.metric
+                scale = 100.0 if metric == "accuracy" else 1.0
+                queries, values = zip(*result.curve(metric), strict=True)
+                style: Any = (0, (4, 2)) if result.method in plan.references else "-"
+                (line,) = panel.plot(
+                    queries, [scale * v for v in values], color=colour[result.method], linewidth=1.7, linestyle=style
+                )
+                handles[result.method] = line
+        for mode, dashes in zip(plan.modes, _DASHES, strict=False):
+            row = results.untrained.get((group, mode))
+            if row is not None:
+                handles[mode] = panel.axhline(scale * row["test"][metric], color="#8a8f98", lw=1.2, ls=dashes)
+        unit = ", %" if metric == "accuracy" else ""
+        panel.set_title(f"{group[0]}, prompt {group[1]}: dev {metric}{unit}", loc="left", fontsize=10, color=_INK)
+    for panel in panels[-1]:
+        panel.set_xlabel("queries (forward passes)", color=_INK)
+    order = [name for name in (*plan.runs, *plan.modes) if name in handles]
+    labels = [f"{name} (test rows)" if name in plan.modes else name for name in order]
+    figure.legend([handles[name] for name in order], labels, loc="outside right upper", frameon=False, fontsize=9)
+    return _save(figure, file)
+
+
+def _ranks(results: Results, file: Path) -> Path:
+    """One line a method from prompt to prompt, by its mean rank over the tasks."""
+    plan = results.plan
+    colour, ranks = colours(plan), [results.ranks(prompt) for prompt in plan.prompts]
+    figure = _figure(2.2 + 2.4 * len(plan.prompts), 4.6)
+    panel = figure.subplots()
+    _dress(panel)
+    for method in plan.runs:
+        if all(method in rank for rank in ranks):
+            places = [rank[method] for rank in ranks]
+            panel.plot(range(len(places)), places, "-o", color=colour[method], lw=2, ms=6, mec="white")
+    for at, side, offset in ((0, "right", -8), (len(ranks) - 1, "left", 8)):
+        for names, place in _together(ranks[at]):
+            panel.annotate(
+                names,
+                (at, place),
+                (offset, 0),
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=9,
+                color=_INK,
+            )
+    panel.set_xticks(range(len(ranks)), [f"prompt {prompt}" for prompt in plan.prompts])
+    panel.set_xlim(-0.9, len(ranks) - 0.1)
+    panel.invert_yaxis()
+    panel.set_title("mean rank by test metric, 1 is best", loc="left", fontsize=10, color=_INK)
+    return _save(figure, file)
+
+
+def _together(ranks: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(names, rank): methods of one rank share a label."""
+    places: dict[float, list[str]] = {}
+    for method, rank in ranks.items():
+        places.setdefault(rank, []).append(method)
+    return [(", ".join(names), rank) for rank, names in places.items()]
+
+
+def _rates(results: Results, file: Path) -> Path:
+    """What a learning rate costs against the best of those tried, per method."""
+    plan = results.plan
+    colour = colours(plan)
+    figure = _figure(8.2, 4.4)
+    panel = figure.subplots()
+    _dress(panel)
+    lost = {method: results.robustness(method) for method in plan.runs}
+    finite = [value for values in lost.values() for value in values.values() if math.isfinite(value)]
+    top = 1.08 * max(finite, default=1.0) or 1.0
+    for method, values in lost.items():
+        if not values:
+            continue
+        shown = [min(value, top) for value in values.values()]
+        style: Any = (0, (4, 2)) if method in plan.references else "-"
+        panel.plot(list(values), shown, marker="o", ms=4, lw=1.7, color=colour[method], label=method, ls=style)
+        broke = [factor for factor, value in values.items() if not math.isfinite(value)]
+        panel.plot(broke, [top] * len(broke), "x", ms=9, mew=2, color=colour[method])
+    panel.set_xscale("log")
+    panel.set_xticks(plan.rates, [f"x {rate:g}" for rate in plan.rates], minor=False)
+    panel.minorticks_off()
+    panel.set_xlabel("learning rate, times the one in the plan", color=_INK)
+    panel.set_title(
+        "dev loss above that of the best rate tried, nats, mean over tasks and prompts; x: diverges on one of them",
+        loc="left",
+        fontsize=10,
+        color=_INK,
+    )
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return _save(figure, file)
+
+
+def _distances(results: Results) -> dict[str, dict[str, list[float]]]:
+    """Title of a panel -> method -> a number for each task and prompt; what was not measured is left out."""
+    found = {
+        "gap to the forward gradient\n(finite-difference noise), nats": _gaps_to(results, "forward_gradient"),
+        "gap to first-order AdamW\n(direction noise), nats": _gaps_to(results, "adamw"),
+        "queries to the target\n(right edge: not reached)": _queries(results),
+    }
+    return {title: values for title, values in found.items() if any(values.values())}
+
+
+def _gaps(results: Results, measured: dict[str, dict[str, list[float]]], file: Path) -> Path:
+    """Per method: dev loss above the references, and queries to the target; a dot a task and prompt."""
+    plan = results.plan
+    colour = colours(plan)
+    methods = [method for method in reversed(plan.runs) if any(values.get(method) for values in measured.values())]
+    figure = _figure(3.5 * len(measured) + 1.2, 0.36 * len(methods) + 1.4)
+    for panel, (title, values) in zip(
+        figure.subplots(1, len(measured), sharey=True, squeeze=False)[0], measured.items(), strict=True
+    ):
+        _dress(panel)
+        for place, method in enumerate(methods):
+            numbers = [min(value, plan.queries * 1.05) for value in values.get(method, [])]
+            panel.plot(numbers, [place] * len(numbers), "o", ms=4, color=colour[method], alpha=0.55, mew=0)
+            if numbers:
+                panel.plot(mean(numbers), place, "|", ms=13, mew=2.4, color=colour[method])
+        panel.set_yticks(range(len(methods)), methods, fontsize=9)
+        panel.set_title(title, loc="left", fontsize=10, color=_INK)
+    return _save(figure, file)
+
+
+def _gaps_to(results: Results, reference: str) -> dict[str, list[float]]:
+    return {
+        method: _finite(results.gap(group, method, reference) for group in results.groups)
+        for method in results.plan.runs
+        if method != reference
+    }
+
+
+def _queries(results: Results) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for (group, method), result in results.results.items():
+        if result.finished and math.isfinite(results.target(group)):
+            found.setdefault(method, []).append(result.queries_to(results.target(group)))
+    return found
+
+
+def _finite(values: Any) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _figure(width: float, height: float) -> Figure:
+    # A Figure of its own, not pyplot: no global state, no backend to choose, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _dress(axes: Axes) -> None:
+    axes.grid(color=_GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, labelsize=9, length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#c5c9d0")
+
+
+def _save(figure: Figure, file: Path) -> Path:
+    beside = file.with_name(f".{file.name}.new")  # a reader never sees half a picture
+    figure.savefig(beside, format="png")
+    beside.replace(file)
+    return file

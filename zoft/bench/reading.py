@@ -1,0 +1,239 @@
+"""A bench from its YAML file and its command line, every key checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zoft.bench.plan import BUILT_IN, FIELDS, MODES, STANDARD, Cell, Entry, Plan
+from zoft.config.catalog import preset_files
+from zoft.errors import UserError, did_you_mean
+
+_VARIED = {
+    "seed": "seeds",
+    "method": "methods",
+    "task": "tasks",
+    "task.prompt": "prompts",
+    "budget.queries": "queries",
+    "optimizer.learning_rate": "rates, and learning_rate of a method",
+    "output_dir": "output_dir",
+}
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def read_plan(words: list[str]) -> Plan:
+    """The bench that a command line describes.
+
+    Args:
+        words: ``config=`` (a file of configs/bench, a path, or an experiment of `zoft train`), keys of :class:`Plan`,
+            and arguments of `zoft train` for every cell.
+
+    Raises:
+        UserError: a file or key that is not there, a value of another kind, an argument that the bench itself varies.
+    """
+    own: dict[str, str] = {}
+    training: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word.startswith("-"):
+            raise UserError(f"zoft bench has no flag {word!r}: see zoft bench --help")
+        if equals and key in (*FIELDS, "config"):
+            own[key] = value
+        else:
+            training.append(word)
+    if "config" not in own:
+        raise UserError("zoft bench needs config=: a file of configs/bench (config=demo), a path, or an experiment")
+    name = own.pop("config")
+    content, about = _content(name)
+    for key, text in own.items():
+        content[key] = _value(key, text, content)
+    plan = _made(content)
+    plan.about = about
+    plan.base += training
+    plan.output_dir = plan.output_dir or f"runs/bench-{about}"
+    _check(plan)
+    return plan
+
+
+def fill_in(plan: Plan) -> None:
+    """Compose every method with one task and every task with one method, so that a mistake is found now.
+
+    A bench without tasks is of its base's; one without ``queries`` has its base's budget; a method without a learning
+    rate has its own.
+
+    Raises:
+        UserError: what `zoft train` would say, and of which part of the bench.
+    """
+    from zoft.config import compose
+
+    if not plan.tasks:
+        plan.tasks = {compose(plan.base).task.name(): []}
+    plan.queries = plan.queries or compose([*plan.base, *next(iter(plan.tasks.values()))]).budget.queries
+    first = (next(iter(plan.tasks)), plan.prompts[0], plan.runs[0])
+    cells = [Cell(task, prompt, first[2], 1.0, plan.seeds[0]) for task in plan.tasks for prompt in plan.prompts]
+    cells += [Cell(*first[:2], method, 1.0, plan.seeds[0]) for method in plan.runs]
+    for cell in cells:
+        try:
+            cfg = compose(plan.arguments(cell))
+            cfg.composition.steps_within(plan.queries)
+        except UserError as error:
+            raise UserError(f"{error} (in the cell {cell.task}, prompt {cell.prompt}, {cell.method})") from error
+        entry = plan.methods[cell.method]
+        entry.learning_rate = entry.learning_rate or cfg.optimizer.learning_rate
+
+
+def _content(name: str) -> tuple[dict[str, Any], str]:
+    """What a bench's file says; an experiment stands for a bench of its own task."""
+    from zoft.config.experiments import find, is_path, yaml_message
+
+    benches = preset_files("bench")
+    if not is_path(name) and name not in benches:
+        if name in preset_files("config"):
+            return {"base": [f"config={name}"]}, name
+        raise UserError(f"there is no bench called {name!r}.{did_you_mean(name, [*benches, *preset_files('config')])}")
+    file = find(name) if is_path(name) else benches[name]
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(yaml_message(error, str(file))) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if isinstance(content, dict) and not content.keys() & set(FIELDS) and is_path(name):
+        return {"base": [f"config={name}"]}, Path(name).stem  # an experiment's file
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a bench is a mapping of keys to values (key: value)")
+    for key in content:
+        if key not in FIELDS:
+            raise UserError(f"{file}: a bench has no key {key!r}.{did_you_mean(str(key), FIELDS)}")
+    return content, file.stem
+
+
+def _value(key: str, text: str, content: dict[str, Any]) -> Any:
+    """A key's value from the command line; methods and tasks named there keep what the file says of them."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if key in ("methods", "tasks") and isinstance(value, str | list):
+        names = [value] if isinstance(value, str) else value
+        there = content.get(key) or {}
+        return {str(name): there.get(name) for name in names}
+    return value
+
+
+def _made(content: dict[str, Any]) -> Plan:
+    """A plan from plain values, each of its own kind."""
+    made: dict[str, Any] = {}
+    for key, value in content.items():
+        if key == "tasks":
+            made[key] = {str(name): _words(arguments, f"tasks.{name}") for name, arguments in _map(value, key).items()}
+        elif key == "methods":
+            methods = dict.fromkeys(value) if isinstance(value, list) else _map(value, key)
+            made[key] = {str(name): _entry(settings, str(name)) for name, settings in methods.items()}
+        elif key in ("base", "references", "prompts"):
+            made[key] = _words(value, key)
+        elif key == "seeds":
+            made[key] = [_number(one, key, int) for one in _list(value)]
+        elif key == "rates":
+            made[key] = [_number(one, key, float) for one in _list(value)]
+        elif key in ("queries", "demonstrations", "evaluations", "jobs"):
+            made[key] = _number(value, key, int)
+        elif key == "target":
+            made[key] = None if value is None else _number(value, key, float)
+        else:
+            made[key] = str(value)
+    plan = Plan(**made)
+    if not plan.methods:
+        plan.methods = {name: Entry() for name in STANDARD}
+    for name in plan.references:
+        if name not in MODES:
+            plan.methods.setdefault(name, Entry())
+    return plan
+
+
+def _entry(settings: Any, name: str) -> Entry:
+    if settings is None or isinstance(settings, Entry):
+        return settings or Entry()
+    if isinstance(settings, int | float | str) and not isinstance(settings, bool):
+        return Entry(_number(settings, f"methods.{name}", float))
+    known = [f.name for f in dataclasses.fields(Entry)]
+    values = _map(settings, f"methods.{name}")
+    for key in values:
+        if key not in known:
+            raise UserError(f"methods.{name} has no key {key!r}.{did_you_mean(str(key), known)}")
+    rate = values.get("learning_rate")
+    return Entry(
+        None if rate is None else _number(rate, f"methods.{name}.learning_rate", float),
+        _words(values.get("arguments"), f"methods.{name}.arguments"),
+    )
+
+
+def _map(value: Any, key: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{key} must be a mapping of names to settings, got {value!r}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _words(value: Any, key: str) -> list[str]:
+    words = [] if value is None else _list(value)
+    if not all(isinstance(word, str) for word in words):
+        raise UserError(f"{key} must be a list of words, got {value!r}; one with a colon in it wants quotes")
+    return list(words)
+
+
+def _number(value: Any, key: str, kind: type) -> Any:
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or isinstance(value, bool) or (kind is int and float(value) != number):
+        raise UserError(f"{key} must be {'whole numbers' if kind is int else 'numbers'}, got {value!r}")
+    return number
+
+
+def _check(plan: Plan) -> None:
+    """Refuse what makes no bench."""
+
+    def need(ok: bool, key: str, rule: str) -> None:
+        if not ok:
+            raise UserError(f"{key} must be {rule}, got {getattr(plan, key)!r}")
+
+    for key in ("prompts", "seeds", "rates"):
+        values = getattr(plan, key)
+        need(bool(values) and len(set(values)) == len(values), key, "a list without repeated values")
+    need(all(rate > 0 for rate in plan.rates), "rates", "factors above 0")
+    need(all(seed >= 0 for seed in plan.seeds), "seeds", "0 or more")
+    need(plan.jobs >= 1, "jobs", "at least 1")
+    need(plan.evaluations >= 1, "evaluations", "at least 1")
+    need(plan.demonstrations >= 1, "demonstrations", "at least 1")
+    need(plan.select in ("loss", "metric"), "select", "loss or metric")
+    need(plan.queries >= 0, "queries", "at least 1")
+    for name in (*plan.tasks, *plan.methods, *plan.prompts):
+        if not _SLUG.fullmatch(name):
+            raise UserError(f"{name!r} cannot name files: use letters, digits, and _.- between them")
+    presets = preset_files("method")
+    for name, entry in plan.methods.items():
+        own = [*BUILT_IN.get(name, []), *entry.arguments]
+        if name not in presets and not any(word.startswith("method=") for word in own):
+            near = did_you_mean(name, [*presets, *BUILT_IN, *MODES])
+            raise UserError(
+                f"there is no method called {name!r}.{near} A method of your own names its parts: "
+                f"methods: {{{name}: {{arguments: [method=mezo, ...]}}}}"
+            )
+        if entry.learning_rate is not None and entry.learning_rate <= 0:
+            raise UserError(f"methods.{name}.learning_rate must be above 0, got {entry.learning_rate:g}")
+    if plan.target is None and plan.baseline not in plan.runs:
+        raise UserError(f"baseline={plan.baseline} is not among the methods: choose one of {', '.join(plan.runs)}")
+    for words, what in ((plan.base, "base"), *((words, f"tasks.{name}") for name, words in plan.tasks.items())):
+        for word in words:
+            key = word.partition("=")[0].lstrip("+")
+            if key in _VARIED and (key != "task" or (what == "base" and plan.tasks)):
+                raise UserError(f"{word} ({what}): a bench varies that itself; its key is {_VARIED[key]}")

@@ -1,0 +1,175 @@
+"""A bench in words and numbers: bench.md, its table for people, and bench.csv, one row a cell."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+
+from zoft import atomic
+from zoft.bench.choosing import best_point
+from zoft.bench.ledger import Row
+from zoft.bench.plan import MODES, Cell, Plan
+from zoft.bench.results import Result, Results, agreement, interval
+from zoft.evaluation.intervals import wilson
+
+TABLE, ROWS = "bench.md", "bench.csv"
+_COLUMNS = (
+    *("task", "prompt", "method", "factor", "learning_rate", "seed", "queries", "steps", "queries_a_step", "trained"),
+    *("metric", "best_queries", "dev_loss", "dev_metric", "test_loss", "test_metric", "num_test"),
+    *("seconds", "peak_memory_mb", "memory_before_mb", "failed"),
+)
+
+
+def write(plan: Plan, rows: Mapping[Cell, Row]) -> str:
+    """Write both files.
+
+    Args:
+        plan: the bench.
+        rows: of its cells.
+
+    Returns:
+        The text of bench.md.
+    """
+    folder = Path(plan.output_dir)
+    text = markdown(plan, Results(plan, rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write(folder / TABLE, text + "\n")
+    atomic.write(folder / ROWS, _csv(plan, rows))
+    return text
+
+
+def markdown(plan: Plan, results: Results) -> str:
+    """Test scores of all methods side by side, then what each cost and how far it is from the references."""
+    return "\n\n".join([_overview(plan, results), _details(plan, results), _notes(plan, results)])
+
+
+def _overview(plan: Plan, results: Results) -> str:
+    """One line a method, one column a task and prompt."""
+    groups = [g for g in results.groups if results.of(g) or any((g, m) in results.untrained for m in plan.modes)]
+    ranks = {prompt: results.ranks(prompt) for prompt in plan.prompts}
+    order = {m: mean([ranks[p].get(m, math.inf) for p in plan.prompts]) for m in plan.runs}
+    names = sorted(plan.runs, key=lambda m: (m not in plan.references, order[m]))
+    head = ["method", *(f"{task}, {prompt}" for task, prompt in groups), *(f"rank, {p}" for p in plan.prompts)]
+    lines = [_line(head), "|:--|" + "--:|" * (len(head) - 1)]
+    for mode in plan.modes:
+        cells = [_untrained(results.untrained.get((group, mode))) for group in groups]
+        lines.append(_line([f"*{mode}*", *cells, *[""] * len(plan.prompts)]))
+    for name in names:
+        label = f"*{name}*" if name in plan.references else name
+        cells = [_scores(results.results.get((group, name)), len(plan.seeds)) for group in groups]
+        lines.append(_line([label, *cells, *(_number(ranks[p].get(name, math.nan), ".1f") for p in plan.prompts)]))
+    return "\n".join(lines)
+
+
+def _details(plan: Plan, results: Results) -> str:
+    """One line a task, prompt and method."""
+    exact, first_order = "forward_gradient", "adamw"
+    head = ["task", "prompt", "method", "learning rate", "queries a step", "dev loss", "queries to target"]
+    head += [f"gap to {exact}", f"gap to {first_order}", "peak MiB", "seconds"]
+    lines = [_line(head), "|:--|:--|:--|" + "--:|" * (len(head) - 3)]
+    for group in results.groups:
+        for result in results.of(group):
+            if not result.finished:
+                lines.append(_line([*group, result.method, "diverges at every rate", *[""] * 7]))
+                continue
+            middle, low, high = interval([point["loss"] for point in result.dev()])
+            row = result.finished[0]
+            lines.append(
+                _line(
+                    [
+                        *group,
+                        result.method,
+                        f"{row['learning_rate']:g}{' *' if result.at_edge else ''}",
+                        str(row["queries_a_step"]),
+                        f"{middle:.3f}" + (f" ± {(high - low) / 2:.3f}" if math.isfinite(high) else ""),
+                        _number(result.queries_to(results.target(group)), ".0f"),
+                        _number(results.gap(group, result.method, exact), "+.3f"),
+                        _number(results.gap(group, result.method, first_order), "+.3f"),
+                        f"{result.cost('peak_memory_mb'):.0f}",
+                        f"{result.cost('seconds'):.1f}",
+                    ]
+                )
+            )
+    return "\n".join(lines)
+
+
+def _notes(plan: Plan, results: Results) -> str:
+    """What the numbers are, and the agreement of the prompts."""
+    broken = sum(result.broken for result in results.results.values())
+    of_rates = sum(bool(row["failed"]) for result in results.results.values() for row in result.rates.values())
+    seeds = len(plan.seeds)
+    target = f"the dev loss of {plan.baseline}" if plan.target is None else f"a dev loss of {plan.target:g}"
+    rates = ", ".join(f"x {rate:g}" for rate in plan.rates)
+    told = [
+        f"{plan.queries:,} queries a run. Test scores: mean over {seeds} seeds ± half of Student's 95 % interval, of "
+        f"the checkpoint with the best dev {plan.select}, at the learning rate (of {rates}) with the best dev "
+        f"{plan.select} under seed {plan.seeds[0]}; `*`: that rate is at the edge of those tried. Untrained: with "
+        f"the 95 % interval over rows. Ranks: among the methods, references (in italics) apart. Queries to {target}; "
+        "gaps in dev loss, nats."
+    ]
+    if broken or of_rates:
+        told.append(f"Diverged: {of_rates} runs of the search for rates, {broken} runs with other seeds.")
+    for first, second in zip(plan.prompts, plan.prompts[1:], strict=False):
+        tau = agreement(results.ranks(first), results.ranks(second))
+        if math.isfinite(tau):
+            told.append(f"Ranks under prompt {first} and {second} agree with Kendall's tau {tau:.2f}.")
+    return "\n".join(told)
+
+
+def _scores(result: Result | None, num_seeds: int) -> str:
+    if result is None:
+        return ""
+    if not result.finished:
+        return "diverges" if len(result.rows) == num_seeds or not result.rows else ""
+    scale, digits = _scale(result.metric)
+    middle, low, high = interval(result.test())
+    told = f"{scale * middle:.{digits}f}"
+    if math.isfinite(high):
+        told += f" ± {scale * (high - low) / 2:.{digits}f}"
+    missing = num_seeds - len(result.finished)
+    return told + (f" ({result.broken} diverged)" if result.broken else f" ({missing} to come)" if missing else "")
+
+
+def _untrained(row: Row | None) -> str:
+    if row is None:
+        return ""
+    metric = row["metric"]
+    scale, digits = _scale(metric)
+    value = row["test"][metric]
+    low, high = row["test"].get(f"{metric}_low"), row["test"].get(f"{metric}_high")
+    if low is None and metric == "accuracy":
+        low, high = wilson(value * row["num_test"], row["num_test"])
+    bounds = "" if low is None else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+    return f"{scale * value:.{digits}f}{bounds}"
+
+
+def _scale(metric: str) -> tuple[float, int]:
+    """(factor, digits): accuracies are told in per cent."""
+    return (100.0, 1) if metric == "accuracy" else (1.0, 3)
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _csv(plan: Plan, rows: Mapping[Cell, Row]) -> str:
+    """One row a cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for cell in sorted(rows, key=lambda cell: cell.name):
+        row = dict(rows[cell])
+        metric, test = row["metric"], row["test"] or {}
+        best = None if cell.method in MODES else best_point(row, plan.select)
+        if best is not None:
+            row |= {"best_queries": best["queries"], "dev_loss": best["loss"], "dev_metric": best[metric]}
+        writer.writerow(row | {"test_loss": test.get("loss"), "test_metric": test.get(metric)})
+    return text.getvalue()

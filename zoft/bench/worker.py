@@ -1,0 +1,127 @@
+"""Processes at work on a bench: each takes a cell that nobody has, until there is none; a failed one stops no other."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+from zoft.bench.choosing import chosen_factors, dev_score
+from zoft.bench.ledger import Ledger, Row
+from zoft.bench.plan import MODES, Cell, Plan
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from zoft.bench.cells import Shared
+
+_PAUSE = 1.0  # seconds between looks at what others have finished
+
+
+def run_bench(plan: Plan) -> dict[Cell, Row]:
+    """Run every cell that is not there yet, with ``plan.jobs`` processes, beside other machines that do the same.
+
+    Returns:
+        The rows of all cells, whoever ran them.
+
+    Raises:
+        UserError: the folder holds another bench.
+    """
+    ledger = Ledger(plan.output_dir)
+    known(plan, ledger)  # another bench's folder is found out before anything runs
+    ledger.forget_failures()
+    if plan.jobs == 1:
+        work(plan)
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.jobs)))
+        context = multiprocessing.get_context("spawn")
+        workers = [context.Process(target=work, args=(plan,), daemon=True) for _ in range(plan.jobs)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    return known(plan, ledger)
+
+
+def known(plan: Plan, ledger: Ledger, rows: dict[Cell, Row] | None = None) -> dict[Cell, Row]:
+    """The rows that are there.
+
+    Args:
+        plan: the bench.
+        ledger: of its folder.
+        rows: those that were there before; they are not read again.
+    """
+    rows = {} if rows is None else rows
+    for _ in range(2):  # the first rows say which learning rates the other seeds have
+        for cell in plan.cells(chosen_factors(plan, rows)):
+            if cell not in rows and (row := ledger.row(cell, plan.arguments(cell))) is not None:
+                rows[cell] = row
+    return rows
+
+
+def work(plan: Plan) -> None:
+    """One process: take cells until none is left; where the others are at the last ones, wait for them."""
+    _quiet()
+    from zoft.bench.cells import Shared
+
+    ledger, shared, here = Ledger(plan.output_dir), Shared(), ("", "")
+    rows: dict[Cell, Row] = {}
+    while True:
+        rows = known(plan, ledger, rows)
+        failures = ledger.failures()
+        left = [c for c in plan.cells(chosen_factors(plan, rows)) if c not in rows and c.name not in failures]
+        if not left:
+            return
+        for cell in _in_order(left, here, ledger):
+            with ledger.claimed(cell) as mine:
+                if mine and not ledger.has(cell):
+                    here = (cell.task, cell.prompt)
+                    _one(plan, cell, ledger, shared)
+                    break
+        else:
+            time.sleep(_PAUSE)
+
+
+def _in_order(cells: list[Cell], here: tuple[str, str], ledger: Ledger) -> list[Cell]:
+    """Those of the task at hand first, then those of tasks that nobody is at: their rows are encoded only once."""
+    busy = {(cell.task, cell.prompt) for cell in cells if ledger.holder(cell)}
+    return sorted(cells, key=lambda c: ((c.task, c.prompt) != here, (c.task, c.prompt) in busy))
+
+
+def _one(plan: Plan, cell: Cell, ledger: Ledger, shared: Shared) -> None:
+    from zoft.bench.cells import run_cell
+
+    began = time.perf_counter()
+    try:
+        row = run_cell(plan, cell, ledger.work(cell), shared)
+    except Exception as error:  # whatever it is, the other cells are still worth their time
+        told = str(error) if isinstance(error, UserError) else traceback.format_exc()
+        ledger.fail(cell, told)
+        print(f"{cell.name}: failed: {' '.join(str(error).split()) or type(error).__name__}", flush=True)
+        return
+    ledger.write(cell, row)
+    place = f"{ledger.number_of_rows()}/{plan.num_cells}"
+    print(f"{place:>9}  {cell.name:<44} {told_of(row, plan)}  ({time.perf_counter() - began:.0f} s)", flush=True)
+
+
+def told_of(row: Row, plan: Plan) -> str:
+    """A cell's outcome in a few words."""
+    metric = row["metric"]
+    scale, unit = (100.0, " %") if metric == "accuracy" else (1.0, "")
+    if row["method"] in MODES:
+        return f"test {metric} {scale * row['test'][metric]:.1f}{unit}"
+    if row["failed"]:
+        return f"diverged: {row['failed']}"
+    best = min(row["curve"][1:], key=lambda point: dev_score(point, metric, plan.select))
+    return f"best dev loss {best['loss']:.3f}, {metric} {scale * best[metric]:.1f}{unit}"
+
+
+def _quiet() -> None:
+    """Cells tell their outcome, nothing else."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("zoft").setLevel(logging.ERROR)

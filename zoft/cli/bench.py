@@ -1,0 +1,75 @@
+"""`zoft bench`: a grid of methods, tasks, prompts and seeds at one budget; a table and pictures."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+from typing import Any
+
+from zoft.errors import Requeued, UserError
+
+
+def command(arguments: list[str]) -> int:
+    """Bench.
+
+    Args:
+        arguments: ``config=``, keys of the bench, arguments of `zoft train` for every cell, ``--plan``, ``--draw``.
+
+    Returns:
+        The exit code: 1 where cells could not be carried out.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in zoft train
+    from zoft.bench.reading import fill_in, read_plan
+    from zoft.cli.train import _quiet
+
+    _quiet()
+    logging.getLogger("zoft").setLevel(logging.ERROR)  # what a method is warned of would be said for every cell
+    flags = {word for word in arguments if word in ("--plan", "--draw")}
+    plan = read_plan([word for word in arguments if word not in flags])
+    fill_in(plan)
+    if "--plan" in flags:
+        print(told(plan))
+        return 0
+    signal.signal(signal.SIGTERM, _requeue)
+    from zoft.bench.ledger import Ledger
+    from zoft.bench.worker import known, run_bench
+
+    ledger = Ledger(plan.output_dir)
+    rows = known(plan, ledger) if "--draw" in flags else run_bench(plan)
+    failures = ledger.failures()
+    if "--draw" in flags and not rows:
+        raise UserError(f"output_dir={plan.output_dir} holds no finished cell of this bench: run it without --draw")
+    if any(row["test"] is not None for row in rows.values()):
+        from zoft.bench.pictures import draw
+        from zoft.bench.table import write
+
+        print(write(plan, rows))
+        drawn = ", ".join(path.name for path in draw(plan, rows))
+        print(f"\nbench   {plan.output_dir}: bench.md, bench.csv, {drawn}")
+    for name, why in failures.items():
+        print(f"zoft: error: {name}: {why.strip().splitlines()[-1]}")
+    return 1 if failures else 0
+
+
+def told(plan: Any) -> str:
+    """A bench before it runs: what is varied, how many cells that makes, and a cell's command."""
+    rates = ", ".join(f"{rate:g}" for rate in plan.rates)
+    lines = [
+        f"tasks       {', '.join(plan.tasks)}",
+        f"prompts     {', '.join(plan.prompts)}",
+        f"methods     {', '.join(f'{m} ({plan.methods[m].learning_rate:g})' for m in plan.runs)}",
+        f"references  {', '.join(plan.references)}",
+        f"rates       x {rates}, chosen by the dev rows of seed {plan.seeds[0]}",
+        f"seeds       {', '.join(map(str, plan.seeds))}",
+        f"cells       {plan.num_cells:,} of {plan.queries:,} queries",
+    ]
+    cells = list(plan.cells())
+    run = next(cell for cell in cells if cell.seed is not None)
+    lines.append(f"a cell      zoft train {shlex.join(plan.arguments(run))}")
+    return "\n".join(lines)
+
+
+def _requeue(*_: Any) -> None:
+    raise Requeued
