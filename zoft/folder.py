@@ -13,7 +13,7 @@ from zoft.errors import UserError
 
 CONFIG, FINAL, REPORT, LOCK = "config.yaml", "final.json", "report.json", ".lock"
 CHANGEABLE = re.compile(
-    r"output_dir|config|budget\.queries|optimizer\.learning_rate|tracker\..*"
+    r"output_dir|config|budget\.queries|optimizer\.learning_rate|tracker\..*|diagnostics(\..*)?"
     r"|trainer\.(logging|eval|save|lr_scheduler|warmup|dataloader(?!_drop_last)|metric_for|greater_is|load_best|max_skipped|guard).*"
     r"|trainer\.(per_device_train_batch_size|gradient_accumulation_steps|disable_tqdm|run_name|journal.*|frozen.*|ddp_timeout)"
 )

@@ -198,6 +198,9 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
 
     def _train(self, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         set_seed(self.args.seed)  # the order of the rows comes from it, not from what the caller has drawn before
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "watch"):  # one that measures the steps (zoft.diagnostics)
+                callback.watch(self)
         checkpoint, finished = self._begin_journal(resume), False
         try:
             trained = super().train(checkpoint, *args, **kwargs)
@@ -232,7 +235,8 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
     def _nobody_looks(self) -> bool:
         """Whether the weights may be elsewhere between a query and the next: no code but ours runs in between."""
         callbacks = [*self.callback_handler.callbacks, self]
-        return all(type(one).__module__.split(".")[0] in ("transformers", "zoft") for one in callbacks)
+        ours = all(type(one).__module__.split(".")[0] in ("transformers", "zoft") for one in callbacks)
+        return ours and not any(getattr(one, "looks", False) for one in callbacks)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's own, on the weights of the step and not on those of the next query."""

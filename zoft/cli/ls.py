@@ -24,6 +24,7 @@ ABOUT = {
     "objective": "the number that is minimised",
     "budget": "how much training, in queries",
     "tracker": "where else the metrics go",
+    "diagnostics": "what is measured of the estimates beside the run",
     "launcher": "how the cells of a sweep (-m) run",
 }
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "BudgetConfig": "zoft.config.schema",
+    "DiagnosticsConfig": "zoft.config.schema",
     "ModelConfig": "zoft.config.schema",
     "TrackerConfig": "zoft.config.schema",
     "ZoftConfig": "zoft.config.schema",
@@ -18,12 +19,21 @@ _HOMES = {
     "resolved_yaml": "zoft.config.resolved",
 }
 
-__all__ = ["BudgetConfig", "ModelConfig", "TrackerConfig", "ZoftConfig", "compose", "multirun", "resolved_yaml"]
+__all__ = [
+    "BudgetConfig",
+    "DiagnosticsConfig",
+    "ModelConfig",
+    "TrackerConfig",
+    "ZoftConfig",
+    "compose",
+    "multirun",
+    "resolved_yaml",
+]
 
 if TYPE_CHECKING:
     from zoft.config.loader import compose
     from zoft.config.resolved import resolved_yaml
-    from zoft.config.schema import BudgetConfig, ModelConfig, TrackerConfig, ZoftConfig
+    from zoft.config.schema import BudgetConfig, DiagnosticsConfig, ModelConfig, TrackerConfig, ZoftConfig
     from zoft.config.sweep import multirun
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from zoft.component import GROUPS
 
-PRESET_GROUPS = ("config", "method", "model", "budget", "tracker", "launcher")
+PRESET_GROUPS = ("config", "method", "model", "budget", "tracker", "diagnostics", "launcher")
 """Groups that exist as YAML files only."""
 
 ORDER = (
     *("config", "model", "task", "peft", "trainable"),
     *("method", "subspace", "estimator", "weighting", "optimizer", "engine", "objective"),
-    *("budget", "tracker", "launcher"),
+    *("budget", "tracker", "diagnostics", "launcher"),
 )
 """Every group, in the order in which a user meets them."""
 

@@ -147,7 +147,7 @@ def _near_root(key: str) -> str:
     if near.startswith(" Did"):
         return near
     homes = [group for group in GROUPS if any(key in _hints(cls) for cls in components(group).values())]
-    homes += [name for name in ("model", "budget", "tracker") if key in _hints(_hints(ZoftConfig)[name])]
+    homes += [name for name in ("model", "budget", "tracker", "diagnostics") if key in _hints(_hints(ZoftConfig)[name])]
     if homes:
         return f" Did you mean {' or '.join(f'{home}.{key}' for home in homes[:3])}?"
     if key in training_arguments.fields():

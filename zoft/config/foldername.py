@@ -8,7 +8,14 @@ import zlib
 
 from zoft.config.experiments import is_path
 
-_UNTOLD = {"config", "seed", "output_dir", "launcher", "tracker"}  # in the name already, or no part of what is run
+_UNTOLD = {
+    "config",
+    "seed",
+    "output_dir",
+    "launcher",
+    "tracker",
+    "diagnostics",
+}  # in the name already, or no part of what is run
 _LONGEST = 180  # characters of a folder's name; file systems stop at 255
 
 

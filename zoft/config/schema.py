@@ -106,6 +106,36 @@ class TrackerConfig:
 
 
 @dataclass(kw_only=True)
+class DiagnosticsConfig:
+    """What is measured of the run's estimates beside it; the run itself stays as it is (docs/diagnostics.md).
+
+    Args:
+        every: steps from one measurement to the next, the first step included; 0 measures nothing.
+        gradient: whether the true gradient is computed by backpropagation, for the cosine to it.
+        num_probes: directions that are asked at the same weights, the step's own among them; 0: no more than those.
+        eps: radii at which finite differences are compared with the exact derivative; empty: none.
+    """
+
+    every: int = 0
+    gradient: bool = False
+    num_probes: int = 0
+    eps: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_probes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"diagnostics.{name} must be 0 or more, got {getattr(self, name)}")
+        if not all(0 < value < float("inf") for value in self.eps):
+            raise UserError(f"diagnostics.eps must be > 0 and finite, got {self.eps}")
+        given = [name for name in ("gradient", "num_probes", "eps") if getattr(self, name)]
+        if given and not self.every:
+            raise UserError(
+                f"diagnostics.{given[0]} is set, and nothing is measured: choose diagnostics=cheap or full, "
+                "or set diagnostics.every"
+            )
+
+
+@dataclass(kw_only=True)
 class ZoftConfig:
     """One run.
 
@@ -127,6 +157,7 @@ class ZoftConfig:
         budget: how much training, in queries.
         precision: how a step is written into weights of few bits.
         tracker: where else the metrics go.
+        diagnostics: what is measured of the estimates beside the run.
         trainer: any field of ``transformers.TrainingArguments`` that has no other home, by its own name.
     """
 
@@ -147,6 +178,7 @@ class ZoftConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -154,7 +186,7 @@ class ZoftConfig:
             raise UserError("output_dir is empty: give a folder for the run")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be 0 or more and below 2**32 (numpy takes no more), got {self.seed}")
-        self.composition.steps_within(self.budget.queries)
+        self.composition.check_budget(self.budget.queries)
         self._check_engine()
         self._check_gradient()
         if self.trainer.get("max_grad_norm") and self.estimator.backpropagates:

@@ -12,6 +12,10 @@ from zoft.report.rows import fact_rows
 from zoft.report.words import finite
 
 MARKDOWN, JSON = "report.md", "report.json"
+_PICTURES = {
+    "curve.png": "![loss and accuracy against queries](curve.png)",
+    "diagnostics.png": "![cosine, signal-to-noise, variance and eps of the estimates](diagnostics.png)",
+}
 
 
 def write_report(folder: str | Path, facts: dict[str, Any]) -> Path:
@@ -42,7 +46,8 @@ def write_report(folder: str | Path, facts: dict[str, Any]) -> Path:
     known = complete_facts(facts)
     atomic.write(folder / JSON, json.dumps(finite(known), indent=2, default=str, allow_nan=False) + "\n")
     path = folder / MARKDOWN
-    atomic.write(path, _markdown(known, curve=(folder / "curve.png").is_file()))
+    pictures = [told for name, told in _PICTURES.items() if (folder / name).is_file()]
+    atomic.write(path, _markdown(known, pictures=pictures))
     return path
 
 
@@ -112,7 +117,7 @@ def _is_known(value: Any) -> bool:
     return finite(value) is not None
 
 
-def _markdown(known: dict[str, Any], *, curve: bool) -> str:
+def _markdown(known: dict[str, Any], *, pictures: list[str]) -> str:
     about = [
         f"{name} `{known[name]}`" for name in ("model", "task", "method", "device", "dtype", "seed") if name in known
     ]
@@ -128,8 +133,8 @@ def _markdown(known: dict[str, Any], *, curve: bool) -> str:
             "on a CPU the measured peaks also hold the interpreter and its libraries.",
             "",
         ]
-    if curve:
-        lines += ["![loss and accuracy against queries](curve.png)", ""]
+    for picture in pictures:
+        lines += [picture, ""]
     if "command" in known:
         lines += ["To run it again:", "", "```sh", str(known["command"]), "```", ""]
     return "\n".join(lines)

@@ -1,0 +1,5 @@
+"""What a run's estimates are worth: measured beside the run, from its own batches and directions."""
+
+from zoft.diagnostics.callback import DiagnosticsCallback
+
+__all__ = ["DiagnosticsCallback"]

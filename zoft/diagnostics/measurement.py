@@ -1,0 +1,269 @@
+"""One measurement: what a step's estimate is worth, from its batch, its weights and its directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from zoft.diagnostics.alignment import alignment, cosine_by_chance
+from zoft.diagnostics.asking import Asking, further
+from zoft.diagnostics.bystander import Bystander, mirrored
+from zoft.diagnostics.gradient import Gradient, gradient_of
+from zoft.diagnostics.probes import gram_summary, normalised, signal, true_slopes
+from zoft.diagnostics.radius import exact_slopes, radius_table
+from zoft.diagnostics.variance import Law, variance_table
+from zoft.errors import OutOfMemoryError, UserError
+from zoft.guards import Halving
+from zoft.method import memory_of
+from zoft.noise import Direction
+from zoft.report.backprop import backprop_parts_mb, model_shape
+from zoft.subspaces.base import Coordinates
+from zoft.subspaces.full import Full
+
+if TYPE_CHECKING:
+    from zoft.trainer import ZOMixin
+
+_MOST = 64  # directions whose inner products are taken at once
+_ALONG = 2  # directions along which eps varies
+_RIGHT_ANGLES = 1e-4  # cosines below this are rounding
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured.
+
+    Args:
+        gradient: whether the true gradient is computed by backpropagation.
+        num_probes: directions that are queried in all, the step's own among them; 0: no more than those.
+        eps: radii at which finite differences are compared with the exact derivative, beside the run's own.
+    """
+
+    gradient: bool = True
+    num_probes: int = 16
+    eps: tuple[float, ...] = ()
+
+
+class Measurement:
+    """A step of a run, measured between its queries and its update; the run is as before afterwards.
+
+    Args:
+        trainer: in the middle of a step: queried, and not written yet.
+        wanted: what to measure.
+        remembered: what estimator and weighting remembered before the step's queries.
+        notes: takes what cannot be measured and why, each once.
+    """
+
+    def __init__(self, trainer: ZOMixin, wanted: Wanted, remembered: dict[str, Any], notes: list[str]) -> None:
+        assert trainer.queries is not None
+        assert trainer.session is not None
+        self.trainer, self.wanted, self.notes = trainer, wanted, notes
+        self.estimator = trainer._estimator()
+        self.batch = trainer._asked
+        step = trainer.progress.steps - 1
+        own = trainer._directions(step)
+        self.terms = list(trainer.stepper.pending or [])
+        run = trainer.stepper.coordinates
+        given = trainer.direction_seeds is not None
+        self.probes = further(own, self._num_probes(run, own[0]), self.estimator.noise, given=given)
+        self.coordinates = mirrored(run, len(self.probes))
+        self.session = Bystander(trainer.model, self.coordinates, trainer.session.objective)
+        self.session.anchor = trainer.session.anchor
+        points, losses = self.estimator.points(own), trainer.losses
+        if self._probes_tell and losses is not None and losses.shape == (len(points),):
+            self.session.know(self.batch, points, losses)
+        self.asking = Asking(trainer.queries, self.session, self.batch, self.estimator, remembered)
+
+    def __call__(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(one row of numbers, the tables)."""
+        trainer, q = self.trainer, self.estimator.num_directions
+        row: dict[str, Any] = {"step": trainer.state.global_step + 1, "num_queries": trainer.progress.num_queries}
+        row |= {"num_directions": q, "eps": self.estimator.radius or None}
+        tables: dict[str, Any] = {"step": row["step"]}
+        gradient = self._gradient()
+        found = alignment(self.coordinates, self.terms, self._dense(), gradient)
+        row |= {"cosine": found.cosine, "estimate_norm": found.estimate_norm}
+        row |= {"gradient_norm": found.gradient_norm, "norm_ratio": found.norm_ratio}
+        if self.terms:
+            row["cosine_by_chance"] = cosine_by_chance(len(self.terms), self._elements())
+            gram = self._gram()
+            row |= gram_summary(gram)
+            tables["gram"] = normalised(gram).tolist()
+            self._probe(row, tables, gram, gradient, found.gradient_norm)
+        if self.wanted.eps:
+            self._radius(row, tables, gradient)
+        return row | {"diagnostics_queries": self.session.num_queries}, tables
+
+    # ---- the estimate and the gradient -------------------------------------------------------------------------------
+
+    def _gradient(self) -> Gradient | None:
+        """The true gradient on the step's batch; None where it is not wanted, does not exist or does not fit."""
+        if not self.wanted.gradient or not self._is_differentiable("the cosine to the true gradient"):
+            return None
+        if not self._fits():
+            self._note("backpropagation does not fit in memory: no true gradient")
+            return None
+        try:
+            return Halving()(self._gradient_over, self.batch)
+        except OutOfMemoryError:
+            self._note("backpropagation does not fit in memory: no true gradient")
+        except UserError as error:
+            self._note(f"no true gradient: {error}")
+        return None
+
+    def _gradient_over(self, window: list[dict[str, Any]]) -> Gradient:
+        """Of the micro-batches one by one, weighted as their losses are."""
+        trainer, whole = self.trainer, self.trainer._asked
+        counts = [trainer._num_terms(inputs) for inputs in window]
+        adds_up = len(window) == 1 or trainer._loss_is_a_share()
+
+        def parts() -> Iterator[tuple[Any, float]]:
+            for inputs, count in zip(window, counts, strict=True):
+                trainer._asked = [inputs]  # a share of the step's tokens, where losses are divided by those
+                yield trainer._asked, 1.0 if adds_up else count / sum(counts)
+
+        try:
+            return gradient_of(self.session, parts())
+        finally:
+            trainer._asked = whole
+
+    def _dense(self) -> Gradient | None:
+        """What a backward pass of the estimator's own adds to the estimate, computed as in the step."""
+        trainer, estimator = self.trainer, self.estimator
+        assert trainer.queries is not None
+        if trainer.stepper.backward is None:
+            return None
+        select, dense = trainer.queries.select, {}
+        queried = bool(estimator.points(self.probes)) and select(self.batch, estimator.queried_lengths) is not None
+        share = estimator.share_of_backward(queried)
+        near = select(self.batch, estimator.backpropagated_lengths)
+        _, run = self.session.graph(near, frozenset(self.coordinates.still) or None)
+
+        def take(name: str, gradient: Tensor) -> None:
+            dense[name] = gradient.mul(share).reshape(-1).float()
+
+        run(take)
+        return dense
+
+    def _fits(self) -> bool:
+        """Whether one row's backward pass and the gradient would fit, as far as that can be known."""
+        weights = self.coordinates.weights
+        there = memory_of(next(iter(weights.tensors.values())).device)
+        shape, ids = model_shape(self.trainer.model, weights.num_elements), self.batch[0].get("input_ids")
+        if there is None or shape is None or not isinstance(ids, Tensor):
+            return True
+        parts = backprop_parts_mb(shape, batch=1, seq=ids.shape[-1])
+        return (sum(parts.values()) - parts["optimizer"]) * 2**20 + 4 * weights.num_elements < there
+
+    # ---- probes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _probes_tell(self) -> bool:
+        """Whether more directions can be asked of this step's batch."""
+        estimator = self.estimator
+        return not estimator.backpropagates and not estimator.batches_at(self.trainer.progress.steps - 1)
+
+    def _num_probes(self, coordinates: Coordinates, direction: Direction) -> int:
+        """A multiple of the step's own q; as many as wanted, as exist, and as are asked at once."""
+        q, wanted = self.estimator.num_directions, self.wanted.num_probes
+        if not self._probes_tell:
+            if wanted and not self.estimator.backpropagates:
+                self._note("steps whose losses are averaged over several batches are asked no further probes")
+            return q
+        if self.estimator.across == "orthogonal":
+            wanted = min(wanted, coordinates.dimension(direction))
+        if self.estimator.per_example:
+            wanted = min(wanted, _MOST * q // max(1, len(self.terms)))
+        return max(1, -(-wanted // q) if self.estimator.across != "orthogonal" else wanted // q) * q
+
+    def _gram(self) -> Tensor:
+        own = self.estimator.per_example or not self._probes_tell
+        directions = [direction for direction, _ in self.terms] if own else self.probes
+        return self.coordinates.gram(directions[:_MOST])
+
+    def _probe(
+        self, row: dict[str, Any], tables: dict[str, Any], gram: Tensor, gradient: Gradient | None, norm: float | None
+    ) -> None:
+        """Signal-to-noise, and variance against q."""
+        if not self._probes_tell:
+            return
+        slopes = self.asking.all_slopes(self.probes)
+        row["num_probes"] = len(slopes)
+        if not len(slopes):
+            return
+        row |= signal(slopes)
+        if not self.wanted.num_probes:
+            return
+
+        def along(directions: Any) -> Tensor:
+            assert gradient is not None
+            return true_slopes(self.coordinates, gradient, directions)
+
+        exact = None if gradient is None else along
+        square = slopes.double().square() if exact is None else exact(self.probes).square()
+        tables["variance"] = variance_table(
+            self.probes,
+            self.asking,
+            self.coordinates.gram,
+            self.asking.sizes(len(self.probes)),
+            exact,
+            norm,
+            self._law(gram, float(square.mean()) if norm is None or not self._is_full else norm**2),
+        )
+
+    @property
+    def _is_full(self) -> bool:
+        return isinstance(self.trainer.method.subspace, Full)
+
+    def _law(self, gram: Tensor, slope_square: float) -> Law | None:
+        """What theory needs; None where it says nothing of this method."""
+        method, estimator = self.trainer.method, self.estimator
+        told = estimator.measures_slopes and not estimator.per_example and not estimator.keeps_anchor
+        if not told or method.weighting.name() != "mean" or method.optimizer.shapes_directions:
+            return None
+        dimension = self.coordinates.dimension(self.probes[0])
+        off = gram_summary(gram)["gram_offdiagonal"]
+        across = "gaussian" if method.subspace.law == "gaussian" else "length"
+        if off is not None and off < _RIGHT_ANGLES:
+            across = "orthogonal"
+        square = float(dimension) if self._is_full else float(gram.diagonal().mean())
+        return Law(across, dimension, square, slope_square, estimator.across == "antithetic")
+
+    def _elements(self) -> int:
+        """Trained weights, moving in this step or not: what the gradient is of."""
+        return self.coordinates.weights.num_elements
+
+    # ---- eps ---------------------------------------------------------------------------------------------------------
+
+    def _radius(self, row: dict[str, Any], tables: dict[str, Any], gradient: Gradient | None) -> None:
+        if not self._is_differentiable("the error of finite differences"):
+            return
+        directions = self.probes[:: 2 if self.estimator.across == "antithetic" else 1][:_ALONG]
+        exact, source = exact_slopes(self.session, self.batch, directions), "jvp"
+        if exact is None and gradient is not None:
+            exact, source = true_slopes(self.coordinates, gradient, directions), "gradient"
+        if exact is None:
+            self._note("the loss has no forward derivative here: finite differences have nothing to be held to")
+            return
+        own = self.estimator.radius
+        radii = [*self.wanted.eps, *([own] if own else [])]
+        table = radius_table(self.session, self.batch, directions, self.estimator, exact, radii)
+        tables["radius"] = {"exact": source, "num_directions": len(directions), "rows": table}
+        row["fd_error_at_eps"] = next((one["error"] for one in table if one["eps"] == own), None)
+        best = min(table, key=lambda one: one["error"])
+        row |= {"best_eps": best["eps"], "fd_error_at_best_eps": best["error"]}
+
+    # ---- what cannot be measured -------------------------------------------------------------------------------------
+
+    def _is_differentiable(self, what: str) -> bool:
+        objective = self.trainer.objective
+        if objective is None or objective.differentiable:
+            return True
+        self._note(f"objective={objective.name()} has no gradient: {what} is left out")
+        return False
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
