@@ -65,6 +65,17 @@ def is_norm_or_bias(name: str) -> bool:
     return _NORM_OR_BIAS.search(name) is not None
 
 
+def fresh_head(model: nn.Module) -> set[str]:
+    """Names of a classifier's head: what a sequence classification model has beside its base model.
+
+    A head that was just made knows nothing, so whatever else is chosen, it is trained; empty for other models.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not type(model).__name__.endswith("ForSequenceClassification") or not prefix:
+        return set()
+    return {name for name, _ in model.named_parameters() if not name.startswith(f"{prefix}.")}
+
+
 def block_of(name: str) -> int | None:
     """The index of the repeated block that a parameter belongs to, or None outside the blocks.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
-from zoft.models.trainable.base import Trainable, block_of
+from zoft.models.trainable.base import Trainable, block_of, fresh_head
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LastBlocks(Trainable):
-    """Every weight of the last n blocks, and the final norm; embeddings and a tied head stay frozen.
+    """Every weight of the last n blocks, the final norm and a fresh head; embeddings and a tied head stay frozen.
 
     What lies below never changes, so its hidden states are computed once per example for the whole run.
 
@@ -29,8 +29,8 @@ class LastBlocks(Trainable):
         self.require(self.num_blocks >= 1, "num_blocks", "at least 1")
 
     def chosen(self, model: nn.Module) -> set[str]:
-        """Names in the last blocks and the final norm."""
-        return in_last_blocks(model, self.num_blocks, self)
+        """Names in the last blocks, the final norm and a fresh head."""
+        return in_last_blocks(model, self.num_blocks, self) | fresh_head(model)
 
 
 def in_last_blocks(model: nn.Module, num_blocks: int, asker: Trainable) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zoft.models.trainable.base import Trainable, is_norm_or_bias
+from zoft.models.trainable.base import Trainable, fresh_head, is_norm_or_bias
 from zoft.models.trainable.last_blocks import in_last_blocks
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class NormsAndBiases(Trainable):
-    """Normalisation weights and biases: a few in ten thousand of the weights.
+    """Normalisation weights and biases, a few in ten thousand of the weights, and a fresh head.
 
     Args:
         num_blocks: only those of the last n blocks and after them; 0 takes the whole model.
@@ -29,10 +29,10 @@ class NormsAndBiases(Trainable):
         self.require(self.num_blocks >= 0, "num_blocks", "0 (all) or more")
 
     def chosen(self, model: nn.Module) -> set[str]:
-        """Names of norms and biases."""
+        """Names of norms and biases, and of a fresh head."""
         within = (
             in_last_blocks(model, self.num_blocks, self)
             if self.num_blocks
             else {n for n, _ in model.named_parameters()}
         )
-        return {name for name in within if is_norm_or_bias(name)}
+        return {name for name in within if is_norm_or_bias(name)} | fresh_head(model)
