@@ -6,7 +6,7 @@ import dataclasses
 
 from zoft.cli import VERBS
 from zoft.component import GROUPS, components
-from zoft.config.catalog import ORDER, choices
+from zoft.config.catalog import ORDER, choices, preset_files
 
 SCRIPT = """\
 _zoft() {
@@ -21,6 +21,8 @@ complete -o default -F _zoft zoft
 """
 
 KEYS = ("seed=", "output_dir=", "model.name=", "model.dtype=", "budget.queries=", "tracker.project=", "trainer.")
+
+BENCH_KEYS = ("methods", "prompts", "seeds", "queries", "rates", "references", "jobs", "output_dir")
 
 
 def command(arguments: list[str]) -> int:
@@ -56,6 +58,9 @@ def words(line: str) -> list[str]:
     elif typed[0] == "eval":
         own = ["run=", "mode=", "k=", "split=", "evaluate=", "harness=", "harness_path=", "harness_limit=", "--json"]
         offered = [*_arguments(word), *own]
+    elif typed[0] == "bench":
+        benches = [f"config={name}" for name in preset_files("bench")]
+        offered = [*benches, *_arguments(word), *(f"{key}=" for key in BENCH_KEYS), "--plan", "--draw"]
     elif typed[0] == "data":
         offered = [*_arguments(word), "--rows", "--json"] if typed[1:] else ["show"]
     elif typed[0] == "doctor":

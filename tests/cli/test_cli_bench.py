@@ -1,0 +1,30 @@
+"""`zoft bench` on the command line: help, the shipped plan, a mistake in one sentence, and a real bench in a process."""
+
+from tests import runs
+
+
+def test_the_shipped_bench_is_shown_without_torch(tmp_path):
+    done = runs.zoft("bench", "config=demo", "--plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tasks       sms_spam, rotten_tomatoes, trec" in done.stdout
+    assert "cells       342 of 240 queries" in done.stdout
+    assert (
+        "a cell      zoft train config=last_block task=sms_spam task.prompt=aligned method=mezo seed=0" in done.stdout
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bench_from_an_experiment_on_the_command_line(tmp_path):
+    base = [w for w in runs.arguments(tmp_path, "unused") if not w.startswith(("output_dir", "budget", "optimizer"))]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("# @package _global_\ndefaults:\n  - override /trainable: all\nbudget: {queries: 8}\n")
+    words = [f"config={mine}", *base, "methods={mezo: 1e-2}", "references=[zero_shot]", "seeds=[0]", "rates=[1]"]
+    done = runs.zoft("bench", *words, "evaluations=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2/4  custom/aligned/mezo-x1-seed0" in done.stdout
+    assert (tmp_path / "runs" / "bench-mine" / "bench.md").read_text() in done.stdout
+    assert not done.stderr
+    wrong = runs.zoft("bench", *words, "methods=[mezzo]", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("zoft: error: there is no method called 'mezzo'. Did you mean mezo")
+    assert len(wrong.stderr.splitlines()) == 1
