@@ -92,16 +92,27 @@ class Method:
         Raises:
             UserError: less than one step.
         """
+        self.check_budget(queries)
         steps = spent = 0
         while (spent := spent + self.queries_at(steps)) <= queries:
             steps += 1
-        if not steps:
+        return steps
+
+    def check_budget(self, queries: int) -> None:
+        """Refuse a budget of less than one step, without counting how many there are.
+
+        Args:
+            queries: forward passes of the objective.
+
+        Raises:
+            UserError: less than one step.
+        """
+        if queries < self.queries_at(0):
             raise UserError(
                 f"budget.queries={queries} is less than one step costs: estimator={self.estimator.name()} with "
                 f"num_directions={self.estimator.num_directions} makes {self.queries_at(0)} queries in the first one: "
                 f"set budget.queries to {self.queries_at(0)} or more, or take fewer directions"
             )
-        return steps
 
     @property
     def foreseeable(self) -> bool:

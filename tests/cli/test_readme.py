@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from zoft.cli import main
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = [
-    "task.num_train=8",
-    "task.num_dev=4",
-    "task.num_test=4",
-    "budget.queries=10",
-    "trainer.per_device_train_batch_size=4",
+    "task.num_train=4",
+    "task.num_dev=2",
+    "task.num_test=2",
+    "trainer.per_device_train_batch_size=2",
     "trainer.eval_steps=2",
     "trainer.logging_steps=1",
     "trainer.save_strategy=no",
@@ -32,21 +33,31 @@ def commands():
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+QUICKSTART = ["zoft", "train", "config=quickstart"]
 COMMANDS = [words for words in commands() if words[0] != "make"]
 SEVERAL_RUNS = [words for words in COMMANDS if "-m" in words[2:3] or words[1] == "tune"]
+IN_PROCESSES = [words for words in COMMANDS if words[0] == "torchrun"]  # a tiny model does in tests/invariant
+AFTERWARDS = [words for words in COMMANDS if any("runs/quickstart-seed0" in word for word in words)]
+OTHERS = [words for words in COMMANDS if words != QUICKSTART and words not in AFTERWARDS]
 
 
-def as_run_here(words):
-    """`zoft` and `torchrun` of this environment; training runs small."""
+def cut_down(words):
+    """The same command with few rows and two steps: five queries each in the quickstart, at most two in a method."""
     words = list(words)
-    if words == ["zoft", "train", "config=quickstart"]:
+    if words == QUICKSTART:
         words.append("output_dir=runs/quickstart-seed0")  # its default; what cuts it down would join the name
-    small = SMALL if {"train", "tune", "data"} & set(words) and "--help" not in words else []
-    small = [*small, *["budget=2"] * (words[1] == "tune")]
+    if not {"train", "tune", "data"} & set(words) or "--help" in words:
+        return words
+    cheap = any(word.startswith(("estimator=", "method=")) for word in words)
+    return [*words, *SMALL, f"budget.queries={4 if cheap else 10}", *["budget=2"] * (words[1] == "tune")]
+
+
+def in_a_process(words):
+    """`zoft` and `torchrun` of this environment."""
+    assert words[0] in ("zoft", "torchrun"), words
     if words[0] == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *small]
-    assert words[0] == "zoft", words
-    return [sys.executable, "-m", "zoft", *words[1:], *small]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+    return [sys.executable, "-m", "zoft", *words[1:]]
 
 
 def run(arguments, cwd):
@@ -56,35 +67,37 @@ def run(arguments, cwd):
     return done.stdout
 
 
-def with_reviews(folder):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
     """Where a reader would stand, with a file of their own."""
     rows = [f'"film {i} was {word}",{label}' for i in range(20) for label, word in ((0, "dull"), (1, "superb"))]
-    (folder / "reviews.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return folder
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-@pytest.fixture(scope="module")
-def after_quickstart(tmp_path_factory):
-    """Where the quickstart has been run."""
-    folder = with_reviews(tmp_path_factory.mktemp("quickstart"))
-    run(as_run_here(["zoft", "train", "config=quickstart"]), folder)
-    return folder
+def test_the_quickstart_and_what_is_done_with_its_run(folder):
+    """It in a process of its own, as it is started; what follows it here, where everything is loaded."""
+    assert QUICKSTART in COMMANDS
+    assert len(AFTERWARDS) >= 4
+    run(in_a_process(cut_down(QUICKSTART)), folder)
+    assert (folder / "runs" / "quickstart-seed0" / "report.md").is_file()
+    for words in AFTERWARDS:
+        assert words[0] == "zoft"
+        assert main(cut_down(words)[1:]) == 0, shlex.join(words)
+    assert {path.name for path in folder.iterdir()} == {"reviews.csv", "runs"}
 
 
 @pytest.mark.parametrize(
     "words",
-    [pytest.param(words, marks=[pytest.mark.slow] * (words in SEVERAL_RUNS)) for words in COMMANDS],
-    ids=[shlex.join(words) for words in COMMANDS],
+    [pytest.param(words, marks=[pytest.mark.slow] * (words in SEVERAL_RUNS + IN_PROCESSES)) for words in OTHERS],
+    ids=[shlex.join(words) for words in OTHERS],
 )
-def test_command(words, tmp_path, request):
-    if any("runs/quickstart-seed0" in word for word in words):
-        folder = request.getfixturevalue("after_quickstart")
-    elif words == ["zoft", "train", "config=quickstart"]:  # has been run there
-        assert (request.getfixturevalue("after_quickstart") / "runs" / "quickstart-seed0" / "report.md").is_file()
-        return
+def test_command(words, folder):
+    if words not in SEVERAL_RUNS + IN_PROCESSES:
+        assert main(cut_down(words)[1:]) == 0
     else:
-        folder = with_reviews(tmp_path)
-    run(as_run_here(words), folder)
+        run(in_a_process(cut_down(words)), folder)
     assert {path.name for path in folder.iterdir()} <= {"reviews.csv", "runs"}
 
 

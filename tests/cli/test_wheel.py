@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ["train", "config=quickstart", "budget.queries=16", "output_dir=run"]
-FEW_ROWS = ["task.num_train=32", "task.num_dev=16", "task.num_test=16"]  # the real run scores hundreds, for minutes
+FEW_ROWS = ["task.num_train=8", "task.num_dev=2", "task.num_test=2"]  # the real run scores hundreds, for minutes
+FEW_ROWS += ["trainer.per_device_train_batch_size=2", "trainer.save_strategy=no"]
 
 
 def run(*command, cwd, **env):

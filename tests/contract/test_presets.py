@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,8 +64,14 @@ PUBLISHED = [
 every = pytest.mark.parametrize("name", PRESETS)
 
 
+@cache
+def _composed(*words):
+    return compose(list(words))
+
+
 def composed(name, *more):
-    return compose([f"method={name}", "budget.queries=20000", *more])
+    """A copy of its own: the parts are set up and used."""
+    return copy.deepcopy(_composed(f"method={name}", "budget.queries=20000", *more))
 
 
 def entry(name) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import GroupDefault, ResultDefault
@@ -88,6 +90,14 @@ def _note_once(text: str) -> None:
     log.warning(text)
 
 
+class Sources(ConfigRepository):
+    """Where configs are found. Hydra copies this for every composition, and would copy every component with it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sources:
+        del memo
+        return copy.copy(self)  # what it does to its copy is to give it another list of sources
+
+
 class Loader(ConfigLoaderImpl):
     """Hydra's config loader for one command line; picklable, so that a sweep's workers compose as their parent did.
 
@@ -103,6 +113,7 @@ class Loader(ConfigLoaderImpl):
             path.append("main" if folder == configs_dir() else "user", f"file://{folder}")
         path.append("schema", "structured://")
         super().__init__(path)
+        self.repository = Sources(path)
         self.experiments = experiments.Experiments()
         self.sweeping = False
         self.runs_code = True
