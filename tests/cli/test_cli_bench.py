@@ -1,4 +1,4 @@
-"""`zoft bench` on the command line: help, the shipped plan, a mistake in one sentence, and a real bench in a process."""
+"""`zoft bench` on the command line: help, the shipped plan, a mistake in one sentence, a bench in a process."""
 
 from tests import runs
 

@@ -18,8 +18,8 @@ def test_a_row_comes_back_and_one_of_another_bench_is_refused(tmp_path):
     ledger = Ledger(tmp_path)
     assert ledger.row(CELL, ["a=1"]) is None
     assert not ledger.has(CELL)
-    ledger.write(CELL, {"arguments": ["a=1"], "curve": [1.5]})
-    assert ledger.row(CELL, ["a=1"]) == {"arguments": ["a=1"], "curve": [1.5]}
+    ledger.write(CELL, {"identity": ["a=1"], "curve": [1.5]})
+    assert ledger.row(CELL, ["a=1"]) == {"identity": ["a=1"], "curve": [1.5]}
     assert ledger.has(CELL)
     assert ledger.number_of_rows() == 1
     with pytest.raises(
@@ -50,6 +50,7 @@ def test_a_claim_is_held_by_one_and_let_go(tmp_path):
         (f"process {2**22 + 1} on {socket.gethostname()} x", 0, True),  # no such process here
         (f"process {os.getpid()} on {socket.gethostname()} x", 0, False),
     ],
+    ids=["elsewhere", "elsewhere, old", "dead", "alive"],
 )
 def test_a_claim_is_taken_over_from_the_dead_only(tmp_path, holder, age, free):
     ledger = Ledger(tmp_path)

@@ -12,12 +12,18 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from zoft.bench.ledger import Row
 from zoft.bench.plan import MODES, Cell, Plan
+from zoft.diagnostics import DiagnosticsCallback
+from zoft.diagnostics.record import read_rows
 from zoft.errors import NonFiniteLossError
+from zoft.report.trackers import close_trackers
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
     from zoft.engines.frozen_prefix import FrozenPrefix
     from zoft.trainer import ZOTrainer
+
+DIAGNOSED = ("cosine", "cosine_by_chance", "norm_ratio", "snr", "gram_effective_rank", "fd_error_at_eps")
+"""What a row keeps of a run's diagnostics, where the bench's base asks for them (``diagnostics=full``)."""
 
 
 @dataclass
@@ -66,16 +72,21 @@ def run_cell(plan: Plan, cell: Cell, work: Path, shared: Shared) -> Row:
     Returns:
         The cell's row: what it was, its dev scores along the way, the best checkpoint's test scores, what it cost.
     """
-    arguments = plan.arguments(cell)
     about: Row = {
         "task": cell.task,
         "prompt": cell.prompt,
         "method": cell.method,
         "factor": cell.factor,
         "seed": cell.seed,
-        "arguments": arguments,
+        "identity": plan.identity(cell),
     }
-    made = _evaluated(plan, cell, work) if cell.method in MODES else _trained(plan, arguments, work, shared)
+    if cell.method in MODES:
+        made = _evaluated(plan, cell, work)
+    else:
+        try:
+            made = _trained(plan, [*plan.arguments(cell), f"trainer.run_name={cell.name}"], work, shared)
+        finally:
+            close_trackers()  # the next cell's numbers belong to a run of their own
     shutil.rmtree(work, ignore_errors=True)
     return about | made
 
@@ -129,6 +140,8 @@ def _trained(plan: Plan, arguments: list[str], work: Path, shared: Shared) -> Ro
         "num_test": len(rows["test"]),
         "num_dev": len(rows["dev"]),
     }
+    if cfg.diagnostics.every:
+        row["diagnostics"] = _diagnosed(work)
     if not failed:  # the Trainer has put the best checkpoint's weights back
         scores = trainer.predict(rows["test"], metric_key_prefix="test").metrics
         row["test"] = {name.removeprefix("test_"): value for name, value in scores.items()}
@@ -158,6 +171,8 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Milestones(steps, plan.evaluations))
+    if cfg.diagnostics.every:
+        trainer.add_callback(DiagnosticsCallback(**vars(cfg.diagnostics), draw=False))
     keep_reference(trainer, rows)
     return trainer
 
@@ -181,6 +196,16 @@ class Milestones(TrainerCallback):
         """At one of the points?"""
         if state.global_step in self.at:
             control.should_evaluate = control.should_save = True
+
+
+def _diagnosed(work: Path) -> dict[str, float]:
+    """Means over a run of what its diagnostics measured, of the cosine by its size."""
+    found: dict[str, float] = {}
+    for name in DIAGNOSED:
+        values = [abs(float(line[name])) for line in read_rows(work) if line.get(name)]
+        if values:
+            found[name] = sum(values) / len(values)
+    return found
 
 
 def _curve(history: list[dict[str, Any]], metric: str) -> list[dict[str, float]]:

@@ -38,18 +38,22 @@ class Ledger:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def row(self, cell: Cell, arguments: list[str]) -> Row | None:
+    def row(self, cell: Cell, identity: list[str]) -> Row | None:
         """A cell's row, or None where it is not finished.
 
+        Args:
+            cell: which.
+            identity: what the row must be of.
+
         Raises:
-            UserError: the row is of other arguments: the folder holds another bench.
+            UserError: the row is of something else: the folder holds another bench.
         """
         try:
             row = dict(json.loads(self._file(cell).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        if row["arguments"] != arguments:
-            there, now = set(row["arguments"]) - set(arguments), set(arguments) - set(row["arguments"])
+        if row["identity"] != identity:
+            there, now = set(row["identity"]) - set(identity), set(identity) - set(row["identity"])
             raise UserError(
                 f"output_dir={self.folder} holds another bench: {cell.name} was run with "
                 f"{' '.join(sorted(there)) or 'less'} and is now {' '.join(sorted(now)) or 'without it'}; "

@@ -136,7 +136,7 @@ class Plan:
         return len(self.tasks) * len(self.prompts) * (len(self.modes) + runs)
 
     def arguments(self, cell: Cell) -> list[str]:
-        """All that says what a cell is: those of `zoft train`, or of `zoft eval` for an evaluation, but for its folder.
+        """A cell's command line: of `zoft train`, or of `zoft eval` for an evaluation, but for its folder.
 
         A method without a learning rate of its own in the plan gets one when the plan is filled in.
         """
@@ -150,6 +150,11 @@ class Plan:
         if entry.learning_rate is not None:
             made.append(f"optimizer.learning_rate={entry.learning_rate * (cell.factor or 1.0):.6g}")
         return made
+
+    def identity(self, cell: Cell) -> list[str]:
+        """What a cell's row depends on: its arguments, and for a run how its best point is found."""
+        made = self.arguments(cell)
+        return made if cell.method in MODES else [*made, f"evaluations={self.evaluations}", f"select={self.select}"]
 
     def shared_arguments(self, cell: Cell) -> list[str]:
         """Those of the model and the data: the same for all methods of a task and prompt."""

@@ -22,6 +22,7 @@ _COLUMNS = (
     *("metric", "best_queries", "dev_loss", "dev_metric", "test_loss", "test_metric", "num_test"),
     *("seconds", "peak_memory_mb", "memory_before_mb", "failed"),
 )
+"""Those of bench.csv; behind them come the diagnostics, where there are any."""
 
 
 def write(plan: Plan, rows: Mapping[Cell, Row]) -> str:
@@ -163,10 +164,11 @@ def _line(cells: list[str]) -> str:
 def _csv(plan: Plan, rows: Mapping[Cell, Row]) -> str:
     """One row a cell."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    measured = sorted({name for row in rows.values() for name in row.get("diagnostics", {})})
+    writer = csv.DictWriter(text, [*_COLUMNS, *measured], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for cell in sorted(rows, key=lambda cell: cell.name):
-        row = dict(rows[cell])
+        row = rows[cell] | rows[cell].get("diagnostics", {})
         metric, test = row["metric"], row["test"] or {}
         best = None if cell.method in MODES else best_point(row, plan.select)
         if best is not None:

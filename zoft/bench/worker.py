@@ -56,9 +56,14 @@ def known(plan: Plan, ledger: Ledger, rows: dict[Cell, Row] | None = None) -> di
     rows = {} if rows is None else rows
     for _ in range(2):  # the first rows say which learning rates the other seeds have
         for cell in plan.cells(chosen_factors(plan, rows)):
-            if cell not in rows and (row := ledger.row(cell, plan.arguments(cell))) is not None:
+            if cell not in rows and (row := ledger.row(cell, plan.identity(cell))) is not None:
                 rows[cell] = row
     return rows
+
+
+def left(plan: Plan, rows: dict[Cell, Row]) -> list[Cell]:
+    """The cells that can be carried out now and are not there."""
+    return [cell for cell in plan.cells(chosen_factors(plan, rows)) if cell not in rows]
 
 
 def work(plan: Plan) -> None:
@@ -71,10 +76,10 @@ def work(plan: Plan) -> None:
     while True:
         rows = known(plan, ledger, rows)
         failures = ledger.failures()
-        left = [c for c in plan.cells(chosen_factors(plan, rows)) if c not in rows and c.name not in failures]
-        if not left:
+        cells = [cell for cell in left(plan, rows) if cell.name not in failures]
+        if not cells:
             return
-        for cell in _in_order(left, here, ledger):
+        for cell in _in_order(cells, here, ledger):
             with ledger.claimed(cell) as mine:
                 if mine and not ledger.has(cell):
                     here = (cell.task, cell.prompt)

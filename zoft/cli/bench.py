@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import signal
+import sys
 from typing import Any
 
 from zoft.errors import Requeued, UserError
@@ -34,7 +35,7 @@ def command(arguments: list[str]) -> int:
         return 0
     signal.signal(signal.SIGTERM, _requeue)
     from zoft.bench.ledger import Ledger
-    from zoft.bench.worker import known, run_bench
+    from zoft.bench.worker import known, left, run_bench
 
     ledger = Ledger(plan.output_dir)
     rows = known(plan, ledger) if "--draw" in flags else run_bench(plan)
@@ -49,8 +50,15 @@ def command(arguments: list[str]) -> int:
         drawn = ", ".join(path.name for path in draw(plan, rows))
         print(f"\nbench   {plan.output_dir}: bench.md, bench.csv, {drawn}")
     for name, why in failures.items():
-        print(f"zoft: error: {name}: {why.strip().splitlines()[-1]}")
-    return 1 if failures else 0
+        print(f"zoft: error: {name}: {why.strip().splitlines()[-1]}", file=sys.stderr)
+    missing = len(left(plan, rows)) - len(failures)
+    if missing and "--draw" not in flags:
+        print(
+            f"zoft: error: {missing} cells are not there: a process died, of too little memory perhaps. The same "
+            "command goes on; jobs=1 takes the least memory",
+            file=sys.stderr,
+        )
+    return 1 if failures or (missing and "--draw" not in flags) else 0
 
 
 def told(plan: Any) -> str:
