@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-wheel faults bench bench-gpu bench-blackbox lint format constraints clean
+.PHONY: help install assets train test test-slow test-wheel faults bench bench-demo bench-gpu bench-blackbox lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -40,6 +40,11 @@ faults: install ## kill, cut, fill and forge: the thirty faults of docs/reliabil
 
 bench: $(INSTALLED) ## time one step against MeZO's and against bare forwards: 5 minutes, BENCH=full 40
 	$(BIN)/python scripts/bench_step.py --preset $(BENCH) --output build/bench $(ARGS)
+
+bench-demo: install ## the bench of docs/bench.md, rewritten with its pictures: about an hour on two cores
+	$(BIN)/zoft fetch rotten-tomatoes trec-questions
+	$(ENV) $(BIN)/zoft bench config=demo jobs=2 $(ARGS)
+	$(BIN)/python scripts/write_bench.py runs/bench-demo
 
 bench-gpu: $(INSTALLED) ## the same on an NVIDIA GPU in bf16, up to the size of OPT-66B
 	$(BIN)/python scripts/bench_step.py --device cuda --preset full --output build/bench-gpu $(ARGS)

@@ -51,12 +51,11 @@ def test_a_cell_is_arguments_of_zoft_train(file):
 
 
 def test_the_command_line_wins_and_keeps_what_the_file_says_of_a_method(file):
-    plan = read_plan(
-        [f"config={file}", "methods=[mine,fzoo]", "seeds=7", "references=[]", "target=0.3", "baseline=fzoo"]
-    )
+    plan = read_plan([f"config={file}", "methods=[mine,fzoo]", "seeds=7", "references=[]", "target=0.3"])
     assert plan.runs == ["mine", "fzoo"]
     assert plan.seeds == [7]
     assert plan.target == 0.3
+    assert plan.baseline == "mine"
     assert plan.methods["mine"].learning_rate == 0.5
     assert plan.methods["fzoo"].learning_rate is None
     assert plan.output_dir == "runs/bench-mine"

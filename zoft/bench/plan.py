@@ -76,7 +76,7 @@ class Plan:
         demonstrations: solved rows before each row under ``icl``.
         evaluations: on the dev rows along a run; each saves a checkpoint that may be the best.
         select: what chooses checkpoints and learning rates on the dev rows: loss, or metric.
-        baseline: the method whose final dev loss the others' queries are counted to.
+        baseline: the method whose best dev loss the others' queries are counted to; empty takes mezo, or the first one.
         target: a dev loss to count queries to instead of the baseline's.
         jobs: processes that run cells side by side.
         output_dir: the bench's folder.
@@ -94,7 +94,7 @@ class Plan:
     demonstrations: int = 8
     evaluations: int = 8
     select: str = "loss"
-    baseline: str = "mezo"
+    baseline: str = ""
     target: float | None = None
     jobs: int = 1
     output_dir: str = ""

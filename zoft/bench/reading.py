@@ -102,7 +102,7 @@ def _content(name: str) -> tuple[dict[str, Any], str]:
         raise UserError(yaml_message(error, str(file))) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-    if isinstance(content, dict) and not content.keys() & set(FIELDS) and is_path(name):
+    if isinstance(content, dict) and content and not content.keys() & (set(FIELDS) - {"output_dir"}) and is_path(name):
         return {"base": [f"config={name}"]}, Path(name).stem  # an experiment's file
     if not isinstance(content, dict):
         raise UserError(f"{file}: a bench is a mapping of keys to values (key: value)")
@@ -230,7 +230,8 @@ def _check(plan: Plan) -> None:
             )
         if entry.learning_rate is not None and entry.learning_rate <= 0:
             raise UserError(f"methods.{name}.learning_rate must be above 0, got {entry.learning_rate:g}")
-    if plan.target is None and plan.baseline not in plan.runs:
+    plan.baseline = plan.baseline or ("mezo" if "mezo" in plan.runs else plan.runs[0] if plan.runs else "")
+    if plan.target is None and plan.runs and plan.baseline not in plan.runs:
         raise UserError(f"baseline={plan.baseline} is not among the methods: choose one of {', '.join(plan.runs)}")
     for words, what in ((plan.base, "base"), *((words, f"tasks.{name}") for name, words in plan.tasks.items())):
         for word in words:
