@@ -1,7 +1,4 @@
-"""Put a bench's table and pictures into docs/bench.md: run by `make bench-demo` after `zoft bench config=demo`.
-
-    python scripts/write_bench.py runs/bench-demo
-"""
+"""Put a bench's table and pictures into docs/bench.md: the last step of `make bench-demo`."""
 
 from __future__ import annotations
 

@@ -25,6 +25,14 @@ SHOWN = 32
 PREDICTIONS, FACTS = "predictions.jsonl", "evaluation.json"
 
 
+SERVES = {
+    "icl": ("options", "generate"),
+    "calibrated": ("options",),
+    "linear_probe": ("options", "mask", "head"),
+}
+"""Mode -> the forms of rows that it is for; every form where it is not listed."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked for beside the run's config.
@@ -117,16 +125,11 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
 
 def _check(form: str, request: Request, cfg: ZoftConfig, train: Any) -> None:
     """Refuse a mode that the rows have nothing for."""
-    serves = {
-        "icl": ("options", "generate"),
-        "calibrated": ("options",),
-        "linear_probe": ("options", "mask", "head"),
-    }
     from zoft.forms import FORMS
     from zoft.tasks.base import Example
 
-    if form not in serves.get(request.mode, (form,)) or (request.shown and not isinstance(train[0], Example)):
-        wanted = " or ".join(FORMS[one].what for one in serves[request.mode])
+    if form not in SERVES.get(request.mode, (form,)) or (request.shown and not isinstance(train[0], Example)):
+        wanted = " or ".join(FORMS[one].what for one in SERVES[request.mode])
         raise UserError(
             f"mode={request.mode} is for {wanted}, task={cfg.task.name()} has {FORMS[form].what}: set mode=zero_shot"
         )

@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
-import socket
 import time
 
 import pytest
 
-from zoft.bench.ledger import STALE, Ledger
+from zoft.bench.claims import STALE, machine
+from zoft.bench.ledger import Ledger
 from zoft.bench.plan import Cell
 from zoft.errors import UserError
 
@@ -47,8 +47,8 @@ def test_a_claim_is_held_by_one_and_let_go(tmp_path):
     [
         ("process 1 on elsewhere x", 0, False),
         ("process 1 on elsewhere x", STALE + 5, True),
-        (f"process {2**22 + 1} on {socket.gethostname()} x", 0, True),  # no such process here
-        (f"process {os.getpid()} on {socket.gethostname()} x", 0, False),
+        (f"process {2**22 + 1} on {machine()} x", 0, True),  # no such process here
+        (f"process {os.getpid()} on {machine()} x", 0, False),
     ],
     ids=["elsewhere", "elsewhere, old", "dead", "alive"],
 )
@@ -59,21 +59,56 @@ def test_a_claim_is_taken_over_from_the_dead_only(tmp_path, holder, age, free):
     claim.write_text(holder)
     os.utime(claim, (time.time() - age,) * 2)
     with ledger.claimed(CELL) as mine:
-        assert mine is free
+        assert (mine is not None) is free
     assert claim.exists() is not free
 
 
 def test_failures_are_kept_and_forgotten(tmp_path):
     ledger = Ledger(tmp_path)
+    other = Cell("sst2", "none", "fzoo", 0.25, 1)
     ledger.fail(CELL, "it broke")
-    assert ledger.failures() == {CELL.name: "it broke\n"}
-    ledger.forget_failures()
-    assert ledger.failures() == {}
+    ledger.fail(other, "it broke too")
+    assert ledger.failures([CELL]) == {CELL: "it broke\n"}
+    ledger.forget_failures([CELL])
+    assert ledger.failures([CELL, other]) == {other: "it broke too\n"}
+
+
+def test_who_was_suspended_finds_its_claim_gone(tmp_path):
+    """Its claim grew old and somebody has it now: it neither lets go of that nor believes it is its own."""
+    ledger = Ledger(tmp_path)
+    with ledger.claimed(CELL) as first:
+        os.utime(first.path, (time.time() - STALE - 5,) * 2)
+        with ledger.claimed(CELL) as second:
+            assert second.is_ours()
+            assert not first.is_ours()
+    assert not first.path.exists()
+
+
+def test_of_two_who_take_over_the_later_gives_back(tmp_path, monkeypatch):
+    """Both saw the dead one's claim; the first has made its own by the time the second moves the file."""
+    from zoft.bench import claims
+
+    ledger = Ledger(tmp_path)
+    path = ledger._claim(CELL)
+    path.parent.mkdir(parents=True)
+    path.write_text("process 1 on elsewhere dead")
+    os.utime(path, (time.time() - STALE - 5,) * 2)
+
+    def dead(path, text, real=claims._is_dead):
+        answer = real(path, text)
+        path.unlink()
+        path.write_text("process 2 on elsewhere alive")
+        return answer
+
+    monkeypatch.setattr(claims, "_is_dead", dead)
+    with ledger.claimed(CELL) as mine:
+        assert mine is None
+    assert path.read_text() == "process 2 on elsewhere alive"
 
 
 def _hold(folder, found):
     with Ledger(folder).claimed(CELL) as mine:
-        found.put(mine)
+        found.put(mine is not None)
         time.sleep(0.5 if mine else 0)
 
 

@@ -40,9 +40,9 @@ def test_cells_are_all_combinations(file):
 
 
 def test_a_cell_is_arguments_of_zoft_train(file):
-    plan = read_plan([f"config={file}", "trainer.eval_steps=9"])
+    plan = read_plan([f"config={file}", "trainer.max_grad_norm=9"])
     assert plan.arguments(Cell("b", "none", "mine", 2.0, 4)) == [
-        *("config=smoke", "trainer.eval_steps=9", "task=sms_spam", "task.data_seed=1", "task.prompt=none"),
+        *("config=smoke", "trainer.max_grad_norm=9", "task=sms_spam", "task.data_seed=1", "task.prompt=none"),
         *("method=mezo", "estimator.eps=1e-2", "seed=4", "budget.queries=40", "optimizer.learning_rate=1"),
     ]
     assert plan.arguments(Cell("a", "aligned", "icl"))[-2:] == ["mode=icl", "k=2"]
@@ -59,6 +59,26 @@ def test_the_command_line_wins_and_keeps_what_the_file_says_of_a_method(file):
     assert plan.methods["mine"].learning_rate == 0.5
     assert plan.methods["fzoo"].learning_rate is None
     assert plan.output_dir == "runs/bench-mine"
+
+
+def test_a_task_that_the_file_does_not_know_is_the_task_of_that_name(file):
+    plan = read_plan([f"config={file}", "tasks=[b, sst2]"])
+    assert plan.tasks == {"b": ["task=sms_spam", "task.data_seed=1"], "sst2": ["task=sst2"]}
+
+
+def test_a_list_of_methods_in_a_file_goes_with_one_on_the_command_line(tmp_path):
+    file = tmp_path / "list.yaml"
+    file.write_text("base: [config=smoke]\nmethods: [mezo, fzoo]\n")
+    assert read_plan([f"config={file}", "methods=[mezo]", "references=[]"]).runs == ["mezo"]
+
+
+def test_what_a_head_has_no_use_for_is_left_out():
+    plan = read_plan(
+        ["config=smoke", "methods=[mezo]", "references=[zero_shot, icl, calibrated]", "prompts=[head, none]"]
+    )
+    fill_in(plan)
+    modes = [(cell.prompt, cell.method) for cell in plan.cells() if cell.seed is None]
+    assert modes == [("head", "zero_shot"), ("none", "zero_shot"), ("none", "icl"), ("none", "calibrated")]
 
 
 def test_an_experiment_is_a_bench_of_its_own_task():
@@ -96,7 +116,18 @@ def test_every_shipped_bench_can_be_read():
         (["config=demo", "select=dev"], "select must be loss or metric, got 'dev'"),
         (["config=demo", "methods=[mezzo]"], "there is no method called 'mezzo'. Did you mean mezo"),
         (["config=demo", "baseline=fzo"], "baseline=fzo is not among the methods"),
-        (["config=demo", "seed=1"], "seed=1 (base): a bench varies that itself; its key is seeds"),
+        (["config=demo", "seed=1"], "seed=1 (base): a bench sets that itself; its key is seeds"),
+        (["config=demo", "trainer.eval_steps=5"], "its key is evaluations"),
+        (
+            ["config=demo", "methods={a: {arguments: [method=mezo, task.prompt=none]}}"],
+            "(methods.a): a bench sets that",
+        ),
+        (["config=demo", "queries=.inf"], "queries must be whole numbers, got inf"),
+        (["config=demo", "target=.nan"], "target must be numbers, got nan"),
+        (["config=demo", "rates=[.inf]"], "rates must be numbers, got inf"),
+        (["config=demo", "references=[icl,icl]"], "references must be a list without repeated values"),
+        (["config=demo", "methods=[{mezo: 1}]"], "methods must be a list of words"),
+        (["config=demo", "prompts=[]"], "prompts must be a list of at least one value"),
         (["config=demo", "budget.queries=9"], "its key is queries"),
         (["config=demo", "task=sst2"], "its key is tasks"),
     ],

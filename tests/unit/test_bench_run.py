@@ -29,7 +29,9 @@ def words(folder, output_dir, *more):
     base = [
         word
         for word in runs.arguments(folder, "unused")
-        if not word.startswith(("output_dir", "budget", "optimizer", "task="))
+        if not word.startswith(
+            ("output_dir", "budget", "optimizer", "task=", "trainer.eval", "trainer.save", "trainer.logging")
+        )
     ]
     file = folder / "bench.yaml"
     file.write_text(
@@ -42,15 +44,20 @@ def words(folder, output_dir, *more):
     return [f"config={file}", *base, f"output_dir={output_dir}", *more]
 
 
+def found(line):
+    """(plan, rows) of a bench that has been run."""
+    plan = read_plan(line)
+    fill_in(plan)
+    return plan, worker.known(plan, Ledger(plan.output_dir))
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """(its folder, its command line, plan, rows)."""
     folder = tmp_path_factory.mktemp("bench")
     line = words(folder, folder / "out")
     assert main(["bench", *line]) == 0
-    plan = read_plan(line)
-    fill_in(plan)
-    return folder, line, plan, worker.known(plan, Ledger(plan.output_dir))
+    return folder, line, *found(line)
 
 
 def test_every_cell_has_a_row_and_nothing_else_is_left(bench):
@@ -91,17 +98,16 @@ def test_a_row_is_what_zoft_train_does(bench, tmp_path):
 
 def test_the_test_rows_are_scored_by_the_best_checkpoint(bench, tmp_path):
     """A rate that first helps and then hurts: the test scores are those of the run cut off at its best point."""
-    folder, _, plan, _ = bench
+    folder, _, _plan, _ = bench
     line = words(folder, tmp_path / "a", "methods=[mezo]", "references=[]")
     line += ["prompts=[none]", "rates=[3]", "seeds=[0]", "queries=48"]
     assert main(["bench", *line]) == 0
-    plan = read_plan(line)
-    (row,) = worker.known(plan, Ledger(plan.output_dir)).values()
+    (row,) = found(line)[1].values()
     best = best_point(row, "loss")
     assert best["queries"] < 48, "this rate was meant to overshoot"
     again = [*line[:-1], f"queries={best['queries']}", f"output_dir={tmp_path / 'b'}", "evaluations=1"]
     assert main(["bench", *again]) == 0
-    (cut,) = worker.known(read_plan(again), Ledger(tmp_path / "b")).values()
+    (cut,) = found(again)[1].values()
     assert cut["test"]["loss"] == row["test"]["loss"]
     assert cut["curve"][-1]["loss"] == best["loss"]
 
@@ -131,11 +137,10 @@ def test_two_processes_share_the_cells_and_find_the_same(bench, tmp_path):
     folder, _, _, rows = bench
     line = words(folder, tmp_path / "two", "jobs=2", "prompts=[aligned]", "methods=[mezo]", "references=[zero_shot]")
     assert main(["bench", *line]) == 0
-    plan = read_plan(line)
-    found = worker.known(plan, Ledger(plan.output_dir))
-    assert {cell.method for cell in found} == {"mezo", "zero_shot"}
-    assert len(found) == 4
-    for cell, row in found.items():
+    _, shared = found(line)
+    assert {cell.method for cell in shared} == {"mezo", "zero_shot"}
+    assert len(shared) == 4
+    for cell, row in shared.items():
         assert row.get("curve") == rows[cell].get("curve")
         assert row["test"]["loss"] == rows[cell]["test"]["loss"]
 
@@ -160,10 +165,7 @@ def test_a_killed_process_leaves_a_cell_that_goes_on(bench, tmp_path):
     process.join()
     assert list(work.glob("*.claim")), "it was killed in the middle of a cell"
     assert main(["bench", *line]) == 0
-    plan = read_plan(line)
-    fill_in(plan)
-    found = worker.known(plan, Ledger(plan.output_dir))
-    assert {cell: row["curve"] for cell, row in found.items()} == {
+    assert {cell: row["curve"] for cell, row in found(line)[1].items()} == {
         cell: row["curve"] for cell, row in rows.items() if cell.prompt == "aligned" and cell.method == "mezo"
     }
     assert not list(work.iterdir())
@@ -184,10 +186,11 @@ def test_the_table_adds_up(bench):
     ]
     assert len(own) == 2
     assert mean(mezo.test()) == pytest.approx(mean(float(line["test_metric"]) for line in own))
-    assert results.gap(group, "mezo", "adamw") == pytest.approx(
-        mean(p["loss"] for p in mezo.dev()) - mean(p["loss"] for p in results.results[group, "adamw"].dev())
-    )
-    assert results.ranks("none") == {"mezo": 1.0}  # references are not ranked, and what diverges has no rank
+    adamw = results.results[group, "adamw"]
+    assert results.gap(group, "mezo", "adamw") == [
+        a["loss"] - b["loss"] for a, b in zip(mezo.dev(), adamw.dev(), strict=True)
+    ]
+    assert results.ranks("none") == {"mezo": 1.0, "broken": 2.0}  # references are not ranked
     assert results.robustness("broken") == {0.5: math.inf, 1.0: math.inf}
     text = (folder / "out" / "bench.md").read_text()
     assert f"{100 * mean(mezo.test()):.1f} ±" in text
@@ -216,7 +219,7 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(bench, tmp_path, monkey
     monkeypatch.undo()
     assert main(["bench", *line]) == 0
     assert len(list((tmp_path / "out" / "cells").rglob("*.json"))) == 4
-    assert not (tmp_path / "out" / "failed").exists()
+    assert not list((tmp_path / "out" / "failed").rglob("*.txt"))
 
 
 def test_a_process_that_dies_is_noticed(bench, tmp_path, monkeypatch, capsys):
@@ -227,14 +230,14 @@ def test_a_process_that_dies_is_noticed(bench, tmp_path, monkeypatch, capsys):
 
 
 def test_a_head_and_diagnostics(bench, tmp_path):
-    """A fresh head is trained, and a bench's rows keep what its runs' diagnostics measured."""
+    """A fresh head is trained (and has no in-context learning); rows keep what their runs' diagnostics measured."""
     folder, _, _, _ = bench
     line = words(
-        folder, tmp_path / "out", "methods=[mezo]", "references=[]", "prompts=[head]", "rates=[1]", "seeds=[0]"
+        folder, tmp_path / "out", "methods=[mezo]", "references=[icl]", "prompts=[head]", "rates=[1]", "seeds=[0]"
     )
     line += ["diagnostics=full", "diagnostics.every=4", "trainable=last_blocks"]
     assert main(["bench", *line]) == 0
-    (row,) = worker.known(read_plan(line), Ledger(tmp_path / "out")).values()
+    (row,) = found(line)[1].values()
     assert "objective=classes" in row["identity"]
     assert {"cosine", "snr", "fd_error_at_eps"} <= row["diagnostics"].keys()
     assert 0 < row["diagnostics"]["cosine"] <= 1
@@ -248,6 +251,35 @@ def test_another_bench_in_the_folder_is_refused(bench, capsys):
     for more in ("trainer.per_device_train_batch_size=2", "select=metric"):
         assert main(["bench", *line, more]) == 2
         assert "holds another bench" in capsys.readouterr().err
+
+
+def test_what_the_files_say_is_part_of_a_cell(bench):
+    """The same arguments and another data file: another bench."""
+    folder, line, plan, _ = bench
+    data = folder / "data.jsonl"
+    kept = data.stat()
+    os.utime(data, ns=(kept.st_atime_ns, kept.st_mtime_ns + 1))
+    try:
+        again = read_plan(line)
+        fill_in(again)
+    finally:
+        os.utime(data, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    cell = Cell("words", "none", "mezo", 1.0, 0)
+    assert again.arguments(cell) == plan.arguments(cell)
+    assert again.identity(cell) != plan.identity(cell)
+    fewer = read_plan([*line, "prompts=[none]", "methods=[mezo]", "seeds=[0]"])
+    fill_in(fewer)
+    assert fewer.identity(cell) == plan.identity(cell)  # a part of a bench is of the same cells
+
+
+def test_a_row_that_cannot_be_read_is_named(bench, tmp_path, capsys):
+    folder, _, _, _ = bench
+    file = tmp_path / "out" / "cells" / "words" / "none" / "mezo-x1-seed0.json"
+    file.parent.mkdir(parents=True)
+    for text in ("{", "{}", "[1]"):
+        file.write_text(text)
+        assert main(["bench", *words(folder, tmp_path / "out")]) == 2
+        assert f"{file} is not a row of this version" in capsys.readouterr().err
 
 
 def test_the_plan_is_shown_without_running(bench, tmp_path, capsys):

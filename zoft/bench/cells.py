@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ class Shared:
         """(tokenizer, rows) of a run."""
         from zoft.run import load_rows
 
-        key = repr((cfg.task, cfg.model, cfg.objective))
+        key = repr((cfg.task, cfg.model, cfg.objective, cfg.estimator.noise))  # MeZO's own noise: its own tokens too
         if key != self.key:
             self.prefixes.clear()
             self.tokenizer, self.rows = load_rows(cfg)
@@ -66,7 +66,7 @@ def run_cell(plan: Plan, cell: Cell, work: Path, shared: Shared) -> Row:
     Args:
         plan: the bench.
         cell: which.
-        work: a folder for what an interrupted run goes on from; gone when the row is there.
+        work: a folder for what an interrupted run goes on from.
         shared: what this process knows of earlier cells.
 
     Returns:
@@ -87,7 +87,6 @@ def run_cell(plan: Plan, cell: Cell, work: Path, shared: Shared) -> Row:
             made = _trained(plan, [*plan.arguments(cell), f"trainer.run_name={cell.name}"], work, shared)
         finally:
             close_trackers()  # the next cell's numbers belong to a run of their own
-    shutil.rmtree(work, ignore_errors=True)
     return about | made
 
 
@@ -203,6 +202,7 @@ def _diagnosed(work: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in DIAGNOSED:
         values = [abs(float(line[name])) for line in read_rows(work) if line.get(name)]
+        values = [value for value in values if math.isfinite(value)]
         if values:
             found[name] = sum(values) / len(values)
     return found

@@ -11,6 +11,16 @@ from zoft.bench.plan import Cell, Plan
 Point = dict[str, float]
 
 
+def badness(value: float, metric: str) -> float:
+    """A metric's value with a sign such that less is better; infinite where it is not a number.
+
+    Example:
+        >>> badness(0.8, "accuracy"), badness(0.8, "loss")
+        (-0.8, 0.8)
+    """
+    return math.inf if not math.isfinite(value) else value if metric == "loss" else -value
+
+
 def dev_score(point: Mapping[str, float], metric: str, select: str) -> float:
     """How bad a point is on the dev rows, by what the bench selects by; infinite where it is not a number.
 
@@ -18,8 +28,7 @@ def dev_score(point: Mapping[str, float], metric: str, select: str) -> float:
         >>> dev_score({"loss": 0.5, "accuracy": 0.8}, "accuracy", "metric")
         -0.8
     """
-    score = point["loss"] if select == "loss" else -point[metric]
-    return score if math.isfinite(score) else math.inf
+    return badness(point["loss"], "loss") if select == "loss" else badness(point[metric], metric)
 
 
 def best_point(row: Row, select: str) -> Point | None:

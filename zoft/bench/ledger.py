@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import socket
-import threading
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from zoft import atomic
+from zoft.bench.claims import Claim, claimed, holder
 from zoft.bench.plan import Cell
 from zoft.errors import UserError
 
 ROWS, WORK, FAILED = "cells", "work", "failed"
-BEAT, STALE = 15.0, 180.0
-"""Seconds between signs of life of who works at a cell, and without one after which the cell is anybody's."""
-
 Row = dict[str, Any]
 
 
 class Ledger:
     """The rows of a bench.
-
-    A claim is a file that only one process can make; who holds it touches it every few seconds. Of a process that was
-    killed the claim grows old and is taken over; its cell goes on from its journal. Ages are told by the file system's
-    clock, so machines need not agree on the time. Should two processes ever hold one cell, they write the same row.
 
     Args:
         folder: of the bench; shared by all machines.
@@ -50,10 +40,15 @@ class Ledger:
         """
         try:
             row = dict(json.loads(self._file(cell).read_text(encoding="utf-8")))
+            own = list(row["identity"])
         except FileNotFoundError:
             return None
-        if row["identity"] != identity:
-            there, now = set(row["identity"]) - set(identity), set(identity) - set(row["identity"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self._file(cell)} is not a row of this version ({error}): remove it, and its cell is run again"
+            ) from error
+        if own != identity:
+            there, now = set(own) - set(identity), set(identity) - set(own)
             raise UserError(
                 f"output_dir={self.folder} holds another bench: {cell.name} was run with "
                 f"{' '.join(sorted(there)) or 'less'} and is now {' '.join(sorted(now)) or 'without it'}; "
@@ -81,45 +76,33 @@ class Ledger:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(file, why.rstrip() + "\n")
 
-    def failures(self) -> dict[str, str]:
-        """Name of a cell -> why it could not be carried out."""
-        place = self.folder / FAILED
-        files = place.rglob("*.txt") if place.is_dir() else ()
-        return {str(file.relative_to(place)).removesuffix(".txt"): file.read_text(encoding="utf-8") for file in files}
+    def failures(self, cells: Iterable[Cell]) -> dict[Cell, str]:
+        """Those of the cells that could not be carried out, and why."""
+        if not (self.folder / FAILED).is_dir():
+            return {}
+        files = {cell: self.folder / FAILED / f"{cell.name}.txt" for cell in cells}
+        return {cell: file.read_text(encoding="utf-8") for cell, file in files.items() if file.is_file()}
 
-    def forget_failures(self) -> None:
+    def forget_failures(self, cells: Iterable[Cell]) -> None:
         """Let failed cells be tried again."""
-        shutil.rmtree(self.folder / FAILED, ignore_errors=True)
+        for cell in self.failures(cells):
+            (self.folder / FAILED / f"{cell.name}.txt").unlink(missing_ok=True)
+
+    def clear(self, cell: Cell) -> None:
+        """Remove what an unfinished cell has kept."""
+        shutil.rmtree(self.work(cell), ignore_errors=True)
 
     def work(self, cell: Cell) -> Path:
         """Where an unfinished cell keeps its journal and checkpoints."""
         return self.folder / WORK / cell.name.replace("/", "--")
 
-    @contextlib.contextmanager
-    def claimed(self, cell: Cell) -> Iterator[bool]:
-        """Hold a cell while the block runs; False where somebody else does."""
-        claim = self._claim(cell)
-        claim.parent.mkdir(parents=True, exist_ok=True)
-        token = f"process {os.getpid()} on {socket.gethostname()} {uuid.uuid4().hex}"
-        if not (_make(claim, token) or (self._is_stale(claim) and _take_over(claim, token))):
-            yield False
-            return
-        done = threading.Event()
-        beats = threading.Thread(target=_beat, args=(claim, done), daemon=True)
-        beats.start()
-        try:
-            yield True
-        finally:
-            done.set()
-            beats.join()
-            claim.unlink(missing_ok=True)
+    def claimed(self, cell: Cell) -> AbstractContextManager[Claim | None]:
+        """Hold a cell while the block runs; None where somebody else does."""
+        return claimed(self._claim(cell))
 
     def holder(self, cell: Cell) -> str:
         """Who works at a cell; empty where nobody does."""
-        try:
-            return self._claim(cell).read_text(encoding="utf-8").rpartition(" ")[0]
-        except OSError:
-            return ""
+        return holder(self._claim(cell))
 
     def _claim(self, cell: Cell) -> Path:
         work = self.work(cell)
@@ -127,57 +110,3 @@ class Ledger:
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / ROWS / f"{cell.name}.json"
-
-    def _is_stale(self, claim: Path) -> bool:
-        try:
-            seen, text = claim.stat().st_mtime, claim.read_text(encoding="utf-8")
-        except OSError:
-            return False  # it has just been let go of: the next look finds out
-        if f" on {socket.gethostname()} " in text and not _is_alive(text.split()[1]):
-            return True
-        return self._now() - seen > STALE
-
-    def _now(self) -> float:
-        """The file system's time."""
-        probe = self.folder / WORK / f".now-{os.getpid()}-{threading.get_ident()}"
-        probe.touch()
-        try:
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
-
-
-def _make(claim: Path, token: str) -> bool:
-    try:
-        with claim.open("x", encoding="utf-8") as file:
-            file.write(token)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _take_over(claim: Path, token: str) -> bool:
-    """Move the old claim away (which succeeds for one process only) and make a new one."""
-    away = claim.with_name(f".{claim.name}.{uuid.uuid4().hex}")
-    try:
-        claim.rename(away)
-    except OSError:
-        return False
-    away.unlink(missing_ok=True)
-    return _make(claim, token)
-
-
-def _beat(claim: Path, done: threading.Event) -> None:
-    while not done.wait(BEAT):
-        with contextlib.suppress(OSError):
-            os.utime(claim)
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):
-        return True
-    return True

@@ -81,6 +81,8 @@ class Plan:
         jobs: processes that run cells side by side.
         output_dir: the bench's folder.
         about: name of the file, for the pictures.
+        digests: (task, prompt) and method -> of all that their config files and data say, once the plan is filled in.
+        unfit: (task, prompt, reference) that do not go together, as in-context learning and a classification head.
     """
 
     base: list[str] = field(default_factory=list)
@@ -99,6 +101,8 @@ class Plan:
     jobs: int = 1
     output_dir: str = ""
     about: str = "bench"
+    digests: dict[str, str] = field(default_factory=dict)
+    unfit: set[tuple[str, str, str]] = field(default_factory=set)
 
     @property
     def runs(self) -> list[str]:
@@ -121,7 +125,7 @@ class Plan:
         """
         for task in self.tasks:
             for prompt in self.prompts:
-                yield from (Cell(task, prompt, mode) for mode in self.modes)
+                yield from (Cell(task, prompt, mode) for mode in self.modes if (task, prompt, mode) not in self.unfit)
                 for method in self.runs:
                     yield from (Cell(task, prompt, method, factor, self.seeds[0]) for factor in self.rates)
                 for method in self.runs:
@@ -133,7 +137,7 @@ class Plan:
     def num_cells(self) -> int:
         """How many cells there are in all."""
         runs = len(self.runs) * (len(self.rates) + len(self.seeds) - 1)
-        return len(self.tasks) * len(self.prompts) * (len(self.modes) + runs)
+        return len(self.tasks) * len(self.prompts) * (len(self.modes) + runs) - len(self.unfit)
 
     def arguments(self, cell: Cell) -> list[str]:
         """A cell's command line: of `zoft train`, or of `zoft eval` for an evaluation, but for its folder.
@@ -152,8 +156,9 @@ class Plan:
         return made
 
     def identity(self, cell: Cell) -> list[str]:
-        """What a cell's row depends on: its arguments, and for a run how its best point is found."""
-        made = self.arguments(cell)
+        """What a cell's row depends on: arguments, what files say, and for a run how its best point is found."""
+        digests = [self.digests[key] for key in (f"{cell.task}/{cell.prompt}", cell.method) if key in self.digests]
+        made = [*self.arguments(cell), f"digest={'-'.join(digests)}"]
         return made if cell.method in MODES else [*made, f"evaluations={self.evaluations}", f"select={self.select}"]
 
     def shared_arguments(self, cell: Cell) -> list[str]:
@@ -164,5 +169,5 @@ class Plan:
         return made
 
 
-FIELDS = tuple(f.name for f in dataclasses.fields(Plan) if f.name != "about")
+FIELDS = tuple(f.name for f in dataclasses.fields(Plan) if f.name not in ("about", "digests", "unfit"))
 """Keys of a bench's file, and of its command line."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from zoft.bench.plan import BUILT_IN, FIELDS, MODES, STANDARD, Cell, Entry, Plan
 from zoft.config.catalog import preset_files
 from zoft.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
 
 _VARIED = {
     "seed": "seeds",
@@ -21,7 +26,16 @@ _VARIED = {
     "budget.queries": "queries",
     "optimizer.learning_rate": "rates, and learning_rate of a method",
     "output_dir": "output_dir",
+    **dict.fromkeys(("trainer.eval_strategy", "trainer.eval_steps", "trainer.eval_on_start"), "evaluations"),
+    **dict.fromkeys(("trainer.save_strategy", "trainer.save_steps", "trainer.save_total_limit"), "evaluations"),
+    **dict.fromkeys(("trainer.logging_steps", "trainer.run_name"), "evaluations"),
+    **dict.fromkeys(("trainer.metric_for_best_model", "trainer.greater_is_better"), "select"),
+    "trainer.load_best_model_at_end": "select",
 }
+"""Arguments of `zoft train` that a bench sets itself -> its own key for them."""
+
+_OF_TASK = ("task", "model", "objective", "precision")
+_OF_METHOD = ("subspace", "estimator", "weighting", "optimizer", "engine", "peft", "trainable", "trainer")
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -69,21 +83,41 @@ def fill_in(plan: Plan) -> None:
         UserError: what `zoft train` would say, and of which part of the bench.
     """
     from zoft.config import compose
+    from zoft.evaluating import SERVES
 
     if not plan.tasks:
         plan.tasks = {compose(plan.base).task.name(): []}
     plan.queries = plan.queries or compose([*plan.base, *next(iter(plan.tasks.values()))]).budget.queries
-    first = (next(iter(plan.tasks)), plan.prompts[0], plan.runs[0])
-    cells = [Cell(task, prompt, first[2], 1.0, plan.seeds[0]) for task in plan.tasks for prompt in plan.prompts]
-    cells += [Cell(*first[:2], method, 1.0, plan.seeds[0]) for method in plan.runs]
-    for cell in cells:
-        try:
-            cfg = compose(plan.arguments(cell))
-            cfg.composition.steps_within(plan.queries)
-        except UserError as error:
-            raise UserError(f"{error} (in the cell {cell.task}, prompt {cell.prompt}, {cell.method})") from error
-        entry = plan.methods[cell.method]
+    first = (next(iter(plan.tasks)), plan.prompts[0])
+    for task in plan.tasks:
+        for prompt in plan.prompts:
+            cfg = _composed(plan, Cell(task, prompt, plan.runs[0], 1.0, plan.seeds[0]))
+            plan.digests[f"{task}/{prompt}"] = _digest(cfg, _OF_TASK)
+            unfit = (mode for mode in plan.modes if cfg.task.kind not in SERVES.get(mode, (cfg.task.kind,)))
+            plan.unfit |= {(task, prompt, mode) for mode in unfit}
+    for method in plan.runs:
+        cfg = _composed(plan, Cell(*first, method, 1.0, plan.seeds[0]))
+        cfg.composition.steps_within(plan.queries)
+        plan.digests[method] = _digest(cfg, _OF_METHOD)
+        entry = plan.methods[method]
         entry.learning_rate = entry.learning_rate or cfg.optimizer.learning_rate
+
+
+def _composed(plan: Plan, cell: Cell) -> ZoftConfig:
+    from zoft.config import compose
+
+    try:
+        return compose(plan.arguments(cell))
+    except UserError as error:
+        raise UserError(f"{error} (in the cell {cell.task}, prompt {cell.prompt}, {cell.method})") from error
+
+
+def _digest(cfg: ZoftConfig, parts: tuple[str, ...]) -> str:
+    """A number for what a config's files say of these parts, and for the data files it reads."""
+    told = [repr(getattr(cfg, part)) for part in parts]
+    sources = [str(getattr(cfg.task, name, "")) for name in ("train", "validation")] if "task" in parts else []
+    told += [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for name in sources if (file := Path(name)).is_file()]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
 
 
 def _content(name: str) -> tuple[dict[str, Any], str]:
@@ -119,9 +153,9 @@ def _value(key: str, text: str, content: dict[str, Any]) -> Any:
     except yaml.YAMLError:
         value = text
     if key in ("methods", "tasks") and isinstance(value, str | list):
-        names = [value] if isinstance(value, str) else value
+        names = _words(value, key)
         there = content.get(key) or {}
-        return {str(name): there.get(name) for name in names}
+        return {name: there.get(name) if isinstance(there, dict) else None for name in names}
     return value
 
 
@@ -130,9 +164,13 @@ def _made(content: dict[str, Any]) -> Plan:
     made: dict[str, Any] = {}
     for key, value in content.items():
         if key == "tasks":
-            made[key] = {str(name): _words(arguments, f"tasks.{name}") for name, arguments in _map(value, key).items()}
+            tasks = dict.fromkeys(_words(value, key)) if isinstance(value, list) else _map(value, key)
+            made[key] = {
+                str(name): [f"task={name}"] if arguments is None else _words(arguments, f"tasks.{name}")
+                for name, arguments in tasks.items()
+            }
         elif key == "methods":
-            methods = dict.fromkeys(value) if isinstance(value, list) else _map(value, key)
+            methods = dict.fromkeys(_words(value, key)) if isinstance(value, list) else _map(value, key)
             made[key] = {str(name): _entry(settings, str(name)) for name, settings in methods.items()}
         elif key in ("base", "references", "prompts"):
             made[key] = _words(value, key)
@@ -192,9 +230,10 @@ def _words(value: Any, key: str) -> list[str]:
 def _number(value: Any, key: str, kind: type) -> Any:
     try:
         number = kind(value)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or isinstance(value, bool) or (kind is int and float(value) != number):
+        whole = kind is float or float(value) == number
+    except (TypeError, ValueError, OverflowError):
+        number, whole = math.nan, False
+    if not whole or isinstance(value, bool) or not math.isfinite(number):
         raise UserError(f"{key} must be {'whole numbers' if kind is int else 'numbers'}, got {value!r}")
     return number
 
@@ -206,9 +245,10 @@ def _check(plan: Plan) -> None:
         if not ok:
             raise UserError(f"{key} must be {rule}, got {getattr(plan, key)!r}")
 
-    for key in ("prompts", "seeds", "rates"):
+    for key in ("prompts", "seeds", "rates", "references"):
         values = getattr(plan, key)
-        need(bool(values) and len(set(values)) == len(values), key, "a list without repeated values")
+        need(bool(values) or key == "references", key, "a list of at least one value")
+        need(len(set(values)) == len(values), key, "a list without repeated values")
     need(all(rate > 0 for rate in plan.rates), "rates", "factors above 0")
     need(all(seed >= 0 for seed in plan.seeds), "seeds", "0 or more")
     need(plan.jobs >= 1, "jobs", "at least 1")
@@ -233,8 +273,16 @@ def _check(plan: Plan) -> None:
     plan.baseline = plan.baseline or ("mezo" if "mezo" in plan.runs else plan.runs[0] if plan.runs else "")
     if plan.target is None and plan.runs and plan.baseline not in plan.runs:
         raise UserError(f"baseline={plan.baseline} is not among the methods: choose one of {', '.join(plan.runs)}")
-    for words, what in ((plan.base, "base"), *((words, f"tasks.{name}") for name, words in plan.tasks.items())):
+    _refuse_varied(plan)
+
+
+def _refuse_varied(plan: Plan) -> None:
+    """Arguments of `zoft train` that a bench varies or sets itself."""
+    given = [("base", plan.base, () if plan.tasks else ("task",))]
+    given += [(f"tasks.{name}", words, ("task",)) for name, words in plan.tasks.items()]
+    given += [(f"methods.{name}", entry.arguments, ("method",)) for name, entry in plan.methods.items()]
+    for what, words, allowed in given:
         for word in words:
             key = word.partition("=")[0].lstrip("+")
-            if key in _VARIED and (key != "task" or (what == "base" and plan.tasks)):
-                raise UserError(f"{word} ({what}): a bench varies that itself; its key is {_VARIED[key]}")
+            if key in _VARIED and key not in allowed:
+                raise UserError(f"{word} ({what}): a bench sets that itself; its key is {_VARIED[key]}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
 
-from zoft.bench.choosing import Point, best_point, chosen_factors, score
+from zoft.bench.choosing import Point, badness, best_point, chosen_factors, score
 from zoft.bench.ledger import Row
 from zoft.bench.plan import Cell, Plan
 from zoft.evaluation.intervals import mean_of_seeds
@@ -25,13 +25,13 @@ class Result:
         method: its name.
         rows: one a seed.
         rates: factor of the learning rate -> the first seed's row.
-        select: what points are chosen by.
+        plan: the bench.
     """
 
     method: str
     rows: list[Row]
     rates: dict[float, Row]
-    select: str
+    plan: Plan
 
     @property
     def metric(self) -> str:
@@ -49,6 +49,18 @@ class Result:
         return len(self.rows) - len(self.finished)
 
     @property
+    def diverges(self) -> bool:
+        """Whether it does so at every learning rate, so that there is nothing to run with the other seeds."""
+        return len(self.rates) == len(self.plan.rates) and not self.rows
+
+    @property
+    def pending(self) -> int:
+        """Cells that are still to come."""
+        if self.diverges:
+            return 0
+        return len(self.plan.rates) - len(self.rates) + len(self.plan.seeds) - max(1, len(self.rows))
+
+    @property
     def factor(self) -> float | None:
         """Of the learning rate; None where every one diverged."""
         return self.rows[0]["factor"] if self.rows else None
@@ -64,12 +76,24 @@ class Result:
 
     def dev(self) -> list[Point]:
         """Each finished seed's best point on the dev rows."""
-        points = (best_point(row, self.select) for row in self.finished)
+        points = (best_point(row, self.plan.select) for row in self.finished)
         return [point for point in points if point is not None]
 
-    def cost(self, name: str) -> float:
-        """The mean of what a row says of costs: seconds, peak_memory_mb."""
-        return mean(row[name] for row in self.finished) if self.finished else math.nan
+    def badness(self) -> float:
+        """The mean test metric, less is better; infinite where no seed got to its end."""
+        return badness(mean(self.test()), self.metric) if self.finished else math.inf
+
+    def seconds(self) -> float:
+        """Of training, of the fastest seed: what else a machine did makes the others slower."""
+        return min((float(row["seconds"]) for row in self.finished), default=math.nan)
+
+    def memory_mb(self) -> float:
+        """What training took beside the loaded model and the rows, MiB, of the seed that took least.
+
+        A process loads libraries in its first cells; what it has kept from earlier cells is no cost of this one.
+        """
+        taken = (float(row["peak_memory_mb"]) - float(row["memory_before_mb"]) for row in self.finished)
+        return max(0.0, min(taken, default=math.nan))
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(queries, mean over the finished seeds) of ``loss`` or of the metric on the dev rows."""
@@ -77,12 +101,31 @@ class Result:
         common = sorted(set.intersection(*map(set, seeds))) if seeds else []
         return [(queries, mean(points[queries] for points in seeds)) for queries in common]
 
-    def queries_to(self, loss: float) -> float:
-        """Queries until the mean dev loss is this low, along a line between evaluations; infinite if it never is."""
-        for (q0, l0), (q1, l1) in pairwise(self.curve("loss")):
-            if l1 <= loss < l0:
-                return q0 + (q1 - q0) * (l0 - loss) / (l0 - l1)
-        return math.inf
+    def queries_to(self, loss: float) -> list[float]:
+        """Queries of each seed until its dev loss is this low, along a line between evaluations; infinite: it never is.
+
+        A seed that diverged never is.
+        """
+        curves = [[(point["queries"], point["loss"]) for point in row["curve"]] for row in self.rows]
+        return [
+            _first_below(curve, loss) if row["test"] is not None else math.inf
+            for row, curve in zip(self.rows, curves, strict=True)
+        ]
+
+
+def _first_below(curve: list[tuple[float, float]], loss: float) -> float:
+    """Where a curve is first at or below a value.
+
+    Example:
+        >>> _first_below([(0, 1.0), (10, 0.5)], 0.75)
+        5.0
+    """
+    if curve and curve[0][1] <= loss:
+        return curve[0][0]
+    for (q0, l0), (q1, l1) in pairwise(curve):
+        if l1 <= loss < l0:
+            return q0 + (q1 - q0) * (l0 - loss) / (l0 - l1)
+    return math.inf
 
 
 class Results:
@@ -112,45 +155,58 @@ class Results:
                 seeds = [] if factor is None else [Cell(*group, method, factor, seed) for seed in plan.seeds]
                 if rates:
                     there = [rows[cell] for cell in seeds if cell in rows]
-                    self.results[group, method] = Result(method, there, rates, plan.select)
+                    self.results[group, method] = Result(method, there, rates, plan)
 
     def of(self, group: Group) -> list[Result]:
         """The methods of a task and prompt, the best test metric first."""
         there = [self.results[group, method] for method in self.plan.runs if (group, method) in self.results]
-        return sorted(there, key=lambda result: -mean(result.test()) if result.test() else math.inf)
+        return sorted(there, key=Result.badness)
 
     def target(self, group: Group) -> float:
-        """The dev loss that queries are counted to: the plan's, or the baseline's at its end."""
+        """The dev loss that queries are counted to: the plan's, or the lowest of the baseline's mean curve."""
         if self.plan.target is not None:
             return self.plan.target
         baseline = self.results.get((group, self.plan.baseline))
-        return mean(point["loss"] for point in baseline.dev()) if baseline and baseline.dev() else math.nan
+        return (
+            min((loss for queries, loss in baseline.curve("loss") if queries), default=math.nan)
+            if baseline
+            else math.nan
+        )
 
-    def gap(self, group: Group, method: str, reference: str) -> float:
-        """How far a method's mean dev loss is above a reference's, nats; NaN where one of them is not there."""
-        losses = []
+    def gap(self, group: Group, method: str, reference: str) -> list[float]:
+        """How far a method's best dev loss is above a reference's, nats, seed by seed; of the seeds both have."""
+        losses: list[dict[int, float]] = []
         for name in (method, reference):
             result = self.results.get((group, name))
-            losses.append(mean(point["loss"] for point in result.dev()) if result and result.dev() else math.nan)
-        return losses[0] - losses[1]
+            points = [(row["seed"], best_point(row, self.plan.select)) for row in result.finished] if result else []
+            losses.append({seed: point["loss"] for seed, point in points if point is not None})
+        return [losses[0][seed] - losses[1][seed] for seed in sorted(losses[0].keys() & losses[1].keys())]
 
     def ranks(self, prompt: str) -> dict[str, float]:
-        """Mean rank over the tasks by the mean test metric, 1 the best; equals share. References are not ranked."""
+        """Mean rank over the tasks by the mean test metric, 1 the best; equals share. References are not ranked.
+
+        A method of which seeds diverged comes behind all of which fewer did; one with cells to come is left out.
+        """
+        groups = [group for group in self.groups if group[1] == prompt and self.of(group)]
+        done = [{result.method for result in self.of(group) if not result.pending} for group in groups]
+        ranked = set.intersection(*done) - set(self.plan.references) if done else set()
         ranks: dict[str, list[float]] = {}
-        for group in self.groups:
-            if group[1] == prompt:
-                scores = {result.method: mean(result.test()) for result in self.of(group) if result.test()}
-                scores = {method: own for method, own in scores.items() if method not in self.plan.references}
-                for method, own in scores.items():
-                    better = sum(other > own for other in scores.values())
-                    equal = sum(other == own for other in scores.values())
-                    ranks.setdefault(method, []).append(better + (equal + 1) / 2)
+        for group in groups:
+            own = {
+                result.method: (len(self.plan.seeds) if result.diverges else result.broken, result.badness())
+                for result in self.of(group)
+                if result.method in ranked
+            }
+            for method, standing in own.items():
+                better = sum(other < standing for other in own.values())
+                equal = sum(other == standing for other in own.values())
+                ranks.setdefault(method, []).append(better + (equal + 1) / 2)
         return {method: mean(values) for method, values in ranks.items()}
 
     def robustness(self, method: str) -> dict[float, float]:
         """Factor of the learning rate -> mean over tasks and prompts of what it loses on the best one, dev loss, nats.
 
-        Infinite where it diverges anywhere.
+        Of the first seed, at each run's best point; infinite where it diverges anywhere.
         """
         lost: dict[float, list[float]] = {}
         for group in self.groups:

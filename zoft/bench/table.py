@@ -61,7 +61,7 @@ def _overview(plan: Plan, results: Results) -> str:
         lines.append(_line([f"*{mode}*", *cells, *[""] * len(plan.prompts)]))
     for name in names:
         label = f"*{name}*" if name in plan.references else name
-        cells = [_scores(results.results.get((group, name)), len(plan.seeds)) for group in groups]
+        cells = [_scores(results.results.get((group, name))) for group in groups]
         lines.append(_line([label, *cells, *(_number(ranks[p].get(name, math.nan), ".1f") for p in plan.prompts)]))
     return "\n".join(lines)
 
@@ -70,14 +70,14 @@ def _details(plan: Plan, results: Results) -> str:
     """One line a task, prompt and method."""
     exact, first_order = "forward_gradient", "adamw"
     head = ["task", "prompt", "method", "learning rate", "queries a step", "dev loss", "queries to target"]
-    head += [f"gap to {exact}", f"gap to {first_order}", "peak MiB", "seconds"]
+    head += [f"gap to {exact}", f"gap to {first_order}", "MiB", "seconds"]
     lines = [_line(head), "|:--|:--|:--|" + "--:|" * (len(head) - 3)]
     for group in results.groups:
         for result in results.of(group):
             if not result.finished:
-                lines.append(_line([*group, result.method, "diverges at every rate", *[""] * 7]))
+                told = "diverges at every rate" if result.diverges else f"{result.pending} to come"
+                lines.append(_line([*group, result.method, told, *[""] * 7]))
                 continue
-            middle, low, high = interval([point["loss"] for point in result.dev()])
             row = result.finished[0]
             lines.append(
                 _line(
@@ -86,12 +86,14 @@ def _details(plan: Plan, results: Results) -> str:
                         result.method,
                         f"{row['learning_rate']:g}{' *' if result.at_edge else ''}",
                         str(row["queries_a_step"]),
-                        f"{middle:.3f}" + (f" ± {(high - low) / 2:.3f}" if math.isfinite(high) else ""),
-                        _number(result.queries_to(results.target(group)), ".0f"),
-                        _number(results.gap(group, result.method, exact), "+.3f"),
-                        _number(results.gap(group, result.method, first_order), "+.3f"),
-                        f"{result.cost('peak_memory_mb'):.0f}",
-                        f"{result.cost('seconds'):.1f}",
+                        _spread([point["loss"] for point in result.dev()], ".3f"),
+                        _reached(result.queries_to(results.target(group))),
+                        *(
+                            _spread(results.gap(group, result.method, other) if other != result.method else [], "+.3f")
+                            for other in (exact, first_order)
+                        ),
+                        f"{result.memory_mb():.0f}",
+                        f"{result.seconds():.1f}",
                     ]
                 )
             )
@@ -103,14 +105,15 @@ def _notes(plan: Plan, results: Results) -> str:
     broken = sum(result.broken for result in results.results.values())
     of_rates = sum(bool(row["failed"]) for result in results.results.values() for row in result.rates.values())
     seeds = len(plan.seeds)
-    target = f"the dev loss of {plan.baseline}" if plan.target is None else f"a dev loss of {plan.target:g}"
+    target = f"the lowest mean dev loss of {plan.baseline}" if plan.target is None else f"a dev loss of {plan.target:g}"
     rates = ", ".join(f"x {rate:g}" for rate in plan.rates)
     told = [
         f"{plan.queries:,} queries a run. Test scores: mean over {seeds} seeds ± half of Student's 95 % interval, of "
         f"the checkpoint with the best dev {plan.select}, at the learning rate (of {rates}) with the best dev "
         f"{plan.select} under seed {plan.seeds[0]}; `*`: that rate is at the edge of those tried. Untrained: with "
-        f"the 95 % interval over rows. Ranks: among the methods, references (in italics) apart. Queries to {target}; "
-        "gaps in dev loss, nats."
+        f"the 95 % interval over rows. Ranks: among the methods, references (in italics) apart. Queries to {target}: "
+        "mean of the seeds that get there; gaps in dev loss, nats, seed by seed; MiB: what training took beside the "
+        "loaded model and rows; MiB and seconds of the seed that took least."
     ]
     if broken or of_rates:
         told.append(f"Diverged: {of_rates} runs of the search for rates, {broken} runs with other seeds.")
@@ -121,18 +124,42 @@ def _notes(plan: Plan, results: Results) -> str:
     return "\n".join(told)
 
 
-def _scores(result: Result | None, num_seeds: int) -> str:
+def _scores(result: Result | None) -> str:
     if result is None:
         return ""
     if not result.finished:
-        return "diverges" if len(result.rows) == num_seeds or not result.rows else ""
+        return "diverges" if result.diverges else f"({result.pending} to come)"
     scale, digits = _scale(result.metric)
-    middle, low, high = interval(result.test())
-    told = f"{scale * middle:.{digits}f}"
-    if math.isfinite(high):
-        told += f" ± {scale * (high - low) / 2:.{digits}f}"
-    missing = num_seeds - len(result.finished)
-    return told + (f" ({result.broken} diverged)" if result.broken else f" ({missing} to come)" if missing else "")
+    told = _spread([scale * value for value in result.test()], f".{digits}f")
+    told += f" ({result.broken} diverged)" if result.broken else ""
+    return told + (f" ({result.pending} to come)" if result.pending else "")
+
+
+def _spread(numbers: list[float], form: str) -> str:
+    """Mean ± half of the interval over seeds.
+
+    Example:
+        >>> _spread([0.5], ".2f"), _spread([], ".2f")
+        ('0.50', '-')
+    """
+    if not numbers:
+        return "-"
+    middle, low, high = interval(numbers)
+    half = f" ± {format((high - low) / 2, form.lstrip('+'))}" if math.isfinite(high) else ""
+    return f"{format(middle, form)}{half}"
+
+
+def _reached(queries: list[float]) -> str:
+    """The mean over the seeds that got there, and how many did where some did not.
+
+    Example:
+        >>> _reached([10.0, 30.0]), _reached([10.0, math.inf]), _reached([math.inf])
+        ('20', '10 (1 of 2)', '-')
+    """
+    there = [value for value in queries if math.isfinite(value)]
+    if not there:
+        return "-"
+    return f"{mean(there):.0f}" + (f" ({len(there)} of {len(queries)})" if len(there) < len(queries) else "")
 
 
 def _untrained(row: Row | None) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import sys
 import time
 import traceback
+import warnings
 from typing import TYPE_CHECKING
 
-from zoft.bench.choosing import chosen_factors, dev_score
+from zoft.bench.choosing import best_point, chosen_factors
+from zoft.bench.claims import Claim
 from zoft.bench.ledger import Ledger, Row
 from zoft.bench.plan import MODES, Cell, Plan
 from zoft.errors import UserError
@@ -30,19 +33,29 @@ def run_bench(plan: Plan) -> dict[Cell, Row]:
         UserError: the folder holds another bench.
     """
     ledger = Ledger(plan.output_dir)
-    known(plan, ledger)  # another bench's folder is found out before anything runs
-    ledger.forget_failures()
+    rows = known(plan, ledger)  # another bench's folder is found out before anything runs
+    ledger.forget_failures(left(plan, rows))
     if plan.jobs == 1:
         work(plan)
     else:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.jobs)))
         context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=work, args=(plan,), daemon=True) for _ in range(plan.jobs)]
+        workers = [context.Process(target=_child, args=(plan,), daemon=True) for _ in range(plan.jobs)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
     return known(plan, ledger)
+
+
+def _child(plan: Plan) -> None:
+    """A worker of its own process: Ctrl-C is its parent's to speak of."""
+    try:
+        work(plan)
+    except KeyboardInterrupt:
+        pass
+    except UserError as error:
+        print(f"zoft: error: {error}", file=sys.stderr, flush=True)
 
 
 def known(plan: Plan, ledger: Ledger, rows: dict[Cell, Row] | None = None) -> dict[Cell, Row]:
@@ -75,15 +88,16 @@ def work(plan: Plan) -> None:
     rows: dict[Cell, Row] = {}
     while True:
         rows = known(plan, ledger, rows)
-        failures = ledger.failures()
-        cells = [cell for cell in left(plan, rows) if cell.name not in failures]
+        cells = left(plan, rows)
+        failures = ledger.failures(cells)
+        cells = [cell for cell in cells if cell not in failures]
         if not cells:
             return
         for cell in _in_order(cells, here, ledger):
-            with ledger.claimed(cell) as mine:
-                if mine and not ledger.has(cell):
+            with ledger.claimed(cell) as claim:
+                if claim is not None and not ledger.has(cell):
                     here = (cell.task, cell.prompt)
-                    _one(plan, cell, ledger, shared)
+                    _one(plan, cell, ledger, shared, claim)
                     break
         else:
             time.sleep(_PAUSE)
@@ -95,20 +109,24 @@ def _in_order(cells: list[Cell], here: tuple[str, str], ledger: Ledger) -> list[
     return sorted(cells, key=lambda c: ((c.task, c.prompt) != here, (c.task, c.prompt) in busy))
 
 
-def _one(plan: Plan, cell: Cell, ledger: Ledger, shared: Shared) -> None:
+def _one(plan: Plan, cell: Cell, ledger: Ledger, shared: Shared, claim: Claim) -> None:
     from zoft.bench.cells import run_cell
 
     began = time.perf_counter()
     try:
         row = run_cell(plan, cell, ledger.work(cell), shared)
+        outcome = told_of(row, plan)
     except Exception as error:  # whatever it is, the other cells are still worth their time
-        told = str(error) if isinstance(error, UserError) else traceback.format_exc()
-        ledger.fail(cell, told)
-        print(f"{cell.name}: failed: {' '.join(str(error).split()) or type(error).__name__}", flush=True)
+        if claim.is_ours():
+            ledger.fail(cell, str(error) if isinstance(error, UserError) else traceback.format_exc())
+            print(f"{cell.name}: failed: {' '.join(str(error).split()) or type(error).__name__}", flush=True)
+        return
+    if not claim.is_ours():  # this process was suspended for minutes, and another one has begun the cell anew
         return
     ledger.write(cell, row)
+    ledger.clear(cell)
     place = f"{ledger.number_of_rows()}/{plan.num_cells}"
-    print(f"{place:>9}  {cell.name:<44} {told_of(row, plan)}  ({time.perf_counter() - began:.0f} s)", flush=True)
+    print(f"{place:>9}  {cell.name:<44} {outcome}  ({time.perf_counter() - began:.0f} s)", flush=True)
 
 
 def told_of(row: Row, plan: Plan) -> str:
@@ -119,7 +137,9 @@ def told_of(row: Row, plan: Plan) -> str:
         return f"test {metric} {scale * row['test'][metric]:.1f}{unit}"
     if row["failed"]:
         return f"diverged: {row['failed']}"
-    best = min(row["curve"][1:], key=lambda point: dev_score(point, metric, plan.select))
+    best = best_point(row, plan.select)
+    if best is None:
+        return "was not evaluated"
     return f"best dev loss {best['loss']:.3f}, {metric} {scale * best[metric]:.1f}{unit}"
 
 
@@ -130,3 +150,4 @@ def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("zoft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers(\.|$)")

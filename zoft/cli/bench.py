@@ -33,13 +33,15 @@ def command(arguments: list[str]) -> int:
     if "--plan" in flags:
         print(told(plan))
         return 0
-    signal.signal(signal.SIGTERM, _requeue)
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _requeue)
     from zoft.bench.ledger import Ledger
     from zoft.bench.worker import known, left, run_bench
 
     ledger = Ledger(plan.output_dir)
     rows = known(plan, ledger) if "--draw" in flags else run_bench(plan)
-    failures = ledger.failures()
+    failures = ledger.failures(left(plan, rows))
     if "--draw" in flags and not rows:
         raise UserError(f"output_dir={plan.output_dir} holds no finished cell of this bench: run it without --draw")
     if any(row["test"] is not None for row in rows.values()):
@@ -49,8 +51,8 @@ def command(arguments: list[str]) -> int:
         print(write(plan, rows))
         drawn = ", ".join(path.name for path in draw(plan, rows))
         print(f"\nbench   {plan.output_dir}: bench.md, bench.csv, {drawn}")
-    for name, why in failures.items():
-        print(f"zoft: error: {name}: {why.strip().splitlines()[-1]}", file=sys.stderr)
+    for cell, why in failures.items():
+        print(f"zoft: error: {cell.name}: {why.strip().splitlines()[-1]}", file=sys.stderr)
     missing = len(left(plan, rows)) - len(failures)
     if missing and "--draw" not in flags:
         print(

@@ -1,0 +1,104 @@
+"""What the rows of a bench say, from rows made up by hand: targets, gaps, ranks, what is to come, what diverged."""
+
+import math
+
+import pytest
+
+from zoft.bench.plan import Cell, Entry, Plan
+from zoft.bench.results import Results
+from zoft.bench.table import markdown
+
+
+def row(losses, *, test=0.5, metric="accuracy", factor=1.0, seed=0, failed=""):
+    """A run whose dev loss was this at 0, 10, 20, ... queries."""
+    curve = [
+        {"queries": 10 * i, "loss": loss, metric: loss if metric == "loss" else 1 - loss}
+        for i, loss in enumerate(losses)
+    ]
+    return {
+        **{"metric": metric, "curve": curve, "factor": factor, "seed": seed, "failed": failed, "learning_rate": factor},
+        **{"test": None if failed else {metric: test, "loss": test}, "queries_a_step": 2, "num_test": 100},
+        **{"seconds": 10.0 + seed, "peak_memory_mb": 150.0 + seed, "memory_before_mb": 100.0},
+    }
+
+
+def plan(methods, **more):
+    return Plan(
+        tasks={task: [] for task in more.pop("tasks", ["t"])},
+        methods={name: Entry(1.0) for name in methods},
+        **{"references": [], "prompts": ["none"], "seeds": [0, 1], "rates": [1.0], "queries": 20, "baseline": "mezo"}
+        | more,
+    )
+
+
+def bench(methods, rows, **more):
+    """Results of {(method, seed): row}, or {(task, method, seed): row}."""
+    made = plan(methods, **more)
+    cells = {}
+    for (*task, method, seed), one in rows.items():
+        cells[Cell(task[0] if task else "t", "none", method, one["factor"], seed)] = one | {"seed": seed}
+    return Results(made, cells)
+
+
+GROUP = ("t", "none")
+
+
+def test_the_baseline_reaches_its_own_target():
+    results = bench(["mezo"], {("mezo", 0): row([1.0, 0.5, 0.9]), ("mezo", 1): row([1.0, 0.9, 0.5])})
+    assert results.target(GROUP) == pytest.approx(0.7)  # the mean curve is 1, 0.7, 0.7
+    reached = results.results[GROUP, "mezo"].queries_to(0.7)
+    assert reached == [pytest.approx(6.0), pytest.approx(15.0)]
+    assert results.results[GROUP, "mezo"].queries_to(1.0) == [0, 0]  # the untrained model is there already
+    assert results.results[GROUP, "mezo"].queries_to(0.1) == [math.inf, math.inf]
+
+
+def test_gaps_are_taken_seed_by_seed():
+    rows = {
+        ("mezo", 0): row([1, 0.5]),
+        ("mezo", 1): row([1, 0.7]),
+        ("adamw", 0): row([1, 0.1]),
+        ("adamw", 1): row([1, 0.2]),
+    }
+    assert bench(["mezo", "adamw"], rows).gap(GROUP, "mezo", "adamw") == [pytest.approx(0.4), pytest.approx(0.5)]
+    del rows["adamw", 1]
+    assert bench(["mezo", "adamw"], rows).gap(GROUP, "mezo", "adamw") == [pytest.approx(0.4)]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", "high"), ("loss", "low")])
+def test_ranks_know_which_way_a_metric_is_better(metric, best):
+    rows = {(m, s): row([1, 0.5], test=t, metric=metric) for m, t in (("low", 0.2), ("high", 0.8)) for s in (0, 1)}
+    results = bench(["low", "high"], rows)
+    assert min(results.ranks("none"), key=results.ranks("none").get) == best
+    assert results.of(GROUP)[0].method == best
+
+
+def test_who_diverges_ranks_last_and_who_is_not_done_does_not_rank():
+    fine = {
+        (t, m, s): row([1, 0.5], test=v) for t in ("t", "u") for m, v in (("mezo", 0.6), ("x", 0.9)) for s in (0, 1)
+    }
+    assert bench(["mezo", "x"], fine, tasks=["t", "u"]).ranks("none") == {"mezo": 2.0, "x": 1.0}
+    broke = {key: one for key, one in fine.items() if key != ("u", "x", 1)} | {("u", "x", 0): row([1, 9], failed="nan")}
+    assert bench(["mezo", "x"], broke, tasks=["t", "u"]).ranks("none") == {"mezo": 1.5, "x": 1.5}
+    half = fine | {("u", "x", 1): row([1, 9], failed="nan")}
+    assert bench(["mezo", "x"], half, tasks=["t", "u"]).ranks("none") == {"mezo": 1.5, "x": 1.5}
+    missing = {key: one for key, one in fine.items() if key != ("u", "x", 1)}
+    assert bench(["mezo", "x"], missing, tasks=["t", "u"]).ranks("none") == {"mezo": 1.0}
+
+
+def test_the_table_says_what_is_to_come_and_what_diverges():
+    rates = {"rates": [0.5, 1.0]}
+    begun = bench(["mezo"], {("mezo", 0): row([1, 0.5], factor=0.5)}, **rates)
+    text = markdown(begun.plan, begun)
+    assert "(2 to come)" in text
+    assert "diverges" not in text
+    made = plan(["mezo"], **rates)
+    cells = {Cell("t", "none", "mezo", f, 0): row([1, 9], factor=f, failed="nan") for f in (0.5, 1.0)}
+    text = markdown(made, Results(made, cells))
+    assert "| mezo | diverges |" in text
+    assert "diverges at every rate" in text
+    assert "to come" not in text
+
+
+def test_memory_and_seconds_are_of_the_seed_that_took_least():
+    result = bench(["mezo"], {("mezo", 0): row([1, 0.5]), ("mezo", 1): row([1, 0.5], seed=1)}).results[GROUP, "mezo"]
+    assert (result.memory_mb(), result.seconds()) == (50.0, 10.0)
