@@ -3,7 +3,7 @@
 from tests import runs
 
 
-def test_the_shipped_bench_is_shown_without_torch(tmp_path):
+def test_the_shipped_bench_is_shown(tmp_path):
     done = runs.zoft("bench", "config=demo", "--plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tasks       sms_spam, rotten_tomatoes, trec" in done.stdout

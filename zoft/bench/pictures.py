@@ -47,7 +47,9 @@ def draw(plan: Plan, rows: Mapping[Cell, Row]) -> list[Path]:
         The PNGs' paths.
     """
     results, folder = Results(plan, rows), Path(plan.output_dir)
-    drawn = [_curves(results, folder / CURVES), _rates(results, folder / RATES)]
+    drawn = []
+    if any(results.of(group) for group in results.groups):
+        drawn += [_curves(results, folder / CURVES), _rates(results, folder / RATES)]
     if measured := _distances(results):
         drawn.append(_gaps(results, measured, folder / GAPS))
     if len(plan.prompts) > 1 and any(map(results.ranks, plan.prompts)):
@@ -66,10 +68,11 @@ def _curves(results: Results, file: Path) -> Path:
     """Tasks down, prompts across: the dev metric against queries, mean over the seeds."""
     plan = results.plan
     colour = colours(plan)
-    figure = _figure(4.4 * len(plan.prompts) + 1.6, 2.9 * len(plan.tasks) + 0.5)
-    panels = figure.subplots(len(plan.tasks), len(plan.prompts), squeeze=False, sharex=True)
+    tasks = [task for task in plan.tasks if any(results.of((task, prompt)) for prompt in plan.prompts)]
+    figure = _figure(4.4 * len(plan.prompts) + 1.6, 2.9 * len(tasks) + 0.5)
+    panels = figure.subplots(len(tasks), len(plan.prompts), squeeze=False, sharex=True, sharey="row")
     handles: dict[str, Any] = {}
-    for panel, group in zip(panels.flat, results.groups, strict=True):
+    for panel, group in zip(panels.flat, [(task, prompt) for task in tasks for prompt in plan.prompts], strict=True):
         _dress(panel)
         metric, scale = "metric", 1.0
         for result in results.of(group):
@@ -155,9 +158,12 @@ def _rates(results: Results, file: Path) -> Path:
     panel.set_xscale("log")
     panel.set_xticks(plan.rates, [f"x {rate:g}" for rate in plan.rates], minor=False)
     panel.minorticks_off()
+    panel.set_yscale("symlog", linthresh=0.1)
+    panel.set_ylim(bottom=-0.02)
+    panel.yaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("learning rate, times the one in the plan", color=_INK)
     panel.set_title(
-        "best dev loss of a run above that of the best rate tried, nats; first seed, mean over tasks and prompts",
+        "dev loss above that of the best rate tried, nats (first seed, best point of each run)",
         loc="left",
         fontsize=10,
         color=_INK,
