@@ -2,6 +2,7 @@
 
 import pytest
 
+from zoft.bench.choosing import RateSearch
 from zoft.bench.plan import Cell
 from zoft.bench.reading import fill_in, read_plan
 from zoft.errors import UserError
@@ -32,7 +33,8 @@ def test_cells_are_all_combinations(file):
     assert len(first) == 2 * 2 * (2 + 3 * 2)
     assert len(set(first)) == len(first)
     assert {cell.seed for cell in first} == {None, 3}
-    chosen = {(task, prompt, m): 2.0 for task in "ab" for prompt in plan.prompts for m in plan.runs}
+    ended = RateSearch((0.5, 2.0), 2.0)
+    chosen = {(task, prompt, m): ended for task in "ab" for prompt in plan.prompts for m in plan.runs}
     cells = list(plan.cells(chosen))
     assert len(cells) == plan.num_cells == 2 * 2 * (2 + 3 * 3)
     assert {cell.factor for cell in cells if cell.seed == 4} == {2.0}

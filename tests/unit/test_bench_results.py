@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from zoft.bench.choosing import rate_searches
 from zoft.bench.plan import Cell, Entry, Plan
 from zoft.bench.results import Results
 from zoft.bench.table import markdown
@@ -26,7 +27,15 @@ def plan(methods, **more):
     return Plan(
         tasks={task: [] for task in more.pop("tasks", ["t"])},
         methods={name: Entry(1.0) for name in methods},
-        **{"references": [], "prompts": ["none"], "seeds": [0, 1], "rates": [1.0], "queries": 20, "baseline": "mezo"}
+        **{
+            "references": [],
+            "prompts": ["none"],
+            "seeds": [0, 1],
+            "rates": [1.0],
+            "queries": 20,
+            "baseline": "mezo",
+            "grow": 0,
+        }
         | more,
     )
 
@@ -97,6 +106,34 @@ def test_the_table_says_what_is_to_come_and_what_diverges():
     assert "| mezo | diverges |" in text
     assert "diverges at every rate" in text
     assert "to come" not in text
+
+
+@pytest.mark.parametrize(
+    ("losses", "factors", "chosen"),
+    [
+        ({1.0: 0.5, 2.0: 0.6}, (0.5, 1.0, 2.0), None),  # the smallest is best: a smaller one is asked for
+        ({0.5: 0.7, 1.0: 0.5, 2.0: 0.6}, (0.5, 1.0, 2.0), 1.0),
+        ({0.5: 0.4, 1.0: 0.5, 2.0: 0.6}, (0.25, 0.5, 1.0, 2.0), None),
+        ({0.25: 0.3, 0.5: 0.4, 1.0: 0.5, 2.0: 0.6}, (0.25, 0.5, 1.0, 2.0), 0.25),  # twice and no more
+        ({1.0: 0.6, 2.0: 0.5}, (1.0, 2.0, 4.0), None),
+        ({1.0: math.inf, 2.0: math.inf}, (0.5, 1.0, 2.0), None),
+        ({0.25: math.inf, 0.5: math.inf, 1.0: math.inf, 2.0: math.inf}, (0.25, 0.5, 1.0, 2.0), None),
+        ({1.0: 0.5}, (1.0, 2.0), None),  # the other one is to come
+    ],
+)
+def test_the_search_for_a_learning_rate_goes_beyond_an_edge(losses, factors, chosen):
+    made = plan(["mezo"], rates=[1.0, 2.0], grow=2)
+    rows = {
+        Cell("t", "none", "mezo", f, 0): row([1, min(v, 9)], factor=f, failed="nan" * math.isinf(v))
+        for f, v in losses.items()
+    }
+    search = rate_searches(made, rows)["t", "none", "mezo"]
+    assert (search.factors, search.chosen) == (factors, chosen)
+    asked = [cell.factor for cell in made.cells({("t", "none", "mezo"): search}) if cell.seed == 0]
+    assert asked == list(factors)
+    assert [cell.factor for cell in made.cells({("t", "none", "mezo"): search}) if cell.seed == 1] == [chosen] * bool(
+        chosen
+    )
 
 
 def test_memory_and_seconds_are_of_the_seed_that_took_least():

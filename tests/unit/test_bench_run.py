@@ -14,7 +14,7 @@ import pytest
 
 from tests import runs
 from zoft.bench import worker
-from zoft.bench.choosing import best_point, chosen_factors
+from zoft.bench.choosing import best_point, rate_searches
 from zoft.bench.ledger import Ledger
 from zoft.bench.plan import MODES, Cell
 from zoft.bench.reading import fill_in, read_plan
@@ -39,7 +39,7 @@ def words(folder, output_dir, *more):
         "tasks: {words: [task=custom]}\n"
         f"methods: {METHODS}\n"
         "references: [zero_shot, icl, adamw]\n"
-        "queries: 24\nseeds: [0, 1]\nrates: [0.5, 1]\ndemonstrations: 2\nevaluations: 3\n"
+        "queries: 24\nseeds: [0, 1]\nrates: [0.5, 1]\ngrow: 0\ndemonstrations: 2\nevaluations: 3\n"
     )
     return [f"config={file}", *base, f"output_dir={output_dir}", *more]
 
@@ -66,7 +66,7 @@ def test_every_cell_has_a_row_and_nothing_else_is_left(bench):
     assert len(rows) == 2 * (2 + 2 * 3 + 2)  # what diverges at every rate is not run with the other seed
     assert all(rows[cell]["failed"] and rows[cell]["test"] is None for cell in broken)
     assert len(broken) == 4
-    assert set(chosen_factors(plan, rows)) == {
+    assert {key for key, search in rate_searches(plan, rows).items() if search.chosen is not None} == {
         ("words", p, m) for p in plan.prompts for m in plan.runs if m != "broken"
     }
     assert {file.name for file in (folder / "out").iterdir()} == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from zoft.bench.ledger import Row
 from zoft.bench.plan import Cell, Plan
@@ -40,22 +41,44 @@ def best_point(row: Row, select: str) -> Point | None:
     return best
 
 
-def chosen_factors(plan: Plan, rows: Mapping[Cell, Row]) -> dict[tuple[str, str, str], float]:
-    """(task, prompt, method) -> the factor of its learning rate with the best dev score under the first seed.
+@dataclass(frozen=True)
+class RateSearch:
+    """How far the search for a method's learning rate on one task and prompt has come.
 
-    Those whose cells are not all there yet are left out, and those that broke at every learning rate. Of equals the
-    factor nearest to 1 is taken.
+    Args:
+        factors: of the learning rate, tried or to be tried, ascending.
+        chosen: the one with the best dev score under the first seed; None while cells are missing, and where all break.
     """
-    chosen = {}
-    for task in plan.tasks:
-        for prompt in plan.prompts:
-            for method in plan.runs:
-                cells = [Cell(task, prompt, method, factor, plan.seeds[0]) for factor in plan.rates]
-                if all(cell in rows for cell in cells):
-                    best = min(cells, key=lambda cell: (score(rows[cell], plan), abs(math.log(cell.factor or 1.0))))
-                    if math.isfinite(score(rows[best], plan)):
-                        chosen[task, prompt, method] = best.factor or 1.0
-    return chosen
+
+    factors: tuple[float, ...]
+    chosen: float | None
+
+
+def rate_searches(plan: Plan, rows: Mapping[Cell, Row]) -> dict[tuple[str, str, str], RateSearch]:
+    """(task, prompt, method) -> its search.
+
+    First the plan's rates are tried; while the best is the smallest or the largest, one more is tried beyond it,
+    ``plan.grow`` times at most. Where all break, smaller ones are tried. Of equals the factor nearest to 1 is taken.
+    """
+    keys = [(task, prompt, method) for task in plan.tasks for prompt in plan.prompts for method in plan.runs]
+    return {key: _search(plan, rows, key) for key in keys}
+
+
+def _search(plan: Plan, rows: Mapping[Cell, Row], key: tuple[str, str, str]) -> RateSearch:
+    factors = sorted(plan.rates)
+    while True:
+        cells = [Cell(*key, factor, plan.seeds[0]) for factor in factors]
+        if any(cell not in rows for cell in cells):
+            return RateSearch(tuple(factors), None)
+        best = min(cells, key=lambda cell: (score(rows[cell], plan), abs(math.log(cell.factor or 1.0))))
+        broke = math.isinf(score(rows[best], plan))
+        more = len(factors) - len(plan.rates) < plan.grow and len(factors) > 1
+        if more and (broke or best is cells[0]):
+            factors.insert(0, factors[0] ** 2 / factors[1])
+        elif more and best is cells[-1]:
+            factors.append(factors[-1] ** 2 / factors[-2])
+        else:
+            return RateSearch(tuple(factors), None if broke else best.factor)
 
 
 def score(row: Row, plan: Plan) -> float:

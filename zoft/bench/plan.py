@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zoft.bench.choosing import RateSearch
 
 MODES = ("zero_shot", "icl", "calibrated", "linear_probe")
 """References that are evaluations and not runs: modes of `zoft eval`."""
@@ -73,6 +77,7 @@ class Plan:
         queries: budget of every run, forward passes of the objective.
         rates: factors of a method's learning rate. All are run with the first seed; the one with the best dev score is
             then run with the other seeds.
+        grow: how many more factors are tried beyond an edge of ``rates`` while the best one lies there.
         demonstrations: solved rows before each row under ``icl``.
         evaluations: on the dev rows along a run; each saves a checkpoint that may be the best.
         select: what chooses checkpoints and learning rates on the dev rows: loss, or metric.
@@ -93,6 +98,7 @@ class Plan:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     queries: int = 0
     rates: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0])
+    grow: int = 2
     demonstrations: int = 8
     evaluations: int = 8
     select: str = "loss"
@@ -116,26 +122,27 @@ class Plan:
         """References that are evaluations."""
         return [name for name in self.references if name in MODES]
 
-    def cells(self, chosen: dict[tuple[str, str, str], float] | None = None) -> Iterator[Cell]:
+    def cells(self, searches: Mapping[tuple[str, str, str], RateSearch] | None = None) -> Iterator[Cell]:
         """The cells, those that share their data beside each other.
 
         Args:
-            chosen: (task, prompt, method) -> the factor of its learning rate, where that is known; the other seeds'
-                cells are there only then.
+            searches: (task, prompt, method) -> how far the search for its learning rate has come; the other seeds'
+                cells are there only when it has ended. None: nothing has been run.
         """
         for task in self.tasks:
             for prompt in self.prompts:
                 yield from (Cell(task, prompt, mode) for mode in self.modes if (task, prompt, mode) not in self.unfit)
-                for method in self.runs:
-                    yield from (Cell(task, prompt, method, factor, self.seeds[0]) for factor in self.rates)
-                for method in self.runs:
-                    factor = (chosen or {}).get((task, prompt, method))
-                    if factor is not None:
-                        yield from (Cell(task, prompt, method, factor, seed) for seed in self.seeds[1:])
+                found = {method: (searches or {}).get((task, prompt, method)) for method in self.runs}
+                for method, search in found.items():
+                    factors = self.rates if search is None else search.factors
+                    yield from (Cell(task, prompt, method, factor, self.seeds[0]) for factor in factors)
+                for method, search in found.items():
+                    if search is not None and search.chosen is not None:
+                        yield from (Cell(task, prompt, method, search.chosen, seed) for seed in self.seeds[1:])
 
     @property
     def num_cells(self) -> int:
-        """How many cells there are in all."""
+        """How many cells there are in all, without those of learning rates that are tried beyond the plan's."""
         runs = len(self.runs) * (len(self.rates) + len(self.seeds) - 1)
         return len(self.tasks) * len(self.prompts) * (len(self.modes) + runs) - len(self.unfit)
 

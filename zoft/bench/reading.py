@@ -178,7 +178,7 @@ def _made(content: dict[str, Any]) -> Plan:
             made[key] = [_number(one, key, int) for one in _list(value)]
         elif key == "rates":
             made[key] = [_number(one, key, float) for one in _list(value)]
-        elif key in ("queries", "demonstrations", "evaluations", "jobs"):
+        elif key in ("queries", "grow", "demonstrations", "evaluations", "jobs"):
             made[key] = _number(value, key, int)
         elif key == "target":
             made[key] = None if value is None else _number(value, key, float)
@@ -255,6 +255,7 @@ def _check(plan: Plan) -> None:
     need(plan.evaluations >= 1, "evaluations", "at least 1")
     need(plan.demonstrations >= 1, "demonstrations", "at least 1")
     need(plan.select in ("loss", "metric"), "select", "loss or metric")
+    need(plan.grow >= 0, "grow", "0 or more")
     need(plan.queries >= 0, "queries", "at least 1")
     for name in (*plan.tasks, *plan.methods, *plan.prompts):
         if not _SLUG.fullmatch(name):

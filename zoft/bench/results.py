@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
 
-from zoft.bench.choosing import Point, badness, best_point, chosen_factors, score
+from zoft.bench.choosing import Point, RateSearch, badness, best_point, rate_searches, score
 from zoft.bench.ledger import Row
 from zoft.bench.plan import Cell, Plan
 from zoft.evaluation.intervals import mean_of_seeds
@@ -25,12 +25,14 @@ class Result:
         method: its name.
         rows: one a seed.
         rates: factor of the learning rate -> the first seed's row.
+        search: for its learning rate.
         plan: the bench.
     """
 
     method: str
     rows: list[Row]
     rates: dict[float, Row]
+    search: RateSearch
     plan: Plan
 
     @property
@@ -51,14 +53,14 @@ class Result:
     @property
     def diverges(self) -> bool:
         """Whether it does so at every learning rate, so that there is nothing to run with the other seeds."""
-        return len(self.rates) == len(self.plan.rates) and not self.rows
+        return len(self.rates) == len(self.search.factors) and not self.rows
 
     @property
     def pending(self) -> int:
         """Cells that are still to come."""
         if self.diverges:
             return 0
-        return len(self.plan.rates) - len(self.rates) + len(self.plan.seeds) - max(1, len(self.rows))
+        return len(self.search.factors) - len(self.rates) + len(self.plan.seeds) - max(1, len(self.rows))
 
     @property
     def factor(self) -> float | None:
@@ -138,7 +140,7 @@ class Results:
 
     def __init__(self, plan: Plan, rows: Mapping[Cell, Row]) -> None:
         self.plan = plan
-        chosen = chosen_factors(plan, rows)
+        searches = rate_searches(plan, rows)
         self.groups: list[Group] = [(task, prompt) for task in plan.tasks for prompt in plan.prompts]
         self.untrained = {
             (group, mode): row
@@ -149,13 +151,13 @@ class Results:
         self.results: dict[tuple[Group, str], Result] = {}
         for group in self.groups:
             for method in plan.runs:
-                cells = {factor: Cell(*group, method, factor, plan.seeds[0]) for factor in plan.rates}
+                search = searches[(*group, method)]
+                cells = {factor: Cell(*group, method, factor, plan.seeds[0]) for factor in search.factors}
                 rates = {factor: rows[cell] for factor, cell in cells.items() if cell in rows}
-                factor = chosen.get((*group, method))
-                seeds = [] if factor is None else [Cell(*group, method, factor, seed) for seed in plan.seeds]
+                seeds = [] if search.chosen is None else [Cell(*group, method, search.chosen, s) for s in plan.seeds]
                 if rates:
                     there = [rows[cell] for cell in seeds if cell in rows]
-                    self.results[group, method] = Result(method, there, rates, plan)
+                    self.results[group, method] = Result(method, there, rates, search, plan)
 
     def of(self, group: Group) -> list[Result]:
         """The methods of a task and prompt, the best test metric first."""
@@ -211,11 +213,11 @@ class Results:
         lost: dict[float, list[float]] = {}
         for group in self.groups:
             result = self.results.get((group, method))
-            if result is None or set(result.rates) != set(self.plan.rates):
+            if result is None or not set(self.plan.rates) <= set(result.rates):
                 continue
             losses = {factor: _dev_loss(row, self.plan) for factor, row in result.rates.items()}
             best = min(losses.values())
-            for factor, loss in losses.items():
+            for factor, loss in ((factor, losses[factor]) for factor in self.plan.rates):
                 lost.setdefault(factor, []).append(loss - best if math.isfinite(best) else math.inf)
         return {factor: mean(values) for factor, values in sorted(lost.items())}
 

@@ -106,7 +106,7 @@ def _notes(plan: Plan, results: Results) -> str:
     of_rates = sum(bool(row["failed"]) for result in results.results.values() for row in result.rates.values())
     seeds = len(plan.seeds)
     target = f"the lowest mean dev loss of {plan.baseline}" if plan.target is None else f"a dev loss of {plan.target:g}"
-    rates = ", ".join(f"x {rate:g}" for rate in plan.rates)
+    rates = ", ".join(f"x {rate:g}" for rate in plan.rates) + (" and beyond" if plan.grow else "")
     told = [
         f"{plan.queries:,} queries a run. Test scores: mean over {seeds} seeds ± half of Student's 95 % interval, of "
         f"the checkpoint with the best dev {plan.select}, at the learning rate (of {rates}) with the best dev "

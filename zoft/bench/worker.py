@@ -11,7 +11,7 @@ import traceback
 import warnings
 from typing import TYPE_CHECKING
 
-from zoft.bench.choosing import best_point, chosen_factors
+from zoft.bench.choosing import best_point, rate_searches
 from zoft.bench.claims import Claim
 from zoft.bench.ledger import Ledger, Row
 from zoft.bench.plan import MODES, Cell, Plan
@@ -67,8 +67,10 @@ def known(plan: Plan, ledger: Ledger, rows: dict[Cell, Row] | None = None) -> di
         rows: those that were there before; they are not read again.
     """
     rows = {} if rows is None else rows
-    for _ in range(2):  # the first rows say which learning rates the other seeds have
-        for cell in plan.cells(chosen_factors(plan, rows)):
+    before = -1
+    while len(rows) > before:  # rows say which learning rates are tried next, and which the other seeds have
+        before = len(rows)
+        for cell in plan.cells(rate_searches(plan, rows)):
             if cell not in rows and (row := ledger.row(cell, plan.identity(cell))) is not None:
                 rows[cell] = row
     return rows
@@ -76,7 +78,7 @@ def known(plan: Plan, ledger: Ledger, rows: dict[Cell, Row] | None = None) -> di
 
 def left(plan: Plan, rows: dict[Cell, Row]) -> list[Cell]:
     """The cells that can be carried out now and are not there."""
-    return [cell for cell in plan.cells(chosen_factors(plan, rows)) if cell not in rows]
+    return [cell for cell in plan.cells(rate_searches(plan, rows)) if cell not in rows]
 
 
 def work(plan: Plan) -> None:
@@ -125,7 +127,8 @@ def _one(plan: Plan, cell: Cell, ledger: Ledger, shared: Shared, claim: Claim) -
         return
     ledger.write(cell, row)
     ledger.clear(cell)
-    place = f"{ledger.number_of_rows()}/{plan.num_cells}"
+    done = ledger.number_of_rows()
+    place = f"{done}/{max(done, plan.num_cells)}"
     print(f"{place:>9}  {cell.name:<44} {outcome}  ({time.perf_counter() - began:.0f} s)", flush=True)
 
 

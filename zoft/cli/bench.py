@@ -71,7 +71,7 @@ def told(plan: Any) -> str:
         f"prompts     {', '.join(plan.prompts)}",
         f"methods     {', '.join(f'{m} ({plan.methods[m].learning_rate:g})' for m in plan.runs)}",
         f"references  {', '.join(plan.references)}",
-        f"rates       x {rates}, chosen by the dev rows of seed {plan.seeds[0]}",
+        f"rates       x {rates}, chosen by the dev rows of seed {plan.seeds[0]}; up to {plan.grow} more beyond an edge",
         f"seeds       {', '.join(map(str, plan.seeds))}",
         f"cells       {plan.num_cells:,} of {plan.queries:,} queries",
     ]

@@ -66,8 +66,8 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
     tokenizer = load_tokenizer(
         cfg.model.name, revision=cfg.model.revision, as_mezo=cfg.estimator.noise == "torch_sequential"
     )
-    length, objective = task.max_length, cfg.objective.name()
-    told = {name: preview(getattr(splits, name), tokenizer, length, objective, num_rows) for name in _SPLITS}
+    way, objective, refusal = _way(cfg, splits.train, tokenizer)
+    told = {name: preview(getattr(splits, name), way, tokenizer, num_rows) for name in _SPLITS}
     for name in ("dev", "test"):
         told[name]["in_train"] = repeated(getattr(splits, name), splits.train)
     return {
@@ -76,11 +76,44 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         "sentence": f"{task.train}: {reading.sentence()}" if reading else None,
         "model": cfg.model.name,
         "vocabulary": len(tokenizer),
-        "max_length": length,
+        "max_length": task.max_length,
+        "room": way.room,
         "objective": objective,
+        "compares": way.compares,
+        "writes": way.writes,
+        "refusal": refusal,
         "classes": list(getattr(task, "labels", ())) if task.kind == "head" else [],
         "splits": told,
     }
+
+
+def _way(cfg: Any, examples: Any, tokenizer: Any) -> tuple[Any, str, str | None]:
+    """(how training would put the rows before the model, its objective's name, the sentence where it would refuse).
+
+    An objective that does not fit shows the rows as the one would see them that they are trained on by default.
+    """
+    from zoft import forms
+    from zoft.data.preview import Way
+
+    task, objective, refusal = cfg.task, cfg.objective, None
+    form = forms.nearest_form(task, examples, objective)
+    try:
+        forms.require_fit(task, form, objective)
+    except UserError as error:
+        refusal = str(error)
+        objective = forms.scorer_of(task, examples, objective)
+    room = forms.room_of(task, objective)
+    terms = [term for term, _ in objective.terms()] if hasattr(objective, "terms") else [objective]
+    names = {term.name() for term in terms}
+    way = Way(
+        form,
+        lambda some, length: forms.encode_rows(form, some, tokenizer, length, room),
+        task.max_length,
+        compares=form == "options" and names != {"cross_entropy"},
+        writes=form == "rated" or (form == "generate" and "cross_entropy" not in names),
+        room=getattr(examples[0], "max_new_tokens", room) if form in ("generate", "rated") else 0,
+    )
+    return way, objective.name(), refusal
 
 
 def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> list[str]:
@@ -94,11 +127,11 @@ def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> l
     told = [
         f"task    {facts['task']}" + (f", {safe(facts['sentence'])}" if facts["sentence"] else ""),
         f"tokens  {facts['model']}, vocabulary {facts['vocabulary']:,}; of a row {facts['max_length']:,} are kept "
-        "(task.max_length)",
-        f"loss    objective={facts['objective']} "
-        + ("asks a head for the class of the text" if facts.get("classes") else "looks at the tokens marked ^")
-        + (", and compares the options" if facts["objective"] == "options" else ""),
+        "(task.max_length)" + (f", {facts['room']:,} of them free for an answer" if facts.get("room") else ""),
+        f"loss    objective={facts['objective']} {_looks_at(facts)}",
     ]
+    if facts.get("refusal"):
+        told += [f"note    zoft train refuses this: {safe(facts['refusal'])}"]
     if facts.get("classes"):
         told += ["classes " + ", ".join(f"{place} {safe(name)}" for place, name in enumerate(facts["classes"][:12]))]
     told += [f"{name:<7} {_summary(split)}" for name, split in facts["splits"].items()]
@@ -109,9 +142,19 @@ def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> l
                 told += _part(part, width, colour)
             if row.get("options"):
                 told += [_options(row["options"])]
+            if "answers" in row:
+                told += ["  answers  " + ", ".join(repr(safe(str(answer))) for answer in row["answers"][:12])]
             if "reward" in row:
                 told += [f"  reward   {safe(str(row['reward']))}"]
     return told
+
+
+def _looks_at(facts: dict[str, Any]) -> str:
+    """What the loss is computed from."""
+    if facts.get("writes"):
+        return "judges what the model writes behind the prompt"
+    what = "asks a head for the class of the text" if facts.get("classes") else "looks at the tokens marked ^"
+    return what + (", and compares the options" if facts.get("compares") else "")
 
 
 def safe(text: str) -> str:

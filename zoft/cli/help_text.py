@@ -142,6 +142,7 @@ OTHER = {
         "  seeds=[0,1,2]          the first one chooses the learning rate\n"
         "  queries=N              budget of each run (default: the experiment's)\n"
         "  rates=[0.25,0.5,1,2,4] times a method's learning rate; the dev rows choose, the other seeds run\n"
+        "  grow=2                 how many more rates are tried beyond the edge where the best one lies\n"
         "  references=[zero_shot,icl,forward_gradient,adamw,lora]   also calibrated, linear_probe, other methods\n"
         "  demonstrations=8       of icl\n"
         "  evaluations=8          on the dev rows along a run; the best one's weights are tested\n"
