@@ -92,14 +92,21 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     from zoft import forms
+    from zoft.evaluation.libraries import split
+    from zoft.objectives.metric import Metric
     from zoft.run import tokenizer_of
 
     began = time.perf_counter()
     splits = cfg.task.load()
     examples = getattr(splits, request.split)
     objective = forms.scorer_of(cfg.task, examples, cfg.objective)
-    form = forms.form_of(cfg.task, examples, objective)
+    form = forms.nearest_form(cfg.task, examples, objective)
+    forms.require_fit(cfg.task, form, objective)
     _check(form, request, cfg, splits.train)
+    metrics = [request.metric] * bool(request.metric)
+    if isinstance(objective, Metric) and objective.library:  # it judges all rows at the end, not each batch on the way
+        metrics.append(split(objective.library)[0])
+        objective = objective.without_library()
     if request.shown:
         from zoft.evaluation.demonstrations import with_solved
 
@@ -118,7 +125,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
         found = _probed(scoring, splits, request, encode)
     else:
         found = _scored(scoring, form, rows, examples, request, encode)
-    facts = _facts(cfg, request, form, found, examples, time.perf_counter() - began)
+    facts = _facts(cfg, request, form, found, metrics, time.perf_counter() - began)
     _write(request.output_dir, facts, found, getattr(splits, request.split), form)
     return facts
 
@@ -202,25 +209,26 @@ def _scored(scoring: Scoring, form: str, rows: Any, examples: Any, request: Requ
 
 
 def _probed(scoring: Scoring, splits: Any, request: Request, encode: Any) -> Scored:
-    from zoft.evaluation.choices import Choice
+    from zoft.evaluation.choices import choose
     from zoft.evaluation.linear_probe import probe
     from zoft.features import features
 
     parts = {name: encode(getattr(splits, name)) for name in {"train", "dev", request.split}}
-    found = {name: features(scoring, rows) for name, rows in parts.items()}
     labels = {name: [row["label"] for row in rows] for name, rows in parts.items()}
     count = max(max(values) for values in labels.values()) + 1
-    log_probs, penalty = probe(
-        (found["train"], labels["train"]), (found["dev"], labels["dev"]), found[request.split], count
-    )
-    scores = log_probs.tolist()
-    scored = scoring.chosen(parts[request.split], [Choice(row, row.index(max(row))) for row in scores])
-    scored.metrics["penalty"] = penalty
+    train, dev = ((features(scoring, parts[name]), labels[name]) for name in ("train", "dev"))
+    fitted, rows = probe(train, dev, count), parts[request.split]
+
+    def score(some: Any) -> Any:
+        return fitted.log_probs(features(scoring, some))
+
+    scored = scoring.chosen(rows, choose(rows, score, score, scoring.batch_size, scoring.close))
+    scored.metrics["penalty"] = fitted.penalty
     return scored
 
 
 def _facts(
-    cfg: ZoftConfig, request: Request, form: str, found: Scored, examples: Any, seconds: float
+    cfg: ZoftConfig, request: Request, form: str, found: Scored, metrics: list[str], seconds: float
 ) -> dict[str, Any]:
     from zoft import forms
     from zoft.evaluation.libraries import computed
@@ -239,10 +247,10 @@ def _facts(
         "seconds": seconds,
         "output_dir": request.output_dir,
     }
-    if request.metric:
-        predictions = [row.get("answer", row.get("chosen")) for row in found.predictions]
-        references = [row.get("answers", row.get("label")) for row in found.predictions]
-        facts["evaluate"] = computed(request.metric, predictions, references)
+    predictions = [row.get("answer", row.get("chosen")) for row in found.predictions]
+    references = [row.get("answers", row.get("label")) for row in found.predictions]
+    for name in metrics:
+        facts["evaluate"] = facts.get("evaluate", {}) | computed(name, predictions, references)
     return facts
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from zoft.objectives.base import Objective
     from zoft.tasks.base import Task
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 ROOM = 64
 """Tokens of a generated text where neither task nor objective says how many."""
@@ -54,13 +57,31 @@ def form_of(task: Task, examples: Sequence[Any], objective: Objective) -> str:
         examples: of one split.
         objective: completions are texts to continue, or gold answers of generated ones, as it wants them.
 
+    Rows that are trained on come through here: where a published protocol trains them otherwise, a warning says so.
+
     Raises:
         UserError: the objective is computed from something else; the sentence names those that fit.
     """
-    possible = _possible(task, examples)
-    form = next((one for one in possible if one in objective.forms), possible[0])
+    form = nearest_form(task, examples, objective)
     require_fit(task, form, objective)
+    published = getattr(task, "published_objective", "")
+    if published not in ("", objective.name()) and getattr(task, "protocol", "") == "mezo":
+        _note_once(
+            f"task.protocol=mezo: MeZO trains task={task.name()} on the text of the right choice, "
+            f"objective={published}, and this run has objective={objective.name()}"
+        )
     return form
+
+
+@lru_cache
+def _note_once(text: str) -> None:
+    log.warning(text)
+
+
+def nearest_form(task: Task, examples: Sequence[Any], objective: Objective) -> str:
+    """As :func:`form_of`, also where the objective does not fit: the form such rows usually have."""
+    possible = _possible(task, examples)
+    return next((one for one in possible if one in objective.forms), possible[0])
 
 
 def scorer_of(task: Task, examples: Sequence[Any], objective: Objective) -> Objective:
@@ -114,6 +135,11 @@ def require_fit(task: Task, form: str, objective: Objective) -> None:
         raise UserError(
             f"objective.max_new_tokens={room} is more than the task keeps free for an answer: raise "
             f"task.max_new_tokens ({own})"
+        )
+    if form in ("generate", "rated") and room_of(task, objective) > task.max_length - 8:
+        raise UserError(
+            f"task.max_length={task.max_length} leaves no room for a prompt in front of a text of "
+            f"{room_of(task, objective)} tokens: raise it, or set a smaller objective.max_new_tokens"
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zoft.evaluation.answers import SCORES
+from zoft.evaluation.calibration import Calibrated
 from zoft.evaluation.choices import CLOSE, Choice, Scorer, choose, cross_entropy, in_batches
 from zoft.evaluation.generation import Written, write
 from zoft.evaluation.intervals import mean_of_numbers, mean_of_scores, wilson
@@ -97,11 +98,15 @@ class Scoring:
         score_alone: Scorer = self._alone if "sequences" in rows[0] else self.scores
         if against is not None:
             rows = [row | {"against": other} for row, other in zip(rows, against, strict=True)]
-            score = _Calibrated(self.scores)
-            score_alone = _Calibrated(self._alone)
+            score = Calibrated(self.scores)
+            score_alone = Calibrated(self._alone)
+        return choose(rows, score, score_alone, self.batch_size, self.close)
+
+    @property
+    def close(self) -> float:
+        """How near two scores may be before the batch could decide: see :data:`zoft.evaluation.choices.CLOSE`."""
         with self.autocast():
-            close = CLOSE.get(self.dtype, 5e-2)
-        return choose(rows, score, score_alone, self.batch_size, close)
+            return CLOSE.get(self.dtype, 5e-2)
 
     def _alone(self, rows: Sequence[Row]) -> Tensor:
         """Scores of one row, each option in a forward of its own without padding, as MeZO evaluates."""
@@ -218,68 +223,38 @@ class Scoring:
 
     def pairs(self, rows: Sequence[Row]) -> Scored:
         """In how many pairs the better answer has the larger log-probability."""
+        from zoft.data.completions import CountedCollator
+
+        def score(some: Sequence[Row]) -> Tensor:
+            return self._sums(self.collate(some)).view(-1, 2)
+
+        def score_alone(some: Sequence[Row]) -> Tensor:
+            collate = CountedCollator(0)  # of one row, which has no padding
+            return torch.stack([self._sums(collate([some[0][side]])) for side in ("chosen", "rejected")], dim=1)
+
+        choices = choose(rows, score, score_alone, self.batch_size, self.close)
+        predictions = []
+        for choice in choices:
+            better, worse = choice.scores
+            predictions.append({"log_prob_chosen": better, "log_prob_rejected": worse, "right": better > worse})
+        hits = [row["right"] for row in predictions]
+        low, high = wilson(sum(hits), len(hits))
+        alone = sum(choice.alone for choice in choices)
+        return Scored({"accuracy": _mean(hits), "accuracy_low": low, "accuracy_high": high}, predictions, alone)
+
+    def _sums(self, batch: dict[str, Any]) -> Tensor:
+        """log p of each row's answer [B]; finite, because a score of -inf stands for no option."""
         from zoft.objectives.preference import sums
 
-        found: dict[int, list[float]] = {}
-
-        def put(numbers: list[int]) -> None:
-            batch = self.collate([rows[number] for number in numbers])
-            with torch.inference_mode(), self.autocast():
-                values = sums(self.model, {key: value.to(self.device) for key, value in batch.items()}).view(-1, 2)
-            found.update(zip(numbers, values.tolist(), strict=True))
-
-        in_batches(rows, self.batch_size, put)
-        ordered = [found[number] for number in range(len(rows))]
-        hits = [better > worse for better, worse in ordered]
-        low, high = wilson(sum(hits), len(hits))
-        predictions = [
-            {"log_prob_chosen": better, "log_prob_rejected": worse, "right": hit}
-            for (better, worse), hit in zip(ordered, hits, strict=True)
-        ]
-        return Scored({"accuracy": _mean(hits), "accuracy_low": low, "accuracy_high": high}, predictions)
+        with torch.inference_mode(), self.autocast():
+            found = sums(self.model, {key: value.to(self.device) for key, value in batch.items()})
+        return found.clamp_min(torch.finfo(torch.float32).min)
 
 
 @dataclass
 class _Told:
     predictions: list[float]
     label_ids: list[int]
-
-
-class _Calibrated:
-    """Sums of log-probabilities less those behind the prompt without content, which is scored once for all its rows.
-
-    References: Holtzman et al. 2021 (surface-form competition), as in MeZO's published code.
-    """
-
-    def __init__(self, scores: Scorer) -> None:
-        self.scores = scores
-        self.known: dict[str, Tensor] = {}
-
-    def __call__(self, rows: Sequence[Row]) -> Tensor:
-        own = self._sums(rows)
-        missing = {str(row["against"]["sequences"]): row["against"] for row in rows}
-        missing = {key: row for key, row in missing.items() if key not in self.known}
-        if missing:
-            alone = len(rows) == 1
-            parts = [[row] for row in missing.values()] if alone else [list(missing.values())]
-            sums = [row for part in parts for row in self._sums(part)]
-            self.known |= dict(zip(missing, sums, strict=True))
-        domains = [self.known[str(row["against"]["sequences"])] for row in rows]
-        return torch.stack([_less(one, other) for one, other in zip(own, domains, strict=True)])
-
-    def _sums(self, rows: Sequence[Row]) -> Tensor:
-        means = self.scores(rows).double()
-        lengths = torch.ones_like(means)
-        for place, row in enumerate(rows):
-            lengths[place, : len(row["lengths"])] = torch.tensor(row["lengths"], dtype=means.dtype)
-        return means * lengths
-
-
-def _less(own: Tensor, domain: Tensor) -> Tensor:
-    """Differences; options that the row lacks stay at -inf, in whatever width the two were padded to."""
-    lacking = own.isinf()
-    domain = torch.nn.functional.pad(domain, (0, max(0, len(own) - len(domain))))[: len(own)]
-    return torch.where(lacking, own, own - domain.where(~lacking, torch.zeros_like(domain)))
 
 
 def _texts(row: Row, texts: list[str]) -> dict[str, Any]:

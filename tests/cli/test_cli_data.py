@@ -15,7 +15,7 @@ from zoft.cli.data import lines, safe
 from zoft.config import compose
 from zoft.data import preview
 from zoft.errors import UserError
-from zoft.run import run
+from zoft.run import load_rows, run
 from zoft.tasks import Example
 from zoft.tasks.base import MASK, Piece
 
@@ -205,16 +205,50 @@ def test_show_tells_labels_options_and_what_is_cut(tmp_path, capsys, model):
     assert "options  ' no' (1 token) <- right, ' yes' (1 token)" in text
 
 
-@pytest.mark.parametrize("kind", ["preference", "reward"])
-def test_show_reads_what_cannot_be_trained_on_yet(tmp_path, capsys, model, kind):
-    data = written(tmp_path / f"{kind}.jsonl", rows_of(kind))
-    text = shown(capsys, *arguments(model, data, "--rows=1"))
+WRITTEN = (
+    "objective.max_new_tokens=30",
+    "task.max_length=40",
+    "task.template='free free free free free free free free {prompt}'",
+)
+JUDGED = ("objective=reward", "objective.function=zoft.rewards:countdown", *WRITTEN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "told"),
+    [
+        ("preference", ["objective=preference"], "objective=preference looks at the tokens marked ^\n"),
+        ("reward", JUDGED, "objective=reward judges what the model writes behind the prompt\n"),
+        ("completion", ["objective=metric", *WRITTEN], "objective=metric judges what the model writes"),
+        ("completion", JUDGED, "objective=reward judges what the model writes"),
+        ("completion", [], "objective=cross_entropy looks at the tokens marked ^\nnote    zoft train refuses this: "),
+        ("reward", ["objective=reward"], "zoft train refuses this: objective=reward needs objective.function="),
+    ],
+)
+def test_show_shows_what_training_would_see(tmp_path, capsys, model, kind, more, told):
+    """The tokens that a run's rows have, cut as they are there, and the sentence where there would be no run."""
+    words = arguments(model, written(tmp_path / f"{kind}.jsonl", rows_of(kind)), *more)
+    text, facts = shown(capsys, *words, "--rows=1"), json.loads(shown(capsys, *words, "--json", "--rows=1"))
+    assert told in text
+    first, split = facts["splits"]["train"]["first"][0], facts["splits"]["train"]
+    if facts["refusal"]:
+        with pytest.raises(UserError) as caught:
+            load_rows(compose(words))
+        assert str(caught.value) == facts["refusal"]
+        assert f"note    zoft train refuses this: {facts['refusal']}\n" in text
+        return
+    (row, *_), (part, *others) = load_rows(compose(words))[1]["train"], first["parts"]
     if kind == "preference":
+        assert [part["ids"], others[0]["ids"]] == [row[side]["input_ids"] for side in ("chosen", "rejected")]
         assert text.count("  chosen: ") == text.count("  rejected: ") == 3
-        assert "^^^" in text
-    else:
-        assert "  reward   " in text
-        assert "none of them count" in text
+        assert split["counted"]["min"] > 0
+        return
+    assert (part["name"], part["ids"], others) == ("prompt", row["prompt_ids"], [])
+    assert len(part["ids"]) == 10  # 40 - 30; there were eleven
+    assert part["cut"] == 1
+    assert "kept (task.max_length), 30 of them free for an answer\n" in text
+    assert "none of them count; 12 cut by 12 tokens" in text
+    assert ("  reward   " in text) == (kind == "reward")
+    assert ("  answers  " in text) == (kind == "completion")
 
 
 def test_show_works_for_a_task_of_the_house(capsys, model, tmp_path):
@@ -235,13 +269,11 @@ def test_show_works_for_a_task_of_the_house(capsys, model, tmp_path):
         (Example("free home", (), 1), "labels: class 1 2"),
     ],
 )
-def test_show_knows_masked_models_and_heads(monkeypatch, example, told):
+def test_show_knows_masked_models_and_heads(example, told):
     tokenizer = tiny_tokenizer()
-    tokenizer.mask_token = "<unk>"
-    monkeypatch.setattr(
-        preview, "encode_masked", lambda examples, *_: [{"input_ids": [4, 3, 14], "mask_position": 1}] * 2
-    )
-    split = preview.preview([example] * 2, tokenizer, 100, "label_words", 1)
+    encoded = [{"input_ids": [4, 3, 14]} | ({"mask_position": 1} if example.pieces else {})] * 2
+    way = preview.Way("mask" if example.pieces else "head", lambda *_: encoded, 100)
+    split = preview.preview([example] * 2, way, tokenizer, 1)
     facts = {"task": "t", "sentence": None, "model": "m", "vocabulary": 9, "max_length": 8, "objective": "label_words"}
     text = "\n".join(lines(facts | {"splits": {"train": split}}))
     assert told in text

@@ -86,6 +86,9 @@ def test_metrics_of_the_evaluate_library_need_no_network(finished, capsys, tmp_p
     )
     told = evaluated(capsys, *arguments(made, tmp_path / "out"), f"evaluate={tmp_path / 'share'}")
     assert told["evaluate"]["share"] == told["accuracy"]
+    trained = ("objective=metric", f"objective.metric=evaluate:{tmp_path / 'share'}#share")  # over all rows here
+    told = evaluated(capsys, *arguments(made, tmp_path / "out"), *trained)
+    assert told["evaluate"]["share"] == told["accuracy"]
 
 
 @pytest.mark.parametrize(

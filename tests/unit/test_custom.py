@@ -88,6 +88,24 @@ def test_the_format_is_found_and_told(tmp_path, caplog, name):
     assert plain(first(tmp_path, row, format=format)) == plain(example)  # and the same where it is said
 
 
+@pytest.mark.parametrize("prompt", ["hi", " hi\n", None, "", "hey"])
+@pytest.mark.parametrize("before", [[], [{"role": "system", "content": "be brief"}]])
+def test_a_text_prompt_of_chats_is_asked_by_the_user(tmp_path, prompt, before):
+    """Whether the chats hold it already or are the answers alone."""
+    answers = {"chosen": [*before, CHAT[1]], "rejected": [*before, CHAT[1] | {"content": "no"}]}
+    if prompt == "hey":
+        wanted = [*before, CHAT[0] | {"content": "hey"}, CHAT[1]]
+    else:
+        answers = {role: [*before, CHAT[0], chat[-1]] for role, chat in answers.items()}
+        wanted = [*before, *CHAT]
+    chosen, rejected = plain(first(tmp_path, {"prompt": prompt, **answers}))
+    assert chosen == wanted
+    assert rejected == [*wanted[:-1], {"role": "assistant", "content": "no"}]
+    if before:
+        held = first(tmp_path, {"prompt": "be brief", **answers})  # a system message may be it
+        assert plain(held.chosen) == answers["chosen"]
+
+
 def test_what_is_named_is_not_told_again(tmp_path, caplog):
     row = {"a": "x", "b": "y", "prompt": "z"}
     example = first(tmp_path, row, format="completion", columns={"prompt": "a", "completion": "b"})
@@ -196,6 +214,11 @@ DOES_NOT_FIT = [
     ({"prompt": "a", "reward": [1]}, {}, r"own.jsonl:1: 'reward' must be a number or text, got a list"),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, {}, r"own.jsonl:1: chosen and rejected are the same"),
     ({"chosen": "b", "rejected": "c"}, {}, r"own.jsonl:1 has no prompt"),
+    (
+        {"prompt": "ho", "chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "no"}]},
+        {},
+        r"own.jsonl:1: 'chosen' begins with the user's 'hi' and the prompt is 'ho': make them the same",
+    ),
     ({"messages": []}, {}, r"own.jsonl:1: 'messages' must be a list of messages, got an empty one"),
     ({"messages": ["hi"]}, {}, r"own.jsonl:1: messages\[0\] must be a message with role and content, got text"),
     ({"messages": CHAT[:1]}, {}, r"own.jsonl:1: no message of 'messages' is the assistant's"),

@@ -60,6 +60,7 @@ def words(folder: Path, task: str, model: str = "causal") -> list[str]:
 
 
 WHOLE = ("objective=reward", "objective=preference")
+REWARD = ["objective=reward", "objective.function=zoft.rewards:countdown"]
 SAMPLED = ["objective.temperature=1", "objective.max_new_tokens=2"]
 SETTINGS = ["objective.settings={metric: {metric: exact_match, max_new_tokens: 2}}"]
 RUNS = [
@@ -68,7 +69,7 @@ RUNS = [
     ("masked_sst2", "masked", ["objective=label_words", "peft=lora"], "accuracy"),
     ("sst2", "causal", ["objective=classes", "task.prompt=head"], "accuracy"),
     ("pairs", "causal", ["objective=preference", "trainable=last_blocks"], "accuracy"),
-    ("rated", "causal", ["objective=reward", "objective.function=zoft.rewards:countdown", *SAMPLED], "reward"),
+    ("rated", "causal", [*REWARD, *SAMPLED], "reward"),
     ("texts", "causal", ["objective=expression", "objective.formula=metric", *SETTINGS], "exact_match"),
 ]
 
@@ -105,6 +106,12 @@ def test_every_form_trains(folder: Path, tmp_path: Path, task: str, model: str, 
         ("pairs", "causal", [], "task=custom has preference pairs, and objective=options.*set objective=preference"),
         ("rated", "causal", ["objective=cross_entropy"], "has prompts with what a reward judges by.*objective=reward"),
         ("squad", "causal", ["objective=metric", "objective.max_new_tokens=60"], "raise task.max_new_tokens"),
+        (
+            "rated",
+            "causal",
+            [*REWARD, "task.max_length=64"],
+            "leaves no room for a prompt in front of a text of 64 tok",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import re
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 
@@ -110,6 +114,53 @@ def test_metric_and_cross_entropy_of_what_is_written():
     assert torch.stack(parts).mean().item() == pytest.approx(float(loss))
 
 
+SCRIPT = """import datasets
+import evaluate
+class {name}(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({{"predictions": {kind}, "references": {kind}}})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+    def _compute(self, predictions, references):
+        same = sum(map({test}, predictions, references)) / len(references)
+        return {{"note": "x", "share": same, "errors": 100 * (1 - same)}}
+"""
+
+
+def test_metric_may_be_any_of_the_evaluate_library(tmp_path, monkeypatch):
+    """Of texts, whose first gold answer it takes, and of choices; its first number or the one that is named."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    places = {}
+    for name, kind, test in (("begins", "string", "str.startswith"), ("equals", "int32", "int.__eq__")):
+        (tmp_path / name).mkdir()
+        script = SCRIPT.format(name=name.title(), kind=f"datasets.Value('{kind}')", test=test)
+        (tmp_path / name / f"{name}.py").write_text(script)
+        places[name] = f"evaluate:{tmp_path / name}"
+    model, (rows, collate, answering) = tiny_llama(vocab_size=4 + len(WORDS)), generated()
+    texts = write(model, [row["prompt_ids"] for row in rows], answering).texts
+    read = dataclasses.replace(answering, answer_in=lambda text: "spam, I say" if text == texts[0] else "me")
+    batch, options = collate(rows) | {"answering": read}, COLLATE(UNEQUAL)
+    before = numpy.random.get_state()[1].tolist(), random.getstate()
+    with torch.no_grad():
+        loss, scores, _ = Metric(metric=places["begins"]).predict(model, batch)
+        assert (float(loss), scores.shape) == (0.5, (2, 2))
+        errors = Metric(metric=f"{places['begins']}#errors", greater_is_better=False, temperature=1e-6, num_samples=2)
+        assert float(errors.loss(model, batch)) == 50
+        wanted, scores, _ = Metric().predict(tiny_llama(), options)
+        found, same, _ = Metric(metric=places["equals"]).predict(tiny_llama(), options)
+    assert float(found) == pytest.approx(float(wanted))
+    assert torch.equal(scores, same)
+    assert before == (numpy.random.get_state()[1].tolist(), random.getstate())
+    with pytest.raises(
+        UserError, match=r"#share2 is no number of that metric, it has share, errors. Did you mean shar"
+    ):
+        Metric(metric=f"{places['equals']}#share2").loss(tiny_llama(), options)
+    with pytest.raises(UserError, match=r"the evaluate metric .*nowhere could not be loaded .*give the folder"):
+        Metric(metric=f"evaluate:{tmp_path / 'nowhere'}").prepare()
+    for fields in ({"metric": "evaluate:"}, {"metric": "evaluate"}, {"metric": "f1", "greater_is_better": False}):
+        with pytest.raises(UserError, match="must be"):
+            Metric(**fields)
+
+
 def test_preference_is_dpo_against_the_start():
     def answer(prompt: list[int], ids: list[int]) -> dict:
         return counted([*prompt, *ids], range(len(prompt), len(prompt) + len(ids)))
@@ -162,6 +213,11 @@ def test_a_reward_is_any_function(monkeypatch, tmp_path):
     assert lengths == [len(text) for text in write(model, batch["prompt_ids"], answering).texts]
     with pytest.raises(UserError, match="judge:bad must return finite numbers, got nan"):
         Reward(function="judge:bad").loss(model, batch)
+    numbers = [numpy.float32(0.5), torch.tensor(2), Fraction(1, 4), True]
+    assert Reward(function=lambda prompts, generations: numbers).rewards(["a"] * 4, ["b"] * 4, []) == [0.5, 2, 0.25, 1]
+    for value in ("1", None, 1j, [1.0], torch.ones(1), numpy.float64("inf"), 10**400):
+        with pytest.raises(UserError, match="must return finite numbers"):
+            Reward(function=lambda prompts, generations, value=value: [value]).rewards(["a"], ["b"], [])
     for function, message in (
         ("judge:none", "no function called none"),
         ("nowhere:f", "No module named 'nowhere'"),
@@ -225,6 +281,27 @@ def test_a_file_names_no_code(tmp_path):
         with pytest.raises(UserError, match=r"mine\.yaml names a function to call, objective\.function=os:system"):
             compose([f"config={mine}"])
         assert compose([f"config={mine}"], runs_code=False).objective.name() == objective
+    for objective, setting, message in (
+        ("metric", "{metric: 'evaluate:evil#a'}", "a metric whose script is run, objective.metric=evaluate:evil#a"),
+        ("metric", "{metric: '${model.name}'}", "a metric whose script is run"),
+        (
+            "expression",
+            "{formula: metric, settings: {metric: {metric: 'evaluate:evil'}}}",
+            "objective.metric=evaluate:evil",
+        ),
+        ("expression", "{formula: reward, settings: '${task.columns}'}", "a function to call"),
+        ("expression", "{formula: reward, settings: {reward: '${task.columns}'}}", "a function to call"),
+    ):
+        mine.write_text(f"# @package _global_\ndefaults:\n  - override /objective: {objective}\nobjective: {setting}\n")
+        with pytest.raises(UserError, match=re.escape(message)):
+            compose([f"config={mine}"])
+    mine.write_text("# @package _global_\nobjective: {metric: 'evaluate:evil#a'}\n")
+    given = "objective.metric=evaluate:evil#a"
+    assert compose([f"config={mine}", "objective=metric", given]).objective.library == "evil#a"
+    # what cannot become code may refer to another key
+    settings = "{formula: metric, settings: {metric: {max_new_tokens: '${seed}'}}}"
+    mine.write_text(f"# @package _global_\ndefaults:\n  - override /objective: expression\nobjective: {settings}\n")
+    assert compose([f"config={mine}", "seed=7"]).objective.terms()[0][0].max_new_tokens == 7
     mine.write_text(
         "# @package _global_\ndefaults:\n  - override /objective: reward\nobjective: {function: 'os:system'}\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from tests.models import CAUSAL, PAD, VOCAB, tiny_llama, tiny_roberta_mlm
 from tests.runs import WORDS
 from tests.unit.test_objectives import naive_scores
 from tests.unit.test_objectives_more import ANSWERED, MASKED, RIGHT, generated
+from zoft import evaluating
+from zoft.data.completions import CountedCollator, counted
+from zoft.data.pairs import PairCollator
 from zoft.data.tokens import OptionCollator
 from zoft.evaluation.choices import CLOSE, choose, cross_entropy, is_close
 from zoft.evaluation.linear_probe import fit, probe
@@ -19,6 +23,7 @@ from zoft.features import features
 from zoft.objectives.label_words import LabelWords
 from zoft.objectives.metric import Metric
 from zoft.objectives.options import Options
+from zoft.objectives.preference import Preference, sums
 from zoft.scoring import Scoring
 from zoft.tasks.base import Example
 
@@ -95,6 +100,28 @@ def test_words_at_masks_and_several_right_answers():
     assert cross_entropy(found, [c.chosen for c in found]) < cross_entropy(found, [row["label"] for row in rows])
 
 
+def test_pairs_in_batches_are_decided_as_one_answer_at_a_time():
+    """Answers that are as likely tie in a batch and alone: such a pair counts as wrong, its numbers are alone's."""
+    model, drawn, rows = tiny_llama(), random.Random(0), []
+    for number in range(14):
+        prompt, better, worse = (drawn.choices(range(4, VOCAB), k=drawn.randint(1, 9)) for _ in range(3))
+        sides = [counted([*prompt, *a], range(len(prompt), len(prompt) + len(a))) for a in (better, worse)]
+        sides[1] = sides[0] if number % 3 == 0 else sides[1]
+        row = {"chosen": sides[0], "rejected": sides[1]}
+        rows.append(row | {"input_ids": max((side["input_ids"] for side in sides), key=len)})
+    with torch.no_grad():
+        own = [
+            [float(sums(model, CountedCollator(PAD)([row[side]]))) for side in ("chosen", "rejected")] for row in rows
+        ]
+    found = Scoring(model, Preference(), PairCollator(PAD), batch_size=5).pairs(rows)
+    assert [row["right"] for row in found.predictions] == [better > worse for better, worse in own]
+    ties = [is_close(values, CLOSE["float32"]) for values in own]
+    assert found.num_alone == sum(ties) == 5
+    for row, values, tie in zip(found.predictions, own, ties, strict=True):
+        told = [row["log_prob_chosen"], row["log_prob_rejected"]]
+        assert told == (values if tie else pytest.approx(values, abs=1e-3))
+
+
 def test_what_is_too_close_is_scored_alone():
     rows = [{"input_ids": [1] * n} for n in (3, 1, 2)]
     asked: list[Any] = []
@@ -136,9 +163,31 @@ def test_a_probe_is_logistic_regression():
     loss.backward()
     assert float(w.grad.abs().max()) < 1e-6  # where its gradient vanishes
     constant = torch.cat((x, torch.full((40, 1), 3.0)), 1)  # a feature that never changes says nothing
-    found, penalty = probe((constant, labels), (constant, labels), constant, 2)
-    assert found.argmax(1).tolist() == labels
-    assert penalty == 1e-3
+    fitted = probe((constant, labels), (constant, labels), 2)
+    assert fitted.log_probs(constant).argmax(1).tolist() == labels
+    assert fitted.penalty == 1e-3
+
+
+def test_a_probe_asks_again_alone_where_it_cannot_tell(monkeypatch):
+    """Of rows that are all alike it cannot, of rows that differ it can."""
+    asked: list[int] = []
+
+    def counted_features(scoring: Any, rows: Any) -> torch.Tensor:
+        asked.append(len(rows))
+        return torch.tensor([[float(len(row["input_ids"])), 1.0] for row in rows])
+
+    monkeypatch.setattr("zoft.features.features", counted_features)
+    scoring = Scoring(tiny_llama(), Options(), OptionCollator(PAD), batch_size=4)
+    for rows, alone in (
+        ([{"input_ids": [1, 2], "label": k % 2} for k in range(6)], 6),
+        ([{"input_ids": [1] * (1 + 3 * (k % 2)), "label": k % 2} for k in range(6)], 0),
+    ):
+        asked.clear()
+        splits = SimpleNamespace(train=rows, dev=rows, test=rows)
+        scored = evaluating._probed(scoring, splits, evaluating.Request("linear_probe"), lambda rows: rows)
+        assert scored.num_alone == alone
+        assert asked == [6, 6, 4, 2] + [1] * alone
+    assert scored.metrics["accuracy"] == 1
 
 
 def test_features_stand_where_the_answer_would():

@@ -8,6 +8,7 @@ import numpy
 import pytest
 
 from tests.task_rows import files, files_of, rows
+from zoft import forms
 from zoft.component import components
 from zoft.config import compose
 from zoft.errors import UserError
@@ -69,6 +70,22 @@ def test_the_default_leaves_wsc_most_of_its_rows(numbered, caplog):
 def test_dev_leaves_something_to_train_on(protocol, size, numbered):
     with pytest.raises(UserError, match=rf"has {size} rows.*train.* on.*task.num_dev"):
         numbered("rte", size, 9, protocol=protocol).load()
+
+
+def test_what_mezo_trains_on_something_else_is_said_once(caplog):
+    forms._note_once.cache_clear()
+    made, examples = components("objective"), [_rows.Example("a", (" b", " c"), 0)]
+    for name, protocol, objective in (
+        ("copa", "mezo", "cross_entropy"),
+        ("copa", "default", "options"),
+        ("rte", "mezo", "options"),
+    ):
+        forms.form_of(components("task")[name](protocol=protocol), examples, made[objective]())
+    assert caplog.text == ""
+    for name in ("copa", "record", "copa"):
+        assert forms.form_of(components("task")[name](protocol="mezo"), examples, made["options"]()) == "options"
+    assert caplog.text.count("task.protocol=mezo: MeZO trains task=copa on the text of the right choice") == 1
+    assert caplog.text.count("objective=cross_entropy, and this run has objective=options") == 2
 
 
 def test_demonstrations_are_drawn_anew_for_every_row(numbered):

@@ -97,7 +97,7 @@ def refuse_targets(data: Any, where: str) -> None:
 
 
 def refuse_code(data: dict[str, Any], arguments: list[dict[str, Any]], where: str) -> None:
-    """A function is named on the command line: a file that names one is no reason to call it.
+    """What is code to run is named on the command line: a file that names a function, or a metric, is no reason to.
 
     Args:
         data: a file's keys.
@@ -105,23 +105,34 @@ def refuse_code(data: dict[str, Any], arguments: list[dict[str, Any]], where: st
         where: the file.
 
     Raises:
-        UserError: the file names a function that the command line does not.
+        UserError: the file names one that the command line does not.
     """
-    known = {name for argument in arguments for name in _functions(argument.get("objective"))}
-    for name in _functions(data.get("objective")):
-        if name not in known:
+    known = {name for argument in arguments for name in _code(argument.get("objective"))}
+    for key, name in _code(data.get("objective")):
+        if (key, name) not in known:
+            what = "a metric whose script is run" if key == "metric" else "a function to call"
             raise UserError(
-                f"{where} names a function to call, objective.function={name}: a config is data, so write it on the "
-                "command line too if you trust it"
+                f"{where} names {what}, objective.{key}={name}: a config is data, so write it on the command line too "
+                "if you trust it"
             )
 
 
-def _functions(data: Any) -> list[str]:
-    """Values of keys called function, at any depth, but for empty ones."""
+def _code(data: Any, depth: int = 0) -> list[tuple[str, str]]:
+    """(key, value) of keys called function, and of metrics that are scripts, at any depth, but for empty ones.
+
+    A reference to another key counts where it could become either: in their place, or in that of ``settings`` (depth
+    0) or of one objective's settings there (depth 1).
+    """
     if not isinstance(data, dict):
         return []
-    own = [str(value) for key, value in data.items() if key == "function" and value]
-    return own + [name for value in data.values() for name in _functions(value)]
+    found = []
+    for key, value in data.items():
+        text = str(value)
+        refers = isinstance(value, str) and "${" in value and (depth == 1 or key in ("metric", "settings"))
+        if (key == "function" and value) or (key == "metric" and text.startswith("evaluate:")) or refers:
+            found.append((str(key), text))
+        found += _code(value, depth + 1)
+    return found
 
 
 def _check_hydra(value: Any, where: str) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from zoft.data.encoding import are_counted, encode_examples
-from zoft.data.examples import Preference, Rated
-from zoft.data.masked import encode_masked
-from zoft.data.tokens import encode_prompts
+from zoft.data.examples import Rated
 from zoft.tasks.base import Example
 
 Facts = dict[str, Any]
@@ -18,28 +16,48 @@ _UNCUT = 2**30
 _MANY = 20  # different rewards that are still counted one by one
 
 
-def preview(examples: Sequence[Any], tokenizer: Any, max_length: int, objective: str, num_rows: int) -> Facts:
+@dataclass(frozen=True)
+class Way:
+    """How rows are put before the model.
+
+    Args:
+        form: a key of ``zoft.forms.FORMS``.
+        encode: (examples, max_length) -> the rows that training would have.
+        max_length: tokens kept of a row.
+        room: tokens of these that stay free for a text of the model's.
+        compares: whether every option's tokens count, and not the right one's alone.
+        writes: whether the model sees the prompt alone and its own text is judged: then nothing of the row counts.
+    """
+
+    form: str
+    encode: Callable[[Sequence[Any], int], list[Facts]]
+    max_length: int
+    room: int = 0
+    compares: bool = False
+    writes: bool = False
+
+
+def preview(examples: Sequence[Any], way: Way, tokenizer: Any, num_rows: int) -> Facts:
     """What there is to know of one split.
 
     Args:
         examples: of the split, all of one kind.
+        way: how training would put them before the model.
         tokenizer: the model's.
-        max_length: tokens kept of a row.
-        objective: its name: ``options`` counts every option's tokens, others the right one's.
         num_rows: how many of the first rows to show.
 
     Returns:
         ``rows``; ``tokens`` and ``counted`` (min, median, max, total); ``cut`` (rows, tokens); ``labels``, how often
-        each stands there; ``first``, the first rows: ``where``, ``options`` or ``reward``, and ``parts``, each with
-        ``text``, ``ids``, ``tokens``, ``counted``, ``cut`` and ``cut_end``.
+        each stands there; ``first``, the first rows: ``where``, ``options``, ``answers`` or ``reward``, and ``parts``,
+        each with ``text``, ``ids``, ``tokens``, ``counted``, ``cut`` and ``cut_end``.
     """
-    parts = _parts(examples, tokenizer, max_length)
+    parts = _parts(examples, way)
     rows = [row for named in parts for row in named.values()]
     cut = [row["cut"] + row["cut_end"] for row in rows]
     return {
         "rows": len(examples),
         "tokens": _spread([len(row["ids"]) for row in rows]),
-        "counted": _spread([_num_counted(row, objective) for row in rows]),
+        "counted": _spread([sum(row["lengths"] if way.compares else row["counted"]) for row in rows]),
         "cut": {"rows": sum(map(bool, cut)), "tokens": sum(cut)},
         "labels": _labels(examples),
         "first": [
@@ -64,38 +82,25 @@ def _content(example: Any) -> str:
     return str({name: value for name, value in vars(example).items() if name != "where"})
 
 
-def _parts(examples: Sequence[Any], tokenizer: Any, max_length: int) -> list[dict[str, Facts]]:
+def _parts(examples: Sequence[Any], way: Way) -> list[dict[str, Facts]]:
     """For every example, what the model reads of it, by name."""
-    kind = type(examples[0])
-    if kind is Preference:
-        chosen = _parts([example.chosen for example in examples], tokenizer, max_length)
-        rejected = _parts([example.rejected for example in examples], tokenizer, max_length)
-        return [{"chosen": a["row"], "rejected": b["row"]} for a, b in zip(chosen, rejected, strict=True)]
-    if kind is Rated:
-        prompts = tokenizer([example.prompt for example in examples])["input_ids"]
-        return [{"prompt": _prompt(ids, max_length)} for ids in prompts]
-    encoded = _encoded(examples, tokenizer, max_length)
-    if are_counted(encoded):
-        return [
-            {"row": {"ids": r["input_ids"], "counted": [label >= 0 for label in r["labels"]]} | _cuts(r)}
-            for r in encoded
-        ]
-    room = max_length - max(getattr(example, "max_new_tokens", 0) for example in examples)
-    could_be_cut = any(len(row["input_ids"]) >= room for row in encoded)
-    whole = _encoded(examples, tokenizer, _UNCUT) if could_be_cut else encoded
-    pairs = list(zip(encoded, whole, strict=True))
-    if "sequences" in encoded[0]:
+    rows = way.encode(examples, way.max_length)
+    if way.form == "pairs":
+        return [{side: _counted(row[side]) for side in ("chosen", "rejected")} for row in rows]
+    if way.form == "counted":
+        return [{"row": _counted(row)} for row in rows]
+    could_be_cut = any(len(row["input_ids"]) >= way.max_length - way.room for row in rows)
+    whole = way.encode(examples, _UNCUT) if could_be_cut else rows
+    pairs = list(zip(rows, whole, strict=True))
+    if way.writes:
+        return [{"prompt": _prompt(row, uncut)} for row, uncut in pairs]
+    if way.form in ("options", "generate"):
         return [{"right answer": _gold(row, uncut)} for row, uncut in pairs]
     return [{"row": _asked(row, uncut, masked=bool(examples[0].pieces))} for row, uncut in pairs]
 
 
-def _encoded(examples: Sequence[Any], tokenizer: Any, max_length: int) -> list[Facts]:
-    """The rows, for masked models and classification heads too."""
-    if isinstance(examples[0], Example) and examples[0].pieces:
-        return encode_masked(examples, tokenizer, max_length)
-    if isinstance(examples[0], Example) and not examples[0].options:
-        return encode_prompts(examples, tokenizer, max_length)
-    return encode_examples(examples, tokenizer, max_length)
+def _counted(row: Facts) -> Facts:
+    return {"ids": row["input_ids"], "counted": [label >= 0 for label in row["labels"]]} | _cuts(row)
 
 
 def _asked(row: Facts, whole: Facts, *, masked: bool) -> Facts:
@@ -114,29 +119,29 @@ def _gold(row: Facts, whole: Facts) -> Facts:
     return {"ids": ids, "counted": counted, "cut": cut, "cut_end": 0, "lengths": row["lengths"]}
 
 
-def _prompt(ids: list[int], max_length: int) -> Facts:
-    kept = ids[max(0, len(ids) - max_length) :]
-    return {"ids": kept, "counted": [False] * len(kept), "cut": len(ids) - len(kept), "cut_end": 0}
+def _prompt(row: Facts, whole: Facts) -> Facts:
+    """What the model writes behind."""
+    ids, cut = row["prompt_ids"], len(whole["prompt_ids"]) - len(row["prompt_ids"])
+    return {"ids": ids, "counted": [False] * len(ids), "cut": cut, "cut_end": 0, "answers": row["answers"]}
 
 
 def _cuts(row: Facts) -> Facts:
     return {"cut": row["cut"], "cut_end": row["cut_end"]}
 
 
-def _num_counted(row: Facts, objective: str) -> int:
-    return sum(row["lengths"]) if objective == "options" and "lengths" in row else sum(row["counted"])
-
-
 def _shown(example: Any, named: dict[str, Facts], tokenizer: Any) -> Facts:
     shown: Facts = {"where": getattr(example, "where", None)}
-    if isinstance(example, Example):
-        lengths = next(iter(named.values())).get("lengths", [1] * len(example.options))
+    first = next(iter(named.values()))
+    if isinstance(example, Rated):
+        shown["reward"] = example.reward
+    elif "answers" in first:
+        shown["answers"] = first["answers"]
+    elif isinstance(example, Example):
+        lengths = first.get("lengths", [1] * len(example.options))
         shown["options"] = [
             {"text": text, "tokens": length, "right": place == example.label}
             for place, (text, length) in enumerate(zip(example.options, lengths, strict=True))
         ]
-    if isinstance(example, Rated):
-        shown["reward"] = example.reward
     return shown | {"parts": [{"name": name} | _part(row, tokenizer) for name, row in named.items()]}
 
 

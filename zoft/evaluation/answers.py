@@ -25,8 +25,8 @@ def normalised(text: str) -> str:
 def f1(answer: str, gold: Sequence[str]) -> float:
     """Overlap of the answer's words with those of the gold answer that it is nearest to.
 
-    2 p r / (p + r), p and r the shares of the answer's and of the gold answer's words that the two have in common;
-    where one of them has no words at all, whether neither has.
+    2 p r / (p + r), p and r the shares of the answer's and of the gold answer's words that the two have in common; 0
+    where they share none, also where neither has any.
 
     Args:
         answer: what was generated.
@@ -38,17 +38,18 @@ def f1(answer: str, gold: Sequence[str]) -> float:
     Example:
         >>> f1("the tall tower", ["a tower", "Paris"])
         0.6666666666666666
+        >>> f1("The.", ["a"]), exact_match("The.", ["a"])
+        (0.0, 1.0)
 
-    References: Rajpurkar et al. 2016 (SQuAD), section 6.1; its published script's normalisation.
+    References: Rajpurkar et al. 2016 (SQuAD), section 6.1; the published script of SQuAD 1.1 for the normalisation and
+        for 0 without a shared word, as MeZO's published code has it; SQuAD 2.0's script gives 1 where neither has any.
     """
     return max(_f1(normalised(answer).split(), normalised(right).split()) for right in gold)
 
 
 def _f1(answer: list[str], right: list[str]) -> float:
-    if not answer or not right:
-        return float(answer == right)
     common = sum((Counter(answer) & Counter(right)).values())
-    return 2 * common / (len(answer) + len(right))  # = 2 p r / (p + r)
+    return 2 * common / (len(answer) + len(right)) if common else 0.0  # = 2 p r / (p + r)
 
 
 def exact_match(answer: str, gold: Sequence[str]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.lazy import torch
@@ -14,43 +15,58 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths that the dev rows choose from: of the squared weights, for standardised features, over the mean loss."""
 
 
-def probe(
-    train: tuple[Tensor, Sequence[int]], dev: tuple[Tensor, Sequence[int]], test: Tensor, num_labels: int
-) -> tuple[Tensor, float]:
-    """Log-probabilities of the test rows' labels, by the penalty with the smallest dev loss.
+@dataclass(frozen=True)
+class Probe:
+    """A fitted classifier of features.
+
+    Args:
+        mean: of the training features [H].
+        scale: their standard deviation [H]; infinite where they never change.
+        weight: of the standardised features [H, C].
+        bias: [C].
+        penalty: that it was fitted with.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+
+    def log_probs(self, features: Tensor) -> Tensor:
+        """Of the labels, float64 [M, C], from features [M, H]."""
+        standard = (features.double() - self.mean) / self.scale
+        return torch.log_softmax(standard @ self.weight + self.bias, dim=-1)
+
+
+def probe(train: tuple[Tensor, Sequence[int]], dev: tuple[Tensor, Sequence[int]], num_labels: int) -> Probe:
+    """Fit on the training rows, with the penalty that has the smallest dev loss.
 
     Args:
         train: features [N, H] and labels.
         dev: the same, to choose the penalty by.
-        test: features [M, H].
         num_labels: how many there are.
-
-    Returns:
-        ([M, num_labels] float64, the penalty).
 
     Example:
         >>> x = torch.tensor([[-1.0], [-2.0], [1.0], [2.0]])
-        >>> found, _ = probe((x, [0, 0, 1, 1]), (x, [0, 0, 1, 1]), torch.tensor([[-3.0], [3.0]]), 2)
-        >>> found.argmax(1).tolist()
+        >>> fitted = probe((x, [0, 0, 1, 1]), (x, [0, 0, 1, 1]), 2)
+        >>> fitted.log_probs(torch.tensor([[-3.0], [3.0]])).argmax(1).tolist()
         [0, 1]
 
     References: Malladi et al. 2023 (MeZO), Table 1 (LP).
     """
     mean, scale = train[0].double().mean(0), train[0].double().std(0, correction=0)
     scale = torch.where(scale > 1e-6 * (1 + mean.abs()), scale, torch.inf)  # what never changes says nothing
-
-    def standard(features: Tensor) -> Tensor:
-        return (features.double() - mean) / scale
-
-    best: tuple[float, Tensor, float] | None = None
+    best: tuple[float, Probe] | None = None
     wanted = torch.tensor(dev[1], device=train[0].device)
     for penalty in PENALTIES:
-        weight, bias = fit(standard(train[0]), train[1], num_labels, penalty)
-        loss = float(torch.nn.functional.cross_entropy(standard(dev[0]) @ weight + bias, wanted))
+        weight, bias = fit((train[0].double() - mean) / scale, train[1], num_labels, penalty)
+        made = Probe(mean, scale, weight, bias, penalty)
+        loss = float(torch.nn.functional.nll_loss(made.log_probs(dev[0]), wanted))
         if best is None or loss < best[0]:
-            best = loss, torch.log_softmax(standard(test) @ weight + bias, dim=-1), penalty
+            best = loss, made
     assert best is not None
-    return best[1], best[2]
+    return best[1]
 
 
 def fit(features: Tensor, labels: Sequence[int], num_labels: int, penalty: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
+from zoft.evaluation.number import number_of
 from zoft.lazy import torch
 from zoft.objectives._written import Writing
 from zoft.objectives.base import Batch
@@ -27,9 +28,9 @@ Function = Callable[..., Sequence[float]]
 class Reward(Writing):
     """Minus the mean reward of generated texts; the reward is any Python function and needs no gradient.
 
-    ``function(prompts, generations)`` gets two lists of texts and returns a number for each; where it also takes
-    ``answers``, it gets what the rows hold to judge by: the reward column of your own data, or a task's gold answers.
-    ``zoft.rewards:countdown`` is an example.
+    ``function(prompts, generations)`` gets two lists of texts and returns a number for each, also numpy's or torch's;
+    True is 1 and False 0. Where it also takes ``answers``, it gets what the rows hold to judge by: the reward column of
+    your own data, or a task's gold answers. ``zoft.rewards:countdown`` is an example.
 
     The name of a function is code to run: it is taken from the command line or from Python, never from a file.
 
@@ -83,10 +84,13 @@ class Reward(Writing):
         name = self.function if isinstance(self.function, str) else getattr(function, "__name__", "the reward")
         if len(found) != len(texts):
             raise UserError(f"{name} must return a number for each of {len(texts)} generations, got {len(found)}")
+        numbers = []
         for value in found:
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            number = number_of(value)
+            if number is None or not math.isfinite(number):
                 raise UserError(f"{name} must return finite numbers, got {value!r}")
-        return [float(value) for value in found]
+            numbers.append(number)
+        return numbers
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(minus the mean reward, each prompt's reward [B], zeros [B] in place of labels)."""

@@ -226,26 +226,46 @@ def chat(row: Row, where: str, columns: Columns) -> Chat:
 
 
 def preference(row: Row, where: str, columns: Columns, template: Template | None) -> Preference:
-    """Prompt, chosen and rejected; these are texts behind the prompt, or chats."""
+    """Prompt, chosen and rejected; these are texts behind the prompt, or chats, which may hold it themselves."""
     answers = {role: value_of(row, columns[role], where) for role in ("chosen", "rejected")}
-    chosen: Completion | Chat
-    rejected: Completion | Chat
+    sides: list[Any]
     if all(isinstance(answer, list) for answer in answers.values()):
-        first = row.get(columns["prompt"]) if "prompt" in columns else None
-        before = first if isinstance(first, list) else []
-        chosen, rejected = (_chat(before + answer, columns[role], where) for role, answer in answers.items())
+        sides = _chats(answers, row, where, columns, template)
     else:
         if "prompt" not in columns and template is None:
             raise UserError(
                 f"{where} has no prompt (its columns: {listed(row)}): name it, 'task.columns={{prompt: COLUMN}}'"
             )
         prompt = _prompt(row, where, columns, template)
-        chosen, rejected = (
-            Completion(prompt, text_of(row, columns[role], where, filled=True), where) for role in answers
-        )
-    if chosen == rejected:
+        sides = [Completion(prompt, text_of(row, columns[role], where, filled=True), where) for role in answers]
+    if sides[0] == sides[1]:
         raise UserError(f"{where}: chosen and rejected are the same")
-    return Preference(chosen, rejected, where)
+    return Preference(sides[0], sides[1], where)
+
+
+def _chats(answers: Row, row: Row, where: str, columns: Columns, template: Template | None) -> list[Chat]:
+    """Both answers as chats, behind the prompt where they do not hold it."""
+    column = columns.get("prompt", "task.template")
+    prompt = template.filled(row, where) if template else row.get(column)
+    before = prompt if isinstance(prompt, list) else []
+    chats = [_chat(before + answer, columns[role], where) for role, answer in answers.items()]
+    if prompt is None or isinstance(prompt, list):
+        return chats
+    text = as_text(prompt, column, where).strip()
+    return [_asked(chat, text, columns[role]) for role, chat in zip(answers, chats, strict=True)]
+
+
+def _asked(chat: Chat, prompt: str, column: str) -> Chat:
+    """The chat with the prompt in it: as it is where a message holds it, else with a user's message in front."""
+    if not prompt or any(m["role"] in ("user", "system") and m["content"].strip() == prompt for m in chat.messages):
+        return chat
+    start = next((place for place, message in enumerate(chat.messages) if message["role"] != "system"), 0)
+    first = chat.messages[start]
+    if first["role"] == "user":
+        told = f"{column!r} begins with the user's {first['content'][:60]!r} and the prompt is {prompt[:60]!r}"
+        raise UserError(f"{chat.where}: {told}: make them the same, or leave one of them out")
+    asked: Message = {"role": "user", "content": prompt}
+    return Chat((*chat.messages[:start], asked, *chat.messages[start:]), chat.where)
 
 
 def _prompt(row: Row, where: str, columns: Columns, template: Template | None) -> str:

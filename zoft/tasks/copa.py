@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zoft.data.files import Row
 from zoft.errors import UserError
@@ -24,6 +25,9 @@ class COPA(RowsTask):
 
     References: Roemmele et al. 2011; Malladi et al. 2023 (MeZO), Table 14 (template); its published sampler.
     """
+
+    published_objective: ClassVar[str] = "cross_entropy"
+    """What it is trained on with ``protocol=mezo``; anything else is warned of."""
 
     num_dev: int = 100
     train: str = "aps/super_glue:copa"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zoft.data.files import Row
 from zoft.errors import UserError
@@ -22,6 +23,9 @@ class ReCoRD(RowsTask):
 
     References: Zhang et al. 2018; Malladi et al. 2023 (MeZO), Table 14 (template); its published sampler.
     """
+
+    published_objective: ClassVar[str] = "cross_entropy"
+    """What it is trained on with ``protocol=mezo``; anything else is warned of."""
 
     train: str = "aps/super_glue:record"
     validation: str = "aps/super_glue:record"
