@@ -136,6 +136,7 @@ def test_the_search_for_a_learning_rate_goes_beyond_an_edge(losses, factors, cho
     )
 
 
-def test_memory_and_seconds_are_of_the_seed_that_took_least():
-    result = bench(["mezo"], {("mezo", 0): row([1, 0.5]), ("mezo", 1): row([1, 0.5], seed=1)}).results[GROUP, "mezo"]
-    assert (result.memory_mb(), result.seconds()) == (50.0, 10.0)
+def test_memory_is_the_median_and_seconds_are_the_fastest():
+    rows = {("mezo", seed): row([1, 0.5], seed=seed) for seed in (0, 1, 2)}
+    result = bench(["mezo"], rows, seeds=[0, 1, 2]).results[GROUP, "mezo"]
+    assert (result.memory_mb(), result.seconds()) == (51.0, 10.0)

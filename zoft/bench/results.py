@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import mean
+from statistics import mean, median
 
 from zoft.bench.choosing import Point, RateSearch, badness, best_point, rate_searches, score
 from zoft.bench.ledger import Row
@@ -90,12 +90,13 @@ class Result:
         return min((float(row["seconds"]) for row in self.finished), default=math.nan)
 
     def memory_mb(self) -> float:
-        """What training took beside the loaded model and the rows, MiB, of the seed that took least.
+        """What training took beside the loaded model and the rows, MiB: the median of the seeds.
 
-        A process loads libraries in its first cells; what it has kept from earlier cells is no cost of this one.
+        On a CPU that is resident memory, of a process that runs many cells: its first ones load libraries as well, and
+        later ones may find what earlier ones have freed.
         """
-        taken = (float(row["peak_memory_mb"]) - float(row["memory_before_mb"]) for row in self.finished)
-        return max(0.0, min(taken, default=math.nan))
+        taken = [float(row["peak_memory_mb"]) - float(row["memory_before_mb"]) for row in self.finished]
+        return median(taken) if taken else math.nan
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(queries, mean over the finished seeds) of ``loss`` or of the metric on the dev rows."""

@@ -113,7 +113,7 @@ def _notes(plan: Plan, results: Results) -> str:
         f"{plan.select} under seed {plan.seeds[0]}; `*`: that rate is at the edge of those tried. Untrained: with "
         f"the 95 % interval over rows. Ranks: among the methods, references (in italics) apart. Queries to {target}: "
         "mean of the seeds that get there; gaps in dev loss, nats, seed by seed; MiB: what training took beside the "
-        "loaded model and rows; MiB and seconds of the seed that took least."
+        "loaded model and rows, median of the seeds; seconds: of the fastest seed."
     ]
     if broken or of_rates:
         told.append(f"Diverged: {of_rates} runs of the search for rates, {broken} runs with other seeds.")
