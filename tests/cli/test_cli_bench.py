@@ -15,7 +15,8 @@ def test_the_shipped_bench_is_shown(tmp_path):
 
 
 def test_a_bench_from_an_experiment_on_the_command_line(tmp_path):
-    base = [w for w in runs.arguments(tmp_path, "unused") if not w.startswith(("output_dir", "budget", "optimizer"))]
+    unused = ("output_dir", "budget", "optimizer", "trainer.eval", "trainer.save", "trainer.logging")
+    base = [word for word in runs.arguments(tmp_path, "unused") if not word.startswith(unused)]
     mine = tmp_path / "mine.yaml"
     mine.write_text("# @package _global_\ndefaults:\n  - override /trainable: all\nbudget: {queries: 8}\n")
     words = [f"config={mine}", *base, "methods={mezo: 1e-2}", "references=[zero_shot]", "seeds=[0]", "rates=[1]"]
