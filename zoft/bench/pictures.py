@@ -163,7 +163,7 @@ def _rates(results: Results, file: Path) -> Path:
     panel.yaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("learning rate, times the one in the plan", color=_INK)
     panel.set_title(
-        "dev loss above that of the best rate tried, nats (first seed, best point of each run)",
+        "dev loss above that of the best of these rates, nats (first seed, best point of each run)",
         loc="left",
         fontsize=10,
         color=_INK,

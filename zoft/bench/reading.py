@@ -180,10 +180,14 @@ def _made(content: dict[str, Any]) -> Plan:
             made[key] = [_number(one, key, float) for one in _list(value)]
         elif key in ("queries", "grow", "demonstrations", "evaluations", "jobs"):
             made[key] = _number(value, key, int)
+            if key == "queries" and made[key] < 1:
+                raise UserError(f"queries must be at least 1, got {value!r}")
         elif key == "target":
             made[key] = None if value is None else _number(value, key, float)
         else:
             made[key] = str(value)
+    if "methods" in made and not made["methods"]:
+        raise UserError("methods must be a list of at least one value, got none")
     plan = Plan(**made)
     if not plan.methods:
         plan.methods = {name: Entry() for name in STANDARD}
@@ -256,7 +260,7 @@ def _check(plan: Plan) -> None:
     need(plan.demonstrations >= 1, "demonstrations", "at least 1")
     need(plan.select in ("loss", "metric"), "select", "loss or metric")
     need(plan.grow >= 0, "grow", "0 or more")
-    need(plan.queries >= 0, "queries", "at least 1")
+    need(plan.target is None or plan.target > 0, "target", "a dev loss above 0")
     for name in (*plan.tasks, *plan.methods, *plan.prompts):
         if not _SLUG.fullmatch(name):
             raise UserError(f"{name!r} cannot name files: use letters, digits, and _.- between them")

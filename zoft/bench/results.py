@@ -70,7 +70,7 @@ class Result:
     @property
     def at_edge(self) -> bool:
         """Whether the learning rate is the largest or smallest that was tried, so that a better one may lie beyond."""
-        return len(self.rates) > 1 and self.factor in (min(self.rates), max(self.rates))
+        return self.factor in (min(self.rates), max(self.rates))
 
     def test(self) -> list[float]:
         """The test metric of each finished seed."""
@@ -170,11 +170,11 @@ class Results:
         if self.plan.target is not None:
             return self.plan.target
         baseline = self.results.get((group, self.plan.baseline))
+        curve = baseline.curve("loss") if baseline else []
+        lowest = min((loss for queries, loss in curve if queries), default=math.nan)
         return (
-            min((loss for queries, loss in baseline.curve("loss") if queries), default=math.nan)
-            if baseline
-            else math.nan
-        )
+            lowest if curve and lowest < 0.99 * curve[0][1] else math.nan
+        )  # a target that nothing was learnt to is none
 
     def gap(self, group: Group, method: str, reference: str) -> list[float]:
         """How far a method's best dev loss is above a reference's, nats, seed by seed; of the seeds both have."""
@@ -207,7 +207,7 @@ class Results:
         return {method: mean(values) for method, values in ranks.items()}
 
     def robustness(self, method: str) -> dict[float, float]:
-        """Factor of the learning rate -> mean over tasks and prompts of what it loses on the best one, dev loss, nats.
+        """Factor in the plan -> mean over tasks and prompts of what it loses on the best of them, dev loss, nats.
 
         Of the first seed, at each run's best point; infinite where it diverges anywhere.
         """
@@ -217,7 +217,7 @@ class Results:
             if result is None or not set(self.plan.rates) <= set(result.rates):
                 continue
             losses = {factor: _dev_loss(row, self.plan) for factor, row in result.rates.items()}
-            best = min(losses.values())
+            best = min(losses[factor] for factor in self.plan.rates)
             for factor, loss in ((factor, losses[factor]) for factor in self.plan.rates):
                 lost.setdefault(factor, []).append(loss - best if math.isfinite(best) else math.inf)
         return {factor: mean(values) for factor, values in sorted(lost.items())}

@@ -56,7 +56,7 @@ def _overview(plan: Plan, results: Results) -> str:
     names = sorted(plan.runs, key=lambda m: (m not in plan.references, order[m]))
     head = ["method", *(f"{task}, {prompt}" for task, prompt in groups), *(f"rank, {p}" for p in plan.prompts)]
     lines = [_line(head), "|:--|" + "--:|" * (len(head) - 1)]
-    for mode in plan.modes:
+    for mode in (mode for mode in plan.modes if any((group, mode) in results.untrained for group in groups)):
         cells = [_untrained(results.untrained.get((group, mode))) for group in groups]
         lines.append(_line([f"*{mode}*", *cells, *[""] * len(plan.prompts)]))
     for name in names:
@@ -115,6 +115,12 @@ def _notes(plan: Plan, results: Results) -> str:
         "mean of the seeds that get there; gaps in dev loss, nats, seed by seed; MiB: what training took beside the "
         "loaded model and rows, median of the seeds; seconds: of the fastest seed."
     ]
+    edge = [f"{r.method} ({', '.join(group)})" for (group, _), r in results.results.items() if r.rows and r.at_edge]
+    if edge:
+        told.append(
+            f"The best rate is at the edge of those tried, so these may be better than they look: {', '.join(edge)}. "
+            "Give them other learning rates, methods={NAME: RATE}, or a larger grow."
+        )
     if broken or of_rates:
         told.append(f"Diverged: {of_rates} runs of the search for rates, {broken} runs with other seeds.")
     for first, second in zip(plan.prompts, plan.prompts[1:], strict=False):

@@ -143,7 +143,7 @@ def told_of(row: Row, plan: Plan) -> str:
     best = best_point(row, plan.select)
     if best is None:
         return "was not evaluated"
-    return f"best dev loss {best['loss']:.3f}, {metric} {scale * best[metric]:.1f}{unit}"
+    return f"best dev loss {best['loss']:.3f}, dev {metric} {scale * best[metric]:.1f}{unit}"
 
 
 def _quiet() -> None:

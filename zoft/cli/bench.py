@@ -75,6 +75,8 @@ def told(plan: Any) -> str:
         f"seeds       {', '.join(map(str, plan.seeds))}",
         f"cells       {plan.num_cells:,} of {plan.queries:,} queries",
     ]
+    if plan.unfit:
+        lines.append(f"left out    {', '.join(sorted('/'.join(one) for one in plan.unfit))}: they do not go together")
     cells = list(plan.cells())
     run = next(cell for cell in cells if cell.seed is not None)
     lines.append(f"a cell      zoft train {shlex.join(plan.arguments(run))}")

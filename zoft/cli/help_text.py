@@ -155,7 +155,7 @@ OTHER = {
         "  --draw   table and pictures of the cells that are there\n\n"
         "Examples:\n"
         "  zoft bench config=demo jobs=2\n"
-        "  zoft bench config=quickstart methods=[mezo,fzoo] rates=[1] seeds=[0,1] --plan\n\n"
+        "  zoft bench config=quickstart 'methods={mezo: 1e-3, fzoo: 1e-2}' references=[zero_shot] --plan\n\n"
         "Exit codes: 0 done; 1 cells failed (their reasons are in output_dir/failed; they are tried again next time);\n"
         "2 something to mend; 75 stopped by SIGTERM and 130 interrupted: the same command goes on."
     ),

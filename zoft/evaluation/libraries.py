@@ -103,8 +103,8 @@ class Library:
             return evaluate.load(self.name, keep_in_memory=True, seed=_SEED)
         except Exception as error:  # FileNotFoundError, ConnectionError, ImportError of what the script needs, ...
             raise UserError(
-                f"the evaluate metric {self.name} could not be loaded ({_first_line(error)}): without a network give "
-                "the folder of its script"
+                f"the evaluate metric {self.name} could not be loaded ({_first_line(error)}): its script must "
+                "import what it needs a line each, and without a network give the folder of its script"
             ) from error
 
 
