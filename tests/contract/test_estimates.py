@@ -439,7 +439,8 @@ def test_aligned_estimates_are_the_gradient_projected_on_the_span_of_the_directi
     span = torch.stack(
         [torch.cat([coordinates.z(d, n).double().view(-1) for n in coordinates.weights.tensors]) for d in directions], 1
     )
-    wanted = span @ torch.linalg.lstsq(span, asks.model.gradient().unsqueeze(1)).solution[:, 0]
+    # Not lstsq: of directions that depend on each other (six in five dimensions) its answer differs from call to call.
+    wanted = span @ (torch.linalg.pinv(span) @ asks.model.gradient())
     torch.testing.assert_close(estimate, wanted, rtol=1e-2, atol=1e-2 * float(wanted.norm()))
 
 
