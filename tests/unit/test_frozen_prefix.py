@@ -325,3 +325,27 @@ def test_nothing_is_left_on_the_model_when_a_forward_raises():
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert not any("forward" in vars(m) for m in model.modules())
     assert torch.equal(outputs(model, batch), wanted)
+
+
+def test_shared_rows_serve_the_same_part_and_are_found_out_by_another():
+    """Two models of the same weights: one trains the same block, the other an embedding as well."""
+    batch = padded([5, 7], "right")
+    first = prefix_of(tiny_llama())
+    with first.reused():
+        outputs(first.model, batch)
+    same = prefix_of(tiny_llama())
+    same.share(first)
+    counter = Counter(same)
+    with same.reused():
+        reused = outputs(same.model, batch)
+    assert counter.rows == 2  # the check of the first batch, and nothing to find its rows' states
+    torch.testing.assert_close(reused, outputs(same.model, batch))
+    other = prefix_of(tiny_llama(), Regex(r"embed_tokens|layers\.2\."))
+    other.share(first)
+    with torch.no_grad():
+        other.model.model.embed_tokens.weight.add_(0.1)
+    wanted = outputs(other.model, batch)
+    with other.reused():
+        assert torch.equal(outputs(other.model, batch), wanted)
+    assert not other.usable
+    assert served(first)

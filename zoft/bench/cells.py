@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,8 @@ class Shared:
         else:
             for _ in trainer.fill_frozen_prefix(*self.rows.values()):
                 pass
-            self.prefixes[key] = own
+            if own.usable:
+                self.prefixes[key] = own
 
 
 def run_cell(plan: Plan, cell: Cell, work: Path, shared: Shared) -> Row:
@@ -116,7 +116,7 @@ def _trained(plan: Plan, arguments: list[str], work: Path, shared: Shared) -> Ro
     memory = PeakMemory(str(trainer.args.device))
     memory.reset()
     before = memory.current_mb()
-    began, failed = time.perf_counter(), ""
+    failed = ""
     try:
         trainer.train(resume_from_checkpoint=None if known_steps(str(work)) is None else True)
     except NonFiniteLossError as error:
@@ -133,11 +133,9 @@ def _trained(plan: Plan, arguments: list[str], work: Path, shared: Shared) -> Ro
         "peak_memory_mb": peak,
         "memory_before_mb": before,
         "seconds": trainer.progress.seconds,
-        "seconds_in_all": time.perf_counter() - began,
         "failed": failed,
         "test": None,
         "num_test": len(rows["test"]),
-        "num_dev": len(rows["dev"]),
     }
     if cfg.diagnostics.every:
         row["diagnostics"] = _diagnosed(work)

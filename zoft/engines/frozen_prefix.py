@@ -85,10 +85,13 @@ class FrozenPrefix:
     def share(self, other: FrozenPrefix) -> None:
         """Keep the rows that another prefix keeps too: of the same weights below the same block, in another model.
 
+        Whether they are what enters this model's block is checked at its first batch, as ever: what is trained outside
+        the blocks may be another part here.
+
         Args:
-            other: what it has checked counts here.
+            other: whose rows.
         """
-        self._rows, self._checked, self.usable = other._rows, other._checked, other.usable
+        self._rows = other._rows
 
     @contextmanager
     def reused(self) -> Iterator[None]:
