@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-wheel faults bench bench-demo bench-gpu bench-blackbox lint format constraints clean
+.PHONY: help install assets train test test-slow test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -34,6 +34,9 @@ test-slow: install ## the tests that take minutes
 
 test-wheel: install ## build the wheel, install it in an empty environment, train from an empty folder
 	$(PYTEST) -m slow tests/cli/test_wheel.py $(ARGS)
+
+fingerprint: install ## does this tree compute what it did? BASE=COMMIT: bit by bit against that commit, 6 minutes
+	$(ENV) $(BIN)/python tests/invariant/fingerprint.py $(if $(BASE),--base $(BASE)) $(ARGS)
 
 faults: install ## kill, cut, fill and forge: the thirty faults of docs/reliability.md, about an hour; ARGS="1a 17" some
 	$(ENV) $(BIN)/python scripts/faults.py $(ARGS)
