@@ -47,6 +47,7 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
         lengths = [len(ids) - len(prompt) for ids in sequences]
         room = max_length - example.max_new_tokens
         _check_lengths(example, lengths, room)
+        _refuse_alike(example, sequences)
         cut = [_cut(ids, room, tokenizer.bos_token_id) for ids in sequences]
         longest = max(cut, key=len)
         rows.append(
@@ -100,6 +101,18 @@ def _check_lengths(example: Example, lengths: list[int], room: int) -> None:
             f"max_length={room + example.max_new_tokens}{kept} leaves no room for a prompt in front of an option of "
             f"{max(lengths)} tokens ({example.options!r}): raise task.max_length"
         )
+
+
+def _refuse_alike(example: Example, sequences: list[list[int]]) -> None:
+    """Different answers that are the same tokens could never be told apart."""
+    if len(set(map(tuple, sequences))) == len(set(example.options)):
+        return
+    places = [sequences.index(ids) for ids in sequences]
+    a, b = next((first, place) for place, first in enumerate(places) if first != place)
+    raise UserError(
+        f"the answers {example.options[a]!r:.60} and {example.options[b]!r:.60} are the same tokens to this model's "
+        "tokenizer (are they unknown to it?): choose other words, or another model"
+    )
 
 
 def _cut(ids: list[int], max_length: int, bos: int | None) -> list[int]:

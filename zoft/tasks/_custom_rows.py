@@ -12,6 +12,7 @@ from typing import Any
 from zoft.data.examples import Chat, Completion, Message, Preference, Rated
 from zoft.errors import UserError, did_you_mean
 from zoft.tasks._custom_formats import Columns, listed
+from zoft.tasks._labels import label_key, spelled
 from zoft.tasks.base import Example
 
 Row = Mapping[str, Any]
@@ -72,8 +73,15 @@ class Template:
         return (self.pieces[-1][0] if self.pieces[-1][1] is None else "").strip()
 
     def filled(self, row: Row, where: str) -> str:
-        """The prompt of a row, blanks around the values left out."""
-        return "".join(text + ("" if name is None else text_of(row, name, where).strip()) for text, name in self.pieces)
+        """The prompt of a row, blanks around the values left out.
+
+        Raises:
+            UserError: a column that is not there, or nothing in any of them: the same prompt would stand in many rows.
+        """
+        values = {name: text_of(row, name, where).strip() for name in self.columns}
+        if not any(values.values()):
+            raise UserError(f"{where}: {listed(values)!r} is empty")
+        return "".join(text + ("" if name is None else values[name]) for text, name in self.pieces)
 
 
 def value_of(row: Row, column: str, where: str) -> Any:
@@ -114,11 +122,6 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def label_text(value: Any) -> str:
-    """A label as the key of its word: 1, 1.0 and "1" are one label."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
 def text_label(
     row: Row, where: str, columns: Columns, template: Template, words: Mapping[str, str], *, head: bool
 ) -> Example:
@@ -128,18 +131,24 @@ def text_label(
         what = "class" if head else "word"
         raise UserError(f"{where}: label {label[:80]!r} has no {what}.{did_you_mean(label[:80], words)}")
     prompt = template.filled(row, where)
-    if not prompt.strip():
-        raise UserError(f"{where}: {listed(template.columns)!r} is empty")
     options = () if head else tuple(f" {word.strip()}" for word in words.values())
     return Example(prompt, options, list(words).index(label), domain=template.ending)
 
 
 def label_of(row: Row, column: str, where: str) -> str:
-    """A row's label as text."""
-    value = value_of(row, column, where)
-    if not isinstance(value, str | int | float):
-        raise UserError(f"{where}: the label must be a word or a number, got {_kind(value)}")
-    return label_text(value)
+    """A row's label, by :func:`zoft.tasks._labels.label_key`.
+
+    Raises:
+        UserError: the row has none.
+    """
+    try:
+        label = label_key(row.get(column))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if label is None:
+        why = "is empty" if column in row else f"is not there (its columns: {listed(row)})"
+        raise UserError(f"{where}: no label: {column!r} {why}")
+    return label
 
 
 def multiple_choice(row: Row, where: str, columns: Columns, template: Template | None) -> Example:
@@ -186,9 +195,10 @@ def _gold(answer: Any, keys: list[str], choices: list[str], where: str) -> int:
     """Which choice an answer means: its text, its letter or key, or its number from 0."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise UserError(f"{where}: the answer must be text or a number, got {_kind(answer)}")
-    text = label_text(answer).strip()
-    by_text = choices.index(text) if text in choices else None
-    by_key = keys.index(text) if text in keys else None
+    text = label_key(answer) or ""
+    written = spelled(answer)
+    by_text = next((place for place, choice in enumerate(choices) if choice in (written, text)), None)
+    by_key = next((place for place, key in enumerate(keys) if key in (written, text)), None)
     by_number = int(text) if text.isdecimal() and len(text) < 4 and int(text) < len(choices) else None
     meant = [found for found in (by_text, by_key, None if by_key is not None else by_number) if found is not None]
     if len(set(meant)) > 1:
@@ -196,6 +206,8 @@ def _gold(answer: Any, keys: list[str], choices: list[str], where: str) -> int:
             f"{where}: the answer {text!r} is the text of one choice and the number or key of another: write its text "
             "out, or the letters A, B, C"
         )
+    if not text:
+        raise UserError(f"{where}: no answer")
     if not meant:
         shown = ", ".join(repr(choice[:30]) for choice in choices[:6])
         raise UserError(f"{where}: the answer {text[:60]!r} is none of the choices ({shown}), their letters or numbers")

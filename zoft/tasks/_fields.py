@@ -7,6 +7,7 @@ from typing import Any
 
 from zoft.data.files import Row, column
 from zoft.errors import UserError, did_you_mean
+from zoft.tasks._labels import label_key
 
 
 def text(row: Row, name: str, source: str, number: int) -> str:
@@ -20,12 +21,16 @@ def text(row: Row, name: str, source: str, number: int) -> str:
 def one_of(row: Row, name: str, known: Sequence[str], source: str, number: int, *, named: bool = False) -> int:
     """The index of the label in column ``name``: a number in the order of ``known``, or a name where ``named``."""
     value = column(row, name, source, number)
-    names = {label: place for place, label in enumerate(known)}
+    names = {label_key(label): place for place, label in enumerate(known)}
     places = {str(place): place for place in range(len(known))}
-    if isinstance(value, bool):  # SuperGLUE's own files have true and false
-        found = names.get(str(value))
-    else:
-        found = places.get(str(value), names.get(str(value)) if named else None)
+    try:
+        key = label_key(value)
+    except UserError as error:
+        raise UserError(f"{source}: row {number}: {error}") from None
+    if key is None:
+        raise UserError(f"{source}: row {number}: no label: {name!r} is empty")
+    # SuperGLUE's own files have true and false
+    found = names.get(key) if key in ("true", "false") else places.get(key, names.get(key) if named else None)
     if found is not None:
         return found
     meaning = ", ".join(f"{place} ({label})" for place, label in enumerate(known))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,6 +13,7 @@ from zoft.data.files import located, read_placed
 from zoft.errors import UserError, did_you_mean
 from zoft.tasks import _custom_rows as rows
 from zoft.tasks._custom_formats import FORMATS, Reading, listed, reading
+from zoft.tasks._labels import in_order, label_key, spelled
 from zoft.tasks.base import PROMPTS, Splits, Task
 
 log = logging.getLogger("zoft.tasks.custom")
@@ -22,6 +22,15 @@ MAX_LABELS = 64
 
 MAX_CLASSES = 1000
 """Labels that can be classes of a head."""
+
+
+@dataclass
+class _Label:
+    """A label of the training rows: as its first row has it, where that is, and how many rows have it."""
+
+    spelling: str
+    where: str
+    rows: int = 0
 
 
 @dataclass
@@ -166,39 +175,57 @@ class Custom(Task):
     def _words(self, column: str) -> dict[str, str]:
         """Label -> its word: as set, or the labels of the training rows where those are words or a head's classes."""
         if self.words:
-            return {rows.label_text(label): str(word) for label, word in self.words.items()}
+            return {label_key(label) or "": word for label, word in self.words.items()}
         head = self.kind == "head"
-        counts = self._counted(column, MAX_CLASSES if head else MAX_LABELS)
-        told = ", ".join(f"{label[:40]} ({count:,} rows)" for label, count in list(counts.items())[:12])
-        if head and len(counts) < 2:
+        seen = self._labels_seen(column, MAX_CLASSES if head else MAX_LABELS)
+        told = ", ".join(f"{label[:40]} ({each.rows:,} rows)" for label, each in list(seen.items())[:12])
+        if head and len(seen) < 2:
             raise UserError(f"a head needs two classes or more; the labels of {self.train} are {told}")
-        if len(counts) < 2 or not (head or all(any(c.isalpha() for c in label) for label in counts)):
+        if len(seen) < 2 or not (head or all(any(c.isalpha() for c in label) for label in seen)):
             raise UserError(
                 "task.words must be a word for each label, e.g. '{0: terrible, 1: great}', got none; the labels of "
                 f"{self.train} are {told}"
             )
         what = "classes" if head else "words"
         log.warning("task.words is not given: the labels are their own %s: %s", what, told)
-        return {label: label for label in counts}
+        return {label: each.spelling for label, each in seen.items()}
 
-    def _counted(self, column: str, limit: int) -> dict[str, int]:
-        """Label -> its rows, numbers by their size and then texts by the alphabet."""
-        counts: Counter[str] = Counter()
+    def _labels_seen(self, column: str, limit: int) -> dict[str, _Label]:
+        """Every label of the training rows, numbers by their size and then texts by the alphabet."""
+        seen: dict[str, _Label] = {}
         for where, row in read_placed(self.train, "train"):
-            counts[rows.label_of(row, column, where)] += 1
-            if len(counts) > limit:
+            label = rows.label_of(row, column, where)
+            known = seen.setdefault(label, _Label(spelled(row[column]), where))
+            known.rows += 1
+            if len(seen) > limit:
                 raise UserError(
                     f"{where}: {column!r} has more than {limit} different values so far, no set of labels: name "
                     "the label's column, task.label=COLUMN, or the format, task.format=completion"
                 )
-        by_size = sorted(counts, key=lambda label: (not label.isdecimal(), len(label) * label.isdecimal(), label))
-        return {label: counts[label] for label in by_size}
+        self._refuse_alike(seen)
+        return {label: seen[label] for label in sorted(seen, key=in_order)}
+
+    def _refuse_alike(self, seen: dict[str, _Label]) -> None:
+        """Labels that differ in their case alone are one that was misspelt, or need words of their own."""
+        first: dict[str, _Label] = {}
+        for one in seen.values():
+            other = first.setdefault(one.spelling.casefold(), one)
+            if other is not one:
+                raise UserError(
+                    f"{one.where}: the label {one.spelling[:40]!r} differs from {other.spelling[:40]!r} "
+                    f"({other.where}) in its case alone: write them alike, or give each its word, 'task.words={LABEL: WORD, ...}'"
+                )
 
     def _check_words(self) -> None:
         self._need(len(self.words) >= 2, "words", "a word for each label, e.g. '{0: terrible, 1: great}'")
-        words = [str(word).strip() for word in self.words.values()]
-        self._need(all(words), "words", "a word for each label, none of them empty")
-        self._need(len(set(words)) == len(words), "words", "another word for each label")
+        words: list[Any] = list(self.words.values())
+        self._need(all(isinstance(word, str) for word in words), "words", "a word for each label, each of them text")
+        self._need(all(word.strip() for word in words), "words", "a word for each label, none of them empty")
+        self._need(len({" ".join(w.split()) for w in words}) == len(words), "words", "another word for each label")
+        keys = [label_key(label) for label in self.words]
+        self._need(None not in keys, "words", "a word for each label, and no label is empty")
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        self._need(twice is None, "words", f"one word for each label (blanks, and 1 or 1.0, make no other: {twice!r})")
 
     def _need(self, ok: bool, field: str, rule: str) -> None:
         """As :meth:`require`, for what is found out when the data are read: by the name that the user sets it by."""
