@@ -92,12 +92,14 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     from zoft import forms
+    from zoft.data import repeats
     from zoft.evaluation.libraries import split
     from zoft.objectives.metric import Metric
     from zoft.run import tokenizer_of
 
     began = time.perf_counter()
     splits = cfg.task.load()
+    repeats.warn(splits)
     examples = getattr(splits, request.split)
     objective = forms.scorer_of(cfg.task, examples, cfg.objective)
     form = forms.nearest_form(cfg.task, examples, objective)

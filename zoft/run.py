@@ -169,10 +169,12 @@ def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
 def load_rows(cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
     """The tokenizer and the encoded rows (train, dev, test) of a run."""
     from zoft import forms
+    from zoft.data import repeats
 
     if cfg.task.kind != "options":  # of those, the user's own rows say what they are
         forms.require_fit(cfg.task, cfg.task.kind, cfg.objective)
     splits = cfg.task.load()
+    repeats.warn(splits)
     form = forms.form_of(cfg.task, splits.train, cfg.objective)
     tokenizer = tokenizer_of(cfg)
     length, room = cfg.task.max_length, forms.room_of(cfg.task, cfg.objective)

@@ -18,6 +18,7 @@ from zoft.errors import UserError
 from zoft.run import load_rows, run
 from zoft.tasks import Example
 from zoft.tasks.base import MASK, Piece
+from zoft.tasks.sst2 import SST2
 
 TEMPLATE = "{% for m in messages %}{{ bos_token }} {{ m.role }} : {{ m.content }} {{ eos_token }} {% endfor %}"
 
@@ -251,14 +252,15 @@ def test_show_shows_what_training_would_see(tmp_path, capsys, model, kind, more,
     assert ("  answers  " in text) == (kind == "completion")
 
 
-def test_show_works_for_a_task_of_the_house(capsys, model, tmp_path):
+def test_show_works_for_a_task_of_the_house(capsys, model, monkeypatch, tmp_path):
+    monkeypatch.setattr(SST2, "words", (" no", " yes"))  # words that the tiny tokenizer knows
     rows = [{"sentence": f"free home {i}", "label": i % 2} for i in range(40)]
     sources = [f"task.{name}={written(tmp_path / f'{name}.jsonl', rows)}" for name in ("train", "validation")]
     counts = ("task.num_train=8", "task.num_dev=4", "task.num_test=40")
     text = shown(capsys, f"model.name={model}", "task=sst2", *sources, *counts, "--rows=0")
     assert text.startswith("task    sst2\n")
     assert "test    40 rows" in text
-    assert "labels: great 20, terrible 20" in text
+    assert "labels: no 20, yes 20" in text
     assert "---" not in text
 
 

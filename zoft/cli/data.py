@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from zoft.errors import UserError, did_you_mean
@@ -46,34 +49,36 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         overrides: as of `zoft train`.
         num_rows: rows shown of a split.
     """
-    import logging
-
     from zoft.cli.train import _quiet
     from zoft.config import compose
 
     _quiet()
     cfg = compose(overrides)
-    logging.getLogger("zoft.tasks.custom").setLevel(logging.ERROR)  # what it would note is said here
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    from zoft.data.preview import preview, repeated
+    from zoft.data import repeats
+    from zoft.data.preview import preview
     from zoft.models.load import load_tokenizer
 
     task: Any = cfg.task
-    reading = task.reading() if hasattr(task, "reading") else None
-    splits = task.load()
+    with _noted() as notes:
+        reading = task.reading() if hasattr(task, "reading") else None
+        splits = task.load()
+        repeats.warn(splits)
+    sentence = f"{task.train}: {reading.sentence()}" if reading else None
     tokenizer = load_tokenizer(
         cfg.model.name, revision=cfg.model.revision, as_mezo=cfg.estimator.noise == "torch_sequential"
     )
     way, objective, refusal = _way(cfg, splits.train, tokenizer)
     told = {name: preview(getattr(splits, name), way, tokenizer, num_rows) for name in _SPLITS}
     for name in ("dev", "test"):
-        told[name]["in_train"] = repeated(getattr(splits, name), splits.train)
+        told[name]["in_train"] = repeats.repeated(getattr(splits, name), splits.train)
     return {
         "task": task.name(),
         "read_as": reading and {"format": reading.format, "columns": reading.columns, "unused": list(reading.unused)},
-        "sentence": f"{task.train}: {reading.sentence()}" if reading else None,
+        "sentence": sentence,
+        "notes": [note for note in notes if not (reading and reading.sentence() in note)],
         "model": cfg.model.name,
         "vocabulary": len(tokenizer),
         "max_length": task.max_length,
@@ -85,6 +90,24 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         "classes": list(getattr(task, "labels", ())) if task.kind == "head" else [],
         "splits": told,
     }
+
+
+@contextmanager
+def _noted() -> Iterator[list[str]]:
+    """What `zoft train` would note on the way, once each, in place of noting it."""
+    notes: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            notes.extend({record.getMessage()} - set(notes))
+
+    log = logging.getLogger("zoft")
+    handlers, propagate = log.handlers[:], log.propagate
+    log.handlers[:], log.propagate = [Kept()], False
+    try:
+        yield notes
+    finally:
+        log.handlers[:], log.propagate = handlers, propagate
 
 
 def _way(cfg: Any, examples: Any, tokenizer: Any) -> tuple[Any, str, str | None]:
@@ -132,6 +155,7 @@ def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> l
     ]
     if facts.get("refusal"):
         told += [f"note    zoft train refuses this: {safe(facts['refusal'])}"]
+    told += [f"note    {safe(note)}" for note in facts.get("notes", ())]
     if facts.get("classes"):
         told += ["classes " + ", ".join(f"{place} {safe(name)}" for place, name in enumerate(facts["classes"][:12]))]
     told += [f"{name:<7} {_summary(split)}" for name, split in facts["splits"].items()]

@@ -66,22 +66,6 @@ def preview(examples: Sequence[Any], way: Way, tokenizer: Any, num_rows: int) ->
     }
 
 
-def repeated(examples: Sequence[Any], train: Sequence[Any]) -> int:
-    """How many of the examples stand in the training rows too, word for word: a metric on them measures memory.
-
-    Example:
-        >>> rows = [Example("a", (" b", " c"), 0), Example("d", (" b", " c"), 1)]
-        >>> repeated(rows, rows[:1])
-        1
-    """
-    known = {_content(example) for example in train}
-    return sum(_content(example) in known for example in examples)
-
-
-def _content(example: Any) -> str:
-    return str({name: value for name, value in vars(example).items() if name != "where"})
-
-
 def _parts(examples: Sequence[Any], way: Way) -> list[dict[str, Facts]]:
     """For every example, what the model reads of it, by name."""
     rows = way.encode(examples, way.max_length)

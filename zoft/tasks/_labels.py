@@ -11,7 +11,7 @@ from typing import Any
 from zoft.errors import UserError
 
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?")
-_KINDS = {list: "a list", dict: "a mapping", bytes: "bytes"}
+_KINDS: dict[type, str] = {list: "a list", dict: "a mapping", bytes: "bytes"}
 
 
 def label_key(value: Any) -> str | None:

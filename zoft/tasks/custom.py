@@ -211,10 +211,9 @@ class Custom(Task):
         for one in seen.values():
             other = first.setdefault(one.spelling.casefold(), one)
             if other is not one:
-                raise UserError(
-                    f"{one.where}: the label {one.spelling[:40]!r} differs from {other.spelling[:40]!r} "
-                    f"({other.where}) in its case alone: write them alike, or give each its word, 'task.words={LABEL: WORD, ...}'"
-                )
+                both = f"the label {one.spelling[:40]!r} differs from {other.spelling[:40]!r} ({other.where})"
+                mend = "write them alike, or give each its word, 'task.words={LABEL: WORD, ...}'"
+                raise UserError(f"{one.where}: {both} in its case alone: {mend}")
 
     def _check_words(self) -> None:
         self._need(len(self.words) >= 2, "words", "a word for each label, e.g. '{0: terrible, 1: great}'")
