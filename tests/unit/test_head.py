@@ -166,6 +166,59 @@ def test_a_model_that_cannot_be_served_is_called_plainly_and_named_once(spoil, w
     assert why in warnings[0]
 
 
+class LooksAround(nn.Module):
+    """A head that mixes a little of the other rows into each."""
+
+    def __init__(self, head, share):
+        super().__init__()
+        self.weight, self.share = head.weight, share
+        self.out_features = len(head.weight)
+
+    def forward(self, hidden):
+        return nn.functional.linear(hidden + self.share * hidden.mean(1, keepdim=True), self.weight)
+
+
+def behind_the_head(model, change):
+    forward = type(model).forward
+
+    class Changed(type(model)):
+        def forward(self, *args, **kwargs):
+            out = forward(self, *args, **kwargs)
+            out.logits = change(out.logits)
+            return out
+
+    model.__class__ = Changed
+    return model
+
+
+def _sequence_mean(logits):
+    return logits + 1e-3 * logits.mean(1, keepdim=True)
+
+
+def _vocabulary_mean(logits):
+    return logits - 0.002 * logits.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spoil", ["head", "behind", "vocabulary"])
+def test_fault_4_logits_that_depend_a_little_on_others_are_computed_plainly(spoil, dtype, told):
+    """Less than 16 bits tell two kernels apart by, so that no tolerance shows it."""
+    model = tiny_llama().to(dtype)
+    if spoil == "head":
+        model.set_output_embeddings(LooksAround(model.get_output_embeddings(), 1e-3))
+    else:
+        behind_the_head(model, _sequence_mean if spoil == "behind" else _vocabulary_mean)
+    inputs, places, wanted = example(model)
+    with torch.no_grad():
+        for _ in range(2):
+            logits_at(model, inputs, places, TOKENS)
+    known = _served.served(model, inputs, places)
+    assert known.rows == (spoil == "vocabulary")  # what depends on its own row alone is served, whole
+    assert not known.tokens
+    with torch.no_grad():
+        torch.testing.assert_close(logits_at(model, inputs, places, TOKENS), wanted[:, TOKENS].float())
+
+
 def test_a_batch_that_says_nothing_settles_nothing():
     model = tiny_llama()
     inputs, places, wanted = example(model)

@@ -15,6 +15,7 @@ from tests.models import (
     batch_for,
     tiny_bert_classifier,
     tiny_llama,
+    tiny_mixtral,
     tiny_roberta_mlm,
     tiny_t5,
 )
@@ -249,3 +250,107 @@ def test_every_family_has_a_way():
         batch = batch_for(model)
         with torch.no_grad():
             torch.testing.assert_close(own_loss(model, **batch)["loss"], model(**batch).loss, rtol=2e-6, atol=0), family
+
+
+# ------------------------------------------------------------------------------------- fault 4: a term beside the loss
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("coefficient", [1e-6, 0.001, 0.006, 0.1])
+def test_fault_4_a_routers_loss_is_trained_at_any_coefficient(dtype, coefficient):
+    model = tiny_mixtral(output_router_logits=True, router_aux_loss_coef=coefficient).to(dtype)
+    for batch in (batch_for(model), labelled(1), labelled(2) | {"num_items_in_batch": torch.tensor(9)}):
+        with torch.no_grad():
+            assert torch.equal(own_loss(model, **batch)["loss"], plainly(model, batch))
+
+
+def test_fault_4_a_routers_loss_that_is_switched_on_later_is_trained():
+    model = tiny_mixtral().to(torch.bfloat16)
+    with torch.no_grad():
+        own_loss(model, **labelled(0))
+        model.config.output_router_logits = True
+        assert torch.equal(own_loss(model, **labelled(0))["loss"], plainly(model, labelled(0)))
+        model.config.output_router_logits = False
+        batch = labelled(0) | {"output_router_logits": True}
+        assert torch.equal(own_loss(model, **batch)["loss"], plainly(model, batch))
+
+
+def beside(model, change):
+    """A class that does something with its loss behind its cross-entropy."""
+    forward = type(model).forward
+
+    class Changed(type(model)):
+        def forward(self, *args, **kwargs):
+            out = forward(self, *args, **kwargs)
+            if out.loss is not None:
+                change(out)
+            return out
+
+    model.__class__ = Changed
+    return model
+
+
+def _added(out):
+    out.loss = out.loss + 1e-7
+
+
+def _added_in_place(out):
+    out.loss += 1e-5 * out.logits.float().square().mean()
+
+
+def _nothing_yet(out):
+    out.loss += torch.relu(out.logits.float().abs().max() - 1e6)
+
+
+def _scaled(out):
+    out.loss = out.loss * 1.001
+
+
+def _focal(out):
+    out.loss = out.loss * (1 - torch.exp(-out.loss)) ** 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("change", [_added, _added_in_place, _nothing_yet, _scaled, _focal])
+def test_fault_4_whatever_a_class_does_with_its_loss_is_kept(change, dtype):
+    model = beside(tiny_llama().to(dtype), change)
+    for seed in range(2):
+        with torch.no_grad():
+            assert torch.equal(own_loss(model, **labelled(seed))["loss"], plainly(model, labelled(seed)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fault_4_what_an_adapter_adds_to_the_loss_is_kept(dtype):
+    from peft import AdaLoraConfig, get_peft_model
+
+    config = AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=9, orth_reg_weight=1e-3)
+    model = get_peft_model(tiny_llama().to(dtype), config).eval()
+    with torch.no_grad():
+        for _ in range(2):
+            wanted = model(**labelled(0))["loss"]
+            assert torch.equal(own_loss(model, **labelled(0))["loss"], wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fault_4_a_class_that_smooths_its_labels_a_little_keeps_its_loss(dtype):
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    model, forward = tiny_llama().to(dtype), type(tiny_llama()).forward
+
+    class Smoothed(type(model)):
+        def forward(self, *args, labels=None, **kwargs):
+            return forward(self, *args, labels=labels, label_smoothing=0.01, **kwargs)
+
+    model.__class__ = Smoothed
+    assert model.loss_function is ForCausalLMLoss
+    with torch.no_grad():
+        for _ in range(2):
+            try:
+                wanted = plainly(model, labelled(0))
+            except TypeError:
+                pytest.skip("this release of transformers does not hand it on")
+            torch.testing.assert_close(
+                own_loss(model, **labelled(0))["loss"].float(), wanted.float(), rtol=1e-5, atol=0
+            )

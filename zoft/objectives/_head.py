@@ -110,6 +110,30 @@ def with_rows(model: nn.Module, inputs: Inputs, places: Places, compute: Callabl
     return logits
 
 
+@dataclass(frozen=True)
+class HeadCall:
+    """What the head was given and gave, before any hook looked at it: [B, T, H] and [B, T, V]."""
+
+    hidden: Tensor
+    output: Tensor
+
+
+def recorded_call(model: nn.Module, inputs: Inputs) -> tuple[Tensor, HeadCall]:
+    """The logits of a plain call, and the last call of the head in it; empty tensors where there was none."""
+    head = head_of(model)
+    assert head is not None
+    calls = [HeadCall(torch.empty(0), torch.empty(0))]
+
+    def recording(forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        output = forward(*args, **kwargs)
+        calls.append(HeadCall(*args[:1], output=output) if args else calls[0])
+        return output
+
+    with _replaced_forward(head, recording):
+        logits = called(model, inputs)
+    return logits, calls[-1]
+
+
 # Several calls of one model can be in progress at once, each in a context of its own (zoft.engines.lockstep): the
 # replaced forward is therefore one for all of them, and asks its context what is wanted.
 _wanted: ContextVar[Callable[..., Tensor] | None] = ContextVar("wanted", default=None)

@@ -32,7 +32,7 @@ def logits_at(model: nn.Module, inputs: Inputs, places: Places, tokens: Tensor |
     """
     known = served(model, inputs, places)
     if not known.rows:
-        logits = _plainly(model, inputs, places)
+        logits = _plainly(model, inputs, places, known)
     elif tokens is None or not known.tokens:
         logits = logits_of_rows(model, inputs, places)
     else:
@@ -67,9 +67,9 @@ def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _plainly(model: nn.Module, inputs: Inputs, places: Places) -> Tensor:
+def _plainly(model: nn.Module, inputs: Inputs, places: Places, known: Served) -> Tensor:
     """Whole rows of logits, or their ends where the class offers that; the places are taken from them."""
-    if not takes(model, "logits_to_keep"):
+    if not known.ends or not takes(model, "logits_to_keep"):
         return places.of(called(model, inputs))
     # As indices, not as a number: a slice of the hidden states is not contiguous, and the head would then be one
     # small product per row that reads the whole vocabulary matrix each time (75 ms instead of 10 for 16 rows).
@@ -103,7 +103,7 @@ def _by_sequences(
     batch, length = inputs["input_ids"].shape
     counts = torch.bincount(places.row, minlength=batch).tolist()
     if not known.rows:
-        kept = -int(places.column.min()) if takes(model, "logits_to_keep") else length
+        kept = -int(places.column.min()) if known.ends and takes(model, "logits_to_keep") else length
         counts = [kept if count else 0 for count in counts]
     cuts = [0]
     for row in range(1, batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _WHAT = "the loss is computed from the logits of all positions, not only from those that have a label"
 
-_agrees: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
+_agrees: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
 def own_loss(model: nn.Module, **inputs: Any) -> Any:
@@ -55,21 +56,26 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 def is_known(model: nn.Module, inputs: Inputs) -> bool:
     """Whether nothing would have to be tried before the loss of these inputs is computed."""
-    return ("num_items_in_batch" in inputs) in _agrees.get(model, {}) or not _could_be_served(model, inputs)
+    return _way_of_calling(model, inputs) in _agrees.get(model, {}) or not _could_be_served(model, inputs)
+
+
+def _way_of_calling(model: nn.Module, inputs: Inputs) -> tuple[object, ...]:
+    """What a class may let its loss depend on besides the rows: some take a count and do not use it."""
+    router = getattr(getattr(inner(model), "config", None), "output_router_logits", None)
+    return frozenset(inputs), model.training, router
 
 
 def _is_served(model: nn.Module, inputs: Inputs) -> bool:
     if not _could_be_served(model, inputs):
         return False
-    counted = "num_items_in_batch" in inputs  # some classes take it and do not use it
-    known = _agrees.setdefault(model, {})
-    if counted not in known:
+    way, known = _way_of_calling(model, inputs), _agrees.setdefault(model, {})
+    if way not in known:
         with torch.no_grad():
             agrees = _compare(model, inputs) if trials_allowed() else None
         if agrees is None:
             return False
-        known[counted] = agrees
-    return known[counted]
+        known[way] = agrees
+    return known[way]
 
 
 def _could_be_served(model: nn.Module, inputs: Inputs) -> bool:
@@ -113,11 +119,69 @@ def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
     except FAILURES as error:
         refuse(model, _WHAT, error)
         return False
-    output = model(**piece)
-    wanted = float(output[0] if isinstance(output, tuple) else output["loss"])
-    if not math.isfinite(wanted) or not wanted:
-        return None
-    if abs(found - wanted) <= tolerance_of(model) * abs(wanted):
+    output, calls = _with_marked_loss(model, piece)
+    differs = _difference(output, calls, piece)
+    if differs is None and calls:
+        wanted = calls[0].loss
+        if not math.isfinite(wanted) or not wanted:
+            return None
+        if abs(found - wanted) > tolerance_of(model) * abs(wanted):
+            differs = f"its own loss would be off by {abs(found - wanted):.2g}"
+    if differs is None:
         return True
-    refuse(model, _WHAT, f"its own loss would be off by {abs(found - wanted):.2g}")
+    refuse(model, _WHAT, differs)
     return False
+
+
+@dataclass
+class _LossCall:
+    """One call of the class's loss function, in a forward of which it returned :data:`_MARK` instead of the loss."""
+
+    loss: float
+    returned: Tensor
+    version: int
+
+
+_MARK = 2.0**-100
+"""Whatever a class adds to its cross-entropy, however little, shows beside so small a number; so does a factor."""
+
+
+def _with_marked_loss(model: nn.Module, piece: Inputs) -> tuple[Any, list[_LossCall]]:
+    """The model's output where its loss function returns the mark, and the calls of that function."""
+    bare, calls = inner(model), []
+    real, own = bare.loss_function, vars(bare).get("_loss_function")
+
+    def marked(*args: Any, **kwargs: Any) -> Tensor:
+        loss = real(*args, **kwargs)
+        mark = torch.full_like(loss, _MARK)
+        calls.append(_LossCall(float(loss), mark, mark._version))
+        return mark
+
+    bare.loss_function = marked
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count what is written into them
+            return model(**piece), calls
+    finally:
+        if own is None:
+            del bare._loss_function
+        else:
+            bare.loss_function = own
+
+
+def _difference(output: Any, calls: list[_LossCall], piece: Inputs) -> str | None:
+    """What besides the plain cross-entropy of its logits the model's loss consists of; None for nothing."""
+    loss, logits = output[:2] if isinstance(output, tuple) else (output["loss"], output["logits"])
+    if len(calls) != 1:
+        return f"its loss function is called {len(calls)} times in a forward"
+    (call,) = calls
+    if float(loss) != _MARK:
+        return f"its own loss would be off by {abs(float(loss) - _MARK):.2g}"
+    # A term that is zero here may not be so later: the very tensor comes back, and nothing was written into it.
+    if loss.device == call.returned.device and (loss is not call.returned or loss._version != call.version):
+        return "it goes on computing with its cross-entropy"
+    places, targets = _predictions(piece["labels"])
+    total = torch.nn.functional.cross_entropy(places.of(logits).float(), targets, reduction="sum")
+    plain = float(total) / float(piece.get("num_items_in_batch", len(places)))
+    off = abs(plain - call.loss)
+    # Two orders of one float32 sum: far closer than any two ways of computing 16-bit logits.
+    return f"its own loss would be off by {off:.2g}" if off > 1e-5 * abs(call.loss) else None

@@ -17,7 +17,15 @@ from weakref import WeakKeyDictionary
 
 from zoft.lazy import torch
 from zoft.objectives._calls import Inputs, called, inner, is_compiled
-from zoft.objectives._head import CannotServeError, Places, head_of, logits_of_rows
+from zoft.objectives._head import (
+    CannotServeError,
+    HeadCall,
+    Places,
+    head_of,
+    logits_of_rows,
+    recorded_call,
+    with_rows,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,6 +50,7 @@ class Served:
         vocabulary: how many logits a position has.
         rows: whether the head may be given rows of the hidden states; otherwise the model is called plainly.
         tokens: whether it may be asked for some tokens only.
+        ends: whether the class's own ``logits_to_keep`` may be used instead; not where rows came out different.
         after: what the class does to the head's output, where that is known.
         tolerance: how far apart two ways of computing the same logits may be, relative to the largest one.
     """
@@ -50,6 +59,7 @@ class Served:
     vocabulary: int
     rows: bool = False
     tokens: bool = False
+    ends: bool = True
     after: Callable[[Tensor], Tensor] | None = None
     tolerance: float = 1e-4
 
@@ -160,7 +170,7 @@ def _examine(model: nn.Module, inputs: Inputs, places: Places, plainly: Served) 
     whole: list[Tensor] = []
     handle = head.register_forward_hook(lambda _module, _args, output: whole.append(output))
     try:
-        plain = called(model, piece)
+        plain, call = recorded_call(model, piece)
     finally:
         handle.remove()
     wanted = where.of(plain)
@@ -171,13 +181,35 @@ def _examine(model: nn.Module, inputs: Inputs, places: Places, plainly: Served) 
     try:
         if not close(logits_of_rows(model, piece, where), wanted, tolerance):
             raise CannotServeError("its logits come out different when the head is given some rows only")
+        _check_exactly(model, piece, where, wanted, call)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
         refuse(model, what, error)
-        return replace(plainly, tolerance=tolerance)
-    tokens = _serves_tokens(model, piece, where, wanted, tolerance)
-    return Served(head, plain.shape[-1], True, tokens, _after(model, whole, plain), tolerance)
+        return replace(plainly, ends=False, tolerance=tolerance)
+    tokens = _serves_tokens(model, piece, where, wanted, tolerance, call)
+    return Served(head, plain.shape[-1], True, tokens, after=_after(model, whole, plain), tolerance=tolerance)
+
+
+def _check_exactly(model: nn.Module, piece: Inputs, where: Places, wanted: Tensor, call: HeadCall) -> None:
+    """What a tolerance for rounding would hide: that logits depend, however little, on more than their own row.
+
+    Raises:
+        CannotServeError: they do.
+    """
+    head = head_of(model)
+    behind = with_rows(model, piece, where, lambda _forward, _rows: where.of(call.output).unsqueeze(0))
+    if behind.shape[:2] != (1, len(where)) or not torch.equal(behind[0], wanted):
+        raise CannotServeError("what it does behind its head depends on more than the row")
+    assert head is not None
+    weights = {name: tensor for name, tensor in (*head.named_parameters(), *head.named_buffers())}
+    if type(head) is torch.nn.Linear or not all(tensor.is_floating_point() for tensor in weights.values()):
+        return  # a matrix product is one row after the other; quantised weights have no wider form to compare in
+    wide = {name: tensor.double() for name, tensor in weights.items()}
+    hidden = call.hidden.double()
+    every, rows = (torch.func.functional_call(head, wide, (h,)) for h in (hidden, where.of(hidden).unsqueeze(0)))
+    if not close(rows[0], where.of(every), _tolerance(every.dtype)):
+        raise CannotServeError("its head looks at more than the row")
 
 
 def _tolerance(dtype: torch.dtype | None) -> float:
@@ -195,14 +227,19 @@ def _vocabulary(model: nn.Module, head: nn.Module | None) -> int:
     return 1 if config is None else int(getattr(config.get_text_config(), "vocab_size", 1))
 
 
-def _serves_tokens(model: nn.Module, piece: Inputs, where: Places, wanted: Tensor, tolerance: float) -> bool:
+def _serves_tokens(
+    model: nn.Module, piece: Inputs, where: Places, wanted: Tensor, tolerance: float, call: HeadCall
+) -> bool:
     """Quiet where it does not: the whole vocabulary at the wanted rows costs little more."""
     head = head_of(model)
     if type(head) is not torch.nn.Linear:  # an adapter on it, quantised: its weight alone is not what it computes
         return False
     tokens = torch.arange(0, wanted.shape[1], -(-wanted.shape[1] // 7), device=wanted.device)
+    few = wanted.index_select(1, tokens)
     try:
-        return close(logits_of_rows(model, piece, where, tokens), wanted.index_select(1, tokens), tolerance)
+        computed = where.of(call.output).index_select(1, tokens).unsqueeze(0)
+        behind = with_rows(model, piece, where, lambda _forward, _rows: computed)[0]
+        return torch.equal(behind, few) and close(logits_of_rows(model, piece, where, tokens), few, tolerance)
     except torch.OutOfMemoryError:
         raise
     except FAILURES:
