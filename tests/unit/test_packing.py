@@ -243,6 +243,23 @@ def test_rows_twice_as_long_are_compared_again(told):
     assert "their scores would be off by" in told()[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fault_4_scores_that_depend_a_little_on_the_row_are_refused(dtype, told):
+    """So little that 16 bits do not tell it from rounding: a mean over the row, mixed into a layer's output."""
+    model = tiny_llama().to(dtype)
+
+    def mixes(_module, _args, output):
+        return output + 1e-1 * output.mean(1, keepdim=True)
+
+    model.model.layers[1].mlp.register_forward_hook(mixes)
+    with torch.no_grad():
+        for rows in (LONG, OTHER):
+            found, plain = (option_log_probs(model, collate(rows)) for collate in (COLLATE, SEPARATE))
+            assert torch.equal(found, plain)
+    (line,) = told()
+    assert "their scores would be off by" in line
+
+
 # ------------------------------------------------------------------------------------------------------------- engines
 
 

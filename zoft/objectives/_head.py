@@ -126,7 +126,7 @@ def recorded_call(model: nn.Module, inputs: Inputs) -> tuple[Tensor, HeadCall]:
 
     def recording(forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
         output = forward(*args, **kwargs)
-        calls.append(HeadCall(*args[:1], output=output) if args else calls[0])
+        calls.append(HeadCall(args[0], output) if args else calls[0])
         return output
 
     with _replaced_forward(head, recording):

@@ -8,9 +8,10 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from zoft.lazy import torch
 from zoft.objectives._calls import Inputs, arguments, inner, is_compiled, takes
-from zoft.objectives._head import Places
+from zoft.objectives._head import CannotServeError, Places
 from zoft.objectives._logits import log_probs_at
 from zoft.objectives._served import FAILURES, close, refuse, tolerance_of, trials_allowed
+from zoft.wider import TOLERANCE, widened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,6 +83,11 @@ def packed_log_probs(
     if not close(found, plain, tolerance_of(model)):
         _refuse(model, f"their scores would be off by {float((found - plain).detach().abs().max()):.2g}")
         return plain
+    try:
+        _check_in_wider_floats(model, packed, targets, separately)
+    except FAILURES as error:  # out of memory, too: separate rows need less
+        _refuse(model, error)
+        return plain
     _checked.setdefault(model, set()).add(_size(packed))
     return found  # as every later call: a resumed run, which compares again, must find the same bits
 
@@ -95,10 +101,29 @@ def _refuse(model: nn.Module, why: object) -> None:
     refuse(model, _WHAT, why)
 
 
-def _tree_inputs(model: nn.Module, packed: Mapping[str, Any]) -> Inputs:
+def _check_in_wider_floats(
+    model: nn.Module, packed: Mapping[str, Any], targets: Tensor, separately: Callable[[], Tensor]
+) -> None:
+    """The same comparison where 16 bits round nothing away: a small term that differs is a term that differs.
+
+    Raises:
+        CannotServeError: the scores differ, or the class computes in 16 bits whatever its weights are.
+    """
+    with widened(model) as dtype:
+        if dtype is None:
+            return
+        found = log_probs_at(
+            model, _tree_inputs(model, packed, dtype), Places(packed["row"], packed["column"]), targets
+        )
+        plain = separately()
+    if not close(found, plain, TOLERANCE):
+        raise CannotServeError(f"their scores would be off by {float((found - plain).detach().abs().max()):.2g}")
+
+
+def _tree_inputs(model: nn.Module, packed: Mapping[str, Any], dtype: torch.dtype | None = None) -> Inputs:
     return {
         "input_ids": packed["input_ids"],
-        "attention_mask": tree_mask(packed["segments"], inner(model).dtype),
+        "attention_mask": tree_mask(packed["segments"], inner(model).dtype if dtype is None else dtype),
         "position_ids": packed["position_ids"],
     }
 

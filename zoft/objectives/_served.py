@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from zoft.lazy import torch
-from zoft.objectives._calls import Inputs, called, inner, is_compiled
+from zoft.objectives._calls import Inputs, inner, is_compiled
 from zoft.objectives._head import (
     CannotServeError,
     HeadCall,
@@ -26,6 +26,7 @@ from zoft.objectives._head import (
     recorded_call,
     with_rows,
 )
+from zoft.wider import TOLERANCE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +39,7 @@ PIECE = 2**20
 FAILURES = (CannotServeError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 """What a model may raise that is called in a way it does not support."""
 
-_TOLERANCE = {"float32": 1e-4, "float64": 1e-8}  # by what the head computes in; 2e-2 in 16 bits
+_TOLERANCE = {"float32": TOLERANCE, "float64": 1e-8}  # by what the head computes in; 2e-2 in 16 bits
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def _check_exactly(model: nn.Module, piece: Inputs, where: Places, wanted: Tenso
     if behind.shape[:2] != (1, len(where)) or not torch.equal(behind[0], wanted):
         raise CannotServeError("what it does behind its head depends on more than the row")
     assert head is not None
-    weights = {name: tensor for name, tensor in (*head.named_parameters(), *head.named_buffers())}
+    weights = dict([*head.named_parameters(), *head.named_buffers()])
     if type(head) is torch.nn.Linear or not all(tensor.is_floating_point() for tensor in weights.values()):
         return  # a matrix product is one row after the other; quantised weights have no wider form to compare in
     wide = {name: tensor.double() for name, tensor in weights.items()}
