@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.lazy import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 TOLERANCE = 2e-5
 """How far apart two ways of computing the same numbers may be in float32, relative to the largest one."""
