@@ -84,10 +84,28 @@ def nearest_form(task: Task, examples: Sequence[Any], objective: Objective) -> s
     return next((one for one in possible if one in objective.forms), possible[0])
 
 
+def settled(task: Task, examples: Sequence[Any], objective: Objective) -> Objective:
+    """The objective, or where it is ``auto`` the one that such rows are usually trained on.
+
+    Args:
+        task: where they come from; a published protocol may train them otherwise.
+        examples: of one split.
+        objective: as it was chosen.
+    """
+    from zoft.component import create
+
+    if objective.name() != "auto":
+        return objective
+    published = getattr(task, "published_objective", "") if getattr(task, "protocol", "") == "mezo" else ""
+    made: Objective = create("objective", published or FORMS[_possible(task, examples)[0]].objective, "options")
+    return made
+
+
 def scorer_of(task: Task, examples: Sequence[Any], objective: Objective) -> Objective:
     """The objective that evaluates such rows: the one given where it fits, else what they are trained on by default."""
     from zoft.component import create
 
+    objective = settled(task, examples, objective)
     possible = _possible(task, examples)
     if not objective.forms or set(possible) & set(objective.forms):
         return objective
@@ -146,7 +164,7 @@ def require_fit(task: Task, form: str, objective: Objective) -> None:
 def _objectives() -> dict[str, Any]:
     from zoft.component import components
 
-    return {name: cls for name, cls in components("objective").items() if name != "expression"}
+    return {name: cls for name, cls in components("objective").items() if name not in ("auto", "expression")}
 
 
 def reported(form: str, task: Task) -> str:

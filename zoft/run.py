@@ -27,6 +27,9 @@ METRICS = {
 }
 """What is reported -> all that an evaluation computes then."""
 
+_FEW_QUERIES = 200
+"""Below it no query is timed: a run of so few is not long, or says so soon enough by its bar."""
+
 
 def run(cfg: ZoftConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Carry out one run in its folder; a run that is there already is resumed, a finished one is shown.
@@ -171,10 +174,11 @@ def load_rows(cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
     from zoft import forms
     from zoft.data import repeats
 
-    if cfg.task.kind != "options":  # of those, the user's own rows say what they are
+    if cfg.task.kind != "options" and cfg.objective.name() != "auto":  # of those, the user's own rows say what they are
         forms.require_fit(cfg.task, cfg.task.kind, cfg.objective)
     splits = cfg.task.load()
     repeats.warn(splits)
+    cfg.settle(forms.settled(cfg.task, splits.train, cfg.objective))
     form = forms.form_of(cfg.task, splits.train, cfg.objective)
     tokenizer = tokenizer_of(cfg)
     length, room = cfg.task.max_length, forms.room_of(cfg.task, cfg.objective)
@@ -330,6 +334,7 @@ def _carry_out(
     zero_shot_file = Path(cfg.output_dir) / "zero_shot.json"
     if first and resuming:
         say(f"resume  {'nothing was saved yet: starting over' if known is None else f'{known:,} steps are known'}")
+    _say_if_long(trainer, rows, known or 0)
     keep_reference(trainer, rows)
     _fill_frozen_prefix(trainer, rows)
     memory.reset()
@@ -365,6 +370,37 @@ def _carry_out(
             say(line)
         say(f"run     {cfg.output_dir}: report.md, curve.png, metrics.csv, model/")
     return facts
+
+
+def _say_if_long(trainer: ZOTrainer, rows: dict[str, list[Any]], known: int) -> None:
+    """Time a few queries at the weights as they are, and say so where the rest of the run takes over an hour."""
+    from zoft.report.pace import long_run_line, seconds_per_query
+    from zoft.report.terminal import say
+
+    cost = trainer.args.budget_queries / trainer.args.max_steps
+    left = round((trainer.args.max_steps - known) * cost)
+    if not trainer.is_world_process_zero() or left < _FEW_QUERIES:
+        return
+    prefix = trainer.frozen_prefix  # a query begins above it; the timed ones do not
+    share = 1.0 if prefix is None else 1 - prefix.first / len(prefix.blocks)
+    line = long_run_line(share * seconds_per_query(lambda: clean_query(trainer, rows["train"])), left)
+    if line is not None:
+        say(line)
+
+
+def clean_query(trainer: ZOTrainer, rows: list[Any]) -> None:
+    """The forwards of one query at the weights as they are; nothing of the run's state moves."""
+    import torch
+
+    from zoft.objectives._served import no_trials
+
+    args = trainer.args
+    trainer.model.eval()
+    for number in range(args.gradient_accumulation_steps):
+        chosen = rows[number * args.per_device_train_batch_size :][: args.per_device_train_batch_size] or rows[:1]
+        batch = trainer._prepare_inputs(trainer.data_collator(chosen))
+        with torch.no_grad(), trainer.compute_loss_context_manager(), no_trials():
+            trainer.compute_loss(trainer.model, batch)
 
 
 def known_steps(output_dir: str) -> int | None:

@@ -221,7 +221,11 @@ JUDGED = ("objective=reward", "objective.function=zoft.rewards:countdown", *WRIT
         ("reward", JUDGED, "objective=reward judges what the model writes behind the prompt\n"),
         ("completion", ["objective=metric", *WRITTEN], "objective=metric judges what the model writes"),
         ("completion", JUDGED, "objective=reward judges what the model writes"),
-        ("completion", [], "objective=cross_entropy looks at the tokens marked ^\nnote    zoft train refuses this: "),
+        (
+            "completion",
+            ["objective=options"],
+            "objective=cross_entropy looks at the tokens marked ^\nnote    zoft train refuses this: ",
+        ),
         ("reward", ["objective=reward"], "zoft train refuses this: objective=reward needs objective.function="),
     ],
 )

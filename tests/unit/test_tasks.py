@@ -180,12 +180,24 @@ def test_custom_text_that_looks_like_another_column_is_left_alone(tmp_path):
         ({"words": {"hem": "No", "spam": "Yes"}}, "label 'ham' has no word. Did you mean hem"),
         ({"template": "{txt} Spam?"}, r"own.jsonl:1 has no 'txt' \(its columns: text, label\)"),
         ({"label": "lable"}, r"own.jsonl:1 has no 'lable'.*Did you mean label"),
-        ({"num_test": 18}, "too few rows for num_test=18 and num_dev=3"),
+        ({"num_test": 18}, r"too few rows \(20\) for num_test=18 and num_dev=3"),
     ],
 )
 def test_custom_says_what_is_wrong(own, fields, message):
     with pytest.raises(UserError, match=message):
         custom(own, **fields).load()
+
+
+def test_counts_that_nobody_chose_are_shares_of_a_small_file(tmp_path, caplog):
+    path = file_of(tmp_path / "own.jsonl", [{"text": f"m{i}", "label": ("ham", "spam")[i % 2]} for i in range(40)])
+    given = {"train": path, "template": "{text} Spam?", "words": {"ham": "No", "spam": "Yes"}}
+    splits = Custom(**given).load()
+    assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [28, 4, 8]
+    assert "own.jsonl has 40 rows: task.num_test=8 and task.num_dev=4, a share of so few" in caplog.text
+    splits = Custom(**given, num_test=16).load()
+    assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [20, 4, 16]
+    splits = Custom(**given, validation=file_of(tmp_path / "held.jsonl", [{"text": "n", "label": "ham"}])).load()
+    assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [36, 4, 1]
 
 
 @pytest.mark.parametrize("template", ["{text", "text}", "{text.__class__}", "{text[0]}", "{}"])

@@ -118,7 +118,7 @@ def _way(cfg: Any, examples: Any, tokenizer: Any) -> tuple[Any, str, str | None]
     from zoft import forms
     from zoft.data.preview import Way
 
-    task, objective, refusal = cfg.task, cfg.objective, None
+    task, objective, refusal = cfg.task, forms.settled(cfg.task, examples, cfg.objective), None
     form = forms.nearest_form(task, examples, objective)
     try:
         forms.require_fit(task, form, objective)

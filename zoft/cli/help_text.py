@@ -16,6 +16,7 @@ usage: zoft <command> [arguments]
 
 Start here:
   zoft train config=quickstart            a real model learns a real task, about 5 minutes on 2 CPU cores
+  zoft train config=classify task.train=reviews.csv    your own rows (also instruct, chat, preference, reward)
   zoft train --help                       the grammar, every choice, examples
 
 Exit codes: 0 done; 1 the run failed; 2 something to mend in the arguments (one line says what);
@@ -52,11 +53,12 @@ Flags:
 Examples:
   zoft train config=quickstart                                  the demo
   zoft train config=quickstart seed=1 budget.queries=1400       twice the training, another seed
-  zoft train config=quickstart peft=lora trainable=adapter      train a LoRA adapter instead
+  zoft train config=quickstart peft=lora                        train a LoRA adapter instead
+  zoft train config=classify task.train=mail.csv                your own rows; also instruct, chat, preference, reward
   zoft train model.name=Qwen/Qwen3-0.6B task=sst2 method=mezo optimizer.learning_rate=1e-6
   zoft train config=./mine.yaml output_dir=runs/mine            your own experiment
   zoft train config=runs/mine/config.yaml output_dir=runs/again a run again, exactly
-  zoft train task=custom task.train=mail.csv 'task.template="{{text}} Spam?"' 'task.words={{ham: No, spam: Yes}}'
+  zoft train config=classify task.train=mail.csv 'task.template="{{text}} Spam?"' 'task.words={{ham: No, spam: Yes}}'
   zoft train -m config=quickstart seed=0,1,2 optimizer.learning_rate=1e-6,1e-5 launcher=joblib
   torchrun --nproc-per-node 2 -m zoft train config=quickstart   two processes, twice the batch
 
@@ -170,7 +172,7 @@ OTHER = {
         "or prompt + reward (zoft show task/custom).\n\n"
         "Examples:\n"
         "  zoft data show config=quickstart\n"
-        "  zoft data show config=quickstart task=custom task.train=chats.jsonl objective=cross_entropy --rows 1"
+        "  zoft data show config=chat task.train=chats.jsonl --rows 1"
     ),
     "ls": (
         "usage: zoft ls [group]\n\n"

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 COLUMNS = ("zero_shot", "final", "num_queries", "seconds", "peak_memory_mb")
 """What a sweep's table shows of what its runs return; all their numbers when they have none of these."""
 
+START = """\
+zoft train needs something to train on: an experiment, config=NAME, or data of yours, task.train=FILE. To start:
+  zoft train config=quickstart                       the demo: a real model on real text, five minutes
+  zoft train config=classify task.train=reviews.csv  your own rows; also config=instruct, chat, preference, reward
+  zoft data show config=classify task.train=reviews.csv   what the model would see of them; zoft train --help"""
+
+_STARTS = ("config=", "task=", "task.train=")
+
 _FLAGS = {"-m": "multirun", "--multirun": "multirun", "--cfg": "cfg"}
 
 
@@ -36,6 +44,8 @@ def command(arguments: list[str]) -> int:
     flags = {_flag(argument) for argument in arguments if argument.startswith("-")}
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     _quiet()
+    if not overrides and "cfg" not in flags:
+        raise UserError(START)
     if flags == {"multirun", "cfg"}:
         raise UserError("--cfg prints one run: drop -m, or give each key one value")
     if "multirun" in flags:
@@ -46,6 +56,7 @@ def command(arguments: list[str]) -> int:
     if "cfg" in flags:
         print(resolved_yaml(cfg), end="")
         return 0
+    _require_a_start(overrides)
     from zoft.run import run
 
     try:
@@ -53,6 +64,12 @@ def command(arguments: list[str]) -> int:
     finally:
         _leave_the_others()
     return 0
+
+
+def _require_a_start(overrides: list[str]) -> None:
+    """Refuse arguments that name neither an experiment nor data: the defaults alone would be a run of days."""
+    if not any(word.lstrip("+").startswith(_STARTS) for word in overrides):
+        raise UserError(START)
 
 
 def _leave_the_others() -> None:
@@ -64,10 +81,22 @@ def _leave_the_others() -> None:
 
 def _flag(text: str) -> str:
     if text not in _FLAGS:
-        near = difflib.get_close_matches(text, [*_FLAGS, "--help"], n=1)
-        hint = f" Did you mean {near[0]}?" if near else f" Did you mean {text.lstrip('-')}?" if "=" in text else ""
-        raise UserError(f"zoft train has no flag {text!r}.{hint} See zoft train --help")
+        raise UserError(f"zoft train has no flag {text!r}.{_near_flag(text)} See zoft train --help")
     return _FLAGS[text]
+
+
+def _near_flag(text: str) -> str:
+    """What was probably meant: a flag, or a key that others write as one."""
+    from zoft.config.catalog import ELSEWHERE
+
+    key, _, value = text.lstrip("-").partition("=")
+    key = key.replace("-", "_")
+    if key in ELSEWHERE:
+        return f" Did you mean {ELSEWHERE[key]}={value or '...'}?"
+    near = difflib.get_close_matches(text, [*_FLAGS, "--help"], n=1)
+    if near:
+        return f" Did you mean {near[0]}?"
+    return f" Did you mean {text.lstrip('-')}?" if "=" in text else ""
 
 
 def _quiet() -> None:
@@ -100,6 +129,8 @@ def run_cell(cfg: ZoftConfig) -> dict[str, Any]:
 
 def _sweep(overrides: list[str]) -> int:
     from zoft.config import multirun
+
+    _require_a_start(overrides)
 
     results = multirun(overrides, run_cell)
     print(table(results))

@@ -57,6 +57,19 @@ def quoted(parser: OverridesParser, text: str) -> str:
     return f"{key}='{value}'"
 
 
+def with_adapter(overrides: list[str]) -> list[str]:
+    """Whoever chooses an adapter trains it, unless another argument says what is trained.
+
+    Example:
+        >>> with_adapter(["config=quickstart", "peft=lora"])
+        ['config=quickstart', 'peft=lora', 'trainable=adapter']
+    """
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith("peft=")]
+    says_what = any(re.match(r"[+~]*trainable\b", text) for text in overrides)
+    one_adapter = chosen and chosen[-1] in choices("peft", plugins=False) and chosen[-1] != "none"
+    return [*overrides, "trainable=adapter"] if one_adapter and not says_what else overrides
+
+
 def is_value(override: Override) -> bool:
     """Whether it sets keys, rather than choosing a member of a group or deleting."""
     if override.is_delete() or override.is_sweep_override() or is_hydra(override):

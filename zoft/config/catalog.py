@@ -19,6 +19,22 @@ ORDER = (
 )
 """Every group, in the order in which a user meets them."""
 
+ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate"), "optimizer.learning_rate"),
+    **dict.fromkeys(("batch_size", "bs", "per_device_train_batch_size"), "trainer.per_device_train_batch_size"),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "steps", "max_steps"), "budget.queries"),
+    **dict.fromkeys(("model_name", "model_name_or_path", "model_id", "base_model", "checkpoint"), "model.name"),
+    **dict.fromkeys(("data", "dataset", "dataset_name", "train_file", "data_path", "data_file"), "task.train"),
+    **dict.fromkeys(("output", "out", "output_path", "save_dir"), "output_dir"),
+    **dict.fromkeys(("q", "num_samples", "n_directions"), "estimator.num_directions"),
+    **dict.fromkeys(("mu", "sigma", "zo_eps", "epsilon"), "estimator.eps"),
+    **dict.fromkeys(("max_len", "max_seq_length", "max_length", "seq_len"), "task.max_length"),
+    **dict.fromkeys(("lora_r", "lora_rank"), "peft.r"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "model.dtype"),
+    **dict.fromkeys(("use_peft", "lora"), "peft"),
+}
+"""What other trainers call a key -> the key."""
+
 _COMPONENT = re.compile(r"^@dataclass\b.*\nclass [A-Z]\w*\(", re.MULTILINE)
 _PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from zoft.component import GROUPS, Component, components
 from zoft.config import training_arguments
-from zoft.config.catalog import ORDER, PRESET_GROUPS
+from zoft.config.catalog import ELSEWHERE, ORDER, PRESET_GROUPS
 from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError, did_you_mean
 
@@ -153,6 +153,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _near_root(key: str) -> str:
     """The key that was probably meant: also one a level down, for `eps` alone."""
+    if key in ELSEWHERE:
+        return f" Did you mean {ELSEWHERE[key]}?"
     roots = {*_hints(ZoftConfig), *ORDER}
     near = did_you_mean(key, roots)
     if near.startswith(" Did"):

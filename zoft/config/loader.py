@@ -117,6 +117,7 @@ class Loader(ConfigLoaderImpl):
         self.experiments = experiments.Experiments()
         self.sweeping = False
         self.runs_code = True
+        self._implied = False  # whether the adapter that was chosen is trained without a word about it
         self.cells: dict[tuple[str, ...], str] = {}  # a sweep's cell -> its folder's name
         self._noted: set[str] = set()
 
@@ -143,7 +144,9 @@ class Loader(ConfigLoaderImpl):
         del from_shell
         with translated(self.experiments):
             self.experiments.labels = {"config": None, "method": None}
-            parsed = self.parse(overrides)
+            complete = arguments.with_adapter(overrides)
+            self._implied = len(complete) > len(overrides)
+            parsed = self.parse(complete)
             rewritten = arguments.rewrite(parsed, self.experiments, sweeping=self.sweeping)
             self._chosen_by_arguments = frozenset(o.key_or_group for o in parsed if o.key_or_group in GROUPS)
             self._values = [o for o in parsed if arguments.is_value(o)]
@@ -228,6 +231,8 @@ class Loader(ConfigLoaderImpl):
         for key in dropped:
             section, field = key.split(".")
             del result.config[section][field]
+            if section == "trainable" and self._implied:  # an adapter takes the whole part's place: nothing is lost
+                continue
             self._note(f"{key} of {where} is left out: the {section} you chose has no such setting")
         return result
 

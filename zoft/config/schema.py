@@ -197,6 +197,11 @@ class ZoftConfig:
         """The parts of the method together; refuses those that make no sense with each other."""
         return Method(self.subspace, self.estimator, self.weighting, self.optimizer)
 
+    def settle(self, objective: Objective) -> None:
+        """Take the objective that ``auto`` has become; refuses it where the method needs a gradient that it lacks."""
+        self.objective = objective
+        self._check_gradient()
+
     def doubts(self) -> list[str]:
         """What can be run and is hardly meant, a sentence each."""
         trainable, optimizer, q = self.trainable.name(), self.optimizer.name(), self.estimator.num_directions

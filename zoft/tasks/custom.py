@@ -20,6 +20,9 @@ log = logging.getLogger("zoft.tasks.custom")
 MAX_LABELS = 64
 """Labels that can be their own words; more is no set of labels."""
 
+_MOST_HELD_OUT, _TEST, _DEV = 0.5, 0.2, 0.1
+"""Of a file: the most that is held out as it is set; beyond that, these shares are for test and dev."""
+
 MAX_CLASSES = 1000
 """Labels that can be classes of a head."""
 
@@ -42,8 +45,8 @@ class Custom(Task):
 
     Args:
         num_train: rows to train on; fewer where the file has fewer.
-        num_dev: rows the best checkpoint is chosen by.
-        num_test: held-out rows that the reported metric is computed on; fewer where the file has fewer.
+        num_dev: rows the best checkpoint is chosen by; a tenth of a file of which more than half would be held out.
+        num_test: held-out rows that the reported metric is computed on; a fifth of such a file.
         data_seed: which rows go where; the run's seed does not change them.
         max_length: tokens kept of a row; the beginning of longer ones is cut.
         train: a json, jsonl, csv, tsv or parquet file, a data set that `zoft fetch` brings (``zoft:NAME``), or a hub
@@ -106,17 +109,36 @@ class Custom(Task):
         self._need(not self._held_out_in_train(), "validation", "another file than task.train, or empty")
         held = self.num_test if not self.validation else 0
         pool = self._chosen(self.train, "train", made, held + self.num_dev + self.num_train)
+        held, num_dev = self._counts(held, len(pool))
         if self.validation:
             test = self._chosen(self.validation, "validation", made, self.num_test)
         else:
-            test, pool = pool[: self.num_test], pool[self.num_test :]
-        dev, train = pool[: self.num_dev], pool[self.num_dev :][: self.num_train]
-        if not train or not dev:
-            raise UserError(
-                f"{self.train} has too few rows for num_test={self.num_test} and num_dev={self.num_dev} "
-                "with something left to train on: lower them, or give task.validation"
-            )
+            test, pool = pool[:held], pool[held:]
+        dev, train = pool[:num_dev], pool[num_dev:][: self.num_train]
         return cast(Any, Splits)(train=train, dev=dev, test=test)
+
+    def _counts(self, num_test: int, num_rows: int) -> tuple[int, int]:
+        """Held-out and dev rows: as set, or shares of a small file where they are the defaults.
+
+        Args:
+            num_test: rows that are to be held out of the file; 0 where they have a file of their own.
+            num_rows: rows of the file.
+        """
+        wanted = {"num_test": num_test, "num_dev": self.num_dev}
+        counts = dict(wanted)
+        if sum(wanted.values()) > _MOST_HELD_OUT * num_rows:
+            for name, share in (("num_test", _TEST), ("num_dev", _DEV)):
+                if wanted[name] == type(self).__dataclass_fields__[name].default:  # nobody's choice
+                    counts[name] = min(wanted[name], max(1, int(num_rows * share)))
+        if num_rows <= sum(counts.values()):
+            raise UserError(
+                f"{self.train} has too few rows ({num_rows:,}) for num_test={counts['num_test']} and "
+                f"num_dev={counts['num_dev']} with something left to train on: lower them, or give task.validation"
+            )
+        if counts != wanted:
+            told = " and ".join(f"task.{name}={count:,}" for name, count in counts.items() if count != wanted[name])
+            log.warning("%s has %s rows: %s, a share of so few", self.train, f"{num_rows:,}", told)
+        return counts["num_test"], counts["num_dev"]
 
     def reading(self) -> Reading:
         """What the first row of ``train`` is, by its columns and the settings.

@@ -1,0 +1,166 @@
+"""`zoft train` without anything to train on, the words of other trainers, and the ready configs for own data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import arguments, model_folder, zoft
+from tests.unit.test_forms_runs import PAIRS, SUM, TEXTS
+from zoft.cli import main
+from zoft.config import compose
+from zoft.report import pace
+from zoft.run import load_rows, run
+
+READY = ("classify", "instruct", "chat", "preference", "reward")
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "classify": [{"text": f"you call {k}", "label": ("no", "yes")[k % 2]} for k in range(40)],
+    "instruct": TEXTS,
+    "chat": [
+        {"messages": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": ("yes", "no")[k % 2]}]}
+        for k in range(12)
+    ],
+    "preference": PAIRS,
+    "reward": SUM,
+}
+FORM_OBJECTIVES = {
+    "classify": "options",
+    "instruct": "cross_entropy",
+    "chat": "cross_entropy",
+    "preference": "preference",
+    "reward": "reward",
+}
+
+
+def test_train_alone_says_what_is_missing_and_begins_nothing(tmp_path: Path):
+    done = zoft("train", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("zoft: error: zoft train needs something to train on")
+    assert sum(line.startswith("  zoft ") for line in done.stderr.splitlines()) == 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["seed=1"], ["method=mezo", "model.name=x"], ["-m", "seed=0,1"]])
+def test_neither_do_arguments_without_data(words: list[str], capsys: Any, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 2
+    assert "needs something to train on" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--lr=1e-3", "Did you mean optimizer.learning_rate=1e-3?"),
+        ("--lr", "Did you mean optimizer.learning_rate=...?"),
+        ("--batch-size=4", "Did you mean trainer.per_device_train_batch_size=4?"),
+        ("lr=1e-3", "Did you mean optimizer.learning_rate?"),
+        ("epochs=3", "Did you mean budget.queries?"),
+        ("model_name_or_path=x", "Did you mean model.name?"),
+        ("dataset=x.csv", "Did you mean task.train?"),
+    ],
+)
+def test_the_words_of_other_trainers_are_understood(word: str, meant: str, capsys: Any):
+    assert main(["train", "config=quickstart", word]) == 2
+    assert meant in capsys.readouterr().err
+
+
+def test_what_others_call_a_key_is_a_key():
+    from zoft.config.catalog import ELSEWHERE, ORDER
+    from zoft.config.training_arguments import fields
+
+    values = {
+        "peft": "lora",
+        "peft.r": "4",
+        "model.name": "x",
+        "task.train": "x",
+        "output_dir": "x",
+        "model.dtype": "float16",
+    }
+    for key in set(ELSEWHERE.values()):
+        group = ["peft=lora"] if key.startswith("peft.") else []
+        assert key in ORDER or compose(["config=quickstart", "task=custom", *group, f"{key}={values.get(key, '8')}"])
+    assert "per_device_train_batch_size" in fields()
+
+
+def test_a_long_run_says_so_before_it_begins(tmp_path: Path, capsys: Any, monkeypatch: Any):
+    """A query of the tiny model is not timed: the clock is."""
+    monkeypatch.setattr(pace, "_seconds_of", lambda query: query() or 200.0)
+    monkeypatch.setattr("zoft.run._FEW_QUERIES", 10)
+    facts = run(compose(arguments(tmp_path, tmp_path / "out")))
+    said = capsys.readouterr().out
+    assert "time    about 1:20:00 for 24 queries of 200 s (by timed queries); budget.queries=18 takes an hour" in said
+    assert said.index("time    about") < said.index("zero-shot held-out")
+    monkeypatch.undo()
+    plain = run(compose(arguments(tmp_path, tmp_path / "plain")))
+    assert "time    about" not in capsys.readouterr().out
+    assert facts["weights_sha256"] == plain["weights_sha256"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("own")
+    model_folder(made / "model", max_position_embeddings=1200)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made / "model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}is {% endif %}"
+    )
+    tokenizer.save_pretrained(made / "model")
+    for name, rows in ROWS.items():
+        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+def words_of(own: Path, name: str) -> list[str]:
+    more = ["objective.function=zoft.rewards:countdown"] if name == "reward" else []
+    return [f"config={name}", f"task.train={own / name}.jsonl", f"model.name={own / 'model'}", *more]
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_ready_config_trains_on_rows_of_its_format(name: str, own: Path, tmp_path: Path):
+    short = ["budget.queries=16", "objective.max_new_tokens=2"][: 1 + (name == "reward")]
+    cfg = compose([*words_of(own, name), *short, f"output_dir={tmp_path / 'out'}"])
+    facts = run(cfg)
+    assert facts["num_queries"] >= 8
+    assert cfg.objective.name() == FORM_OBJECTIVES[name]
+    assert (tmp_path / "out" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("name", READY)
+def test_every_key_of_a_ready_config_is_explained(name: str):
+    from zoft.config.catalog import configs_dir
+
+    lines = (configs_dir() / "config" / f"{name}.yaml").read_text().splitlines()
+    assert any(f"zoft train config={name} task.train=" in line for line in lines)
+    assert sum("#" in line for line in lines) >= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"), [("classify", "options"), ("instruct", "cross_entropy"), ("preference", "preference")]
+)
+def test_the_objective_follows_from_the_rows(name: str, objective: str, own: Path):
+    given = [f"task.train={own / name}.jsonl", f"model.name={own / 'model'}", "task.template='{text} is it'"]
+    cfg = compose(["config=quickstart", "task=custom", *given[: 2 + (name == "classify")]])
+    assert cfg.objective.name() == "auto"
+    load_rows(cfg)
+    assert cfg.objective.name() == objective
+
+
+def test_a_reward_refuses_a_method_with_a_gradient_once_it_is_known(own: Path):
+    from zoft.errors import UserError
+
+    given = [f"task.train={own / 'reward'}.jsonl", f"model.name={own / 'model'}"]
+    cfg = compose(["config=quickstart", "task=custom", *given, "method=forward_gradient"])
+    with pytest.raises(UserError, match="has no gradient"):
+        load_rows(cfg)
+
+
+def test_an_adapter_that_is_chosen_is_what_is_trained():
+    assert compose(["config=quickstart", "peft=lora"]).trainable.name() == "adapter"
+    assert compose(["config=quickstart", "peft=lora", "trainable=all"]).trainable.name() == "all"
+    assert compose(["config=quickstart", "peft=none"]).trainable.name() == "norms_and_biases"
