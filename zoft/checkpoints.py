@@ -40,6 +40,7 @@ class Checkpoints(_Base):
     optimizer: Any
     lr_scheduler: Any
     _run: str | None  # identifier of the run
+    settings: dict[str, Any]  # what must be the same when the run is resumed
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the Trainer's own, without pickles, and whole or not at all."""
@@ -54,7 +55,8 @@ class Checkpoints(_Base):
         randoms = self._random_states()
         if self.args.should_save:
             self._refuse_full_disk(target)
-            with snapshot.staged(target, {"run": self._run, "step": self.state.global_step}) as staged:
+            facts = {"run": self._run, "step": self.state.global_step, "settings": self.settings}
+            with snapshot.staged(target, facts) as staged:
                 self._save_weights(staged)
                 if not self.args.save_only_model:
                     (staged / OPTIMIZER).write_bytes(state.pack(self.stepper.state_dict()))

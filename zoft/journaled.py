@@ -24,11 +24,11 @@ from zoft.errors import DiskFullError, NonFiniteLossError, UserError
 from zoft.guards import RolledBack
 from zoft.journal import journal as files
 from zoft.journal import snapshot, state
+from zoft.journal.fingerprint import rows_digest, some_rows_digest
 from zoft.journal.journal import Contents, Journal
 from zoft.journal.records import COMPUTED, SKIPPED, Record
 from zoft.journal.replay import put_record
 from zoft.noise import Direction
-from zoft.random_state import global_random_state_kept
 from zoft.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ class Journaled(_Base):
     _known: dict[int, Record]  # step -> what the journal says of it, as long as it is ahead of the run
     _contents: Contents | None = None
     _run: str | None = None  # identifier of the run
+    _settings: dict[str, Any] | None = None
+    held_out: dict[str, Any]  # name -> rows that the trainer does not know of, and that the run's results are of
     control: Any
     optimizer: Any
     lr_scheduler: Any
@@ -62,6 +64,7 @@ class Journaled(_Base):
     def _begin_journal(self, resume: str | bool | None) -> str | None:
         """Open the journal, and say which checkpoint to load: the first process decides, the others hear of it."""
         told: list[Any] = [None]
+        self._settings = None
         if self.args.process_index == 0:
             try:
                 told = [self._decide(resume)]
@@ -122,6 +125,8 @@ class Journaled(_Base):
         checkpoint = None
         if resume is True:
             checkpoint = snapshot.newest(folder)
+            if checkpoint is not None:
+                self._check_same_as(checkpoint)
             if checkpoint is None:
                 raise UserError(
                     f"there is nothing to resume in {folder}: no journal and no whole checkpoint of zoft; "
@@ -132,7 +137,7 @@ class Journaled(_Base):
             snapshot.verify(checkpoint)
         if not self.args.journal:
             return checkpoint, None, None
-        header: dict[str, Any] = {"settings": self._settings(), "frozen": self._frozen(), "weights": None}
+        header: dict[str, Any] = {"settings": self.settings, "frozen": self._frozen(), "weights": None}
         header["model"] = self._model_name()
         if checkpoint is not None:
             header["first"] = int(checkpoint.name.rsplit("-", 1)[1])
@@ -160,8 +165,14 @@ class Journaled(_Base):
 
     # ---- what must be the same ---------------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
+    @property
+    def settings(self) -> dict[str, Any]:
         """What changes the numbers of a run, as plain values; learning rate, budget and logging may change."""
+        if self._settings is None:  # every row is read for it
+            self._settings = self._read_settings()
+        return dict(self._settings)
+
+    def _read_settings(self) -> dict[str, Any]:
         method, args = self.method, self.args
         chosen: dict[str, Any] = {"seed": args.seed, "data_seed": args.data_seed}
         chosen["batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -169,7 +180,9 @@ class Journaled(_Base):
         chosen["weight_decay"] = args.weight_decay
         chosen["max_grad_norm"] = args.max_grad_norm
         chosen["direction_seeds"] = None if self.direction_seeds is None else _short(self.direction_seeds)
-        chosen["data"] = _fingerprint(self.train_dataset)
+        chosen["data"] = rows_digest(self.train_dataset)
+        for name, rows in {"eval_data": self.eval_dataset, **self.held_out}.items():
+            chosen[name] = None if rows is None else rows_digest(rows)
         for group in ("subspace", "estimator", "weighting", "optimizer"):
             part = getattr(method, group)
             chosen[group] = part.name()
@@ -179,16 +192,37 @@ class Journaled(_Base):
         return dict(json.loads(json.dumps(chosen, default=str)))
 
     def _check_same(self, contents: Contents, path: Path) -> None:
-        there, now = contents.header.get("settings", {}), self._settings()
-        differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-        lines = [f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing]
-        if contents.header.get("frozen") != self._frozen():
+        lines = self._differing(contents.header.get("settings", {}))
+        frozen = self._frozen()
+        known = str(contents.header.get("frozen"))  # the first half alone in journals of before there was a second
+        if known not in (str(frozen), str(frozen).split()[0]):
             lines.append(f"  model: {contents.header.get('model')} there, {self._model_name()} now")
         if lines:
             raise UserError(
                 f"{path} belongs to another run; it differs in\n" + "\n".join(lines) + "\n"
                 "give the same, or another output_dir for a new run"
             )
+
+    def _check_same_as(self, checkpoint: Path) -> None:
+        """Without a journal a checkpoint's manifest says what must be the same."""
+        there = snapshot.verify(checkpoint).get("settings")
+        lines = self._differing(there) if there else []
+        if lines:
+            raise UserError(
+                f"{checkpoint} belongs to another run; it differs in\n" + "\n".join(lines) + "\n"
+                "give the same, or another output_dir for a new run"
+            )
+
+    def _differing(self, there: dict[str, Any]) -> list[str]:
+        """A line for every setting that is not what it was; rows for evaluation may come and go, but not change."""
+        now = self.settings
+        for name in [key for key in {**there, **now} if key.endswith("_data")]:
+            if there.get(name) is None or now.get(name) is None:
+                there, now = ({k: v for k, v in one.items() if k != name} for one in (there, now))
+        if "SHA-256" not in str(there.get("data")):  # a journal of before every row was hashed
+            now["data"] = some_rows_digest(self.train_dataset)
+        differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+        return [f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing]
 
     def _check_base(self, contents: Contents, path: Path) -> None:
         """Without a checkpoint the steps are replayed onto the model as it is: the one they began with."""
@@ -200,16 +234,17 @@ class Journaled(_Base):
             )
 
     def _frozen(self) -> str | None:
-        """A fingerprint of what is not trained: some numbers of every tensor."""
+        """A fingerprint of what is not trained: some numbers of every tensor, and the sum of all of its bits."""
         if self.model is None:
             return None
-        digest = hashlib.sha256()
+        digest, sums = hashlib.sha256(), hashlib.sha256()
         for name, tensor in sorted(self.model.named_parameters()):
             if not tensor.requires_grad:
+                sums.update(f"{_sum_of_bits(tensor)},".encode())
                 some = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 8)][:8]
                 digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
                 digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return f"{digest.hexdigest()} {sums.hexdigest()[:16]}"
 
     def _model_name(self) -> str:
         return str(getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__)
@@ -365,20 +400,12 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    """The tensor's bits as integers, added up: one that was changed shows, at the price of reading them."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = len(flat) // 8 * 8
+    return int(flat[:words].view(torch.int64).sum()) + int(flat[words:].sum())
+
+
 def _short(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
-
-
-def _fingerprint(rows: Any) -> str | None:
-    """Length and some rows of a dataset; None where it cannot be looked into without disturbing it."""
-    try:
-        count = len(rows)
-        with global_random_state_kept():  # a row may be drawn at random
-            some = [rows[i] for i in range(0, count, max(1, count // 32))]
-    except (TypeError, KeyError, NotImplementedError):
-        return None
-    return f"{count} rows, {_short([_as_plain(row) for row in some])}"
-
-
-def _as_plain(row: Any) -> Any:
-    return {key: _plain(value) for key, value in row.items()} if isinstance(row, dict) else str(row)

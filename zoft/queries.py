@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoft.engines.base import Backward
 from zoft.estimators.base import Estimator, Measured, Point
 from zoft.method import BACKWARD, Method
 from zoft.noise import Direction
@@ -51,11 +52,11 @@ class Queries:
         select: (batch, (shortest, longest)) -> the rows of so many tokens, or None if there are none.
         batches: (how many) -> batches of the training data, for estimators that ask about more than the step's own.
         average: losses of this process -> of all processes.
-        agree: what the subspace has seen in this process -> in the first one, for all.
-        gather: a tensor of this process -> those of all of them; None where there is one.
+        agree: what the subspace has seen in the first process, for all of them.
+        gather: something of this process -> that of all of them, by rank; None where there is one.
+        places: (batch, how many examples) -> for every process, the places of its examples in the batch of all.
         saw: is told (step, what the subspace has seen) where it has looked at the model before the queries.
         rank: number of this process.
-        num_ranks: how many there are.
     """
 
     method: Method
@@ -65,10 +66,10 @@ class Queries:
     batches: Callable[[int], Iterable[Any]] = field(default=lambda count: [])
     average: Callable[[Tensor], Tensor] = _as_they_are
     agree: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    gather: Callable[[Tensor], list[Tensor]] | None = None
+    gather: Callable[[Any], list[Any]] | None = None
+    places: Callable[[Any, int], list[list[int]]] = field(default=lambda batch, count: [list(range(count))])
     saw: Callable[[int, dict[str, Any]], None] | None = None
     rank: int = 0
-    num_ranks: int = 1
 
     def __post_init__(self) -> None:
         scalars = self.stepper.scalars
@@ -142,17 +143,31 @@ class Queries:
         scores, looks = coordinates.gradients_wanted(direction), coordinates.inputs_wanted(direction)
         if scores:
             _, run = self.session.graph(batch)
-            run(coordinates.score)
-            coordinates.scored()
+            self._score(run)
             self._scored = BACKWARD
         if looks:
             clean = self.average(self.session.observe(batch, direction).view(1))[0]
+        if looks and self.gather is not None:
+            coordinates.join(direction, self.gather)
         if (scores or looks) and self.agree is not None:
             coordinates.load_state_dict(self.agree(coordinates.state_dict()))
         if (scores or looks) and self.saw is not None:
             self.saw(direction.step, coordinates.state_dict())
         self.stepper.begin(direction)
         return clean
+
+    def _score(self, run: Backward) -> None:
+        """The gradients of the step's batch, of all processes' rows where there are several."""
+        coordinates = self.session.coordinates
+        if self.gather is None:
+            run(coordinates.score)
+        else:  # a process may lack some of them (an expert that none of its tokens reaches)
+            mine: dict[str, Tensor] = {}
+            run(lambda name, gradient: mine.update({name: gradient.detach().float().cpu()}))
+            for name, tensor in self.session.weights.tensors.items():
+                flat = mine.pop(name).view(-1) if name in mine else torch.zeros(tensor.numel())
+                coordinates.score(name, self.average(flat).view(tensor.shape).to(tensor.device))
+        coordinates.scored()
 
     # ---- losses ------------------------------------------------------------------------------------------------------
 
@@ -173,16 +188,15 @@ class Queries:
     def _per_example(
         self, batch: Any, directions: list[Direction], points: list[Point]
     ) -> tuple[list[Direction], Tensor]:
-        """(every example's own directions, losses [P, B]), over the examples of all processes."""
+        """(every example's own directions, losses [P, B]), over the examples of all processes in their places."""
         examples = list(self.examples(batch))
-        numbers = range(self.rank, self.rank + len(examples) * self.num_ranks, self.num_ranks)
-        losses = self.session.losses_per_example(examples, points, numbers)
-        counts = [losses.shape[1]]
+        places = self.places(batch, len(examples))
+        losses = self.session.losses_per_example(examples, points, places[self.rank])
         if self.gather is not None:
-            of_ranks = self.gather(losses)
-            losses, counts = torch.cat(of_ranks, dim=1), [each.shape[1] for each in of_ranks]
-        named = [i * self.num_ranks + rank for rank, count in enumerate(counts) for i in range(count)]
-        return [replace(direction, example=number) for direction in directions for number in named], losses
+            losses = torch.cat(self.gather(losses), dim=1)
+        order = torch.tensor([place for of_rank in places for place in of_rank]).argsort()
+        numbers = range(len(order))
+        return [replace(direction, example=number) for direction in directions for number in numbers], losses[:, order]
 
     def _at(self, batch: Any, points: list[Point], clean: Tensor | None = None, *, looked_at: bool = True) -> Tensor:
         """The objective at some points, those at the anchor among them; a clean loss that is known is not asked for."""

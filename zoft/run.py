@@ -225,7 +225,7 @@ def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: d
     _check_best_metric(args, METRICS[_metric_of(cfg, rows)])
     # A text takes a forward for every token: directions are made once a query, and not once in each of those.
     once = cfg.objective.generates and form in ("generate", "rated") and cfg.engine.name() == "auto"
-    return ZOTrainer(
+    trainer = ZOTrainer(
         model=model,
         args=args,
         data_collator=forms.collator_for(
@@ -242,6 +242,8 @@ def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: d
         engine=InPlace() if once else cfg.engine,
         objective=cfg.objective,
     )
+    trainer.held_out = {"test_data": rows["test"]}
+    return trainer
 
 
 def _metric_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> str:

@@ -24,7 +24,7 @@ from zoft.arguments import as_zo_config
 from zoft.averaging import Inputs, LossAveraging
 from zoft.checkpoints import Checkpoints
 from zoft.component import create
-from zoft.data.rows import examples_of, of_lengths
+from zoft.data.rows import examples_of, groups_of, of_lengths
 from zoft.engines.base import Engine, Session
 from zoft.engines.frozen_prefix import FrozenPrefix
 from zoft.engines.lockstep import alone
@@ -96,6 +96,7 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
                 f"direction_seeds gives every step a seed of its own, and subspace={chosen.name()} keeps "
                 "what the seed chose for several steps: use subspace=full"
             )
+        self.held_out: dict[str, Any] = {}
         self.session: Session | None = None
         self.engine_name = self.engine.name()  # the one that serves, once there is a session
         self.frozen_prefix: FrozenPrefix | None = None
@@ -398,6 +399,11 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
         estimator, alone = self.method.estimator, self.accelerator.num_processes == 1
         if not alone and estimator.backpropagates:
             raise UserError(f"estimator={estimator.name()} works in one process: start the run without torchrun")
+        if not alone and self.method.subspace.in_one_process:
+            raise UserError(
+                f"subspace={self.method.subspace.name()} with these settings follows the rows of one process: "
+                "start the run without torchrun"
+            )
         return Queries(
             self.method,
             stepper,
@@ -407,24 +413,44 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
             average=lambda losses: self._over_processes(losses, self._asked),
             agree=None if alone else self._agree,
             gather=None if alone else self._gather,
+            places=self._places,
             saw=self._journal_look,
             rank=self.args.process_index,
-            num_ranks=self.accelerator.num_processes,
         )
 
     def _batches(self, count: int) -> Iterator[list[Inputs]]:
         """So many batches of the training rows, in an order of their own."""
         size, rows = self.args.per_device_train_batch_size, self.train_dataset
+        of_step = size * self.args.gradient_accumulation_steps  # rows of this process in a step, however they are cut
         drawn = torch.Generator().manual_seed(step_seed(self.args.seed, self.progress.steps))
         chosen = torch.randperm(len(rows), generator=drawn).tolist()
         even = len(chosen) // self.args.world_size * self.args.world_size  # all processes have as many batches
-        share = chosen[self.args.process_index : even : self.args.world_size][: count * size]
-        for start in range(0, len(share), size):
-            batch = self.data_collator([rows[index] for index in share[start : start + size]])
-            yield [self._prepare_inputs(batch)]
+        share = chosen[self.args.process_index : even : self.args.world_size][: count * of_step]
+        for first in range(0, len(share), of_step):
+            ours = share[first : first + of_step]
+            parts = [[rows[index] for index in ours[start : start + size]] for start in range(0, len(ours), size)]
+            yield [self._prepare_inputs(self.data_collator(part)) for part in parts]
 
-    def _gather(self, mine: Tensor) -> list[Tensor]:
-        """This process's tensor and the others', by rank; their sizes may differ."""
+    def _places(self, window: list[Inputs], count: int) -> list[list[int]]:
+        """For every process, the places of its examples in the step's batch as one process would have it.
+
+        A micro-batch of one process is cut into contiguous parts, one for each of several: their order is micro-batch,
+        process, example.
+        """
+        if self.accelerator.num_processes == 1:
+            return [list(range(count))]
+        counts = self._gather([len(groups_of(inputs)) for inputs in window])  # [processes][micro-batches]
+        places: list[list[int]] = [[] for _ in counts]
+        first = 0
+        for micro_batch in range(max(map(len, counts))):
+            for rank, of_rank in enumerate(counts):
+                here = of_rank[micro_batch] if micro_batch < len(of_rank) else 0
+                places[rank] += range(first, first + here)
+                first += here
+        return places
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """What this process has and what the others have, by rank; tensors may differ in size."""
         found: list[Any] = [None] * self.accelerator.num_processes
         torch.distributed.all_gather_object(found, mine)
         return found

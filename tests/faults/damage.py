@@ -20,6 +20,7 @@ from zoft.journal import journal, snapshot
 from zoft.weights import Weights
 
 STEPS, EVERY = 12, 4
+PARTS = ("estimator", "optimizer", "engine", "callbacks", "eval_dataset", "compute_metrics")
 
 
 def trainer(
@@ -29,7 +30,7 @@ def trainer(
     model = models.tiny_llama(given.pop("model_seed", 0)).to(getattr(torch, given.pop("dtype", "float32")))
     batch = models.batch_for(model, rows=rows, length=9)
     data = [{name: value[i] for name, value in batch.items()} for i in range(rows)]
-    parts = {part: given.pop(part) for part in ("estimator", "optimizer", "engine", "callbacks") if part in given}
+    parts = {part: given.pop(part) for part in PARTS if part in given}
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": STEPS,

@@ -211,6 +211,38 @@ def test_a_layer_that_is_met_twice_in_a_step_has_a_basis_of_all_it_has_seen():
     assert torch.equal(twice.bases(later, "linear.weight")[1], once.bases(later, "linear.weight")[1])
 
 
+def test_fault_21_the_basis_is_of_what_all_processes_have_seen():
+    first, second = inputs(30, seed=1, decay=0.2), inputs(50, seed=2, decay=0.2).roll(5, dims=1)
+    ranks = [bound(), bound()]
+    for coordinates, h in zip(ranks, (first, second), strict=True):
+        coordinates.begin(D)
+        coordinates.observe(D, "linear.weight", h)
+    sketches = [dict(one._sketches) for one in ranks]
+    together = []
+    for coordinates in ranks:
+        coordinates.join(D, lambda mine: sketches)
+        together.append(coordinates.bases(D, "linear.weight")[1])
+    assert torch.equal(*together)
+    alone = bound()
+    alone.begin(D)
+    alone.observe(D, "linear.weight", torch.cat((first, second)))
+    whole = alone.bases(D, "linear.weight")[1]
+    only = power_iteration(first, random_basis(12, 3), 20)
+    assert off(together[0], whole) < 0.1 < off(only, whole)
+
+
+def test_fault_21_a_layer_that_only_another_process_has_seen_has_a_basis_too():
+    here, there = bound(), bound()
+    for coordinates, step in ((here, 1), (there, 2)):
+        coordinates.begin(Direction(5, step))
+        coordinates.observe(Direction(5, step), "linear.weight", inputs(40, seed=step))
+    earlier = here.bases(Direction(5, 1), "linear.weight")[1]
+    here.begin(Direction(5, 2))
+    here.join(Direction(5, 2), lambda mine: [mine, dict(there._sketches)])
+    assert off(here.bases(Direction(5, 2), "linear.weight")[1], there.bases(Direction(5, 2), "linear.weight")[1]) < 1e-5
+    assert torch.equal(here.bases(Direction(5, 1), "linear.weight")[1], earlier)
+
+
 def test_many_tokens_are_taken_in_pieces(monkeypatch):
     import zoft.subspaces.activation as module
 

@@ -13,7 +13,7 @@ from zoft.subspaces.outer import outer_factors, outer_noise
 from zoft.weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
 
     from torch import Tensor, nn
 
@@ -36,7 +36,8 @@ class Activation(Factored):
     ``torch.nn.Linear``, and transformers' ``Conv1D``, whose matrix lies the other way round: z = s A R^T. Columns of
     padding count as inputs. What has no such inputs (embeddings and a head tied to one, norms, biases, experts in one
     tensor), and a layer with no more than ``rank`` inputs, moves in full. A tied tensor moves once, and its basis is of
-    the inputs of all its layers.
+    the inputs of all its layers. Where a layer is met several times before a step's queries (micro-batches, processes,
+    tied tensors) A is made of the r leading directions of each part, so it depends a little on how the batch is cut.
 
     Args:
         rank: columns r of A, at least 1.
@@ -68,6 +69,11 @@ class Activation(Factored):
     def changes_basis(self) -> bool:  # type: ignore[override]
         """Whether steps have bases of their own."""
         return self.basis != "first"
+
+    @property
+    def in_one_process(self) -> bool:  # type: ignore[override]
+        """Oja's rule follows one process's rows; the other bases are put together of what all processes have seen."""
+        return self.basis == "oja"
 
     def check(self) -> None:
         """Refuse unknown words, counts below 1 and sizes that do not fit together."""
@@ -196,6 +202,18 @@ class ActivationCoordinates(FactoredCoordinates):
         drawn = order.argsort()[: rank - shared].sort().values + shared
         active = torch.cat((torch.arange(shared), drawn)).to(inputs.device)
         return self._followed[name][:, active].contiguous()
+
+    def join(self, direction: Direction, gather: Callable[[Any], list[Any]]) -> None:
+        """The leading singular vectors of what all processes have seen, as of a layer that is met several times."""
+        of_ranks = gather({name: sketch.cpu() for name, sketch in self._sketches.items()})
+        for name in self.forms:
+            sketches = [seen[name].to(self.weights.tensors[name].device) for seen in of_ranks if name in seen]
+            if sketches:
+                if name in self._seen and self._seen[name][0] != direction.step:
+                    self._before[name] = self._seen[name]
+                self._sketches.pop(name, None)
+                self._bases.pop(name, None)
+                self._seen[name] = direction.step, self._main_inputs(direction, name, torch.cat(sketches))
 
     def _random(self, direction: Direction, name: str, columns: int) -> Tensor:
         """The basis before anything is seen, and where power iteration begins."""

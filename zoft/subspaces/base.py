@@ -48,6 +48,9 @@ class Subspace(Component):
     keeps_choices: ClassVar[bool] = False
     """Whether what the seed chose is kept for several steps, or for the run (true where there is an ``interval``)."""
 
+    in_one_process: ClassVar[bool] = False
+    """Whether its directions follow the rows of one process alone, so that a run cannot have several."""
+
     laws: ClassVar[tuple[str, ...]] = LAWS
     """The laws that it draws by."""
 
@@ -129,6 +132,15 @@ class Coordinates:
             name: the layer's weight.
             inputs: [tokens, n], in the model's dtype; not to be kept or overwritten.
         """
+
+    def join(self, direction: Direction, gather: Callable[[Any], list[Any]]) -> None:
+        """What the layers have seen in this process and in the others, put together.
+
+        Args:
+            direction: a direction of the step.
+            gather: something of this process -> that of all of them, by rank.
+        """
+        del direction, gather
 
     def gradients_wanted(self, direction: Direction) -> bool:
         """Whether :meth:`score` is to be given the gradients of a backward pass before the queries of this step."""
