@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from zoft.errors import UserError
@@ -40,7 +39,7 @@ class Checkpoints(_Base):
     optimizer: Any
     lr_scheduler: Any
     _run: str | None  # identifier of the run
-    settings: dict[str, Any]  # what must be the same when the run is resumed
+    settings: Callable[[], dict[str, Any]]  # what must be the same when the run is resumed
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the Trainer's own, without pickles, and whole or not at all."""
@@ -50,12 +49,12 @@ class Checkpoints(_Base):
         folder = Path(self._get_output_dir(trial=trial))
         target = folder / f"checkpoint-{self.state.global_step}"
         best = folder / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == target or best.exists()):
+        if self.state.best_global_step and (best == target or best.exists() or self.args.load_best_model_at_end):
             self.state.best_model_checkpoint = str(best)
         randoms = self._random_states()
         if self.args.should_save:
             self._refuse_full_disk(target)
-            facts = {"run": self._run, "step": self.state.global_step, "settings": self.settings}
+            facts = {"run": self._run, "step": self.state.global_step, "settings": self.settings()}
             with snapshot.staged(target, facts) as staged:
                 self._save_weights(staged)
                 if not self.args.save_only_model:
@@ -70,13 +69,8 @@ class Checkpoints(_Base):
             torch.distributed.barrier()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+        if self.args.should_save and self.args.save_total_limit:
+            snapshot.rotate(target, self.args.save_total_limit, {best.name})
 
     def _trains_a_part(self) -> bool:
         """Whether most of the model never changes, and nobody was promised a checkpoint with all of it."""
@@ -97,9 +91,44 @@ class Checkpoints(_Base):
         if not self._load_trained(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the Trainer's own; the best model that is to be loaded at the end is saved when it is found."""
+        is_best = bool(super()._determine_best_metric(metrics, trial))
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
+    def _find_best_checkpoint(self) -> None:
+        """Where the best checkpoint of a resumed run lies now: the folder may have moved since it was written down."""
+        step = self.state.best_global_step
+        if not step:
+            return
+        name = f"checkpoint-{step}"
+        own, noted = Path(str(self.args.output_dir)) / name, self.state.best_model_checkpoint
+        here = next((one for one in (own, Path(noted or own)) if one.is_dir()), own)
+        self.state.best_model_checkpoint = str(here)
+        if self.args.load_best_model_at_end:
+            self._verify_best(here)
+        elif not here.is_dir():
+            self.state.best_model_checkpoint = None
+
+    def _verify_best(self, folder: Path) -> None:
+        own = folder.parent.absolute() == Path(str(self.args.output_dir)).absolute()
+        try:
+            if not folder.is_dir():
+                raise UserError(f"{folder} is missing")
+            snapshot.verify(folder, self._run if own else None)
+        except UserError as error:
+            raise UserError(
+                f"the best checkpoint, which trainer.load_best_model_at_end=true asks for, cannot be loaded: {error}. "
+                "Put it back, or end with the last weights by trainer.load_best_model_at_end=false"
+            ) from None
+
     def _load_best_model(self) -> None:
-        """As the Trainer's own, where the checkpoint holds more than what is trained."""
-        if not self._load_trained(Path(str(self.state.best_model_checkpoint))):
+        """As the Trainer's own, where the checkpoint holds more than what is trained; none but a whole one."""
+        folder = Path(str(self.state.best_model_checkpoint))
+        self._verify_best(folder)
+        if not self._load_trained(folder):
             super()._load_best_model()
 
     def _load_trained(self, folder: Path) -> bool:

@@ -57,6 +57,7 @@ class Journaled(_Base):
     _eps: Any
     _begun_rate: float | None = None  # the learning rate that was given
     _hashed = -1  # the step of the last hash
+    _is_huge = False  # whether the step at hand is so long that weights may become infinite
     _from_journal = False  # whether the estimate of the step at hand was taken from the journal
 
     # ---- a run begins ------------------------------------------------------------------------------------------------
@@ -96,11 +97,11 @@ class Journaled(_Base):
             return self._without_journal(folder, resume)
         contents = files.read(path)
         run = str(contents.header["run"])
-        checkpoint = snapshot.newest(folder, run) if resume is True else Path(str(resume))
-        if resume is not True and checkpoint is not None:
-            snapshot.verify(checkpoint, run)
+        checkpoint, start = snapshot.newest(folder, run) if resume is True else Path(str(resume)), 0
+        if checkpoint is not None:  # the newest one is verified already, and its name is its step
+            start = snapshot.step_of(checkpoint) if resume is True else int(snapshot.verify(checkpoint, run)["step"])
         self._check_same(contents, path)
-        start = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+        self._refuse_fewer_steps(max(start, contents.end), folder, contents)
         if checkpoint is None and contents.header["first"]:
             raise UserError(
                 f"{path} begins at step {contents.header['first']}, and no whole checkpoint from there on is left: "
@@ -127,6 +128,7 @@ class Journaled(_Base):
             checkpoint = snapshot.newest(folder)
             if checkpoint is not None:
                 self._check_same_as(checkpoint)
+                self._refuse_fewer_steps(snapshot.step_of(checkpoint), folder)
             if checkpoint is None:
                 raise UserError(
                     f"there is nothing to resume in {folder}: no journal and no whole checkpoint of zoft; "
@@ -137,10 +139,10 @@ class Journaled(_Base):
             snapshot.verify(checkpoint)
         if not self.args.journal:
             return checkpoint, None, None
-        header: dict[str, Any] = {"settings": self.settings, "frozen": self._frozen(), "weights": None}
+        header: dict[str, Any] = {"settings": self.settings(), "frozen": self._frozen(), "weights": None}
         header["model"] = self._model_name()
         if checkpoint is not None:
-            header["first"] = int(checkpoint.name.rsplit("-", 1)[1])
+            header["first"] = int(snapshot.verify(checkpoint)["step"])
         elif self.model is not None:
             header["weights"] = Weights(self.model).digest()
         try:
@@ -165,7 +167,6 @@ class Journaled(_Base):
 
     # ---- what must be the same ---------------------------------------------------------------------------------------
 
-    @property
     def settings(self) -> dict[str, Any]:
         """What changes the numbers of a run, as plain values; learning rate, budget and logging may change."""
         if self._settings is None:  # every row is read for it
@@ -215,7 +216,7 @@ class Journaled(_Base):
 
     def _differing(self, there: dict[str, Any]) -> list[str]:
         """A line for every setting that is not what it was; rows for evaluation may come and go, but not change."""
-        now = self.settings
+        now = self.settings()
         for name in [key for key in {**there, **now} if key.endswith("_data")]:
             if there.get(name) is None or now.get(name) is None:
                 there, now = ({k: v for k, v in one.items() if k != name} for one in (there, now))
@@ -223,6 +224,16 @@ class Journaled(_Base):
             now["data"] = some_rows_digest(self.train_dataset)
         differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
         return [f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing]
+
+    def _refuse_fewer_steps(self, known: int, folder: Path, contents: Contents | None = None) -> None:
+        """A run cannot end before what it has done: its journal would tell of another model than it leaves."""
+        if not 0 < self.args.max_steps < known:
+            return
+        queries = f"budget.queries={contents.records[-1].queries} " if contents and contents.records else ""
+        raise UserError(
+            f"the run in {folder} has done {known} steps, and is to end after {self.args.max_steps}: give "
+            f"{queries}(max_steps={known}) to end it where it is, or more; zoft replay --to gives an earlier state"
+        )
 
     def _check_base(self, contents: Contents, path: Path) -> None:
         """Without a checkpoint the steps are replayed onto the model as it is: the one they began with."""
@@ -305,10 +316,12 @@ class Journaled(_Base):
 
     def _journal_step(self, terms: list[tuple[Direction, float]] | None) -> None:
         """Called by the stepper when a step is about to be written."""
-        step = self.progress.steps - 1
+        step, stepper = self.progress.steps - 1, self.stepper
+        lr = float(stepper.param_groups[0]["lr"])
+        self._is_huge = _may_overflow(stepper.session.weights, lr, terms or [])
         if self.journal is None or self._from_journal:
             return
-        stepper, terms = self.stepper, terms or []
+        terms = terms or []
         extra: dict[str, Any] = {}
         plain = self._directions(step)
         if [direction for direction, _ in terms] != plain[: len(terms)]:
@@ -321,7 +334,7 @@ class Journaled(_Base):
             Record(
                 step=step,
                 seed=plain[0].seed,
-                lr=float(stepper.param_groups[0]["lr"]),
+                lr=lr,
                 eps=float(self._eps or 0.0),
                 queries=self.progress.num_queries,
                 tokens=self.progress.num_tokens,
@@ -350,6 +363,29 @@ class Journaled(_Base):
         self._check_digest(step, sha)
         if self.journal is not None and not self._from_journal:
             self.journal.digest(step, sha)
+
+    def _refuse_infinite_weights(self) -> None:
+        """A step of finite losses can be too long for the weights' numbers: it is no step, and the run does not go on.
+
+        In memory the weights are spoilt; the step is taken out of the journal, and nothing is saved of it.
+        """
+        huge, self._is_huge = self._is_huge, False
+        if not huge or self._from_journal:
+            return
+        self._come_back()
+        if all(bool(torch.isfinite(tensor).all()) for tensor in Weights(self.model).tensors.values()):
+            return
+        step = self.progress.steps - 1
+        if self.journal is not None:
+            path, journal = self.journal.path, self.journal
+            self.journal = None
+            journal.close()
+            Journal.open(path, step).close()
+        raise NonFiniteLossError(
+            f"step {step} has made weights infinite (its losses were finite, its projected gradient "
+            f"{float(self._get_grad_norm(self.model)):.3g}): it was not kept, and the run's folder is as it was before "
+            "it. Lower optimizer.learning_rate and repeat the command"
+        )
 
     def _check_digest(self, step: int, sha: str) -> None:
         known = None if self._contents is None or not self._from_journal else self._contents.digests.get(step)
@@ -405,6 +441,15 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     words = len(flat) // 8 * 8
     return int(flat[:words].view(torch.int64).sum()) + int(flat[words:].sum())
+
+
+_MARGIN = 1e5  # how much longer than a learning rate times coefficient an element of a step may be
+
+
+def _may_overflow(weights: Weights, lr: float, terms: list[tuple[Direction, float]]) -> bool:
+    """Whether a step is so long that the weights' dtype may not hold it."""
+    largest = min(torch.finfo(tensor.dtype).max for tensor in weights.tensors.values())
+    return abs(lr) * max((1.0, *(abs(c) for _, c in terms))) * _MARGIN > largest
 
 
 def _short(values: Any) -> str:

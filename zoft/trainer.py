@@ -241,6 +241,7 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's own, on the weights of the step and not on those of the next query."""
+        self._refuse_infinite_weights()
         self._journal_digest()
         if self.control.should_evaluate or self.control.should_save or self.control.should_training_stop:
             self._come_back()
@@ -255,6 +256,7 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
         """As the Trainer's own; when to log, evaluate and save is what is asked for now, not when the run began."""
         told = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
+        self._find_best_checkpoint()
         return told
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -559,11 +561,29 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
             return inputs
         return {key: value for key, value in inputs.items() if key != "packed"}
 
+    def _get_dataloader(self, *pos: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """As the Trainer's own, whose settings for training rows let no row of an evaluation fall and none move."""
+        args = self.args
+        if is_training:
+            made = super()._get_dataloader(*pos, is_training=True, **kwargs)
+            if args.dataloader_drop_last and hasattr(made, "__len__") and not len(made):
+                raise UserError(
+                    f"trainer.dataloader_drop_last=true leaves nothing of {len(self.train_dataset)} training rows, "
+                    "which are less than one batch: lower trainer.per_device_train_batch_size, or set it to false"
+                )
+            return made
+        chosen = args.dataloader_drop_last, args.dataloader_in_order
+        args.dataloader_drop_last, args.dataloader_in_order = False, True
+        try:
+            return super()._get_dataloader(*pos, **kwargs)
+        finally:
+            args.dataloader_drop_last, args.dataloader_in_order = chosen
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """An objective's rows are evaluated longest first, where everything is told of all rows at the end."""
         args = self.args
         in_batches = args.batch_eval_metrics or args.include_for_metrics or not args.eval_do_concat_batches
-        sortable = self.objective is not None and not in_batches and not args.dataloader_drop_last
+        sortable = self.objective is not None and not in_batches
         lengths = lengths_of(eval_dataset) if sortable else None
         return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
 

@@ -77,7 +77,6 @@ def test_results_come_back_in_the_order_of_the_rows(tmp_path: Path):
 @pytest.mark.parametrize(
     "args",
     [
-        {"dataloader_drop_last": True},
         {"include_for_metrics": ["loss"]},
         {"eval_do_concat_batches": False},
         {"batch_eval_metrics": True},

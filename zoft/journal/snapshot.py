@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,11 @@ def verify(folder: Path, run: str | None = None) -> dict[str, Any]:
         UserError: naming the file that is missing, changed, or was not written by zoft.
     """
     facts, files = _manifest(folder)
+    step, named = facts.get("step"), _NAME.fullmatch(folder.name)
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise UserError(f"{folder / MANIFEST} names no step: it is damaged")
+    if named is not None and int(named.group(1)) != step:
+        raise UserError(f"{folder} is the checkpoint of step {step}: give it its name checkpoint-{step} back")
     if run is not None and facts.get("run") != run:
         raise UserError(f"{folder} belongs to another run: its manifest says {facts.get('run')}, this one is {run}")
     here = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {MANIFEST}
@@ -130,6 +135,21 @@ def clear_unfinished(output_dir: Path) -> None:
                 folder.rename(target)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(written: Path, most: int, protected: Collection[str]) -> None:
+    """Remove the checkpoints of the lowest steps beyond ``most``; those of later steps are another session's.
+
+    Args:
+        written: the one that was just saved, which stays.
+        most: how many to keep, this one included.
+        protected: names of others that stay whatever their step is.
+    """
+    earlier = sorted((c for c in checkpoints(written.parent) if step_of(c) < step_of(written)), key=step_of)
+    stay = [one for one in earlier if one.name in protected]
+    others = [one for one in earlier if one.name not in protected]
+    for folder in others[: max(0, len(others) - max(0, most - 1 - len(stay)))]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
