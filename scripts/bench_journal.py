@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="as for zoft train")
     given = parser.parse_args()
     from zoft.config import compose
-    from zoft.run import run
-    from zoft.trainer import ZOMixin
+    from zoft.run.train import run
+    from zoft.trainer.trainer import ZOMixin
 
     spent: dict[str, list[float]] = {}
     for name in ("_journal_step", "_journal_look", "_journal_digest"):

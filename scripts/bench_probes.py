@@ -20,8 +20,8 @@ from unittest import mock
 import greenlet
 import torch
 
+from zoft.engines._lockstep import Lockstep
 from zoft.engines.base import Session
-from zoft.engines.lockstep import Lockstep
 from zoft.report.memory import PeakMemory
 
 PARTS = ("forward", "head", "noise", "other")

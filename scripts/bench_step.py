@@ -36,15 +36,16 @@ from mezo_step import MezoStep, option_loss
 from transformers.initialization import no_init_weights
 
 from zoft.component import components, create
-from zoft.data.tokens import OptionCollator
 from zoft.engines.base import Session
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator
-from zoft.objectives.options import Options
+from zoft.lm.data.tokens import OptionCollator
+from zoft.lm.objectives.options import Options
 from zoft.report.memory import PeakMemory
-from zoft.rounding import Rounding, with_float32_losses
-from zoft.stepper import Stepper
-from zoft.weights import Weights
+from zoft.step.update import ZOOptimizer
+from zoft.trainer.loss import with_float32_losses
+from zoft.weights.rounding import Rounding
+from zoft.weights.tensors import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
 EPS, LEARNING_RATE, SEED = 1e-3, 1e-7, 0
@@ -177,7 +178,7 @@ class ZoftStep:
         self.engine, self.session = bind(model, variant, self.estimator, engine, lambda b: self.objective(model, b))
         groups = [{"params": list(self.session.weights.tensors.values())}]
         rounding = Rounding.chosen("auto", SEED, self.estimator.noise)
-        self.stepper = Stepper(groups, create("optimizer", "sgd", "sgd"), self.session, LEARNING_RATE, rounding)
+        self.stepper = ZOOptimizer(groups, create("optimizer", "sgd", "sgd"), self.session, LEARNING_RATE, rounding)
 
     def step(self) -> None:
         """Query, estimate, update."""

@@ -93,7 +93,7 @@ def overrides(method: str) -> list[str]:
 def loaded() -> tuple[Any, Any, dict[str, Any], dict[str, Any], Any]:
     """(model, tokenizer, rows, its first weights, hidden states below the trained block): once a process."""
     from zoft.config import compose
-    from zoft.run import load
+    from zoft.run.build import load
 
     cfg = compose([*TASK, "budget.queries=100"])
     model, tokenizer, rows = load(cfg)
@@ -109,7 +109,7 @@ def trainer_for(arguments: list[str], model: Any, tokenizer: Any, rows: dict[str
     from transformers import PrinterCallback, ProgressCallback
 
     from zoft.config import compose
-    from zoft.run import arguments_of, make_trainer
+    from zoft.run.build import arguments_of, make_trainer
 
     cfg = compose([*TASK, f"output_dir={RESULTS}/scratch-{os.getpid()}", *arguments])
     trainer = make_trainer(cfg, arguments_of(cfg), model, tokenizer, rows)

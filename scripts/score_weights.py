@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft.data.files import column, read_rows
 from zoft.errors import UserError
-from zoft.models.load import load_model, load_tokenizer, require_causal_lm
+from zoft.lm.data.files import column, read_rows
+from zoft.lm.models.load import load_model, load_tokenizer, require_causal_lm
 
 
 def squared_gradients(model: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

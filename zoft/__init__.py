@@ -10,15 +10,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from zoft.version import __version__
 
 _HOMES = {
-    "ZOTrainer": "zoft.trainer",
-    "ZOMixin": "zoft.trainer",
-    "ZOConfig": "zoft.arguments",
+    "ZOTrainer": "zoft.trainer.trainer",
+    "ZOMixin": "zoft.trainer.trainer",
+    "ZOConfig": "zoft.trainer.config",
     "Minimizer": "zoft.blackbox.minimizer",
     "minimize": "zoft.blackbox.minimize",
-    "tune": "zoft.blackbox.tune.tune",
+    "tune": "zoft.tuning.tune",
     "UserError": "zoft.errors",
     "components": "zoft.component",
     "create": "zoft.component",
@@ -38,13 +38,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from zoft.arguments import ZOConfig
     from zoft.blackbox.minimize import minimize
     from zoft.blackbox.minimizer import Minimizer
-    from zoft.blackbox.tune.tune import tune
     from zoft.component import components, create
     from zoft.errors import UserError
-    from zoft.trainer import ZOMixin, ZOTrainer
+    from zoft.trainer.config import ZOConfig
+    from zoft.trainer.trainer import ZOMixin, ZOTrainer
+    from zoft.tuning.tune import tune
 
 
 def __getattr__(name: str) -> Any:

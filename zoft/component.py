@@ -24,10 +24,10 @@ GROUPS: dict[str, str] = {
     "weighting": "zoft.weightings",
     "engine": "zoft.engines",
     "optimizer": "zoft.optimizers",
-    "objective": "zoft.objectives",
-    "trainable": "zoft.models.trainable",
-    "peft": "zoft.models.peft",
-    "task": "zoft.tasks",
+    "objective": "zoft.lm.objectives",
+    "trainable": "zoft.lm.models.trainable",
+    "peft": "zoft.lm.models.peft",
+    "task": "zoft.lm.tasks",
 }
 """Group name (as on the command line) -> the package whose files are its components."""
 

@@ -297,8 +297,8 @@ def test_interruption_and_failure_have_their_codes(monkeypatch: pytest.MonkeyPat
         def run(cfg: object, error: BaseException = error) -> None:
             raise error
 
-        module = types.ModuleType("zoft.run")
+        module = types.ModuleType("zoft.run.train")
         module.run = run  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "zoft.run", module)
+        monkeypatch.setitem(sys.modules, "zoft.run.train", module)
         assert main(["train", "config=smoke"]) == code
         assert len(capsys.readouterr().err.splitlines()) == 1

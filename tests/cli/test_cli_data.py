@@ -13,12 +13,13 @@ from tests.runs import WORDS, data_file, model_folder, tiny_tokenizer
 from zoft.cli import main
 from zoft.cli.data import lines, safe
 from zoft.config import compose
-from zoft.data import preview
 from zoft.errors import UserError
-from zoft.run import load_rows, run
-from zoft.tasks import Example
-from zoft.tasks.base import MASK, Piece
-from zoft.tasks.sst2 import SST2
+from zoft.lm.data import preview
+from zoft.lm.data.examples import MASK, Piece
+from zoft.lm.tasks import Example
+from zoft.lm.tasks.sst2 import SST2
+from zoft.run.build import load_rows
+from zoft.run.train import run
 
 TEMPLATE = "{% for m in messages %}{{ bos_token }} {{ m.role }} : {{ m.content }} {{ eos_token }} {% endfor %}"
 
@@ -211,7 +212,7 @@ WRITTEN = (
     "task.max_length=40",
     "task.template='free free free free free free free free {prompt}'",
 )
-JUDGED = ("objective=reward", "objective.function=zoft.rewards:countdown", *WRITTEN)
+JUDGED = ("objective=reward", "objective.function=zoft.lm.rewards:countdown", *WRITTEN)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from tests.runs import zoft
 from zoft.cli import doctor, main
 from zoft.cli.completion import words
-from zoft.compiled import choice, cpu
+from zoft.noise.kernels import choice, cpu
 
 
 @pytest.fixture(autouse=True)
@@ -93,11 +93,12 @@ def test_noise_as_the_user_wants_it(capsys, monkeypatch, fresh):
 
 @pytest.mark.skipif(cpu.compiler() is None, reason="no C++ compiler here")
 def test_other_bits_are_a_failure(capsys, monkeypatch):
-    from zoft import noise
 
-    real = noise.agrees
+    from zoft.noise import source
+
+    real = source.agrees
     answers = iter([True, False])  # right when it was chosen, and no longer
-    monkeypatch.setattr(noise, "agrees", lambda *a, **k: real(*a, **k) and next(answers))
+    monkeypatch.setattr(source, "agrees", lambda *a, **k: real(*a, **k) and next(answers))
     assert asked(capsys, 1)["same bits"]["state"] == "failed"
 
 

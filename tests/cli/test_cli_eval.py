@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.runs import arguments
-from tests.unit.test_forms_runs import folder, words  # noqa: F401  # a fixture
+from tests.unit.run.test_formats import folder, words  # noqa: F401  # a fixture
 from zoft.cli import main
 from zoft.config import compose
-from zoft.run import run
+from zoft.run.train import run
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_mode(finished, capsys, tmp_path):
     [
         ("squad", "causal", ["task.max_new_tokens=3", "mode=icl", "k=1"], {"f1", "exact_match", "f1_low"}),
         ("pairs", "causal", [], {"accuracy"}),
-        ("rated", "causal", ["objective=reward", "objective.function=zoft.rewards:countdown"], {"reward"}),
+        ("rated", "causal", ["objective=reward", "objective.function=zoft.lm.rewards:countdown"], {"reward"}),
     ],
 )
 def test_every_form(folder, capsys, tmp_path, task, model, more, metrics):  # noqa: F811

@@ -15,7 +15,7 @@ import pytest
 from tests.runs import arguments, environment, report, zoft
 from zoft.cli import main
 from zoft.config import compose
-from zoft.run import run
+from zoft.run.train import run
 
 
 def listing(folder: Path) -> list[str]:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from tests.runs import arguments, model_folder, zoft
-from tests.unit.test_forms_runs import PAIRS, SUM, TEXTS
+from tests.unit.run.test_formats import PAIRS, SUM, TEXTS
 from zoft.cli import main
 from zoft.config import compose
 from zoft.report import pace
-from zoft.run import load_rows, run
+from zoft.run.build import load_rows
+from zoft.run.train import run
 
 READY = ("classify", "instruct", "chat", "preference", "reward")
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -89,7 +90,7 @@ def test_what_others_call_a_key_is_a_key():
 def test_a_long_run_says_so_before_it_begins(tmp_path: Path, capsys: Any, monkeypatch: Any):
     """A query of the tiny model is not timed: the clock is."""
     monkeypatch.setattr(pace, "_seconds_of", lambda query: query() or 200.0)
-    monkeypatch.setattr("zoft.run._FEW_QUERIES", 10)
+    monkeypatch.setattr("zoft.run.train._FEW_QUERIES", 10)
     facts = run(compose(arguments(tmp_path, tmp_path / "out")))
     said = capsys.readouterr().out
     assert "time    about 1:20:00 for 24 queries of 200 s (by timed queries); budget.queries=18 takes an hour" in said
@@ -117,7 +118,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_of(own: Path, name: str) -> list[str]:
-    more = ["objective.function=zoft.rewards:countdown"] if name == "reward" else []
+    more = ["objective.function=zoft.lm.rewards:countdown"] if name == "reward" else []
     return [f"config={name}", f"task.train={own / name}.jsonl", f"model.name={own / 'model'}", *more]
 
 

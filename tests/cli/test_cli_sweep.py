@@ -21,7 +21,7 @@ from zoft.errors import UserError
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 FAKE_RUN = """
-# Stands in for zoft.run in every process, workers too: Python imports sitecustomize when it starts.
+# Stands in for zoft.run.train in every process, workers too: Python imports sitecustomize when it starts.
 import sys, types
 def run(cfg):
     import json, os
@@ -33,9 +33,9 @@ def run(cfg):
     with open(os.path.join(cfg.output_dir, "cell.json"), "w") as file:
         json.dump(row, file)
     return {"eval_accuracy": cfg.seed / 10}
-module = types.ModuleType("zoft.run")
+module = types.ModuleType("zoft.run.train")
 module.run = run
-sys.modules["zoft.run"] = module
+sys.modules["zoft.run.train"] = module
 """
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.unit.test_tune_training import BASE, FakeRun
+from tests.unit.tuning.test_jobs import BASE, FakeRun
 from zoft.cli import main
 from zoft.cli.tune import split
 
@@ -15,9 +15,9 @@ RATE = "space.optimizer.learning_rate=log(1e-4,1e-1)"
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    monkeypatch.setattr("zoft.tuning.training.gc.collect", lambda: None)
+    monkeypatch.setattr("zoft.tuning.job.gc.collect", lambda: None)
     made = FakeRun()
-    monkeypatch.setattr("zoft.run.run", made)
+    monkeypatch.setattr("zoft.run.train.run", made)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     return made
@@ -26,10 +26,11 @@ def fake(monkeypatch, tmp_path):
 @pytest.fixture
 def here(monkeypatch):
     """Jobs in this process."""
-    from zoft.tuning import search
 
-    whole = search.tune_training
-    monkeypatch.setattr(search, "tune_training", lambda *words, **given: whole(*words, **given, isolated=False))
+    from zoft.tuning import jobs
+
+    whole = jobs.tune_training
+    monkeypatch.setattr(jobs, "tune_training", lambda *words, **given: whole(*words, **given, isolated=False))
 
 
 def test_arguments_are_told_apart():

@@ -14,9 +14,9 @@ from torch import bfloat16, float16, float32, nn, ones
 from zoft.component import GROUPS, Component, components
 from zoft.engines.base import Session
 from zoft.errors import UserError
-from zoft.method import Method
-from zoft.subspaces.base import Coordinates
-from zoft.weights import Weights
+from zoft.step.method import Method
+from zoft.subspaces.base import BoundSubspace
+from zoft.weights.tensors import Weights
 
 NEEDS: dict[tuple[str, str], dict[str, Any]] = {("trainable", "regex"): {"pattern": "norm"}}
 """Fields without which a component cannot be made: (group, name) -> fields."""
@@ -42,7 +42,9 @@ def with_fields(component: Component, **fields: Any) -> Any:
     return dataclasses.replace(component, **{key: value for key, value in fields.items() if key in known})
 
 
-def coordinates_of(subspace: str, model: nn.Module, law: str, noise: str = "counter", interval: int = 2) -> Coordinates:
+def coordinates_of(
+    subspace: str, model: nn.Module, law: str, noise: str = "counter", interval: int = 2
+) -> BoundSubspace:
     """A subspace bound to a model; what it keeps for some steps changes within the few steps of a test."""
     return small_subspace(subspace, law, interval).bind(Weights(model), noise)
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from tests.contract.discovered import DTYPES, SUBSPACES, coordinates_of, settings
-from zoft.noise import LAWS, Direction
+from zoft.noise.direction import Direction
+from zoft.noise.source import LAWS
 from zoft.subspaces import base
-from zoft.weights import perturbed
+from zoft.weights.tensors import perturbed
 
 DIRECTIONS = [Direction(3, 4, 0), Direction(3, 4, 1)]
 TERMS = list(zip(DIRECTIONS, (0.5, -2.0), strict=True))
@@ -121,7 +122,7 @@ def test_a_direction_is_as_long_as_in_the_full_space(subspace, law):
     """E||z||^2 of a tensor is its number of elements, so that eps and learning rate carry over between subspaces."""
     bound, squares, elements = coordinates(subspace, law), 0.0, 0
     for direction in [Direction(seed, seed) for seed in range(40)]:
-        step = [replace(direction, probe=probe) for probe in range(bound.weights.num_elements)]
+        step = [replace(direction, index=probe) for probe in range(bound.weights.num_elements)]
         moving = [name for name in bound.weights.tensors if any(bound.moves(d, name) for d in step)]
         squares += sum(float(bound.z(direction, name).square().sum()) for name in moving)
         elements += sum(bound.weights.tensors[name].numel() for name in moving)  # some direction of the step moves it

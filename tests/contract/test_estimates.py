@@ -14,13 +14,14 @@ from tests.contract.discovered import SUBSPACES, coordinates_of, example, small_
 from zoft.component import components
 from zoft.engines.base import Session
 from zoft.errors import UserError
-from zoft.laws import ACROSS
-from zoft.method import Method
-from zoft.noise import LAWS, Direction, key_of
-from zoft.queries import Queries
-from zoft.stepper import Stepper
-from zoft.subspaces.base import Coordinates
-from zoft.weights import Weights
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.joint import ACROSS
+from zoft.noise.source import LAWS
+from zoft.step.method import Method
+from zoft.step.query import Queries
+from zoft.step.update import ZOOptimizer
+from zoft.subspaces.base import BoundSubspace
+from zoft.weights.tensors import Weights
 
 MANY = 10_000
 ESTIMATORS = list(components("estimator"))
@@ -65,7 +66,7 @@ class Quadratic(nn.Module):
         return torch.cat([p.detach().view(-1) for p in self.parameters()]).double()
 
 
-def begun(coordinates: Coordinates, direction: Direction) -> Coordinates:
+def begun(coordinates: BoundSubspace, direction: Direction) -> BoundSubspace:
     """A subspace at the beginning of a step, with inputs to look at where it asks for them."""
     coordinates.begin(direction)
     for name in coordinates.inputs_wanted(direction):
@@ -75,7 +76,7 @@ def begun(coordinates: Coordinates, direction: Direction) -> Coordinates:
     return coordinates
 
 
-def lifting(bound: Coordinates, direction: Direction, name: str) -> torch.Tensor:
+def lifting(bound: BoundSubspace, direction: Direction, name: str) -> torch.Tensor:
     """L [elements, coordinates] of a tensor, by lifting one coordinate after the other."""
     count = prod(bound.shape(name))
     columns = torch.zeros(count, bound.weights.tensors[name].numel(), dtype=torch.float64)
@@ -352,7 +353,7 @@ class Estimates:
         self.parameters = list(self.model.parameters())
         session = Plain(self.model, coordinates, self.model)
         groups = [{"params": list(self.model.parameters()), "weight_decay": 0.0}]
-        self.stepper = Stepper(groups, method.optimizer, session, 1.0)
+        self.stepper = ZOOptimizer(groups, method.optimizer, session, 1.0)
         self.queries = Queries(
             method,
             self.stepper,
@@ -508,7 +509,7 @@ def test_directions_that_hang_together_are_no_noisier(estimator, across):
 @pytest.mark.parametrize("subspace", SUBSPACES)
 def test_as_many_orthogonal_directions_as_coordinates_give_the_projected_gradient_exactly(subspace, law):
     got = drawn(subspace, components("subspace")[subspace].laws[0])
-    orthonormal = type(got.bound).gain is not Coordinates.gain or got.lift.shape == (got.model.count,) * 2
+    orthonormal = type(got.bound).gain is not BoundSubspace.gain or got.lift.shape == (got.model.count,) * 2
     k = got.bound.dimension(got.directions[0])
     try:
         method = composed("central", "mean", subspace, law, num_directions=k, across="orthogonal", eps=0.1)

@@ -11,7 +11,7 @@ from tests import models
 from tests.contract.discovered import SUBSPACES, bind, example, serves, with_fields
 from zoft.component import components
 from zoft.subspaces import base
-from zoft.weights import Weights
+from zoft.weights.tensors import Weights
 
 FAMILIES = models.EVERY | {
     "gemma": models.tiny_gemma,

@@ -14,10 +14,10 @@ import torch
 from tests.models import batch_for, tiny_opt
 from zoft.config import compose
 from zoft.config.catalog import first_comment, preset_files
-from zoft.data.rows import examples_of, of_lengths
-from zoft.queries import Queries
-from zoft.stepper import Stepper
-from zoft.weights import Weights
+from zoft.lm.data.rows import examples_of, of_lengths
+from zoft.step.query import Queries
+from zoft.step.update import ZOOptimizer
+from zoft.weights.tensors import Weights
 
 PRESETS = list(preset_files("method"))
 INDEX = Path(__file__).resolve().parents[2] / "docs" / "paper_index.md"
@@ -142,7 +142,7 @@ class Steps:
         engine = cfg.engine.choose(self.method.estimator, coordinates, self.model)
         self.session = engine.bind(self.model, coordinates, lambda batch: self.model(**batch).loss)
         groups = [{"params": list(self.session.weights.tensors.values()), "weight_decay": 0.0}]
-        self.stepper = Stepper(groups, self.method.optimizer, self.session, cfg.optimizer.learning_rate)
+        self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, cfg.optimizer.learning_rate)
         self.queries = Queries(
             self.method,
             self.stepper,

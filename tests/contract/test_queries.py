@@ -25,8 +25,8 @@ from tests.contract.discovered import (
 from tests.models import batch_for, tiny_bert_classifier, tiny_opt, tiny_roberta_mlm, tiny_t5
 from zoft.component import components
 from zoft.errors import UserError
-from zoft.noise import LAWS
-from zoft.weights import Weights, perturbed
+from zoft.noise.source import LAWS
+from zoft.weights.tensors import Weights, perturbed
 
 MODELS = {"opt": tiny_opt, "bert": tiny_bert_classifier, "roberta": tiny_roberta_mlm, "t5": tiny_t5}
 EPS = 1e-2

@@ -13,7 +13,7 @@ from tests import models
 from zoft import ZOConfig, ZOTrainer
 from zoft.config import compose
 from zoft.config.catalog import preset_files
-from zoft.journal.journal import NAME, read
+from zoft.journal.file import NAME, read
 
 SMALL = {
     "subzero_plus": ["estimator.num_directions=3"],

@@ -23,12 +23,13 @@ from tests.contract.discovered import (
 )
 from tests.models import batch_for, tiny_opt
 from zoft.component import components
-from zoft.data.rows import examples_of, of_lengths
-from zoft.noise import LAWS, SOURCES, Direction
-from zoft.queries import Queries
-from zoft.stepper import Stepper
+from zoft.lm.data.rows import examples_of, of_lengths
+from zoft.noise.direction import Direction
+from zoft.noise.source import LAWS, SOURCES
+from zoft.step.query import Queries
+from zoft.step.update import ZOOptimizer
 from zoft.subspaces import base
-from zoft.weights import Weights
+from zoft.weights.tensors import Weights
 
 
 class Run:
@@ -63,7 +64,7 @@ class Run:
             {"params": [p for p in self.weights.tensors.values() if p.dim() > 1], "weight_decay": decay},
             {"params": [p for p in self.weights.tensors.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        self.stepper = Stepper(groups, self.method.optimizer, self.session, lr)
+        self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, lr)
         self.queries = Queries(
             self.method,
             self.stepper,

@@ -15,7 +15,7 @@ from tests.faults.damage import STEPS, Damaged, digest, forge_manifest, trainer
 from tests.runs import model_folder
 from zoft.errors import UserError
 from zoft.journal import snapshot
-from zoft.models.load import load_model, load_tokenizer
+from zoft.lm.models.load import load_model, load_tokenizer
 
 NAMES = (
     "pytorch_model.bin",

@@ -137,7 +137,7 @@ def _(place: Place) -> str:
 def _(place: Place) -> str:
     processes.folder_goes_away(place.zygote, place.folder)
     return "taken away: one line, code 2; not writable: " + covered(
-        "tests/unit/test_folder.py::test_not_writable_is_refused"
+        "tests/unit/run/test_folder.py::test_not_writable_is_refused"
     )
 
 
@@ -165,7 +165,7 @@ def _(place: Place) -> str:
 def _(_: Place) -> str:
     return covered("tests/faults/test_damage.py::test_another_run_is_refused_with_what_differs",
                  "tests/faults/test_damage.py::test_budget_logging_and_learning_rate_may_change",
-                 "tests/unit/test_folder.py")  # fmt: skip
+                 "tests/unit/run/test_folder.py")  # fmt: skip
 
 
 @check("13", "two processes, one output_dir; a killed one's lock", "second refused; lock reclaimed")
@@ -225,12 +225,12 @@ def _(_: Place) -> str:
 
 @check("19", "noise of tensors of one shape; any sharding", "\\|corr\\| < 0.01; the same bits")
 def _(_: Place) -> str:
-    return covered("tests/unit/test_noise.py") + "; on a GPU: not covered here"
+    return covered("tests/unit/noise/test_noise.py") + "; on a GPU: not covered here"
 
 
 @check("20", "global random states; order of the data", "untouched by a step; independent of the estimator")
 def _(_: Place) -> str:
-    file = "tests/unit/test_trainer.py::"
+    file = "tests/unit/trainer/test_trainer.py::"
     return covered(
         file + "test_global_random_states_are_left_alone", file + "test_the_order_of_the_rows_follows_the_seed_alone"
     )
@@ -250,9 +250,12 @@ def _(place: Place) -> str:
 
 @check("23", "nothing trainable; eps below the dtype's resolution", "error before step 1")
 def _(_: Place) -> str:
-    file = "tests/unit/test_trainer.py::"
-    return covered(file + "test_nothing_trainable_is_refused", file + "test_eps_below_bfloat16_is_refused",
-                 "tests/unit/test_weights.py::test_eps_below_the_dtype_is_refused_and_the_advice_works")  # fmt: skip
+    file = "tests/unit/trainer/test_trainer.py::"
+    return covered(
+        file + "test_nothing_trainable_is_refused",
+        file + "test_eps_below_bfloat16_is_refused",
+        "tests/unit/weights/test_tensors.py::test_eps_below_the_dtype_is_refused_and_the_advice_works",
+    )
 
 
 @check("24", "10⁴ steps", "resident memory grows < 1 %; open files constant")
@@ -283,7 +286,7 @@ def _(_: Place) -> str:
     "26", "hostile data files: bombs, lines of 1 GiB, depth, encodings, templates", "file:line message, bounded memory"
 )
 def _(_: Place) -> str:
-    return covered("tests/unit/test_data_files.py", "tests/unit/test_data_encoding.py")
+    return covered("tests/unit/lm/data/test_files.py", "tests/unit/lm/data/test_encoding.py")
 
 
 @check("27", "pickles in every loadable name, auto_map, _target_, header bombs", "0 executions")

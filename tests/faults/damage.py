@@ -16,8 +16,9 @@ import torch
 from tests import models
 from zoft import ZOConfig, ZOTrainer
 from zoft.errors import UserError
-from zoft.journal import journal, snapshot
-from zoft.weights import Weights
+from zoft.journal import file as journal
+from zoft.journal import snapshot
+from zoft.weights.tensors import Weights
 
 STEPS, EVERY = 12, 4
 PARTS = ("estimator", "optimizer", "engine", "callbacks", "eval_dataset", "compute_metrics")

@@ -15,15 +15,15 @@ def die() -> None:
 
 def count_steps(file: str) -> None:
     """Write the number of steps whose weights are written into a file, as eight bytes."""
-    from zoft.stepper import Stepper
+    from zoft.step.update import ZOOptimizer
 
-    step, opened = Stepper.step, os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
+    step, opened = ZOOptimizer.step, os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
 
     def counted(self: Any, closure: Any = None) -> None:
         step(self, closure)
         os.pwrite(opened, self.progress.steps.to_bytes(8, "little"), 0)
 
-    Stepper.step = counted  # type: ignore[method-assign]
+    ZOOptimizer.step = counted  # type: ignore[method-assign]
 
 
 def steps_counted(file: Path) -> int:
@@ -36,9 +36,9 @@ def die_in_query(count: int, told: str) -> None:
 
     Whether the weights stand away from where the step began is left in the file ``told``.
     """
-    from zoft.queries import Queries
-    from zoft.trainer import ZOMixin
-    from zoft.weights import Weights
+    from zoft.step.query import Queries
+    from zoft.trainer.trainer import ZOMixin
+    from zoft.weights.tensors import Weights
 
     compute, ask = ZOMixin.compute_loss, Queries.__call__
     asked: dict[str, Any] = {"count": 0, "inside": False, "clean": None}
@@ -75,7 +75,7 @@ def die_in_save(count: int, told: str, save: int = 1) -> None:
     """
     import transformers.modeling_utils as modeling
 
-    from zoft.trainer import ZOMixin
+    from zoft.trainer.trainer import ZOMixin
 
     state = {"saves": 0, "points": 0, "inside": False}
 
@@ -131,7 +131,7 @@ def signal_in_query(step: int, numbers: list[int], seconds: float = 0.0) -> None
     """Send this process signals in the middle of a step, which then takes so long."""
     import time
 
-    from zoft.trainer import ZOMixin
+    from zoft.trainer.trainer import ZOMixin
 
     compute, sent = ZOMixin.compute_loss, []
 
@@ -152,9 +152,9 @@ def flip_weight(rank: int, step: int) -> None:
     """After so many steps, one bit of one weight of one process is another: a faulty memory."""
     import torch
 
-    from zoft.stepper import Stepper
+    from zoft.step.update import ZOOptimizer
 
-    write = Stepper.step
+    write = ZOOptimizer.step
 
     def flipped(self: Any, closure: Any = None) -> None:
         write(self, closure)
@@ -163,14 +163,14 @@ def flip_weight(rank: int, step: int) -> None:
             with torch.no_grad():
                 weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
-    Stepper.step = flipped  # type: ignore[method-assign]
+    ZOOptimizer.step = flipped  # type: ignore[method-assign]
 
 
 def report_memory(file: str, every: int) -> None:
     """Write resident memory (KiB) and open files every so many steps, one line each."""
-    from zoft.stepper import Stepper
+    from zoft.step.update import ZOOptimizer
 
-    write, opened = Stepper.step, Path(file).open("w")  # noqa: SIM115  # as long as the process lives
+    write, opened = ZOOptimizer.step, Path(file).open("w")  # noqa: SIM115  # as long as the process lives
 
     def told(self: Any, closure: Any = None) -> None:
         write(self, closure)
@@ -180,4 +180,4 @@ def report_memory(file: str, every: int) -> None:
             opened.write(f"{self.progress.steps} {pages * os.sysconf('SC_PAGE_SIZE') // 1024} {files}\n")
             opened.flush()
 
-    Stepper.step = told  # type: ignore[method-assign]
+    ZOOptimizer.step = told  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from typing import Any
 from tests.faults.injected import steps_counted
 from tests.faults.zygote import Run, Zygote
 from tests.runs import arguments, report
-from zoft.journal import journal
+from zoft.journal import file as journal
 
 VARIANTS: dict[str, list[str]] = {
     "float32": [],

@@ -30,7 +30,7 @@ def main(count: int) -> None:
     """Try so many, and print what was found as JSON."""
     from zoft.config import compose, resolved_yaml
     from zoft.errors import UserError
-    from zoft.folder import _lines
+    from zoft.run.folder import _lines
 
     generator, values = random.Random(0), {}
     for key, line in _lines(resolved_yaml(compose([]))):

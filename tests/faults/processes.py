@@ -18,7 +18,8 @@ from tests.faults.injected import steps_counted
 from tests.faults.kills import Outcome, started, whole, words
 from tests.faults.zygote import Run, Zygote
 from tests.runs import report
-from zoft.journal import journal, snapshot
+from zoft.journal import file as journal
+from zoft.journal import snapshot
 
 
 def _ends(run: Run, *codes: int) -> Run:

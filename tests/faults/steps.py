@@ -17,7 +17,7 @@ from zoft import ZOTrainer
 from zoft.errors import NonFiniteLossError
 from zoft.estimators.central import Central
 from zoft.estimators.one_sided import OneSided
-from zoft.journal import journal
+from zoft.journal import file as journal
 
 DIRECTIONS = 3
 WHERE: dict[str, tuple[Any, list[int]]] = {
@@ -182,9 +182,9 @@ def downhill(seeds: int, size: int = 32, steps: int = 40) -> float:
     from torch import nn
 
     from zoft.component import create
-    from zoft.method import Method
-    from zoft.stepper import Stepper
-    from zoft.weights import Weights
+    from zoft.step.method import Method
+    from zoft.step.update import ZOOptimizer
+    from zoft.weights.tensors import Weights
 
     fell = 0
     for seed in range(seeds):
@@ -194,7 +194,7 @@ def downhill(seeds: int, size: int = 32, steps: int = 40) -> float:
         session = create("engine", "layerwise", "layerwise").bind(
             model, method.bind(Weights(model)), lambda batch, of=model: of(batch).square().sum() / 2
         )
-        stepper = Stepper([{"params": [model.weight], "weight_decay": 0.0}], method.optimizer, session, 1e-2)
+        stepper = ZOOptimizer([{"params": [model.weight], "weight_decay": 0.0}], method.optimizer, session, 1e-2)
         first = float(model.weight.detach().square().sum())
         for step in range(steps):
             directions = estimator.directions(seed, step)

@@ -10,7 +10,7 @@ from tests.faults import damage
 from tests.runs import arguments, report
 from zoft.config import compose
 from zoft.errors import UserError
-from zoft.run import run
+from zoft.run.train import run
 
 
 def test_fault_20_every_held_out_row_counts(tmp_path: Path):

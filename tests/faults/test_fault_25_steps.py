@@ -13,8 +13,8 @@ from tests.runs import arguments, report, zoft
 from zoft.config import compose
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.central import Central
-from zoft.journal import journal
-from zoft.run import run
+from zoft.journal import file as journal
+from zoft.run.train import run
 
 
 @pytest.mark.parametrize(("dtype", "rate"), [("float32", 1e38), ("bfloat16", 1e38), ("float16", 1e6)])

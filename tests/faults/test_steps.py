@@ -9,7 +9,7 @@ import pytest
 from tests.faults import steps
 
 
-@pytest.mark.parametrize(("where", "number"), [("clean", 0), ("all", 2)])  # more in tests/unit/test_trainer.py
+@pytest.mark.parametrize(("where", "number"), [("clean", 0), ("all", 2)])  # more in tests/unit/trainer/test_trainer.py
 def test_a_step_without_numbers_leaves_the_weights(where: str, number: int, tmp_path: Path):
     steps.bad_losses(tmp_path, where, steps.VALUES[number], (0, 1, 3)[number])
 

@@ -115,14 +115,14 @@ LOADED = (
     "transformers.models.llama.modeling_llama",
     "zoft.cli.train",
     "zoft.config.loader",
-    "zoft.evaluation.metrics",
-    "zoft.interrupt",
-    "zoft.replaying",
+    "zoft.lm.metrics.metrics",
+    "zoft.trainer.signals",
+    "zoft.run.replay",
     "zoft.report.console",
     "zoft.report.plots",
     "zoft.report.report",
-    "zoft.run",
-    "zoft.trainer",
+    "zoft.run.train",
+    "zoft.trainer.trainer",
 )
 """What a run needs, and would otherwise load in every process."""
 

@@ -49,8 +49,8 @@ def dataset(model: Any, *, unequal: bool) -> list[dict[str, Any]]:
 def train(case: str, folder: Path, *, rank: int, world: int) -> dict[str, Any]:
     """One training of 8 rows a step, divided among the processes; rank 1 begins with other weights."""
     from zoft import ZOConfig, ZOTrainer
-    from zoft.interrupt import StopOnInterrupt
-    from zoft.weights import Weights
+    from zoft.trainer.signals import StopOnInterrupt
+    from zoft.weights.tensors import Weights
 
     given = dict(CASES[case])
     build = models.EVERY[given.pop("family", "llama")]

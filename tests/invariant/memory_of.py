@@ -14,8 +14,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from zoft.component import create
 from zoft.estimators.central import Central
-from zoft.stepper import Stepper
-from zoft.weights import Weights
+from zoft.step.update import ZOOptimizer
+from zoft.weights.tensors import Weights
 
 ROWS, TOKENS = 16, 128
 
@@ -66,7 +66,7 @@ def use(name: str, model: Any, q: int) -> Callable[[], None]:
     def steps() -> None:
         estimator = Central(num_directions=q)
         session = bind(name, model, lambda inputs: objective(model, inputs))
-        stepper = Stepper([{"params": list(model.parameters())}], create("optimizer", "sgd", "sgd"), session, 1e-6)
+        stepper = ZOOptimizer([{"params": list(model.parameters())}], create("optimizer", "sgd", "sgd"), session, 1e-6)
         for step in range(3 if q == 1 else 1):
             directions = estimator.directions(0, step)
             losses = session.losses_before_update(batch, estimator.points(directions))

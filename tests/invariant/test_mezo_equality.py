@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from zoft import ZOConfig, ZOTrainer
-from zoft.data.tokens import OptionCollator, encode
 from zoft.estimators.central import Central
-from zoft.tasks.sst2 import SST2
+from zoft.lm.data.tokens import OptionCollator, encode
+from zoft.lm.tasks.sst2 import SST2
 
 HERE = Path(__file__).parents[1] / "assets" / "mezo_trajectory"
 EPS, LR = 1e-3, 1e-4
@@ -195,7 +195,7 @@ def test_the_trajectory_is_the_recorded_one(zoft_run):
 
 def test_the_recorded_rows_come_out_of_the_task_the_tokenizer_and_the_collator(tmp_path):
     """Reachable by a user: local files -> task sst2 -> encode -> OptionCollator gives the tensors MeZO trained on."""
-    from zoft.models.load import load_tokenizer
+    from zoft.lm.models.load import load_tokenizer
 
     rows = json.loads((HERE / "rows.json").read_text())["sst2"]
     for split in ("train", "validation"):

@@ -15,7 +15,7 @@ import torch
 from tests.invariant import in_processes
 from tests.runs import arguments, environment, report
 from zoft.config import compose
-from zoft.run import run
+from zoft.run.train import run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

@@ -18,8 +18,8 @@ from zoft.report.trackers import close_trackers
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
-    from zoft.engines.frozen_prefix import FrozenPrefix
-    from zoft.trainer import ZOTrainer
+    from zoft.engines._frozen_prefix import FrozenPrefix
+    from zoft.trainer.trainer import ZOTrainer
 
 DIAGNOSED = ("cosine", "cosine_by_chance", "norm_ratio", "snr", "gram_effective_rank", "fd_error_at_eps")
 """What a row keeps of a run's diagnostics, where the bench's base asks for them (``diagnostics=full``)."""
@@ -36,7 +36,7 @@ class Shared:
 
     def of(self, cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
         """(tokenizer, rows) of a run."""
-        from zoft.run import load_rows
+        from zoft.run.build import load_rows
 
         key = repr((cfg.task, cfg.model, cfg.objective, cfg.estimator.noise))  # MeZO's own noise: its own tokens too
         if key != self.key:
@@ -92,7 +92,7 @@ def run_cell(plan: Plan, cell: Cell, work: Path, shared: Shared) -> Row:
 
 def _evaluated(plan: Plan, cell: Cell, work: Path) -> Row:
     from zoft.config import compose
-    from zoft.evaluating import Request, evaluate
+    from zoft.evaluation.evaluate import Request, evaluate
 
     shown = plan.demonstrations if cell.method == "icl" else None
     facts = evaluate(compose(plan.shared_arguments(cell)), Request(mode=cell.method, k=shown, output_dir=str(work)))
@@ -101,14 +101,15 @@ def _evaluated(plan: Plan, cell: Cell, work: Path) -> Row:
 
 
 def _trained(plan: Plan, arguments: list[str], work: Path, shared: Shared) -> Row:
-    from zoft import forms
     from zoft.config import compose
+    from zoft.lm import formats
     from zoft.report.memory import PeakMemory
-    from zoft.run import known_steps, load_model_of
+    from zoft.run.build import load_model_of
+    from zoft.run.train import known_steps
 
     cfg = compose([*arguments, f"output_dir={work}"])
     tokenizer, rows = shared.of(cfg)
-    metric = forms.reported(forms.form_of_row(rows["test"][0]), cfg.task)
+    metric = formats.reported(formats.format_of_row(rows["test"][0]), cfg.task)
     steps = cfg.composition.steps_within(plan.queries)
     trainer = _trainer(cfg, plan, metric, steps, tokenizer, rows, load_model_of(cfg))
     trainer.create_optimizer()
@@ -149,7 +150,8 @@ def _trainer(
     cfg: ZoftConfig, plan: Plan, metric: str, steps: int, tokenizer: Any, rows: dict[str, list[Any]], model: Any
 ) -> ZOTrainer:
     """A trainer as `zoft train` makes it, that evaluates and saves at the plan's points and keeps the best."""
-    from zoft.run import arguments_of, keep_reference, make_trainer
+    from zoft.run.build import arguments_of, make_trainer
+    from zoft.run.train import keep_reference
 
     select = "loss" if plan.select == "loss" else metric
     cfg.trainer |= {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from zoft.bench.ledger import Row
-from zoft.bench.plan import Cell, Plan
+from zoft.bench.plan import Cell, Plan, RateSearch
 
 Point = dict[str, float]
 
@@ -39,19 +38,6 @@ def best_point(row: Row, select: str) -> Point | None:
         return None
     best: Point = min(points, key=lambda point: dev_score(point, row["metric"], select))
     return best
-
-
-@dataclass(frozen=True)
-class RateSearch:
-    """How far the search for a method's learning rate on one task and prompt has come.
-
-    Args:
-        factors: of the learning rate, tried or to be tried, ascending.
-        chosen: the one with the best dev score under the first seed; None while cells are missing, and where all break.
-    """
-
-    factors: tuple[float, ...]
-    chosen: float | None
 
 
 def rate_searches(plan: Plan, rows: Mapping[Cell, Row]) -> dict[tuple[str, str, str], RateSearch]:

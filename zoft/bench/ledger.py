@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from zoft import atomic
 from zoft.bench.claims import Claim, claimed, holder
 from zoft.bench.plan import Cell
 from zoft.errors import UserError
+from zoft.utils.files import write_atomically
 
 ROWS, WORK, FAILED = "cells", "work", "failed"
 Row = dict[str, Any]
@@ -60,7 +60,7 @@ class Ledger:
         """Keep a finished cell."""
         file = self._file(cell)
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(file, json.dumps(row, indent=1) + "\n")
+        write_atomically(file, json.dumps(row, indent=1) + "\n")
 
     def has(self, cell: Cell) -> bool:
         """Whether a cell is finished."""
@@ -74,7 +74,7 @@ class Ledger:
         """Say why a cell could not be carried out; nobody tries it again until the bench is started anew."""
         file = self.folder / FAILED / f"{cell.name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(file, why.rstrip() + "\n")
+        write_atomically(file, why.rstrip() + "\n")
 
     def failures(self, cells: Iterable[Cell]) -> dict[Cell, str]:
         """Those of the cells that could not be carried out, and why."""

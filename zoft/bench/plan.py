@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from zoft.bench.choosing import RateSearch
 
 MODES = ("zero_shot", "icl", "calibrated", "linear_probe")
 """References that are evaluations and not runs: modes of `zoft eval`."""
@@ -178,3 +174,16 @@ class Plan:
 
 FIELDS = tuple(f.name for f in dataclasses.fields(Plan) if f.name not in ("about", "digests", "unfit"))
 """Keys of a bench's file, and of its command line."""
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """How far the search for a method's learning rate on one task and prompt has come.
+
+    Args:
+        factors: of the learning rate, tried or to be tried, ascending.
+        chosen: the one with the best dev score under the first seed; None while cells are missing, and where all break.
+    """
+
+    factors: tuple[float, ...]
+    chosen: float | None

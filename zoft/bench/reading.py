@@ -83,7 +83,7 @@ def fill_in(plan: Plan) -> None:
         UserError: what `zoft train` would say, and of which part of the bench.
     """
     from zoft.config import compose
-    from zoft.evaluating import SERVES
+    from zoft.evaluation.evaluate import SERVES
 
     if not plan.tasks:
         plan.tasks = {compose(plan.base).task.name(): []}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, median
 
-from zoft.bench.choosing import Point, RateSearch, badness, best_point, rate_searches, score
+from zoft.bench.choosing import Point, badness, best_point, rate_searches, score
 from zoft.bench.ledger import Row
-from zoft.bench.plan import Cell, Plan
-from zoft.evaluation.intervals import mean_of_seeds
+from zoft.bench.plan import Cell, Plan, RateSearch
+from zoft.lm.metrics.intervals import mean_of_seeds
 
 Group = tuple[str, str]
 """(task, prompt)."""

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from zoft import atomic
 from zoft.bench.choosing import best_point
 from zoft.bench.ledger import Row
 from zoft.bench.plan import MODES, Cell, Plan
 from zoft.bench.results import Result, Results, agreement, interval
-from zoft.evaluation.intervals import wilson
+from zoft.lm.metrics.intervals import wilson
+from zoft.utils.files import write_atomically
 
 TABLE, ROWS = "bench.md", "bench.csv"
 _COLUMNS = (
@@ -38,8 +38,8 @@ def write(plan: Plan, rows: Mapping[Cell, Row]) -> str:
     folder = Path(plan.output_dir)
     text = markdown(plan, Results(plan, rows))
     folder.mkdir(parents=True, exist_ok=True)
-    atomic.write(folder / TABLE, text + "\n")
-    atomic.write(folder / ROWS, _csv(plan, rows))
+    write_atomically(folder / TABLE, text + "\n")
+    write_atomically(folder / ROWS, _csv(plan, rows))
     return text
 
 

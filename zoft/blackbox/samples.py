@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoft.blackbox.engine import check_method
+from zoft.blackbox.session import check_method
 from zoft.blackbox.space import VECTOR, Space
 from zoft.estimators.base import Estimator
-from zoft.lazy import torch
-from zoft.method import Method
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
+from zoft.step.method import Method
 from zoft.subspaces.base import Subspace
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

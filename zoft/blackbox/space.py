@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoft.blackbox.box import Box
+from zoft.blackbox.bounds import Box
 from zoft.errors import UserError
-from zoft.lazy import torch
-from zoft.weights import Weights
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class Space:
     Args:
         x0: where the search begins: an array or tensor of floats of any shape, a sequence of numbers (then float64), or
             a dict of these.
-        bounds: see :class:`zoft.blackbox.box.Box`.
+        bounds: see :class:`zoft.blackbox.bounds.Box`.
         bounds_by: ``projection`` or ``reparameterize``.
         scale: by how much x moves when u moves by one: a number, or an array (a dict of them) like x0; > 0.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from zoft.blackbox.engine import Ask, FunctionSession, check_method
+from zoft.blackbox.session import Ask, FunctionSession, check_method
 from zoft.blackbox.space import Space
 from zoft.estimators.base import Estimator, FiniteDifference
-from zoft.lazy import torch
-from zoft.method import Method
-from zoft.queries import Asked, Queries
-from zoft.stepper import Stepper
+from zoft.step.method import Method
+from zoft.step.query import Asked, Queries
+from zoft.step.update import ZOOptimizer
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class Walk:
         self.session = FunctionSession(space, coordinates, ask)
         rule = method.optimizer
         groups = [{"params": list(self.tensors.values()), "weight_decay": rule.weight_decay or 0.0}]
-        self.stepper = Stepper(groups, rule, self.session, 0.0)
+        self.stepper = ZOOptimizer(groups, rule, self.session, 0.0)
         self.queries = Queries(method, self.stepper)
         self.stepper.progress.steps = first_step
 

@@ -20,10 +20,10 @@ def command(arguments: list[str]) -> int:
         if flag != "--json":
             near = did_you_mean(flag, ("--json", "--help"))
             raise UserError(f"zoft attack has no flag {flag!r}.{near} See zoft attack --help")
-    from zoft.blackbox.attack.settings import AttackSettings
+    from zoft.attack.settings import AttackSettings
 
     settings = AttackSettings.of([argument for argument in arguments if argument not in flags]).resolved()
-    from zoft.blackbox.attack.report import carry_out
+    from zoft.attack.report import carry_out
 
     results = carry_out(settings, progress=_progress)
     if flags:

@@ -57,9 +57,9 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    from zoft.data import repeats
-    from zoft.data.preview import preview
-    from zoft.models.load import load_tokenizer
+    from zoft.lm.data import repeats
+    from zoft.lm.data.preview import preview
+    from zoft.lm.models.load import load_tokenizer
 
     task: Any = cfg.task
     with _noted() as notes:
@@ -115,22 +115,22 @@ def _way(cfg: Any, examples: Any, tokenizer: Any) -> tuple[Any, str, str | None]
 
     An objective that does not fit shows the rows as the one would see them that they are trained on by default.
     """
-    from zoft import forms
-    from zoft.data.preview import Way
+    from zoft.lm import formats
+    from zoft.lm.data.preview import Way
 
-    task, objective, refusal = cfg.task, forms.settled(cfg.task, examples, cfg.objective), None
-    form = forms.nearest_form(task, examples, objective)
+    task, objective, refusal = cfg.task, formats.settled(cfg.task, examples, cfg.objective), None
+    form = formats.nearest_format(task, examples, objective)
     try:
-        forms.require_fit(task, form, objective)
+        formats.require_fit(task, form, objective)
     except UserError as error:
         refusal = str(error)
-        objective = forms.scorer_of(task, examples, objective)
-    room = forms.room_of(task, objective)
+        objective = formats.scorer_of(task, examples, objective)
+    room = formats.room_of(task, objective)
     terms = [term for term, _ in objective.terms()] if hasattr(objective, "terms") else [objective]
     names = {term.name() for term in terms}
     way = Way(
         form,
-        lambda some, length: forms.encode_rows(form, some, tokenizer, length, room),
+        lambda some, length: formats.encode_rows(form, some, tokenizer, length, room),
         task.max_length,
         compares=form == "options" and names != {"cross_entropy"},
         writes=form == "rated" or (form == "generate" and "cross_entropy" not in names),
@@ -282,7 +282,7 @@ def _parsed(arguments: list[str]) -> tuple[list[str], int, bool]:
 
 
 def _width() -> int:
-    from zoft.report.terminal import columns
+    from zoft.report.text import columns
 
     return columns(sys.stdout)
 

@@ -21,7 +21,7 @@ def command(arguments: list[str]) -> int:
     """
     if len(arguments) != 2 or any(word.startswith("-") for word in arguments):
         raise UserError("say which two runs: zoft diff RUN_A RUN_B")
-    from zoft.journal import journal
+    from zoft.journal import file as journal
 
     a, b = (journal.read(journal_of(run)) for run in arguments)
     settings = _differing(a.header.get("settings", {}), b.header.get("settings", {}))

@@ -117,22 +117,22 @@ def package(name: str) -> Check:
 
 def noise(device: torch.device) -> Iterator[Check]:
     """Whether a device's noise is compiled, whether that gives the same bits, and what an element of each law takes."""
-    from zoft import compiled
-    from zoft import noise as noise_
+    from zoft.noise import kernels
+    from zoft.noise import source as noise_
 
-    log = logging.getLogger("zoft.compiled")
+    log = logging.getLogger("zoft.noise.kernels")
     level = log.level
     log.setLevel(logging.ERROR)  # the line below says what the warning would
     try:
         how = noise_.prepare(sys.maxsize, device)  # as for the largest run
     finally:
         log.setLevel(level)
-    title, why = f"noise on {device.type}", compiled.why(device)
+    title, why = f"noise on {device.type}", kernels.why(device)
     state = "ok" if how == "compiled" or os.environ.get("ZOFT_COMPILE") == "never" else "note"
     yield Check(title, state, f"{how}: {why}", {"how": how, "why": why})
-    kernels = compiled.kernels(device)
-    if kernels:
-        same = noise_.agrees(kernels, device, thorough=device.type == "cpu")
+    compiled = kernels.of(device)
+    if compiled:
+        same = noise_.agrees(compiled, device, thorough=device.type == "cpu")
         text = "compiled and eager agree" if same else "compiled and eager noise differ: set ZOFT_COMPILE=never"
         yield Check("  same bits", "ok" if same else "failed", text, {"same": same})
     for law in noise_.LAWS[:2]:
@@ -164,7 +164,8 @@ def _devices() -> list[torch.device]:
 def _nanoseconds(law: str, device: torch.device) -> float:
     import torch
 
-    from zoft.noise import CounterNoise, Direction
+    from zoft.noise.direction import Direction
+    from zoft.noise.source import CounterNoise
 
     source, out = CounterNoise(law, {"w": _ELEMENTS}), torch.zeros(_ELEMENTS, device=device)
 
@@ -196,7 +197,7 @@ def _seconds(work: Callable[[], None], clock: Callable[[], float]) -> float:
 
 
 def _room() -> Iterator[Check]:
-    from zoft.cache import cache_dir
+    from zoft.utils.files import cache_dir
 
     folder = cache_dir()
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

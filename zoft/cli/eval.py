@@ -20,21 +20,21 @@ def command(arguments: list[str]) -> int:
             ``harness_limit=``, ``harness_path=``, ``--json``.
     """
     overrides, asked, as_json = _parsed(arguments)
-    from zoft import evaluating, harness
     from zoft.cli.train import _quiet
     from zoft.config import compose
+    from zoft.evaluation import evaluate, harness
     from zoft.evaluation.harness_tasks import require_harness
 
     _quiet()
     run = asked.get("run", "")
     wanted: Any = _harness_settings(asked, overrides) if "harness" in asked else _settings(asked)
-    place: Any = harness if "harness" in asked else evaluating
-    make = harness.HarnessRequest if "harness" in asked else evaluating.Request
+    place: Any = harness if "harness" in asked else evaluate
+    make = harness.HarnessRequest if "harness" in asked else evaluate.Request
     request = make(**wanted)  # what is wrong with it is said before anything is read
     if "harness" in asked:
         require_harness()
     if run:
-        own = f"config={evaluating.config_of_run(run)}"
+        own = f"config={evaluate.config_of_run(run)}"
         overrides = overrides if any(word.startswith("config=") for word in overrides) else [own, *overrides]
     cfg = compose(overrides)
     given = any(word.startswith("output_dir=") for word in overrides)

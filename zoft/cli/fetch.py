@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoft.cache import cache_dir
-from zoft.data import assets
+from zoft.lm.data import assets
+from zoft.utils.files import cache_dir
 
 
 def command(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from zoft.journal.journal import Contents
+    from zoft.journal.file import Contents
     from zoft.journal.records import Record
 
 _SHOWN = 20  # rows at either end
@@ -28,7 +28,7 @@ def command(arguments: list[str]) -> int:
         raise UserError(f"zoft journal show knows no {flag}.{did_you_mean(flag, ['--json', '--all'])}")
     if words[:1] != ["show"] or len(words) != 2:
         raise UserError("say which run: zoft journal show RUN [--json] [--all]")
-    from zoft.journal import journal
+    from zoft.journal import file as journal
 
     path = journal_of(words[1])
     contents = journal.read(path)
@@ -47,7 +47,7 @@ def journal_of(run: str) -> Path:
     Args:
         run: what the user wrote.
     """
-    from zoft.journal import journal
+    from zoft.journal import file as journal
 
     path = Path(run)
     path = path / journal.NAME if path.is_dir() else path

@@ -15,14 +15,14 @@ def command(arguments: list[str]) -> int:
         arguments: ``RUN [--to STEP] [--output DIR]``.
     """
     run, options = _parsed(arguments)
-    from zoft import folder
+    from zoft.run import folder
 
     config = Path(run) / folder.CONFIG
     if not config.is_file():
         raise UserError(f"{run} holds no {folder.CONFIG}: give the folder of a run of zoft train")
     journal_of(run)
     from zoft.config import compose
-    from zoft.replaying import replay_run
+    from zoft.run.replay import replay_run
 
     told = replay_run(
         compose([f"config={config}"], runs_code=False),

@@ -57,7 +57,7 @@ def command(arguments: list[str]) -> int:
         print(resolved_yaml(cfg), end="")
         return 0
     _require_a_start(overrides)
-    from zoft.run import run
+    from zoft.run.train import run
 
     try:
         run(cfg)
@@ -122,7 +122,7 @@ def run_cell(cfg: ZoftConfig) -> dict[str, Any]:
     Args:
         cfg: the cell.
     """
-    from zoft.run import run
+    from zoft.run.train import run
 
     return dict(run(cfg) or {})
 

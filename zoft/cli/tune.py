@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from zoft.errors import Requeued, UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from zoft.blackbox.tune.evaluation import Evaluation
-    from zoft.blackbox.tune.result import TuneResult
-    from zoft.tuning.search import Tuned
+    from zoft.tuning.evaluation import Evaluation, TuneResult
+    from zoft.tuning.jobs import Tuned
 
 _OWN = ("repeats", "workers", "metric", "direction", "search", "stop_early", "output_dir")
 _SPACE = "space."
@@ -29,10 +28,10 @@ def command(arguments: list[str]) -> int:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in zoft train
     space, own, training = split(arguments)
-    from zoft.blackbox.tune.search import Settings
-    from zoft.blackbox.tune.space import SearchSpace
     from zoft.cli.train import _quiet
-    from zoft.tuning.search import tune_training
+    from zoft.tuning.jobs import tune_training
+    from zoft.tuning.parameters import SearchSpace
+    from zoft.tuning.search import Settings
 
     _quiet()
     metric = own.get("metric", "eval_loss")
@@ -138,8 +137,8 @@ class Progress:
 
     def __call__(self, evaluation: Evaluation, result: TuneResult) -> None:
         """Print it."""
-        from zoft.blackbox.tune.result import told_value
-        from zoft.blackbox.tune.space import told
+        from zoft.tuning.evaluation import told_value
+        from zoft.tuning.parameters import told
 
         if result.num_resumed and not self.told_resumed:
             print(f"resume  {result.num_resumed} points are in the journal")
@@ -158,7 +157,7 @@ def summary(tuned: Tuned, metric: str) -> str:
         tuned: what was found, and where it is.
         metric: what a value is called.
     """
-    from zoft.blackbox.tune.space import told
+    from zoft.tuning.parameters import told
 
     result = tuned.result
     lines = ["", result.table(metric=metric), ""]

@@ -28,9 +28,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from zoft.component import GROUPS, Component, components
 from zoft.config import arguments, experiments
 from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir
-from zoft.config.check import Checker, refuse_code
+from zoft.config.check import Checker, refuse_code, translated
 from zoft.config.foldername import suffix
-from zoft.config.messages import translated
 from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
 

@@ -8,16 +8,16 @@ from typing import Any
 from zoft.engines.base import Engine
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
-from zoft.method import NOTHING_TO_CLIP, Method
-from zoft.models.load import DTYPES
-from zoft.models.peft.base import Peft
-from zoft.models.trainable.base import Trainable
-from zoft.objectives.base import Objective
+from zoft.lm.models.load import DTYPES
+from zoft.lm.models.peft.base import Peft
+from zoft.lm.models.trainable.base import Trainable
+from zoft.lm.objectives.base import Objective
+from zoft.lm.tasks.base import Task
 from zoft.optimizers.base import Optimizer
-from zoft.rounding import ROUNDINGS
+from zoft.step.method import NOTHING_TO_CLIP, Method
 from zoft.subspaces.base import Subspace
-from zoft.tasks.base import Task
 from zoft.weightings.base import Weighting
+from zoft.weights.rounding import ROUNDINGS
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
 TRACKER_MODES = ("online", "offline")

@@ -29,7 +29,7 @@ class CellResult:
     Args:
         name: the swept keys and their values; also its folder's name.
         output_dir: its folder.
-        metrics: what ``zoft.run.run`` returned.
+        metrics: what ``zoft.run.train.run`` returned.
         error: why it failed, or None.
         user_error: whether that is something the user can mend (exit code 2 rather than 1).
     """

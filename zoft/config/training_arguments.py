@@ -48,7 +48,7 @@ def fields() -> dict[str, str]:
     if transformers is not None and transformers.submodule_search_locations:
         source = Path(transformers.submodule_search_locations[0]) / "training_args.py"
         found.update(_fields_of(source, "TrainingArguments"))
-    found.update(_fields_of(Path(__file__).resolve().parent.parent / "arguments.py", "ZOConfig"))
+    found.update(_fields_of(Path(__file__).resolve().parent.parent / "trainer" / "config.py", "ZOConfig"))
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoft.diagnostics.gradient import Gradient, dot
 from zoft.optimizers.base import Estimate, Term
-from zoft.subspaces.base import Coordinates
+from zoft.subspaces.base import BoundSubspace
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Alignment:
 
 
 def alignment(
-    coordinates: Coordinates, terms: Sequence[Term], dense: Gradient | None = None, gradient: Gradient | None = None
+    coordinates: BoundSubspace, terms: Sequence[Term], dense: Gradient | None = None, gradient: Gradient | None = None
 ) -> Alignment:
     """Compare the estimate in the weights with the gradient, one tensor at a time.
 
@@ -60,7 +60,7 @@ def alignment(
     return Alignment(math.sqrt(squares), length, product / both if both else math.nan)
 
 
-def lifted(coordinates: Coordinates, name: str, terms: Sequence[Term], dense: Tensor | None = None) -> Tensor | None:
+def lifted(coordinates: BoundSubspace, name: str, terms: Sequence[Term], dense: Tensor | None = None) -> Tensor | None:
     """The estimate in the weights of one tensor, made as a step is written: None where it does not move.
 
     Args:

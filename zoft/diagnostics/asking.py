@@ -12,10 +12,10 @@ from torch import Tensor
 
 from zoft.diagnostics.bystander import Bystander
 from zoft.errors import UserError
-from zoft.noise import Direction, step_seed
+from zoft.noise.direction import Direction, step_seed
 from zoft.optimizers.base import Term
 from zoft.optimizers.sgd import SGD
-from zoft.queries import Asked, Queries
+from zoft.step.query import Asked, Queries
 
 if TYPE_CHECKING:
     from zoft.estimators.base import Estimator
@@ -63,7 +63,7 @@ class Asking:
 
     def __post_init__(self) -> None:
         method = self.queries.method
-        if method.optimizer.trials:
+        if method.optimizer.line_search:
             method = replace(method, optimizer=SGD())  # the estimate is wanted, not how far the step goes
         given = {one.name: getattr(self.queries, one.name) for one in fields(Queries)}
         examples = list(self.queries.examples(self.batch)) if self.estimator.per_example else []
@@ -116,7 +116,7 @@ def further(own: Sequence[Direction], count: int, noise: str, *, given: bool) ->
     Args:
         own: the step's, by their probes.
         count: how many are wanted.
-        noise: where they come from, one of :data:`zoft.noise.SOURCES`.
+        noise: where they come from, one of :data:`zoft.noise.source.SOURCES`.
         given: whether the steps have seeds of their own (``direction_seeds``).
     """
     first, more = own[0], []
@@ -126,5 +126,5 @@ def further(own: Sequence[Direction], count: int, noise: str, *, given: bool) ->
         elif noise == "torch_sequential":  # that source is seeded by the direction's seed alone
             more.append(Direction(first.seed + probe, first.step, probe))
         else:
-            more.append(replace(first, probe=probe))
+            more.append(replace(first, index=probe))
     return [*own, *more]

@@ -15,10 +15,10 @@ from zoft.engines.base import Backward, Objective, Session
 from zoft.engines.forward_mode import ForwardMode
 from zoft.engines.layerwise import Layerwise
 from zoft.estimators.base import Point
-from zoft.laws import Derived, Orthogonal
-from zoft.method import BACKWARD
-from zoft.noise import NoiseSource
-from zoft.subspaces.base import Coordinates
+from zoft.noise.joint import Orthogonal, Transformed
+from zoft.noise.source import NoiseSource
+from zoft.step.method import BACKWARD
+from zoft.subspaces.base import BoundSubspace
 
 
 class Bystander(Session):
@@ -34,7 +34,7 @@ class Bystander(Session):
 
     Example:
         >>> from zoft.subspaces.full import Full
-        >>> from zoft.weights import Weights
+        >>> from zoft.weights.tensors import Weights
         >>> layer = nn.Linear(2, 1)
         >>> session = Bystander(layer, Full().bind(Weights(layer)), lambda x: layer(x).square().mean())
         >>> batch = torch.ones(1, 2)
@@ -43,7 +43,7 @@ class Bystander(Session):
         (True, 1)
     """
 
-    def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> None:
         super().__init__(model, coordinates, objective)
         self.num_queries = 0
         self._losses = Layerwise().bind(model, coordinates, objective)
@@ -86,7 +86,7 @@ class Bystander(Session):
         """The run keeps its own."""
 
 
-def mirrored(coordinates: Coordinates, num_directions: int) -> Coordinates:
+def mirrored(coordinates: BoundSubspace, num_directions: int) -> BoundSubspace:
     """The same subspace and the same directions, with a cache of its own.
 
     Args:
@@ -101,7 +101,7 @@ def mirrored(coordinates: Coordinates, num_directions: int) -> Coordinates:
 
 def _with_more(source: NoiseSource, num_directions: int) -> NoiseSource:
     """A source whose orthogonal directions go on behind the run's: each depends on those before it alone."""
-    if not isinstance(source, Derived):
+    if not isinstance(source, Transformed):
         return source
     other = copy.copy(source)
     other.inner = _with_more(source.inner, num_directions)

@@ -15,11 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from zoft.diagnostics.measurement import Measurement, Wanted
 from zoft.diagnostics.record import Record, read_rows, read_tables
 from zoft.errors import UserError
-from zoft.objectives._served import no_trials
-from zoft.random_state import global_random_state_kept
+from zoft.lm.logits.support import no_trials
+from zoft.utils.random_state import global_random_state_kept
 
 if TYPE_CHECKING:
-    from zoft.trainer import ZOMixin
+    from zoft.trainer.trainer import ZOMixin
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class DiagnosticsCallback(TrainerCallback):
     ) -> None:
         """Draw the picture."""
         if self.draw and self.record is not None:
-            from zoft.report.diagnostics import draw_diagnostics
+            from zoft.diagnostics.picture import draw_diagnostics
 
             folder = self.record.folder
             draw_diagnostics(folder, read_rows(folder), read_tables(folder))

@@ -31,7 +31,7 @@ def gradient_of(session: Session, parts: Iterable[tuple[Any, float]]) -> Gradien
 
     Example:
         >>> from zoft.subspaces.full import Full
-        >>> from zoft.weights import Weights
+        >>> from zoft.weights.tensors import Weights
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> bound = Session(layer, Full().bind(Weights(layer)), lambda x: layer(x).sum())
         >>> gradient_of(bound, [(torch.tensor([[1.0, 2.0]]), 0.5)])

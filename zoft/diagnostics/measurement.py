@@ -16,15 +16,15 @@ from zoft.diagnostics.probes import gram_summary, normalised, signal, true_slope
 from zoft.diagnostics.radius import exact_slopes, radius_table
 from zoft.diagnostics.variance import Law, variance_table
 from zoft.errors import OutOfMemoryError, UserError
-from zoft.guards import Halving
-from zoft.method import memory_of
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
 from zoft.report.backprop import backprop_parts_mb, model_shape
-from zoft.subspaces.base import Coordinates
+from zoft.step.method import memory_of
+from zoft.subspaces.base import BoundSubspace
 from zoft.subspaces.full import Full
+from zoft.trainer.batch_splitter import BatchSplitter
 
 if TYPE_CHECKING:
-    from zoft.trainer import ZOMixin
+    from zoft.trainer.trainer import ZOMixin
 
 _MOST = 64  # directions whose inner products are taken at once
 _ALONG = 2  # directions along which eps varies
@@ -106,7 +106,7 @@ class Measurement:
             self._note("backpropagation does not fit in memory: no true gradient")
             return None
         try:
-            return Halving()(self._gradient_over, self.batch)
+            return BatchSplitter()(self._gradient_over, self.batch)
         except OutOfMemoryError:
             self._note("backpropagation does not fit in memory: no true gradient")
         except UserError as error:
@@ -165,7 +165,7 @@ class Measurement:
         estimator = self.estimator
         return not estimator.backpropagates and not estimator.batches_at(self.trainer.progress.steps - 1)
 
-    def _num_probes(self, coordinates: Coordinates, direction: Direction) -> int:
+    def _num_probes(self, coordinates: BoundSubspace, direction: Direction) -> int:
         """A multiple of the step's own q; as many as wanted, as exist, and as are asked at once."""
         q, wanted = self.estimator.num_directions, self.wanted.num_probes
         if not self._probes_tell:

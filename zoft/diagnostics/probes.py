@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from zoft.diagnostics.gradient import Gradient, dot
-from zoft.noise import Direction
-from zoft.subspaces.base import Coordinates
+from zoft.noise.direction import Direction
+from zoft.subspaces.base import BoundSubspace
 
 
 def signal(slopes: Tensor) -> dict[str, float | None]:
@@ -71,7 +71,7 @@ def normalised(gram: Tensor) -> Tensor:
     return gram * scale[:, None] * scale[None, :]
 
 
-def true_slopes(coordinates: Coordinates, gradient: Gradient, directions: Sequence[Direction]) -> Tensor:
+def true_slopes(coordinates: BoundSubspace, gradient: Gradient, directions: Sequence[Direction]) -> Tensor:
     """<g, z_j> over all weights, from the true gradient: float64 [n]."""
     totals = [0.0] * len(directions)
     for name, part in gradient.items():

@@ -13,7 +13,7 @@ from zoft.engines.base import Session
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator, FiniteDifference, Point
 from zoft.estimators.central import Central
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
 
 
 def exact_slopes(session: Session, batch: Any, directions: Sequence[Direction]) -> Tensor | None:

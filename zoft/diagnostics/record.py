@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zoft import atomic
-from zoft.report.words import finite
+from zoft.report.text import finite
+from zoft.utils.files import write_atomically
 
 CSV, JSON = "diagnostics.csv", "diagnostics.json"
 
@@ -54,7 +54,7 @@ class Record:
         last = kept[-1] if kept else {}
         self.num_queries = int(last.get("diagnostics_queries") or 0)
         self.seconds = float(last.get("diagnostics_seconds") or 0.0)
-        atomic.write(folder / CSV, _line(COLUMNS) + "".join(_line([row[name] for name in COLUMNS]) for row in kept))
+        write_atomically(folder / CSV, _line(COLUMNS) + "".join(_line([row[name] for name in COLUMNS]) for row in kept))
         tables = read_tables(folder)
         if tables.get("step", 0) > past:
             (folder / JSON).unlink()
@@ -76,7 +76,7 @@ class Record:
         with open(self.folder / CSV, "a", encoding="utf-8", newline="") as file:
             file.write(_line([_cell(row.get(name)) for name in COLUMNS]))
         text = json.dumps(finite(tables | total | {"notes": self.notes}), indent=1, allow_nan=False)
-        atomic.write(self.folder / JSON, text + "\n")
+        write_atomically(self.folder / JSON, text + "\n")
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
 from zoft.optimizers.base import Term
 
 Make = Callable[[Sequence[Direction]], "list[Term] | None"]

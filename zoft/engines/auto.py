@@ -11,8 +11,8 @@ from zoft.engines.in_place import InPlace
 from zoft.engines.layerwise import Layerwise
 from zoft.engines.side_path import SidePath
 from zoft.estimators.base import Estimator
-from zoft.noise import Direction
-from zoft.subspaces.base import Coordinates
+from zoft.noise.direction import Direction
+from zoft.subspaces.base import BoundSubspace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ class Auto(Engine):
     5 % of the model or less moves (adapters, norms), and layerwise otherwise.
     """
 
-    def choose(self, estimator: Estimator, coordinates: Coordinates, model: nn.Module) -> Engine:
+    def choose(self, estimator: Estimator, coordinates: BoundSubspace, model: nn.Module) -> Engine:
         """The engine for this estimator, these coordinates and this model."""
         direction = Direction(0, 0)
         if any(point.derivative for point in estimator.points([direction] * estimator.num_directions)):

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from zoft.component import Component
 from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators.base import Estimator, Point
-from zoft.lazy import torch
-from zoft.noise import Direction, prepare
-from zoft.rounding import has_few_bits, round_stochastically
-from zoft.subspaces.base import Coordinates
+from zoft.noise.direction import Direction
+from zoft.noise.source import prepare
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import torch
+from zoft.weights.rounding import has_few_bits, round_stochastically
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,12 +32,12 @@ Backward = Callable[[Callable[[str, "Tensor"], None]], None]
 class Engine(Component):
     """How losses at points are computed."""
 
-    def choose(self, estimator: Estimator, coordinates: Coordinates, model: nn.Module) -> Engine:
+    def choose(self, estimator: Estimator, coordinates: BoundSubspace, model: nn.Module) -> Engine:
         """The engine that serves these: itself, unless it is ``auto``."""
         del estimator, coordinates, model
         return self
 
-    def bind(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> Session:
+    def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> Session:
         """This engine for a model, the coordinates that move in it, and the objective that is queried."""
         raise NotImplementedError
 
@@ -50,7 +51,7 @@ class Session:
         objective: batch -> scalar loss.
     """
 
-    def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> None:
         self.model = model
         self.coordinates = coordinates
         self.weights = coordinates.weights

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from zoft.engines.base import Engine, Objective, Session, memory_errors_say
 from zoft.errors import UserError
 from zoft.estimators.base import Point
-from zoft.lazy import torch
-from zoft.subspaces.base import Coordinates
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +27,7 @@ class ForwardMode(Engine):
     References: Baydin et al. 2022 (Gradients without Backpropagation).
     """
 
-    def bind(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> Session:
+    def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> Session:
         """Duals are made for the length of one pass."""
         return _ForwardModeSession(model, coordinates, objective)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from zoft.engines.base import Engine, Objective, Session, memory_errors_say, refuse_derivatives
 from zoft.errors import UserError
 from zoft.estimators.base import Point
-from zoft.lazy import torch
-from zoft.noise import TorchSequentialNoise
-from zoft.subspaces.base import Coordinates
-from zoft.weights import perturbed
+from zoft.noise.mezo import TorchSequentialNoise
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import perturbed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +38,7 @@ class InPlace(Engine):
         """Refuse an unknown way back."""
         self.require(self.restore in RESTORES, "restore", f"one of {', '.join(RESTORES)}")
 
-    def bind(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> Session:
+    def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> Session:
         """Decide how to come back, once the dtypes are known."""
         low = sorted({str(t.dtype) for t in coordinates.weights.tensors.values() if t.dtype.itemsize < 4})
         restore = self.restore
@@ -84,7 +84,7 @@ class _SubtractSession(Session):
     Each of these is an addition of its own, rounded by itself, so the numbers are those of separate passes (MeZO's).
     """
 
-    def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> None:
         super().__init__(model, coordinates, objective)
         self._here = Point()  # where the weights are
         self._next = Point()  # where the step that is being written leaves them

@@ -12,14 +12,14 @@ from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
+from zoft.engines._lockstep import Lockstep
+from zoft.engines._pieces import LinearCall, Reads, asks_no_values, watching
+from zoft.engines._scratch import Lease, Scratch
+from zoft.engines._step_prefix import StepPrefix
 from zoft.engines.base import Engine, Objective, Session, memory_errors_say, of_example, refuse_derivatives
-from zoft.engines.lockstep import Lockstep
-from zoft.engines.reads import Brought, Reads, asks_no_values, watching
-from zoft.engines.scratch import Lease, Scratch
-from zoft.engines.step_prefix import StepPrefix
 from zoft.estimators.base import Point
-from zoft.lazy import torch
-from zoft.subspaces.base import Coordinates
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Layerwise(Engine):
         """Refuse a negative size."""
         self.require(self.piece_mb >= 0, "piece_mb", "at least 0")
 
-    def bind(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> Session:
+    def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> Session:
         """Hooks are set only while losses are computed."""
         return LayerwiseSession(model, coordinates, objective, self.piece_mb)
 
@@ -79,7 +79,7 @@ class LayerwiseSession(Session):
 
     name = "layerwise"
 
-    def __init__(self, model: nn.Module, coordinates: Coordinates, objective: Objective, piece_mb: int = 0) -> None:
+    def __init__(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective, piece_mb: int = 0) -> None:
         super().__init__(model, coordinates, objective)
         device = next(iter(self.weights.tensors.values())).device
         self.piece_bytes = (piece_mb or (16 if device.type == "cpu" else 256)) << 20
@@ -268,7 +268,7 @@ class LayerwiseSession(Session):
                     direction, name, start, [points[i].scale for i in same], [outs[i] for i in same]
                 )
 
-    def linears(self, name: str, weight: Tensor, brought: Sequence[Brought]) -> list[Tensor] | None:
+    def linears(self, name: str, weight: Tensor, brought: Sequence[LinearCall]) -> list[Tensor] | None:
         """Another way to compute a perturbed linear layer for several forwards, where this engine has one."""
         del name, weight, brought
         return None

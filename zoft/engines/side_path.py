@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from zoft.engines._frozen_prefix import put_back_forward
+from zoft.engines._pieces import LinearCall
 from zoft.engines.base import Engine, Objective, Session
-from zoft.engines.frozen_prefix import put_back_forward
 from zoft.engines.layerwise import LayerwiseSession
-from zoft.engines.reads import Brought
 from zoft.estimators.base import Point
-from zoft.lazy import torch
-from zoft.noise import Direction
-from zoft.subspaces.base import Coordinates
+from zoft.noise.direction import Direction
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,7 +52,7 @@ class SidePath(Engine):
         self.require(self.tokens_in_flight >= 0, "tokens_in_flight", "at least 0")
         self.require(self.piece_mb >= 0, "piece_mb", "at least 0")
 
-    def bind(self, model: nn.Module, coordinates: Coordinates, objective: Objective) -> Session:
+    def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> Session:
         """Hooks are set only while losses are computed."""
         return _SidePathSession(model, coordinates, objective, self.piece_mb, self.tokens_in_flight)
 
@@ -61,7 +61,7 @@ class _SidePathSession(LayerwiseSession):
     name = "side_path"
 
     def __init__(
-        self, model: nn.Module, coordinates: Coordinates, objective: Objective, piece_mb: int, tokens_in_flight: int
+        self, model: nn.Module, coordinates: BoundSubspace, objective: Objective, piece_mb: int, tokens_in_flight: int
     ) -> None:
         super().__init__(model, coordinates, objective, piece_mb)
         device = next(iter(self.weights.tensors.values())).device
@@ -126,7 +126,7 @@ class _SidePathSession(LayerwiseSession):
                 self._factors[direction, name] = self.coordinates.factors(direction, name)
         return self._factors[direction, name]
 
-    def linears(self, name: str, weight: Tensor, brought: Sequence[Brought]) -> list[Tensor] | None:
+    def linears(self, name: str, weight: Tensor, brought: Sequence[LinearCall]) -> list[Tensor] | None:
         """x W^T + s (x V) U^T + b for everybody who is here."""
         directions = [point.direction for _, _, point in brought]
         factors = {d: self._factors_of(d, name) for d in directions if d is not None}

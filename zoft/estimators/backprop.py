@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from zoft.errors import UserError
 from zoft.estimators._backward import check_parts
 from zoft.estimators.base import Estimator, Point
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
 
 if TYPE_CHECKING:
     from torch import Tensor

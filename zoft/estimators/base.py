@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from zoft.component import Component
 from zoft.errors import UserError
-from zoft.laws import ACROSS
-from zoft.noise import SOURCES, Direction
+from zoft.noise.direction import Direction
+from zoft.noise.joint import ACROSS
+from zoft.noise.source import SOURCES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +111,7 @@ class Estimator(Component):
             raise UserError(f"{self.name()}.across={self.across} needs noise=counter: MeZO's own stream is iid")
 
     def check_with(self, method: Any) -> None:
-        """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this estimator."""
+        """Refuse the other parts of a :class:`zoft.step.method.Method` that make no sense with this estimator."""
 
     @property
     def num_queries(self) -> int:

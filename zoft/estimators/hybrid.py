@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from zoft.errors import UserError
 from zoft.estimators._backward import check_parts
 from zoft.estimators.central import Central
-from zoft.weights import layer_of
+from zoft.weights.tensors import layer_of
 
 
 @dataclass

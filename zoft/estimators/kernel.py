@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.estimators.base import FiniteDifference, Point
 from zoft.estimators.central import projected_grad
-from zoft.noise import Direction, key_of
+from zoft.noise.direction import Direction, key_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from zoft.estimators.base import FiniteDifference, Point
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.estimators.base import FiniteDifference, Measured, Point
-from zoft.lazy import torch
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from zoft.estimators.base import FiniteDifference, Point
 from zoft.estimators.central import projected_grad
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +21,9 @@ class PerExample(FiniteDifference):
     q B of them: B directions a batch at the price of one, since an example goes through the model once a point either
     way. The mean of the examples' losses is what it is the gradient of; every example counts alike, also where the
     batch's loss is a mean over tokens. The directions of an example share z with the others', and have signs of
-    their own for rows and columns (:class:`zoft.laws.PerExample`): uncorrelated, and nothing more is drawn. Of signs
-    (``subspace.law=rademacher``) the variance is a B-th of one direction's; Gaussian ones share their elements' sizes,
-    of which 2 ||grad L||^2 of variance remain, nothing against the d / B of many weights.
+    their own for rows and columns (:class:`zoft.noise.joint.PerExample`): uncorrelated, and nothing more is drawn.
+    Of signs (``subspace.law=rademacher``) the variance is a B-th of one direction's; Gaussian ones share their
+    elements' sizes, of which 2 ||grad L||^2 of variance remain, nothing against the d / B of many weights.
 
     Its examples go through the model one by one here: it costs no more queries, but more time than a batch.
 

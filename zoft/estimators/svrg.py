@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from zoft.errors import UserError
 from zoft.estimators.base import FiniteDifference, Measured, Point
 from zoft.estimators.central import projected_grad
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +109,7 @@ class SVRG(FiniteDifference):
     def terms(self, terms: Terms, state: dict[str, Any]) -> Terms:
         """The step's own, and the anchor's; where an anchor is made, its terms are noted."""
         if self.batches_at(terms[0][0].step):
-            state["terms"] = [[d.seed, d.step, d.probe, coefficient] for d, coefficient in terms]
+            state["terms"] = [[d.seed, d.step, d.index, coefficient] for d, coefficient in terms]
             return terms
         return [*terms, *((Direction(seed, step, probe), c) for seed, step, probe, c in state["terms"])]
 

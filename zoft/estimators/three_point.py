@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from zoft.estimators.base import FiniteDifference, Point
 from zoft.estimators.central import projected_grad
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zoft.evaluation.choices import Row, Scorer
-from zoft.lazy import torch
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

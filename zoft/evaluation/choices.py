@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoft.evaluation.order import LongestFirst
+from zoft.lm.metrics.order import LongestFirst
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError, did_you_mean
-from zoft.evaluation.intervals import mean_of_numbers, mean_of_scores
+from zoft.lm.metrics.intervals import mean_of_numbers, mean_of_scores
 
 RESAMPLES = 1000
 """Bootstrap samples for the standard error of what is no mean (F1, perplexity); those of bleu, chrf and ter are 100."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoft.lazy import torch
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,8 +8,8 @@ from array import array
 from collections.abc import Mapping
 from typing import Any
 
-from zoft.lazy import torch
-from zoft.random_state import global_random_state_kept
+from zoft.utils.lazy import torch
+from zoft.utils.random_state import global_random_state_kept
 
 _COMPUTED = {"reference"}  # put into rows by the run itself (zoft/objectives/preference.py)
 _MOST = 4096  # rows looked at of a dataset that computes or loads a row when it is asked for it

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
-from zoft.lazy import torch
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ def pack(state: Any) -> bytes:
     """Dicts with string or int keys, lists, tuples, numbers, strings, None and tensors, to the bit.
 
     Args:
-        state: what `Stepper.state_dict` gives, for one.
+        state: what `ZOOptimizer.state_dict` gives, for one.
 
     Example:
         >>> unpack(pack({"a": [1, 2.5, None], 3: (torch.ones(2),)}))

@@ -42,7 +42,7 @@ class Adam(Optimizer):
             self.require(0 <= getattr(self, field) < 1, field, "in [0, 1)")
         self.require(0 < self.adam_epsilon < float("inf"), "adam_epsilon", "> 0 and finite")
 
-    carried: ClassVar[tuple[str, ...]] = ("moment1",)
+    linear_state: ClassVar[tuple[str, ...]] = ("moment1",)
 
     def state_names(self) -> tuple[str, ...]:
         """First and second moment."""

@@ -43,7 +43,7 @@ class AdaMU(Optimizer):
     """
 
     shapes_directions: ClassVar[bool] = True
-    carried: ClassVar[tuple[str, ...]] = ("momentum",)
+    linear_state: ClassVar[tuple[str, ...]] = ("momentum",)
     start_values: ClassVar[dict[str, float]] = {"squares": 1.0}  # what random directions have
 
     alpha: float = 0.9

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.component import Component
-from zoft.lazy import torch
-from zoft.noise import Direction
-from zoft.subspaces.base import Coordinates
+from zoft.noise.direction import Direction
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class Estimate:
         dense: a gradient from a backward pass, of the piece's length; it is added to the sum.
     """
 
-    coordinates: Coordinates
+    coordinates: BoundSubspace
     name: str
     start: int
     stop: int
@@ -86,13 +86,13 @@ class Optimizer(Component):
             variance, and stands q times the step (MeZO, Lemma 2 and appendix A.2).
     """
 
-    hands_back: ClassVar[bool] = False
+    is_identity: ClassVar[bool] = False
     """Whether :meth:`update` hands the gradient back as it is, so that a step can be made while it is added."""
 
-    carried: ClassVar[tuple[str, ...]] = ()
+    linear_state: ClassVar[tuple[str, ...]] = ()
     """Which state tensors are linear in the estimates: they are carried over when the subspace changes its basis."""
 
-    whole: ClassVar[bool] = False
+    per_matrix: ClassVar[bool] = False
     """Whether a tensor's coordinates are updated as one matrix instead of piece by piece."""
 
     shapes_directions: ClassVar[bool] = False
@@ -115,12 +115,12 @@ class Optimizer(Component):
             self.require(value is None or 0 <= value < float("inf"), field, ">= 0 and finite")
 
     def check_with(self, method: Any) -> None:
-        """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this optimizer."""
+        """Refuse the other parts of a :class:`zoft.step.method.Method` that make no sense with this optimizer."""
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     @property
-    def num_records(self) -> int:
+    def history_length(self) -> int:
         """How many earlier steps' directions and coefficients it looks back at."""
         return 0
 
@@ -192,7 +192,7 @@ class Optimizer(Component):
     # ---- looking before the step -------------------------------------------------------------------------------------
 
     @property
-    def trials(self) -> tuple[float, ...]:
+    def line_search(self) -> tuple[float, ...]:
         """Multiples of the step at which the objective is to be asked before it is taken; empty for most."""
         return ()
 

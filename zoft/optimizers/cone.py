@@ -34,7 +34,7 @@ class Cone(Optimizer):
     """
 
     shapes_directions: ClassVar[bool] = True
-    carried: ClassVar[tuple[str, ...]] = ("momentum",)
+    linear_state: ClassVar[tuple[str, ...]] = ("momentum",)
 
     beta: float = 0.99
     angle: float = 1.35

@@ -21,10 +21,10 @@ class Conservative(SGD):
     """
 
     @property
-    def trials(self) -> tuple[float, ...]:
+    def line_search(self) -> tuple[float, ...]:
         """The step and its opposite."""
         return (1.0, -1.0)
 
     def choose(self, losses: Mapping[float, float]) -> float:
         """Where the loss is lowest: none, the step, or its opposite, in this order where they tie."""
-        return min((0.0, *self.trials), key=lambda multiple: losses[multiple])
+        return min((0.0, *self.line_search), key=lambda multiple: losses[multiple])

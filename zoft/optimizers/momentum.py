@@ -30,7 +30,7 @@ class Momentum(Optimizer):
         super().check()
         self.require(0 <= self.beta < 1, "beta", "in [0, 1)")
 
-    carried: ClassVar[tuple[str, ...]] = ("momentum",)
+    linear_state: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def state_names(self) -> tuple[str, ...]:
         """The running mean."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.errors import UserError
-from zoft.lazy import torch
-from zoft.noise import Direction, key_of, sample
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import sample
 from zoft.optimizers.base import Estimate, Optimizer, State
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +49,8 @@ class Muon(Optimizer):
     (Muon) for the quintic.
     """
 
-    whole: ClassVar[bool] = True
-    carried: ClassVar[tuple[str, ...]] = ("momentum",)
+    per_matrix: ClassVar[bool] = True
+    linear_state: ClassVar[tuple[str, ...]] = ("momentum",)
 
     method: str = "newton_schulz"
     top_k: int = 32

@@ -47,7 +47,7 @@ class ReplayAdam(Optimizer):
         self.require(0 < self.adam_epsilon < float("inf"), "adam_epsilon", "> 0 and finite")
 
     @property
-    def num_records(self) -> int:
+    def history_length(self) -> int:
         """Those before this step's."""
         return self.history - 1
 

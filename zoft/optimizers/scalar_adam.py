@@ -32,7 +32,7 @@ class ScalarAdam(Optimizer):
     References: Dbouk et al. 2026 (MEAZO, arXiv 2605.03869).
     """
 
-    hands_back: ClassVar[bool] = True
+    is_identity: ClassVar[bool] = True
 
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8

@@ -18,7 +18,7 @@ class SGD(Optimizer):
     References: Malladi et al. 2023 (MeZO), Algorithm 1.
     """
 
-    hands_back: ClassVar[bool] = True
+    is_identity: ClassVar[bool] = True
 
     def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The gradient."""

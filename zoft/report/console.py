@@ -10,8 +10,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from zoft.report.terminal import columns, say
-from zoft.report.words import duration, gib
+from zoft.report.text import columns, duration, gib, say
 
 __all__ = ["ProgressCallback", "say"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from zoft import atomic
-from zoft.report.words import finite
+from zoft.report.text import finite
+from zoft.utils.files import write_atomically
 
 CSV, JSONL = "metrics.csv", "metrics.jsonl"
 
@@ -108,8 +108,8 @@ class MetricsCallback(TrainerCallback):
         kept = [row for row in read_metrics(folder) if row["step"] <= past] if past else []
         self._folder, self._row = folder, {}
         # The csv is written anew from the jsonl, so that the two agree whatever an interruption left of either.
-        atomic.write(folder / CSV, _csv_line(self.columns) + b"".join(self._encode(row)[CSV] for row in kept))
-        atomic.write(folder / JSONL, b"".join(self._encode(row)[JSONL] for row in kept))
+        write_atomically(folder / CSV, _csv_line(self.columns) + b"".join(self._encode(row)[CSV] for row in kept))
+        write_atomically(folder / JSONL, b"".join(self._encode(row)[JSONL] for row in kept))
         waiting, self._waiting = self._waiting, []
         known = {row["step"] for row in kept}
         for row in waiting:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from zoft.report.words import duration
+from zoft.report.text import duration
 
 LONG_SECONDS = 3600.0
 """A run that takes longer says so before it begins."""

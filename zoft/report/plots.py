@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.evaluation.intervals import wilson
+from zoft.lm.metrics.intervals import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

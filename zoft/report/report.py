@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zoft import atomic
-from zoft.evaluation.intervals import wilson
-from zoft.report.rows import fact_rows
-from zoft.report.words import finite
+from zoft.lm.metrics.intervals import wilson
+from zoft.report.text import fact_rows, finite
+from zoft.utils.files import write_atomically
 
 MARKDOWN, JSON = "report.md", "report.json"
 _PICTURES = {
@@ -44,10 +43,10 @@ def write_report(folder: str | Path, facts: dict[str, Any]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     known = complete_facts(facts)
-    atomic.write(folder / JSON, json.dumps(finite(known), indent=2, default=str, allow_nan=False) + "\n")
+    write_atomically(folder / JSON, json.dumps(finite(known), indent=2, default=str, allow_nan=False) + "\n")
     path = folder / MARKDOWN
     pictures = [told for name, told in _PICTURES.items() if (folder / name).is_file()]
-    atomic.write(path, _markdown(known, pictures=pictures))
+    write_atomically(path, _markdown(known, pictures=pictures))
     return path
 
 

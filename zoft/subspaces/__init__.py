@@ -1,5 +1,5 @@
 """Subspaces: which coordinates move, and what a direction looks like for one tensor."""
 
-from zoft.subspaces.base import Coordinates, Subspace
+from zoft.subspaces.base import BoundSubspace, Subspace
 
-__all__ = ["Coordinates", "Subspace"]
+__all__ = ["BoundSubspace", "Subspace"]

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
-from zoft.lazy import torch
-from zoft.noise import CounterNoise, Direction, NoiseSource, sample
-from zoft.subspaces.base import Coordinates, Subspace
-from zoft.weights import Weights, perturbed
+from zoft.noise.direction import Direction
+from zoft.noise.source import CounterNoise, NoiseSource, sample
+from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights, perturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ Bases = tuple["Tensor | None", "Tensor | None"]
 
 
 @dataclass(frozen=True)
-class Form:
+class MatrixLayout:
     """How a tensor is taken.
 
     Args:
@@ -70,11 +71,11 @@ class Factored(Subspace):
         super().check()
         self.require(self.rank >= 1, "rank", "at least 1")
 
-    def form(self, rows: int, columns: int) -> Form:
+    def form(self, rows: int, columns: int) -> MatrixLayout:
         """How a matrix of this size moves."""
         raise NotImplementedError
 
-    def forms(self, weights: Weights) -> dict[str, Form]:
+    def forms(self, weights: Weights) -> dict[str, MatrixLayout]:
         """name -> form of what moves in the subspace; the rest moves in full."""
         sizes = {name: self.matrix(tuple(tensor.shape)) for name, tensor in weights.tensors.items()}
         return {name: self.form(*size) for name, size in sizes.items() if size is not None and min(size) > self.rank}
@@ -83,11 +84,11 @@ class Factored(Subspace):
         """(m, n) of the matrix that a tensor is taken as: [shape[0], the rest]; None for vectors."""
         return (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else None
 
-    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, Form]) -> FactoredCoordinates:
+    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundFactored:
         """The subspace for these weights."""
         raise NotImplementedError
 
-    def bind(self, weights: Weights, noise: str = "counter") -> FactoredCoordinates:
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundFactored:
         """Coordinates are the elements of C, and the tensor's own where it moves in full."""
         forms, source = self.forms(weights), self.source(weights, noise)
         if not forms:
@@ -110,14 +111,14 @@ class Factored(Subspace):
         refuse_sequential(self.name(), noise)
 
 
-class FactoredCoordinates(Coordinates):
+class BoundFactored(BoundSubspace):
     """Coordinates of a matrix are C, row by row.
 
     Z is made by matrix products of whole blocks of rows, always the same ones, from which what is asked for is cut.
     Devices and numbers of threads may differ in its last bits.
 
-    A subclass says what the bases are (:meth:`make_bases`), and if need be when they change (:meth:`era`). A basis is
-    a function of seed and period, kept while it is in use: nothing of it has to be saved.
+    A subclass says what the bases are (:meth:`make_bases`), and if need be when they change (:meth:`basis_key`). A
+    basis is a function of seed and period, kept while it is in use: nothing of it has to be saved.
 
     Args:
         weights: what is trained.
@@ -128,7 +129,7 @@ class FactoredCoordinates(Coordinates):
     """
 
     def __init__(
-        self, weights: Weights, source: NoiseSource, forms: dict[str, Form], name: str, interval: int = 0
+        self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout], name: str, interval: int = 0
     ) -> None:
         super().__init__(weights, source)
         self.forms = forms
@@ -148,18 +149,18 @@ class FactoredCoordinates(Coordinates):
         """The name of the bases: the same for ``interval`` steps and for all directions of a step."""
         return Direction(direction.seed, direction.step // self.interval if self.interval else 0)
 
-    def era(self, direction: Direction, name: str) -> Hashable:
+    def basis_key(self, direction: Direction, name: str) -> Hashable:
         """Equal for two directions exactly when they have the bases of tensor ``name`` in common."""
         del name
         return self.period(direction)
 
     def bases(self, direction: Direction, name: str) -> Bases:
         """(L, R) of a matrix; those of the last period asked for are kept."""
-        era = self.era(direction, name)
+        basis_key = self.basis_key(direction, name)
         kept = self._bases.get(name)
-        if kept is None or kept[0] != era:
+        if kept is None or kept[0] != basis_key:
             with torch.inference_mode(False), torch.no_grad():  # they outlive the forward in which they are made
-                kept = self._bases[name] = (era, self.make_bases(self.period(direction), name))
+                kept = self._bases[name] = (basis_key, self.make_bases(self.period(direction), name))
         return kept[1]
 
     def basis_elements(self) -> int:
@@ -212,7 +213,7 @@ class FactoredCoordinates(Coordinates):
 
     def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
         """Whether the bases are the same, or the tensor moves in full."""
-        return name not in self.forms or self.era(old, name) == self.era(new, name)
+        return name not in self.forms or self.basis_key(old, name) == self.basis_key(new, name)
 
     def transport(self, name: str, state: Tensor, old: Direction, new: Direction) -> Tensor:
         """What a state linear in the estimates becomes in new bases: (L'^T L) C (R^T R'), the projection of its step.
@@ -232,7 +233,7 @@ class FactoredCoordinates(Coordinates):
 
     def _overlaps(self, name: str, old: Direction, new: Direction) -> Bases:
         """(L'^T L, R^T R'); the last pair is kept, since an optimizer may carry over more than one state."""
-        key = (name, self.era(old, name), self.era(new, name))
+        key = (name, self.basis_key(old, name), self.basis_key(new, name))
         if self._overlap is None or self._overlap[0] != key:
             left, right = self.bases(old, name)
             new_left, new_right = self.bases(new, name)

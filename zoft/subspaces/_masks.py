@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, did_you_mean
-from zoft.lazy import torch
-from zoft.noise import random_words
+from zoft.noise.source import random_words
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from zoft.lazy import torch
-from zoft.noise import Direction
-from zoft.subspaces.base import Coordinates
+from zoft.noise.direction import Direction
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class PartialCoordinates(Coordinates):
+class BoundPartial(BoundSubspace):
     """The full space restricted to the tensors for which :meth:`moves` says so; the others have z = 0."""
 
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:

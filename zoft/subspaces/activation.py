@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
-from zoft.lazy import torch
-from zoft.noise import Direction, NoiseSource, key_of, sample
-from zoft.subspaces._factored import Bases, Factored, FactoredCoordinates, Form, haar
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import NoiseSource, sample
+from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout, haar
 from zoft.subspaces.outer import outer_factors, outer_noise
-from zoft.weights import Weights
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -91,7 +92,7 @@ class Activation(Factored):
         """Every step, or the first."""
         return self.basis != "first" or step == 0
 
-    def bind(self, weights: Weights, noise: str = "counter") -> ActivationCoordinates:
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundActivation:
         """Coordinates are the elements of R, and the tensor's own where it moves in full."""
         layers = linear_layers(weights)
         if not layers:
@@ -106,16 +107,16 @@ class Activation(Factored):
                 f"subspace.rank={self.rank} leaves no linear layer with more inputs than that (the most is {most}): "
                 "lower the rank, or use subspace=full"
             )
-        return ActivationCoordinates(weights, self.source(weights, noise), forms, self)
+        return BoundActivation(weights, self.source(weights, noise), forms, self)
 
-    def forms(self, weights: Weights) -> dict[str, Form]:
+    def forms(self, weights: Weights) -> dict[str, MatrixLayout]:
         """R is [m, r], or turned [r, n]; ||s R A^T||^2 = s^2 ||R||^2, whose mean is s^2 m r."""
         forms = {}
         for name, turned in linear_layers(weights).items():
             m, n = weights.tensors[name].shape
             inputs, shape = (m, (self.rank, n)) if turned else (n, (m, self.rank))
             if inputs > self.rank:
-                forms[name] = Form(m, n, shape, (inputs / self.rank) ** 0.5, by_rows=not turned)
+                forms[name] = MatrixLayout(m, n, shape, (inputs / self.rank) ** 0.5, by_rows=not turned)
         return forms
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
@@ -126,7 +127,7 @@ class Activation(Factored):
         return outer_noise(self.law, weights, {name: form.shape for name, form in self.forms(weights).items()})
 
 
-class ActivationCoordinates(FactoredCoordinates):
+class BoundActivation(BoundFactored):
     """Coordinates of a linear layer's matrix are R, row by row.
 
     The bases follow from what the layers have seen, so they are saved with the run.
@@ -138,7 +139,9 @@ class ActivationCoordinates(FactoredCoordinates):
         subspace: the component.
     """
 
-    def __init__(self, weights: Weights, source: NoiseSource, forms: dict[str, Form], subspace: Activation) -> None:
+    def __init__(
+        self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout], subspace: Activation
+    ) -> None:
         super().__init__(weights, source, forms, subspace.name())
         self.subspace = subspace
         self.foreseeable = subspace.basis == "first"
@@ -233,7 +236,7 @@ class ActivationCoordinates(FactoredCoordinates):
         """A step's bases are its own, or all steps'."""
         return Direction(direction.seed, 0 if self.subspace.basis == "first" else direction.step)
 
-    def era(self, direction: Direction, name: str) -> Hashable:
+    def basis_key(self, direction: Direction, name: str) -> Hashable:
         """The step whose inputs the basis of this direction is of, or the seed of the random one."""
         for kept in (self._seen.get(name), self._before.get(name)):
             if kept is not None and direction.step >= kept[0]:
@@ -307,7 +310,7 @@ def _turned(module: nn.Module) -> bool | None:
     return True if type(module).__name__ == "Conv1D" else None  # transformers', in GPT-2
 
 
-def _inputs(form: Form) -> int:
+def _inputs(form: MatrixLayout) -> int:
     return form.columns if form.by_rows else form.rows
 
 

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.component import Component
 from zoft.errors import UserError
-from zoft.laws import Antithetic, Mixed, Orthogonal, PerExample, Shaped
-from zoft.lazy import torch
-from zoft.noise import LAWS, SOURCES, CounterNoise, Direction, NoiseSource, TorchSequentialNoise
-from zoft.weights import Weights, perturbed
+from zoft.noise.direction import Direction
+from zoft.noise.joint import Antithetic, LinearCombination, Orthogonal, PerExample, StateShaped
+from zoft.noise.mezo import TorchSequentialNoise
+from zoft.noise.source import LAWS, SOURCES, CounterNoise, NoiseSource
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights, perturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Elements updated at a time: bounds the temporaries of an update. No more than noise makes at a time (zoft.counter), so
-# that adding a direction to a piece is one addition, which a signal finds done or not done.
+# Elements updated at a time: bounds the temporaries of an update. No more than noise makes at a time
+# (zoft.noise.counter), so that adding a direction to a piece is one addition, which a signal finds done or not done.
 _CHUNK = 1 << 18
 _CHUNK_GPU = 1 << 25  # the same where launching a kernel costs more than its work on a smaller piece
 _KEEP_MODELS = 1 << 22  # trained elements up to which z is kept: adapters and norms draw each direction once a step
@@ -61,7 +63,7 @@ class Subspace(Component):
         self.require(self.law in self.laws, "law", f"one of {', '.join(self.laws)}", NOT_LAWS.get(self.law, ""))
 
     def check_with(self, method: Any) -> None:
-        """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this subspace."""
+        """Refuse the other parts of a :class:`zoft.step.method.Method` that make no sense with this subspace."""
 
     def takes_gradient(self, step: int) -> bool:
         """Whether a backward pass is made before the queries of this step: three queries."""
@@ -73,8 +75,8 @@ class Subspace(Component):
         del step
         return False
 
-    def bind(self, weights: Weights, noise: str = "counter") -> Coordinates:
-        """This subspace for these weights, drawing from ``noise`` (one of :data:`zoft.noise.SOURCES`)."""
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundSubspace:
+        """This subspace for these weights, drawing from ``noise`` (one of :data:`zoft.noise.source.SOURCES`)."""
         raise NotImplementedError
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
@@ -90,7 +92,7 @@ class Subspace(Component):
         return TorchSequentialNoise([(n, t.shape, t.dtype, t.device) for n, t in weights.tensors.items()])
 
 
-class Coordinates:
+class BoundSubspace:
     """A subspace bound to tensors: draws coordinates, lifts them to pieces of tensors, perturbs weights.
 
     This class is the full space (coordinates are the tensor's own elements). A structured subspace overrides
@@ -174,26 +176,26 @@ class Coordinates:
         mixes: bool = False,
         shape: Callable[[Tensor, str, slice | Tensor], Tensor] | None = None,
     ) -> None:
-        """How the directions of a step hang together (:mod:`zoft.laws`); to be called once, before any is drawn.
+        """How the directions of a step hang together (:mod:`zoft.noise.joint`); to be called once, before any is drawn.
 
         Args:
-            across: one of :data:`zoft.laws.ACROSS`.
+            across: one of :data:`zoft.noise.joint.ACROSS`.
             num_directions: directions of a step.
             per_example: directions that carry an example's number are the example's own.
             mixes: directions that are sums of others are asked for.
-            shape: what a state makes of the elements of a direction (see :class:`zoft.laws.Shaped`).
+            shape: what a state makes of the elements of a direction (see :class:`zoft.noise.joint.StateShaped`).
         """
         if across == "antithetic":
             self.source = Antithetic(self.source)
         if across == "orthogonal":
             self.source = Orthogonal(self.source, num_directions, self._products, self.dimension)
         if shape is not None:
-            self.source = Shaped(self.source, shape)
+            self.source = StateShaped(self.source, shape)
             self.foreseeable = False
         if per_example:
             self.source = PerExample(self.source, {name: self.shape(name) for name in self.weights.tensors})
         if mixes:
-            self.source = Mixed(self.source)
+            self.source = LinearCombination(self.source)
 
     def dimension(self, direction: Direction) -> int:
         """How many coordinates move along a direction."""

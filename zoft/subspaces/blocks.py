@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
-from zoft.noise import Direction, NoiseSource, key_of
-from zoft.subspaces._partial import PartialCoordinates
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import NoiseSource
+from zoft.subspaces._partial import BoundPartial
 from zoft.subspaces.base import Subspace
-from zoft.weights import Weights, layer_of
+from zoft.weights.tensors import Weights, layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +51,9 @@ class Blocks(Subspace):
         self.require(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
         self.require(self.interval >= 1, "interval", "at least 1")
 
-    def bind(self, weights: Weights, noise: str = "counter") -> BlockCoordinates:
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundBlock:
         """Coordinates are the elements of the tensors that move."""
-        return BlockCoordinates(weights, self.source(weights, noise), self)
+        return BoundBlock(weights, self.source(weights, noise), self)
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The counter: MeZO's own stream runs over all weights, and has a seed for every direction."""
@@ -64,7 +65,7 @@ class Blocks(Subspace):
         return super().source(weights, noise)
 
 
-class BlockCoordinates(PartialCoordinates):
+class BoundBlock(BoundPartial):
     """The full space restricted to the block of the step; what does not move has z = 0.
 
     Args:

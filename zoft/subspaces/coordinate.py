@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from zoft.counter import perturb_with
 from zoft.errors import UserError
-from zoft.lazy import torch
-from zoft.noise import Direction, NoiseSource, key_of
-from zoft.subspaces.base import Coordinates, Subspace
-from zoft.weights import Weights
+from zoft.noise.counter import perturb_with
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import NoiseSource
+from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,9 +69,9 @@ class Coordinate(Subspace):
                 "weights: use subspace=full"
             )
 
-    def bind(self, weights: Weights, noise: str = "counter") -> CoordinateCoordinates:
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundCoordinate:
         """Coordinates are the tensors' own elements."""
-        return CoordinateCoordinates(weights, self.source(weights, noise))
+        return BoundCoordinate(weights, self.source(weights, noise))
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The order and the signs follow from the counter's keys."""
@@ -117,7 +118,7 @@ class OneWeight(NoiseSource):
         return self._places[direction]
 
     def _find(self, direction: Direction) -> tuple[str, int, float]:
-        position = direction.step * self.num_directions + direction.probe
+        position = direction.step * self.num_directions + direction.index
         sweep, turn = divmod(position, self.dimension)
         key = key_of(Direction(direction.seed, sweep), "", role="coordinate.order")
         index = permuted(turn, self.dimension, key)
@@ -170,7 +171,7 @@ class OneWeight(NoiseSource):
                 perturb_with(z, clean, [scale], [out[here]])
 
 
-class CoordinateCoordinates(Coordinates):
+class BoundCoordinate(BoundSubspace):
     """The full space, in which directions are single coordinates.
 
     Args:

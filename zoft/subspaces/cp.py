@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from zoft.noise import Direction, NoiseSource, key_of, sample
-from zoft.subspaces._factored import Bases, Factored, FactoredCoordinates, Form
-from zoft.weights import Weights
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import NoiseSource, sample
+from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout
+from zoft.weights.tensors import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -37,16 +38,16 @@ class Cp(Factored):
 
     rank: int = 64
 
-    def form(self, rows: int, columns: int) -> Form:
+    def form(self, rows: int, columns: int) -> MatrixLayout:
         """tau is [r]."""
-        return Form(rows, columns, (self.rank,), (rows * columns / self.rank) ** 0.5)
+        return MatrixLayout(rows, columns, (self.rank,), (rows * columns / self.rank) ** 0.5)
 
-    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, Form]) -> CpCoordinates:
+    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundCp:
         """The subspace for these weights."""
-        return CpCoordinates(weights, source, forms, self.name())
+        return BoundCp(weights, source, forms, self.name())
 
 
-class CpCoordinates(FactoredCoordinates):
+class BoundCp(BoundFactored):
     """Coordinates of a matrix are tau.
 
     Example:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zoft.subspaces.base import Coordinates, Subspace
-from zoft.weights import Weights
+from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.weights.tensors import Weights
 
 
 @dataclass
@@ -15,6 +15,6 @@ class Full(Subspace):
     References: Malladi et al. 2023 (MeZO) for Gaussian directions; Spall 1992 (SPSA) for Rademacher ones.
     """
 
-    def bind(self, weights: Weights, noise: str = "counter") -> Coordinates:
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundSubspace:
         """Coordinates are the tensors' own elements."""
-        return Coordinates(weights, self.source(weights, noise))
+        return BoundSubspace(weights, self.source(weights, noise))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zoft.noise import Direction, NoiseSource, key_of
-from zoft.subspaces._factored import Bases, Factored, FactoredCoordinates, Form, haar
-from zoft.weights import Weights
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import NoiseSource
+from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout, haar
+from zoft.weights.tensors import Weights
 
 
 @dataclass
@@ -43,16 +44,16 @@ class Left(Factored):
         super().check()
         self.require(self.interval >= 1, "interval", "at least 1")
 
-    def form(self, rows: int, columns: int) -> Form:
+    def form(self, rows: int, columns: int) -> MatrixLayout:
         """A is [r, n]; ||s P A||^2 = s^2 ||A||^2, whose mean is s^2 r n."""
-        return Form(rows, columns, (self.rank, columns), (rows / self.rank) ** 0.5)
+        return MatrixLayout(rows, columns, (self.rank, columns), (rows / self.rank) ** 0.5)
 
-    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, Form]) -> LeftCoordinates:
+    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundLeft:
         """The subspace for these weights."""
-        return LeftCoordinates(weights, source, forms, self.name(), self.interval)
+        return BoundLeft(weights, source, forms, self.name(), self.interval)
 
 
-class LeftCoordinates(FactoredCoordinates):
+class BoundLeft(BoundFactored):
     """Coordinates of a matrix are A, row by row.
 
     Example:

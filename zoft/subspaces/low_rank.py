@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from zoft import compiled
 from zoft.errors import UserError
-from zoft.lazy import torch
-from zoft.noise import CounterNoise, Direction, NoiseSource, key_of, sample
-from zoft.subspaces.base import Coordinates, Subspace
-from zoft.weights import Weights, perturbed
+from zoft.noise import kernels
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import CounterNoise, NoiseSource, sample
+from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights, perturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,7 @@ class LowRank(Subspace):
         self.require(self.rank >= 1, "rank", "at least 1")
         self.require(self.interval >= 1, "interval", "at least 1")
 
-    def bind(self, weights: Weights, noise: str = "counter") -> LowRankCoordinates:
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundLowRank:
         """Coordinates are the elements of U, and the tensor's own where it moves in full."""
         if not any(_is_matrix(tensor, self.rank) for tensor in weights.tensors.values()):
             log.warning(
@@ -66,7 +67,7 @@ class LowRank(Subspace):
                 "full, as with subspace=full",
                 self.rank,
             )
-        return LowRankCoordinates(weights, self.source(weights, noise), self.rank, self.interval)
+        return BoundLowRank(weights, self.source(weights, noise), self.rank, self.interval)
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The counter: there is no published stream of low-rank directions."""
@@ -79,7 +80,7 @@ class LowRank(Subspace):
         return CounterNoise(self.law, {n: math.prod(_shape(t, self.rank)) for n, t in weights.tensors.items()})
 
 
-class LowRankCoordinates(Coordinates):
+class BoundLowRank(BoundSubspace):
     """Coordinates of a matrix are U, row by row.
 
     Every element of z is made by the same r multiplications and r - 1 additions wherever it is needed, each rounded
@@ -214,11 +215,11 @@ class LowRankCoordinates(Coordinates):
 
     def _add_rows_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> bool:
         """The same compiled, where that is in use and the piece is whole rows; returns whether it was done."""
-        kernels, n = compiled.kernels(out.device), self._columns[name]
-        if kernels is None or start % n or out.numel() % n or out.dtype != torch.float32:
+        compiled, n = kernels.of(out.device), self._columns[name]
+        if compiled is None or start % n or out.numel() % n or out.dtype != torch.float32:
             return False
         left = self._factor(direction, name, start // n, (start + out.numel()) // n)
-        return kernels.add_product(left, self._basis(direction, name), out, scale)
+        return compiled.add_product(left, self._basis(direction, name), out, scale)
 
     def spans(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """As in the full space; of a matrix whole rows, where ``start`` begins one."""

@@ -7,13 +7,14 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from zoft import counter
-from zoft.laws import Antithetic, Mixed
-from zoft.lazy import torch
-from zoft.noise import CounterNoise, Direction, NoiseSource, key_of, sample
+from zoft.noise import counter
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.joint import Antithetic, LinearCombination
+from zoft.noise.source import CounterNoise, NoiseSource, sample
 from zoft.subspaces._factored import refuse_sequential
-from zoft.subspaces.base import Coordinates, Subspace
-from zoft.weights import Weights
+from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ class Outer(Subspace):
         super().check()
         self.require(self.rank >= 1, "rank", "at least 1")
 
-    def bind(self, weights: Weights, noise: str = "counter") -> OuterCoordinates:
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundOuter:
         """Coordinates are the tensors' own elements."""
         if not any(t.dim() >= 2 and min(_sides(t)) > self.rank for t in weights.tensors.values()):
             log.warning(
@@ -57,7 +58,7 @@ class Outer(Subspace):
                 "full, as with subspace=full",
                 self.rank,
             )
-        return OuterCoordinates(weights, self.source(weights, noise))
+        return BoundOuter(weights, self.source(weights, noise))
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """Products of two factors, for what is large enough."""
@@ -76,7 +77,7 @@ def _sides(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[0], tensor.numel() // max(1, tensor.shape[0])
 
 
-class OuterCoordinates(Coordinates):
+class BoundOuter(BoundSubspace):
     """The full space, with what it knows of its directions' form.
 
     Example:
@@ -197,11 +198,11 @@ def outer_factors(
         name: which tensor of it.
         device: where the factors are wanted.
     """
-    if isinstance(source, Mixed) and not direction.mix:
+    if isinstance(source, LinearCombination) and not direction.mix:
         return outer_factors(source.inner, direction, name, device)
     if isinstance(source, Antithetic):
-        pair = outer_factors(source.inner, replace(direction, probe=direction.probe // 2), name, device)
-        return (pair[0].neg_(), pair[1]) if pair is not None and direction.probe % 2 else pair
+        pair = outer_factors(source.inner, replace(direction, index=direction.index // 2), name, device)
+        return (pair[0].neg_(), pair[1]) if pair is not None and direction.index % 2 else pair
     return source.factors(direction, name, device) if isinstance(source, OuterNoise) else None
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.errors import UserError
-from zoft.lazy import torch
-from zoft.noise import Direction, NoiseSource, key_of
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import NoiseSource
 from zoft.subspaces._masks import Mask, by_chance, check_file, read, smallest
-from zoft.subspaces.base import Coordinates, Subspace
-from zoft.weights import Weights, perturbed
+from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights, perturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,9 +80,9 @@ class Sparse(Subspace):
         """In the first step, for choose=gradient."""
         return self.choose == "gradient" and step == 0
 
-    def bind(self, weights: Weights, noise: str = "counter") -> SparseCoordinates:
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundSparse:
         """Coordinates are the tensors' elements; those that stand still are zero."""
-        return SparseCoordinates(weights, self.source(weights, noise), self)
+        return BoundSparse(weights, self.source(weights, noise), self)
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The counter: MeZO's own stream moves every weight."""
@@ -93,7 +94,7 @@ class Sparse(Subspace):
         return super().source(weights, noise)
 
 
-class SparseCoordinates(Coordinates):
+class BoundSparse(BoundSubspace):
     """Coordinates are the tensor's elements times the mask; lifting multiplies by the mask (again) and 1 / sqrt(s).
 
     An optimizer's state has an element for every weight. Where one stands still for an interval its state goes on

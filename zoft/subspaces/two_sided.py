@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zoft.noise import Direction, NoiseSource, key_of
-from zoft.subspaces._factored import Bases, Factored, FactoredCoordinates, Form, haar
-from zoft.weights import Weights
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import NoiseSource
+from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout, haar
+from zoft.weights.tensors import Weights
 
 _LONG = 16  # times longer than wide: an adapter's or a prefix's matrix
 _NARROW = 256  # columns (or rows) below which such a matrix is reshaped; embeddings have more
@@ -57,16 +58,16 @@ class TwoSided(Factored):
             return near_square(math.prod(size))
         return size
 
-    def form(self, rows: int, columns: int) -> Form:
+    def form(self, rows: int, columns: int) -> MatrixLayout:
         """C is [r, r]; ||s U C V^T||^2 = s^2 ||C||^2, whose mean is s^2 r^2."""
-        return Form(rows, columns, (self.rank, self.rank), (rows * columns) ** 0.5 / self.rank)
+        return MatrixLayout(rows, columns, (self.rank, self.rank), (rows * columns) ** 0.5 / self.rank)
 
-    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, Form]) -> TwoSidedCoordinates:
+    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundTwoSided:
         """The subspace for these weights."""
-        return TwoSidedCoordinates(weights, source, forms, self.name(), self.interval)
+        return BoundTwoSided(weights, source, forms, self.name(), self.interval)
 
 
-class TwoSidedCoordinates(FactoredCoordinates):
+class BoundTwoSided(BoundFactored):
     """Coordinates of a matrix are C, row by row.
 
     Example:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zoft.errors import UserError
-from zoft.noise import Direction, NoiseSource
-from zoft.subspaces._partial import PartialCoordinates
+from zoft.noise.direction import Direction
+from zoft.noise.source import NoiseSource
+from zoft.subspaces._partial import BoundPartial
 from zoft.subspaces.base import Subspace
-from zoft.weights import Weights
+from zoft.weights.tensors import Weights
 
 
 @dataclass
@@ -27,12 +28,12 @@ class Vectors(Subspace):
 
     has_matrices: ClassVar[bool] = False
 
-    def bind(self, weights: Weights, noise: str = "counter") -> VectorCoordinates:
+    def bind(self, weights: Weights, noise: str = "counter") -> BoundVector:
         """Coordinates are the elements of the vectors."""
-        return VectorCoordinates(weights, self.source(weights, noise))
+        return BoundVector(weights, self.source(weights, noise))
 
 
-class VectorCoordinates(PartialCoordinates):
+class BoundVector(BoundPartial):
     """The full space restricted to tensors of one dimension.
 
     Raises:

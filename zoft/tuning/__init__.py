@@ -1,1 +1,1 @@
-"""Hyper-parameters of training jobs: `zoft tune` on top of `zoft.blackbox.tune` and `zoft.run`."""
+"""Tuning: a search over named parameters (log and linear ranges, integers, choices), each evaluation a costly job."""

@@ -1,169 +1,210 @@
-"""The search over a training job's settings: checked against the schema before anything runs, kept in one folder."""
+"""The search: asks a proposer for points, has them evaluated, keeps a journal, and says what is best."""
 
 from __future__ import annotations
 
-import json
-import shlex
+import math
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoft import atomic
-from zoft.blackbox.tune.evaluation import Evaluation
-from zoft.blackbox.tune.journal import TuneJournal
-from zoft.blackbox.tune.parameters import Choice, Parameter, written
-from zoft.blackbox.tune.result import TuneResult
-from zoft.blackbox.tune.search import Search, Settings, journal_at
-from zoft.blackbox.tune.space import SearchSpace, Values
-from zoft.blackbox.tune.workers import Workers
 from zoft.errors import UserError, did_you_mean
-from zoft.run import METRICS
-from zoft.tuning.training import Training, overrides
+from zoft.tuning.evaluation import DONE, FAILED, STOPPED, Evaluation, Job, Outcome, TuneResult
+from zoft.tuning.journal import TuneJournal
+from zoft.tuning.parameters import SearchSpace, Values, key, told
+from zoft.tuning.proposals import SEARCHES, proposer
+from zoft.tuning.workers import Workers
 
-RESULTS = "results.json"
-_OF_STEPS = ("loss", "projected_grad", "seconds", "seconds_forward", "peak_memory_mb")
+DIRECTIONS = {"minimize": 1.0, "maximize": -1.0}
+"""Which way, and the sign of what is minimised."""
+
+_ENOUGH = 4  # others that must have reached their half before any is compared with their median
+_MOST_KNOWN = 500  # blocks in a row that hold known points only
+
+Callback = Callable[[Evaluation, TuneResult], Any]
+"""Called with every new evaluation and all of them; returning True ends the search."""
 
 
 @dataclass
-class Tuned:
-    """What a search over training jobs leaves.
+class Settings:
+    """How a search goes; see :func:`zoft.tune`."""
+
+    budget: int
+    repeats: int = 1
+    workers: int = 1
+    search: str = "zo"
+    direction: str = "minimize"
+    seed: int = 0
+    stop_early: bool = False
+    about: dict[str, Any] = field(default_factory=dict)  # what else a journal must agree in
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "repeats", "workers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
+        if self.budget < self.repeats:
+            raise UserError(
+                f"budget={self.budget} evaluations pay for no point of repeats={self.repeats}: raise budget to "
+                f"{self.repeats} or more"
+            )
+        for name, known in (("search", SEARCHES), ("direction", tuple(DIRECTIONS))):
+            if getattr(self, name) not in known:
+                near = did_you_mean(str(getattr(self, name)), known)
+                raise UserError(f"there is no {name} called {getattr(self, name)!r}.{near}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise UserError(f"seed must be a whole number >= 0, got {self.seed!r}")
+
+    def header(self, space: SearchSpace, x0: Values | None) -> dict[str, Any]:
+        """What a journal must agree in; all but the budget, which may grow, and the workers."""
+        names = ("repeats", "search", "direction", "seed", "stop_early")
+        batch = 1 if self.search != "zo" and self.workers == 1 else self.workers
+        return {
+            "space": space.texts(),
+            "start": x0,
+            **{name: getattr(self, name) for name in names},
+            "batch": batch,
+            **self.about,
+        }
+
+
+class Search:
+    """A search under way.
+
+    It is a function of the space, the settings and the values that come back: to go on after a crash, it asks its way
+    through the journal again and is answered from there.
 
     Args:
-        result: every evaluation.
-        folder: of the search.
-        best_folder: of the best point's (first) run; empty where there is none.
-        command: that trains the best point again; empty where there is none.
+        space: what is searched.
+        settings: how.
+        workers: carry out the jobs.
+        journal: keeps what came of them.
+        x0: where to begin.
     """
 
-    result: TuneResult
-    folder: str
-    best_folder: str
-    command: str
+    def __init__(
+        self, space: SearchSpace, settings: Settings, workers: Workers, journal: TuneJournal, x0: Values | None = None
+    ) -> None:
+        self.space, self.settings, self.workers, self.journal = space, settings, workers, journal
+        self.sign = DIRECTIONS[settings.direction]
+        self.proposer = proposer(settings.search, space, settings.seed, journal.header["batch"], x0)
+        self.by_key: dict[str, Evaluation] = {}
+        self.result = TuneResult(space.texts(), settings.direction, settings.repeats)
+
+    def run(self, callback: Callback | None = None) -> TuneResult:
+        """To the end of the budget, or of the space.
+
+        Args:
+            callback: see :data:`Callback`.
+
+        Returns:
+            Everything that was evaluated.
+
+        Raises:
+            UserError: none of the first points could be evaluated.
+        """
+        known_only = 0
+        while True:
+            points = self.proposer.ask()
+            new = {key(values): values for values in points if key(values) not in self.by_key}
+            room = self.settings.budget // self.settings.repeats - len(self.by_key)
+            fits = dict(list(new.items())[:room])
+            ended = self._evaluate(list(fits.values()), callback)
+            known_only = 0 if new else known_only + 1
+            self.result.message = self._message(room - len(fits), ended, known_only)
+            if self.result.message:
+                return self.result
+            self.proposer.tell([self._told(self.by_key[key(values)]) for values in points])
+
+    def _message(self, room: int, ended: bool, known_only: int) -> str:
+        evaluations = f"{sum(len(e.outcomes) for e in self.result.evaluations)} evaluations"
+        if ended:
+            return f"Ended by the callback after {evaluations}."
+        if len(self.by_key) >= self.space.count or known_only > _MOST_KNOWN:
+            return f"Every point that the search asks for is known, after {evaluations}."
+        if room < 1:
+            return f"The budget of {self.settings.budget} evaluations is spent."
+        if len(self.by_key) >= min(_ENOUGH, room) and all(e.status == FAILED for e in self.by_key.values()):
+            first = self.result.evaluations[0]
+            raise UserError(
+                f"the first {len(self.by_key)} points all failed, the first at {told(first.values)}: {first.error}"
+            )
+        return ""
+
+    def _told(self, evaluation: Evaluation) -> float:
+        """What the proposer hears: a failed point is as bad as the worst one."""
+        known = [self.sign * e.value for e in self.by_key.values() if e.status != FAILED]
+        return max(known, default=0.0) if evaluation.status == FAILED else self.sign * evaluation.value
+
+    def _evaluate(self, points: list[Values], callback: Callback | None) -> bool:
+        """Have points evaluated, or find them in the journal; True if the callback ends the search."""
+        first, limit = len(self.by_key), self._limit()
+        evaluations = [Evaluation(first + i, values) for i, values in enumerate(points)]
+        jobs, found = [], dict[tuple[int, int], Outcome]()
+        for evaluation in evaluations:
+            for repeat in range(self.settings.repeats):
+                place = (evaluation.number, repeat)
+                outcome = self.journal.known.get(place)
+                if outcome is None:
+                    jobs.append(Job(*place, evaluation.values, limit))
+                elif key(self.journal.points[evaluation.number]) == key(evaluation.values):
+                    found[place] = outcome
+                else:
+                    there = told(self.journal.points[evaluation.number])
+                    raise UserError(
+                        f"{self.journal.path}: point {evaluation.number} is {there}, and this version asks for "
+                        f"{told(evaluation.values)}: begin anew in another folder"
+                    )
+        waiting = list(evaluations)
+        ended = self._take(waiting, found, callback, fresh=False)
+        for index, outcome in self.workers.run(jobs):
+            job = jobs[index]
+            self.journal.note(job.number, job.repeat, job.values, outcome)
+            found[job.number, job.repeat] = outcome
+            ended = self._take(waiting, found, callback, fresh=True) or ended
+        self.result.evaluations.sort(key=lambda e: e.number)
+        self.by_key |= {key(e.values): e for e in evaluations}
+        return ended
+
+    def _take(
+        self, waiting: list[Evaluation], found: dict[tuple[int, int], Outcome], callback: Callback | None, fresh: bool
+    ) -> bool:
+        """Move the points of which every repeat is known from ``waiting`` to the result."""
+        ended = False
+        for evaluation in list(waiting):
+            places = [(evaluation.number, repeat) for repeat in range(self.settings.repeats)]
+            if all(place in found for place in places):
+                evaluation.outcomes = [found[place] for place in places]
+                waiting.remove(evaluation)
+                self.result.evaluations.append(evaluation)
+                self.result.num_resumed += not fresh
+                if fresh and callback is not None:
+                    ended = bool(callback(evaluation, self.result)) or ended
+        return ended
+
+    def _limit(self) -> float | None:
+        """The median at half of the jobs of all earlier points, if that is to be compared with."""
+        if not self.settings.stop_early:
+            return None
+        outcomes = [o for e in self.by_key.values() for o in e.outcomes if o.status in (DONE, STOPPED)]
+        halves = [outcome.half for outcome in outcomes if outcome.half is not None]
+        return statistics.median(halves) if len(halves) >= _ENOUGH else None
 
 
-def tune_training(
-    arguments: list[str],
-    space: dict[str, Any],
-    settings: Settings,
-    *,
-    metric: str = "eval_loss",
-    output_dir: str | None = None,
-    callback: Callable[[Evaluation, TuneResult], Any] | None = None,
-    isolated: bool = True,
-) -> Tuned:
-    """Search for the settings at which a training job's metric is best.
+def finite(value: Any) -> float:
+    """A finite float, or a ValueError that says what it is instead."""
+    from zoft.blackbox.calls import number
 
-    Args:
-        arguments: of ``zoft train``, for all jobs; one that is in the space too says where the search begins.
-        space: key of the config -> range.
-        settings: of the search.
-        metric: a number that the job logs.
-        output_dir: the search's folder; None names one.
-        callback: called with each new evaluation and the result so far.
-        isolated: run jobs in another process even where there is one worker.
-
-    Returns:
-        What was found, where it is, and the command that trains the best of it again.
-
-    Raises:
-        UserError: arguments, a space or a metric that cannot work; before anything has been written.
-    """
-    if metric not in metrics():
-        raise UserError(f"there is no metric called {metric!r}.{did_you_mean(metric, metrics())}")
-    where = SearchSpace(space)
-    start, config, seed = check_space(arguments, where)
-    folder = output_dir or f"runs/{config}-tune-seed{seed}"
-    settings.seed, settings.about = seed, {"arguments": arguments, "metric": metric}
-    sign = 1.0 if settings.direction == "minimize" else -1.0
-    others = [argument for argument in arguments if argument.partition("=")[0] not in space]
-    work = Training(others, folder, metric, sign, seed, settings.repeats)
-    refuse_other_things(Path(folder))
-    journal = TuneJournal(journal_at(folder), settings.header(where, start))
-
-    def keep(evaluation: Evaluation, result: TuneResult) -> Any:
-        for other in result.evaluations:
-            if result.best is None or other.number != result.best.number:
-                work.drop_weights(other.number)
-        return callback(evaluation, result) if callback is not None else None
-
-    try:
-        with Workers(work, settings.workers, isolated=isolated) as pool:
-            search = Search(where, settings, pool, journal, start)
-            result = search.run(keep)
-    finally:
-        journal.close()
-    best = result.x
-    command = shlex.join(["zoft", "train", *work.arguments_of(best, 0, f"{folder}-best")]) if best else ""
-    _write(Path(folder), result, metric, command)
-    return Tuned(result, folder, work.folder(result.best.number, 0) if result.best else "", command)
+    found = number(value)
+    if isinstance(found, BaseException):
+        raise ValueError(f"f returned {found}")
+    assert math.isfinite(found)
+    return found
 
 
-def check_space(arguments: list[str], space: SearchSpace) -> tuple[Values, str, int]:
-    """Compose the job at the ends of every range and with every choice, so that a mistake is found now.
+def journal_at(folder: str | Path | None) -> Path | None:
+    """The journal's place in a folder."""
+    from zoft.tuning.journal import NAME
 
-    Args:
-        arguments: of ``zoft train``.
-        space: keys of the config.
-
-    Returns:
-        Where to begin (the config's own values, where they lie in the space), the config's name, the seed.
-
-    Raises:
-        UserError: what ``zoft train`` would say, and of which parameter.
-    """
-    from zoft.config import compose
-
-    for name in space.parameters:
-        if name in ("seed", "output_dir", "config"):
-            raise UserError(f"space.{name}: {name} is no hyper-parameter: repeats=N averages over seeds")
-    base = compose(arguments)
-    start = {}
-    for name, parameter in space.parameters.items():
-        value = _value_at(base, name)
-        if parameter.units(value) is not None:
-            start[name] = _option(parameter, value)
-    middle = space.values(space.units(start))
-    for name, parameter in space.parameters.items():
-        for value in parameter.ends:
-            try:
-                compose([*arguments, *overrides({**middle, name: value})])
-            except UserError as error:
-                raise UserError(f"space.{name}={parameter} at {written(value)}: {error}") from error
-    return start, base.config, base.seed
-
-
-def refuse_other_things(folder: Path) -> None:
-    """A search's folder is empty, absent, or holds its journal."""
-    path = journal_at(folder)
-    if folder.is_file():
-        raise UserError(f"output_dir={folder} is a file: give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and path is not None and not path.exists():
-        raise UserError(f"output_dir={folder} is not empty and holds no search: choose another folder")
-
-
-def _option(parameter: Parameter, value: Any) -> Any:
-    """A choice's own option that is written like the value; another parameter's value as it is."""
-    options = parameter.options if isinstance(parameter, Choice) else ()
-    return next((option for option in options if written(option) == written(value)), value)
-
-
-def _value_at(cfg: Any, name: str) -> Any:
-    """A config's value at a dotted key; the name of a component; None where there is none."""
-    for part in name.split("."):
-        cfg = cfg.get(part) if isinstance(cfg, dict) else getattr(cfg, part, None)
-    return cfg.name() if callable(getattr(cfg, "name", None)) else cfg
-
-
-def metrics() -> list[str]:
-    """What a training job may log, and a search can be of."""
-    return [*dict.fromkeys(f"eval_{name}" for names in METRICS.values() for name in names), *_OF_STEPS]
-
-
-def _write(folder: Path, result: TuneResult, metric: str, command: str) -> None:
-    """results.json and the picture."""
-    from zoft.report.tuned import PLOT, draw_tuning
-
-    data = {"metric": metric, "command": command, **result.as_dict()}
-    atomic.write(folder / RESULTS, json.dumps(data, indent=1) + "\n")
-    draw_tuning(folder / PLOT, data, metric, folder.name)
+    return None if folder is None else Path(folder) / NAME

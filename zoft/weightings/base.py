@@ -21,7 +21,7 @@ class Weighting(Component):
     """How slopes along directions become the coefficients a_j of the estimate sum_j a_j z_j."""
 
     def check_with(self, method: Any) -> None:
-        """Refuse the other parts of a :class:`zoft.method.Method` that make no sense with this weighting."""
+        """Refuse the other parts of a :class:`zoft.step.method.Method` that make no sense with this weighting."""
 
     def init(self) -> dict[str, Any]:
         """What it remembers from step to step: plain numbers; empty for most."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.estimators.base import Measured
-from zoft.lazy import torch
+from zoft.utils.lazy import torch
 from zoft.weightings.base import Gram, Weighting
 
 if TYPE_CHECKING:

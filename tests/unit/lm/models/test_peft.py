@@ -1,0 +1,168 @@
+"""Adapters through peft: what they wrap, how they start, and the global random state they leave alone."""
+
+from __future__ import annotations
+
+import random
+
+import numpy
+import pytest
+import torch
+
+from tests.models import CAUSAL, EVERY, batch_for, tiny_bert_classifier, tiny_llama, tiny_roberta_mlm, tiny_t5
+from zoft.component import components, create
+from zoft.errors import UserError
+from zoft.lm.models.peft.base import task_type_of
+from zoft.lm.models.peft.lora import Lora
+from zoft.lm.models.peft.none import NoAdapter
+from zoft.lm.models.peft.prefix import Prefix, _real_keys_and_values
+from zoft.lm.models.peft.prompt import Prompt
+
+ADAPTERS = [name for name in components("peft") if name != "none"]
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_none_is_the_model_itself():
+    model = tiny_llama()
+    assert NoAdapter().wrap(model, 0) is model
+    assert len(trained(model)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen", "bert", "t5"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_adapter_alone_is_trained_and_the_model_runs(adapter, family):
+    model = EVERY[family]()
+    batch, original = batch_for(model), set(map(id, model.parameters()))
+    wrapped = create("peft", adapter, adapter).wrap(model, 0).eval()
+    assert trained(wrapped)
+    fresh = {name for name, p in trained(wrapped).items() if id(p) not in original}
+    heads = {name for name in trained(wrapped) if "classifier" in name}  # peft trains a new head as well
+    assert set(trained(wrapped)) == fresh | heads
+    with torch.no_grad():
+        assert bool(torch.isfinite(wrapped(**batch).loss))
+
+
+def test_lora_starts_as_the_model_is():
+    model, batch = tiny_llama(), batch_for(tiny_llama())
+    with torch.no_grad():
+        before = model(**batch).loss
+        after = Lora().wrap(model, 0).eval()(**batch).loss
+    assert torch.equal(before, after)
+
+
+def test_lora_fields_reach_the_weights():
+    wrapped = Lora(r=3, lora_alpha=12, target_modules=["k_proj"], layers_to_transform=[1]).wrap(tiny_llama(), 0)
+    shapes = {tuple(p.shape) for p in trained(wrapped).values()}
+    assert shapes == {(3, 16), (8, 3)}
+    assert all(".layers.1." in name and "k_proj" in name for name in trained(wrapped))
+    (config,) = wrapped.peft_config.values()
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 12, 0.0)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_seed_decides_the_start_and_nothing_global_moves(adapter):
+    def start(seed: int) -> torch.Tensor:
+        return torch.cat(
+            [p.detach().view(-1) for p in trained(create("peft", adapter, adapter).wrap(tiny_llama(), seed)).values()]
+        )
+
+    torch.manual_seed(99)
+    before = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()
+    first = start(1)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert numpy.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+    torch.manual_seed(100)
+    assert torch.equal(start(1), first)
+    assert not torch.equal(start(2), first)
+
+
+# ----------------------------------------------------------------------------------------- a prefix of real activations
+
+
+def tokens_of_seed(model, length: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (1, length), generator=generator)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_prefix_starts_from_the_keys_and_values_of_real_tokens(family):
+    model = CAUSAL[family]()
+    ids = tokens_of_seed(model, 4, 7)
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    wrapped = Prefix(num_virtual_tokens=4).wrap(model, 7)
+    prefix = wrapped.get_prompt(batch_size=1)
+    for layer, real in enumerate(cache.layers):
+        held = prefix.layers[layer] if hasattr(prefix, "layers") else prefix[layer]
+        keys, values = (held.keys, held.values) if hasattr(held, "keys") else (held[0], held[1])
+        torch.testing.assert_close(keys, real.keys, rtol=0, atol=0)
+        torch.testing.assert_close(values, real.values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_model_with_its_prefix_reads_on_as_if_behind_those_tokens(family):
+    model = CAUSAL[family]()
+    batch = batch_for(model, rows=2, length=5)
+    ids = tokens_of_seed(model, 4, 7)
+    whole = torch.cat((ids.expand(2, -1), batch["input_ids"]), dim=1)
+    with torch.no_grad():
+        wanted = model(input_ids=whole).logits[:, 4:]
+        wrapped = Prefix(num_virtual_tokens=4).wrap(model, 7).eval()
+        logits = wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_activations_are_those_without_dropout():
+    training = EVERY["gpt2"]().train()
+    assert training.config.attn_pdrop > 0
+    one, two = (next(iter(trained(Prefix().wrap(m, 3)).values())) for m in (training, EVERY["gpt2"]()))
+    assert torch.equal(one, two)
+
+
+def test_init_random_is_another_start():
+    real, noise = (Prefix(init=init).wrap(tiny_llama(), 3) for init in ("activations", "random"))
+    one, two = (next(iter(trained(m).values())) for m in (real, noise))
+    assert one.shape == two.shape
+    assert not torch.equal(one, two)
+
+
+def test_init_leaves_the_mode_of_the_model():
+    for training in (True, False):
+        model = tiny_llama().train(training)
+        Prefix().wrap(model, 0)
+        assert all(module.training == training for module in model.modules())
+
+
+@pytest.mark.parametrize("make", [tiny_bert_classifier, tiny_roberta_mlm, tiny_t5])
+def test_models_without_a_decoder_cache_start_from_noise(make):
+    assert _real_keys_and_values(make(), 3, 0) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_task_types():
+    assert task_type_of(tiny_llama()) == "CAUSAL_LM"
+    assert task_type_of(EVERY["gpt2"]()) == "CAUSAL_LM"
+    assert task_type_of(tiny_bert_classifier()) == "SEQ_CLS"
+    assert task_type_of(tiny_t5()) == "SEQ_2_SEQ_LM"
+    assert task_type_of(tiny_roberta_mlm()) == "FEATURE_EXTRACTION"
+
+
+def test_bad_values_name_their_field():
+    with pytest.raises(UserError, match=r"lora.r must be at least 1, got 0"):
+        Lora(r=0)
+    with pytest.raises(UserError, match=r"prefix.num_virtual_tokens must be at least 1"):
+        Prefix(num_virtual_tokens=0)
+    with pytest.raises(UserError, match=r"prefix.init must be activations or random, got 'zeros'"):
+        Prefix(init="zeros")
+    with pytest.raises(UserError, match=r"prompt.num_virtual_tokens must be at least 1"):
+        Prompt(num_virtual_tokens=0)
+
+
+def test_lora_on_modules_that_are_not_there_is_a_sentence():
+    with pytest.raises(UserError, match=r"nowhere"):
+        Lora(target_modules=["nowhere"]).wrap(tiny_llama(), 0)

@@ -1,0 +1,301 @@
+"""zoft.tune: ranges and how they are rounded, the search, its journal, its workers, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+import zoft
+from zoft.errors import UserError
+from zoft.tuning.evaluation import Job, Outcome
+from zoft.tuning.parameters import Choice, Int, LogInt, SearchSpace, parsed
+from zoft.tuning.proposals import SEARCHES, ZerothOrder
+from zoft.tuning.workers import Workers
+
+SPACE = {"rate": "log(1e-5,1)", "width": "int(1,8)", "kind": "choice(a,b,c)", "drop": "uniform(0,0.5)"}
+
+
+def bowl(point):
+    """Lowest, at 0, for rate 1e-3, width 3, kind b, drop 0.1."""
+    far = (math.log10(point["rate"]) + 3) ** 2 + (point["width"] - 3) ** 2 / 4 + 20 * (point["drop"] - 0.1) ** 2
+    return far + (point["kind"] != "b")
+
+
+class Counted:
+    def __init__(self, f=bowl):
+        self.f, self.asked = f, []
+
+    def __call__(self, point):
+        self.asked.append(point)
+        return self.f(point)
+
+
+# ------------------------------------------------------------------------------------------------------------- ranges
+
+
+@pytest.mark.parametrize(
+    ("text", "at_ends", "at_middle"),
+    [
+        ("log(1e-4,1e-2)", [1e-4, 1e-2], 1e-3),
+        ("uniform(-1,3)", [-1.0, 3.0], 1.0),
+        ("int(1,3)", [1, 3], 2),
+        ("logint(1,64)", [1, 64], 6),
+        ("choice(true,null,2,x)", [True, None, 2, "x"], True),
+        ("choice([1,2],[3,4])", ["[1,2]", "[3,4]"], "[1,2]"),
+    ],
+)
+def test_ranges(text, at_ends, at_middle):
+    parameter = parsed("p", text)
+    assert parameter.ends == at_ends
+    assert parameter.value([0.5] * parameter.width) == at_middle
+    for value in at_ends:  # a value's own place gives it back
+        assert parameter.value(parameter.units(value)) == value
+    assert str(parsed("p", str(parameter))) == str(parameter)
+    assert parameter.units("elsewhere") is None
+
+
+def test_whole_numbers_have_equal_shares():
+    grid = [(i + 0.5) / 1000 for i in range(1000)]
+    shares = [sum(Int(1, 4).value([u]) == k for u in grid) for k in (1, 2, 3, 4)]
+    assert shares == [250] * 4
+    logs = [LogInt(1, 8).value([u]) for u in grid]
+    assert sorted(set(logs)) == list(range(1, 9))
+    assert logs.count(1) > logs.count(2) > logs.count(8)
+    halves = [Choice(("a", "b")).value([u]) for u in grid]
+    assert halves.count("a") == halves.count("b")
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({}, "the space is empty"),
+        ({"p": "log(1,1)"}, "the lower end must be below the upper one"),
+        ({"p": "uniform(2,1)"}, "the lower end must be below the upper one"),
+        ({"p": "log(0,1)"}, "needs both ends > 0; uniform"),
+        ({"p": "log(-1,1)"}, "needs both ends > 0"),
+        ({"p": "uniform(0,inf)"}, "finite"),
+        ({"p": "int(1,2.5)"}, "whole numbers"),
+        ({"p": "logint(0,4)"}, "needs both ends > 0; int"),
+        ({"p": "choice()"}, "two options or more"),
+        ({"p": "choice(a)"}, "p=..."),
+        ({"p": "choice(a,b,a)"}, "twice"),
+        ({"p": "lgo(1,2)"}, "Did you mean log"),
+        ({"p": "log(1)"}, "two numbers"),
+        ({"p": "log(a,b)"}, "two numbers"),
+        ({"p": "1e-3"}, "write log(1e-5,1e-1)"),
+    ],
+)
+def test_a_space_that_holds_nothing_is_refused(space, words):
+    f = Counted()
+    with pytest.raises(UserError) as caught:
+        zoft.tune(f, space, budget=4)
+    assert words in str(caught.value)
+    assert not f.asked
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"budget": 0}, "budget must be a whole number >= 1"),
+        ({"budget": 2, "repeats": 3}, "pay for no point of repeats=3"),
+        ({"workers": 0}, "workers must be"),
+        ({"search": "tpee"}, "Did you mean tpe"),
+        ({"direction": "max"}, "no direction called 'max'"),
+        ({"seed": -1}, "seed must be"),
+        ({"x0": {"rte": 1}}, "Did you mean rate"),
+        ({"x0": {"rate": 2.0}}, "which is not in log(1e-05,1)"),
+        ({"workers": 2}, "cannot be sent"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(given, words):
+    f = Counted(lambda point: 0.0)
+    with pytest.raises(UserError) as caught:
+        zoft.tune(f, SPACE, **{"budget": 4, **given})
+    assert words in str(caught.value)
+    assert not f.asked
+
+
+# ------------------------------------------------------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_search_finds_its_way(search):
+    if search == "tpe":
+        pytest.importorskip("optuna")
+    f = Counted()
+    found = zoft.tune(f, SPACE, budget=60, search=search, seed=1)
+    assert found.num_evaluations == len(f.asked) == 60
+    assert len({json.dumps(point) for point in f.asked}) == 60  # nothing is asked twice
+    assert found.fun == bowl(found.x) == min(map(bowl, f.asked)) < {"random": 1.3}.get(search, 0.9)
+    again = zoft.tune(bowl, SPACE, budget=60, search=search, seed=1)
+    assert [e.values for e in again.evaluations] == f.asked
+    assert zoft.tune(bowl, SPACE, budget=60, search=search, seed=2).evaluations != found.evaluations
+
+
+def test_the_zeroth_order_search_beats_random_on_a_bowl():
+    space = {name: SPACE[name] for name in ("rate", "drop")}
+
+    def lowest(search):
+        runs = [
+            zoft.tune(lambda p: bowl({**p, "width": 3, "kind": "b"}), space, budget=40, search=search, seed=seed)
+            for seed in range(5)
+        ]
+        return sorted(run.fun for run in runs)[2]
+
+    assert lowest("zo") < lowest("random") / 2
+
+
+def test_it_begins_where_it_is_told_and_goes_up_where_that_is_wanted():
+    f = Counted(lambda point: -bowl(point))
+    found = zoft.tune(f, SPACE, budget=8, x0={"rate": 0.5, "kind": "c"}, direction="maximize")
+    assert f.asked[0] == {"rate": 0.5, "width": 5, "kind": "c", "drop": 0.25}
+    assert found.fun == max(map(f.f, f.asked))
+    assert found.table().splitlines()[0].split() == ["point", "value", *SPACE]
+
+
+def test_a_small_space_is_known_after_a_while():
+    f = Counted(lambda point: point["a"] * point["b"])
+    found = zoft.tune(f, {"a": "int(1,4)", "b": "choice(1,2,3)"}, budget=400)
+    assert len(f.asked) == 12
+    assert found.x == {"a": 1, "b": 1}
+    assert "Every point" in found.message
+
+
+def test_repeats_are_averaged_and_counted():
+    values = iter(range(100))
+    found = zoft.tune(lambda point: float(next(values)), {"a": "uniform(0,1)"}, budget=9, repeats=2)
+    assert found.num_evaluations == 8
+    assert [e.value for e in found.evaluations] == [0.5, 2.5, 4.5, 6.5]
+    assert found.best.spread == pytest.approx(0.5)
+
+
+def test_failures_are_counted_and_the_search_goes_round_them():
+    def f(point):
+        if point["rate"] > 3e-3:
+            raise RuntimeError("diverged")
+        return math.nan if point["width"] > 6 else bowl(point)
+
+    found = zoft.tune(f, SPACE, budget=40)
+    errors = {e.error for e in found.failed}
+    assert "RuntimeError: diverged" in errors
+    assert found.failed[0].values["rate"] > 3e-3
+    assert math.isnan(found.failed[0].value)
+    assert len(found.failed) + len(found.ranked) == 40
+    assert found.fun < 1.5
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["num_failed"] == len(found.failed)
+
+
+def test_a_function_that_fails_everywhere_is_the_users_to_mend():
+    with pytest.raises(UserError, match=r"first 4 points all failed, the first at rate=.*ZeroDivisionError"):
+        zoft.tune(lambda point: 1 / 0, SPACE, budget=40)
+
+
+# ------------------------------------------------------------------------------------------------------------ journal
+
+
+@pytest.mark.parametrize("search", ["zo", "tpe"])
+def test_a_killed_search_goes_on_as_if_it_had_not_been(tmp_path, search):
+    if search == "tpe":
+        pytest.importorskip("optuna")
+    whole = zoft.tune(bowl, SPACE, budget=20, search=search)
+    f = Counted()
+
+    def killed(point):
+        if len(f.asked) == 9:
+            raise KeyboardInterrupt
+        return f(point)
+
+    with pytest.raises(KeyboardInterrupt):
+        zoft.tune(killed, SPACE, budget=20, search=search, output_dir=tmp_path)
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"number": 9, "rep')  # cut off while it was written
+    again = zoft.tune(f, SPACE, budget=20, search=search, output_dir=tmp_path)
+    assert again.num_resumed == 9
+    assert len(f.asked) == 20
+    assert [(e.values, e.value) for e in again.evaluations] == [(e.values, e.value) for e in whole.evaluations]
+    zoft.tune(f, SPACE, budget=20, search=search, output_dir=tmp_path)
+    assert len(f.asked) == 20  # a finished one is looked up
+    more = zoft.tune(f, SPACE, budget=23, search=search, output_dir=tmp_path)
+    assert len(more.evaluations) == len(f.asked) == 23
+
+
+def test_failures_at_the_end_are_tried_again(tmp_path):
+    with pytest.raises(UserError, match="all failed"):
+        zoft.tune(lambda point: 1 / 0, SPACE, budget=8, output_dir=tmp_path)
+    found = zoft.tune(bowl, SPACE, budget=8, output_dir=tmp_path)
+    assert len(found.ranked) == 8
+    assert not found.num_resumed
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"space": {**SPACE, "rate": "log(1e-5,2)"}}, "its space is rate=log(1e-05,1)"),
+        ({"seed": 3}, "its seed is 0, and now it is 3"),
+        ({"repeats": 2}, "its repeats is 1"),
+        ({"search": "random"}, "its search is zo"),
+        ({"x0": {"rate": 0.1}}, "its start is None"),
+    ],
+)
+def test_another_searchs_journal_is_refused(tmp_path, given, words):
+    zoft.tune(bowl, SPACE, budget=2, output_dir=tmp_path)
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    given = {"space": SPACE, "budget": 2, **given}
+    with pytest.raises(UserError) as caught:
+        zoft.tune(bowl, output_dir=tmp_path, **given)
+    assert words in str(caught.value)
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+
+
+def test_a_file_that_is_no_journal_and_one_in_use(tmp_path):
+    (tmp_path / "journal.jsonl").write_text("hello\n")
+    with pytest.raises(UserError, match="line 1"):
+        zoft.tune(bowl, SPACE, budget=2, output_dir=tmp_path)
+
+    def inner(point):
+        with pytest.raises(UserError, match="in use"):
+            zoft.tune(bowl, SPACE, budget=2, output_dir=tmp_path / "other")
+        return 0.0
+
+    zoft.tune(inner, SPACE, budget=1, output_dir=tmp_path / "other")
+
+
+# ------------------------------------------------------------------------------------------------------------ workers
+
+
+def doomed(job: Job) -> Outcome:
+    """In another process: some jobs kill it."""
+    if job.number == 1:
+        os.kill(os.getpid(), 9)
+    return Outcome("done", float(job.number + os.getppid()))
+
+
+def test_a_job_that_kills_its_process_fails_alone():
+    jobs = [Job(number, 0, {}) for number in range(4)]
+    with Workers(doomed, 2) as workers:
+        found = dict(workers.run(jobs))
+        processes = [worker.process for worker in workers.workers]
+    assert [found[i].status for i in range(4)] == ["done", "failed", "done", "done"]
+    assert "killed by signal 9" in found[1].error
+    assert [found[i].value for i in (0, 2, 3)] == [os.getpid() + i for i in (0, 2, 3)]
+    assert all(not process.is_alive() for process in processes)
+
+
+def test_directions_follow_the_workers_and_stay_with_the_journal(tmp_path: Path):
+    space = SearchSpace({"a": "uniform(0,1)", "b": "uniform(0,1)"})
+    search = ZerothOrder(space, 0, 4)
+    search.ask()
+    search.tell([1.0, 2.0, 3.0, 4.0])
+    sizes = []
+    for _ in range(2):
+        points = search.ask()
+        sizes.append(len(points))
+        search.tell([5.0] * len(points))
+    assert sizes == [1, 4]  # where the search stands, and both ends of two directions
+    zoft.tune(Counted(lambda p: p["a"] + p["b"]), space.texts(), budget=6, output_dir=tmp_path)
+    header = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
+    assert header["batch"] == 1

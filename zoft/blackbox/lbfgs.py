@@ -1,0 +1,56 @@
+"""What the last steps say of the curvature: differences of gradients make a Newton-like direction (L-BFGS)."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LBFGSMemory:
+    """Pairs (s, y) of how x and its gradient have moved, and the direction -H g that they make of a gradient.
+
+    Args:
+        memory: how many pairs are kept.
+
+    Example:
+        >>> import torch
+        >>> bends = LBFGSMemory(2)
+        >>> for s in torch.eye(2):
+        ...     bends.add(s, torch.tensor([1.0, 100.0]) * s)
+        >>> bends.direction(torch.tensor([1.0, 100.0]), torch.tensor([True, True]))  # of x^2 / 2 + 50 y^2 at (1, 1)
+        tensor([-1., -1.])
+
+    References: Nocedal 1980; Liu & Nocedal 1989, Algorithm 2.1.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self.pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=memory)
+
+    def add(self, s: Tensor, y: Tensor) -> None:
+        """A step and the change of the gradient along it; one that bends the wrong way says nothing and is left out."""
+        if float(s @ y) > 1e-10 * float(s.norm()) * float(y.norm()):
+            self.pairs.append((s, y))
+
+    def direction(self, gradient: Tensor, free: Tensor) -> Tensor | None:
+        """-H g among the elements that are free to move; None before there is a pair.
+
+        Args:
+            gradient: g [d].
+            free: bool [d].
+        """
+        pairs = [(s * free, y * free) for s, y in self.pairs]
+        pairs = [(s, y) for s, y in pairs if float(s @ y) > 0]
+        if not pairs:
+            return None
+        direction, shares = -gradient * free, []
+        for s, y in reversed(pairs):
+            shares.append(float(s @ direction) / float(s @ y))
+            direction = direction - shares[-1] * y
+        s, y = pairs[-1]
+        direction = direction * (float(s @ y) / float(y @ y))
+        for (s, y), share in zip(pairs, reversed(shares), strict=True):
+            direction = direction + (share - float(y @ direction) / float(s @ y)) * s
+        return direction

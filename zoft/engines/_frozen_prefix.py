@@ -1,0 +1,393 @@
+"""Hidden states below the lowest trained block: computed once per example, alone and unpadded, and reused.
+
+Where nothing below block k is trained, what enters block k depends on the example alone. Every query and every
+evaluation then runs only the blocks from k on. A row's states are computed by itself, so they do not depend on which
+batch it first appeared in, and a resumed run finds the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+from zoft.engines._lockstep import alone
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights
+from zoft.weights.wider import TOLERANCE, widened
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+log = logging.getLogger(__name__)
+
+_NOT_HIDDEN = {
+    "labels",
+    "num_items_in_batch",
+    "logits_to_keep",
+    "use_cache",
+    "return_dict",
+}  # cannot change hidden states
+
+
+class FrozenPrefix:
+    """The kept hidden states of one model.
+
+    Args:
+        model: the module that the objective calls with keyword arguments.
+        blocks: its stack of blocks.
+        first: index k of the lowest block that is trained.
+        outside: modules outside the stack that are trained; none of them may run before block k.
+        max_bytes: bound on what is kept in memory; rows beyond it go to a file.
+        disk_bytes: bound on that file; rows beyond it are computed again when they come.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        first: int,
+        outside: list[nn.Module],
+        max_bytes: int,
+        disk_bytes: int = 0,
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.first = first
+        self.outside = outside
+        self.max_bytes = max_bytes
+        self.disk_bytes = disk_bytes
+        self.usable = True
+        self._own_forwards: dict[nn.Module, Any] = {}  # what a block's own dict held as forward, while it is replaced
+        self._checked = self._capturing = self._filling = False
+        self.clear()
+
+    @classmethod
+    def of(cls, model: nn.Module, weights: Weights, max_mb: int, disk_mb: int = 0) -> FrozenPrefix | None:
+        """The prefix of this model under these trained weights, or None where there is none to keep."""
+        blocks = longest_stack(model)
+        trained = set(weights.owners)
+        first = next((i for i, block in enumerate(blocks) if trained & set(block.modules())), len(blocks))
+        if not 0 < first < len(blocks):
+            return None
+        inside = {module for block in blocks for module in block.modules()}
+        outside = [module for module in trained if module not in inside]
+        return cls(model, blocks, first, outside, max_mb * 2**20, disk_mb * 2**20)
+
+    def clear(self) -> None:
+        """Forget everything that is kept."""
+        self._rows = Shelf(self.max_bytes, self.disk_bytes)
+        self._batch: tuple[dict[str, Tensor], Tensor] | None = None  # the last batch, put together
+        self._serving: Tensor | None = None
+
+    def share(self, other: FrozenPrefix) -> None:
+        """Keep the rows that another prefix keeps too: of the same weights below the same block, in another model.
+
+        Whether they are what enters this model's block is checked at its first batch, as ever: what is trained outside
+        the blocks may be another part here.
+
+        Args:
+            other: whose rows.
+        """
+        self._rows = other._rows
+
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """Within this block, forwards of the model start at block k wherever that is exact."""
+        handles = [
+            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.blocks[self.first].register_forward_pre_hook(self._inject, with_kwargs=True),
+            self.model.register_forward_hook(self._after, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._after()
+
+    def fill(self, forward: Callable[[], Any]) -> None:
+        """Keep the rows of one batch of equal lengths, computed together: several times faster than one by one.
+
+        Which rows are computed together can change their last bits, so a run that has to be repeatable fills in an
+        order that depends on its data alone (:meth:`zoft.trainer.trainer.ZOMixin.fill_frozen_prefix`).
+
+        Args:
+            forward: calls the model once on that batch; it is cut short at block k.
+        """
+        self._filling = True
+        try:
+            with self.reused():
+                forward()
+        except _Stopped:
+            pass
+        finally:
+            self._filling = False
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.usable or args or self._capturing:
+            return
+        inputs = _row_inputs(kwargs)
+        if inputs is None:
+            return
+        if self._filling and bool(inputs["attention_mask"].all()):
+            self._keep_together(inputs)
+            raise _Stopped(inputs["input_ids"])
+        if self._batch is None or not _same(self._batch[0], inputs):
+            hidden = self._hidden_of(inputs)
+            if hidden is None:
+                return
+            self._batch = (inputs, hidden)
+            if not self._checked:
+                self._check(kwargs, inputs, hidden)
+                if not self.usable:
+                    return
+        self._serving = self._batch[1]
+        for block in self.blocks[: self.first]:
+            if block.__dict__.get("forward") is not _passes_through:  # another forward, side by side, may have come by
+                self._own_forwards[block] = block.__dict__.get("forward")
+            block.forward = _passes_through
+
+    def _inject(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._serving is None:
+            return None
+        hidden = self._serving.clone()  # a block may write into its input
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def _after(self, *_: Any) -> None:
+        if self._capturing:
+            return
+        self._serving = None
+        for block, own in self._own_forwards.items():
+            put_back_forward(block, own)
+        self._own_forwards.clear()
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def _hidden_of(self, inputs: dict[str, Tensor], keep: bool = True) -> Tensor | None:
+        """What enters block k for a padded batch, [B, T, H]; zeros at padding."""
+        mask = inputs["attention_mask"].bool()
+        rows = []
+        for index in range(len(mask)):
+            row = {name: value[index : index + 1, mask[index]] for name, value in inputs.items()}
+            kept = self._row(row) if keep else self._capture_row(row)
+            if kept is None:
+                return None
+            rows.append(kept)
+        hidden = rows[0].new_zeros((*mask.shape, rows[0].shape[-1]))
+        hidden[mask] = torch.cat(rows)
+        return hidden
+
+    def _row(self, row: dict[str, Tensor]) -> Tensor | None:
+        key = _key(row)
+        kept = self._rows.get(key)
+        if kept is not None:
+            return kept
+        hidden = self._capture_row(row)
+        if hidden is not None:
+            self._rows.put(key, hidden)
+        return hidden
+
+    def _capture_row(self, row: dict[str, Tensor]) -> Tensor | None:
+        hidden = self._capture(row)
+        return None if hidden is None else hidden[0]
+
+    def _keep_together(self, inputs: dict[str, Tensor]) -> None:
+        rows = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(len(inputs["input_ids"]))]
+        missing = {key: i for i, key in enumerate(map(_key, rows)) if key not in self._rows}
+        if missing:
+            chosen = list(missing.values())
+            hidden = self._capture({name: value[chosen] for name, value in inputs.items()})
+            if hidden is not None:
+                for key, states in zip(missing, hidden, strict=True):
+                    self._rows.put(key, states.clone())
+
+    def _capture(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Run the model up to block k, return what would enter it; None (and never again) where that is not exact."""
+        early: list[nn.Module] = []
+        handles = [module.register_forward_pre_hook(lambda m, _: early.append(m)) for module in self.outside]
+        if self.first:
+            handles.append(self.blocks[0].register_forward_hook(self._look_at_output))
+        handles.append(self.blocks[self.first].register_forward_pre_hook(_stop, with_kwargs=True))
+        self._capturing = True  # the hooks of `reused` stay out of this forward
+        try:
+            with torch.no_grad(), alone():
+                self.model(**kwargs, use_cache=False)
+        except _Stopped as stopped:
+            if early:
+                self._give_up("a trained module outside the blocks runs before them")
+            return stopped.hidden.detach() if self.usable else None
+        finally:
+            self._capturing = False
+            for handle in handles:
+                handle.remove()
+        self._give_up("the blocks are not called by the model's forward")
+        return None
+
+    def _look_at_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if not isinstance(output, torch.Tensor):
+            self._give_up("a block hands more than hidden states to the next one")
+
+    def _check(self, kwargs: dict[str, Any], inputs: dict[str, Tensor], hidden: Tensor) -> None:
+        """The first batch is computed the ordinary way too: the kept states must be what enters block k."""
+        self._checked = True
+        kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_HIDDEN}
+        ordinary = self._capture(kwargs)
+        if ordinary is not None and self._agree(
+            ordinary, hidden, inputs, 5e-2 if hidden.element_size() < 4 else TOLERANCE
+        ):
+            self._check_in_float32(kwargs, inputs)
+
+    def _check_in_float32(self, kwargs: dict[str, Any], inputs: dict[str, Tensor]) -> None:
+        """The same where 16 bits round nothing away: states that depend on the batch a little do depend on it."""
+        with widened(self.model) as dtype:
+            if dtype is None:
+                return
+            try:
+                ordinary, hidden = self._capture(kwargs), self._hidden_of(inputs, keep=False)
+            except (RuntimeError, TypeError, ValueError) as error:
+                self._give_up(f"the class cannot compute them in float32, to compare ({error})")
+                return
+        if ordinary is not None and hidden is not None:
+            self._agree(ordinary, hidden, inputs, TOLERANCE)
+
+    def _agree(self, ordinary: Tensor, hidden: Tensor, inputs: dict[str, Tensor], tolerance: float) -> bool:
+        """Whether two ways to the states [B, T, H] agree, at each position beside its own largest value."""
+        off = (ordinary - hidden).abs().amax(-1) / ordinary.abs().amax(-1).clamp_min(1e-30)
+        largest = float(off[inputs["attention_mask"].bool()].max())
+        if not largest <= tolerance:
+            self._give_up(f"its states depend on the batch (off by {largest:.2g} of the largest value)")
+        return largest <= tolerance
+
+    def _give_up(self, why: str) -> None:
+        self.usable = False
+        self.clear()
+        log.warning("hidden states below block %d are not kept between queries: %s", self.first, why)
+
+
+def put_back_forward(module: nn.Module, own: Any) -> None:
+    """Undo ``module.forward = ...``: ``own`` is what the module's own dict held before, None where nothing."""
+    if own is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = own
+
+
+def longest_stack(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks: its longest list of modules of one type; empty where it has none."""
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(b) for b in m}) == 1]
+    return max((list(stack) for stack in stacks), key=len, default=[])
+
+
+class _Stopped(Exception):
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise _Stopped(args[0] if args else kwargs["hidden_states"])
+
+
+def _passes_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+def _same(inputs: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return inputs.keys() == others.keys() and all(
+        value is others[name] or torch.equal(value, others[name]) for name, value in inputs.items()
+    )
+
+
+def _key(row: dict[str, Tensor]) -> bytes:
+    return b"|".join(name.encode() + value.cpu().numpy().tobytes() for name, value in sorted(row.items()))
+
+
+def _row_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The [B, T] tensors that say what a row is, or None where rows cannot be told apart exactly."""
+    ids = kwargs.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        return None
+    inputs: dict[str, Tensor] = {}
+    for name, value in kwargs.items():
+        if name in _NOT_HIDDEN or value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or value.shape != ids.shape:
+            return None
+        inputs[name] = value
+    inputs.setdefault("attention_mask", torch.ones_like(ids))
+    if "position_ids" not in inputs and not bool(inputs["attention_mask"][:, 0].all()):
+        return None  # left padding shifts positions in some models
+    return inputs
+
+
+# ---- Tensors kept by key, in memory up to a bound and then in a temporary file up to another -------------------------
+
+
+class Shelf:
+    """What is put on it comes back bit for bit; what has no room is not kept.
+
+    Args:
+        memory_bytes: bound of what stays in memory, on the tensors' own device.
+        disk_bytes: bound of the file, which is in the system's folder for temporary files (TMPDIR) and vanishes with
+            the process; 0 for none.
+
+    Example:
+        >>> import torch
+        >>> shelf = Shelf(8, 1000)
+        >>> shelf.put(b"a", torch.ones(2)), shelf.put(b"b", torch.arange(3.0))
+        (True, True)
+        >>> shelf.get(b"b")
+        tensor([0., 1., 2.])
+    """
+
+    def __init__(self, memory_bytes: int, disk_bytes: int = 0) -> None:
+        self.memory_bytes = memory_bytes
+        self.disk_bytes = disk_bytes
+        self._near: dict[bytes, Tensor] = {}
+        self._far: dict[
+            bytes, tuple[int, int, Tensor]
+        ] = {}  # key -> offset, bytes, an empty one of its dtype and device
+        self._shapes: dict[bytes, torch.Size] = {}
+        self._file: IO[bytes] | None = None
+        self.bytes_near = self.bytes_far = 0
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._near or key in self._far
+
+    def __len__(self) -> int:
+        return len(self._near) + len(self._far)
+
+    def put(self, key: bytes, tensor: Tensor) -> bool:
+        """Keep a tensor; returns whether there was room."""
+        size = tensor.numel() * tensor.element_size()
+        if self.bytes_near + size <= self.memory_bytes:
+            self._near[key] = tensor
+            self.bytes_near += size
+            return True
+        if self.bytes_far + size > self.disk_bytes:
+            return False
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="zoft_")  # noqa: SIM115 - open for as long as this is
+        self._file.seek(self.bytes_far)
+        self._file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        self._far[key] = (self.bytes_far, size, tensor.new_empty(0))
+        self._shapes[key] = tensor.shape
+        self.bytes_far += size
+        return True
+
+    def get(self, key: bytes) -> Tensor | None:
+        """The tensor, or None where it is not kept."""
+        if key not in self._far or self._file is None:
+            return self._near.get(key)
+        offset, size, like = self._far[key]
+        self._file.seek(offset)
+        read: Any = torch.frombuffer(bytearray(self._file.read(size)), dtype=like.dtype)
+        return read.view(self._shapes[key]).to(like.device)

@@ -1,0 +1,155 @@
+"""Several forwards side by side: each runs until the others are where it is, and what they share is done once.
+
+The forwards are coroutines of one thread (greenlets), so nothing runs at the same time and any Python code may take
+part: an objective is called as often as without it and need not know. A forward calls :meth:`Lockstep.meet` where the
+work is the same for all of them; it is suspended there until every other one has arrived, or has arrived elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from zoft.utils.lazy import torch
+
+_ALONE = contextvars.ContextVar("_ALONE", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within this block a forward waits for nobody: for what must not be left halfway."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+def is_alone() -> bool:
+    """Whether this is inside :func:`alone`."""
+    return _ALONE.get()
+
+
+Work = Callable[[list[Any]], Sequence[Any]]
+"""What each one brought -> what each one gets."""
+
+
+@dataclass
+class _Meeting:
+    place: Hashable
+    brought: Any
+    work: Work
+    state: tuple[Any, ...]
+
+
+class Lockstep:
+    """Runs calls side by side.
+
+    Example:
+        >>> together = Lockstep()
+        >>> def forward(x):
+        ...     return together.meet("layer", x, lambda xs: [sum(xs)] * len(xs)) + x
+        >>> together.run([lambda: forward(1), lambda: forward(10)])
+        [12, 21]
+        >>> forward(1)  # alone, outside a run
+        2
+    """
+
+    def __init__(self) -> None:
+        self._scheduler: Any = None
+        self._ambient: tuple[Any, ...] = ()
+
+    def run(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """The results of all ``calls``, in order.
+
+        When one raises, the others are ended where they are (their ``finally`` blocks run) and the error goes on.
+        """
+        import greenlet
+
+        if len(calls) == 1 or self._scheduler is not None:
+            return [call() for call in calls]
+        runners = [greenlet.greenlet(call) for call in calls]
+        for runner in runners:
+            runner.gr_context = contextvars.copy_context()
+        self._scheduler, self._ambient = greenlet.getcurrent(), _thread_state()
+        try:
+            return self._schedule(runners)
+        finally:
+            for runner in runners:
+                while runner:  # alive: something was raised
+                    runner.throw()
+            self._scheduler = None
+            _set_thread_state(self._ambient)
+
+    def _schedule(self, runners: list[Any]) -> list[Any]:
+        results: dict[Any, Any] = {}
+        waiting: dict[Any, _Meeting] = {}
+        meetings = dict.fromkeys(runners, 0)
+
+        def resume(runner: Any, *answer: Any) -> None:
+            got = runner.switch(*answer)
+            if runner.dead:
+                results[runner] = got
+            else:
+                waiting[runner] = got
+
+        for runner in runners:
+            resume(runner)
+        while waiting:
+            # Where they have parted (experts of a mixture), few wait for many, and who has come less far goes first.
+            together = Counter(meeting.place for meeting in waiting.values())
+            first = min(waiting, key=lambda runner: (together[waiting[runner].place], meetings[runner]))
+            place = waiting[first].place
+            group = [runner for runner in runners if runner in waiting and waiting[runner].place == place]
+            met = [waiting.pop(runner) for runner in group]
+            _set_thread_state(met[0].state)
+            answers = met[0].work([meeting.brought for meeting in met])
+            _set_thread_state(self._ambient)
+            for runner, answer in zip(group, answers, strict=True):
+                meetings[runner] += 1
+                resume(runner, answer)
+        return [results[runner] for runner in runners]
+
+    def meet(self, place: Hashable, brought: Any, work: Work) -> Any:
+        """Do ``work`` once for everybody who comes to ``place``; returns this forward's share.
+
+        Outside :meth:`run`, and inside a context that cannot be interleaved, the work is done for this one alone.
+        """
+        if self._scheduler is None or _ALONE.get() or _modes() != self._ambient[0]:
+            return work([brought])[0]
+        mine = _thread_state()
+        _set_thread_state(self._ambient)
+        answer = self._scheduler.switch(_Meeting(place, brought, work, mine))
+        _set_thread_state(mine)
+        return answer
+
+
+def _modes() -> int:
+    """How many overriding contexts (``with torch.device(...)``, ...) are open: they must close in order."""
+    return int(torch._C._len_torch_function_stack()) + int(torch._C._len_torch_dispatch_stack())
+
+
+def _thread_state() -> tuple[Any, ...]:
+    """What a forward sets for a while and would leave to the next one: autocast and gradient mode."""
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _devices()]
+    return _modes(), torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), autocast
+
+
+@lru_cache(maxsize=1)
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def _set_thread_state(state: tuple[Any, ...]) -> None:
+    _, grad, cache, autocast = state
+    torch.set_grad_enabled(grad)
+    torch.set_autocast_cache_enabled(cache)
+    for device, enabled, dtype in autocast:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)

@@ -1,0 +1,105 @@
+"""Layers below the lowest one that moves in a step: computed by the step's first query and reused by the others.
+
+Where a step moves some blocks only (subspace=blocks), what enters the lowest of them is the same for all of its points.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from zoft.engines._frozen_prefix import longest_stack, put_back_forward
+from zoft.engines._lockstep import is_alone
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class StepPrefix:
+    """The hidden states that one call of ``losses`` keeps: one for each time the objective calls the model.
+
+    Exact to the bit: the first query computes them as it would anyway, and they are used where the same goes into the
+    lowest layer again. Memory: the inputs of two blocks for every call of the model in the objective.
+
+    Args:
+        model: any module; without a stack of alike blocks that hand on a tensor, nothing is reused.
+        state: a place for the forward that runs to count in (several may be under way, side by side).
+        begin: told whenever the model is called.
+        moved: whether a module that moves has been entered since.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: Callable[[], Counter[Any]],
+        begin: Callable[[], None],
+        moved: Callable[[], bool],
+    ) -> None:
+        self.model = model
+        self.begin = begin
+        self.blocks = longest_stack(model)
+        self.state = state
+        self.moved = moved
+        self._inputs: dict[int, Tensor] = {}  # number of the call -> what went into the lowest block
+        self._kept: dict[int, Tensor] = {}  # number of the call -> what went into the first that moves
+        self._usable = True
+
+    @contextmanager
+    def reused(self, moving: set[nn.Module]) -> Iterator[None]:
+        """Within this block, later forwards begin at the lowest block that holds one of the ``moving`` modules."""
+        first = next((i for i, block in enumerate(self.blocks) if moving & set(block.modules())), len(self.blocks) - 1)
+        if first < 1:
+            yield
+            return
+        handle = self.blocks[first].register_forward_pre_hook(self._enter, with_kwargs=True)
+        begin = self.model.register_forward_pre_hook(lambda *_: self.begin())
+        below = {block: block.__dict__.get("forward") for block in self.blocks[:first]}
+        for block in below:
+            block.forward = self._passing(block.forward)
+        try:
+            yield
+        finally:
+            handle.remove()
+            begin.remove()
+            for block, own in below.items():
+                put_back_forward(block, own)
+
+    def _passing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if is_alone():  # kept for other purposes (engines/_frozen_prefix.py)
+                return forward(hidden_states, *args, **kwargs)
+            state = self.state()
+            call = state["call"]
+            if state["looked"] == call:  # the lowest block of this call
+                state["looked"] += 1
+                seen = self._inputs.setdefault(call, hidden_states)
+                state["same"] = call in self._kept and _same(seen, hidden_states)
+            if state["same"]:
+                return hidden_states
+            output = forward(hidden_states, *args, **kwargs)
+            self._usable = self._usable and isinstance(output, torch.Tensor)
+            return output
+
+        return passing
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_alone():
+            return None
+        state = self.state()
+        call, looked, same = state["call"], state["looked"], state["same"]
+        state["call"], state["looked"], state["same"] = call + 1, call + 1, 0
+        if same:
+            kept = self._kept[call]
+            return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept})
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        exact = looked > call and self._usable and not self.moved()
+        if exact and hidden is not None and call not in self._kept:
+            self._kept[call] = hidden
+        return None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))

@@ -1,0 +1,341 @@
+"""`zoft eval`: a model as it is, with demonstrations, calibrated or probed, or a run's final one, on held-out rows."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError, did_you_mean
+from zoft.lm.data.examples import Example
+from zoft.lm.tasks._rows import RowsTask, permutation
+from zoft.lm.tasks.base import Task, with_demonstrations
+from zoft.run import folder
+from zoft.utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+    from zoft.evaluation.scoring import Scored, Scoring
+
+
+MODES = ("zero_shot", "icl", "calibrated", "linear_probe")
+SPLITS = ("test", "dev", "train")
+SHOWN = 32
+"""Demonstrations, unless said otherwise: the published number."""
+
+PREDICTIONS, FACTS = "predictions.jsonl", "evaluation.json"
+
+
+SERVES = {
+    "icl": ("options", "generate"),
+    "calibrated": ("options",),
+    "linear_probe": ("options", "mask", "head"),
+}
+"""Mode -> the forms of rows that it is for; every form where it is not listed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for beside the run's config.
+
+    Args:
+        mode: zero_shot (the model as it is), icl (behind solved rows), calibrated (against a prompt without content)
+            or linear_probe (logistic regression on its hidden states).
+        k: solved rows shown; None takes 32 with icl and none elsewhere.
+        split: test, dev or train.
+        run: folder of a run whose final model is evaluated; empty for the model that the config names.
+        metric: a metric of the `evaluate` library, computed too; empty for none.
+        output_dir: where predictions go.
+    """
+
+    mode: str = "zero_shot"
+    k: int | None = None
+    split: str = "test"
+    run: str = ""
+    metric: str = ""
+    output_dir: str = "evaluation"
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", MODES), ("split", SPLITS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}")
+        if self.k is not None and self.mode not in ("icl", "calibrated"):
+            raise UserError(f"k={self.k} is not read by mode={self.mode}: set mode=icl, or calibrated")
+        if self.k is not None and self.k < 1:
+            raise UserError(f"k must be at least 1, got {self.k}")
+        if self.shown and self.split != "test":
+            raise UserError(
+                f"split={self.split} and mode={self.mode} with k={self.shown}: a row would be its own example"
+            )
+
+    @property
+    def shown(self) -> int:
+        """Demonstrations before each row."""
+        return self.k or (SHOWN if self.mode == "icl" else 0)
+
+
+def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
+    """Carry out an evaluation and write its predictions and facts.
+
+    Args:
+        cfg: model, task and what else a run is made of.
+        request: what is asked for.
+
+    Returns:
+        The facts, with the metrics by name.
+
+    Raises:
+        UserError: something does not go together; nothing is written then.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from zoft.lm import formats
+    from zoft.lm.data import repeats
+    from zoft.lm.metrics.libraries import split
+    from zoft.lm.objectives.metric import Metric
+    from zoft.run.build import tokenizer_of
+
+    began = time.perf_counter()
+    splits = cfg.task.load()
+    repeats.warn(splits)
+    examples = getattr(splits, request.split)
+    objective = formats.scorer_of(cfg.task, examples, cfg.objective)
+    form = formats.nearest_format(cfg.task, examples, objective)
+    formats.require_fit(cfg.task, form, objective)
+    _check(form, request, cfg, splits.train)
+    metrics = [request.metric] * bool(request.metric)
+    if isinstance(objective, Metric) and objective.library:  # it judges all rows at the end, not each batch on the way
+        metrics.append(split(objective.library)[0])
+        objective = objective.without_library()
+    if request.shown:
+        from zoft.evaluation.evaluate import with_solved
+
+        examples = with_solved(cfg.task, examples, splits.train, request.shown)
+    tokenizer = tokenizer_of(cfg)
+    encode = functools.partial(
+        formats.encode_rows,
+        form,
+        tokenizer=tokenizer,
+        max_length=cfg.task.max_length,
+        room=formats.room_of(cfg.task, objective),
+    )
+    rows = encode(examples)
+    scoring = _scoring(cfg, request, form, rows, tokenizer, objective)
+    if request.mode == "linear_probe":
+        found = _probed(scoring, splits, request, encode)
+    else:
+        found = _scored(scoring, form, rows, examples, request, encode)
+    facts = _facts(cfg, request, form, found, metrics, time.perf_counter() - began)
+    _write(request.output_dir, facts, found, getattr(splits, request.split), form)
+    return facts
+
+
+def _check(form: str, request: Request, cfg: ZoftConfig, train: Any) -> None:
+    """Refuse a mode that the rows have nothing for."""
+    from zoft.lm.data.examples import Example
+    from zoft.lm.formats import FORMS
+
+    if form not in SERVES.get(request.mode, (form,)) or (request.shown and not isinstance(train[0], Example)):
+        wanted = " or ".join(FORMS[one].what for one in SERVES[request.mode])
+        raise UserError(
+            f"mode={request.mode} is for {wanted}, task={cfg.task.name()} has {FORMS[form].what}: set mode=zero_shot"
+        )
+    if request.mode == "linear_probe" and len({one.options for one in train}) > 1:
+        raise UserError(
+            f"mode=linear_probe needs the same few labels in every row, and the options of task={cfg.task.name()} "
+            "differ: choose another mode"
+        )
+    if request.metric and form not in ("options", "mask", "head", "generate"):
+        raise UserError(f"evaluate={request.metric} compares predictions with labels, and this task has none")
+
+
+def _scoring(cfg: ZoftConfig, request: Request, form: str, rows: Any, tokenizer: Any, objective: Any) -> Scoring:
+    """The model on its device, and what makes batches for it."""
+    from zoft.evaluation.scoring import Scoring
+    from zoft.lm import formats
+    from zoft.run.build import arguments_of
+    from zoft.utils.lazy import torch
+
+    cfg.tracker.report_to = []
+    args = arguments_of(cfg)
+    model = model_of(cfg, request.run).to(args.device).eval()
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    autocast: Any = nullcontext if dtype is None else functools.partial(torch.autocast, args.device.type, dtype)
+    collate = formats.collator_for(form, rows, tokenizer, cfg.task, objective)
+    return Scoring(model, objective, collate, args.per_device_eval_batch_size, autocast)
+
+
+def model_of(cfg: ZoftConfig, run: str) -> Any:
+    """The config's model, or a run's final one: its own folder, or its adapter on the config's model.
+
+    Args:
+        cfg: model, task and adapter.
+        run: a run's folder, or the empty string.
+    """
+    from zoft.lm import formats
+    from zoft.lm.models.load import load_model_as
+
+    kept = Path(run) / "model"
+    adapter = bool(run) and (kept / "adapter_config.json").is_file()
+    model: Any = load_model_as(
+        formats.model_kind(cfg.task),
+        str(kept.absolute()) if run and not adapter else cfg.model.name,
+        revision=None if run and not adapter else cfg.model.revision,
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+        num_labels=formats.num_labels(cfg.task),
+        seed=cfg.seed,
+    )
+    if adapter:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(kept))
+    return model if run else cfg.peft.wrap(model, cfg.seed)
+
+
+def _scored(scoring: Scoring, form: str, rows: Any, examples: Any, request: Request, encode: Any) -> Scored:
+    if form in ("generate", "rated"):
+        return scoring.written(rows)
+    if form == "counted":
+        return scoring.counted(rows)
+    if form == "pairs":
+        return scoring.pairs(rows)
+    against = None
+    if request.mode == "calibrated":
+        from zoft.lm.tasks.base import uncontextual
+
+        against = encode([uncontextual(example) for example in examples])
+    return scoring.chosen(rows, scoring.choices(rows, against))
+
+
+def _probed(scoring: Scoring, splits: Any, request: Request, encode: Any) -> Scored:
+    from zoft.evaluation.choices import choose
+    from zoft.evaluation.features import features
+    from zoft.evaluation.linear_probe import probe
+
+    parts = {name: encode(getattr(splits, name)) for name in {"train", "dev", request.split}}
+    labels = {name: [row["label"] for row in rows] for name, rows in parts.items()}
+    count = max(max(values) for values in labels.values()) + 1
+    train, dev = ((features(scoring, parts[name]), labels[name]) for name in ("train", "dev"))
+    fitted, rows = probe(train, dev, count), parts[request.split]
+
+    def score(some: Any) -> Any:
+        return fitted.log_probs(features(scoring, some))
+
+    scored = scoring.chosen(rows, choose(rows, score, score, scoring.batch_size, scoring.close))
+    scored.metrics["penalty"] = fitted.penalty
+    return scored
+
+
+def _facts(
+    cfg: ZoftConfig, request: Request, form: str, found: Scored, metrics: list[str], seconds: float
+) -> dict[str, Any]:
+    from zoft.lm import formats
+    from zoft.lm.metrics.libraries import computed
+
+    facts: dict[str, Any] = {
+        "mode": request.mode,
+        "model": request.run or cfg.model.name,
+        "task": cfg.task.name(),
+        "prompt": getattr(cfg.task, "prompt", None),
+        "split": request.split,
+        "num_rows": len(found.predictions),
+        "num_demonstrations": request.shown,
+        "metric": formats.reported(form, cfg.task),
+        **found.metrics,
+        "num_computed_alone": found.num_alone,
+        "seconds": seconds,
+        "output_dir": request.output_dir,
+    }
+    predictions = [row.get("answer", row.get("chosen")) for row in found.predictions]
+    references = [row.get("answers", row.get("label")) for row in found.predictions]
+    for name in metrics:
+        facts["evaluate"] = facts.get("evaluate", {}) | computed(name, predictions, references)
+    return facts
+
+
+def _write(output_dir: str, facts: dict[str, Any], found: Scored, examples: Any, form: str) -> None:
+    """The predictions line by line, and the facts."""
+    lines = []
+    for number, (row, example) in enumerate(zip(found.predictions, examples, strict=True)):
+        told: dict[str, Any] = {"row": number}
+        if form in ("options", "mask", "head"):
+            text = example.prompt or "".join("<mask>" if p.text is None else p.text for p in example.pieces)
+            told |= {"prompt": text, "options": list(example.options)}
+        lines.append(json.dumps(told | row))
+    write_files(output_dir, lines, facts)
+
+
+def write_files(output_dir: str, lines: list[str], facts: dict[str, Any]) -> None:
+    """Predictions and facts, each whole or not at all.
+
+    Args:
+        output_dir: their folder, which is made.
+        lines: of the predictions, JSON.
+        facts: of the evaluation.
+    """
+    place = Path(output_dir)
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomically(place / PREDICTIONS, "".join(f"{line}\n" for line in lines))
+    write_atomically(place / FACTS, json.dumps(facts, indent=2) + "\n")
+
+
+def default_output_dir(cfg: ZoftConfig, request: Request, *, given: bool) -> str:
+    """Where predictions go unless it is said: beside a run's own files, never where a run would begin.
+
+    Args:
+        cfg: its ``output_dir`` is taken as it is where it was ``given``.
+        request: mode, split and run.
+        given: whether the user wrote ``output_dir=``.
+    """
+    if given:
+        return cfg.output_dir
+    name = "-".join(["eval", request.mode, *([str(request.k)] if request.k else []), request.split])
+    return str(Path(request.run) / name) if request.run else f"{cfg.output_dir}-{name}"
+
+
+def config_of_run(run: str) -> str:
+    """The config of a run's folder, which must hold its final model."""
+    path = Path(run) / folder.CONFIG
+    if not path.is_file():
+        raise UserError(f"run={run} holds no {folder.CONFIG}: give the folder of a run of zoft train")
+    if not (path.parent / "model").is_dir():
+        raise UserError(f"run={run} holds no final model: finish it with the command that began it")
+    return str(path)
+
+
+# ---- Solved rows shown before each row to solve: in-context learning -------------------------------------------------
+
+
+def with_solved(task: Task, examples: Sequence[Example], train: Sequence[Example], k: int) -> list[Example]:
+    """Every example behind ``k`` solved ones, another set for each, drawn as MeZO draws them.
+
+    A published task draws from all rows of its training source, your own from the rows that it trains on.
+
+    Args:
+        task: where they come from.
+        examples: held-out rows.
+        train: the rows that are trained on.
+        k: how many are shown.
+
+    Raises:
+        UserError: there are fewer than ``k``.
+    """
+    if isinstance(task, RowsTask):
+        shown = task.demonstrations(len(examples), k)
+    else:
+        import numpy
+
+        seeds = numpy.random.RandomState(0).randint(0, 10_000, len(examples)).tolist()
+        shown = [[train[index] for index in permutation(len(train), seed)[:k]] for seed in seeds]
+    if shown and len(shown[0]) < k:
+        raise UserError(f"k={k} demonstrations are wanted and there are {len(shown[0])} rows to show: lower k")
+    return [with_demonstrations(one, own, task.separator) for one, own in zip(examples, shown, strict=True)]

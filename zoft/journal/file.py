@@ -1,0 +1,282 @@
+"""A run's journal file: opened by one process, appended to step by step, never left half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoft.errors import DiskFullError, UserError
+from zoft.journal import chunks, records
+from zoft.journal.records import Record
+from zoft.utils.files import write_atomically
+
+NAME = "journal.bin"
+FORMAT = 1
+_DIGEST = struct.Struct("<I32s")
+_NUMBER = struct.Struct("<I")
+
+
+@dataclass
+class Contents:
+    """What a journal file holds.
+
+    Args:
+        header: what the run is: ``format``, ``run`` (its identifier), ``first`` (number of the first step), ``weights``
+            (SHA-256 of the trained weights before it), ``settings`` (what must not change), and what else was given.
+        records: the steps, in order.
+        looks: step -> what the subspace saw before it (bytes of `zoft.journal.state`).
+        digests: number of steps done -> SHA-256 of the trained weights then.
+        evaluations: number of steps done -> the metrics of the evaluations made then, in order.
+        notes: what else happened, in order: ``lr_factor`` where the run went back at a lower learning rate.
+        damaged: bytes at the end that are no whole chunks: cut by a crash, or changed.
+    """
+
+    header: dict[str, Any]
+    records: list[Record] = field(default_factory=list)
+    looks: dict[int, bytes] = field(default_factory=dict)
+    digests: dict[int, str] = field(default_factory=dict)
+    evaluations: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    damaged: int = 0
+
+    @property
+    def end(self) -> int:
+        """The number of steps that the journal knows, those before its first one included."""
+        return self.records[-1].step + 1 if self.records else int(self.header["first"])
+
+
+def read(path: Path) -> Contents:
+    """All that is whole in a journal file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: there is none, it is not a journal, or its format is another one.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    found: Contents | None = None
+    end = 0
+    for chunk in chunks.decode(data):
+        if found is None:
+            found = Contents(_header(path, chunk))
+        else:
+            _take(found, chunk)
+        end = chunk.end
+    if found is None:
+        raise UserError(
+            f"{path} is not a journal of zoft, or its first bytes are damaged: move it away, and the run goes on from "
+            "its newest checkpoint"
+        )
+    found.damaged = len(data) - end
+    return found
+
+
+class Journal:
+    """A journal that is being written: every chunk is on the disk when the call returns.
+
+    Args:
+        path: the file; made by :meth:`create`, or continued by :meth:`open`.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> journal = Journal.create(folder / "journal.bin", {"weights": "ab"})
+        >>> journal.append(Record(0, 7, 1e-3, 1e-3, 2, 64, 0.5, 1.5, (0.25,)))
+        >>> journal.close()
+        >>> read(folder / "journal.bin").end
+        1
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = _opened(path)
+        self._check = 0
+        self._end = 0
+
+    @classmethod
+    def create(cls, path: Path, header: dict[str, Any]) -> Journal:
+        """A new journal in the place of one that may be there, which is kept beside it as ``journal.old.bin``.
+
+        Args:
+            path: the file.
+            header: see :class:`Contents`; ``format``, ``run`` and ``first`` are added.
+        """
+        whole = {"format": FORMAT, "run": uuid.uuid4().hex, "first": 0, **header}
+        data, _ = chunks.encode(chunks.HEADER, json.dumps(whole, sort_keys=True).encode(), 0)
+        if path.exists():
+            os.close(_opened(path))  # refused while another process writes it
+            path.replace(path.with_suffix(".old.bin"))
+        _to_disk(lambda: write_atomically(path, data), path, len(data))
+        return cls.open(path, 0)
+
+    @classmethod
+    def open(cls, path: Path, end: int) -> Journal:
+        """Continue a journal behind its first so many steps; what comes after them is cut off.
+
+        Args:
+            path: the file.
+            end: number of steps to keep; larger than there are keeps all.
+        """
+        journal = cls(path)
+        step = -1
+        for chunk in chunks.decode(path.read_bytes()):
+            step = max(step, _last_step(chunk))
+            if step >= end:
+                break
+            journal._end, journal._check = chunk.end, chunk.check
+        os.ftruncate(journal._file, journal._end)
+        return journal
+
+    def append(self, record: Record) -> None:
+        """A step."""
+        self._write(chunks.STEP, records.encode(record))
+
+    def look(self, step: int, seen: bytes) -> None:
+        """What the subspace saw before the queries of a step."""
+        self._write(chunks.LOOK, _NUMBER.pack(step) + seen)
+
+    def digest(self, step: int, sha256: str) -> None:
+        """The hash of the trained weights after so many steps."""
+        self._write(chunks.DIGEST, _DIGEST.pack(step, bytes.fromhex(sha256)))
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """What an evaluation after so many steps found."""
+        self._write(chunks.EVALUATION, _NUMBER.pack(step) + json.dumps(metrics).encode())
+
+    def note(self, step: int, told: dict[str, Any]) -> None:
+        """Something that happened after so many steps, and that the steps after it depend on."""
+        self._write(chunks.NOTE, _NUMBER.pack(step) + json.dumps(told).encode())
+
+    def seal(self) -> None:
+        """Write the file anew with all steps in blocks: a finished run's journal is small (see `records.seal`)."""
+        data, check = b"", 0
+        waiting: list[Record] = []
+
+        def put(kind: bytes, payload: bytes) -> None:
+            nonlocal data, check
+            encoded, check = chunks.encode(kind, payload, check)
+            data += encoded
+
+        def put_waiting() -> None:
+            for first in range(0, len(waiting), records.BLOCK_STEPS):
+                put(chunks.BLOCK, records.seal(waiting[first : first + records.BLOCK_STEPS]))
+            waiting.clear()
+
+        for chunk in chunks.decode(self.path.read_bytes()):
+            if chunk.kind == chunks.STEP:
+                waiting.append(records.decode(chunk.payload))
+            else:
+                if chunk.kind == chunks.BLOCK:
+                    put_waiting()
+                put(chunk.kind, chunk.payload)
+        put_waiting()
+        _to_disk(lambda: write_atomically(self.path, data), self.path, len(data))
+        os.close(self._file)
+        self._file, self._check, self._end = _opened(self.path), check, len(data)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _write(self, kind: bytes, payload: bytes) -> None:
+        data, check = chunks.encode(kind, payload, self._check)
+
+        def write() -> None:
+            view, at = memoryview(data), self._end
+            while view:
+                done = os.pwrite(self._file, view, at)
+                view, at = view[done:], at + done
+            _sync(self._file)
+
+        _to_disk(write, self.path, len(data))
+        self._check, self._end = check, self._end + len(data)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _header(path: Path, chunk: chunks.Chunk) -> dict[str, Any]:
+    if chunk.kind != chunks.HEADER:
+        raise UserError(f"{path} does not begin with a header: it is not a journal of zoft")
+    header = dict(json.loads(chunk.payload))
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has journal format {header.get('format')!r}, and this zoft reads format {FORMAT}: "
+            "use the version of zoft that wrote it"
+        )
+    return header
+
+
+def _take(found: Contents, chunk: chunks.Chunk) -> None:
+    kind, payload = chunk.kind, chunk.payload
+    if kind == chunks.STEP:
+        found.records.append(records.decode(payload))
+    elif kind == chunks.BLOCK:
+        found.records.extend(records.unseal(payload))
+    elif kind == chunks.LOOK:
+        found.looks[_NUMBER.unpack_from(payload)[0]] = payload[_NUMBER.size :]
+    elif kind == chunks.DIGEST:
+        step, sha = _DIGEST.unpack(payload)
+        found.digests[step] = sha.hex()
+    elif kind == chunks.NOTE:
+        found.notes.append(json.loads(payload[_NUMBER.size :]))
+    elif kind == chunks.EVALUATION:
+        found.evaluations.setdefault(_NUMBER.unpack_from(payload)[0], []).append(json.loads(payload[_NUMBER.size :]))
+
+
+def _last_step(chunk: chunks.Chunk) -> int:
+    """The number of the last step that a chunk belongs to, from 0; -1 for what is before them."""
+    if chunk.kind == chunks.STEP:
+        return records.decode(chunk.payload).step
+    if chunk.kind == chunks.BLOCK:
+        return records.unseal(chunk.payload)[-1].step
+    if chunk.kind == chunks.LOOK:
+        return int(_NUMBER.unpack_from(chunk.payload)[0])
+    if chunk.kind in (chunks.DIGEST, chunks.EVALUATION, chunks.NOTE):
+        return int(_NUMBER.unpack_from(chunk.payload)[0]) - 1
+    return -1
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _opened(path: Path) -> int:
+    """The file, locked for this process as long as it is open."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise UserError(
+            f"{path} is being written by another process: wait until it ends, or choose another output_dir"
+        ) from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
+    return file
+
+
+def _sync(file: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(file)
+
+
+def _to_disk(write: Any, path: Path, size: int) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise DiskFullError.of(error, path, size) from None

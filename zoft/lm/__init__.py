@@ -1,0 +1,1 @@
+"""Language models: loading, data, tasks, objectives, metrics. Knows no noun of the method."""

@@ -1,0 +1,81 @@
+"""Parts of a batch: its examples one by one, and its rows of some length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch = dict[str, Any]
+
+
+def examples_of(batch: Batch) -> list[Batch]:
+    """Batches of one example each, in order; an example of several rows (one an option) stays together.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[0, 5], [6, 7]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
+        >>> [one["input_ids"].tolist() for one in examples_of(batch)]
+        [[[5]], [[6, 7]]]
+    """
+    return [take(batch, rows) for rows in groups_of(batch)]
+
+
+def of_lengths(batch: Batch, shortest: float, longest: float) -> Batch | None:
+    """The examples whose longest row has so many tokens, both ends included; None if there are none."""
+    lengths = lengths_of(batch)
+    kept = [rows for rows in groups_of(batch) if shortest <= max(int(lengths[row]) for row in rows) <= longest]
+    if not kept:
+        return None
+    rows = [row for group in kept for row in group]
+    return batch if len(rows) == len(lengths) else take(batch, rows)
+
+
+def groups_of(batch: Batch) -> list[list[int]]:
+    """Numbers of the rows that belong to each example."""
+    count, options = _num_rows(batch), batch.get("num_options")
+    if options is None:
+        return [[row] for row in range(count)]
+    groups, row = [], 0
+    while row < count:
+        groups.append(list(range(row, row + int(options[row]))))
+        row += int(options[row])
+    return groups
+
+
+def lengths_of(batch: Batch) -> Tensor:
+    """Tokens of each row: [R]."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum(1)
+    ids = batch.get("input_ids")
+    width = 1 if ids is None or ids.dim() < 2 else ids.shape[1]
+    return torch.full((_num_rows(batch),), width)
+
+
+def take(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows, without columns that are padding in all of them."""
+    count, mask = _num_rows(batch), batch.get("attention_mask")
+    index = torch.tensor(rows, device=None if mask is None else mask.device)
+    kept = slice(None)
+    if mask is not None and mask.dim() == 2:
+        used = mask[index].any(0).nonzero()
+        kept = slice(int(used[0]), int(used[-1]) + 1) if len(used) else kept
+    taken: Batch = {}
+    for key, value in batch.items():
+        if key == "packed":  # the same tokens in other rows: those would have to be packed anew
+            continue
+        if isinstance(value, list) and len(value) == count:  # texts and token ids, an entry a row
+            taken[key] = [value[row] for row in rows]
+            continue
+        if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != count:
+            taken[key] = value
+            continue
+        part = value[index.to(value.device)]
+        taken[key] = part[:, kept] if mask is not None and part.shape[1:2] == mask.shape[1:2] else part
+    return taken
+
+
+def _num_rows(batch: Batch) -> int:
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim())

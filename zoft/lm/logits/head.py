@@ -1,0 +1,171 @@
+"""The head of one call of a model: given the wanted rows of the hidden states instead of all of them.
+
+The head's weight is read inside the head's own ``__call__`` only, as always: engines perturb it just there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.lm.logits.call import Inputs, called, inner
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Forward = Callable[..., "Tensor"]
+
+
+class CannotServeError(Exception):
+    """The head is not used in a way that rows can be taken from."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which positions of a batch are wanted.
+
+    Args:
+        row: [N] int64, the sequence.
+        column: [N] int64, the position in it, negative: counted from the right end, where virtual tokens that an
+            adapter puts in front do not move it.
+
+    Example:
+        >>> places = Positions(torch.tensor([0, 1]), torch.tensor([-1, -2]))
+        >>> places.of(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+        tensor([3, 5])
+    """
+
+    row: Tensor
+    column: Tensor
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def of(self, values: Tensor) -> Tensor:
+        """``values`` [B, T, ...] at the places, [N, ...]: contiguous, so that one matrix product follows."""
+        return values.flatten(0, 1).index_select(0, self.row * values.shape[1] + values.shape[1] + self.column)
+
+    def chosen(self, which: Tensor) -> Positions:
+        """The places where the mask ``which`` [N] is true."""
+        return Positions(self.row[which], self.column[which])
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The language-model head, by transformers' public interface; None where a model has none."""
+    get = getattr(inner(model), "get_output_embeddings", None)
+    head: nn.Module | None = get() if get is not None else None
+    return head
+
+
+def logits_of_rows(model: nn.Module, inputs: Inputs, places: Positions, tokens: Tensor | None = None) -> Tensor:
+    """Logits at the places, [N, V], or of some tokens only, [N, C]; what the class does behind its head is done.
+
+    Args:
+        model: what is called.
+        inputs: its keyword arguments.
+        places: N positions.
+        tokens: [C] the tokens that are wanted, where the head is a plain ``torch.nn.Linear``.
+
+    Raises:
+        CannotServeError: the model does not hand [B, T, H] hidden states to its head, once.
+    """
+
+    def of_rows(forward: Forward, rows: Tensor) -> Tensor:
+        if tokens is None:
+            return forward(rows.unsqueeze(0))
+        head: Any = head_of(model)
+        weight = torch.nn.functional.embedding(tokens, head.weight)  # so that engines perturb these rows alone
+        bias = None if head.bias is None else head.bias[tokens]
+        # In float32: a logit of 17 is known to 0.06 in bfloat16, and what is wanted is the difference of two losses.
+        wide = None if bias is None else bias.float()
+        return torch.nn.functional.linear(rows.float(), weight.float(), wide).unsqueeze(0)
+
+    logits = with_rows(model, inputs, places, of_rows)
+    if logits.dim() != 3 or logits.shape[:2] != (1, len(places)):
+        raise CannotServeError(f"its logits come as {list(logits.shape)}")
+    return logits[0]
+
+
+def with_rows(
+    model: nn.Module, inputs: Inputs, places: Positions, compute: Callable[[Forward, Tensor], Tensor]
+) -> Tensor:
+    """One call of the model whose head returns ``compute(forward, rows)``, with rows [N, H] of the hidden states."""
+    head = head_of(model)
+    assert head is not None
+    calls = []
+
+    def of_hidden(forward: Forward, hidden: Tensor) -> Tensor:
+        calls.append(1)
+        batch, length = inputs["input_ids"].shape
+        if hidden.dim() != 3 or hidden.shape[0] != batch or hidden.shape[1] < length:
+            raise CannotServeError(f"its head is given {list(hidden.shape)} for a batch of [{batch}, {length}]")
+        return compute(forward, places.of(hidden))
+
+    with _replaced_forward(head, of_hidden):
+        logits = called(model, inputs)
+    if len(calls) != 1:
+        raise CannotServeError(f"its head is called {len(calls)} times in a forward")
+    return logits
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """What the head was given and gave, before any hook looked at it: [B, T, H] and [B, T, V]."""
+
+    hidden: Tensor
+    output: Tensor
+
+
+def recorded_call(model: nn.Module, inputs: Inputs) -> tuple[Tensor, HeadCall]:
+    """The logits of a plain call, and the last call of the head in it; empty tensors where there was none."""
+    head = head_of(model)
+    assert head is not None
+    calls = [HeadCall(torch.empty(0), torch.empty(0))]
+
+    def recording(forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        output = forward(*args, **kwargs)
+        calls.append(HeadCall(args[0], output) if args else calls[0])
+        return output
+
+    with _replaced_forward(head, recording):
+        logits = called(model, inputs)
+    return logits, calls[-1]
+
+
+# Several calls of one model can be in progress at once, each in a context of its own (zoft.engines._lockstep): the
+# replaced forward is therefore one for all of them, and asks its context what is wanted.
+_wanted: ContextVar[Callable[..., Tensor] | None] = ContextVar("wanted", default=None)
+_replaced: dict[nn.Module, list[Any]] = {}  # head -> [calls in progress, its instance's own forward if it had one]
+
+
+@contextmanager
+def _replaced_forward(head: nn.Module, compute: Callable[..., Tensor]) -> Iterator[None]:
+    token = _wanted.set(compute)
+    if head in _replaced:
+        _replaced[head][0] += 1
+    else:
+        _replaced[head] = [1, vars(head).get("forward")]
+        head.forward = _asking(head.forward)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+        _replaced[head][0] -= 1
+        if not _replaced[head][0]:
+            _, own = _replaced.pop(head)
+            if own is None:
+                del head.forward
+            else:
+                head.forward = own
+
+
+def _asking(forward: Forward) -> Forward:
+    def asking(*args: Any, **kwargs: Any) -> Tensor:
+        compute = _wanted.get()
+        return forward(*args, **kwargs) if compute is None else compute(forward, *args, **kwargs)
+
+    return asking

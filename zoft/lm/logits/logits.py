@@ -1,0 +1,121 @@
+"""Logits and log-probabilities at the positions that count, in bounded memory, for whatever causal model is given."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from zoft.lm.logits.call import Inputs, called, takes
+from zoft.lm.logits.head import Forward, Positions, logits_of_rows, with_rows
+from zoft.lm.logits.support import HeadSupport, say_once, served
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MAX_LOGITS = 2**24
+"""Elements of logits that are alive at once, 64 MiB of float32; what would be more is computed in chunks."""
+
+
+def logits_at(model: nn.Module, inputs: Inputs, places: Positions, tokens: Tensor | None = None) -> Tensor:
+    """Logits at some positions of a batch; the head is applied to those positions only.
+
+    Args:
+        model: any causal language model of transformers, also inside an adapter or compiled.
+        inputs: its keyword arguments, as :func:`zoft.lm.logits.call.arguments` makes them.
+        places: N positions.
+        tokens: [C] vocabulary indices; of a linear head only their rows are read.
+
+    Returns:
+        [N, V], or [N, C] with ``tokens``; float32.
+    """
+    known = served(model, inputs, places)
+    if not known.rows:
+        logits = _plainly(model, inputs, places, known)
+    elif tokens is None or not known.tokens:
+        logits = logits_of_rows(model, inputs, places)
+    else:
+        return logits_of_rows(model, inputs, places, tokens).float()
+    return (logits if tokens is None else logits.index_select(1, tokens)).float()
+
+
+def log_probs_at(model: nn.Module, inputs: Inputs, places: Positions, targets: Tensor) -> Tensor:
+    """Log-probability of one token at each position, with no more than :data:`MAX_LOGITS` logits alive.
+
+    More are computed in chunks behind one forward; where the model cannot do that, a few sequences at a time.
+
+    Args:
+        model: any causal language model of transformers.
+        inputs: its keyword arguments.
+        places: N positions, sequence by sequence.
+        targets: [N] the tokens.
+
+    Returns:
+        float32 [N].
+    """
+    known = served(model, inputs, places)
+    if known.rows and len(places) * known.vocabulary <= MAX_LOGITS:
+        return _log_probs(logits_at(model, inputs, places), targets)
+    if known.rows and known.after is not None:
+        return _in_chunks(model, inputs, places, targets, known)
+    parts = _by_sequences(model, inputs, places, known)
+    return torch.cat([_log_probs(logits_at(model, part, within), targets[which]) for part, within, which in parts])
+
+
+def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _plainly(model: nn.Module, inputs: Inputs, places: Positions, known: HeadSupport) -> Tensor:
+    """Whole rows of logits, or their ends where the class offers that; the places are taken from them."""
+    if not known.ends or not takes(model, "logits_to_keep"):
+        return places.of(called(model, inputs))
+    # As indices, not as a number: a slice of the hidden states is not contiguous, and the head would then be one
+    # small product per row that reads the whole vocabulary matrix each time (75 ms instead of 10 for 16 rows).
+    last = torch.arange(int(places.column.min()), 0, device=places.column.device)
+    return places.of(called(model, inputs, logits_to_keep=last))
+
+
+def _in_chunks(model: nn.Module, inputs: Inputs, places: Positions, targets: Tensor, known: HeadSupport) -> Tensor:
+    """One forward, whose head goes through its rows a chunk at a time and keeps their log-probabilities only."""
+    size = max(1, MAX_LOGITS // known.vocabulary)
+    say_once(model, f"logits are computed {size:,} positions at a time", logging.INFO)
+    parts: list[Tensor] = []
+
+    def of_rows(forward: Forward, rows: Tensor) -> Tensor:
+        for chunk, wanted in zip(rows.split(size), targets.split(size), strict=True):
+            logits = forward(chunk.unsqueeze(0))
+            assert known.after is not None
+            parts.append(_log_probs(known.after(logits)[0], wanted))
+            first = logits[:, :1].clone()
+            del logits  # before the next chunk is made
+        return first  # something for what the class does behind its head: the result is in ``parts``
+
+    with_rows(model, inputs, places, of_rows)
+    return torch.cat(parts)
+
+
+def _by_sequences(
+    model: nn.Module, inputs: Inputs, places: Positions, known: HeadSupport
+) -> Iterator[tuple[Inputs, Positions, Tensor]]:
+    """(part of the batch, its places, which of all they are): as many sequences as the bound allows, at least one."""
+    batch, length = inputs["input_ids"].shape
+    counts = torch.bincount(places.row, minlength=batch).tolist()
+    if not known.rows:
+        kept = -int(places.column.min()) if known.ends and takes(model, "logits_to_keep") else length
+        counts = [kept if count else 0 for count in counts]
+    cuts = [0]
+    for row in range(1, batch):
+        if sum(counts[cuts[-1] : row + 1]) * known.vocabulary > MAX_LOGITS:
+            cuts.append(row)
+    if len(cuts) > 1:
+        say_once(model, "the logits of a batch are too many at once: it is computed in parts", logging.WARNING)
+    for first, last in zip(cuts, [*cuts[1:], batch], strict=True):
+        if any(counts[first:last]):
+            which = (places.row >= first) & (places.row < last)
+            part = {
+                key: value[first:last] if torch.is_tensor(value) and value.shape[:1] == (batch,) else value
+                for key, value in inputs.items()
+            }
+            yield part, Positions(places.row[which] - first, places.column[which]), which

@@ -1,0 +1,187 @@
+"""The loss that a causal language model computes from ``labels``, with the head on the labelled positions only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from zoft.lm.logits.call import Inputs, inner
+from zoft.lm.logits.head import Positions
+from zoft.lm.logits.logits import log_probs_at
+from zoft.lm.logits.support import FAILURES, piece_of, refuse, served, tolerance_of, trials_allowed
+from zoft.lm.logits.support import is_known as is_known_head
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_WHAT = "the loss is computed from the logits of all positions, not only from those that have a label"
+
+_agrees: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
+
+
+def own_loss(model: nn.Module, **inputs: Any) -> Any:
+    """What ``model(**inputs)`` gives, as far as its loss is concerned.
+
+    The two are compared once, on a piece of the first batch; where they differ, and for every other kind of model or
+    of labels, this is ``model(**inputs)``.
+
+    Args:
+        model: any model.
+        inputs: its keyword arguments, with ``labels`` and perhaps ``num_items_in_batch``.
+
+    Returns:
+        ``{"loss": scalar}``, or the model's own output.
+    """
+    if not _is_served(model, inputs):
+        return model(**inputs)
+    return {"loss": _loss_of_labels(model, inputs)}
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether the class is one of transformers' causal language models with their common loss."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    bare = inner(model)
+    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return (
+        any(cls.__name__ in names for cls in type(bare).__mro__)
+        and not bare.config.is_encoder_decoder
+        and bare.loss_function is ForCausalLMLoss
+    )
+
+
+def is_known(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether nothing would have to be tried before the loss of these inputs is computed."""
+    return _way_of_calling(model, inputs) in _agrees.get(model, {}) or not _could_be_served(model, inputs)
+
+
+def _way_of_calling(model: nn.Module, inputs: Inputs) -> tuple[object, ...]:
+    """What a class may let its loss depend on besides the rows: some take a count and do not use it."""
+    router = getattr(getattr(inner(model), "config", None), "output_router_logits", None)
+    return frozenset(inputs), model.training, router
+
+
+def _is_served(model: nn.Module, inputs: Inputs) -> bool:
+    if not _could_be_served(model, inputs):
+        return False
+    way, known = _way_of_calling(model, inputs), _agrees.setdefault(model, {})
+    if way not in known:
+        with torch.no_grad():
+            agrees = _compare(model, inputs) if trials_allowed() else None
+        if agrees is None:
+            return False
+        known[way] = agrees
+    return known[way]
+
+
+def _could_be_served(model: nn.Module, inputs: Inputs) -> bool:
+    ids, labels = inputs.get("input_ids"), inputs.get("labels")
+    if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
+        return False
+    return "shift_labels" not in inputs and is_causal_lm(model)
+
+
+def _loss_of_labels(model: nn.Module, inputs: Inputs) -> Tensor:
+    rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
+    places, targets = _predictions(inputs["labels"])
+    total = -log_probs_at(model, rest, places, targets).sum() if len(places) else inputs["labels"].new_zeros(()).float()
+    count = inputs.get("num_items_in_batch")
+    return total / (len(places) if count is None else torch.as_tensor(count, device=total.device))
+
+
+def _predictions(labels: Tensor) -> tuple[Positions, Tensor]:
+    """Where the labelled tokens are predicted, one position before each, and which they are."""
+    row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return Positions(row, column - labels.shape[1]), labels[row, column + 1]
+
+
+def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
+    """Whether the model's loss is this one; None where the batch does not tell: no label, or nothing finite."""
+    places, _ = _predictions(inputs["labels"])
+    if not len(places):
+        return None
+    rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
+    try:
+        known = served(model, rest, places)
+        if not known.rows:
+            return False if is_known_head(model) else None  # why has been said
+        around = Positions(places.row, places.column + 1)  # so that the labels themselves lie in the piece
+        piece, _ = piece_of(rest | {"labels": inputs["labels"]}, around, known.vocabulary)
+        if "num_items_in_batch" in inputs:
+            piece["num_items_in_batch"] = torch.tensor(3 * len(places), device=places.row.device)
+        found = float(_loss_of_labels(model, piece))
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        refuse(model, _WHAT, error)
+        return False
+    output, calls = _with_marked_loss(model, piece)
+    differs = _difference(output, calls, piece)
+    if differs is None and calls:
+        wanted = calls[0].loss
+        if not math.isfinite(wanted) or not wanted:
+            return None
+        if abs(found - wanted) > tolerance_of(model) * abs(wanted):
+            differs = f"its own loss would be off by {abs(found - wanted):.2g}"
+    if differs is None:
+        return True
+    refuse(model, _WHAT, differs)
+    return False
+
+
+@dataclass
+class _LossCall:
+    """One call of the class's loss function, in a forward of which it returned :data:`_MARK` instead of the loss."""
+
+    loss: float
+    returned: Tensor
+    version: int
+
+
+_MARK = 2.0**-100
+"""Whatever a class adds to its cross-entropy, however little, shows beside so small a number; so does a factor."""
+
+
+def _with_marked_loss(model: nn.Module, piece: Inputs) -> tuple[Any, list[_LossCall]]:
+    """The model's output where its loss function returns the mark, and the calls of that function."""
+    bare, calls = inner(model), []
+    real, own = bare.loss_function, vars(bare).get("_loss_function")
+
+    def marked(*args: Any, **kwargs: Any) -> Tensor:
+        loss = real(*args, **kwargs)
+        mark = torch.full_like(loss, _MARK)
+        calls.append(_LossCall(float(loss), mark, mark._version))
+        return mark
+
+    bare.loss_function = marked
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count what is written into them
+            return model(**piece), calls
+    finally:
+        if own is None:
+            del bare._loss_function
+        else:
+            bare.loss_function = own
+
+
+def _difference(output: Any, calls: list[_LossCall], piece: Inputs) -> str | None:
+    """What besides the plain cross-entropy of its logits the model's loss consists of; None for nothing."""
+    loss, logits = output[:2] if isinstance(output, tuple) else (output["loss"], output["logits"])
+    if len(calls) != 1:
+        return f"its loss function is called {len(calls)} times in a forward"
+    (call,) = calls
+    if float(loss) != _MARK:
+        return f"its own loss would be off by {abs(float(loss) - _MARK):.2g}"
+    # A term that is zero here may not be so later: the very tensor comes back, and nothing was written into it.
+    if loss.device == call.returned.device and (loss is not call.returned or loss._version != call.version):
+        return "it goes on computing with its cross-entropy"
+    places, targets = _predictions(piece["labels"])
+    total = torch.nn.functional.cross_entropy(places.of(logits).float(), targets, reduction="sum")
+    plain = float(total) / float(piece.get("num_items_in_batch", len(places)))
+    off = abs(plain - call.loss)
+    # Two orders of one float32 sum: far closer than any two ways of computing 16-bit logits.
+    return f"its own loss would be off by {off:.2g}" if off > 1e-5 * abs(call.loss) else None

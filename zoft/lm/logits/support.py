@@ -1,0 +1,281 @@
+"""What a model's head can be asked for: tried once, on a piece of its first batch, against its plain logits.
+
+A trial calls the model more often than the loss does. Engines that reuse work between queries count on all of them
+calling it alike, so the trainer tries before the queries, and within :func:`no_trials` what is unknown is done plainly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from zoft.lm.logits.call import Inputs, inner, is_compiled
+from zoft.lm.logits.head import CannotServeError, HeadCall, Positions, head_of, logits_of_rows, recorded_call, with_rows
+from zoft.utils.lazy import torch
+from zoft.weights.wider import TOLERANCE
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+PIECE = 2**20
+"""Elements of logits that a trial may make, 4 MiB of float32: it must not cost the memory that it is there to save."""
+
+FAILURES = (CannotServeError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+"""What a model may raise that is called in a way it does not support."""
+
+_TOLERANCE = {"float32": TOLERANCE, "float64": 1e-8}  # by what the head computes in; 2e-2 in 16 bits
+
+
+@dataclass(frozen=True)
+class HeadSupport:
+    """What is known of one model.
+
+    Args:
+        head: its language-model head, if it has one.
+        vocabulary: how many logits a position has.
+        rows: whether the head may be given rows of the hidden states; otherwise the model is called plainly.
+        tokens: whether it may be asked for some tokens only.
+        ends: whether the class's own ``logits_to_keep`` may be used instead; not where rows came out different.
+        after: what the class does to the head's output, where that is known.
+        tolerance: how far apart two ways of computing the same logits may be, relative to the largest one.
+    """
+
+    head: nn.Module | None
+    vocabulary: int
+    rows: bool = False
+    tokens: bool = False
+    ends: bool = True
+    after: Callable[[Tensor], Tensor] | None = None
+    tolerance: float = 1e-4
+
+
+_trials: ContextVar[bool] = ContextVar("trials", default=True)
+_known: WeakKeyDictionary[nn.Module, HeadSupport] = WeakKeyDictionary()
+_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+@contextmanager
+def no_trials() -> Iterator[None]:
+    """Within this block the model is called for the loss and for nothing else."""
+    token = _trials.set(False)
+    try:
+        yield
+    finally:
+        _trials.reset(token)
+
+
+def trials_allowed() -> bool:
+    """Whether a model may be called to find out about it."""
+    return _trials.get()
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether a trial of this model's head has told something."""
+    return model in _known and _known[model].head is head_of(model)  # another one: resized, an adapter put on it
+
+
+def served(model: nn.Module, inputs: Inputs, places: Positions) -> HeadSupport:
+    """What is known of this model; found out with its first batch, anew as long as that says nothing."""
+    if not is_known(model):
+        head = head_of(model)
+        plainly = HeadSupport(
+            head, _vocabulary(model, head), tolerance=_tolerance(getattr(inner(model), "dtype", None))
+        )
+        with torch.no_grad():
+            found = _examine(model, inputs, places, plainly) if trials_allowed() else None
+        if found is None:
+            return plainly
+        _known[model] = found
+    return _known[model]
+
+
+def tolerance_of(model: nn.Module) -> float:
+    """How far apart two ways of computing this model's logits may be, relative to the largest one."""
+    return _known[model].tolerance if model in _known else HeadSupport.tolerance
+
+
+def refuse(model: nn.Module, what: str, why: object) -> None:
+    """Say, once for each model, that something is done the plain way, with the first reason there was."""
+    say_once(model, what, logging.WARNING, f": {why}")
+
+
+def say_once(model: nn.Module, what: str, level: int, why: str = "") -> None:
+    """A log line that names the model's class."""
+    said = _said.setdefault(model, set())
+    if what not in said:
+        said.add(what)
+        log.log(level, "%s: %s%s", type(inner(model)).__name__, what, why)
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """Whether two ways of computing the same numbers agree; where one has a NaN they do not."""
+    if found.shape != wanted.shape:
+        return False
+    return bool((found.detach() - wanted.detach()).abs().max() <= tolerance * wanted.detach().abs().max())
+
+
+def piece_of(inputs: Inputs, places: Positions, vocabulary: int) -> tuple[Inputs, Positions]:
+    """Two sequences of a batch around the places in them, short enough for :data:`PIECE`; all of it where not [B, T].
+
+    Args:
+        inputs: a model's arguments, and its labels if there are any.
+        places: N >= 1 positions.
+        vocabulary: how many logits a position has.
+
+    Returns:
+        (their inputs, the places that are left).
+    """
+    batch, length = inputs["input_ids"].shape
+    values = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()]
+    if any(value.shape[:2] != (batch, length) for value in values):
+        return inputs, places
+    two = sorted({int(places.row[0]), int(places.row[-1])})
+    stop = length + 1 + max(int(places.column[places.row == row].max()) for row in two)
+    start = max(0, stop - max(4, PIECE // (vocabulary * len(two))))
+    cut = {
+        key: value[two, start:stop] if isinstance(value, torch.Tensor) and value.dim() else value
+        for key, value in inputs.items()
+    }
+    row = torch.stack([places.row == row for row in two]).to(torch.int64).argmax(0)
+    column = places.column + length - stop
+    inside = ((places.row == two[0]) | (places.row == two[-1])) & (column >= start - stop) & (column < 0)
+    return cut, Positions(row, column).chosen(inside)
+
+
+def _examine(model: nn.Module, inputs: Inputs, places: Positions, plainly: HeadSupport) -> HeadSupport | None:
+    """The trial; None where it says nothing: no position, or logits that are not finite."""
+    what = "the head is applied to all positions, not only to those that count"
+    head = plainly.head
+    if is_compiled(model):
+        return plainly  # compiled code does not see the replaced head; ``logits_to_keep`` serves there
+    if head is None:
+        refuse(model, what, "it names no output embeddings")
+        return plainly
+    if not len(places):
+        return None
+    piece, where = piece_of(inputs, places, plainly.vocabulary)
+    whole: list[Tensor] = []
+    handle = head.register_forward_hook(lambda _module, _args, output: whole.append(output))
+    try:
+        plain, call = recorded_call(model, piece)
+    finally:
+        handle.remove()
+    wanted = where.of(plain)
+    if not bool(torch.isfinite(wanted).all()):
+        return None
+    computed = whole[0] if whole and isinstance(whole[0], torch.Tensor) else plain
+    tolerance = _tolerance(computed.dtype)  # under autocast the logits may come in float32 and yet have 16 bits
+    try:
+        if not close(logits_of_rows(model, piece, where), wanted, tolerance):
+            raise CannotServeError("its logits come out different when the head is given some rows only")
+        _check_exactly(model, piece, where, wanted, call)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        refuse(model, what, error)
+        return replace(plainly, ends=False, tolerance=tolerance)
+    tokens = _serves_tokens(model, piece, where, wanted, tolerance, call)
+    return HeadSupport(head, plain.shape[-1], True, tokens, after=_after(model, whole, plain), tolerance=tolerance)
+
+
+def _check_exactly(model: nn.Module, piece: Inputs, where: Positions, wanted: Tensor, call: HeadCall) -> None:
+    """What a tolerance for rounding would hide: that logits depend, however little, on more than their own row.
+
+    Raises:
+        CannotServeError: they do.
+    """
+    head = head_of(model)
+    behind = with_rows(model, piece, where, lambda _forward, _rows: where.of(call.output).unsqueeze(0))
+    if behind.shape[:2] != (1, len(where)) or not torch.equal(behind[0], wanted):
+        raise CannotServeError("what it does behind its head depends on more than the row")
+    assert head is not None
+    weights = dict([*head.named_parameters(), *head.named_buffers()])
+    if type(head) is torch.nn.Linear or not all(tensor.is_floating_point() for tensor in weights.values()):
+        return  # a matrix product is one row after the other; quantised weights have no wider form to compare in
+    wide = {name: tensor.double() for name, tensor in weights.items()}
+    hidden = call.hidden.double()
+    every, rows = (torch.func.functional_call(head, wide, (h,)) for h in (hidden, where.of(hidden).unsqueeze(0)))
+    if not close(rows[0], where.of(every), _tolerance(every.dtype)):
+        raise CannotServeError("its head looks at more than the row")
+
+
+def _tolerance(dtype: torch.dtype | None) -> float:
+    if dtype is None:
+        return HeadSupport.tolerance
+    return _TOLERANCE.get(str(dtype).removeprefix("torch."), 2e-2)
+
+
+def _vocabulary(model: nn.Module, head: nn.Module | None) -> int:
+    """How many logits a position has, before there are any to look at; 1 where nothing tells."""
+    outputs = getattr(head, "out_features", None)
+    if isinstance(outputs, int):
+        return outputs
+    config = getattr(inner(model), "config", None)
+    return 1 if config is None else int(getattr(config.get_text_config(), "vocab_size", 1))
+
+
+def _serves_tokens(
+    model: nn.Module, piece: Inputs, where: Positions, wanted: Tensor, tolerance: float, call: HeadCall
+) -> bool:
+    """Quiet where it does not: the whole vocabulary at the wanted rows costs little more."""
+    head = head_of(model)
+    if type(head) is not torch.nn.Linear:  # an adapter on it, quantised: its weight alone is not what it computes
+        return False
+    tokens = torch.arange(0, wanted.shape[1], -(-wanted.shape[1] // 7), device=wanted.device)
+    few = wanted.index_select(1, tokens)
+    try:
+        computed = where.of(call.output).index_select(1, tokens).unsqueeze(0)
+        behind = with_rows(model, piece, where, lambda _forward, _rows: computed)[0]
+        return torch.equal(behind, few) and close(logits_of_rows(model, piece, where, tokens), few, tolerance)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES:
+        return False
+
+
+def _after(model: nn.Module, whole: list[Tensor], plain: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Which of the things that classes do behind their head gives these very logits."""
+    if len(whole) != 1 or not isinstance(whole[0], torch.Tensor):
+        return None
+    config = inner(model).config.get_text_config()
+    for name, transform in _TRANSFORMS:
+        factor = getattr(config, name, None) if name else 1.0
+        if isinstance(factor, (int, float)) and factor:
+            after = partial(transform, factor)
+            if torch.equal(after(whole[0]).to(plain.dtype), plain):
+                return after
+    return None
+
+
+def _unchanged(_factor: float, logits: Tensor) -> Tensor:
+    return logits
+
+
+def _times(factor: float, logits: Tensor) -> Tensor:
+    return logits * factor
+
+
+def _divided(factor: float, logits: Tensor) -> Tensor:
+    return logits / factor
+
+
+def _capped(factor: float, logits: Tensor) -> Tensor:
+    return torch.tanh(logits / factor) * factor
+
+
+_TRANSFORMS: list[tuple[str, Callable[[float, Tensor], Tensor]]] = [  # the config's field, and what is done with it
+    ("", _unchanged),
+    ("final_logit_softcapping", _capped),  # Gemma 2
+    ("logit_scale", _times),  # Cohere
+    ("logits_scaling", _divided),  # Granite
+    ("logits_scaling", _times),  # HyperCLOVA X
+    ("lm_head_multiplier", _times),  # Falcon H1
+]

@@ -1,0 +1,162 @@
+"""Answers that a causal model writes: batched, with a key-value cache, greedy or sampled by a seed of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How a task's answers are written and read; it travels with the batch.
+
+    Args:
+        tokenizer: the model's.
+        max_new_tokens: tokens an answer may have.
+        stop: text that ends an answer, beside the tokenizer's end-of-text mark; empty for none.
+        answer_in: the answer in a text that was generated.
+        metric: f1 or exact_match.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    stop: str = ""
+    answer_in: Callable[[str], str] = str.strip
+    metric: str = "f1"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote.
+
+    Args:
+        texts: one a prompt, without the prompt and without special tokens.
+        margins: of each, by how much the likeliest token led the next at the closest of its choices, in logits.
+    """
+
+    texts: list[str]
+    margins: list[float]
+
+
+def write(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    answering: Answering,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Written:
+    """Continue prompts, all of them in one batch padded on the left.
+
+    Sampling adds Gumbel noise to the logits and takes the largest, which draws from softmax(logits / temperature). The
+    noise of a prompt comes from the seed and the prompt alone: it is the same in every batch and at every point that a
+    step asks about, and no global random state moves.
+
+    Args:
+        model: a causal language model of transformers, also inside an adapter.
+        prompts: token ids, one list each.
+        answering: how long answers may be, and what ends them.
+        temperature: 0 takes the likeliest token.
+        seed: of the samples.
+
+    References: Gumbel 1954; Maddison et al. 2014 (A* sampling) for the maximum.
+    """
+    import transformers
+
+    tokenizer = answering.tokenizer
+    ids, mask = _padded(prompts, tokenizer.pad_token_id, next(model.parameters()).device)
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    watch = _Watch(ids, ends, answering, temperature, [_generator(seed, prompt) for prompt in prompts])
+    # Every setting that would change a choice is named: what the model's own generation_config says does not count.
+    config = transformers.GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_new_tokens=0,
+        max_new_tokens=answering.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends or None,
+        use_cache=True,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+    )
+    out: Any = model.generate(  # type: ignore[operator]  # transformers' models have it
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=transformers.LogitsProcessorList([watch.choose]),
+        stopping_criteria=transformers.StoppingCriteriaList([watch.finished]),
+    )
+    return Written([watch.text(row) for row in out[:, ids.shape[1] :].tolist()], watch.margins.tolist())
+
+
+class _Watch:
+    """Looks at every choice of one call of ``generate``: adds the noise, keeps the margins, sees the ends."""
+
+    def __init__(
+        self, ids: Tensor, ends: list[int], answering: Answering, temperature: float, generators: list[Any]
+    ) -> None:
+        self.start = ids.shape[1]
+        self.ends = ends
+        self.answering = answering
+        self.temperature = temperature
+        self.generators = generators
+        self.done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        self.margins = torch.full((len(ids),), torch.inf, device=ids.device)
+
+    def choose(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits [B, V] -> what the largest is taken of."""
+        del ids
+        scores = scores.float()
+        if self.temperature:
+            drawn = torch.stack([torch.rand(scores.shape[1], generator=one) for one in self.generators])
+            # rand may give 0, whose noise would be -inf: the token is then not taken, as it should almost never be
+            scores = scores + self.temperature * -(-drawn.log()).log().to(scores)
+        top = scores.topk(2, dim=-1).values
+        margins = torch.minimum(self.margins, top[:, 0] - top[:, 1])
+        self.margins = torch.where(self.done, self.margins, margins)
+        return scores
+
+    def finished(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """[B] whether an answer is complete."""
+        del scores
+        self.done = self.done | torch.isin(ids[:, -1], torch.tensor(self.ends, device=ids.device, dtype=ids.dtype))
+        if self.answering.stop:
+            rows = [
+                bool(done) or self.answering.stop in self.text(row)
+                for row, done in zip(ids[:, self.start :].tolist(), self.done.tolist(), strict=True)
+            ]
+            self.done = torch.tensor(rows, device=ids.device)
+        return self.done
+
+    def text(self, row: list[int]) -> str:
+        """What was written, up to the end-of-text mark; padding behind it is no part of it."""
+        end = next((place for place, token in enumerate(row) if token in self.ends), len(row))
+        text: str = self.answering.tokenizer.decode(row[:end], skip_special_tokens=True)
+        if not self.answering.stop:
+            return text
+        before, stop, _ = text.partition(self.answering.stop)
+        return before + stop
+
+
+def _generator(seed: int, prompt: Sequence[int]) -> Any:
+    told = hashlib.blake2b(f"{seed}:{','.join(map(str, prompt))}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(told, "little"))
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask

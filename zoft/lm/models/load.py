@@ -1,0 +1,221 @@
+"""A model and its tokenizer from a name: a folder, a hub name, or `zoft:NAME` for what `zoft fetch` brings."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+KINDS = {
+    "causal": "causal language model",
+    "masked": "masked language model",
+    "classifier": "sequence classifier",
+}
+"""Kinds of models that tasks need, in words."""
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A model in a stated dtype, of the class its config names; no code from its repository is run.
+
+    A config that names a class without a loss (``BertModel``), or none, is loaded as a causal language model.
+
+    Args:
+        name: a local folder, a hub name, or ``zoft:NAME`` for a model that `zoft fetch NAME` brings.
+        revision: branch, tag or commit on the hub.
+        dtype: float32, bfloat16 or float16; transformers would take the checkpoint's own otherwise.
+        attn_implementation: eager, sdpa, ...; None takes transformers' choice.
+
+    Raises:
+        UserError: no such folder or hub model, one without some of its weights, or an unknown dtype.
+    """
+    import transformers
+
+    _require_dtype(dtype)
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
+    if attn_implementation:
+        arguments["attn_implementation"] = attn_implementation
+    return _load_whole(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
+
+
+def load_model_as(
+    kind: str,
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    num_labels: int = 2,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A model of the kind that a task needs; a wrong one is refused before its weights are read.
+
+    Args:
+        kind: a key of :data:`KINDS`.
+        name: as for :func:`load_model`.
+        revision: branch, tag or commit on the hub.
+        dtype: float32, bfloat16 or float16.
+        attn_implementation: eager, sdpa, ...; None takes transformers' choice.
+        num_labels: classes of a classifier; a model that is none gets a fresh head for them.
+        seed: of the fresh head; the global random state is left as it was.
+
+    Raises:
+        UserError: a model of another kind, or a classifier with another number of classes.
+    """
+    given: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
+    if kind == "classifier":
+        return _load_classifier(name, num_labels, seed, **given)
+    if kind == "masked":
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        cls = _class_of(name, revision)
+        if cls is None or cls.__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+            raise UserError(
+                f"model.name={name} is {'no known model' if cls is None else f'a {cls.__name__}'}, no masked language "
+                "model, and the task asks one for the word at its mask: give one (any ...ForMaskedLM), e.g. "
+                "model.name=FacebookAI/roberta-large"
+            )
+    model = load_model(name, **given)
+    if kind == "causal":
+        require_causal_lm(model, name)
+    return model
+
+
+def _load_classifier(
+    name: str, num_labels: int, seed: int, *, revision: str | None, dtype: str, attn_implementation: str | None
+) -> PreTrainedModel:
+    import transformers
+
+    _require_dtype(dtype)
+    cls = _class_of(name, revision)
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
+    if attn_implementation:
+        arguments["attn_implementation"] = attn_implementation
+    has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
+    if has_head:
+        own = transformers.AutoConfig.from_pretrained(_place(name), revision=revision).num_labels
+        if own != num_labels:
+            raise UserError(
+                f"model.name={name} has a head for {own} classes, and the task has {num_labels}: give another"
+            )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        arguments["num_labels"] = num_labels
+        model = _load_whole(transformers.AutoModelForSequenceClassification, name, arguments, fresh_head=not has_head)
+    if model.config.pad_token_id is None:  # by it, a causal model's classifier finds a text's last token
+        model.config.pad_token_id = load_tokenizer(name, revision=revision).pad_token_id
+    return model
+
+
+def require_causal_lm(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that does not score texts from left to right, as ranking options needs.
+
+    Args:
+        model: what :func:`load_model` gave.
+        name: what it was asked for, for the message.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise UserError(
+            f"model.name={name} is a {type(model).__name__}, no causal language model, and a task ranks its options by "
+            "one: give a causal one (any ...ForCausalLM), or train this model from Python with ZOTrainer"
+        )
+
+
+def _class_of(name: str, revision: str | None) -> Any:
+    """The class with a loss that the model's config names; None where it names none."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(_place(name), revision=revision, trust_remote_code=False)
+    except UserError:
+        raise
+    except (OSError, ValueError):  # an adapter's folder, or nothing at all: loading says which
+        return None
+    named: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    is_model = inspect.isclass(named) and issubclass(named, transformers.PreTrainedModel)
+    return named if is_model and "labels" in inspect.signature(named.forward).parameters else None
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, as_mezo: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left, with a padding token.
+
+    Args:
+        name: as for :func:`load_model`.
+        revision: branch, tag or commit on the hub.
+        as_mezo: begin texts for OPT with ``<s>``, as MeZO's published code does, instead of the model's own ``</s>``.
+    """
+    import transformers
+
+    tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision})
+    if as_mezo and tokenizer.bos_token == "</s>" and tokenizer.convert_tokens_to_ids("<s>") == 0:
+        tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision, "bos_token": "<s>"})
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _require_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    place = _place(name)
+    try:  # False, not the default: that asks on the terminal whether to run the repository's code
+        return loader.from_pretrained(place, trust_remote_code=False, **arguments)
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"could not load model.name={name}: {first_line} "
+            "Give a folder with config.json and model.safetensors, or a hub name this machine can reach or has cached"
+        ) from error
+
+
+def _load_whole(loader: Any, name: str, arguments: dict[str, Any], *, fresh_head: bool = False) -> Any:
+    """A model none of whose weights are drawn anew, which transformers only logs; a head that was asked for may be."""
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the sentence below is said instead
+    model, found = _load(loader, name, arguments | asked)
+    reshaped = {key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]}
+    lost = sorted({*found["missing_keys"], *reshaped})
+    if fresh_head:
+        body = f"{model.base_model_prefix}."
+        lost = [key for key in lost if key.startswith(body) and ".pooler." not in key]
+    if lost:
+        shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise UserError(
+            f"model.name={name} lacks {len(lost)} of the tensors of a {type(model).__name__}, or has them in another "
+            f"shape ({shown}), and they would be random: give a folder whose files are whole, or another model"
+        )
+    return model
+
+
+def _place(name: str) -> str:
+    if name.startswith("zoft:"):
+        from zoft.lm.data.assets import fetch
+
+        return str(fetch(name.removeprefix("zoft:")))
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise UserError(f"there is no model folder {name} (looked in {Path.cwd()})")
+    return str(path) if path.is_dir() else name

@@ -1,0 +1,5 @@
+"""Adapters through the peft library: none, LoRA, prefix tuning, prompt tuning."""
+
+from zoft.lm.models.peft.base import Peft
+
+__all__ = ["Peft"]

@@ -1,0 +1,66 @@
+"""What every adapter promises: a `peft` configuration, and a starting point that is not random where that matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.component import Component
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Peft(Component):
+    """Which adapter is put on the model, if any."""
+
+    def config(self, task_type: str) -> Any | None:
+        """The ``peft.PeftConfig``, or None for no adapter.
+
+        Args:
+            task_type: peft's own word: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, or FEATURE_EXTRACTION for the rest.
+        """
+        raise NotImplementedError
+
+    def wrap(self, model: nn.Module, seed: int) -> nn.Module:
+        """The model with the adapter on it; the global random state is left as it was.
+
+        Args:
+            model: a transformers model.
+            seed: seeds the adapter's random initial weights.
+
+        Raises:
+            UserError: peft refuses the model, for instance because no module has the asked name.
+        """
+        config = self.config(task_type_of(model))
+        if config is None:
+            return model
+        from peft import get_peft_model
+
+        from zoft.utils.lazy import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                return get_peft_model(model, config)
+            except ValueError as error:
+                first_line = next(iter(str(error).splitlines()), type(error).__name__)
+                raise UserError(f"peft={self.name()} does not fit {type(model).__name__}: {first_line}") from error
+
+
+def task_type_of(model: nn.Module) -> str:
+    """peft's task type for a transformers model, by its class name.
+
+    Example:
+        >>> class OPTForCausalLM: ...
+        >>> task_type_of(OPTForCausalLM())
+        'CAUSAL_LM'
+    """
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else "FEATURE_EXTRACTION"

@@ -1,0 +1,23 @@
+"""The adapter's weights only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.errors import UserError
+from zoft.lm.models.trainable.base import Trainable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Adapter(Trainable):
+    """The weights that PEFT trains; refuses a model without an adapter instead of training all of it."""
+
+    def chosen(self, model: nn.Module) -> set[str]:
+        """The names that PEFT left trainable."""
+        if not hasattr(model, "peft_config"):
+            raise UserError("trainable=adapter needs an adapter: choose peft=lora, peft=prefix or peft=prompt")
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

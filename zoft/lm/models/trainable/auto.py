@@ -1,0 +1,20 @@
+"""The adapter where there is one, else every weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.lm.models.trainable.base import Trainable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Auto(Trainable):
+    """What ``requires_grad`` says already: everything for a plain model, the adapter for a PEFT one."""
+
+    def chosen(self, model: nn.Module) -> set[str]:
+        """The names that require a gradient now."""
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,88 @@
+"""What objectives over generated text share: how it is generated, and how it is scored against gold answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.lm.metrics.answers import SCORES
+from zoft.lm.models.generate import write
+from zoft.lm.objectives.base import Batch, Objective
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass
+class Writing(Objective):
+    """An objective of what the model writes.
+
+    A batch carries ``prompt_ids`` and ``prompts`` (lists), ``answers`` (what each is scored against) and ``answering``
+    (:class:`zoft.lm.models.generate.Answering`). All points of a step sample with the same noise, so that their
+    difference is that of the weights.
+
+    Args:
+        temperature: 0 writes the likeliest token; above, samples are drawn from softmax(logits / temperature).
+        seed: of the samples; a prompt's noise comes from it and the prompt, and no global random state moves.
+        num_samples: texts written for each prompt, whose scores are averaged.
+        max_new_tokens: tokens a text may have; 0 takes the task's own number, 64 where it has none.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    num_samples: int = 1
+    max_new_tokens: int = 0
+
+    def check(self) -> None:
+        """Refuse a negative temperature, and several samples that would all be the same."""
+        self.require(0 <= self.temperature < float("inf"), "temperature", "0 or more and finite")
+        self.require(0 <= self.seed < 2**32, "seed", "0 or more and below 2**32")
+        self.require(self.max_new_tokens >= 0, "max_new_tokens", "0 (the task's own) or more")
+        self.require(self.num_samples >= 1, "num_samples", "at least 1")
+        alike = self.num_samples > 1 and not self.temperature
+        self.require(not alike, "num_samples", "1 with temperature=0", "the samples would all be the same")
+
+    @property
+    def differentiable(self) -> bool:
+        """Text is chosen, not computed: it has no gradient."""
+        return False
+
+    @property
+    def generates(self) -> bool:
+        """Many forwards with a cache."""
+        return True
+
+    def num_terms(self, batch: Batch) -> int:
+        """Prompts."""
+        return len(batch["prompt_ids"])
+
+    def texts(self, model: nn.Module, batch: Batch) -> list[list[str]]:
+        """``num_samples`` lists of texts, one text a prompt."""
+        answering = batch["answering"]
+        if self.max_new_tokens:
+            answering = dataclasses.replace(answering, max_new_tokens=self.max_new_tokens)
+        return [
+            write(model, batch["prompt_ids"], answering, temperature=self.temperature, seed=self.seed + number).texts
+            for number in range(self.num_samples)
+        ]
+
+
+def is_written(batch: Batch) -> bool:
+    """Whether answers to these rows are generated."""
+    return "prompt_ids" in batch
+
+
+def scores_of(texts: list[str], batch: Batch) -> Tensor:
+    """F1 and exact match of each text, float32 [B, 2]."""
+    read = batch["answering"].answer_in
+    pairs = list(zip(map(read, texts), batch["answers"], strict=True))
+    return torch.tensor([[SCORES[name](answer, gold) for name in ("f1", "exact_match")] for answer, gold in pairs])
+
+
+def predictions_of_written(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What is reported of greedy answers: F1 and exact match [B, 2], and zeros [B] in place of labels."""
+    texts = write(model, batch["prompt_ids"], batch["answering"]).texts
+    scores = scores_of(texts, batch).to(batch["input_ids"].device)
+    return scores, torch.zeros(len(scores), dtype=torch.int64, device=scores.device)

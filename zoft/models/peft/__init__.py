@@ -1,5 +1,0 @@
-"""Adapters through the peft library: none, LoRA, prefix tuning, prompt tuning."""
-
-from zoft.models.peft.base import Peft
-
-__all__ = ["Peft"]

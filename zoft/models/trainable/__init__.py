@@ -1,5 +1,0 @@
-"""Which weights are trained: all, an adapter, norms and biases, the last blocks, or a regular expression."""
-
-from zoft.models.trainable.base import Trainable
-
-__all__ = ["Trainable"]

@@ -1,5 +1,0 @@
-"""Objectives: batch -> one number to minimise; differentiable or not."""
-
-from zoft.objectives.base import Objective
-
-__all__ = ["Objective"]

@@ -1,0 +1,1 @@
+"""One training run from a config: build, train, replay, the run's folder."""

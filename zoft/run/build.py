@@ -1,0 +1,162 @@
+"""From a config to objects: rows, model, tokenizer, arguments, trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+    from zoft.trainer.trainer import ZOTrainer
+
+
+METRICS = {
+    "accuracy": ("loss", "accuracy", "accuracy_low", "accuracy_high"),
+    "loss": ("loss", "loss_low", "loss_high", "perplexity"),
+    "f1": ("loss", "f1", "f1_low", "f1_high", "exact_match", "exact_match_low", "exact_match_high"),
+    "exact_match": ("loss", "exact_match", "exact_match_low", "exact_match_high", "f1", "f1_low", "f1_high"),
+    "reward": ("loss", "reward", "reward_low", "reward_high"),
+}
+"""What is reported -> all that an evaluation computes then."""
+
+
+def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
+    """The model with the weights chosen that are trained, its tokenizer, and the encoded rows (train, dev, test)."""
+    tokenizer, rows = load_rows(cfg)
+    return load_model_of(cfg), tokenizer, rows
+
+
+def load_rows(cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
+    """The tokenizer and the encoded rows (train, dev, test) of a run."""
+    from zoft.lm import formats
+    from zoft.lm.data import repeats
+
+    if cfg.task.kind != "options" and cfg.objective.name() != "auto":  # of those, the user's own rows say what they are
+        formats.require_fit(cfg.task, cfg.task.kind, cfg.objective)
+    splits = cfg.task.load()
+    repeats.warn(splits)
+    cfg.settle(formats.settled(cfg.task, splits.train, cfg.objective))
+    form = formats.format_of(cfg.task, splits.train, cfg.objective)
+    tokenizer = tokenizer_of(cfg)
+    length, room = cfg.task.max_length, formats.room_of(cfg.task, cfg.objective)
+    rows = {
+        name: formats.encode_rows(form, getattr(splits, name), tokenizer, length, room)
+        for name in ("train", "dev", "test")
+    }
+    return tokenizer, rows
+
+
+def load_model_of(cfg: ZoftConfig) -> Any:
+    """The model of a run, with its adapter and with the weights chosen that are trained."""
+    from zoft.lm import formats
+    from zoft.lm.models.load import load_model_as
+
+    model = load_model_as(
+        formats.model_kind(cfg.task),
+        cfg.model.name,
+        revision=cfg.model.revision,
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+        num_labels=formats.num_labels(cfg.task),
+        seed=cfg.seed,
+    )
+    model = cfg.peft.wrap(model, cfg.seed)
+    cfg.trainable.apply(model)
+    return model
+
+
+def tokenizer_of(cfg: ZoftConfig) -> Any:
+    """The tokenizer of a run."""
+    from zoft.lm.models.load import load_tokenizer
+
+    return load_tokenizer(cfg.model.name, revision=cfg.model.revision, as_mezo=_as_mezo(cfg))
+
+
+def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> ZOTrainer:
+    """The trainer of a run, with the parts that its config chooses."""
+    from zoft.engines.in_place import InPlace
+    from zoft.lm import formats
+    from zoft.trainer.trainer import ZOTrainer
+
+    form = formats.format_of_row(rows["train"][0])
+    _check_best_metric(args, METRICS[_metric_of(cfg, rows)])
+    # A text takes a forward for every token: directions are made once a query, and not once in each of those.
+    once = cfg.objective.generates and form in ("generate", "rated") and cfg.engine.name() == "auto"
+    trainer = ZOTrainer(
+        model=model,
+        args=args,
+        data_collator=formats.collator_for(
+            form, rows["train"], tokenizer, cfg.task, cfg.objective, as_mezo=_as_mezo(cfg)
+        ),
+        train_dataset=rows["train"],
+        eval_dataset=rows["dev"],
+        processing_class=tokenizer,
+        compute_metrics=formats.metric_function(form),
+        estimator=cfg.estimator,
+        weighting=cfg.weighting,
+        optimizer=cfg.optimizer,
+        subspace=cfg.subspace,
+        engine=InPlace() if once else cfg.engine,
+        objective=cfg.objective,
+    )
+    trainer.held_out = {"test_data": rows["test"]}
+    return trainer
+
+
+def _metric_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> str:
+    """What is reported of such rows: a key of :data:`METRICS`."""
+    from zoft.lm import formats
+
+    return formats.reported(formats.format_of_row(rows["test"][0]), cfg.task)
+
+
+def _as_mezo(cfg: ZoftConfig) -> bool:
+    """Whether batches are MeZO's own too: with its own stream of directions, to compare number for number."""
+    return cfg.estimator.noise == "torch_sequential"
+
+
+def arguments_of(cfg: ZoftConfig) -> Any:
+    """The training arguments of a run."""
+    from zoft.trainer.config import ZOConfig
+
+    values = dict(cfg.trainer)
+    values.setdefault("data_seed", cfg.seed)
+    values.setdefault("dataloader_pin_memory", _has_cuda())
+    if str(values.get("metric_for_best_model")).removeprefix("eval_") in METRICS["loss"]:
+        values.setdefault("greater_is_better", False)
+    if cfg.tracker.report_to:
+        os.environ["WANDB_PROJECT"] = cfg.tracker.project
+        os.environ["WANDB_MODE"] = cfg.tracker.mode
+    try:
+        args = ZOConfig(
+            output_dir=cfg.output_dir,
+            seed=cfg.seed,
+            budget_queries=cfg.budget.queries,
+            precision_update=cfg.precision.update,
+            report_to=list(cfg.tracker.report_to),
+            disable_tqdm=False,  # the bar is ours (zoft.report.console), and plain lines where there is no terminal
+            **values,
+        )
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"trainer: {next(iter(str(error).splitlines()), error)}") from error
+    _check_best_metric(args, {name for names in METRICS.values() for name in names})
+    return args
+
+
+def _check_best_metric(args: Any, computed: Collection[str]) -> None:
+    """The Trainer looks the metric up at the first evaluation only."""
+    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in computed and (args.load_best_model_at_end or args.save_strategy == "best"):
+        near = did_you_mean(metric, computed)
+        raise UserError(f"trainer.metric_for_best_model={metric} is not computed by an evaluation.{near}")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,109 @@
+"""What a run says of itself: its opening lines, and the facts of its report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.run import folder
+from zoft.version import __version__
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+    from zoft.trainer.trainer import ZOTrainer
+
+
+def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]]) -> list[str]:
+    """What is about to happen, for the console."""
+    trained = trainer.stepper.session.weights.num_elements
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    percent = f"{100 * trained / total:.3g} %"
+    costs = _costs(cfg, trainer)
+    sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
+    q, eps = cfg.estimator.num_directions, cfg.estimator.radius
+    law, directions = f" ({cfg.subspace.law})", f" (q={q}, eps={eps:g})" if eps else f" (q={q})"
+    if cfg.estimator.backpropagates and not eps:
+        law = directions = ""  # nothing is drawn
+    return [
+        f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({percent}), {cfg.model.dtype}",
+        f"task    {cfg.task.name()}: {sizes} rows",
+        f"method  subspace={cfg.subspace.name()}{law}, estimator={cfg.estimator.name()}{directions}, "
+        f"weighting={cfg.weighting.name()}, optimizer={cfg.optimizer.name()} "
+        f"(lr={trainer.args.learning_rate:g}), engine={trainer.engine_name}",
+        f"budget  {cfg.budget.queries:,} queries = {trainer.args.max_steps:,} steps of "
+        + " or ".join(map(str, sorted(set(costs)))),
+    ]
+
+
+def _costs(cfg: ZoftConfig, trainer: ZOTrainer) -> list[int]:
+    """Queries of every step of the run."""
+    return [cfg.composition.queries_at(step) for step in range(trainer.args.max_steps)]
+
+
+def _told(values: dict[str, float]) -> str:
+    """The metric and its interval, for the console."""
+    if "perplexity" in values:
+        interval = f"[{values['loss_low']:.3f}, {values['loss_high']:.3f}]"
+        return f"loss {values['loss']:.3f} {interval} (perplexity {values['perplexity']:.2f})"
+    for metric in ("f1", "reward"):
+        if metric in values:
+            return f"{metric} {values[metric]:.3f} [{values[f'{metric}_low']:.3f}, {values[f'{metric}_high']:.3f}]" + (
+                f", exact match {values['exact_match']:.3f}" if "exact_match" in values else ""
+            )
+    low, high = 100 * values["accuracy_low"], 100 * values["accuracy_high"]
+    return f"accuracy {100 * values['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def _scores(metric: str, zero_shot: dict[str, float], final: dict[str, float]) -> dict[str, Any]:
+    """What was reached, as the report's facts; an accuracy's interval is computed there."""
+    facts: dict[str, Any] = {"metric": metric}
+    for name, values in (("zero_shot", zero_shot), ("final", final)):
+        facts[name] = values[metric]
+        if metric != "accuracy":
+            facts[f"{name}_interval"] = (values[f"{metric}_low"], values[f"{metric}_high"])
+        if metric == "loss":
+            facts[f"{name}_perplexity"] = values["perplexity"]
+    return facts
+
+
+def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]:
+    """What the report says, as numbers."""
+    from zoft.report.backprop import backprop_estimate_mb, model_shape
+    from zoft.weights.tensors import Weights
+
+    weights, progress = Weights(trainer.model), trainer.progress
+    batch = trainer.args.per_device_train_batch_size
+    longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
+    shape = model_shape(trainer.model, weights.num_elements)
+    return {
+        "run_name": Path(cfg.output_dir).name,
+        "model": cfg.model.name,
+        "task": cfg.task.name(),
+        "method": cfg.method,
+        "device": str(trainer.args.device),
+        "dtype": cfg.model.dtype,
+        "seed": cfg.seed,
+        "num_eval_rows": num_rows,
+        "num_queries": progress.num_queries,
+        "budget_queries": cfg.budget.queries,
+        "num_steps": progress.steps,
+        "num_tokens": progress.num_tokens,
+        "num_skipped_steps": progress.num_skipped,
+        "seconds": progress.seconds,
+        "seconds_forward": progress.seconds_forward,
+        "seconds_other": progress.seconds - progress.seconds_forward,
+        "backprop_estimate_mb": backprop_estimate_mb(shape, batch=batch, seq=longest) if shape else None,
+        "num_trainable": weights.num_elements,
+        "num_params": sum(p.numel() for p in trainer.model.parameters()),
+        "weights_sha256": weights.digest(),
+        "versions": {"zoft": __version__}
+        | {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "peft", "datasets", "accelerate")
+        },
+        "command": shlex.join(
+            ["zoft", "train", f"config={Path(cfg.output_dir) / folder.CONFIG}", f"output_dir={cfg.output_dir}-again"]
+        ),
+    }

@@ -1,0 +1,196 @@
+"""A run's folder: claimed before anything is loaded, resumed by the same command, never overwritten."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+from pathlib import Path
+
+from zoft.errors import UserError
+from zoft.utils.files import write_atomically
+
+CONFIG, FINAL, REPORT, LOCK = "config.yaml", "final.json", "report.json", ".lock"
+CHANGEABLE = re.compile(
+    r"output_dir|config|budget\.queries|optimizer\.learning_rate|tracker\..*|diagnostics(\..*)?"
+    r"|trainer\.(logging|eval|save|lr_scheduler|warmup|dataloader(?!_drop_last)|metric_for|greater_is|load_best|max_skipped|guard).*"
+    r"|trainer\.(per_device_train_batch_size|gradient_accumulation_steps|disable_tqdm|run_name|journal.*|frozen.*|ddp_timeout)"
+)
+"""Keys of a config that may differ when a run is resumed; batches may be cut in other ways of the same size, which the
+journal checks."""
+_IGNORED = {".hydra", "multirun.yaml", ".submitit", LOCK}
+_held: dict[Path, int] = {}  # folder -> the open file of the lock that this process holds
+_ATTEMPTS = 20
+
+
+def claim(output_dir: str, resolved: str) -> str:
+    """Decide what a run may do with its folder, lock it against other processes, and put its resolved config there.
+
+    Two runs are the same when their configs are, but for :data:`CHANGEABLE` keys: the folder may be moved, and budget,
+    logging and learning rate be changed. A finished run with a larger budget than before goes on.
+
+    Args:
+        output_dir: the folder.
+        resolved: the text of the run's config.yaml.
+
+    Returns:
+        ``new`` (the folder was empty or absent), ``resume`` (it holds this very run, unfinished) or ``done``.
+
+    Raises:
+        UserError: not writable, in use, holding another run (the differing lines are shown) or something else.
+    """
+    if _standing(output_dir, resolved) == "done":
+        return "done"
+    _lock(output_dir)
+    try:
+        standing = _standing(output_dir, resolved)  # anew: another process may have just finished it
+        if standing == "new":
+            _write(output_dir, resolved)
+    except BaseException:
+        unlock(output_dir)
+        raise
+    if standing == "done":
+        unlock(output_dir)
+    elif standing == "resume":
+        if (Path(output_dir) / REPORT).exists():  # what it said is not the end any more
+            (Path(output_dir) / FINAL).unlink(missing_ok=True)
+            (Path(output_dir) / REPORT).unlink()
+        _write(output_dir, resolved)
+    return standing
+
+
+def _standing(output_dir: str, resolved: str) -> str:
+    folder = Path(output_dir)
+    held = {path.name for path in folder.iterdir()} - _IGNORED if folder.is_dir() else set()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir={output_dir} is a file: give a folder")
+    if held and CONFIG not in held:
+        shown = ", ".join(sorted(held)[:3])
+        raise UserError(
+            f"output_dir={output_dir} is not empty and holds no run of zoft ({shown}): choose another folder"
+        )
+    if CONFIG in held:
+        earlier = (folder / CONFIG).read_text(encoding="utf-8")
+        if _identity(earlier) != _identity(resolved):
+            different = _difference(_identity(earlier), _identity(resolved))
+            raise UserError(
+                f"output_dir={output_dir} holds another run; it differs in\n{different}\n"
+                "choose another output_dir, or repeat that run's command to resume it"
+            )
+        return "done" if REPORT in held and _budget(resolved) <= _budget(earlier) else "resume"
+    return "new"
+
+
+def unlock(output_dir: str) -> None:
+    """Let other processes have the folder; nothing of the lock remains. Does nothing where none is held.
+
+    Args:
+        output_dir: the folder that was claimed.
+    """
+    file = _held.pop(Path(output_dir).absolute(), None)
+    if file is not None:
+        (Path(output_dir) / LOCK).unlink(missing_ok=True)
+        os.close(file)
+
+
+def nearest(output_dir: str) -> Path:
+    """The folder itself where it exists, else the nearest one above it that does."""
+    folder = Path(output_dir)
+    return next(path for path in (folder, *folder.parents) if path.exists() or path == path.parent)
+
+
+def release(output_dir: str, there: Path) -> None:
+    """Take back a claim on a folder in which nothing has happened yet, so that a failed start leaves nothing behind.
+
+    Args:
+        output_dir: the folder that was claimed.
+        there: what :func:`nearest` said before the claim: it and what is above it was not made by the claim.
+    """
+    folder = Path(output_dir)
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:
+        (folder / CONFIG).unlink(missing_ok=True)
+        unlock(output_dir)
+        while folder != there:
+            try:
+                folder.rmdir()
+            except OSError:  # not empty
+                return
+            folder = folder.parent
+
+
+def _lock(output_dir: str) -> None:
+    """Take the lock. The system holds it for this process, so a process that was killed has let go of it."""
+    path = Path(output_dir) / LOCK
+    for attempt in range(_ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt + 1 < _ATTEMPTS:
+                continue  # another process has just taken its own failed start back
+            raise _not_writable(output_dir, error) from None
+        if not _flock(file):
+            owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise UserError(
+                f"output_dir={output_dir} is in use by {owner}: wait until it ends, or choose another folder"
+            )
+        if os.fstat(file).st_nlink:
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            _held[path.parent.absolute()] = file
+            return
+        os.close(file)  # it was removed between opening and locking it
+    raise UserError(f"output_dir={output_dir} is being made and removed by other runs: choose another folder")
+
+
+def _flock(file: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks: runs are on their own there
+    return True
+
+
+def _write(output_dir: str, resolved: str) -> None:
+    try:
+        write_atomically(Path(output_dir) / CONFIG, resolved)
+    except OSError as error:
+        raise _not_writable(output_dir, error) from None
+
+
+def _not_writable(output_dir: str, error: OSError) -> UserError:
+    return UserError(f"output_dir={output_dir} is not writable ({error.strerror}): choose another folder")
+
+
+def _identity(resolved: str) -> str:
+    """The lines of a config that a resumed run must share."""
+    return "".join(f"{line}\n" for key, line in _lines(resolved) if not CHANGEABLE.fullmatch(key))
+
+
+def _budget(resolved: str) -> int:
+    found = [line.split(":")[1] for key, line in _lines(resolved) if key == "budget.queries"]
+    return int(found[0]) if found and found[0].strip().isdecimal() else 0
+
+
+def _lines(resolved: str) -> list[tuple[str, str]]:
+    """(dotted key, line) of a config's text; a line without a key of its own belongs to the key above it."""
+    above: list[tuple[int, str]] = []  # (indentation, key)
+    lines = []
+    for line in resolved.splitlines():
+        found = re.match(r"( *)([^\s:#'\"-][^:]*):(?: |$)", line)
+        if found:
+            indent = len(found.group(1))
+            above = [*((i, key) for i, key in above if i < indent), (indent, found.group(2))]
+        lines.append((".".join(key for _, key in above), line))
+    return lines
+
+
+def _difference(earlier: str, now: str) -> str:
+    lines = difflib.unified_diff(earlier.splitlines(), now.splitlines(), "there", "now", n=0, lineterm="")
+    return "\n".join(f"  {line}" for line in lines if line[:1] in "+-" and not line.startswith(("+++", "---")))

@@ -1,0 +1,315 @@
+"""One run from its config: load, evaluate zero-shot, train, evaluate, save, report."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import DiskFullError, Requeued, UserError, os_error_of
+from zoft.run import folder
+from zoft.run.build import (
+    METRICS,
+    _has_cuda,
+    _metric_of,
+    arguments_of,
+    load,
+    make_trainer,
+)
+from zoft.run.facts import _costs, _facts, _opening_lines, _scores, _told
+from zoft.utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+    from zoft.report.memory import PeakMemory
+    from zoft.trainer.trainer import ZOTrainer
+
+_FEW_QUERIES = 200
+"""Below it no query is timed: a run of so few is not long, or says so soon enough by its bar."""
+
+
+def run(cfg: ZoftConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """Carry out one run in its folder; a run that is there already is resumed, a finished one is shown.
+
+    Args:
+        cfg: what `zoft.config.compose` gives.
+        callbacks: the caller's own, ``transformers.TrainerCallback``s, heard after the run's.
+
+    Returns:
+        The facts of the report: zero-shot and final metric, queries, seconds, memory, ...
+
+    Raises:
+        UserError: something in the config cannot work; the folder is left as it was found.
+        KeyboardInterrupt: the user stopped the run; a checkpoint to resume from has been written.
+    """
+    from zoft.config import resolved_yaml
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    there = folder.nearest(cfg.output_dir)
+    standing = _claim(cfg, resolved_yaml(cfg), first)
+    if standing == "done":
+        return _show_finished(cfg.output_dir)
+    try:
+        try:
+            trainer, splits, memory = _prepare(cfg)
+            for callback in callbacks:
+                trainer.add_callback(callback)
+        except BaseException:
+            if first and standing == "new":
+                folder.release(cfg.output_dir, there)
+            raise
+        return _train(cfg, trainer, splits, memory, standing)
+    finally:
+        if first:
+            folder.unlock(cfg.output_dir)
+
+
+def _train(
+    cfg: ZoftConfig, trainer: ZOTrainer, splits: dict[str, list[Any]], memory: PeakMemory, standing: str
+) -> dict[str, Any]:
+    """Carry the run out; the signal handler and the trackers are given back whatever happens."""
+    try:
+        return _carry_out(cfg, trainer, splits, memory, resuming=standing == "resume")
+    except Exception as error:
+        told = _of_disk(error, cfg.output_dir)
+        if told is None:
+            raise
+        raise told from None
+    finally:
+        from zoft.report.trackers import close_trackers
+        from zoft.trainer.signals import StopOnInterrupt
+
+        close_trackers()
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StopOnInterrupt):
+                callback.close()  # a run that failed must not keep the next one's Ctrl-C
+
+
+def _of_disk(error: Exception, output_dir: str) -> UserError | None:
+    """A disk that is full, or a folder that has gone, as a sentence; None for everything else that can happen."""
+    said, place = os_error_of(error), Path(output_dir).absolute()
+    if said is None:
+        return None
+    named = said.filename if isinstance(said.filename, str) else ""
+    ours = place in Path(named).absolute().parents
+    return DiskFullError.of(said, Path(named) if ours else place, 0) if ours or said.errno == errno.ENOSPC else None
+
+
+def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
+    """The first process decides about the folder and the others hear of it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return folder.claim(cfg.output_dir, resolved)
+    from datetime import timedelta
+
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from zoft.trainer.config import ZOConfig
+
+    # The processes meet here: what ZOConfig says later of how long to wait for each other would come too late.
+    wait = float(cfg.trainer.get("ddp_timeout") or ZOConfig.ddp_timeout)
+    PartialState(cpu=not _has_cuda(), timeout=timedelta(seconds=wait))
+    answer: list[Any] = [None]
+    if first:
+        try:
+            answer = [folder.claim(cfg.output_dir, resolved)]
+        except UserError as error:
+            answer = [error]
+    standing = broadcast_object_list(answer)[0]
+    if isinstance(standing, UserError):
+        raise standing
+    return str(standing)
+
+
+def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
+    """Everything up to the first query; nothing but the config has been written when this fails."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from zoft.report.console import ProgressCallback
+    from zoft.report.memory import PeakMemory
+    from zoft.report.metrics import MetricsCallback
+    from zoft.report.text import say
+    from zoft.report.trackers import TrackerAxisCallback, forgive_trackers
+    from zoft.trainer.signals import StopOnInterrupt
+
+    args = arguments_of(cfg)
+    model, tokenizer, rows = load(cfg)
+    trainer = make_trainer(cfg, args, model, tokenizer, rows)
+    trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.ProgressCallback)
+    forgive_trackers(trainer.callback_handler.callbacks)
+    memory, costs = PeakMemory(str(args.device)), _costs(cfg, trainer)
+    trainer.peak_memory_mb = memory.peak_mb
+    for callback in (
+        MetricsCallback(lambda: trainer.journal_end),
+        TrackerAxisCallback(),
+        StopOnInterrupt(),
+        ProgressCallback(sum(costs) / len(costs), peak_mb=memory.peak_mb),
+    ):
+        trainer.add_callback(callback)
+    if cfg.diagnostics.every:
+        from zoft.diagnostics import DiagnosticsCallback
+
+        trainer.add_callback(DiagnosticsCallback(**vars(cfg.diagnostics)))
+    if trainer.is_world_process_zero():
+        for line in _opening_lines(cfg, trainer, rows):
+            say(line)
+    return trainer, rows, memory
+
+
+def _carry_out(
+    cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], memory: PeakMemory, *, resuming: bool
+) -> dict[str, Any]:
+    from zoft.report.plots import learning_curve
+    from zoft.report.report import summary_lines, write_report
+    from zoft.report.text import say
+    from zoft.trainer.signals import StopOnInterrupt
+
+    first = trainer.is_world_process_zero()
+    known = known_steps(cfg.output_dir) if resuming else None
+    zero_shot_file = Path(cfg.output_dir) / "zero_shot.json"
+    if first and resuming:
+        say(f"resume  {'nothing was saved yet: starting over' if known is None else f'{known:,} steps are known'}")
+    _say_if_long(trainer, rows, known or 0)
+    keep_reference(trainer, rows)
+    _fill_frozen_prefix(trainer, rows)
+    memory.reset()
+    zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory)
+    memory.reset()
+    trainer.train(resume_from_checkpoint=None if known is None else True)
+    stops = [c for c in trainer.callback_handler.callbacks if isinstance(c, StopOnInterrupt) and c.stopped]
+    if stops:
+        if first:
+            say(f"stopped after {trainer.state.global_step:,} steps; the same command goes on from there")
+        raise Requeued if stops[0].requeue else KeyboardInterrupt
+    peak = memory.peak_mb()
+    final = _held_out(trainer, rows["test"], Path(cfg.output_dir) / folder.FINAL, "final", memory)
+    if first:
+        trainer._refuse_full_disk(Path(cfg.output_dir) / "model")
+    trainer.save_model(str(Path(cfg.output_dir) / "model"))
+    metric = _metric_of(cfg, rows)
+    facts = _facts(cfg, trainer, len(rows["test"])) | _scores(metric, zero_shot, final)
+    facts |= {
+        "peak_memory_mb": peak,
+        "inference_peak_mb": zero_shot["peak_memory_mb"],
+    }
+    if first:
+        learning_curve(
+            cfg.output_dir,
+            title=Path(cfg.output_dir).name,
+            zero_shot=zero_shot.get("perplexity", facts["zero_shot"]),
+            num_eval_rows=len(rows["dev"]),
+            metric="perplexity" if "perplexity" in zero_shot else metric,
+        )
+        write_report(cfg.output_dir, facts)
+        for line in summary_lines(facts):
+            say(line)
+        say(f"run     {cfg.output_dir}: report.md, curve.png, metrics.csv, model/")
+    return facts
+
+
+def _say_if_long(trainer: ZOTrainer, rows: dict[str, list[Any]], known: int) -> None:
+    """Time a few queries at the weights as they are, and say so where the rest of the run takes over an hour."""
+    from zoft.report.pace import long_run_line, seconds_per_query
+    from zoft.report.text import say
+
+    cost = trainer.args.budget_queries / trainer.args.max_steps
+    left = round((trainer.args.max_steps - known) * cost)
+    if not trainer.is_world_process_zero() or left < _FEW_QUERIES:
+        return
+    prefix = trainer.frozen_prefix  # a query begins above it; the timed ones do not
+    share = 1.0 if prefix is None else 1 - prefix.first / len(prefix.blocks)
+    line = long_run_line(share * seconds_per_query(lambda: clean_query(trainer, rows["train"])), left)
+    if line is not None:
+        say(line)
+
+
+def clean_query(trainer: ZOTrainer, rows: list[Any]) -> None:
+    """The forwards of one query at the weights as they are; nothing of the run's state moves."""
+    import torch
+
+    from zoft.lm.logits.support import no_trials
+
+    args = trainer.args
+    trainer.model.eval()
+    for number in range(args.gradient_accumulation_steps):
+        chosen = rows[number * args.per_device_train_batch_size :][: args.per_device_train_batch_size] or rows[:1]
+        batch = trainer._prepare_inputs(trainer.data_collator(chosen))
+        with torch.no_grad(), trainer.compute_loss_context_manager(), no_trials():
+            trainer.compute_loss(trainer.model, batch)
+
+
+def known_steps(output_dir: str) -> int | None:
+    """How many steps the folder knows, by its journal or else its newest checkpoint; None where it has neither."""
+    from zoft.journal import file as journal
+    from zoft.journal import snapshot
+
+    path = Path(output_dir) / journal.NAME
+    if path.is_file():
+        return journal.read(path).end
+    newest = snapshot.newest(Path(output_dir))
+    return None if newest is None else snapshot.step_of(newest)
+
+
+def keep_reference(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
+    """Log-probabilities of preference pairs under the model before training, once for all rows; else nothing."""
+    from zoft.lm import formats
+
+    if formats.format_of_row(rows["train"][0]) != "pairs":
+        return
+    from zoft.lm.objectives.preference import keep_reference
+
+    trainer.model.eval()
+    for part in rows.values():
+        with trainer.compute_loss_context_manager():
+            list(keep_reference(trainer.model, part, trainer.data_collator, trainer.args.per_device_eval_batch_size))
+
+
+def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
+    """Hidden states that never change, computed once for all rows; silent where every block is trained."""
+    if trainer.frozen_prefix is None:
+        return
+    from tqdm import tqdm
+
+    total = sum(map(len, rows.values()))
+    label = f"hidden states below block {trainer.frozen_prefix.first}, once for the whole run"
+    with tqdm(total=total, unit="row", desc=label, disable=not trainer.is_world_process_zero(), mininterval=5) as bar:
+        for done in trainer.fill_frozen_prefix(*rows.values()):
+            bar.update(done - bar.n)
+
+
+def _held_out(trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory: PeakMemory) -> dict[str, float]:
+    """The metric on the held-out rows, computed once per run: a resumed run finds the earlier answer in its folder."""
+    import json
+
+    from zoft.report.text import say
+
+    if kept.is_file() and trainer.args.world_size == 1:  # with more, all must do the same whatever disk they see
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    metrics = trainer.predict(rows, metric_key_prefix="test").metrics
+    known = {f"test_{name}" for names in METRICS.values() for name in names}
+    kept_keys = [key for key in metrics if key in known]
+    values = {key.removeprefix("test_"): float(metrics[key]) for key in kept_keys}
+    values["peak_memory_mb"] = memory.peak_mb()
+    if trainer.is_world_process_zero():
+        write_atomically(kept, json.dumps(values, indent=2) + "\n")
+        say(f"{name:<9} held-out {_told(values)} on {len(rows):,} rows")
+    return values
+
+
+def _show_finished(output_dir: str) -> dict[str, Any]:
+    import json
+
+    from zoft.report.report import summary_lines
+    from zoft.report.text import say
+
+    facts = dict(json.loads((Path(output_dir) / folder.REPORT).read_text(encoding="utf-8")))
+    say(f"{output_dir} holds this very run, finished; choose another output_dir (or seed) to run again")
+    for line in summary_lines(facts):
+        say(line)
+    return facts

@@ -1,0 +1,1 @@
+"""One training step as values: points, losses, estimate, update."""

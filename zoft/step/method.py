@@ -1,0 +1,179 @@
+"""A method: subspace, estimator, weighting and optimizer together; what does not go together, and what a step costs."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from zoft.component import create
+from zoft.errors import UserError
+from zoft.estimators.base import Estimator
+from zoft.noise.direction import Direction
+from zoft.optimizers.base import Optimizer
+from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.utils.lazy import torch
+from zoft.weightings.base import Weighting
+from zoft.weights.tensors import Weights
+
+BACKWARD = 3
+"""Queries that a backward pass counts, with the forward pass before it."""
+
+NOTHING_TO_CLIP = (
+    "max_grad_norm clips projected gradients, and those of a backward pass (estimator={}) are none: leave it out, and "
+    "lower the learning rate where steps are too long"
+)
+
+
+@dataclass
+class Method:
+    """A composition of parts.
+
+    Args:
+        subspace: which coordinates move.
+        estimator: where the objective is queried.
+        weighting: how slopes become coefficients.
+        optimizer: what step is taken.
+
+    Raises:
+        UserError: parts that make no sense together.
+
+    Example:
+        >>> Method.of("low_rank", "one_sided", "mean", "momentum").queries_at(0)
+        2
+    """
+
+    subspace: Subspace
+    estimator: Estimator
+    weighting: Weighting
+    optimizer: Optimizer
+
+    def __post_init__(self) -> None:
+        for part in (self.subspace, self.estimator, self.weighting, self.optimizer):
+            part.check_with(self)
+        if self.optimizer.needs_curvature and not self.estimator.measures_curvature:
+            raise UserError(
+                f"optimizer={self.optimizer.name()} needs the curvature along the directions, and "
+                f"estimator={self.estimator.name()} does not measure it: use estimator=three_point"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        subspace: str | Subspace | None = None,
+        estimator: str | Estimator | None = None,
+        weighting: str | Weighting | None = None,
+        optimizer: str | Optimizer | None = None,
+    ) -> Method:
+        """From names or components; None takes MeZO's."""
+        return cls(
+            create("subspace", subspace, "full"),
+            create("estimator", estimator, "central"),
+            create("weighting", weighting, "mean"),
+            create("optimizer", optimizer, "sgd"),
+        )
+
+    # ---- cost --------------------------------------------------------------------------------------------------------
+
+    def queries_at(self, step: int) -> int:
+        """Forward passes of the objective that a step costs: points, a look at the inputs, trials of the step."""
+        queries = self.estimator.queries_at(step) + len(self.optimizer.line_search)
+        queries += BACKWARD * self.subspace.takes_gradient(step)
+        if not self.estimator.asks_clean_loss:  # what a clean forward gives comes with the clean loss
+            queries += self.subspace.looks_at_inputs(step) or bool(self.optimizer.line_search)
+        return queries
+
+    def steps_within(self, queries: int) -> int:
+        """How many steps a budget of queries pays for.
+
+        Args:
+            queries: forward passes of the objective.
+
+        Raises:
+            UserError: less than one step.
+        """
+        self.check_budget(queries)
+        steps = spent = 0
+        while (spent := spent + self.queries_at(steps)) <= queries:
+            steps += 1
+        return steps
+
+    def check_budget(self, queries: int) -> None:
+        """Refuse a budget of less than one step, without counting how many there are.
+
+        Args:
+            queries: forward passes of the objective.
+
+        Raises:
+            UserError: less than one step.
+        """
+        if queries < self.queries_at(0):
+            raise UserError(
+                f"budget.queries={queries} is less than one step costs: estimator={self.estimator.name()} with "
+                f"num_directions={self.estimator.num_directions} makes {self.queries_at(0)} queries in the first one: "
+                f"set budget.queries to {self.queries_at(0)} or more, or take fewer directions"
+            )
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether nothing but its points is queried in a step, and the next step's first point is known already."""
+        return self.estimator.foreseeable and not self.optimizer.line_search and not self.optimizer.shapes_directions
+
+    def extra_elements(self, coordinates: BoundSubspace) -> int:
+        """Numbers that are kept from step to step: the optimizer's state, the subspace's bases, an anchor."""
+        anchor = coordinates.weights.num_elements if self.estimator.keeps_anchor else 0
+        return anchor + coordinates.basis_elements() + self.state_elements(coordinates)
+
+    def state_elements(self, coordinates: BoundSubspace) -> int:
+        """float32 numbers of the optimizer's state, over all tensors."""
+        return sum(
+            math.prod(shape)
+            for name in coordinates.weights.tensors
+            if coordinates.ever_moves(name)
+            for shape in self.optimizer.state_shapes(coordinates.shape(name)).values()
+        )
+
+    def bind(self, weights: Weights) -> BoundSubspace:
+        """The subspace for these weights, its directions hanging together as the estimator wants them."""
+        coordinates = self.subspace.bind(weights, self.estimator.noise)
+        estimator = self.estimator
+        coordinates.still = estimator.still(list(weights.tensors))
+        coordinates.arrange(
+            estimator.across,
+            estimator.num_directions,
+            per_example=estimator.per_example,
+            mixes=bool(self.optimizer.line_search),
+        )
+        if estimator.across == "orthogonal":
+            self._check_dimension(coordinates.dimension(Direction(0, 0)))
+        self._check_memory(coordinates)
+        return coordinates
+
+    def _check_dimension(self, dimension: int) -> None:
+        estimator = self.estimator
+        if estimator.num_directions > dimension:
+            raise UserError(
+                f"estimator.across=orthogonal: there are no {estimator.num_directions} directions at right angles in a "
+                f"space of {dimension} dimensions: lower estimator.num_directions, or take a larger subspace"
+            )
+
+    def _check_memory(self, coordinates: BoundSubspace) -> None:
+        """Refuse an optimizer whose state cannot fit, before the first query rather than in the first update."""
+        device = next(iter(coordinates.weights.tensors.values())).device
+        needed, there = 4 * self.extra_elements(coordinates), memory_of(device)
+        if there is not None and needed > there:
+            raise UserError(
+                f"optimizer={self.optimizer.name()} keeps {needed / 2**30:.3g} GiB beside the weights, and this device "
+                f"has {there / 2**30:.3g} GiB in all: use optimizer=sgd, or a subspace of few coordinates "
+                "(subspace=two_sided)"
+            )
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that a device has in all; None where that cannot be known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,307 @@
+"""A `torch.optim.Optimizer` around an optimizer component, so that schedulers, checkpoints and callbacks find one.
+
+It holds the estimate that the last queries gave, writes the step through the engine, and keeps everything that has
+to survive a restart: the component's state tensors, the masters of weights of few bits (both float32), and the counters
+of the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoft.engines.base import Backward, Session
+from zoft.errors import UserError
+from zoft.noise.direction import Direction
+from zoft.noise.source import CounterNoise
+from zoft.optimizers.base import Estimate, Optimizer, Term
+from zoft.step.progress import Progress, Sum
+from zoft.subspaces.base import BoundSubspace
+from zoft.weights.rounding import Rounding, follow_, round_sum
+
+
+class ZOOptimizer(torch.optim.Optimizer):
+    """theta <- theta - lr * (update(estimate) + weight_decay * theta), group by group, chunk by chunk.
+
+    Args:
+        groups: parameter groups with ``params`` and ``weight_decay``.
+        rule: the optimizer component.
+        session: the engine that writes the weights.
+        learning_rate: initial learning rate of every group.
+        rounding: how steps are written into bfloat16 and float16 weights; to nearest when left out.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        rule: Optimizer,
+        session: Session,
+        learning_rate: float,
+        rounding: Rounding | None = None,
+    ) -> None:
+        super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": 0.0})
+        self.rule = rule
+        self.rounding = rounding or Rounding("nearest")
+        self.session = session
+        self.coordinates: BoundSubspace = session.coordinates
+        self.names = {id(tensor): name for name, tensor in session.weights.tensors.items()}
+        self.progress = Progress()
+        self.pending: list[Term] | None = None
+        self.curvatures: list[float] | None = None  # along the pending directions, where they were measured
+        self.backward: Backward | None = None  # gives the gradients that are to be added to the pending estimate
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        self.masters: dict[str, Tensor] = {}  # name -> float32, flat
+        self.sums: dict[str, Sum] = {}
+        self.history: dict[str, tuple[int, Direction]] = {}  # name -> number of its updates, a direction of the last
+        self.records: list[list[Term]] = []  # the last steps, as many as the rule looks back at
+        self.scalars: dict[str, dict[str, Any]] = {"optimizer": rule.init()}  # what parts of the method remember
+        self.direction: Direction | None = None  # one of the step in progress
+        self.about_to_write: Callable[[list[Term] | None], None] | None = None  # is told the estimate of every step
+        self._context: dict[str, Any] = {}
+        self._bends: dict[Direction, float] = {}  # the curvature along each direction of the step in progress
+        if rule.shapes_directions:
+            self.coordinates.arrange(shape=self._shape)
+
+    # ---- a step begins -----------------------------------------------------------------------------------------------
+
+    def begin(self, direction: Direction) -> None:
+        """Before the queries of a step, once the subspace has begun it: the state is carried over to its basis.
+
+        Args:
+            direction: any of the step's.
+        """
+        self.direction = direction
+        for name in self.moments:
+            self._transport(name, direction)
+        if self.rule.shapes_directions:
+            moving = [name for name in self.names.values() if self.coordinates.moves(direction, name)]
+            self._context = self.rule.shape_context({n: self._moments(n) for n in moving}, direction.step)
+
+    def _shape(self, z: Tensor, name: str, where: slice | Tensor) -> Tensor:
+        state = {key: tensor.view(-1)[where] for key, tensor in self._moments(name).items()}
+        return self.rule.shape(z, state, self._context)
+
+    def _moments(self, name: str) -> dict[str, Tensor]:
+        """The state of a tensor; made when it is first asked for."""
+        if name not in self.moments:
+            device = self.session.weights.tensors[name].device
+            self.moments[name] = {
+                key: torch.full(shape, self.rule.start_values.get(key, 0.0), dtype=torch.float32, device=device)
+                for key, shape in self.rule.state_shapes(self.coordinates.shape(name)).items()
+            }
+        return self.moments[name]
+
+    def _transport(self, name: str, direction: Direction) -> None:
+        """Carry a tensor's state over to the basis of this direction."""
+        if name not in self.history:
+            return
+        count, last = self.history[name]
+        state = self.moments.get(name, {})  # a rule may keep less of some tensors
+        for key in (key for key in self.rule.linear_state if key in state):
+            state[key] = self.coordinates.transport(name, state[key], last, direction)
+        self.history[name] = count, direction
+
+    # ---- a step is written -------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Apply the pending estimate; without one (a skipped step) nothing moves."""
+        if closure is not None:
+            raise ValueError("a zeroth-order step takes no closure: the trainer has queried the objective already")
+        if self.about_to_write is not None:
+            self.about_to_write(self.pending)
+        if self.pending is None:
+            self.session.come_back()
+            return
+        terms, self.pending = self.pending, None
+        backward, self.backward = self.backward, None
+        direction = terms[0][0] if terms else self.direction
+        assert direction is not None, "an estimate without directions needs begin()"
+        self.direction = direction
+        self._bends = dict(zip((d for d, _ in terms), self.curvatures or (), strict=bool(self.curvatures)))
+        scaled = self.rule.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
+        terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
+        self.progress.updates += 1
+        left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
+
+        def write(name: str, dense: Tensor | None = None) -> None:
+            group, mine = left.pop(name), [term for term in terms if self.coordinates.moves(term[0], name)]
+            if mine or dense is not None:
+                with torch.no_grad():
+                    self._move(
+                        name, self.session.weights.tensors[name], mine, group["lr"], group["weight_decay"], dense
+                    )
+
+        if backward is not None:
+            backward(write)
+        for name in list(left):
+            write(name)
+        self.session.settle()
+        if self.rule.history_length:
+            self.records = [*self.records, terms][-self.rule.history_length :]
+        self.curvatures = None
+
+    def _move(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        terms: list[Term],
+        lr: float,
+        decay: float,
+        dense: Tensor | None = None,
+    ) -> None:
+        direction = self.direction
+        assert direction is not None
+        count, state = self._state_of(name, direction)
+        way = self.rounding.way(parameter)
+        if dense is None and self._is_one_addition(parameter, terms, decay):
+            self._add_direction(name, parameter, *terms[0], lr)
+            return
+        kept = self._sum_of(name, parameter, direction)
+        sum_bits = 0 if kept is None else self.rounding.key(kept.first, name, role="sum")
+        rounds = way == "stochastic" and (kept is None or decay)  # what a sum says can be written as it is
+        bits = self.rounding.key(self.progress.updates, name) if rounds else None
+        for start, stop, update in self._updates(name, terms, state, count, dense):
+            if not lr:  # subtracting zero would turn a weight of -0.0 into +0.0
+                continue
+            ends = None if kept is None else kept.add_(start, stop, update, lr)
+            for first, last in self.coordinates.pieces(name, start, stop):
+                self.session.arrive(name, first, last)
+                master = self._master_piece(name, first, last) if way == "master" else None
+                theta = self.session.piece(name, first, last) if master is None else master
+                if ends is None:
+                    step = self.coordinates.lift(direction, name, update, start, first, last)
+                    if decay:
+                        step = step.add_(theta.to(step.dtype) * decay)
+                    step = step.mul_(lr)
+                else:
+                    before, after = (self.coordinates.lift(direction, name, c, start, first, last) for c in ends)
+                    step = round_sum(theta, before, after, sum_bits, first)
+                    if decay:
+                        step = step.add_(theta.to(step.dtype) * (decay * lr))
+                self.session.apply_(name, first, last, step, bits, master)
+                self.session.depart(name, first, last)
+
+    def _updates(
+        self, name: str, terms: list[Term], state: dict[str, Tensor], count: int, dense: Tensor | None
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, what the rule makes of the estimate) for every chunk of the coordinates."""
+        whole = [(0, math.prod(self.coordinates.shape(name)))]
+        records = [mine for record in self.records if (mine := self._record_of(name, record))]
+        curvatures = [self._bends[direction] for direction, _ in terms] if self._bends else None
+        for start, stop in whole if self.rule.per_matrix else self.coordinates.chunks(name):
+            piece = None if dense is None else dense.view(-1)[start:stop]
+            estimate = Estimate(self.coordinates, name, start, stop, terms, curvatures, records, piece)
+            of_piece = state if self.rule.per_matrix else {key: t.view(-1)[start:stop] for key, t in state.items()}
+            yield start, stop, self.rule.update_from(estimate, of_piece, count).view(-1)
+
+    def _record_of(self, name: str, record: list[Term]) -> list[Term]:
+        """The terms of an earlier step that moved this tensor; none where its basis was another one."""
+        now, coordinates = self.direction, self.coordinates
+        assert now is not None
+        mine = [term for term in record if coordinates.moves(term[0], name)]
+        return mine if all(coordinates.same_basis(name, direction, now) for direction, _ in mine) else []
+
+    def _sum_of(self, name: str, parameter: nn.Parameter, direction: Direction) -> Sum | None:
+        """The sum of the steps in the basis of this direction, where one is kept."""
+        shape = self.coordinates.shape(name)
+        if not self.rounding.sums(parameter, math.prod(shape)):
+            return None
+        kept = self.sums.get(name)
+        if kept is None or not self.coordinates.same_basis(name, kept.direction, direction):
+            total = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+            kept = self.sums[name] = Sum(total, self.progress.updates, direction)
+        kept.direction = direction
+        return kept
+
+    def _is_one_addition(self, parameter: nn.Parameter, terms: list[tuple[Direction, float]], decay: float) -> bool:
+        """Whether the step is a multiple of one direction and can be made while it is added: the cheapest update.
+
+        MeZO's own numbers have roundings in between.
+        """
+        linear = self.rule.is_identity and len(terms) == 1 and not decay
+        return linear and parameter.dtype == torch.float32 and isinstance(self.coordinates.source, CounterNoise)
+
+    def _add_direction(
+        self, name: str, parameter: nn.Parameter, direction: Direction, coefficient: float, lr: float
+    ) -> None:
+        for first, last in self.coordinates.spans(name, 0, parameter.numel()) if lr else ():
+            self.session.arrive(name, first, last)
+            self.coordinates.add_(self.session.piece(name, first, last), direction, name, first, -lr * coefficient)
+            self.session.depart(name, first, last)
+
+    def _master_piece(self, name: str, first: int, last: int) -> Tensor:
+        """A view of the master of the flat piece [first, last), which is the weight itself where it is none of ours."""
+        if name not in self.masters:
+            self.masters[name] = self.session.weights.tensors[name].detach().to(torch.float32).view(-1)
+        return follow_(self.masters[name][first:last], self.session.piece(name, first, last))
+
+    def _state_of(self, name: str, direction: Direction) -> tuple[int, dict[str, Tensor]]:
+        """The number of this update of the tensor, and its state in the basis of this direction."""
+        state = self._moments(name)
+        self._transport(name, direction)
+        count = self.history.get(name, (0, direction))[0] + 1
+        self.history[name] = count, direction
+        return count, state
+
+    # ---- saved and loaded --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, state tensors by name, and the groups without their parameters: tensors and plain numbers only."""
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        moments = {name: dict(tensors) for name, tensors in self.moments.items() if tensors}
+        return {
+            "rule": self.rule.name(),
+            "progress": asdict(self.progress),
+            "state": moments,
+            "masters": dict(self.masters),
+            "history": {name: [count, asdict(last)] for name, (count, last) in self.history.items()},
+            "sums": {name: asdict(kept) for name, kept in self.sums.items()},
+            "records": [[[asdict(direction), coefficient] for direction, coefficient in r] for r in self.records],
+            "scalars": self.scalars,
+            "subspace": self.coordinates.state_dict(),
+            "anchor": self.session.anchor,
+            "param_groups": groups,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The other way round; torch's own would cast float32 state to the weights' dtype."""
+        if state_dict["rule"] != self.rule.name():
+            raise UserError(
+                f"the checkpoint was made with optimizer={state_dict['rule']}, this run has "
+                f"optimizer={self.rule.name()}: resume with the same one, or start a new run"
+            )
+        self.progress = Progress(**state_dict["progress"])
+        tensors = self.session.weights.tensors
+        self.moments = {
+            name: {key: value.to(tensors[name].device, torch.float32).clone() for key, value in state.items()}
+            for name, state in state_dict["state"].items()
+        }
+        self.masters = {  # without one, or with another setting, the master begins at the weight
+            name: master.to(tensors[name].device, torch.float32).clone()
+            for name, master in state_dict.get("masters", {}).items()
+            if self.rounding.way(tensors[name]) == "master"
+        }
+        self.sums = {  # without one the sum begins anew: what went before it has been written
+            name: Sum(kept["total"].to(tensors[name].device).clone(), kept["first"], Direction(**kept["direction"]))
+            for name, kept in state_dict.get("sums", {}).items()
+            if self.rounding.sums(tensors[name], kept["total"].numel())
+        }
+        self.history = {
+            name: (count, Direction(**last)) for name, (count, last) in state_dict.get("history", {}).items()
+        }
+        self.records = [
+            [(Direction(**direction), coefficient) for direction, coefficient in record]
+            for record in state_dict.get("records", [])
+        ]
+        self.scalars |= copy.deepcopy(state_dict.get("scalars", {}))
+        self.coordinates.load_state_dict(state_dict.get("subspace", {}))
+        anchor = state_dict.get("anchor")
+        self.session.anchor = anchor and {n: saved.to(tensors[n]).clone() for n, saved in anchor.items()}
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)

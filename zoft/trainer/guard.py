@@ -1,0 +1,56 @@
+"""A running range of losses and slopes: which step is an outlier, and what is done about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+GUARDS = ("none", "clip", "rollback")
+"""What is done about a step far outside the running range: nothing; its slopes are shortened; the run goes back."""
+
+FEWEST = 10
+"""Steps before there is a range."""
+
+
+class RolledBack(Exception):
+    """The run is to go on from an earlier step, at a lower learning rate.
+
+    Args:
+        step: number of steps to keep.
+        reason: for the log.
+    """
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
+        self.reason = reason
+
+
+def outlier(recent: Sequence[Sequence[float]], loss: float, slope: float, factor: float) -> tuple[str, float] | None:
+    """(what is wrong with a step, how much of its slopes would be in range); None where nothing is.
+
+    Slopes are judged against ``factor`` times the running median; losses against the median plus ``factor`` times the
+    median distance from it.
+
+    Args:
+        recent: (loss, slope) of the steps before.
+        loss: training loss of the step.
+        slope: root mean square of its projected gradients.
+        factor: how far is far, > 1.
+
+    Example:
+        >>> outlier([(0.5, 1.0)] * 10, 0.5, 50.0, 10.0)
+        ('|projected gradient| 50 is far above its running median 1', 0.2)
+    """
+    finite = [(x, s) for x, s in recent if math.isfinite(x) and math.isfinite(s)]
+    if len(finite) < FEWEST or not (math.isfinite(loss) and math.isfinite(slope)):
+        return None
+    usual = median(s for _, s in finite)
+    if slope > factor * usual > 0:
+        return f"|projected gradient| {slope:.3g} is far above its running median {usual:.3g}", factor * usual / slope
+    middle = median(x for x, _ in finite)
+    spread = max(median(abs(x - middle) for x, _ in finite), 1e-3 * abs(middle), 1e-8)
+    if loss > middle + factor * spread:
+        return f"the loss {loss:.3g} is far above its running median {middle:.3g}", (factor * spread) / (loss - middle)
+    return None

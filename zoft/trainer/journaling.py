@@ -1,0 +1,456 @@
+"""The part of the trainer that writes the journal and snapshots, and resumes from them without forward passes.
+
+A resumed run starts at its newest whole snapshot (or at the base model) and goes through the Trainer's own loop: as
+long as the journal knows a step, its estimate is taken from there instead of from queries. Batches, schedules,
+callbacks and log lines take their usual way, so the run is the one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+
+from zoft.errors import DiskFullError, NonFiniteLossError, UserError
+from zoft.journal import file as files
+from zoft.journal import snapshot, state
+from zoft.journal.file import Contents, Journal
+from zoft.journal.fingerprint import rows_digest, some_rows_digest
+from zoft.journal.records import COMPUTED, SKIPPED, Record
+from zoft.noise.direction import Direction
+from zoft.step.replay import put_record
+from zoft.trainer.guard import RolledBack
+from zoft.utils.files import write_atomically
+from zoft.weights.tensors import Weights
+
+log = logging.getLogger(__name__)
+
+_FIRST = "first.safetensors"  # the trained weights before the first step, where the run may have to go back
+_MOST_RETURNS = 5
+
+_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
+
+
+class Journaled(_Base):
+    """Journal, snapshots and resuming; mixed into :class:`zoft.trainer.trainer.ZOMixin`."""
+
+    journal: Journal | None = None  # of the first process, while training
+    journal_end = 0  # number of steps that the journal knew when training began; 0 in a new run
+    _known: dict[int, Record]  # step -> what the journal says of it, as long as it is ahead of the run
+    _contents: Contents | None = None
+    _run: str | None = None  # identifier of the run
+    _settings: dict[str, Any] | None = None
+    held_out: dict[str, Any]  # name -> rows that the trainer does not know of, and that the run's results are of
+    control: Any
+    optimizer: Any
+    lr_scheduler: Any
+    queries: Any
+    projected_grads: Any
+    _eps: Any
+    _begun_rate: float | None = None  # the learning rate that was given
+    _hashed = -1  # the step of the last hash
+    _is_huge = False  # whether the step at hand is so long that weights may become infinite
+    _from_journal = False  # whether the estimate of the step at hand was taken from the journal
+
+    # ---- a run begins ------------------------------------------------------------------------------------------------
+
+    def _begin_journal(self, resume: str | bool | None) -> str | None:
+        """Open the journal, and say which checkpoint to load: the first process decides, the others hear of it."""
+        told: list[Any] = [None]
+        self._settings = None
+        if self.args.process_index == 0:
+            try:
+                told = [self._decide(resume)]
+            except UserError as error:
+                told = [error]
+        if self.args.world_size > 1:
+            from accelerate.utils import broadcast_object_list
+
+            told = broadcast_object_list(told)
+        if isinstance(told[0], UserError):
+            raise told[0]
+        checkpoint, self._contents, self._run = told[0]
+        self._known, self.journal_end = {}, 0
+        if self._begun_rate is None:
+            self._begun_rate = self.args.learning_rate
+        notes = [] if self._contents is None else self._contents.notes
+        self.args.learning_rate = self._begun_rate * math.prod(note.get("lr_factor", 1.0) for note in notes)
+        if self._contents is not None:
+            self._known = {record.step: record for record in self._contents.records}
+            self.journal_end = max(self._known, default=-1) + 1
+        return None if checkpoint is None else str(checkpoint)
+
+    def _decide(self, resume: str | bool | None) -> tuple[Path | None, Contents | None, str | None]:
+        """(checkpoint, what the journal knows, the run's identifier); the journal is open behind what is kept of it."""
+        folder = Path(str(self.args.output_dir))
+        path = folder / files.NAME
+        snapshot.clear_unfinished(folder)
+        if not resume or not (path.is_file() and self.args.journal):
+            return self._without_journal(folder, resume)
+        contents = files.read(path)
+        run = str(contents.header["run"])
+        checkpoint, start = snapshot.newest(folder, run) if resume is True else Path(str(resume)), 0
+        if checkpoint is not None:  # the newest one is verified already, and its name is its step
+            start = snapshot.step_of(checkpoint) if resume is True else int(snapshot.verify(checkpoint, run)["step"])
+        self._check_same(contents, path)
+        self._refuse_fewer_steps(max(start, contents.end), folder, contents)
+        if checkpoint is None and contents.header["first"]:
+            raise UserError(
+                f"{path} begins at step {contents.header['first']}, and no whole checkpoint from there on is left: "
+                "start a new run in another output_dir"
+            )
+        if checkpoint is None:
+            self._check_base(contents, path)
+        if contents.end < start:  # the snapshot knows more than what is left of the journal
+            self.journal = Journal.create(path, {**contents.header, "first": start, "weights": None})
+            contents.records, contents.looks, contents.evaluations = [], {}, {}
+            return checkpoint, contents, run
+        stop = next((r.step for r in contents.records if r.step >= start and r.computed), contents.end)
+        self.journal = Journal.open(path, stop)
+        contents.records = [record for record in contents.records if start <= record.step < stop]
+        contents.evaluations = {step: made for step, made in contents.evaluations.items() if step <= stop}
+        return checkpoint, contents, run
+
+    def _without_journal(
+        self, folder: Path, resume: str | bool | None
+    ) -> tuple[Path | None, Contents | None, str | None]:
+        """A new run, or one that goes on from a checkpoint alone."""
+        checkpoint = None
+        if resume is True:
+            checkpoint = snapshot.newest(folder)
+            if checkpoint is not None:
+                self._check_same_as(checkpoint)
+                self._refuse_fewer_steps(snapshot.step_of(checkpoint), folder)
+            if checkpoint is None:
+                raise UserError(
+                    f"there is nothing to resume in {folder}: no journal and no whole checkpoint of zoft; "
+                    "train without resume_from_checkpoint"
+                )
+        elif resume:
+            checkpoint = Path(str(resume))
+            snapshot.verify(checkpoint)
+        if not self.args.journal:
+            return checkpoint, None, None
+        header: dict[str, Any] = {"settings": self.settings(), "frozen": self._frozen(), "weights": None}
+        header["model"] = self._model_name()
+        if checkpoint is not None:
+            header["first"] = int(snapshot.verify(checkpoint)["step"])
+        elif self.model is not None:
+            header["weights"] = Weights(self.model).digest()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskFullError.of(error, folder, 0) from None
+        self.journal = Journal.create(folder / files.NAME, header)
+        if self.args.guard == "rollback":
+            begun = {name: tensor.detach() for name, tensor in Weights(self.model).tensors.items()}
+            write_atomically(folder / _FIRST, state.pack(begun))
+        return checkpoint, None, str(files.read(folder / files.NAME).header["run"])
+
+    def _end_journal(self, *, finished: bool) -> None:
+        """Seal what is complete, and let go of the file."""
+        journal, self.journal = self.journal, None
+        if journal is not None:
+            try:
+                if finished:
+                    journal.seal()
+            finally:
+                journal.close()
+
+    # ---- what must be the same ---------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """What changes the numbers of a run, as plain values; learning rate, budget and logging may change."""
+        if self._settings is None:  # every row is read for it
+            self._settings = self._read_settings()
+        return dict(self._settings)
+
+    def _read_settings(self) -> dict[str, Any]:
+        method, args = self.method, self.args
+        chosen: dict[str, Any] = {"seed": args.seed, "data_seed": args.data_seed}
+        chosen["batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        chosen["precision_update"] = args.precision_update
+        chosen["weight_decay"] = args.weight_decay
+        chosen["max_grad_norm"] = args.max_grad_norm
+        chosen["direction_seeds"] = None if self.direction_seeds is None else _short(self.direction_seeds)
+        chosen["data"] = rows_digest(self.train_dataset)
+        for name, rows in {"eval_data": self.eval_dataset, **self.held_out}.items():
+            chosen[name] = None if rows is None else rows_digest(rows)
+        for group in ("subspace", "estimator", "weighting", "optimizer"):
+            part = getattr(method, group)
+            chosen[group] = part.name()
+            for field in dataclasses.fields(part):
+                if field.name not in ("learning_rate", "weight_decay"):
+                    chosen[f"{group}.{field.name}"] = getattr(part, field.name)
+        return dict(json.loads(json.dumps(chosen, default=str)))
+
+    def _check_same(self, contents: Contents, path: Path) -> None:
+        lines = self._differing(contents.header.get("settings", {}))
+        frozen = self._frozen()
+        known = str(contents.header.get("frozen"))  # the first half alone in journals of before there was a second
+        if known not in (str(frozen), str(frozen).split()[0]):
+            lines.append(f"  model: {contents.header.get('model')} there, {self._model_name()} now")
+        if lines:
+            raise UserError(
+                f"{path} belongs to another run; it differs in\n" + "\n".join(lines) + "\n"
+                "give the same, or another output_dir for a new run"
+            )
+
+    def _check_same_as(self, checkpoint: Path) -> None:
+        """Without a journal a checkpoint's manifest says what must be the same."""
+        there = snapshot.verify(checkpoint).get("settings")
+        lines = self._differing(there) if there else []
+        if lines:
+            raise UserError(
+                f"{checkpoint} belongs to another run; it differs in\n" + "\n".join(lines) + "\n"
+                "give the same, or another output_dir for a new run"
+            )
+
+    def _differing(self, there: dict[str, Any]) -> list[str]:
+        """A line for every setting that is not what it was; rows for evaluation may come and go, but not change."""
+        now = self.settings()
+        for name in [key for key in {**there, **now} if key.endswith("_data")]:
+            if there.get(name) is None or now.get(name) is None:
+                there, now = ({k: v for k, v in one.items() if k != name} for one in (there, now))
+        if "SHA-256" not in str(there.get("data")):  # a journal of before every row was hashed
+            now["data"] = some_rows_digest(self.train_dataset)
+        differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+        return [f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing]
+
+    def _refuse_fewer_steps(self, known: int, folder: Path, contents: Contents | None = None) -> None:
+        """A run cannot end before what it has done: its journal would tell of another model than it leaves."""
+        if not 0 < self.args.max_steps < known:
+            return
+        queries = f"budget.queries={contents.records[-1].queries} " if contents and contents.records else ""
+        raise UserError(
+            f"the run in {folder} has done {known} steps, and is to end after {self.args.max_steps}: give "
+            f"{queries}(max_steps={known}) to end it where it is, or more; zoft replay --to gives an earlier state"
+        )
+
+    def _check_base(self, contents: Contents, path: Path) -> None:
+        """Without a checkpoint the steps are replayed onto the model as it is: the one they began with."""
+        begun = contents.header["weights"]
+        if begun is not None and self.model is not None and Weights(self.model).digest() != begun:
+            raise UserError(
+                f"{path} does not belong to this model: its trained weights differ from those that the run began with; "
+                "load the base model anew"
+            )
+
+    def _frozen(self) -> str | None:
+        """A fingerprint of what is not trained: some numbers of every tensor, and the sum of all of its bits."""
+        if self.model is None:
+            return None
+        digest, sums = hashlib.sha256(), hashlib.sha256()
+        for name, tensor in sorted(self.model.named_parameters()):
+            if not tensor.requires_grad:
+                sums.update(f"{_sum_of_bits(tensor)},".encode())
+                some = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 8)][:8]
+                digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+                digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return f"{digest.hexdigest()} {sums.hexdigest()[:16]}"
+
+    def _model_name(self) -> str:
+        return str(getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__)
+
+    # ---- a step is taken from the journal, or written into it --------------------------------------------------------
+
+    def _replayed(self) -> float | None:
+        """Hand over the estimate that the journal has of the next step: its loss; None where it has none."""
+        step = self.progress.steps
+        record = self._known.pop(step, None)
+        self._from_journal = record is not None
+        if record is None:
+            return None
+        for group in self.stepper.param_groups:
+            group["lr"] = record.lr
+        put_record(self.method, self.stepper, self._directions(step), record, self._look_of(step))
+        progress = self.progress
+        progress.steps, progress.num_queries = step + 1, record.queries
+        progress.num_tokens = record.tokens or progress.num_tokens
+        progress.num_skipped += record.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record.skipped else 0
+        progress.losses.append(record.loss)
+        self._eps, self.projected_grads = record.eps, torch.tensor([record.slope], dtype=torch.float64)
+        self._remember(record.loss)
+        return record.loss
+
+    def _remember(self, loss: float) -> None:
+        """A step inside the running range becomes part of it."""
+        slope = self._get_grad_norm(self.model)
+        if self.args.guard != "none" and slope is not None:
+            self.progress.recent = [*self.progress.recent, [loss, float(slope)]][-self.args.guard_steps :]
+
+    def _go_back(self, back: RolledBack) -> None:
+        """Cut journal and checkpoints off behind the step, put the first weights back, and lower the learning rate."""
+        folder, path = Path(str(self.args.output_dir)), Path(str(self.args.output_dir)) / files.NAME
+        contents = files.read(path)
+        times = len(contents.notes) + 1
+        if times > _MOST_RETURNS:
+            raise NonFiniteLossError(
+                f"{back.reason}: the run has gone back {_MOST_RETURNS} times and left its range again; "
+                "lower optimizer.learning_rate"
+            )
+        log.warning("%s; the run goes back to step %d at %g of its learning rate", back.reason, back.step, 0.5**times)
+        for checkpoint in snapshot.checkpoints(folder):
+            if snapshot.step_of(checkpoint) > back.step:
+                shutil.rmtree(checkpoint)
+        journal = Journal.open(path, back.step)
+        journal.note(back.step, {"lr_factor": 0.5})
+        journal.close()
+        with torch.no_grad():
+            begun = state.unpack((folder / _FIRST).read_bytes())
+            for name, tensor in Weights(self.model).tensors.items():
+                tensor.copy_(begun[name])
+        self.optimizer = self.lr_scheduler = self.queries = None
+
+    def _look_of(self, step: int) -> bytes | None:
+        return None if self._contents is None else self._contents.looks.get(step)
+
+    def _journal_step(self, terms: list[tuple[Direction, float]] | None) -> None:
+        """Called by the stepper when a step is about to be written."""
+        step, stepper = self.progress.steps - 1, self.stepper
+        lr = float(stepper.param_groups[0]["lr"])
+        self._is_huge = _may_overflow(stepper.session.weights, lr, terms or [])
+        if self.journal is None or self._from_journal:
+            return
+        terms = terms or []
+        extra: dict[str, Any] = {}
+        plain = self._directions(step)
+        if [direction for direction, _ in terms] != plain[: len(terms)]:
+            extra["directions"] = [[d.seed, d.step, d.index, d.example] for d, _ in terms]
+        scalars = {part: stepper.scalars[part] for part in ("estimator", "weighting") if stepper.scalars.get(part)}
+        if scalars:
+            extra["scalars"] = scalars
+        flags = SKIPPED * (stepper.pending is None) + COMPUTED * (stepper.backward is not None)
+        self.journal.append(
+            Record(
+                step=step,
+                seed=plain[0].seed,
+                lr=lr,
+                eps=float(self._eps or 0.0),
+                queries=self.progress.num_queries,
+                tokens=self.progress.num_tokens,
+                loss=float(self.progress.losses[-1]),
+                slope=float(self._get_grad_norm(self.model)) if self.projected_grads is not None else math.nan,
+                coefficients=tuple(float(c) for _, c in terms),
+                curvatures=tuple(map(float, stepper.curvatures or ())),
+                flags=flags,
+                extra=extra,
+            )
+        )
+
+    def _journal_look(self, step: int, seen: dict[str, Any]) -> None:
+        if self.journal is not None:
+            self.journal.look(step, state.pack(seen))
+
+    def _journal_digest(self) -> None:
+        """Every so many steps, the hash of the trained weights: a run, its replay and all processes must agree."""
+        every, step = self.args.journal_hash_steps, self.state.global_step
+        alone = self.journal is None and self.args.world_size == 1
+        if not every or step % every or step == self._hashed or alone:
+            return
+        self._come_back()
+        self._hashed = step
+        sha = Weights(self.model).digest()
+        self._check_digest(step, sha)
+        if self.journal is not None and not self._from_journal:
+            self.journal.digest(step, sha)
+
+    def _refuse_infinite_weights(self) -> None:
+        """A step of finite losses can be too long for the weights' numbers: it is no step, and the run does not go on.
+
+        In memory the weights are spoilt; the step is taken out of the journal, and nothing is saved of it.
+        """
+        huge, self._is_huge = self._is_huge, False
+        if not huge or self._from_journal:
+            return
+        self._come_back()
+        if all(bool(torch.isfinite(tensor).all()) for tensor in Weights(self.model).tensors.values()):
+            return
+        step = self.progress.steps - 1
+        if self.journal is not None:
+            path, journal = self.journal.path, self.journal
+            self.journal = None
+            journal.close()
+            Journal.open(path, step).close()
+        raise NonFiniteLossError(
+            f"step {step} has made weights infinite (its losses were finite, its projected gradient "
+            f"{float(self._get_grad_norm(self.model)):.3g}): it was not kept, and the run's folder is as it was before "
+            "it. Lower optimizer.learning_rate and repeat the command"
+        )
+
+    def _check_digest(self, step: int, sha: str) -> None:
+        known = None if self._contents is None or not self._from_journal else self._contents.digests.get(step)
+        if known not in (None, sha):
+            raise UserError(
+                f"the weights after step {step} are not those of the run in {self.args.output_dir}: another device or "
+                "another version of torch computes other last bits; start from a checkpoint, or a new run"
+            )
+        if self.args.world_size > 1:
+            found: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(found, sha)
+            if len(set(found)) > 1:
+                raise RuntimeError(
+                    f"the processes' weights differ after step {step} ({', '.join(x[:8] for x in found)}): a device or "
+                    "its memory is faulty; repeat the command to go on from the last checkpoint"
+                )
+
+    # ---- evaluations -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        """As the Trainer's own; the one at the start (the only one without the schedule) is not made when resuming."""
+        if skip_scheduler and self.state.global_step:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """As the Trainer's own; one that the journal knows is not made again."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not self.is_in_train or isinstance(given, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        step = self.state.global_step
+        known = [] if self._contents is None else self._contents.evaluations.get(step, [])
+        if known:
+            metrics = dict(known.pop(0))
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.journal is not None:
+            self.journal.evaluation(step, {key: _plain(value) for key, value in metrics.items()})
+        return metrics
+
+
+# ---- plain values ----------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    """The tensor's bits as integers, added up: one that was changed shows, at the price of reading them."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = len(flat) // 8 * 8
+    return int(flat[:words].view(torch.int64).sum()) + int(flat[words:].sum())
+
+
+_MARGIN = 1e5  # how much longer than a learning rate times coefficient an element of a step may be
+
+
+def _may_overflow(weights: Weights, lr: float, terms: list[tuple[Direction, float]]) -> bool:
+    """Whether a step is so long that the weights' dtype may not hold it."""
+    largest = min(torch.finfo(tensor.dtype).max for tensor in weights.tensors.values())
+    return abs(lr) * max((1.0, *(abs(c) for _, c in terms))) * _MARGIN > largest
+
+
+def _short(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,125 @@
+"""Which tensors are trained: one canonical name each (tied tensors once), and the modules that own them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import TYPE_CHECKING
+
+from zoft.errors import UserError
+from zoft.noise.counter import perturb_with
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+log = logging.getLogger(__name__)
+
+
+class Weights:
+    """The trainable tensors of a module, in ``named_parameters()`` order.
+
+    Args:
+        model: any ``torch.nn.Module``; what has ``requires_grad`` is trained.
+
+    Raises:
+        UserError: nothing is trainable.
+
+    Example:
+        >>> Weights(torch.nn.Linear(3, 2)).num_elements
+        8
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        if not self.tensors:
+            raise UserError(
+                "nothing is trainable: every parameter has requires_grad=False; "
+                "choose what moves with trainable=all, peft=lora, trainable=last_blocks or trainable=regex"
+            )
+        for tensor in self.tensors.values():
+            if not tensor.is_contiguous():
+                tensor.data = tensor.data.contiguous()  # engines and steps work on flat pieces
+        self.owners = _owners(model, self.tensors)
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers are trained."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def sizes(self) -> dict[str, int]:
+        """name -> number of elements."""
+        return {name: tensor.numel() for name, tensor in self.tensors.items()}
+
+    def digest(self) -> str:
+        """SHA-256 over names, dtypes and bits: equal exactly when two sets of weights are bit-identical."""
+        sha = hashlib.sha256()
+        for name, tensor in self.tensors.items():
+            sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+    def check_eps(self, eps: float) -> None:
+        """Refuse an ``eps`` that the dtype cannot represent at the scale of most of the weights.
+
+        A perturbation below half a unit in the last place of a typical weight is rounded away: the two losses of a
+        pair would be equal and the run would do nothing. Where that holds for the smaller part of the weights only
+        (norms of size 1 in bfloat16 at eps 1e-3) it is said, and the run goes on.
+        """
+        lost: dict[str, float] = {}  # name -> half a unit in the last place
+        for name, tensor in self.tensors.items():
+            smallest = torch.finfo(tensor.dtype).eps * float(tensor.detach().float().abs().mean()) / 2
+            if eps < smallest:
+                lost[name] = smallest
+        if not lost:
+            return
+        elements = sum(self.tensors[name].numel() for name in lost)
+        name, smallest = max(lost.items(), key=lambda item: self.tensors[item[0]].numel())
+        dtype = str(self.tensors[name].dtype).removeprefix("torch.")
+        told = (
+            f"estimator.eps={eps:g} is below what {dtype} can represent at the scale of {len(lost)} tensors, "
+            f"{100 * elements / self.num_elements:.2g} % of what is trained (for {name}, half a unit in the last place "
+            f"of a typical weight is {smallest:.2g})"
+        )
+        if 2 * elements > self.num_elements:
+            raise UserError(
+                f"{told}: raise estimator.eps to {2 * smallest:.1g} or more, or load the weights in float32"
+            )
+        log.warning("%s: those hardly move; load the weights in float32 to train them", told)
+
+
+def layer_of(name: str) -> str | None:
+    """The numbered layer that a tensor belongs to, outermost first; None outside of them.
+
+    Example:
+        >>> layer_of("model.layers.7.mlp.experts.3.up_proj.weight"), layer_of("model.norm.weight")
+        ('model.layers.7', None)
+    """
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
+def _owners(model: nn.Module, tensors: dict[str, nn.Parameter]) -> dict[nn.Module, list[tuple[str, str]]]:
+    """module -> [(attribute, canonical name)] for every module that holds a trainable tensor, tied ones included."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    owners: dict[nn.Module, list[tuple[str, str]]] = {}
+    for module in model.modules():
+        held = [(attr, names[id(p)]) for attr, p in module._parameters.items() if p is not None and id(p) in names]
+        if held:
+            owners[module] = held
+    return owners
+
+
+def perturbed(weight: Tensor, z: Tensor, scale: float) -> Tensor:
+    """``weight + scale * z`` as a new tensor, added in float32 (or the wider dtype) and rounded once.
+
+    The arithmetic is that of :func:`zoft.noise.counter.perturb_with`, as in every engine: losses can be equal to
+    the bit.
+    """
+    moved = torch.empty_like(weight)
+    perturb_with(z, weight, [scale], [moved])
+    return moved
