@@ -35,7 +35,7 @@ test-slow: install ## the tests that take minutes
 test-wheel: install ## build the wheel, install it in an empty environment, train from an empty folder
 	$(PYTEST) -m slow tests/cli/test_wheel.py $(ARGS)
 
-fingerprint: install ## does this tree compute what it did? BASE=COMMIT: bit by bit against that commit, 6 minutes
+fingerprint: $(INSTALLED) ## does this tree compute what it did? BASE=COMMIT: bit by bit against that commit, 6 minutes
 	$(ENV) $(BIN)/python tests/invariant/fingerprint.py $(if $(BASE),--base $(BASE)) $(ARGS)
 
 faults: install ## kill, cut, fill and forge: the thirty faults of docs/reliability.md, about an hour; ARGS="1a 17" some
