@@ -31,22 +31,27 @@ RECORDED = Path(__file__).parents[1] / "assets" / "mezo_trajectory"
 STEPS = 8
 VARIANTS = (("fp32", "auto"), ("fp32", "in_place"), ("bf16", "auto"), ("lora", "auto"))
 
-# What a preset needs to run on a model of 16 columns and eight steps.
+# What a preset needs on a model of 16 columns: ranks below that, and bases that are refreshed within eight steps.
+THIN = ["subspace.rank=4", "subspace.interval=3"]
+THREE = ["estimator.num_directions=3"]
 SMALL = {
-    "subzero_plus": ["estimator.num_directions=3"],
-    "aim_zo": [
-        "estimator.num_directions=3",
-        "subspace.rank=4",
-        "subspace.basis_columns=8",
-        "subspace.shared_columns=3",
-    ],
-    "es": ["estimator.num_directions=3"],
-    "eggroll": ["estimator.num_directions=3"],
-    "spsa_1_5": ["estimator.num_directions=3"],
-    "deepzero": ["estimator.num_directions=4"],
-    "lezo": ["subspace.block_size=1"],
     "addax": ["estimator.long_tokens=5"],
+    "aim_zo": [*THREE, "subspace.rank=4", "subspace.basis_columns=8", "subspace.shared_columns=3"],
+    "deepzero": ["estimator.num_directions=4"],
+    "eggroll": THREE,
+    "es": THREE,
+    "lezo": ["subspace.block_size=1"],
+    "lozo": ["subspace.interval=3"],
+    "lozo_m": ["subspace.interval=3"],
     "mezo_svrg": ["estimator.interval=3", "estimator.anchor_batches=2"],
+    "s_mezo": ["subspace.interval=3"],
+    "spsa_1_5": THREE,
+    "subzero": THIN,
+    "subzero_plus": [*THREE, *THIN],
+    "tezo": ["subspace.rank=4"],
+    "zo_act": ["subspace.rank=4"],
+    "zo_mopi": THIN,
+    "zo_muon": THIN,
 }
 
 
@@ -93,7 +98,7 @@ def lora() -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    return get_peft_model(models.tiny_opt(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    return get_peft_model(models.tiny_opt(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
 
 
 MODELS: dict[str, Callable[[], Any]] = {
