@@ -14,7 +14,7 @@ import inspect
 import pkgutil
 import re
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from zoft.errors import UserError, did_you_mean
 
@@ -40,6 +40,9 @@ class Component:
 
     Treat an instance as immutable. State never lives here, so that it can be saved and resumed.
     """
+
+    escapes: ClassVar[tuple[str, ...]] = ()
+    r"""Fields of text that a model reads: in an argument of the command line, ``\n`` in them is a line break."""
 
     def __post_init__(self) -> None:
         self.check()

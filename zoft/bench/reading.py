@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from zoft.bench.plan import BUILT_IN, FIELDS, MODES, STANDARD, Cell, Entry, Plan
+from zoft.config import texts
 from zoft.config.catalog import preset_files
 from zoft.errors import UserError, did_you_mean
 
@@ -36,6 +37,13 @@ _VARIED = {
 
 _OF_TASK = ("task", "model", "objective", "precision")
 _OF_METHOD = ("subspace", "estimator", "weighting", "optimizer", "engine", "peft", "trainable", "trainer")
+_TEXTS = dict.fromkeys(("base", "references", "prompts"), texts.Text()) | {
+    "tasks": texts.Each(texts.Text()),
+    "methods": texts.Each({"arguments": texts.Text()}),
+    **dict.fromkeys(("baseline", "select", "output_dir"), texts.Text()),
+}
+"""Where a bench's file has text."""
+
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -131,7 +139,7 @@ def _content(name: str) -> tuple[dict[str, Any], str]:
         raise UserError(f"there is no bench called {name!r}.{did_you_mean(name, [*benches, *preset_files('config')])}")
     file = find(name) if is_path(name) else benches[name]
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = texts.load(file.read_text(encoding="utf-8"), _TEXTS, yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(yaml_message(error, str(file))) from error
     except (OSError, UnicodeDecodeError) as error:
@@ -149,7 +157,7 @@ def _content(name: str) -> tuple[dict[str, Any], str]:
 def _value(key: str, text: str, content: dict[str, Any]) -> Any:
     """A key's value from the command line; methods and tasks named there keep what the file says of them."""
     try:
-        value = yaml.safe_load(text)
+        value = texts.load(text, _TEXTS.get(key), yaml.SafeLoader)
     except yaml.YAMLError:
         value = text
     if key in ("methods", "tasks") and isinstance(value, str | list):

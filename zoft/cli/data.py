@@ -19,6 +19,7 @@ ROWS = 3
 _MAX_TOKENS = 300  # of one row on the terminal; the middle of a longer one is left out
 _MAX_TEXT = 600  # characters
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+BREAK, TAB = "↵", "⇥"
 _SPLITS = ("train", "dev", "test")
 
 
@@ -191,6 +192,16 @@ def safe(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def visible(text: str) -> str:
+    r"""As :func:`safe`, with signs for a line break and a tab: a backslash and an n look otherwise.
+
+    Example:
+        >>> print(visible("a\nb\tc"), visible(r"a\nb"))
+        a↵b⇥c a\nb
+    """
+    return safe(text.replace("\n", BREAK).replace("\t", TAB))
+
+
 def _summary(split: dict[str, Any]) -> str:
     tokens, counted, cut = split["tokens"], split["counted"], split["cut"]
     share = f"{100 * counted['total'] / max(1, tokens['total']):.0f} % of all"
@@ -218,15 +229,14 @@ def _part(part: dict[str, Any], width: int, colour: bool) -> list[str]:
     )
     text = part["text"] if len(part["text"]) <= _MAX_TEXT else part["text"][:_MAX_TEXT] + " ..."
     told = [f"  {part['name']}: {head}"]
-    told += [
-        f"  text     {safe(line)}" if not k else f"           {safe(line)}" for k, line in enumerate(text.split("\n"))
-    ]
+    lines = visible(text).replace(BREAK, f"{BREAK}\n").split("\n")
+    told += [f"  text     {line}" if not k else f"           {line}" for k, line in enumerate(lines)]
     return told + _tokens(part["tokens"], part["counted"], width - 11, colour)
 
 
 def _tokens(tokens: list[str], counted: list[bool], width: int, colour: bool) -> list[str]:
     """Tokens with a bar between, and under those that count a row of ^."""
-    pairs = [(safe(token), counts) for token, counts in zip(tokens, counted, strict=True)]
+    pairs = [(visible(token), counts) for token, counts in zip(tokens, counted, strict=True)]
     if len(pairs) > _MAX_TOKENS:
         half = _MAX_TOKENS // 2
         pairs = [*pairs[:half], (f" ... {len(pairs) - 2 * half:,} more ... ", False), *pairs[-half:]]

@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 
+from zoft.config import texts
 from zoft.config.catalog import ORDER, choices, preset_files
 from zoft.errors import UserError, did_you_mean
 
@@ -73,21 +75,27 @@ def find(choice: str) -> Path:
     return files[choice]
 
 
-def read(file: Path, where: str) -> DictConfig:
-    """A YAML file as a mapping.
+def read(file: Path, where: str, places: Any = None) -> DictConfig:
+    """A YAML file as a mapping, with text as it is written.
+
+    Args:
+        file: the file.
+        where: what it is called in messages.
+        places: where text is expected in it; None: as in a run.
 
     Raises:
         UserError: it cannot be read, or is not a mapping.
     """
+    places = texts.places() if places is None else places
     try:
-        content: Any = OmegaConf.load(file)
+        values = texts.load(file.read_text(encoding="utf-8"), places, get_yaml_loader())
     except yaml.YAMLError as error:
         raise UserError(yaml_message(error, where)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read: {error}") from error
-    if not isinstance(content, DictConfig):
+    if not isinstance(values, dict | None):
         raise UserError(f"{where}: a config is a mapping of keys to values (key: value)")
-    return content
+    return OmegaConf.create(values or {})
 
 
 def check_defaults(content: DictConfig, where: str) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 from hydra import version
@@ -26,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zoft.component import GROUPS, Component, components
-from zoft.config import arguments, experiments
+from zoft.config import arguments, experiments, texts
 from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir
 from zoft.config.check import Checker, refuse_code, translated
 from zoft.config.foldername import suffix
@@ -57,7 +58,7 @@ def compose(overrides: list[str], *, runs_code: bool = True) -> ZoftConfig:
     """
     loader = Loader()
     loader.runs_code = runs_code
-    cfg = loader.load(overrides)
+    cfg = loader.load([texts.argument(override) for override in overrides])
     if OmegaConf.to_container(cfg)["output_dir"] == DEFAULT_DIR:
         cfg.output_dir = DEFAULT_DIR + suffix(overrides)
     return to_config(cfg)
@@ -95,6 +96,18 @@ class Sources(ConfigRepository):
     def __deepcopy__(self, memo: dict[int, Any]) -> Sources:
         del memo
         return copy.copy(self)  # what it does to its copy is to give it another list of sources
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """A config; a file is read once more, with text as it is written."""
+        result = super().load_config(config_path)
+        if result is not None and result.path.startswith("file://") and not config_path.startswith("hydra/"):
+            group = config_path.rpartition("/")[0]
+            places = texts.places() if result.header.get("package") == "_global_" else texts.places().get(group, {})
+            file = Path(result.path.removeprefix("file://")) / f"{config_path.removesuffix('.yaml')}.yaml"
+            content = experiments.read(file, str(file), places)
+            content.pop("defaults", None)
+            result.config = content
+        return result
 
 
 class Loader(ConfigLoaderImpl):

@@ -64,6 +64,8 @@ class Custom(Task):
             head's classes are in the same order.
     """
 
+    escapes = ("template", "words")
+
     num_train: int = 1000
     num_dev: int = 100
     num_test: int = 500
