@@ -146,7 +146,7 @@ FILES = [
     ("hydra: {callbacks: {x: {_target_: os.system}}}", "configs are data"),
     ("hydra: {run: {dir: x}}", "only hydra.launcher"),
     ("- a\n- b", "mapping of keys"),
-    ("just words", "there is no key 'just words'"),
+    ("just words", "a config is a mapping of keys to values"),
     ("defaults: 5", "defaults is a list"),
     ("defaults: [override /launcher: jobli]", "Did you mean joblib?"),
     ("seed: [1\nmodel: x", "line 2"),
