@@ -104,7 +104,7 @@ def test_fault_2_a_preset_of_the_users_own(tmp_path, monkeypatch):
 
 
 def test_fault_2_a_truth_value_from_python_is_no_word(tmp_path):
-    from zoft.tasks.custom import Custom
+    from zoft.lm.tasks.custom import Custom
 
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": "a", "label": n % 2}) + "\n" for n in range(8)))
     with pytest.raises(UserError, match=r"task\.words must be .* each of them text"):
