@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 from zoft.cli import VERBS
 from zoft.component import GROUPS, components
@@ -66,7 +67,8 @@ def words(line: str) -> list[str]:
     elif typed[0] == "doctor":
         offered = ["--json"]
     else:
-        offered = []
+        module = importlib.import_module(f"zoft.cli.{typed[0]}") if typed[0] in VERBS else None
+        offered = [*(f"{key}=" for key in getattr(module, "KEYS", ())), *getattr(module, "FLAGS", ())]
     return [text for text in offered if text.startswith(word)]
 
 

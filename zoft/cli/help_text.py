@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import textwrap
 
 from zoft.cli import VERBS
@@ -246,6 +247,8 @@ def of(verb: str | None) -> str:
         return TRAIN.format(groups=_groups())
     if verb in OTHER:
         return OTHER[verb]
+    if verb in VERBS:
+        return str(importlib.import_module(f"zoft.cli.{verb}").HELP).rstrip()
     width = max(map(len, VERBS))
     return TOP.format(verbs="\n".join(f"  {name:{width}}  {what}" for name, what in VERBS.items()))
 

@@ -128,7 +128,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
         room=formats.room_of(cfg.task, objective),
     )
     rows = encode(examples)
-    scoring = _scoring(cfg, request, form, rows, tokenizer, objective)
+    scoring = scoring_of(cfg, request.run, form, rows, tokenizer, objective)
     if request.mode == "linear_probe":
         found = _probed(scoring, splits, request, encode)
     else:
@@ -157,8 +157,17 @@ def _check(form: str, request: Request, cfg: ZoftConfig, train: Any) -> None:
         raise UserError(f"evaluate={request.metric} compares predictions with labels, and this task has none")
 
 
-def _scoring(cfg: ZoftConfig, request: Request, form: str, rows: Any, tokenizer: Any, objective: Any) -> Scoring:
-    """The model on its device, and what makes batches for it."""
+def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, objective: Any) -> Scoring:
+    """The model on its device, and what makes batches for it.
+
+    Args:
+        cfg: model, task and adapter.
+        run: a run's folder, whose final model it is; or the empty string, for the config's.
+        form: of the rows, a key of :data:`zoft.lm.formats.FORMS`.
+        rows: encoded ones.
+        tokenizer: the model's.
+        objective: one that is computed from such rows.
+    """
     from zoft.evaluation.scoring import Scoring
     from zoft.lm import formats
     from zoft.run.build import arguments_of
@@ -166,7 +175,7 @@ def _scoring(cfg: ZoftConfig, request: Request, form: str, rows: Any, tokenizer:
 
     cfg.tracker.report_to = []
     args = arguments_of(cfg)
-    model = model_of(cfg, request.run).to(args.device).eval()
+    model = model_of(cfg, run).to(args.device).eval()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     autocast: Any = nullcontext if dtype is None else functools.partial(torch.autocast, args.device.type, dtype)
     collate = formats.collator_for(form, rows, tokenizer, cfg.task, objective)

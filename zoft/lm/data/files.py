@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,19 @@ def column(row: Row, name: str, source: str, number: int) -> Any:
     if name not in row or row[name] is None:
         raise UserError(f"{source}: row {number} has no {name!r} (its columns: {', '.join(map(str, row))})")
     return row[name]
+
+
+def text_in(row: Mapping[str, Any], name: str, where: str) -> str:
+    """A row's text, which must be there and hold more than blanks.
+
+    Raises:
+        UserError: it is not, with the place and the columns that there are.
+    """
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        why = "is empty" if name in row else f"is not there (its columns: {', '.join(map(str, row))})"
+        raise UserError(f"{where}: {name!r} {why}")
+    return value
 
 
 def located(source: str) -> Path:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.lm.data.examples import Example
 from zoft.lm.data.files import ASSET, SUFFIXES, Row, read_rows
-from zoft.lm.tasks.base import Splits, Task
+from zoft.lm.tasks.base import NewRow, Splits, Task
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,16 @@ class RowsTask(Task):
     def example(self, row: Row, source: str, number: int) -> Example:
         """The row as the model reads it; ``source`` and ``number`` say where it stands."""
         raise NotImplementedError
+
+    def for_new_rows(self) -> tuple[NewRow, tuple[str, ...]]:
+        """Rows with the hub's columns but the label."""
+        known: dict[str, Any] = {"label": 0, "answers": {"text": ["?"]}, "answer": "?"}
+
+        def made(row: Mapping[str, Any], where: str) -> Example:
+            source, _, number = where.rpartition(":")
+            return trimmed(self.example({**known, **row}, source or where, int(number) if number.isdecimal() else 0))
+
+        return made, tuple(getattr(self, "labels", ()))
 
     def _examples(self, rows: list[tuple[int, Row]], picked: list[int], source: str) -> list[Example]:
         return [trimmed(self.example(rows[index][1], source, rows[index][0])) for index in picked]

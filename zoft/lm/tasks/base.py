@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from zoft.component import Component
 from zoft.errors import UserError
 from zoft.lm.data.examples import Example
 
 T = TypeVar("T")
+NewRow = Callable[[Mapping[str, Any], str], Any]
+"""(row, its place) -> the example without a known answer."""
 
 PROMPTS = ("aligned", "none", "head")
 """What a task's ``prompt`` may be: its template, the raw text and the words, the raw text for a classification head."""
@@ -70,6 +72,16 @@ class Task(Component):
             UserError: a file that is not there or cannot be read, naming the place and the mend.
         """
         raise NotImplementedError
+
+    def for_new_rows(self) -> tuple[NewRow, tuple[str, ...]]:
+        """How rows are read whose answer nobody knows yet: ((row, place) -> example, the names of the answers).
+
+        The example's ``label`` means nothing. Without names the answers are each example's own options.
+
+        Raises:
+            UserError: the task's rows have no answer to be found.
+        """
+        raise UserError(f"task={self.name()} has no reader of new rows: predict with a run of another task")
 
     def balanced(self, by_label: dict[int, list[Example]], counts: Sequence[int]) -> list[list[Example]]:
         """Disjoint splits of ``counts`` rows with every label equally frequent in each (up to rounding).

@@ -14,11 +14,14 @@ from zoft.lm.data.files import located, read_placed
 from zoft.lm.tasks import _custom_rows as rows
 from zoft.lm.tasks._custom_formats import FORMATS, Reading, listed, reading
 from zoft.lm.tasks._labels import in_order, label_key, spelled
-from zoft.lm.tasks.base import PROMPTS, Splits, Task
+from zoft.lm.tasks.base import PROMPTS, NewRow, Splits, Task
 
 log = logging.getLogger("zoft.lm.tasks.custom")
 MAX_LABELS = 64
 """Labels that can be their own words; more is no set of labels."""
+
+_ANSWERS = {"text_label": "label", "multiple_choice": "answer", "completion": "completion", "reward": "reward"}
+"""Format -> the role that a new row has no column for."""
 
 _MOST_HELD_OUT, _TEST, _DEV = 0.5, 0.2, 0.1
 """Of a file: the most that is held out as it is set; beyond that, these shares are for test and dev."""
@@ -118,6 +121,20 @@ class Custom(Task):
             test, pool = pool[:held], pool[held:]
         dev, train = pool[:num_dev], pool[num_dev:][: self.num_train]
         return cast(Any, Splits)(train=train, dev=dev, test=test)
+
+    def for_new_rows(self) -> tuple[NewRow, tuple[str, ...]]:
+        """Rows of the same columns; those of the label, the answer, the completion or the reward may be missing."""
+        found = self.reading()
+        if found.format in ("chat", "preference"):
+            raise UserError(
+                f"the rows of {self.train} are {FORMATS[found.format].what}, which have no answer to predict: try the "
+                "model with zoft chat or zoft generate"
+            )
+        made, labelled = self._maker(found), found.format == "text_label"
+        names = tuple(self._words(found.columns["label"])) if labelled else ()
+        role = _ANSWERS[found.format]
+        answer = names[0] if names else 0 if role == "answer" else "?"
+        return lambda row, where: made({**row, found.columns[role]: answer}, where), names
 
     def _counts(self, num_test: int, num_rows: int) -> tuple[int, int]:
         """Held-out and dev rows: as set, or shares of a small file where they are the defaults.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zoft.lm.data.examples import Example
-from zoft.lm.tasks.base import PROMPTS, Splits, Task
+from zoft.lm.tasks.base import PROMPTS, NewRow, Splits, Task
 
 
 @dataclass
@@ -64,6 +64,12 @@ class SmsSpam(Task):
                 by_label[label].append(self.example(text, label))
         test, dev, train = self.balanced(by_label, (self.num_test, self.num_dev, self.num_train))
         return Splits(train=train, dev=dev, test=test)
+
+    def for_new_rows(self) -> tuple[NewRow, tuple[str, ...]]:
+        """Messages in a column called text."""
+        from zoft.lm.data.files import text_in
+
+        return lambda row, where: self.example(" ".join(text_in(row, "text", where).split()), 0), self.labels
 
     def example(self, text: str, label: int) -> Example:
         """The template: the message, a question, and No or Yes."""

@@ -1,0 +1,179 @@
+"""New rows labelled, texts written, conversations held by finished runs; every wrong request is one sentence."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_cli_start import ROWS, words_of
+from tests.runs import model_folder, zoft
+from zoft.cli import main
+from zoft.config import compose
+from zoft.inference.chat import beside
+from zoft.inference.load import load_run
+from zoft.run.train import run
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}is {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on labels, one on completions, one on conversations; and a run with an adapter."""
+    made = tmp_path_factory.mktemp("runs")
+    model_folder(made / "model", max_position_embeddings=1200)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made / "model")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(made / "model")
+    for name in ("classify", "instruct", "chat"):
+        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
+        more = ["budget.queries=10", "optimizer.learning_rate=1", *["peft=lora"] * (name == "chat")]
+        run(compose([*words_of(made, name), *more, f"output_dir={made / 'out' / name}"]))
+    return made
+
+
+def new_rows(path: Path, count: int = 5) -> Path:
+    path.write_text("id,text\n" + "".join(f"{k},you call {k}\n" for k in range(count)))
+    return path
+
+
+def test_new_rows_get_labels_with_probabilities(runs: Path, tmp_path: Path, capsys: Any):
+    data = new_rows(tmp_path / "new.csv")
+    assert main(["predict", f"run={runs / 'out/classify'}", f"data={data}", f"output={tmp_path / 'out.csv'}"]) == 0
+    assert "5 rows with prediction, probability, probabilities" in capsys.readouterr().out
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
+    assert list(rows[0]) == ["id", "text", "prediction", "probability", "p(no)", "p(yes)"]
+    assert [row["id"] for row in rows] == list("01234")
+    for row in rows:
+        shares = {label: float(row[f"p({label})"]) for label in ("no", "yes")}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == max(shares, key=lambda label: shares[label])
+        assert float(row["probability"]) == max(shares.values())
+
+
+def test_predictions_are_those_of_an_evaluation(runs: Path, tmp_path: Path, capsys: Any):
+    """The same rows as test rows: the same choices and scores, whatever label stands there."""
+    run_dir = runs / "out/classify"
+    assert main(["eval", f"run={run_dir}", f"output_dir={tmp_path / 'eval'}"]) == 0
+    told = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
+    texts = [row["prompt"].removesuffix("\nLabel:") for row in told]
+    data = tmp_path / "again.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "label": "whatever"}) + "\n" for text in texts))
+    assert main(["predict", f"run={run_dir}", f"data={data}", f"output={tmp_path / 'out.jsonl'}", "--json"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in rows] == [("no", "yes")[row["chosen"]] for row in told]
+    assert all(row["label"] == "whatever" for row in rows)
+    capsys.readouterr()
+
+
+def test_completions_are_written(runs: Path, tmp_path: Path, capsys: Any):
+    data = tmp_path / "new.jsonl"
+    data.write_text(json.dumps({"prompt": "is it free"}) + "\n")
+    where = runs / "out/instruct"
+    assert main(["predict", f"run={where}", f"data={data}", "--json"]) == 0
+    (row,) = [json.loads(line) for line in (where / "predictions-new.jsonl").read_text().splitlines()]
+    assert row["prompt"] == "is it free"
+    assert isinstance(row["prediction"], str)
+    capsys.readouterr()
+
+
+def test_texts_are_written_alike_by_a_seed(runs: Path, capsys: Any):
+    def text(*words: str) -> str:
+        assert main(["generate", f"run={runs / 'out/instruct'}", "prompt=is it free", "max_new_tokens=6", *words]) == 0
+        return capsys.readouterr().out
+
+    assert text() == text()
+    assert text("temperature=5", "seed=1") == text("temperature=5", "seed=1")
+    assert len({text("temperature=5", f"seed={seed}") for seed in range(4)}) > 1
+    assert json.loads(text("--json"))["prompt"] == "is it free"
+    assert main(["generate", f"model={runs / 'model'}", "prompt=is it", "max_new_tokens=3", "--chat"]) == 0
+
+
+def test_a_conversation_in_a_process(runs: Path):
+    done = zoft(
+        "chat", f"run={runs / 'out/chat'}", "--compare", "max_new_tokens=4", cwd=runs, input="is it\n/reset\nyes\n"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("│ tuned") == 2
+    assert "a new conversation" in done.stdout
+
+
+def test_the_base_of_a_run_is_the_model_before_training(runs: Path):
+    import torch
+
+    ids = torch.tensor([[4, 5, 6]])
+    plain = load_run(str(runs / "out/classify"), [], with_base=True)
+    adapter = load_run(str(runs / "out/chat"), [], with_base=True)
+    assert adapter.base_model is None
+    with torch.no_grad(), plain.base() as one, adapter.base() as two:
+        before = [one(input_ids=ids).logits, two(input_ids=ids).logits]
+    torch.testing.assert_close(before[0], before[1])
+    with torch.no_grad():
+        for loaded in (plain, adapter):
+            assert not torch.equal(loaded.model(input_ids=ids).logits, before[0])
+
+
+def test_columns_fit_the_terminal():
+    for width in (80, 120):
+        assert max(map(len, beside("word " * 60, "other " * 40, width).splitlines())) <= width
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "data=new.csv"], "run= is missing"),
+        (["predict", "run=RUN"], "data= is missing"),
+        (["predict", "run=nowhere", "data=new.csv"], "run=nowhere holds no config.yaml"),
+        (["predict", "run=RUN", "data=nowhere.csv"], "there is no data file nowhere.csv"),
+        (["predict", "run=RUN", "data=new.csv", "output=x.txt"], "must end in .csv or .jsonl"),
+        (["predict", "run=RUN", "data=new.csv", "output=new.csv"], "is the file that is read"),
+        (["predict", "run=RUN", "data=bad.csv"], "bad.csv:2 has no 'text'"),
+        (["predict", "run=CHAT", "data=new.csv"], "try the model with zoft chat"),
+        (["predict", "runs/mine"], "Did you mean run=runs/mine?"),
+        (["predict", "--data=x"], "Did you mean data=x?"),
+        (["predict", "run=RUN", "data=new.csv", "tsk.x=1"], "there is no key 'tsk'"),
+        (["generate", "prompt=x"], "give run=DIR (a finished run) or model=NAME"),
+        (["generate", "run=RUN"], 'give prompt="..." or data=FILE'),
+        (["generate", "run=RUN", "prompt=x", "max_new_tokens=0"], "max_new_tokens must be at least 1"),
+        (["generate", "run=RUN", "prompt=x", "temperature=hot"], "temperature must be a number, got 'hot'"),
+        (["generate", "model=MODEL", "prompt=x", "seed=1", "task.x=1"], "task.x=1 is a run's key"),
+        (["generate", "run=RUN", "prompt="], "the prompt is empty"),
+        (["chat", "model=MODEL", "--compare"], "give run=DIR, not model="),
+        (["chat", "--compar"], "Did you mean --compare"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(
+    words: list[str], message: str, runs: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+):
+    monkeypatch.chdir(tmp_path)
+    new_rows(tmp_path / "new.csv")
+    (tmp_path / "bad.csv").write_text("id,txt\n1,x\n")
+    there = sorted(path.name for path in tmp_path.iterdir())
+    places = {"RUN": runs / "out/classify", "CHAT": runs / "out/chat", "MODEL": runs / "model"}
+    given = [
+        f"{key}={places.get(value, value)}" if sign else key for key, sign, value in (w.partition("=") for w in words)
+    ]
+    assert main(given) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+def test_a_house_task_labels_new_rows(tmp_path: Path):
+    from zoft.lm.tasks.sms_spam import SmsSpam
+    from zoft.lm.tasks.sst2 import SST2
+
+    made, labels = SmsSpam().for_new_rows()
+    assert made({"text": "win a  prize"}, "x.csv:2").prompt.startswith("SMS: win a prize\n")
+    assert labels == ("ham", "spam")
+    made, labels = SST2().for_new_rows()
+    assert made({"sentence": "a dull film "}, "x.csv:2").prompt == "a dull film It was"
+    assert labels == ("negative", "positive")

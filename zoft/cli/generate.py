@@ -1,0 +1,99 @@
+"""`zoft generate`: what a run's model, or any model, writes behind prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from zoft.cli._words import parsed
+from zoft.errors import UserError
+
+KEYS = ("run", "model", "prompt", "data", "output", "max_new_tokens", "temperature", "seed")
+FLAGS = ("--chat", "--json")
+HELP = """\
+usage: zoft generate run=DIR prompt=TEXT [max_new_tokens=128] [temperature=0] [seed=0] [--chat]
+       zoft generate model=NAME data=FILE [output=FILE.jsonl] [--json]
+
+What a run's model, or any causal language model, writes behind a prompt, or behind every row's `prompt` of a file.
+temperature=0 takes the likeliest token; above, the same seed gives the same text. --chat puts the prompt into the
+model's chat template as the user's turn; a run on conversations does so by itself.
+
+Examples:
+  zoft generate run=runs/quickstart-seed0 prompt='The weather today is' max_new_tokens=20
+  zoft generate model=zoft:smollm2-135m-instruct prompt='Name three fruits.' --chat
+"""
+
+
+def command(arguments: list[str]) -> int:
+    """Write.
+
+    Args:
+        arguments: ``run=DIR`` or ``model=NAME``, ``prompt=TEXT`` or ``data=FILE``, settings of writing, ``--chat``.
+    """
+    asked, overrides, flags = parsed("generate", arguments, KEYS, FLAGS)
+    if ("prompt" in asked) == ("data" in asked):
+        raise UserError(
+            'give prompt="..." or data=FILE with a column called prompt: zoft generate run=runs/mine prompt="Once"'
+        )
+    how = writing_of(asked)
+    from zoft.inference.generate import chat_ids, plain_ids, written
+
+    prompts = [asked["prompt"]] if "prompt" in asked else _prompts(asked["data"])
+    loaded = loaded_of("generate", asked, overrides)
+    as_chat = "--chat" in flags or loaded.is_chat
+    ids = [
+        chat_ids(loaded, [{"role": "user", "content": prompt}]) if as_chat else plain_ids(loaded, prompt)
+        for prompt in prompts
+    ]
+    texts = [written(loaded, [one], how)[0] for one in ids]
+    rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    if "output" in asked:
+        from zoft.utils.files import write_atomically
+
+        write_atomically(Path(asked["output"]), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"{len(rows):,} texts: {asked['output']}")
+    else:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False) if "--json" in flags else row["text"])
+    return 0
+
+
+def writing_of(asked: dict[str, str]) -> Any:
+    """Length, temperature and seed, as typed."""
+    from zoft.inference.generate import Writing
+
+    given: dict[str, Any] = {}
+    for key, kind, what in (
+        ("max_new_tokens", int, "a whole number"),
+        ("temperature", float, "a number"),
+        ("seed", int, "a whole number"),
+    ):
+        if key in asked:
+            try:
+                given[key] = kind(asked[key])
+            except ValueError:
+                raise UserError(f"{key} must be {what}, got {asked[key]!r}") from None
+    return Writing(**given)
+
+
+def loaded_of(verb: str, asked: dict[str, str], overrides: list[str], *, with_base: bool = False) -> Any:
+    """The run's model, or the one that is named; it writes text."""
+    if bool(asked.get("run")) == bool(asked.get("model")):
+        raise UserError(f"give run=DIR (a finished run) or model=NAME: zoft {verb} run=runs/mine")
+    from zoft.inference.load import load_named, load_run, require_writer
+
+    if asked.get("model"):
+        if overrides:
+            raise UserError(f"{overrides[0]} is a run's key, and model= names no run: leave it out")
+        loaded = load_named(asked["model"])
+    else:
+        loaded = load_run(asked["run"], overrides, with_base=with_base)
+    require_writer(loaded)
+    return loaded
+
+
+def _prompts(data: str) -> list[str]:
+    from zoft.lm.data.files import read_placed, text_in
+
+    return [text_in(row, "prompt", where) for where, row in read_placed(data, "test")]

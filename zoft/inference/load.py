@@ -1,0 +1,122 @@
+"""A run's config, its tokenizer and its final model, on the device and in evaluation mode; or any model by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+
+
+@dataclass
+class Loaded:
+    """A model that can write.
+
+    Args:
+        model: on its device, in evaluation mode.
+        tokenizer: the model's.
+        name: the run's folder, or the model's name.
+        cfg: the run's config; None where a model was named.
+        base_model: the model before training where that is another object than ``model`` without its adapter.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    cfg: ZoftConfig | None = None
+    base_model: Any = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the run's rows are conversations."""
+        if self.cfg is None or not hasattr(self.cfg.task, "reading"):
+            return False
+        task: Any = self.cfg.task
+        return (task.reading().format if task.format == "auto" else task.format) == "chat"
+
+    @contextmanager
+    def base(self) -> Iterator[Any]:
+        """The model as it was before training."""
+        if self.base_model is not None:
+            yield self.base_model
+        else:
+            with self.model.disable_adapter():
+                yield self.model
+
+
+def config_of(run: str, overrides: list[str]) -> ZoftConfig:
+    """The config of a finished run.
+
+    Args:
+        run: its folder.
+        overrides: arguments that change it, as of `zoft train`.
+    """
+    from zoft.config import compose
+    from zoft.evaluation.evaluate import config_of_run
+
+    return compose([f"config={config_of_run(run)}", *overrides])
+
+
+def load_run(run: str, overrides: list[str], *, with_base: bool = False) -> Loaded:
+    """The final model of a run.
+
+    Args:
+        run: its folder.
+        overrides: arguments that change its config.
+        with_base: whether the model before training is wanted too; an adapter's costs nothing.
+    """
+    from zoft.evaluation.evaluate import model_of
+    from zoft.run.build import tokenizer_of
+
+    _quiet()
+    cfg = config_of(run, overrides)
+    model = model_of(cfg, run).to(device()).eval()
+    base = None
+    if with_base and not (Path(run) / "model" / "adapter_config.json").is_file():
+        base = model_of(cfg, "").to(device()).eval()
+    return Loaded(model, tokenizer_of(cfg), run, cfg, base)
+
+
+def load_named(name: str, dtype: str = "float32") -> Loaded:
+    """A model as it is.
+
+    Args:
+        name: hub name, folder, or ``zoft:<asset>``.
+        dtype: of its weights.
+    """
+    from zoft.lm.models.load import load_model_as, load_tokenizer
+
+    _quiet()
+    return Loaded(load_model_as("causal", name, dtype=dtype).to(device()).eval(), load_tokenizer(name), name)
+
+
+def require_writer(loaded: Loaded) -> None:
+    """Refuse a model that writes no text."""
+    if not hasattr(loaded.model, "generate") or "ForCausalLM" not in type(_inner(loaded.model)).__name__:
+        kind = type(_inner(loaded.model)).__name__
+        raise UserError(f"{loaded.name} is a {kind}, which writes no text: zoft predict gives its labels")
+
+
+def device() -> Any:
+    """Where models go: the accelerator where there is one."""
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model inside an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _quiet() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
