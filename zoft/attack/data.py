@@ -58,7 +58,7 @@ def digits() -> Setting:
     train, test = slice(None, -_DIGITS_TEST), slice(-_DIGITS_TEST, None)
     net = trained(lambda: mlp(64, 10), images[train], labels[train], epochs=60, seed=_SEED)
     classifier = Classifier(net, [str(digit) for digit in range(10)])
-    return _told("digits, MLP of 64 hidden units", classifier, images[test], labels[test])
+    return _setting("digits, MLP of 64 hidden units", classifier, images[test], labels[test])
 
 
 def fashion_mnist(folder: str | None = None) -> Setting:
@@ -82,14 +82,14 @@ def fashion_mnist(folder: str | None = None) -> Setting:
     net = trained(lambda: cnn(10), images, y[:_FASHION_TRAIN].astype(np.int64), epochs=3, seed=_SEED)
     test = (x_test[:, None] / 255).astype(np.float32)
     classifier = Classifier(net, _FASHION)
-    return _told("Fashion-MNIST, CNN of 105,866 weights", classifier, test, y_test.astype(np.int64))
+    return _setting("Fashion-MNIST, CNN of 105,866 weights", classifier, test, y_test.astype(np.int64))
 
 
 DATA = {"digits": digits, "fashion_mnist": fashion_mnist}
 """Name -> what makes it."""
 
 
-def _told(what: str, classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> Setting:
+def _setting(what: str, classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> Setting:
     right = (classifier(images).argmax(1) == labels).mean()
     classifier.num_queries = 0  # a look at its accuracy is no part of an attack
     return Setting(classifier, images, labels, f"{what}: {100 * right:.1f} % of {len(labels):,} test images right")

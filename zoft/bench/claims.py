@@ -38,7 +38,7 @@ class Claim:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[Claim | None]:
-    """Hold a claim while the block runs; None where somebody else does.
+    """Hold a claim while the block runs; None where another process holds it.
 
     The claim of a process that has died is taken over: at once where it ran on this machine, elsewhere when it has
     shown no sign of life for :data:`STALE` seconds by the file system's clock: machines need not agree on the time.
@@ -63,11 +63,11 @@ def claimed(path: Path) -> Iterator[Claim | None]:
 @cache
 def machine() -> str:
     """This machine as process numbers mean it: two containers may share a name, and number their processes apart."""
-    told = [socket.gethostname()]
+    parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        told.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:8])
-        told.append(str(os.stat("/proc/self/ns/pid").st_ino))
-    return "-".join(told)
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:8])
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return "-".join(parts)
 
 
 def holder(path: Path) -> str:
@@ -101,7 +101,7 @@ def _take_over(claim: Claim) -> bool:
         claim.path.rename(away)
     except OSError:
         return False
-    if _read(away) != there:  # somebody has taken it over since we looked: give it back
+    if _read(away) != there:  # another process has taken it over since it was read: give it back
         with contextlib.suppress(OSError):
             os.link(away, claim.path)
         away.unlink(missing_ok=True)

@@ -97,7 +97,7 @@ class Ledger:
         return self.folder / WORK / cell.name.replace("/", "--")
 
     def claimed(self, cell: Cell) -> AbstractContextManager[Claim | None]:
-        """Hold a cell while the block runs; None where somebody else does."""
+        """Hold a cell while the block runs; None where another process holds it."""
         return claimed(self._claim(cell))
 
     def holder(self, cell: Cell) -> str:

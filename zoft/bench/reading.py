@@ -122,10 +122,10 @@ def _composed(plan: Plan, cell: Cell) -> ZoftConfig:
 
 def _digest(cfg: ZoftConfig, parts: tuple[str, ...]) -> str:
     """A number for what a config's files say of these parts, and for the data files it reads."""
-    told = [repr(getattr(cfg, part)) for part in parts]
+    stamps = [repr(getattr(cfg, part)) for part in parts]
     sources = [str(getattr(cfg.task, name, "")) for name in ("train", "validation")] if "task" in parts else []
-    told += [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for name in sources if (file := Path(name)).is_file()]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
+    stamps += [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for name in sources if (file := Path(name)).is_file()]
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:8]
 
 
 def _content(name: str) -> tuple[dict[str, Any], str]:

@@ -75,8 +75,8 @@ def _details(plan: Plan, results: Results) -> str:
     for group in results.groups:
         for result in results.of(group):
             if not result.finished:
-                told = "diverges at every rate" if result.diverges else f"{result.pending} to come"
-                lines.append(_line([*group, result.method, told, *[""] * 7]))
+                text = "diverges at every rate" if result.diverges else f"{result.pending} to come"
+                lines.append(_line([*group, result.method, text, *[""] * 7]))
                 continue
             row = result.finished[0]
             lines.append(
@@ -107,7 +107,7 @@ def _notes(plan: Plan, results: Results) -> str:
     seeds = len(plan.seeds)
     target = f"the lowest mean dev loss of {plan.baseline}" if plan.target is None else f"a dev loss of {plan.target:g}"
     rates = ", ".join(f"x {rate:g}" for rate in plan.rates) + (" and beyond" if plan.grow else "")
-    told = [
+    sentences = [
         f"{plan.queries:,} queries a run. Test scores: mean over {seeds} seeds ± half of Student's 95 % interval, of "
         f"the checkpoint with the best dev {plan.select}, at the learning rate (of {rates}) with the best dev "
         f"{plan.select} under seed {plan.seeds[0]}; `*`: that rate is at the edge of those tried. Untrained: with "
@@ -117,17 +117,17 @@ def _notes(plan: Plan, results: Results) -> str:
     ]
     edge = [f"{r.method} ({', '.join(group)})" for (group, _), r in results.results.items() if r.rows and r.at_edge]
     if edge:
-        told.append(
+        sentences.append(
             f"The best rate is at the edge of those tried, so these may be better than they look: {', '.join(edge)}. "
             "Give them other learning rates, methods={NAME: RATE}, or a larger grow."
         )
     if broken or of_rates:
-        told.append(f"Diverged: {of_rates} runs of the search for rates, {broken} runs with other seeds.")
+        sentences.append(f"Diverged: {of_rates} runs of the search for rates, {broken} runs with other seeds.")
     for first, second in zip(plan.prompts, plan.prompts[1:], strict=False):
         tau = agreement(results.ranks(first), results.ranks(second))
         if math.isfinite(tau):
-            told.append(f"Ranks under prompt {first} and {second} agree with Kendall's tau {tau:.2f}.")
-    return "\n".join(told)
+            sentences.append(f"Ranks under prompt {first} and {second} agree with Kendall's tau {tau:.2f}.")
+    return "\n".join(sentences)
 
 
 def _scores(result: Result | None) -> str:
@@ -136,9 +136,9 @@ def _scores(result: Result | None) -> str:
     if not result.finished:
         return "diverges" if result.diverges else f"({result.pending} to come)"
     scale, digits = _scale(result.metric)
-    told = _spread([scale * value for value in result.test()], f".{digits}f")
-    told += f" ({result.broken} diverged)" if result.broken else ""
-    return told + (f" ({result.pending} to come)" if result.pending else "")
+    text = _spread([scale * value for value in result.test()], f".{digits}f")
+    text += f" ({result.broken} diverged)" if result.broken else ""
+    return text + (f" ({result.pending} to come)" if result.pending else "")
 
 
 def _spread(numbers: list[float], form: str) -> str:

@@ -117,7 +117,7 @@ def _one(plan: Plan, cell: Cell, ledger: Ledger, shared: Shared, claim: Claim) -
     began = time.perf_counter()
     try:
         row = run_cell(plan, cell, ledger.work(cell), shared)
-        outcome = told_of(row, plan)
+        outcome = outcome_line(row, plan)
     except Exception as error:  # whatever it is, the other cells are still worth their time
         if claim.is_ours():
             ledger.fail(cell, str(error) if isinstance(error, UserError) else traceback.format_exc())
@@ -132,7 +132,7 @@ def _one(plan: Plan, cell: Cell, ledger: Ledger, shared: Shared, claim: Claim) -
     print(f"{place:>9}  {cell.name:<44} {outcome}  ({time.perf_counter() - began:.0f} s)", flush=True)
 
 
-def told_of(row: Row, plan: Plan) -> str:
+def outcome_line(row: Row, plan: Plan) -> str:
     """A cell's outcome in a few words."""
     metric = row["metric"]
     scale, unit = (100.0, " %") if metric == "accuracy" else (1.0, "")

@@ -39,27 +39,27 @@ def lines(results: dict[str, Any]) -> list[str]:
     Args:
         results: what results.json holds.
     """
-    told, settings = results["summary"], results["settings"]
+    summary, settings = results["summary"], results["settings"]
     bound = f"{settings['norm']} {settings['radius']:.4g}"
     wanted = f" to {settings['target']!r}" if "target" in settings else ""
     head = [results["classifier"], f"method={settings['method']}, bound {bound}, budget {settings['budget']:,} queries"]
-    if told["num_skipped"]:
+    if summary["num_skipped"]:
         why = "was wrong already, or the target" if wanted else "was wrong already"
-        head.append(f"{told['num_skipped']} skipped: the classifier's label of the clean image {why}")
-    if not told["num_images"]:
+        head.append(f"{summary['num_skipped']} skipped: the classifier's label of the clean image {why}")
+    if not summary["num_images"]:
         return [*head, "nothing was left to attack"]
-    if told["num_images"] == 1:
+    if summary["num_images"] == 1:
         return head + _one(next(row for row in results["images"] if not row["skipped"]), results.get("picture"))
-    low, high = (100 * end for end in told["success_interval"])
+    low, high = (100 * end for end in summary["success_interval"])
     head.append(
-        f"flipped{wanted} {told['num_flipped']} of {told['num_images']}: {100 * told['success_rate']:.1f} % "
+        f"flipped{wanted} {summary['num_flipped']} of {summary['num_images']}: {100 * summary['success_rate']:.1f} % "
         f"(95 % interval {low:.1f} to {high:.1f})"
     )
-    if told["num_flipped"]:
-        low, high = ("beyond the budget" if end is None else f"{end:g}" for end in told["median_interval"])
-        middle = told["median_queries"]
+    if summary["num_flipped"]:
+        low, high = ("beyond the budget" if end is None else f"{end:g}" for end in summary["median_interval"])
+        middle = summary["median_queries"]
         head.append(
-            f"queries: median {told['median_queries_flipped']:g} of those flipped; of all, "
+            f"queries: median {summary['median_queries_flipped']:g} of those flipped; of all, "
             + (f"{middle:g} (95 % interval {low} to {high})" if middle is not None else "beyond the budget")
         )
     return head
@@ -68,14 +68,14 @@ def lines(results: dict[str, Any]) -> list[str]:
 def _one(row: dict[str, Any], picture: dict[str, Any] | None) -> list[str]:
     before, after = (f"{row[at]['label']!r} ({100 * row[at]['probability']:.1f} %)" for at in ("before", "after"))
     verb = "became" if row["success"] else "did not become what was wanted; the nearest was"
-    told = [f"{before} {verb} {after} after {row['queries']:,} queries, perturbation {row['size']:.4g}"]
+    summary = [f"{before} {verb} {after} after {row['queries']:,} queries, perturbation {row['size']:.4g}"]
     if picture:
         kept = "still" if picture["success"] else "but no longer adversarial:"
-        told.append(
+        summary.append(
             f"rounded to bytes (adversarial.png) it is {kept} {picture['label']!r} "
             f"({100 * picture['probability']:.1f} %)"
         )
-    return told
+    return summary
 
 
 def _progress(done: int, of: int) -> None:

@@ -31,7 +31,7 @@ def command(arguments: list[str]) -> int:
     plan = read_plan([word for word in arguments if word not in flags])
     fill_in(plan)
     if "--plan" in flags:
-        print(told(plan))
+        print(plan_text(plan))
         return 0
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -63,7 +63,7 @@ def command(arguments: list[str]) -> int:
     return 1 if failures or (missing and "--draw" not in flags) else 0
 
 
-def told(plan: Any) -> str:
+def plan_text(plan: Any) -> str:
     """A bench before it runs: what is varied, how many cells that makes, and a cell's command."""
     rates = ", ".join(f"{rate:g}" for rate in plan.rates)
     lines = [

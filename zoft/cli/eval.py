@@ -51,11 +51,11 @@ def lines(facts: dict[str, Any]) -> list[str]:
     """The facts for people.
 
     Example:
-        >>> told = lines({
+        >>> lines = lines({
         ...     "mode": "zero_shot", "model": "m", "task": "sst2", "split": "test", "num_rows": 2, "metric": "accuracy",
         ...     "accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "num_demonstrations": 0, "seconds": 1.0,
         ...     "num_computed_alone": 0, "output_dir": "out"})
-        >>> print(told[0])
+        >>> print(lines[0])
         accuracy  50.0 % [10.0, 90.0] of m, zero_shot, on 2 test rows of sst2
     """
     if facts["mode"] == "harness":
@@ -66,34 +66,36 @@ def lines(facts: dict[str, Any]) -> list[str]:
     rows = f"{facts['num_rows']:,} {facts['split']} rows of {facts['task']}"
     about = f" of {facts['model']}, {facts['mode']}{shown}, on {rows}"
     width = max(8, *map(len, metrics), 10 if "perplexity" in facts else 0)
-    told = [f"{name:<{width}}  {_value(facts, name)}" for name in metrics]
-    told[0] += about
+    lines = [f"{name:<{width}}  {_value(facts, name)}" for name in metrics]
+    lines[0] += about
     if "perplexity" in facts:
-        told.append(f"{'perplexity':<{width}}  {facts['perplexity']:.2f}")
-    told += [f"{name:<{width}}  {value:.4g} (evaluate)" for name, value in facts.get("evaluate", {}).items()]
+        lines.append(f"{'perplexity':<{width}}  {facts['perplexity']:.2f}")
+    lines += [f"{name:<{width}}  {value:.4g} (evaluate)" for name, value in facts.get("evaluate", {}).items()]
     alone = facts["num_computed_alone"]
     closeness = f", {alone:,} of them again alone because a batch could have decided" if alone else ""
-    told.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {facts['num_rows']:,} rows{closeness}")
-    told.append(f"{'written':<{width}}  {facts['output_dir']}: predictions.jsonl, evaluation.json")
-    return told
+    lines.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {facts['num_rows']:,} rows{closeness}")
+    lines.append(f"{'written':<{width}}  {facts['output_dir']}: predictions.jsonl, evaluation.json")
+    return lines
 
 
 def _harness_lines(facts: dict[str, Any]) -> list[str]:
     """A line for every group and task."""
     parts = facts["groups"] | facts["tasks"]
     width = max(8, *map(len, parts))
-    told = []
+    lines = []
     for name, part in parts.items():
         metrics = ", ".join(_harness_value(metric, found) for metric, found in part["metrics"].items())
         shown = (
             f"of {len(part['tasks'])} tasks" if "tasks" in part else f"with {part['num_demonstrations']} demonstrations"
         )
-        told.append(f"{name:<{width}}  {metrics or 'no metric that is a number'}, on {part['num_rows']:,} rows {shown}")
-    told[0] += f", by {facts['model']}"
+        lines.append(
+            f"{name:<{width}}  {metrics or 'no metric that is a number'}, on {part['num_rows']:,} rows {shown}"
+        )
+    lines[0] += f", by {facts['model']}"
     harness = f"lm_eval {facts['lm_eval']}"
-    told.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {facts['num_rows']:,} rows, {harness}")
-    told.append(f"{'written':<{width}}  {facts['output_dir']}: predictions.jsonl, evaluation.json")
-    return told
+    lines.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {facts['num_rows']:,} rows, {harness}")
+    lines.append(f"{'written':<{width}}  {facts['output_dir']}: predictions.jsonl, evaluation.json")
+    return lines
 
 
 def _harness_value(metric: str, found: dict[str, Any]) -> str:
@@ -106,11 +108,11 @@ def _harness_value(metric: str, found: dict[str, Any]) -> str:
 
 def _value(facts: dict[str, Any], name: str) -> str:
     scale, digits, unit = (100, 1, " %") if name == "accuracy" else (1, 3, "")
-    told = f"{scale * facts[name]:.{digits}f}{unit}"
+    lines = f"{scale * facts[name]:.{digits}f}{unit}"
     if f"{name}_low" in facts:
         low, high = (scale * facts[f"{name}_{end}"] for end in ("low", "high"))
-        told += f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return told
+        lines += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return lines
 
 
 def _settings(asked: dict[str, str]) -> dict[str, Any]:

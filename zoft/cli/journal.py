@@ -37,7 +37,7 @@ def command(arguments: list[str]) -> int:
         for record in contents.records:
             print(json.dumps(as_row(record)))
         return 0
-    print("\n".join(_told(path, contents, everything="--all" in flags)))
+    print("\n".join(_lines(path, contents, everything="--all" in flags)))
     return 0
 
 
@@ -77,7 +77,7 @@ def as_row(record: Record) -> dict[str, Any]:
     }
 
 
-def _told(path: Path, contents: Contents, *, everything: bool) -> list[str]:
+def _lines(path: Path, contents: Contents, *, everything: bool) -> list[str]:
     header, records = contents.header, contents.records
     settings = header.get("settings", {})
     method = ", ".join(
@@ -104,9 +104,9 @@ def _told(path: Path, contents: Contents, *, everything: bool) -> list[str]:
 
 def _line(record: Record) -> str:
     loss, slope = (f"{x:.4f}" if math.isfinite(x) else "-" for x in (record.loss, record.slope))
-    told = " ".join(f"{c:.4g}" for c in record.coefficients[:4]) + (" ..." if len(record.coefficients) > 4 else "")
+    text = " ".join(f"{c:.4g}" for c in record.coefficients[:4]) + (" ..." if len(record.coefficients) > 4 else "")
     if record.skipped:
-        told = "skipped: a loss was not finite"
+        text = "skipped: a loss was not finite"
     if record.computed:
-        told += " and a gradient"
-    return f"{record.step:>8} {record.queries:>9} {loss:>9} {slope:>10} {record.lr:>9.3g} {record.eps:>9.3g}  {told}"
+        text += " and a gradient"
+    return f"{record.step:>8} {record.queries:>9} {loss:>9} {slope:>10} {record.lr:>9.3g} {record.eps:>9.3g}  {text}"

@@ -24,13 +24,13 @@ def command(arguments: list[str]) -> int:
     from zoft.config import compose
     from zoft.run.replay import replay_run
 
-    told = replay_run(
+    text = replay_run(
         compose([f"config={config}"], runs_code=False),
         Path(run),
         to=options.get("--to"),
         output=options.get("--output"),
     )
-    print(told)
+    print(text)
     return 0
 
 

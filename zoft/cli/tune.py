@@ -133,21 +133,21 @@ class Progress:
 
     def __init__(self, budget: int, repeats: int, metric: str) -> None:
         self.points, self.metric = budget // repeats, metric
-        self.told_resumed = False
+        self.said_resumed = False
 
     def __call__(self, evaluation: Evaluation, result: TuneResult) -> None:
         """Print it."""
-        from zoft.tuning.evaluation import told_value
-        from zoft.tuning.parameters import told
+        from zoft.tuning.evaluation import value_text
+        from zoft.tuning.parameters import as_arguments
 
-        if result.num_resumed and not self.told_resumed:
+        if result.num_resumed and not self.said_resumed:
             print(f"resume  {result.num_resumed} points are in the journal")
-            self.told_resumed = True
+            self.said_resumed = True
         place = f"{len(result.evaluations)}/{self.points}"
-        what = f"failed: {evaluation.error}" if evaluation.error else f"{self.metric} {told_value(evaluation)}"
+        what = f"failed: {evaluation.error}" if evaluation.error else f"{self.metric} {value_text(evaluation)}"
         mark = ", stopped at half" if evaluation.status == "stopped" else ""
         mark = ", the best so far" if evaluation is result.best else mark
-        print(f"{place:>7}  {what}{mark}  ({evaluation.seconds:.1f} s)  {told(evaluation.values)}", flush=True)
+        print(f"{place:>7}  {what}{mark}  ({evaluation.seconds:.1f} s)  {as_arguments(evaluation.values)}", flush=True)
 
 
 def summary(tuned: Tuned, metric: str) -> str:
@@ -157,14 +157,15 @@ def summary(tuned: Tuned, metric: str) -> str:
         tuned: what was found, and where it is.
         metric: what a value is called.
     """
-    from zoft.tuning.parameters import told
+    from zoft.tuning.parameters import as_arguments
 
     result = tuned.result
     lines = ["", result.table(metric=metric), ""]
     counts = f"{len(result.ranked)} points went to their end, {len(result.stopped)} were stopped at half"
     lines.append(f"{result.message} {counts}, {len(result.failed)} failed.")
     lines += [
-        f"  failed: {told(e.values)}: {e.error}"[: 4 * shutil.get_terminal_size().columns] for e in result.failed[:5]
+        f"  failed: {as_arguments(e.values)}: {e.error}"[: 4 * shutil.get_terminal_size().columns]
+        for e in result.failed[:5]
     ]
     lines.append(f"results {tuned.folder}: results.json, tune.png, journal.jsonl")
     if result.best:

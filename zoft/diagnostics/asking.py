@@ -82,14 +82,14 @@ class Asking:
         return self._held.pending
 
     def of(self, num_directions: int) -> Estimator:
-        """The estimator with so many directions a step."""
+        """The estimator with ``num_directions`` directions a step."""
         return replace(self.estimator, num_directions=num_directions)
 
     def sizes(self, num_probes: int) -> list[int]:
         """The q for which there are groups: powers of two up to half of the probes, and the run's own."""
         own = self.estimator.num_directions
         if any(self.remembered.get(part) for part in ("estimator", "weighting")):
-            return [own]  # what is remembered is of so many directions
+            return [own]  # its state is of that number of directions
         powers = {1 << power for power in range(max(1, num_probes // 2).bit_length())}
         return sorted(q for q in powers | {own} if q == own or (2 * q <= num_probes and self._takes(q)))
 
@@ -111,7 +111,7 @@ class Asking:
 
 
 def further(own: Sequence[Direction], count: int, noise: str, *, given: bool) -> list[Direction]:
-    """The step's directions and more of their kind, in all so many.
+    """The step's directions and more of their kind, ``count`` in all.
 
     Args:
         own: the step's, by their probes.

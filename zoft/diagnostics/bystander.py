@@ -114,10 +114,10 @@ def _with_more(source: NoiseSource, num_directions: int) -> NoiseSource:
 @contextmanager
 def _without_warnings() -> Iterator[None]:
     """What an engine has to say of the model it has said in the run."""
-    told = logging.getLogger("zoft.engines")
-    level = told.level
-    told.setLevel(logging.ERROR)
+    engines_log = logging.getLogger("zoft.engines")
+    level = engines_log.level
+    engines_log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        told.setLevel(level)
+        engines_log.setLevel(level)

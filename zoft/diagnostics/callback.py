@@ -1,4 +1,4 @@
-"""DiagnosticsCallback: every so many steps of any run, a measurement of its estimate; the run itself is unchanged."""
+"""DiagnosticsCallback: a measurement of the estimate every few steps of any run, which leaves the run unchanged."""
 
 from __future__ import annotations
 
@@ -116,12 +116,12 @@ class DiagnosticsCallback(TrainerCallback):
         assert record is not None
         if trainer._from_journal or trainer.stepper.pending is None:
             return
-        began, told = time.perf_counter(), len(record.notes)
+        began, num_notes = time.perf_counter(), len(record.notes)
         with global_random_state_kept(), trainer._querying(trainer.model_wrapped), no_trials():
             row, tables = Measurement(trainer, self.wanted, self._remembered, record.notes)()
         took = time.perf_counter() - began
         record.add(row, tables, took)
-        for note in record.notes[told:]:
+        for note in record.notes[num_notes:]:
             log.warning("diagnostics: %s", note)
         if trainer._began is not None:
             trainer._began += took  # the run's clock

@@ -220,8 +220,8 @@ class Measurement:
     def _law(self, gram: Tensor, slope_square: float) -> Law | None:
         """What theory needs; None where it says nothing of this method."""
         method, estimator = self.trainer.method, self.estimator
-        told = estimator.measures_slopes and not estimator.per_example and not estimator.keeps_anchor
-        if not told or method.weighting.name() != "mean" or method.optimizer.shapes_directions:
+        has_slopes = estimator.measures_slopes and not estimator.per_example and not estimator.keeps_anchor
+        if not has_slopes or method.weighting.name() != "mean" or method.optimizer.shapes_directions:
             return None
         dimension = self.coordinates.dimension(self.probes[0])
         off = gram_summary(gram)["gram_offdiagonal"]

@@ -122,5 +122,5 @@ def _row(vectors: Tensor, gram: Tensor, along: Tensor | None, gradient_norm: flo
 
 
 def _groups(directions: Sequence[Direction], size: int) -> list[Sequence[Direction]]:
-    """Consecutive groups of so many; what is left over is left out."""
+    """Consecutive groups of ``size``; a remainder that is smaller is left out."""
     return [directions[start : start + size] for start in range(0, len(directions) - size + 1, size)]

@@ -261,14 +261,14 @@ def memory_errors_say(mend: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = str(error).strip().split("\n")[0] or "The process is out of memory."
+        message = str(error).strip().split("\n")[0] or "The process is out of memory."
         wanting = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not wanting and not any(
-            words in told for words in ("out of memory", "allocate memory", "not enough memory")
+            words in message for words in ("out of memory", "allocate memory", "not enough memory")
         ):
             raise
         raise OutOfMemoryError(
-            f"{told} The weights are what they were. Lower trainer.per_device_train_batch_size, or {mend}"
+            f"{message} The weights are what they were. Lower trainer.per_device_train_batch_size, or {mend}"
         ) from error
 
 

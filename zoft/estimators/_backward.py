@@ -16,12 +16,14 @@ def check_parts(estimator: Estimator, method: Any) -> None:
         method: a :class:`zoft.step.method.Method`.
     """
     subspace, optimizer = method.subspace, method.optimizer
-    told = f"estimator={estimator.name()} takes gradients from a backward pass, and "
+    reason = f"estimator={estimator.name()} takes gradients from a backward pass, and "
     if subspace.name() != "full":
-        raise UserError(f"{told}subspace={subspace.name()} has no coordinates for them: use subspace=full")
+        raise UserError(f"{reason}subspace={subspace.name()} has no coordinates for them: use subspace=full")
     if optimizer.line_search:
-        raise UserError(f"{told}optimizer={optimizer.name()} tries steps along directions: use optimizer=sgd")
+        raise UserError(f"{reason}optimizer={optimizer.name()} tries steps along directions: use optimizer=sgd")
     if optimizer.shapes_directions:
-        raise UserError(f"{told}optimizer={optimizer.name()} shapes the directions of queries: use optimizer=sgd")
+        raise UserError(f"{reason}optimizer={optimizer.name()} shapes the directions of queries: use optimizer=sgd")
     if optimizer.history_length or type(optimizer).coefficients.__qualname__ != "Optimizer.coefficients":
-        raise UserError(f"{told}optimizer={optimizer.name()} goes by the directions' coefficients: use optimizer=adam")
+        raise UserError(
+            f"{reason}optimizer={optimizer.name()} goes by the directions' coefficients: use optimizer=adam"
+        )

@@ -275,11 +275,11 @@ def _write(output_dir: str, facts: dict[str, Any], found: Scored, examples: Any,
     """The predictions line by line, and the facts."""
     lines = []
     for number, (row, example) in enumerate(zip(found.predictions, examples, strict=True)):
-        told: dict[str, Any] = {"row": number}
+        line: dict[str, Any] = {"row": number}
         if form in ("options", "mask", "head"):
             text = example.prompt or "".join("<mask>" if p.text is None else p.text for p in example.pieces)
-            told |= {"prompt": text, "options": list(example.options)}
-        lines.append(json.dumps(told | row))
+            line |= {"prompt": text, "options": list(example.options)}
+        lines.append(json.dumps(line | row))
     write_files(output_dir, lines, facts)
 
 

@@ -22,7 +22,7 @@ class HarnessRequest:
     Args:
         tasks: names of tasks, groups and tags, and paths of task files (``.yaml``).
         path: a folder with more task files, which can then be named; empty for none.
-        limit: only so many rows of every task, its first; None takes all.
+        limit: number of rows of every task, its first ones; None takes all.
         k: solved rows shown before each; None leaves it to the task.
         run: folder of a run whose final model is evaluated; empty for the model that the config names.
         output_dir: where predictions go.

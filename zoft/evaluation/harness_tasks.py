@@ -65,11 +65,11 @@ def loaded_tasks(names: Sequence[str], path: str, k: int | None, seed: int) -> d
         found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in names:
             _refuse_unknown(name, manager)
-            told = _loaded(name, manager)
-            twice = found["tasks"].keys() & told["tasks"].keys()
+            values = _loaded(name, manager)
+            twice = found["tasks"].keys() & values["tasks"].keys()
             if twice:
                 raise UserError(f"harness={name} has the task {min(twice)}, and so has another one: name it once")
-            for part, members in told.items():
+            for part, members in values.items():
                 found[part] |= members
         for name, task in found["tasks"].items():
             _refuse_unfit(name, task)
@@ -232,7 +232,7 @@ def _members(group: str, parts: dict[str, list[str]]) -> list[str]:
 
 def _metrics(found: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every metric with its standard error and 95 % interval; a filter's name stands behind the metric's."""
-    told = {}
+    values = {}
     for key, value in found.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -242,8 +242,8 @@ def _metrics(found: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[s
         scores = [row[metric] for row in samples if row["filter"] == kind and metric in row]
         interval = _interval(float(value), stderr, scores)
         name = metric if kind == "none" else f"{metric} ({kind})"
-        told[name] = {"value": float(value), "stderr": stderr, **interval}
-    return told
+        values[name] = {"value": float(value), "stderr": stderr, **interval}
+    return values
 
 
 def _interval(value: float, stderr: float | None, scores: Sequence[Any]) -> dict[str, float]:

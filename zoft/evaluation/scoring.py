@@ -217,8 +217,8 @@ class Scoring:
 
         in_batches(rows, self.batch_size, put)
         ordered = [found[number] for number in range(len(rows))]
-        told = _Told([loss for loss, _ in ordered], [count for _, count in ordered])
-        metrics = perplexity(told)  # it reads these two fields
+        predictions = _Predictions([loss for loss, _ in ordered], [count for _, count in ordered])
+        metrics = perplexity(predictions)  # it reads these two fields
         return Scored(metrics, [{"loss": loss, "tokens": count} for loss, count in ordered])
 
     def pairs(self, rows: Sequence[Row]) -> Scored:
@@ -252,7 +252,7 @@ class Scoring:
 
 
 @dataclass
-class _Told:
+class _Predictions:
     predictions: list[float]
     label_ids: list[int]
 

@@ -120,7 +120,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path, end: int) -> Journal:
-        """Continue a journal behind its first so many steps; what comes after them is cut off.
+        """Continue a journal behind its first ``steps`` steps; what comes after them is cut off.
 
         Args:
             path: the file.
@@ -145,16 +145,16 @@ class Journal:
         self._write(chunks.LOOK, _NUMBER.pack(step) + seen)
 
     def digest(self, step: int, sha256: str) -> None:
-        """The hash of the trained weights after so many steps."""
+        """The hash of the trained weights after ``step`` steps."""
         self._write(chunks.DIGEST, _DIGEST.pack(step, bytes.fromhex(sha256)))
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
-        """What an evaluation after so many steps found."""
+        """What an evaluation after ``step`` steps found."""
         self._write(chunks.EVALUATION, _NUMBER.pack(step) + json.dumps(metrics).encode())
 
-    def note(self, step: int, told: dict[str, Any]) -> None:
-        """Something that happened after so many steps, and that the steps after it depend on."""
-        self._write(chunks.NOTE, _NUMBER.pack(step) + json.dumps(told).encode())
+    def note(self, step: int, note: dict[str, Any]) -> None:
+        """Something that happened after ``step`` steps and that the steps after it depend on."""
+        self._write(chunks.NOTE, _NUMBER.pack(step) + json.dumps(note).encode())
 
     def seal(self) -> None:
         """Write the file anew with all steps in blocks: a finished run's journal is small (see `records.seal`)."""

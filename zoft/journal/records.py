@@ -135,7 +135,7 @@ def seal(records: Sequence[Record]) -> bytes:
         "curvatures": array(code, bends),
     }
     last = records[-1]
-    told = {
+    header = {
         "first": records[0].step,
         "count": len(records),
         "code": code,
@@ -145,7 +145,7 @@ def seal(records: Sequence[Record]) -> bytes:
         "scalars": last.extra.get("scalars"),
         "sizes": [len(_shuffled(column)) for column in columns.values()],
     }
-    front = json.dumps({k: v for k, v in told.items() if v}, separators=(",", ":")).encode()
+    front = json.dumps({k: v for k, v in header.items() if v}, separators=(",", ":")).encode()
     body = b"".join(_shuffled(column) for column in columns.values())
     return zlib.compress(struct.pack("<I", len(front)) + front + body, 9)
 
@@ -154,28 +154,28 @@ def unseal(data: bytes) -> list[Record]:
     """The steps of a block; their losses and slopes are NaN, and only the last says tokens and what parts remember."""
     whole = _inflated(data)
     (length,) = struct.unpack_from("<I", whole)
-    told = json.loads(whole[4 : 4 + length])
+    header = json.loads(whole[4 : 4 + length])
     at, columns = 4 + length, []
-    count, code = told["count"], told["code"]
-    for kind, size in zip(("H", "H", "H", "Q", "d", "d", "I", code, code), told["sizes"], strict=True):
+    count, code = header["count"], header["code"]
+    for kind, size in zip(("H", "H", "H", "Q", "d", "d", "I", code, code), header["sizes"], strict=True):
         columns.append(_unshuffled(kind, whole[at : at + size]))
         at += size
     flags, terms, bends, seeds, rates, eps, gaps, coefficients, curvatures = columns
-    queries, c, b, records, nan = told["queries"], 0, 0, [], float("nan")
-    directions = {int(i): which for i, which in told.get("directions", {}).items()}
+    queries, c, b, records, nan = header["queries"], 0, 0, [], float("nan")
+    directions = {int(i): which for i, which in header.get("directions", {}).items()}
     for i in range(count):
         queries += gaps[i]
         records.append(
             Record(
-                told.get("first", 0) + i, seeds[i], rates[i], eps[i], queries, 0, nan, nan,
+                header.get("first", 0) + i, seeds[i], rates[i], eps[i], queries, 0, nan, nan,
                 tuple(coefficients[c : c + terms[i]]), tuple(curvatures[b : b + bends[i]]), flags[i],
                 {"directions": directions[i]} if i in directions else {},
             )
         )  # fmt: skip
         c, b = c + terms[i], b + bends[i]
-    remembered = {"scalars": told["scalars"]} if "scalars" in told else {}
+    remembered = {"scalars": header["scalars"]} if "scalars" in header else {}
     last = records[-1]
-    records[-1] = replace(last, tokens=told.get("tokens", 0), extra=last.extra | remembered)
+    records[-1] = replace(last, tokens=header.get("tokens", 0), extra=last.extra | remembered)
     return records
 
 

@@ -70,8 +70,8 @@ class ProgressCallback(TrainerCallback):
             parts["loss"] = f"loss {self._values['loss']:.3f}"
         if self._metric is not None:
             name, value = self._metric
-            told = f"acc {100 * value:.1f} %" if name == "accuracy" else f"{name} {value:.3f}"
-            parts["metric"] = f"{told} ({self.split})"
+            text = f"acc {100 * value:.1f} %" if name == "accuracy" else f"{name} {value:.3f}"
+            parts["metric"] = f"{text} ({self.split})"
         peak = self._peak_mb() if self._peak_mb is not None else self._values.get("peak_memory_mb")
         if peak is not None:
             parts["memory"] = f"{gib(peak)} peak"

@@ -135,10 +135,10 @@ def _draw_metric(
         last, (queries[-1], values[-1]), (0, 9), textcoords="offset points", ha="right", color=_GREEN, weight="bold"
     )
     if zero_shot is not None:
-        told = f"{zero_shot * scale:.1f} %" if percent else f"{zero_shot:.3f}"
+        text = f"{zero_shot * scale:.1f} %" if percent else f"{zero_shot:.3f}"
         axes.axhline(zero_shot * scale, color=_GREY, lw=1.4, ls=(0, (4, 3)))
         axes.annotate(
-            f"zero-shot {told}",
+            f"zero-shot {text}",
             (1, zero_shot * scale),
             (-4, 5),
             xycoords=axes.get_yaxis_transform(),

@@ -45,7 +45,7 @@ def write_report(folder: str | Path, facts: dict[str, Any]) -> Path:
     known = complete_facts(facts)
     write_atomically(folder / JSON, json.dumps(finite(known), indent=2, default=str, allow_nan=False) + "\n")
     path = folder / MARKDOWN
-    pictures = [told for name, told in _PICTURES.items() if (folder / name).is_file()]
+    pictures = [text for name, text in _PICTURES.items() if (folder / name).is_file()]
     write_atomically(path, _markdown(known, pictures=pictures))
     return path
 
@@ -89,14 +89,14 @@ def summary_lines(facts: dict[str, Any]) -> list[str]:
     rows = dict(fact_rows(known))
     lines = []
     if "final" in rows or "zero-shot" in rows:
-        told = rows.get("final", "")
+        text = rows.get("final", "")
         if "zero-shot" in rows:
-            told += (" from " if told else "") + f"zero-shot {rows['zero-shot']}"
+            text += (" from " if text else "") + f"zero-shot {rows['zero-shot']}"
         if "difference" in rows:
-            told += f", {rows['difference']}"
+            text += f", {rows['difference']}"
         if "evaluated on" in rows:
-            told += f" on {rows['evaluated on']}"
-        lines.append((known["metric"], told))
+            text += f" on {rows['evaluated on']}"
+        lines.append((known["metric"], text))
     spent = [
         rows[name] + unit
         for name, unit in (("queries", " queries"), ("steps", " steps"), ("wall time", ""))
@@ -107,9 +107,9 @@ def summary_lines(facts: dict[str, Any]) -> list[str]:
         f"{name} {rows[name].partition(';')[0]}" for name in ("inference alone", "backpropagation") if name in rows
     ]
     lines += [("spent", ", ".join(spent)), ("memory", ", ".join(memory)), ("trained", rows.get("weights trained", ""))]
-    lines = [(name, told) for name, told in lines if told]
+    lines = [(name, text) for name, text in lines if text]
     width = max((len(name) for name, _ in lines), default=0)
-    return [f"{name:<{width}}  {told}" for name, told in lines]
+    return [f"{name:<{width}}  {text}" for name, text in lines]
 
 
 def _is_known(value: Any) -> bool:
@@ -125,7 +125,7 @@ def _markdown(known: dict[str, Any], *, pictures: list[str]) -> str:
         lines += [", ".join(about), ""]
     rows = fact_rows(known)
     if rows:
-        lines += ["| | |", "|:--|:--|", *(f"| {name} | {told} |" for name, told in rows), ""]
+        lines += ["| | |", "|:--|:--|", *(f"| {name} | {text} |" for name, text in rows), ""]
     if "backprop_estimate_mb" in known:
         lines += [
             "The estimate counts weights, gradients, AdamW's moments and stored activations (Korthikanti et al. 2022);",

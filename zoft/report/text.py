@@ -33,7 +33,7 @@ def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights' SHA-256", _format(known, "weights_sha256", "`{}`")),
         ("versions", ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())),
     ]
-    return [(name, told) for name, told in rows if told]
+    return [(name, text) for name, text in rows if text]
 
 
 def _format(known: dict[str, Any], name: str, template: str) -> str | None:
@@ -50,13 +50,13 @@ def _score(known: dict[str, Any], name: str) -> str | None:
         return None
     percent = known["metric"] == "accuracy"
     scale, digits = (100, 1) if percent else (1, 3)
-    told = f"{known[name] * scale:.{digits}f}" + (" %" if percent else "")
+    text = f"{known[name] * scale:.{digits}f}" + (" %" if percent else "")
     if f"{name}_interval" in known:
         low, high = known[f"{name}_interval"]
-        told += f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+        text += f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
     if f"{name}_perplexity" in known:
-        told += f" nats per token, perplexity {known[f'{name}_perplexity']:.2f}"
-    return told
+        text += f" nats per token, perplexity {known[f'{name}_perplexity']:.2f}"
+    return text
 
 
 def _skipped(known: dict[str, Any]) -> str | None:
@@ -78,19 +78,19 @@ def _beside(known: dict[str, Any], name: str, template: str) -> str | None:
     """Another peak, and how many times it the run's own was."""
     if name not in known:
         return None
-    told = template.format(gib(known[name]))
+    text = template.format(gib(known[name]))
     if "peak_memory_mb" in known and known[name]:
-        told += f"; the run took {known['peak_memory_mb'] / known[name]:.2f} times that"
-    return told
+        text += f"; the run took {known['peak_memory_mb'] / known[name]:.2f} times that"
+    return text
 
 
 def _trained(known: dict[str, Any]) -> str | None:
     if "num_trainable" not in known:
         return None
-    told = f"{known['num_trainable']:,}"
+    text = f"{known['num_trainable']:,}"
     if known.get("num_params"):
-        told += f" of {known['num_params']:,} ({100 * known['num_trainable'] / known['num_params']:.3g} %)"
-    return told
+        text += f" of {known['num_params']:,} ({100 * known['num_trainable'] / known['num_params']:.3g} %)"
+    return text
 
 
 # ---- How times, sizes and numbers are said, the same on the bar, in the report and in the files ----------------------

@@ -42,7 +42,7 @@ def _costs(cfg: ZoftConfig, trainer: ZOTrainer) -> list[int]:
     return [cfg.composition.queries_at(step) for step in range(trainer.args.max_steps)]
 
 
-def _told(values: dict[str, float]) -> str:
+def _scores_text(values: dict[str, float]) -> str:
     """The metric and its interval, for the console."""
     if "perplexity" in values:
         interval = f"[{values['loss_low']:.3f}, {values['loss_high']:.3f}]"

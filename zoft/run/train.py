@@ -18,7 +18,7 @@ from zoft.run.build import (
     load,
     make_trainer,
 )
-from zoft.run.facts import _costs, _facts, _opening_lines, _scores, _told
+from zoft.run.facts import _costs, _facts, _opening_lines, _scores, _scores_text
 from zoft.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def _held_out(trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory
     values["peak_memory_mb"] = memory.peak_mb()
     if trainer.is_world_process_zero():
         write_atomically(kept, json.dumps(values, indent=2) + "\n")
-        say(f"{name:<9} held-out {_told(values)} on {len(rows):,} rows")
+        say(f"{name:<9} held-out {_scores_text(values)} on {len(rows):,} rows")
     return values
 
 

@@ -170,7 +170,7 @@ class TuneResult:
         names = list(self.space)
         rows = [["point", metric, *names]]
         rows += [
-            [str(e.number), told_value(e), *(written(e.values[name]) for name in names)] for e in self.ranked[:count]
+            [str(e.number), value_text(e), *(written(e.values[name]) for name in names)] for e in self.ranked[:count]
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join(
@@ -192,12 +192,12 @@ class TuneResult:
         }
 
 
-def told_value(evaluation: Evaluation) -> str:
+def value_text(evaluation: Evaluation) -> str:
     """The value, with its standard error over the repeats.
 
     Example:
         >>> from zoft.tuning.evaluation import Outcome
-        >>> told_value(Evaluation(0, {}, [Outcome("done", 0.5), Outcome("done", 0.7)]))
+        >>> value_text(Evaluation(0, {}, [Outcome("done", 0.5), Outcome("done", 0.7)]))
         '0.6 ± 0.1'
     """
     spread = evaluation.spread

@@ -85,8 +85,8 @@ class TuneJournal:
             before, now = there.get(name), self.header.get(name)
             if before != now:
                 raise UserError(
-                    f"{self.path} is the journal of another search: its {name} is {_told(before)}, and now it is "
-                    f"{_told(now)}; choose another folder, or repeat that search's command to go on with it"
+                    f"{self.path} is the journal of another search: its {name} is {_as_text(before)}, and now it is "
+                    f"{_as_text(now)}; choose another folder, or repeat that search's command to go on with it"
                 )
 
     def note(self, number: int, repeat: int, point: dict[str, Any], outcome: Outcome) -> None:
@@ -112,7 +112,7 @@ class TuneJournal:
             self.file = None
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={text}" for name, text in value.items())
     return " ".join(value) if isinstance(value, list) and value else str(value)

@@ -386,6 +386,6 @@ def key(values: Values) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def told(values: Values) -> str:
+def as_arguments(values: Values) -> str:
     """A point as arguments of the command line."""
     return " ".join(f"{name}={written(value)}" for name, value in values.items())

@@ -12,7 +12,7 @@ from typing import Any
 from zoft.errors import UserError, did_you_mean
 from zoft.tuning.evaluation import DONE, FAILED, STOPPED, Evaluation, Job, Outcome, TuneResult
 from zoft.tuning.journal import TuneJournal
-from zoft.tuning.parameters import SearchSpace, Values, key, told
+from zoft.tuning.parameters import SearchSpace, Values, as_arguments, key
 from zoft.tuning.proposals import SEARCHES, proposer
 from zoft.tuning.workers import Workers
 
@@ -115,7 +115,7 @@ class Search:
             self.result.message = self._message(room - len(fits), ended, known_only)
             if self.result.message:
                 return self.result
-            self.proposer.tell([self._told(self.by_key[key(values)]) for values in points])
+            self.proposer.tell([self._value_of(self.by_key[key(values)]) for values in points])
 
     def _message(self, room: int, ended: bool, known_only: int) -> str:
         evaluations = f"{sum(len(e.outcomes) for e in self.result.evaluations)} evaluations"
@@ -128,11 +128,12 @@ class Search:
         if len(self.by_key) >= min(_ENOUGH, room) and all(e.status == FAILED for e in self.by_key.values()):
             first = self.result.evaluations[0]
             raise UserError(
-                f"the first {len(self.by_key)} points all failed, the first at {told(first.values)}: {first.error}"
+                f"the first {len(self.by_key)} points all failed, the first at {as_arguments(first.values)}: "
+                f"{first.error}"
             )
         return ""
 
-    def _told(self, evaluation: Evaluation) -> float:
+    def _value_of(self, evaluation: Evaluation) -> float:
         """What the proposer hears: a failed point is as bad as the worst one."""
         known = [self.sign * e.value for e in self.by_key.values() if e.status != FAILED]
         return max(known, default=0.0) if evaluation.status == FAILED else self.sign * evaluation.value
@@ -151,10 +152,10 @@ class Search:
                 elif key(self.journal.points[evaluation.number]) == key(evaluation.values):
                     found[place] = outcome
                 else:
-                    there = told(self.journal.points[evaluation.number])
+                    there = as_arguments(self.journal.points[evaluation.number])
                     raise UserError(
                         f"{self.journal.path}: point {evaluation.number} is {there}, and this version asks for "
-                        f"{told(evaluation.values)}: begin anew in another folder"
+                        f"{as_arguments(evaluation.values)}: begin anew in another folder"
                     )
         waiting = list(evaluations)
         ended = self._take(waiting, found, callback, fresh=False)

@@ -73,7 +73,7 @@ def has_few_bits(tensor: Tensor) -> bool:
 
 
 def follow_(master: Tensor, weight: Tensor) -> Tensor:
-    """Where a weight is not its master rounded, somebody else has written it: its master begins again from there.
+    """weight != round(master): changed outside of training; the master is reset to the weight there.
 
     Element by element and bit by bit, so that it does not matter in which pieces this is done.
 

@@ -79,16 +79,16 @@ class Weights:
         elements = sum(self.tensors[name].numel() for name in lost)
         name, smallest = max(lost.items(), key=lambda item: self.tensors[item[0]].numel())
         dtype = str(self.tensors[name].dtype).removeprefix("torch.")
-        told = (
+        message = (
             f"estimator.eps={eps:g} is below what {dtype} can represent at the scale of {len(lost)} tensors, "
             f"{100 * elements / self.num_elements:.2g} % of what is trained (for {name}, half a unit in the last place "
             f"of a typical weight is {smallest:.2g})"
         )
         if 2 * elements > self.num_elements:
             raise UserError(
-                f"{told}: raise estimator.eps to {2 * smallest:.1g} or more, or load the weights in float32"
+                f"{message}: raise estimator.eps to {2 * smallest:.1g} or more, or load the weights in float32"
             )
-        log.warning("%s: those hardly move; load the weights in float32 to train them", told)
+        log.warning("%s: those hardly move; load the weights in float32 to train them", message)
 
 
 def layer_of(name: str) -> str | None:

@@ -160,7 +160,7 @@ class _Window:
                 return self.held[:1]
 
     def drop(self, count: int) -> None:
-        """Leave so many characters behind."""
+        """Drop the first ``count`` characters."""
         self.line += self.held.count("\n", 0, count)
         self.held = self.held[count:]
 

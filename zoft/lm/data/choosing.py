@@ -1,4 +1,4 @@
-"""Which rows of a source become examples: the first so many of a permutation, whatever the source's size."""
+"""Which rows of a source become examples: the first n rows of a seeded permutation, whatever the source's size."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def examples_of(batch: Batch) -> list[Batch]:
 
 
 def of_lengths(batch: Batch, shortest: float, longest: float) -> Batch | None:
-    """The examples whose longest row has so many tokens, both ends included; None if there are none."""
+    """The examples whose longest row has between ``shortest`` and ``longest`` tokens; None if there are none."""
     lengths = lengths_of(batch)
     kept = [rows for rows in groups_of(batch) if shortest <= max(int(lengths[row]) for row in rows) <= longest]
     if not kept:

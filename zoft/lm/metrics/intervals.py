@@ -72,10 +72,12 @@ def mean_of_scores(scores: Sequence[float]) -> tuple[float, float]:
         return wilson(0, 0)
     mean = math.fsum(scores) / n
     variance = math.fsum((score - mean) ** 2 for score in scores) / n
-    told = mean * (1 - mean) / variance if variance > 0 else 1.0
-    if math.isclose(told, 1.0) or told < 1:  # all right or wrong, up to rounding; or all alike, which says no more
+    effective = mean * (1 - mean) / variance if variance > 0 else 1.0
+    if (
+        math.isclose(effective, 1.0) or effective < 1
+    ):  # all right or wrong, up to rounding; or all alike, which says no more
         return wilson(min(n, mean * n), n)
-    return _wilson(mean, n * told)
+    return _wilson(mean, n * effective)
 
 
 def mean_of_numbers(numbers: Sequence[float]) -> tuple[float, float]:

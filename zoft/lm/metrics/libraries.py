@@ -95,8 +95,8 @@ class Library:
             numbers = {key: number_of(value) for key, value in (found or {}).items()}
             return {key: value for key, value in numbers.items() if value is not None}
         assert first_failure is not None
-        told = f"the evaluate metric {self.name} does not take these predictions: {_first_line(first_failure)}"
-        raise UserError(told) from first_failure
+        message = f"the evaluate metric {self.name} does not take these predictions: {_first_line(first_failure)}"
+        raise UserError(message) from first_failure
 
     def _load(self) -> Any:
         import evaluate

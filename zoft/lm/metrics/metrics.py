@@ -45,15 +45,15 @@ def answers(prediction: EvalPrediction) -> dict[str, float]:
 
     Example:
         >>> from transformers import EvalPrediction
-        >>> told = answers(EvalPrediction(predictions=numpy.array([[0.5, 0.0], [1.0, 1.0]]), label_ids=None))
-        >>> told["f1"], told["exact_match"], round(told["exact_match_low"], 3)
+        >>> values = answers(EvalPrediction(predictions=numpy.array([[0.5, 0.0], [1.0, 1.0]]), label_ids=None))
+        >>> values["f1"], values["exact_match"], round(values["exact_match_low"], 3)
         (0.75, 0.5, 0.095)
     """
-    told: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, column in zip(("f1", "exact_match"), numpy.asarray(prediction.predictions, dtype=float).T, strict=True):
         low, high = mean_of_scores(column.tolist())
-        told |= {name: float(column.mean()), f"{name}_low": low, f"{name}_high": high}
-    return told
+        values |= {name: float(column.mean()), f"{name}_low": low, f"{name}_high": high}
+    return values
 
 
 def reward(prediction: EvalPrediction) -> dict[str, float]:
@@ -89,8 +89,8 @@ def perplexity(prediction: EvalPrediction) -> dict[str, float]:
 
     Example:
         >>> from transformers import EvalPrediction
-        >>> told = perplexity(EvalPrediction(predictions=numpy.array([2.0, 6.0]), label_ids=numpy.array([1, 3])))
-        >>> told["loss"], told["loss_low"], round(told["perplexity"], 3)
+        >>> values = perplexity(EvalPrediction(predictions=numpy.array([2.0, 6.0]), label_ids=numpy.array([1, 3])))
+        >>> values["loss"], values["loss_low"], round(values["perplexity"], 3)
         (2.0, 2.0, 7.389)
 
     References: Cochran 1977, Sampling Techniques, chapter 6 (ratio estimators).

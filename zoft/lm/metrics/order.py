@@ -70,7 +70,7 @@ def metric_in_rows_order(
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """``metric`` as it would be called without the sorting: it may know by their order which rows it is told of."""
 
-    def sorted_back(told: EvalPrediction) -> dict[str, float]:
-        return metric(type(told)(in_rows_order(told.predictions, order), in_rows_order(told.label_ids, order)))
+    def sorted_back(given: EvalPrediction) -> dict[str, float]:
+        return metric(type(given)(in_rows_order(given.predictions, order), in_rows_order(given.label_ids, order)))
 
     return sorted_back

@@ -151,8 +151,8 @@ class _Watch:
 
 
 def _generator(seed: int, prompt: Sequence[int]) -> Any:
-    told = hashlib.blake2b(f"{seed}:{','.join(map(str, prompt))}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(told, "little"))
+    digest = hashlib.blake2b(f"{seed}:{','.join(map(str, prompt))}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:

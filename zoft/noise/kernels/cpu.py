@@ -154,14 +154,14 @@ def _build(path: Path) -> Path:
     command = compiler()
     if command is None:
         raise RuntimeError("there is no C++ compiler: install g++, or set CXX")
-    told = ""
+    reason = ""
     for threading in _THREADING:
         line = [*command, *_FLAGS, *_instructions(), threading, str(SOURCE), "-o", str(path)]
         done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
         if done.returncode == 0:
             return path
-        told = told or next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-    raise RuntimeError(f"{shlex.join(command)} failed: {told}")
+        reason = reason or next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+    raise RuntimeError(f"{shlex.join(command)} failed: {reason}")
 
 
 def _processor() -> str:
