@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoft.attack.attack import Outcome
+from zoft.utils.files import write_filled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,9 +100,7 @@ def save(image: np.ndarray, path: Path) -> None:
     from PIL import Image
 
     levels = (_shown(image) * 255).round().astype(np.uint8)
-    beside = path.with_name(f".{path.name}.new")
-    Image.fromarray(levels).save(beside, format="PNG")
-    beside.replace(path)
+    write_filled(path, lambda file: Image.fromarray(levels).save(file, format="PNG"))
 
 
 def factor(outcome: Outcome) -> float:
@@ -148,6 +147,4 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.new")  # a reader never sees half a picture
-    figure.savefig(beside, format="png", metadata={"Software": None})
-    beside.replace(path)
+    write_filled(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))

@@ -17,7 +17,7 @@ from zoft.attack.hub import hub
 from zoft.attack.settings import AttackSettings
 from zoft.errors import UserError
 from zoft.lm.metrics.intervals import wilson
-from zoft.utils.files import write_atomically
+from zoft.utils.files import is_unfinished, remove_unfinished, write_atomically, write_filled
 
 RESULTS, IMAGES, TRIPLETS, CURVE, PICTURE = "results.json", "images.npz", "triplets.png", "curve.png", "adversarial.png"
 
@@ -135,11 +135,12 @@ def _plain(settings: AttackSettings) -> dict[str, Any]:
 def _earlier(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir={folder} is a file: give a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
+    content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if {name for name in content if not is_unfinished(name)} <= {TRIPLETS, CURVE, PICTURE, IMAGES}:
+        return None  # nothing, or what an attack that was killed has left: its results are written last
     try:
-        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = dict(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise UserError(f"output_dir={folder} is not empty and holds no attack: choose another folder") from None
     if found.get("settings") != asked:
         raise UserError(f"output_dir={folder} holds another attack: choose another folder")
@@ -161,11 +162,9 @@ def _write(
             pictures.curves({settings.method: curve(outcomes)}, folder / CURVE, budget=settings.budget)
         if "picture" in results:
             pictures.save(_rounded(outcomes[0]), folder / PICTURE)
-        np.savez_compressed(
-            folder / IMAGES,
-            original=np.stack([o.original for o in outcomes]),
-            adversarial=np.stack([o.adversarial for o in outcomes]),
-        )
+        before, after = np.stack([o.original for o in outcomes]), np.stack([o.adversarial for o in outcomes])
+        write_filled(folder / IMAGES, lambda file: np.savez_compressed(file, original=before, adversarial=after))
+        remove_unfinished(folder)
         write_atomically(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"output_dir={folder} is not writable ({error.strerror}): choose another folder") from None

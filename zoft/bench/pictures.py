@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.bench.ledger import Row
 from zoft.bench.plan import Cell, Plan
 from zoft.bench.results import Results
+from zoft.utils.files import write_filled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -245,7 +246,5 @@ def _dress(axes: Axes) -> None:
 
 
 def _save(figure: Figure, file: Path) -> Path:
-    beside = file.with_name(f".{file.name}.new")  # a reader never sees half a picture
-    figure.savefig(beside, format="png")
-    beside.replace(file)
+    write_filled(file, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture
     return file

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.report.plots import _BLUE, _GREEN, _GREY, _INK, _dress, _legend
+from zoft.utils.files import write_filled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,9 +49,7 @@ def draw_diagnostics(folder: str | Path, rows: Sequence[dict[str, str]], tables:
     name = f"{Path(folder).resolve().name}, diagnostics"
     figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
     path = Path(folder) / PICTURE
-    beside = path.with_name(f".{PICTURE}.new")  # a reader never sees half a picture
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    write_filled(path, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture
     return path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.report.text import finite
+from zoft.utils import shared
 from zoft.utils.files import write_atomically
 
 CSV, JSON = "diagnostics.csv", "diagnostics.json"
@@ -73,7 +74,7 @@ class Record:
         self.seconds += seconds
         total = {"diagnostics_queries": self.num_queries, "diagnostics_seconds": round(self.seconds, 3)}
         row = row | total
-        with open(self.folder / CSV, "a", encoding="utf-8", newline="") as file:
+        with shared.open_own(self.folder / CSV, "a", encoding="utf-8", newline="") as file:
             file.write(_line([_cell(row.get(name)) for name in COLUMNS]))
         text = json.dumps(finite(tables | total | {"notes": self.notes}), indent=1, allow_nan=False)
         write_atomically(self.folder / JSON, text + "\n")

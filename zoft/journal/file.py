@@ -13,6 +13,7 @@ from typing import Any
 from zoft.errors import DiskFullError, UserError
 from zoft.journal import chunks, records
 from zoft.journal.records import Record
+from zoft.utils import shared
 from zoft.utils.files import write_atomically
 
 NAME = "journal.bin"
@@ -113,7 +114,7 @@ class Journal:
         whole = {"format": FORMAT, "run": uuid.uuid4().hex, "first": 0, **header}
         data, _ = chunks.encode(chunks.HEADER, json.dumps(whole, sort_keys=True).encode(), 0)
         if path.exists():
-            os.close(_opened(path))  # refused while another process writes it
+            shared.close(_opened(path))  # refused while another process writes it
             path.replace(path.with_suffix(".old.bin"))
         _to_disk(lambda: write_atomically(path, data), path, len(data))
         return cls.open(path, 0)
@@ -180,13 +181,13 @@ class Journal:
                 put(chunk.kind, chunk.payload)
         put_waiting()
         _to_disk(lambda: write_atomically(self.path, data), self.path, len(data))
-        os.close(self._file)
+        shared.close(self._file)
         self._file, self._check, self._end = _opened(self.path), check, len(data)
 
     def close(self) -> None:
         """Let go of the file."""
         if self._file >= 0:
-            os.close(self._file)
+            shared.close(self._file)
             self._file = -1
 
     def _write(self, kind: bytes, payload: bytes) -> None:
@@ -254,20 +255,12 @@ def _last_step(chunk: chunks.Chunk) -> int:
 def _opened(path: Path) -> int:
     """The file, locked for this process as long as it is open."""
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = shared.no_link(str(path), os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not shared.lock(file):
         os.close(file)
-        raise UserError(
-            f"{path} is being written by another process: wait until it ends, or choose another output_dir"
-        ) from None
-    except (ImportError, OSError):
-        pass  # Windows, or a file system without locks
+        raise UserError(f"{path} is being written by another process: wait until it ends, or choose another output_dir")
     return file
 
 

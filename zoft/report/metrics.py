@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.report.text import finite
+from zoft.utils import shared
 from zoft.utils.files import write_atomically
 
 CSV, JSONL = "metrics.csv", "metrics.jsonl"
@@ -149,7 +150,7 @@ class MetricsCallback(TrainerCallback):
             if len(row) == len(self._row):
                 return
         for name, line in self._encode(row).items():
-            with open(self._folder / name, "r+b") as file:
+            with shared.open_own(self._folder / name, "r+b") as file:
                 # The merged row is never shorter than the one it overwrites, so nothing is cut off first: a crash
                 # in between leaves a torn last line, and no crash leaves less than what was there.
                 self._offsets[name] = file.seek(self._offsets[name]) if same_step else file.seek(0, io.SEEK_END)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.lm.metrics.intervals import wilson
+from zoft.utils.files import write_filled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,9 +66,7 @@ def learning_curve(
     name = title or Path(folder).resolve().name
     figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
     path = Path(folder) / CURVE
-    beside = path.with_name(f".{CURVE}.new")  # a reader never sees half a picture
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    write_filled(path, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture
     return path
 
 

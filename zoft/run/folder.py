@@ -9,7 +9,8 @@ import socket
 from pathlib import Path
 
 from zoft.errors import UserError
-from zoft.utils.files import write_atomically
+from zoft.utils import shared
+from zoft.utils.files import is_unfinished, remove_unfinished, write_atomically
 
 CONFIG, FINAL, REPORT, LOCK = "config.yaml", "final.json", "report.json", ".lock"
 CHANGEABLE = re.compile(
@@ -21,6 +22,8 @@ CHANGEABLE = re.compile(
 journal checks."""
 _IGNORED = {".hydra", "multirun.yaml", ".submitit", LOCK}
 _held: dict[Path, int] = {}  # folder -> the open file of the lock that this process holds
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held.clear)  # a fork of this process is not the one that claimed it
 _ATTEMPTS = 20
 
 
@@ -45,6 +48,8 @@ def claim(output_dir: str, resolved: str) -> str:
     _lock(output_dir)
     try:
         standing = _standing(output_dir, resolved)  # anew: another process may have just finished it
+        if standing != "done":
+            remove_unfinished(Path(output_dir))
         if standing == "new":
             _write(output_dir, resolved)
     except BaseException:
@@ -62,9 +67,9 @@ def claim(output_dir: str, resolved: str) -> str:
 
 def _standing(output_dir: str, resolved: str) -> str:
     folder = Path(output_dir)
-    held = {path.name for path in folder.iterdir()} - _IGNORED if folder.is_dir() else set()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir={output_dir} is a file: give a folder")
+    held = _content(folder)
     if held and CONFIG not in held:
         shown = ", ".join(sorted(held)[:3])
         raise UserError(
@@ -82,6 +87,12 @@ def _standing(output_dir: str, resolved: str) -> str:
     return "new"
 
 
+def _content(folder: Path) -> set[str]:
+    """Names in a folder, but for what schedulers leave there, the lock, and what a write that was killed has left."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {name for name in names - _IGNORED if not is_unfinished(name)}
+
+
 def unlock(output_dir: str) -> None:
     """Let other processes have the folder; nothing of the lock remains. Does nothing where none is held.
 
@@ -91,7 +102,7 @@ def unlock(output_dir: str) -> None:
     file = _held.pop(Path(output_dir).absolute(), None)
     if file is not None:
         (Path(output_dir) / LOCK).unlink(missing_ok=True)
-        os.close(file)
+        shared.close(file)
 
 
 def nearest(output_dir: str) -> Path:
@@ -125,12 +136,12 @@ def _lock(output_dir: str) -> None:
     for attempt in range(_ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = shared.no_link(str(path), os.O_RDWR | os.O_CREAT)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and attempt + 1 < _ATTEMPTS:
                 continue  # another process has just taken its own failed start back
             raise _not_writable(output_dir, error) from None
-        if not _flock(file):
+        if not shared.lock(file):
             owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(file)
             raise UserError(
@@ -141,20 +152,8 @@ def _lock(output_dir: str) -> None:
             os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             _held[path.parent.absolute()] = file
             return
-        os.close(file)  # it was removed between opening and locking it
+        shared.close(file)  # it was removed between opening and locking it
     raise UserError(f"output_dir={output_dir} is being made and removed by other runs: choose another folder")
-
-
-def _flock(file: int) -> bool:
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass  # Windows, or a file system without locks: runs are on their own there
-    return True
 
 
 def _write(output_dir: str, resolved: str) -> None:

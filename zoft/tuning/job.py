@@ -17,6 +17,7 @@ from zoft.errors import UserError
 from zoft.report.metrics import read_metrics
 from zoft.tuning.evaluation import DONE, FAILED, STOPPED, Job, Outcome
 from zoft.tuning.parameters import Values, written
+from zoft.utils import shared
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Training:
             Path(self.output_dir).mkdir(parents=True, exist_ok=True)
             log = Path(f"{folder}.log")
             with (
-                log.open("a", encoding="utf-8") as file,
+                shared.open_own(log, "a", encoding="utf-8") as file,
                 contextlib.redirect_stdout(file),
                 contextlib.redirect_stderr(file),
             ):

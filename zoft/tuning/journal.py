@@ -10,6 +10,7 @@ from typing import Any
 
 from zoft.errors import DiskFullError, UserError
 from zoft.tuning.evaluation import Outcome
+from zoft.utils import shared
 
 NAME = "journal.jsonl"
 _KIND = "zoft tune 1"
@@ -38,11 +39,13 @@ class TuneJournal:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("a+b")
+            self._lock = shared.no_link(str(path), os.O_RDWR | os.O_CREAT)
+            self.file = shared.open_own(path, "a+b")
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): choose another folder") from None
         try:
-            _lock(self.file, path)
+            if not shared.lock(self._lock):
+                raise UserError(f"{path} is in use by another search: wait until it ends, or choose another folder")
             self._read()
         except BaseException:
             self.close()
@@ -110,20 +113,10 @@ class TuneJournal:
         if self.file is not None:
             self.file.close()
             self.file = None
+            shared.close(self._lock)
 
 
 def _as_text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={text}" for name, text in value.items())
     return " ".join(value) if isinstance(value, list) and value else str(value)
-
-
-def _lock(file: Any, path: Path) -> None:
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path} is in use by another search: wait until it ends, or choose another folder") from None
-    except (ImportError, OSError):
-        pass  # Windows, or a file system without locks

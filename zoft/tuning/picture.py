@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoft.utils.files import write_filled
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -49,9 +51,7 @@ def draw_tuning(path: Path, result: Mapping[str, Any], metric: str, title: str =
     for panel in panels[1 + len(names) :]:
         panel.set_axis_off()
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=_INK)
-    beside = path.with_name(f".{path.name}.new")  # a reader never sees half a picture
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    write_filled(path, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture
     return path
 
 

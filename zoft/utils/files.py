@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
+
+_UNFINISHED = re.compile(r"\.(.+)\.\d+\.new")  # the name that a file has until it is whole
 
 
 def cache_dir() -> Path:
@@ -25,7 +31,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with beside.open("wb") as file:
+        beside.unlink(missing_ok=True)  # of an earlier process of this number, or a link that somebody has put there
+        with beside.open("xb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -33,3 +40,36 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_filled(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """As :func:`write_atomically`, of what ``fill`` writes into the file that it is given.
+
+    Args:
+        path: the file; its folder must exist.
+        fill: a picture's ``save``, for one.
+    """
+    buffer = io.BytesIO()
+    fill(buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is what a write that was killed has left.
+
+    Example:
+        >>> is_unfinished(".config.yaml.4242.new"), is_unfinished("config.yaml")
+        (True, False)
+    """
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writes that were killed have left in a folder; nobody else may be writing there.
+
+    Args:
+        folder: not those inside it.
+    """
+    for path in folder.iterdir():
+        if is_unfinished(path.name):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""Files in folders that others can write to: opened without following links, and locked by one process alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from zoft.errors import UserError
+
+_locked: set[int] = set()  # open files whose lock this process holds
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for :func:`open` that refuses a symbolic link: writing through one would change another file.
+
+    Args:
+        path: the file.
+        flags: of ``os.open``.
+
+    Raises:
+        UserError: it is a symbolic link.
+        OSError: as the system says.
+    """
+    try:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK) and os.path.islink(path):
+            raise UserError(
+                f"{path} is a symbolic link to {os.readlink(path)}, which is not written to: remove the link"
+            ) from None
+        raise
+
+
+def open_own(path: Path, mode: str, **given: Any) -> IO[Any]:
+    """``open`` for writing, for a file of a run's folder; a symbolic link is refused.
+
+    Args:
+        path: the file.
+        mode: as for ``open``.
+        **given: as for ``open``.
+    """
+    return open(path, mode, opener=no_link, **given)
+
+
+def lock(file: int) -> bool:
+    """Lock an open file for this process and not for processes that it forks; whether nobody else has it locked.
+
+    A lock of ``flock`` lasts as long as anybody has the open file, and a data loader's workers have it by inheritance:
+    they may outlive a process that is killed. So they close it as soon as they begin.
+
+    Args:
+        file: a file descriptor, to be closed with :func:`close`.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True  # Windows, or a file system without locks: processes are on their own there
+    _locked.add(file)
+    return True
+
+
+def close(file: int) -> None:
+    """Let go of a lock, and close the file."""
+    _locked.discard(file)
+    os.close(file)
+
+
+def _close_in_child() -> None:
+    for file in _locked:
+        os.close(file)
+    _locked.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
