@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from zoft.lm.metrics.intervals import wilson
+from zoft.report.results import REPORT
 from zoft.report.text import fact_rows, finite
 from zoft.utils.files import write_atomically
 
-MARKDOWN, JSON = "report.md", "report.json"
+MARKDOWN, JSON = "report.md", REPORT
 _PICTURES = {
     "curve.png": "![loss and accuracy against queries](curve.png)",
     "diagnostics.png": "![cosine, signal-to-noise, variance and eps of the estimates](diagnostics.png)",
@@ -43,10 +44,11 @@ def write_report(folder: str | Path, facts: dict[str, Any]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     known = complete_facts(facts)
-    write_atomically(folder / JSON, json.dumps(finite(known), indent=2, default=str, allow_nan=False) + "\n")
     path = folder / MARKDOWN
     pictures = [text for name, text in _PICTURES.items() if (folder / name).is_file()]
     write_atomically(path, _markdown(known, pictures=pictures))
+    # Last: it says that the run has ended.
+    write_atomically(folder / JSON, json.dumps(finite(known), indent=2, default=str, allow_nan=False) + "\n")
     return path
 
 

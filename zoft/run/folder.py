@@ -9,10 +9,11 @@ import socket
 from pathlib import Path
 
 from zoft.errors import UserError
+from zoft.report.results import REPORT, finished
 from zoft.utils import shared
 from zoft.utils.files import is_unfinished, remove_unfinished, write_atomically
 
-CONFIG, FINAL, REPORT, LOCK = "config.yaml", "final.json", "report.json", ".lock"
+CONFIG, LOCK = "config.yaml", ".lock"
 CHANGEABLE = re.compile(
     r"output_dir|config|budget\.queries|optimizer\.learning_rate|tracker\..*|diagnostics(\..*)?"
     r"|trainer\.(logging|eval|save|lr_scheduler|warmup|dataloader(?!_drop_last)|metric_for|greater_is|load_best|max_skipped|guard).*"
@@ -58,9 +59,7 @@ def claim(output_dir: str, resolved: str) -> str:
     if standing == "done":
         unlock(output_dir)
     elif standing == "resume":
-        if (Path(output_dir) / REPORT).exists():  # what it said is not the end any more
-            (Path(output_dir) / FINAL).unlink(missing_ok=True)
-            (Path(output_dir) / REPORT).unlink()
+        (Path(output_dir) / REPORT).unlink(missing_ok=True)  # what it says is not the end any more
         _write(output_dir, resolved)
     return standing
 
@@ -83,7 +82,7 @@ def _standing(output_dir: str, resolved: str) -> str:
                 f"output_dir={output_dir} holds another run; it differs in\n{different}\n"
                 "choose another output_dir, or repeat that run's command to resume it"
             )
-        return "done" if REPORT in held and _budget(resolved) <= _budget(earlier) else "resume"
+        return "done" if _budget(resolved) <= _budget(earlier) and finished(folder) else "resume"
     return "new"
 
 

@@ -19,7 +19,6 @@ from zoft.run.build import (
     make_trainer,
 )
 from zoft.run.facts import _costs, _facts, _opening_lines, _scores, _scores_text
-from zoft.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -165,6 +164,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 def _carry_out(
     cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], memory: PeakMemory, *, resuming: bool
 ) -> dict[str, Any]:
+    from zoft.report import results
     from zoft.report.plots import learning_curve
     from zoft.report.report import summary_lines, write_report
     from zoft.report.text import say
@@ -172,7 +172,7 @@ def _carry_out(
 
     first = trainer.is_world_process_zero()
     known = known_steps(cfg.output_dir) if resuming else None
-    zero_shot_file = Path(cfg.output_dir) / "zero_shot.json"
+    zero_shot_file = Path(cfg.output_dir) / results.ZERO_SHOT
     if first and resuming:
         say(f"resume  {'nothing was saved yet: starting over' if known is None else f'{known:,} steps are known'}")
     _say_if_long(trainer, rows, known or 0)
@@ -188,7 +188,7 @@ def _carry_out(
             say(f"stopped after {trainer.state.global_step:,} steps; the same command goes on from there")
         raise Requeued if stops[0].requeue else KeyboardInterrupt
     peak = memory.peak_mb()
-    final = _held_out(trainer, rows["test"], Path(cfg.output_dir) / folder.FINAL, "final", memory)
+    final = _held_out(trainer, rows["test"], Path(cfg.output_dir) / results.FINAL, "final", memory)
     if first:
         trainer._refuse_full_disk(Path(cfg.output_dir) / "model")
     trainer.save_model(str(Path(cfg.output_dir) / "model"))
@@ -284,31 +284,33 @@ def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
 
 
 def _held_out(trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory: PeakMemory) -> dict[str, float]:
-    """The metric on the held-out rows, computed once per run: a resumed run finds the earlier answer in its folder."""
-    import json
-
+    """The metric on the held-out rows at these weights; a resumed run finds the earlier answer in its folder."""
+    from zoft.report.results import WEIGHTS, read_results, write_results
     from zoft.report.text import say
+    from zoft.weights import Weights
 
-    if kept.is_file() and trainer.args.world_size == 1:  # with more, all must do the same whatever disk they see
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    rows_now = trainer.settings()["test_data"]
+    of = {WEIGHTS: Weights(trainer.model).digest(), "frozen": trainer.frozen_fingerprint(), "rows": rows_now}
+    known = read_results(kept, of) if trainer.args.world_size == 1 else None
+    if known is not None:  # with more processes, all must do the same whatever disk they see
+        return known
     metrics = trainer.predict(rows, metric_key_prefix="test").metrics
-    known = {f"test_{name}" for names in METRICS.values() for name in names}
-    kept_keys = [key for key in metrics if key in known]
-    values = {key.removeprefix("test_"): float(metrics[key]) for key in kept_keys}
+    reported = {f"test_{name}" for names in METRICS.values() for name in names}
+    values = {key.removeprefix("test_"): float(metrics[key]) for key in metrics if key in reported}
     values["peak_memory_mb"] = memory.peak_mb()
     if trainer.is_world_process_zero():
-        write_atomically(kept, json.dumps(values, indent=2) + "\n")
+        write_results(kept, values, of)
         say(f"{name:<9} held-out {_scores_text(values)} on {len(rows):,} rows")
     return values
 
 
 def _show_finished(output_dir: str) -> dict[str, Any]:
-    import json
-
     from zoft.report.report import summary_lines
+    from zoft.report.results import finished
     from zoft.report.text import say
 
-    facts = dict(json.loads((Path(output_dir) / folder.REPORT).read_text(encoding="utf-8")))
+    facts = finished(Path(output_dir))
+    assert facts is not None  # the claim has said so
     say(f"{output_dir} holds this very run, finished; choose another output_dir (or seed) to run again")
     for line in summary_lines(facts):
         say(line)

@@ -139,7 +139,7 @@ class Journaled(_Base):
             snapshot.verify(checkpoint)
         if not self.args.journal:
             return checkpoint, None, None
-        header: dict[str, Any] = {"settings": self.settings(), "frozen": self._frozen(), "weights": None}
+        header: dict[str, Any] = {"settings": self.settings(), "frozen": self.frozen_fingerprint(), "weights": None}
         header["model"] = self._model_name()
         if checkpoint is not None:
             header["first"] = int(snapshot.verify(checkpoint)["step"])
@@ -194,7 +194,7 @@ class Journaled(_Base):
 
     def _check_same(self, contents: Contents, path: Path) -> None:
         lines = self._differing(contents.header.get("settings", {}))
-        frozen = self._frozen()
+        frozen = self.frozen_fingerprint()
         known = str(contents.header.get("frozen"))  # the first half alone in journals of before there was a second
         if known not in (str(frozen), str(frozen).split()[0]):
             lines.append(f"  model: {contents.header.get('model')} there, {self._model_name()} now")
@@ -244,7 +244,7 @@ class Journaled(_Base):
                 "load the base model anew"
             )
 
-    def _frozen(self) -> str | None:
+    def frozen_fingerprint(self) -> str | None:
         """A fingerprint of what is not trained: some numbers of every tensor, and the sum of all of its bits."""
         if self.model is None:
             return None

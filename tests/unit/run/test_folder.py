@@ -18,6 +18,11 @@ def listing(path: Path) -> list[str]:
     return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
 
 
+def finish(path: Path) -> None:
+    for name in ("final.json", "report.json"):
+        (path / name).write_text('{"weights_sha256": "ab"}')
+
+
 def test_the_states_of_a_run(tmp_path: Path):
     place = tmp_path / "runs" / "a"
     assert folder.claim(str(place), "seed: 0\n") == "new"
@@ -27,9 +32,9 @@ def test_the_states_of_a_run(tmp_path: Path):
     assert (place / "config.yaml").read_text() == "seed: 0\n"
     assert folder.claim(str(place), "seed: 0\n") == "resume"
     folder.unlock(str(place))
-    (place / "report.json").write_text("{}")
+    finish(place)
     assert folder.claim(str(place), "seed: 0\n") == "done"
-    assert listing(place) == ["config.yaml", "report.json"]
+    assert listing(place) == ["config.yaml", "final.json", "report.json"]
 
 
 def test_an_empty_folder_is_new(tmp_path: Path):
@@ -152,9 +157,9 @@ def test_a_lock_alone_is_no_content(tmp_path: Path):
 
 def test_a_finished_folder_is_never_locked(tmp_path: Path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    (tmp_path / "report.json").write_text("{}")
+    finish(tmp_path)
     assert folder.claim(str(tmp_path), "seed: 0\n") == "done"
-    assert listing(tmp_path) == ["config.yaml", "report.json"]
+    assert listing(tmp_path) == ["config.yaml", "final.json", "report.json"]
 
 
 def test_a_refused_claim_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,65 @@
+"""What was measured on held-out rows, kept with the hashes of weights and rows: for others it does not count."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from zoft.utils.files import write_atomically
+
+ZERO_SHOT, FINAL, REPORT = "zero_shot.json", "final.json", "report.json"
+WEIGHTS = "weights_sha256"
+_LARGEST = 1 << 24  # bytes of a file that is looked into
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None where there is no such file, or it is damaged.
+
+    Args:
+        path: the file.
+    """
+    try:
+        if path.stat().st_size > _LARGEST:
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_results(path: Path, of: dict[str, str | None]) -> dict[str, float] | None:
+    """The numbers of a file that :func:`write_results` wrote for the same weights and rows; None where it did not.
+
+    Args:
+        path: the file.
+        of: hashes: ``weights_sha256``, and what else the numbers depend on.
+    """
+    found = read_json(path) or {}
+    if any(found.pop(name, None) != sha for name, sha in of.items()):
+        return None
+    whole = bool(found) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found.values())
+    return {name: float(value) for name, value in found.items()} if whole else None
+
+
+def write_results(path: Path, values: dict[str, float], of: dict[str, str | None]) -> None:
+    """Keep numbers with the hashes of what they are of.
+
+    Args:
+        path: the file.
+        values: what was measured.
+        of: as for :func:`read_results`.
+    """
+    write_atomically(path, json.dumps({**values, **of}, indent=2) + "\n")
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The report of a run that has ended: its facts, where they and the final results are of the same weights.
+
+    Args:
+        folder: the run's.
+    """
+    report, final = read_json(folder / REPORT), read_json(folder / FINAL)
+    if report is None or final is None or not isinstance(report.get(WEIGHTS), str):
+        return None
+    return report if final.get(WEIGHTS) == report[WEIGHTS] else None
