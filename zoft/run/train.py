@@ -287,7 +287,7 @@ def _held_out(trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory
     """The metric on the held-out rows at these weights; a resumed run finds the earlier answer in its folder."""
     from zoft.report.results import WEIGHTS, read_results, write_results
     from zoft.report.text import say
-    from zoft.weights import Weights
+    from zoft.weights.tensors import Weights
 
     rows_now = trainer.settings()["test_data"]
     of = {WEIGHTS: Weights(trainer.model).digest(), "frozen": trainer.frozen_fingerprint(), "rows": rows_now}
