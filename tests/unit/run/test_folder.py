@@ -166,7 +166,7 @@ def test_a_refused_claim_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.Monk
     def write(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder.atomic, "write", write)
+    monkeypatch.setattr(folder, "write_atomically", write)
     with pytest.raises(UserError, match="No space left"):
         folder.claim(str(tmp_path), "seed: 0\n")
     assert listing(tmp_path) == []
