@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "classifier_accumulated": {"family": "bert", "gradient_accumulation_steps": 2},
     "one_sided_lora": {"lora": True, "estimator": OneSided(eps=1e-2)},
     "nan_on_one": {"nan_on_one": True},
+    "stream_accumulated": {"stream": 20, "unequal": True, "gradient_accumulation_steps": 2},
     "in_place": {"engine": "in_place"},
     "activation": {"subspace": Activation(rank=2)},
     "stopped": {"interrupt": True},
@@ -46,6 +48,16 @@ def dataset(model: Any, *, unequal: bool) -> list[dict[str, Any]]:
     return rows
 
 
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Rows without a known number: five micro-batches a pass where a step has two."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
 def train(case: str, folder: Path, *, rank: int, world: int) -> dict[str, Any]:
     """One training of 8 rows a step, divided among the processes; rank 1 begins with other weights."""
     from zoft import ZOConfig, ZOTrainer
@@ -55,7 +67,7 @@ def train(case: str, folder: Path, *, rank: int, world: int) -> dict[str, Any]:
     given = dict(CASES[case])
     build = models.EVERY[given.pop("family", "llama")]
     resume, nan_on_one, interrupt = (given.pop(key, False) for key in ("resume", "nan_on_one", "interrupt"))
-    unequal = given.pop("unequal", False)
+    unequal, stream = given.pop("unequal", False), given.pop("stream", 0)
 
     class Disturbed(ZOTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -91,7 +103,14 @@ def train(case: str, folder: Path, *, rank: int, world: int) -> dict[str, Any]:
         **({"learning_rate": 1e-3} | {key: given.pop(key) for key in keys if key in given}),
     )
     stop = StopOnInterrupt()
-    trainer = Disturbed(model, args, train_dataset=rows, eval_dataset=rows[:16], callbacks=[stop], **given)
+    trainer = Disturbed(
+        model,
+        args,
+        train_dataset=Stream(rows[:stream]) if stream else rows,
+        eval_dataset=rows[:16],
+        callbacks=[stop],
+        **given,
+    )
     trainer.train(resume_from_checkpoint=True if resume else None)
     lines = [line for line in trainer.state.log_history if "loss" in line]
     torch.save({name: p.detach().clone() for name, p in trainer.model.named_parameters()}, folder / f"{case}-{rank}.pt")

@@ -19,6 +19,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import has_length
 
 from zoft.component import create
 from zoft.engines._frozen_prefix import FrozenPrefix
@@ -42,6 +43,7 @@ from zoft.subspaces.base import Subspace
 from zoft.trainer.batch_splitter import BatchSplitter
 from zoft.trainer.checkpoint import Checkpoints
 from zoft.trainer.config import as_zo_config
+from zoft.trainer.epochs import WholeSteps
 from zoft.trainer.guard import RolledBack, outlier
 from zoft.trainer.journaling import Journaled
 from zoft.trainer.loss import Inputs, LossAveraging, with_float32_losses
@@ -53,7 +55,7 @@ from zoft.weights.tensors import Weights
 log = logging.getLogger(__name__)
 
 
-class ZOMixin(Journaled, Checkpoints, LossAveraging):
+class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
     """Replaces the backward pass of a Trainer by zeroth-order queries.
 
     Args:
@@ -109,6 +111,7 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
         self._halving = BatchSplitter()
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
         self._window: list[Inputs] = []
+        self._waiting: list[Inputs] = []
         self._eps: float | None = None  # of the last step
         self._asked: list[Inputs] = []  # the micro-batches that are being queried
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
@@ -261,12 +264,12 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
         self._find_best_checkpoint()
         return told
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, **given: Any) -> None:
         """As the Trainer's own; a finished run that is resumed is finished (the Trainer would take one more step)."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        self._run_pass(**given)
 
     def fill_frozen_prefix(self, *datasets: Sequence[Any], group: int = 16) -> Iterator[int]:
         """Compute the hidden states below the lowest trained block for whole datasets ahead of time.
@@ -322,7 +325,7 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
         """Every process starts from the weights of the first one; DDP, which would do this, is not used."""
         self.progress.losses.clear()  # what a checkpoint holds of them is read in the next line
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self._window = []
+        self._window, self._waiting, self._passes_before = [], [], 0
         self._began = time.perf_counter() - self.progress.seconds
         if self.accelerator.num_processes > 1:
             with torch.no_grad():
@@ -568,7 +571,7 @@ class ZOMixin(Journaled, Checkpoints, LossAveraging):
         args = self.args
         if is_training:
             made = super()._get_dataloader(*pos, is_training=True, **kwargs)
-            if args.dataloader_drop_last and hasattr(made, "__len__") and not len(made):
+            if args.dataloader_drop_last and has_length(made) and not len(made):
                 raise UserError(
                     f"trainer.dataloader_drop_last=true leaves nothing of {len(self.train_dataset)} training rows, "
                     "which are less than one batch: lower trainer.per_device_train_batch_size, or set it to false"

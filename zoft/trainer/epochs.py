@@ -1,0 +1,101 @@
+"""Steps of whole micro-batches where a pass over the data ends before a step does."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
+
+
+class WholeSteps(_Base):
+    """The part of :class:`zoft.trainer.ZOMixin` that knows which micro-batches make a step.
+
+    Of rows without a known number (``IterableDataset``) the Trainer hands over whatever is left at the end of a pass as
+    if it were a step, takes no step with it, and divides the next one by the tokens of its own micro-batches alone.
+    Here what is left waits for the first micro-batches of the next pass: every step has as many as it is asked for.
+    """
+
+    _window: list[Any]  # micro-batches of the step that have been collected (zoft.trainer)
+    _waiting: list[Any]  # micro-batches that are left of a pass
+    _loader: Any = None  # the loader of the pass
+    _stream: Iterator[Any]  # and where it stands
+    _pass = 0  # its number
+    _passes_before = 0  # passes that the Trainer's loop does not know of: before a resume, or short ones
+    _num_steps_in_pass = 0
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As the Trainer's own, of so many micro-batches or of none."""
+        samples = self._waiting
+        if not self._num_steps_in_pass:
+            self._stream = epoch_iterator
+        came = self._fetch(num_batches)
+        # A pass that is shorter than a step: a pass without any step would end the run.
+        while came and len(samples) < num_batches and not self._num_steps_in_pass:
+            self._stream = self._next_pass()
+            came = self._fetch(num_batches)
+        if len(samples) < num_batches:
+            return [], None
+        self._waiting = []
+        self._num_steps_in_pass += 1
+        return samples, self._get_num_items_in_batch(samples, device)
+
+    def _fetch(self, num_batches: int) -> int:
+        """Let micro-batches wait until there are so many; returns how many came."""
+        before = len(self._waiting)
+        while len(self._waiting) < num_batches:
+            batch = next(self._stream, None)
+            if batch is None:
+                break
+            self._waiting.append(batch)
+        return len(self._waiting) - before
+
+    def _next_pass(self) -> Iterator[Any]:
+        self._pass += 1
+        self._passes_before += 1
+        if hasattr(self._loader, "set_epoch"):
+            self._loader.set_epoch(self._pass)
+        return iter(self._loader)
+
+    def _run_pass(self, **given: Any) -> None:
+        """The Trainer's own pass over the data, from where the run stands."""
+        self._window, self._num_steps_in_pass = [], 0  # a callback may have ended a pass in the middle of a step
+        self._loader = given["train_dataloader"]
+        resumed = given["resume_from_checkpoint"] is not None and given["epoch"] == given["epochs_trained"]
+        skipped = given["steps_trained_in_current_epoch"]
+        if resumed and skipped and not has_length(self._loader) and not self.args.ignore_data_skip:
+            given["train_dataloader"] = self._skip(skipped)
+            given["steps_trained_in_current_epoch"] = 0
+        for name in ("epoch", "epochs_trained"):
+            given[name] += self._passes_before
+        self._pass = given["epoch"]
+        super()._run_epoch(**given)
+
+    def _skip(self, num_batches: int) -> Any:
+        """The loader behind so many micro-batches, which may lie several passes back."""
+        while True:
+            if hasattr(self._loader, "set_epoch"):
+                self._loader.set_epoch(self._passes_before)
+            batches, came = iter(self._loader), 0
+            for batch in batches:
+                if came == num_batches:
+                    return _Once(itertools.chain([batch], batches))
+                came += 1
+            if not came:
+                return _Once(batches)
+            num_batches -= came
+            self._passes_before += 1
+
+
+class _Once:
+    """A loader that goes on where its iterator stands; without ``set_epoch``: that would be another pass."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
