@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 from zoft.blackbox.walk import Walk
 
 if TYPE_CHECKING:
-    from zoft.blackbox.minimizer import Minimizer
+    from zoft.blackbox.host import Host
 
 _MOST_FAILED = 20  # steps in a row
 _MOST_AT_THE_END = 16  # queries of a noisy f where the search ends
@@ -28,12 +28,12 @@ class Stop(Exception):
         self.status, self.message, self.success = status, message, success
 
 
-def kept_for_the_end(host: Minimizer) -> int:
+def kept_for_the_end(host: Host) -> int:
     """Queries of the budget that are kept for the point where the search ends: one, or several of a noisy f."""
     return min(_MOST_AT_THE_END, 1 + host.budget // 20) if host.result().noisy else 1
 
 
-def finish(walk: Walk, host: Minimizer, status: str = "budget", message: str = "") -> NoReturn:
+def finish(walk: Walk, host: Host, status: str = "budget", message: str = "") -> NoReturn:
     """Ask what f is where the search has ended, unless that is known, and stop."""
     if walk.session.clean is None and host.left:
         x = walk.session.at()

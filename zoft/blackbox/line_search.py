@@ -17,7 +17,7 @@ from zoft.optimizers.sgd import SGD
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from zoft.blackbox.minimizer import Minimizer
+    from zoft.blackbox.host import Host
 
 _MEMORY = 10  # pairs for the curvature
 _FLOAT32, _FLOAT64 = 2.0**-23, 2.0**-52  # rounding of f, relative
@@ -58,7 +58,7 @@ class LineSearch:
     References: Nocedal & Wright 2006, sections 3.5 (backtracking), 7.2 (L-BFGS), 8.1 (radius of a forward difference).
     """
 
-    def __init__(self, walk: Walk, host: Minimizer, radius: float, *, fixes_eps: bool = False) -> None:
+    def __init__(self, walk: Walk, host: Host, radius: float, *, fixes_eps: bool = False) -> None:
         self.walk, self.host, self.fixes_eps = walk, host, fixes_eps
         self.length = radius  # of the last step
         self.rate: float | None = None  # the last step, as a multiple of the estimate

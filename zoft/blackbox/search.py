@@ -16,13 +16,13 @@ from zoft.estimators.one_sided import OneSided
 from zoft.step.method import Method
 
 if TYPE_CHECKING:
-    from zoft.blackbox.minimizer import Minimizer
+    from zoft.blackbox.host import Host
 
 
 _NOISE_CHECK_FROM = 10  # queries left, of which one may find out whether f is noisy
 
 
-def search(settings: Settings, space: Space, host: Minimizer) -> None:
+def search(settings: Settings, space: Space, host: Host) -> None:
     """Run it; ends with a :class:`zoft.blackbox.ending.Stop`.
 
     Args:
@@ -43,7 +43,7 @@ def search(settings: Settings, space: Space, host: Minimizer) -> None:
         fixed(settings, settings.rate, walk, host)
 
 
-def fixed(settings: Settings, learning_rate: float, walk: Walk, host: Minimizer) -> None:
+def fixed(settings: Settings, learning_rate: float, walk: Walk, host: Host) -> None:
     """x <- x - learning_rate * estimate, to the end of the budget."""
     rule, failed = walk.method.optimizer, 0
     while True:
@@ -70,7 +70,7 @@ _STEPS = 30
 _ORTHOGONAL_TO = 50  # times as many dimensions as directions: beyond it random ones are nearly at right angles
 
 
-def automatic(settings: Settings, walk: Walk, host: Minimizer) -> None:
+def automatic(settings: Settings, walk: Walk, host: Host) -> None:
     """Run with step sizes of its own; ends with a stop.
 
     Args:
@@ -108,7 +108,7 @@ def smoothed(d: int) -> Method:
     return Method.of("full", Central(num_directions=count, across=across))
 
 
-def another(walk: Walk, host: Minimizer, method: Method) -> Walk:
+def another(walk: Walk, host: Host, method: Method) -> Walk:
     """Another composition, from where a walk stands; no direction is used twice."""
     other = Walk(walk.space, method, host.values, walk.seed, walk.step)
     other.put(walk.vector(), walk.session.clean)

@@ -11,7 +11,7 @@ from zoft.blackbox.walk import Walk
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from zoft.blackbox.minimizer import Minimizer
+    from zoft.blackbox.host import Host
 
 _REACH = 4.0  # queries are so many times as far away as the step is long
 _SMALLEST = 1e-10  # length of a step, relative to x, that is believed to be one
@@ -34,7 +34,7 @@ class StepSizeAdaptation:
     References: Ostermeier, Gawelczyk & Hansen 1994 (cumulative step-size adaptation); Hansen & Ostermeier 2001.
     """
 
-    def __init__(self, walk: Walk, host: Minimizer, radius: float, *, fixes_eps: bool = False) -> None:
+    def __init__(self, walk: Walk, host: Host, radius: float, *, fixes_eps: bool = False) -> None:
         self.walk, self.host, self.radius, self.fixes_eps = walk, host, radius, fixes_eps
         self.d = walk.space.num_elements
         self.memory = 1 / (1 + math.sqrt(self.d) / 2)  # c

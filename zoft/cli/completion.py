@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
-from zoft.cli import VERBS
+from zoft.cli.verbs import VERBS
 from zoft.component import GROUPS, components
 from zoft.config.catalog import ORDER, choices, preset_files
 

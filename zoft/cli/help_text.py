@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import textwrap
 
-from zoft.cli import VERBS
+from zoft.cli.verbs import VERBS
 from zoft.config.catalog import ORDER, choices
 
 TOP = """\

@@ -1,0 +1,30 @@
+"""What a search needs of whoever runs it: values at points, the budget, and a place to note what it has found out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from zoft.blackbox.result import Result
+
+
+class Host(Protocol):
+    """Runs a search: :class:`zoft.blackbox.minimizer.Minimizer` is one."""
+
+    budget: int
+
+    @property
+    def left(self) -> int:
+        """Queries of the budget that are left."""
+
+    def values(self, points: list[Any]) -> list[float]:
+        """f at points, NaN where it failed; no more of them than are left."""
+
+    def result(self) -> Result:
+        """Where the search stands."""
+
+    def note(self, **fields: Any) -> None:
+        """Set fields of the :class:`zoft.blackbox.result.Result`."""
+
+    def note_step(self, x: Any, loss: float, learning_rate: float, eps: float, length: float) -> None:
+        """A step has been taken to ``x``, or skipped (``loss`` is NaN)."""
