@@ -50,7 +50,7 @@ FIRST: dict[str, float] = {
     **dict.fromkeys(["adamw", "mezo_svrg", "lozo_m"], 1e-3),
     **dict.fromkeys(["zo_sgd_sign", "meazo", "fzoo", "grzo", "es", "eggroll", "spsa_1_5", "zo_act"], 1e-2),
     **dict.fromkeys(["adamezo", "mezo_adam", "zo_adamu", "bszo"], 1e-2),
-    **dict.fromkeys(["zo_muon", "zo_mopi", "zoft"], 1e-1),
+    **dict.fromkeys(["zo_muon", "zo_mopi", "vectors"], 1e-1),
     **dict.fromkeys(["agzo", "aim_zo", "addax", "senszoq"], 3e-4),
     **dict.fromkeys(["one_point", "deepzero"], 1e-5),
 }

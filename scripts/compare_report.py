@@ -112,8 +112,8 @@ def draw(rows: list[Row], file: Path) -> None:
     figure = Figure(figsize=(13, 8.5), dpi=130, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     colours = dict(REFERENCES)
-    if any(row.method == "zoft" for row in rows):
-        colours["zoft"] = _OURS
+    if any(row.method == "vectors" for row in rows):
+        colours["vectors"] = _OURS
     colours |= dict(zip([row.method for row in rows if row.method not in colours][:4], _TOP, strict=False))
     for row in reversed(rows):
         queries, losses, _ = zip(*row.curve(), strict=True)

@@ -21,13 +21,17 @@ from zoft.weights.tensors import Weights
 NEEDS: dict[tuple[str, str], dict[str, Any]] = {("trainable", "regex"): {"pattern": "norm"}}
 """Fields without which a component cannot be made: (group, name) -> fields."""
 
+OPTIMIZERS = [name for name, cls in components("optimizer").items() if not cls.reads_factors]
+"""Those that work on a tensor's estimate; the others see factors of node gradients."""
+
 DTYPES = {"fp32": float32, "bf16": bfloat16, "fp16": float16}
 
 EVERY = [(group, name) for group in GROUPS for name in components(group)]
 
-SUBSPACES = list(components("subspace"))
+SUBSPACES = [name for name, cls in components("subspace").items() if not cls.moves_outputs]
+"""Those with directions in the weights; node directions have tests of their own (test_nodes.py)."""
 
-QUERYING = [name for name, cls in components("estimator").items() if not cls.backpropagates]
+QUERYING = [name for name, cls in components("estimator").items() if not (cls.backpropagates or cls.makes_factors)]
 """Estimators for which losses at points are all there is: every engine is asked for them."""
 
 
@@ -151,7 +155,7 @@ def composes(**parts: str) -> bool:
 
 PAIRS = [
     (optimizer, subspace)
-    for optimizer in components("optimizer")
+    for optimizer in OPTIMIZERS
     for subspace in SUBSPACES
     if (subspace in ("full", "low_rank") or optimizer in ("sgd", "momentum"))
     and composes(optimizer=optimizer, subspace=subspace)

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from tests.models import batch_for, tiny_opt
+from tests.node_reader import ModelReader
 from zoft.config import compose
 from zoft.config.catalog import first_comment, preset_files
 from zoft.lm.data.rows import examples_of, of_lengths
+from zoft.step.nodes import NodeQueries
 from zoft.step.query import Queries
 from zoft.step.update import ZOOptimizer
 from zoft.weights.tensors import Weights
@@ -149,13 +151,15 @@ class Steps:
             examples=examples_of,
             select=lambda batch, lengths: of_lengths(batch, *lengths),
             batches=lambda count: [self.batch] * count,
+            nodes=NodeQueries(self.session, ModelReader(self.model)) if self.method.estimator.makes_factors else None,
         )
 
     def bytes_kept(self):
         """Of all tensors that are kept from step to step: the optimizer's state, an anchor, bases and masks."""
         of_a_step = ("weights", "source", "_kept", "_drawn", "_overlap", "_last_basis")
         subspace = [value for key, value in vars(self.session.coordinates).items() if key not in of_a_step]
-        kept = tensors_in([self.stepper.moments, self.session.anchor, subspace])
+        moments = {} if self.method.optimizer.reads_factors else self.stepper.moments  # of the batches' size
+        kept = tensors_in([moments, self.session.anchor, subspace])
         return sum({(t.data_ptr(), t.numel() * t.element_size()): t.numel() * t.element_size() for t in kept}.values())
 
     def loss(self):

@@ -92,14 +92,19 @@ def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", *
 def killed_at(folder, method, step, **given):
     """Train until the queries of a step, then be gone in the middle of them."""
     one = trainer(folder, method, **given)
-    compute = one.compute_loss
 
-    def counted(*args, **kwargs):
-        if one.progress.steps == step and one.model.training is False and hasattr(one, "_called"):
-            raise Killed
-        return compute(*args, **kwargs)
+    def killing(compute):
+        def counted(*args, **kwargs):
+            if one.progress.steps == step and one.model.training is False and hasattr(one, "_called"):
+                raise Killed
+            return compute(*args, **kwargs)
 
-    one.compute_loss = counted
+        return counted
+
+    one.compute_loss = killing(one.compute_loss)
+    one.create_optimizer()
+    if one.queries.nodes is not None:  # reads the objective position by position
+        one.queries.nodes.reader.read = killing(one.queries.nodes.reader.read)
     with pytest.raises(Killed):
         one.train()
 
@@ -159,7 +164,11 @@ def resume_and_compare(whole, folder, method, step, **given):
     compute = resumed.compute_loss
 
     def counted(*args, **kwargs):
-        assert resumed.progress.steps >= step or resumed.method.estimator.backpropagates, "a forward pass in a replay"
+        assert (
+            resumed.progress.steps >= step
+            or resumed.method.estimator.backpropagates
+            or resumed.method.estimator.makes_factors
+        ), "a forward pass in a replay"
         return compute(*args, **kwargs)
 
     resumed.compute_loss = counted

@@ -12,6 +12,7 @@ from torch import nn
 from tests.contract.discovered import (
     CELLS,
     DTYPES,
+    OPTIMIZERS,
     OWN_CELLS,
     PAIRS,
     SUBSPACES,
@@ -155,7 +156,7 @@ def test_a_step_writes_every_element_of_what_moves_once_and_no_other(subspace, q
 
 
 STILL = [
-    *[(optimizer, "full", dtype, "counter") for optimizer in components("optimizer") for dtype in DTYPES],
+    *[(optimizer, "full", dtype, "counter") for optimizer in OPTIMIZERS for dtype in DTYPES],
     *[("sgd", subspace, dtype, "counter") for subspace in SUBSPACES if subspace != "full" for dtype in DTYPES],
     *[(*pair, "bf16", "counter") for pair in PAIRS if pair[0] != "sgd" and pair[1] != "full"],
     *[("sgd", s, "fp32", noise) for s in SUBSPACES for noise in SOURCES if noise != "counter" and draws_from(s, noise)],
@@ -212,7 +213,7 @@ def test_a_saved_state_continues_bit_for_bit(optimizer, subspace, dtype, chunk, 
             assert tensor.shape == shapes[key]
 
 
-@pytest.mark.parametrize("optimizer", components("optimizer"))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_saved_state_is_not_changed_by_what_follows(optimizer):
     run = Run(optimizer)
     run.step()

@@ -189,7 +189,7 @@ class ZoftConfig:
         self.composition.check_budget(self.budget.queries)
         self._check_engine()
         self._check_gradient()
-        if self.trainer.get("max_grad_norm") and self.estimator.backpropagates:
+        if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or self.estimator.makes_factors):
             raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
 
     @property

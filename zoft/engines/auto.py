@@ -9,6 +9,7 @@ from zoft.engines.base import Engine
 from zoft.engines.forward_mode import ForwardMode
 from zoft.engines.in_place import InPlace
 from zoft.engines.layerwise import Layerwise
+from zoft.engines.nodes import Nodes
 from zoft.engines.side_path import SidePath
 from zoft.estimators.base import Estimator
 from zoft.noise.direction import Direction
@@ -24,13 +25,15 @@ _FEW = 0.05  # of the model's numbers: adapters, norms and biases
 class Auto(Engine):
     """Chooses the engine that fits the estimator, the directions and the share of the model that is trained.
 
-    forward_mode for exact derivatives, in_place for noise=torch_sequential, side_path for low-rank directions and where
-    5 % of the model or less moves (adapters, norms), and layerwise otherwise.
+    nodes for layers' outputs, forward_mode for exact derivatives, in_place for noise=torch_sequential, side_path for
+    low-rank directions and where 5 % of the model or less moves (adapters, norms), and layerwise otherwise.
     """
 
     def choose(self, estimator: Estimator, coordinates: BoundSubspace, model: nn.Module) -> Engine:
         """The engine for this estimator, these coordinates and this model."""
         direction = Direction(0, 0)
+        if estimator.makes_factors:
+            return Nodes()
         if any(point.derivative for point in estimator.points([direction] * estimator.num_directions)):
             return ForwardMode()
         if estimator.noise == "torch_sequential":

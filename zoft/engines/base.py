@@ -33,8 +33,13 @@ class Engine(Component):
     """How losses at points are computed."""
 
     def choose(self, estimator: Estimator, coordinates: BoundSubspace, model: nn.Module) -> Engine:
-        """The engine that serves these: itself, unless it is ``auto``."""
-        del estimator, coordinates, model
+        """The engine that serves these: itself, unless it is ``auto``.
+
+        Raises:
+            UserError: it serves no such estimator.
+        """
+        del coordinates, model
+        check_outputs(self.name(), estimator)
         return self
 
     def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> Session:
@@ -270,6 +275,19 @@ def memory_errors_say(mend: str) -> Iterator[None]:
         raise OutOfMemoryError(
             f"{message} The weights are what they were. Lower trainer.per_device_train_batch_size, or {mend}"
         ) from error
+
+
+def check_outputs(engine: str, estimator: Estimator) -> None:
+    """Refuse an engine that perturbs weights where layers' outputs are perturbed, and the other one elsewhere."""
+    if estimator.makes_factors and engine not in ("auto", "nodes"):
+        raise UserError(
+            f"engine={engine} perturbs weights, and estimator={estimator.name()} perturbs layers' outputs: choose "
+            "engine=auto"
+        )
+    if engine == "nodes" and not estimator.makes_factors:
+        raise UserError(
+            f"engine=nodes perturbs layers' outputs, and estimator={estimator.name()} moves weights: choose engine=auto"
+        )
 
 
 def of_example(point: Point, index: int) -> Point:

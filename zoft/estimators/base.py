@@ -83,6 +83,9 @@ class Estimator(Component):
     backpropagates: ClassVar[bool] = False
     """Whether some of the gradient comes from a backward pass."""
 
+    makes_factors: ClassVar[bool] = False
+    """Whether the estimate comes as factors (gradients of layers' outputs, their inputs) and not along directions."""
+
     measures_slopes: ClassVar[bool] = True
     """Whether each projected gradient is the slope along its own direction, and not only right on average."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoft.component import Component
 from zoft.noise.direction import Direction
+from zoft.optimizers._factors import Factors
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import torch
 
@@ -98,6 +99,9 @@ class Optimizer(Component):
     shapes_directions: ClassVar[bool] = False
     """Whether :meth:`shape` makes something of the directions before they are used."""
 
+    reads_factors: ClassVar[bool] = False
+    """Whether :meth:`steps` makes the steps of all tensors from factors of their gradients."""
+
     needs_curvature: ClassVar[bool] = False
     """Whether it needs an estimator that measures curvature along the directions."""
 
@@ -164,6 +168,19 @@ class Optimizer(Component):
 
     def update(self, gradient: Tensor, state: State, step: int) -> Tensor:
         """The same for rules that need no more than the estimate itself, flat; it may be overwritten."""
+        raise NotImplementedError
+
+    def steps(
+        self, factors: Mapping[str, Factors], states: Mapping[str, State], loss: float, lr: float
+    ) -> dict[str, Factors]:
+        """The steps of all tensors from the factors of their gradients, where :attr:`reads_factors`.
+
+        Args:
+            factors: by tensor.
+            states: of the same tensors; updated in place.
+            loss: the clean loss.
+            lr: the learning rate.
+        """
         raise NotImplementedError
 
     # ---- directions shaped by the state ------------------------------------------------------------------------------

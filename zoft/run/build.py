@@ -10,6 +10,7 @@ from zoft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
+    from zoft.lm.models.trainable.base import Trainable
     from zoft.trainer.trainer import ZOTrainer
 
 
@@ -64,8 +65,16 @@ def load_model_of(cfg: ZoftConfig) -> Any:
         seed=cfg.seed,
     )
     model = cfg.peft.wrap(model, cfg.seed)
-    cfg.trainable.apply(model)
+    _trainable_of(cfg).apply(model)
     return model
+
+
+def _trainable_of(cfg: ZoftConfig) -> Trainable:
+    """What is trained; ``auto`` is the last block where layers' outputs move: there it pays most (docs/nodes.md)."""
+    from zoft.lm.models.trainable.last_blocks import LastBlocks
+
+    own = cfg.trainable.name() != "auto" or cfg.peft.name() != "none" or not cfg.subspace.moves_outputs
+    return cfg.trainable if own else LastBlocks(num_blocks=1)
 
 
 def tokenizer_of(cfg: ZoftConfig) -> Any:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from zoft.engines.base import Backward
 from zoft.estimators.base import Estimator, Measured, Point
+from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
 from zoft.step.method import BACKWARD, Method
+from zoft.step.nodes import NodeQueries
 from zoft.step.update import ZOOptimizer
 
 
@@ -57,6 +59,7 @@ class Queries:
         places: (batch, how many examples) -> for every process, the places of its examples in the batch of all.
         on_observation: is told (step, what the subspace has seen) where it has looked at the model before the queries.
         rank: number of this process.
+        nodes: asks for node gradients, where the estimator makes its estimate of them.
     """
 
     method: Method
@@ -70,6 +73,7 @@ class Queries:
     places: Callable[[Any, int], list[list[int]]] = field(default=lambda batch, count: [list(range(count))])
     on_observation: Callable[[int, dict[str, Any]], None] | None = None
     rank: int = 0
+    nodes: NodeQueries | None = None
 
     def __post_init__(self) -> None:
         scalars = self.stepper.scalars
@@ -97,12 +101,14 @@ class Queries:
             looked_at: whether somebody may look at the weights before the step is written.
         """
         estimator, scalars = estimator or self.method.estimator, self.stepper.scalars
-        self.stepper.pending = self.stepper.backward = self.stepper.curvatures = None
+        self.stepper.pending = self.stepper.backward = self.stepper.curvatures = self.stepper.factors = None
         before = copy.deepcopy({part: scalars[part] for part in ("estimator", "weighting")})
         usable = False
         try:
             clean = self._begin(batch, directions[0])
-            if estimator.backpropagates:
+            if estimator.makes_factors:
+                asked = self._of_nodes(batch, directions[0], estimator)
+            elif estimator.backpropagates:
                 asked = self._with_gradient(batch, directions, estimator)
             else:
                 asked = self._all(batch, directions, estimator, clean, lr=lr, looked_at=looked_at)
@@ -110,7 +116,7 @@ class Queries:
         finally:
             if not usable:  # a step that comes to nothing is not remembered either
                 scalars.update(before)
-                self.stepper.pending = self.stepper.backward = self.stepper.curvatures = None
+                self.stepper.pending = self.stepper.backward = self.stepper.curvatures = self.stepper.factors = None
         if estimator.batches_at(directions[0].step) and usable:
             self.session.keep_anchor()
         return replace(asked, num_queries=asked.num_queries + self._scored)
@@ -135,6 +141,15 @@ class Queries:
             usable, more = self._try_the_step(batch, float(measured.loss) if estimator.asks_clean_loss else None, lr)
             queries += more
         return Asked(losses, measured, float(measured.loss), queries, usable)
+
+    def _of_nodes(self, batch: Any, direction: Direction, estimator: Estimator) -> Asked:
+        """The estimate as factors: gradients of layers' outputs, and the inputs that they belong to."""
+        assert self.nodes is not None
+        assert isinstance(estimator, Nodes)
+        found = self.nodes(batch, direction, estimator)
+        if found.usable:
+            self.stepper.pending, self.stepper.factors, self.stepper.loss = [], found.factors, found.loss
+        return Asked(torch.tensor([found.loss]), None, found.loss, found.num_queries, found.usable)
 
     def _begin(self, batch: Any, direction: Direction) -> Tensor | None:
         """Settle what the directions of the step depend on; the clean loss, where that took a forward."""

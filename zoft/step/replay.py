@@ -32,8 +32,8 @@ def put_record(
         )
     if record.computed:
         raise UserError(
-            f"step {record.step} was made with a backward pass (estimator={method.estimator.name()}), and a gradient "
-            "is not in the journal: resume from a checkpoint"
+            f"step {record.step} was made of a gradient (estimator={method.estimator.name()}), which is not in the "
+            "journal: resume from a checkpoint"
         )
     coordinates = stepper.coordinates
     coordinates.begin(directions[0])
@@ -43,7 +43,7 @@ def put_record(
     named = [Direction(*which) for which in record.extra.get("directions", ())] or directions
     stepper.pending = None if record.skipped else list(zip(named, record.coefficients, strict=True))
     stepper.curvatures = list(record.curvatures) or None
-    stepper.backward = None
+    stepper.backward = stepper.factors = None
     stepper.scalars.update(record.extra.get("scalars", {}))
     if method.estimator.batches_at(record.step) and not record.skipped:
         stepper.session.keep_anchor()

@@ -20,6 +20,7 @@ from zoft.engines.base import Backward, Session
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
 from zoft.noise.source import CounterNoise
+from zoft.optimizers._factors import Factors
 from zoft.optimizers.base import Estimate, Optimizer, Term
 from zoft.step.progress import Progress, Sum
 from zoft.subspaces.base import BoundSubspace
@@ -54,6 +55,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.progress = Progress()
         self.pending: list[Term] | None = None
         self.curvatures: list[float] | None = None  # along the pending directions, where they were measured
+        self.factors: dict[str, Factors] | None = None  # the pending estimate, where it comes as factors
+        self.loss = 0.0  # the clean loss that belongs to them
         self.backward: Backward | None = None  # gives the gradients that are to be added to the pending estimate
         self.moments: dict[str, dict[str, Tensor]] = {}
         self.masters: dict[str, Tensor] = {}  # name -> float32, flat
@@ -139,12 +142,22 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         if backward is not None:
             backward(write)
+        factors, self.factors = self.factors, None
+        for name, factor in self._steps_of(factors or {}, float(self.param_groups[0]["lr"])).items():
+            write(name, factor.dense())
         for name in list(left):
             write(name)
         self.session.settle()
         if self.rule.history_length:
             self.records = [*self.records, terms][-self.rule.history_length :]
         self.curvatures = None
+
+    def _steps_of(self, factors: dict[str, Factors], lr: float) -> dict[str, Factors]:
+        """What the rule makes of all factors together; themselves where it works on tensors."""
+        if not factors or not self.rule.reads_factors:
+            return factors
+        with torch.no_grad():
+            return self.rule.steps(factors, {name: self._moments(name) for name in factors}, self.loss, lr)
 
     def _move(
         self,

@@ -53,6 +53,9 @@ class Subspace(Component):
     in_one_process: ClassVar[bool] = False
     """Whether its directions follow the rows of one process alone, so that a run cannot have several."""
 
+    moves_outputs: ClassVar[bool] = False
+    """Whether directions are of layers' outputs, and not of the weights."""
+
     laws: ClassVar[tuple[str, ...]] = LAWS
     """The laws that it draws by."""
 

@@ -329,7 +329,9 @@ class Journaled(_Base):
         scalars = {part: stepper.scalars[part] for part in ("estimator", "weighting") if stepper.scalars.get(part)}
         if scalars:
             extra["scalars"] = scalars
-        flags = SKIPPED * (stepper.pending is None) + COMPUTED * (stepper.backward is not None)
+        flags = SKIPPED * (stepper.pending is None) + COMPUTED * (
+            stepper.backward is not None or stepper.factors is not None
+        )
         self.journal.append(
             Record(
                 step=step,

@@ -25,6 +25,7 @@ from zoft.component import create
 from zoft.engines._frozen_prefix import FrozenPrefix
 from zoft.engines._lockstep import alone
 from zoft.engines.base import Engine, Session
+from zoft.engines.nodes import NodeSession
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.base import Estimator
 from zoft.lm.data.rows import examples_of, groups_of, of_lengths
@@ -36,6 +37,7 @@ from zoft.lm.objectives.base import Objective
 from zoft.noise.direction import Direction, step_seed
 from zoft.optimizers.base import Optimizer
 from zoft.step.method import NOTHING_TO_CLIP, Method
+from zoft.step.nodes import NodeQueries
 from zoft.step.progress import Progress
 from zoft.step.query import Asked, Queries
 from zoft.step.update import ZOOptimizer
@@ -47,6 +49,7 @@ from zoft.trainer.epochs import WholeSteps
 from zoft.trainer.guard import RolledBack, outlier
 from zoft.trainer.journaling import Journaled
 from zoft.trainer.loss import Inputs, LossAveraging, with_float32_losses
+from zoft.trainer.readout import TrainerReader
 from zoft.utils.random_state import global_random_state_kept
 from zoft.weightings.base import Weighting
 from zoft.weights.rounding import Rounding
@@ -142,7 +145,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             setattr(args, name, chosen)
         if self.method.optimizer.scale_with_directions:
             args.learning_rate *= self.method.estimator.num_directions
-        if args.max_grad_norm and self.method.estimator.backpropagates:
+        if args.max_grad_norm and (self.method.estimator.backpropagates or self.method.estimator.makes_factors):
             raise UserError(NOTHING_TO_CLIP.format(self.method.estimator.name()))
         queries = getattr(args, "budget_queries", None)
         if queries is not None and args.max_steps <= 0:
@@ -423,7 +426,15 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             places=self._places,
             on_observation=self._journal_look,
             rank=self.args.process_index,
+            nodes=self._node_queries(stepper.session),
         )
+
+    def _node_queries(self, session: Session) -> NodeQueries | None:
+        """What asks for node gradients, where the method is made of them."""
+        if not isinstance(session, NodeSession):
+            return None
+        gather = None if self.accelerator.num_processes == 1 else self._gather
+        return NodeQueries(session, TrainerReader(self), gather, self.args.process_index)
 
     def _batches(self, count: int) -> Iterator[list[Inputs]]:
         """So many batches of the training rows, in an order of their own."""

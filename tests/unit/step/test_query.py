@@ -22,7 +22,7 @@ from zoft.step.query import Queries
 from zoft.step.update import ZOOptimizer
 from zoft.weights.tensors import Weights
 
-QUERYING = [name for name, cls in components("estimator").items() if not cls.backpropagates]
+QUERYING = [name for name, cls in components("estimator").items() if not (cls.backpropagates or cls.makes_factors)]
 
 
 class Bowl(nn.Module):

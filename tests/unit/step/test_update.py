@@ -27,7 +27,7 @@ from zoft.subspaces.full import Full
 from zoft.subspaces.low_rank import LowRank
 from zoft.weights.tensors import Weights
 
-RULES = list(components("optimizer"))
+RULES = [name for name, cls in components("optimizer").items() if not cls.reads_factors]
 SHAPING = [name for name, cls in components("optimizer").items() if cls.shapes_directions]
 
 

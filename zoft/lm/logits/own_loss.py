@@ -56,7 +56,7 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 def is_known(model: nn.Module, inputs: Inputs) -> bool:
     """Whether nothing would have to be tried before the loss of these inputs is computed."""
-    return _way_of_calling(model, inputs) in _agrees.get(model, {}) or not _could_be_served(model, inputs)
+    return _way_of_calling(model, inputs) in _agrees.get(model, {}) or not could_be_served(model, inputs)
 
 
 def _way_of_calling(model: nn.Module, inputs: Inputs) -> tuple[object, ...]:
@@ -66,7 +66,7 @@ def _way_of_calling(model: nn.Module, inputs: Inputs) -> tuple[object, ...]:
 
 
 def _is_served(model: nn.Module, inputs: Inputs) -> bool:
-    if not _could_be_served(model, inputs):
+    if not could_be_served(model, inputs):
         return False
     way, known = _way_of_calling(model, inputs), _agrees.setdefault(model, {})
     if way not in known:
@@ -78,7 +78,8 @@ def _is_served(model: nn.Module, inputs: Inputs) -> bool:
     return known[way]
 
 
-def _could_be_served(model: nn.Module, inputs: Inputs) -> bool:
+def could_be_served(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether this is a causal model's loss of labels for its own tokens."""
     ids, labels = inputs.get("input_ids"), inputs.get("labels")
     if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
         return False
@@ -87,13 +88,13 @@ def _could_be_served(model: nn.Module, inputs: Inputs) -> bool:
 
 def _loss_of_labels(model: nn.Module, inputs: Inputs) -> Tensor:
     rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
-    places, targets = _predictions(inputs["labels"])
+    places, targets = predictions(inputs["labels"])
     total = -log_probs_at(model, rest, places, targets).sum() if len(places) else inputs["labels"].new_zeros(()).float()
     count = inputs.get("num_items_in_batch")
     return total / (len(places) if count is None else torch.as_tensor(count, device=total.device))
 
 
-def _predictions(labels: Tensor) -> tuple[Positions, Tensor]:
+def predictions(labels: Tensor) -> tuple[Positions, Tensor]:
     """Where the labelled tokens are predicted, one position before each, and which they are."""
     row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     return Positions(row, column - labels.shape[1]), labels[row, column + 1]
@@ -101,7 +102,7 @@ def _predictions(labels: Tensor) -> tuple[Positions, Tensor]:
 
 def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
     """Whether the model's loss is this one; None where the batch does not tell: no label, or nothing finite."""
-    places, _ = _predictions(inputs["labels"])
+    places, _ = predictions(inputs["labels"])
     if not len(places):
         return None
     rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
@@ -179,7 +180,7 @@ def _difference(output: Any, calls: list[_LossCall], piece: Inputs) -> str | Non
     # A term that is zero here may not be so later: the very tensor comes back, and nothing was written into it.
     if loss.device == call.returned.device and (loss is not call.returned or loss._version != call.version):
         return "it goes on computing with its cross-entropy"
-    places, targets = _predictions(piece["labels"])
+    places, targets = predictions(piece["labels"])
     total = torch.nn.functional.cross_entropy(places.of(logits).float(), targets, reduction="sum")
     plain = float(total) / float(piece.get("num_items_in_batch", len(places)))
     off = abs(plain - call.loss)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zoft.lm.logits.call import arguments
 from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import log_probs_at
+from zoft.lm.objectives._readout import Readout, of_hidden, of_losses
 from zoft.lm.objectives.base import Batch
 from zoft.utils.lazy import torch
 
@@ -34,11 +35,34 @@ def log_probs_of_counted(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor
     Returns:
         float32 [N], row by row, and the row of each, int64 [N].
     """
+    places, targets = predicted(batch)
+    inputs = arguments(model, batch["input_ids"], batch["attention_mask"])
+    return log_probs_at(model, inputs, places, targets), places.row
+
+
+def predicted(batch: Batch) -> tuple[Positions, Tensor]:
+    """The positions that predict the tokens that count, row by row, and those tokens [N]."""
     labels = batch["labels"][:, 1:]
     row, column = (labels >= 0).nonzero(as_tuple=True)
-    places = Positions(row, column - batch["labels"].shape[1])  # the position before the token predicts it
-    inputs = arguments(model, batch["input_ids"], batch["attention_mask"])
-    return log_probs_at(model, inputs, places, labels[row, column]), row
+    return Positions(row, column - batch["labels"].shape[1]), labels[row, column]  # the position before predicts it
+
+
+def readout_of_tokens(
+    model: nn.Module, inputs: dict[str, Any], places: Positions, targets: Tensor, feedback: str
+) -> Readout:
+    """The loss of each token is a term of its own.
+
+    Args:
+        model: any causal language model.
+        inputs: its keyword arguments.
+        places: N positions.
+        targets: [N] the tokens predicted there.
+        feedback: hidden or loss.
+    """
+    unit = torch.arange(len(places), device=targets.device)
+    if feedback == "hidden":
+        return of_hidden(model, inputs, places, unit, terms=lambda log_probs: -log_probs, targets=targets)
+    return of_losses(-log_probs_at(model, inputs, places, targets), unit)
 
 
 def predictions_of_counted(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

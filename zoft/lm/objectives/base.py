@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.component import Component
+from zoft.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from zoft.lm.logits.head import Positions
+    from zoft.lm.objectives._readout import Readout
 
 Batch = dict[str, Any]
 
@@ -49,6 +53,28 @@ class Objective(Component):
         All queries of a step must call it alike, because engines reuse from one what the next would compute again.
         """
         del model, batch
+
+    @property
+    def feedbacks(self) -> tuple[str, ...]:
+        """What :meth:`readout` can be asked for, the best one first; empty where positions cannot be told apart."""
+        return ()
+
+    def places(self, model: nn.Module, batch: Batch) -> Positions:
+        """The positions that the loss is read from, in the order of :meth:`readout`."""
+        raise UserError(
+            f"objective={self.name()} does not say which positions its loss is read from, and subspace=nodes moves "
+            "those alone: use objective=options or cross_entropy, or method=mezo"
+        )
+
+    def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
+        """One forward, told position by position (:mod:`zoft.lm.objectives._readout`).
+
+        Args:
+            model: what is called.
+            batch: as for :meth:`loss`, without packed rows.
+            feedback: one of :attr:`feedbacks`.
+        """
+        raise NotImplementedError
 
     def num_terms(self, batch: Batch) -> int:
         """How many terms (examples, or tokens) the mean of :meth:`loss` is over: the weight of a micro-batch."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zoft.lm.logits.call import called
+from zoft.errors import UserError
+from zoft.lm.logits.call import called, inner
+from zoft.lm.logits.head import Positions
+from zoft.lm.objectives._readout import Readout, of_log_odds, of_losses, of_scores
 from zoft.lm.objectives.base import Batch, Objective
 from zoft.utils.lazy import torch
 
@@ -33,3 +36,44 @@ class Classes(Objective):
         """(loss, logits of the classes [B, C], gold class [B])."""
         scores = called(model, {name: batch[name] for name in ("input_ids", "attention_mask")}).float()
         return torch.nn.functional.cross_entropy(scores, batch["labels"]), scores, batch["labels"]
+
+    @property
+    def feedbacks(self) -> tuple[str, ...]:
+        """Scores of classes; losses alone."""
+        return ("scores", "log_odds", "loss")
+
+    def places(self, model: nn.Module, batch: Batch) -> Positions:
+        """The position that the head reads."""
+        return read_by_head(model, batch)
+
+    def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
+        """One position an example."""
+        _, scores, gold = self.predict(model, batch)
+        return of_classes(scores, gold, feedback)
+
+
+def of_classes(scores: Tensor, gold: Tensor, feedback: str) -> Readout:
+    """A classifier's logits [B, C], told as ``feedback`` asks."""
+    found = of_scores(scores, gold, torch.arange(scores.shape[1], device=scores.device))
+    if feedback == "scores":
+        return found
+    return of_log_odds(found.losses, gold) if feedback == "log_odds" else of_losses(found.losses, found.unit)
+
+
+def read_by_head(model: nn.Module, batch: Batch) -> Positions:
+    """Which position a sequence classifier reads: an encoder's first, else the last token of each row."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = inner(model).config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"subspace=nodes does not know which positions the classifier of {type(inner(model)).__name__} reads: use "
+            "a decoder or an encoder, or method=mezo"
+        )
+    ids = batch["input_ids"]
+    rows, length = torch.arange(len(ids), device=ids.device), ids.shape[1]
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return Positions(rows, torch.full_like(rows, -length))
+    steps = torch.arange(length, device=ids.device)
+    last = (batch["attention_mask"] * steps).argmax(1)
+    return Positions(rows, last - length)

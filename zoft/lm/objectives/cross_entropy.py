@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.lm.logits.call import arguments
+from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import log_probs_at
 from zoft.lm.logits.support import is_known
-from zoft.lm.objectives._counted import is_counted, log_probs_of_counted, num_counted, predictions_of_counted
+from zoft.lm.objectives._counted import (
+    is_counted,
+    log_probs_of_counted,
+    num_counted,
+    predicted,
+    predictions_of_counted,
+    readout_of_tokens,
+)
+from zoft.lm.objectives._readout import Readout
 from zoft.lm.objectives._written import is_written, predictions_of_written
 from zoft.lm.objectives.base import Batch, Objective
 from zoft.lm.objectives.options import Options, answers, ends, gold_of, group_sizes, option_log_probs
@@ -52,14 +61,29 @@ class CrossEntropy(Objective):
         """Mean negative log-probability of the gold tokens."""
         if is_counted(batch):
             return -log_probs_of_counted(model, batch)[0].mean()
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        if "option_tokens" in batch:
-            places, targets = ends(batch), batch["option_tokens"].gather(1, gold_of(batch).unsqueeze(1)).squeeze(1)
+        rows, places, targets = _right_tokens(batch)
+        inputs = arguments(model, rows["input_ids"], rows["attention_mask"])
+        return -log_probs_at(model, inputs, places, targets).mean()
+
+    @property
+    def feedbacks(self) -> tuple[str, ...]:
+        """The last hidden state, and each token's loss."""
+        return ("hidden", "loss")
+
+    def places(self, model: nn.Module, batch: Batch) -> Positions:
+        """Where the tokens that count are predicted."""
+        del model
+        return predicted(batch)[0] if is_counted(batch) else _in_all_rows(batch, _right_tokens(batch)[1])
+
+    def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
+        """One position a token."""
+        if is_counted(batch):
+            places, targets = predicted(batch)
         else:
-            rows = _gold_rows(batch)
-            ids, mask = ids[rows], mask[rows]
-            places, targets = answers(ids, batch["option_len"][rows])
-        return -log_probs_at(model, arguments(model, ids, mask), places, targets).mean()
+            _, places, targets = _right_tokens(batch)
+            places = _in_all_rows(batch, places)
+        inputs = arguments(model, batch["input_ids"], batch["attention_mask"])
+        return readout_of_tokens(model, inputs, places, targets, feedback)
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, option scores [B, O], gold index [B]), all from one forward.
@@ -79,6 +103,23 @@ class CrossEntropy(Objective):
             of_rows = log_probs.split(batch["option_len"].tolist())
             tokens = torch.cat([of_rows[row] for row in _gold_rows(batch)])
         return -tokens.mean(), scores, gold
+
+
+def _right_tokens(batch: Batch) -> tuple[Batch, Positions, Tensor]:
+    """(the rows with right answers, the positions in them that predict an answer's tokens, those tokens)."""
+    rows = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if "option_tokens" in batch:
+        return rows, ends(batch), batch["option_tokens"].gather(1, gold_of(batch).unsqueeze(1)).squeeze(1)
+    right = _gold_rows(batch)
+    rows = {name: value[right] for name, value in rows.items()}
+    return rows, *answers(rows["input_ids"], batch["option_len"][right])
+
+
+def _in_all_rows(batch: Batch, places: Positions) -> Positions:
+    """The same positions, their rows counted in the whole batch."""
+    if "option_tokens" in batch:
+        return places
+    return Positions(torch.tensor(_gold_rows(batch), device=places.row.device)[places.row], places.column)
 
 
 def _gold_rows(batch: Batch) -> list[int]:

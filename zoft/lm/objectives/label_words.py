@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import logits_at
 from zoft.lm.logits.support import is_known
+from zoft.lm.objectives._readout import Readout, of_log_odds, of_losses, of_scores
 from zoft.lm.objectives.base import Batch, Objective
 from zoft.utils.lazy import torch
 
@@ -42,9 +43,30 @@ class LabelWords(Objective):
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, logits of the words [B, C], gold index [B])."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        rows = torch.arange(len(batch["labels"]), device=batch["labels"].device)
-        masks = Positions(rows, batch["mask_position"] - batch["input_ids"].shape[1])
         words, index = batch["word_ids"].unique(return_inverse=True)
-        scores = logits_at(model, inputs, masks, words).gather(1, index)
+        scores = self._logits(model, batch, words).gather(1, index)
         return torch.nn.functional.cross_entropy(scores, batch["labels"]), scores, batch["labels"]
+
+    @property
+    def feedbacks(self) -> tuple[str, ...]:
+        """Scores of words; losses alone."""
+        return ("scores", "log_odds", "loss")
+
+    def places(self, model: nn.Module, batch: Batch) -> Positions:
+        """The masks."""
+        del model
+        rows = torch.arange(len(batch["labels"]), device=batch["labels"].device)
+        return Positions(rows, batch["mask_position"] - batch["input_ids"].shape[1])
+
+    def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
+        """One position an example."""
+        words, index = batch["word_ids"].unique(return_inverse=True)
+        gold = batch["labels"]
+        found = of_scores(self._logits(model, batch, words), gold, words, index)
+        if feedback == "log_odds":
+            return of_log_odds(found.losses, batch["word_ids"].gather(1, gold.unsqueeze(1)).squeeze(1))
+        return found if feedback == "scores" else of_losses(found.losses, found.unit)
+
+    def _logits(self, model: nn.Module, batch: Batch, words: Tensor) -> Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return logits_at(model, inputs, self.places(model, batch), words)

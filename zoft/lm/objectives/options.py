@@ -10,6 +10,7 @@ from zoft.lm.logits import support as heads
 from zoft.lm.logits.call import arguments
 from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import log_probs_at, logits_at
+from zoft.lm.objectives._readout import Readout, of_hidden, of_log_odds, of_losses, of_scores, of_sequences
 from zoft.lm.objectives.base import Batch, Objective
 from zoft.utils.lazy import torch
 
@@ -64,6 +65,21 @@ class Options(Objective):
         """(loss, scores [B, O], gold index [B]); options that an example lacks score -inf."""
         return self.ranked(batch, option_log_probs(model, batch))
 
+    @property
+    def feedbacks(self) -> tuple[str, ...]:
+        """Scores of options; losses alone; the last hidden state."""
+        return ("scores", "hidden", "log_odds", "loss")
+
+    def places(self, model: nn.Module, batch: Batch) -> Positions:
+        """Where option tokens are predicted."""
+        del model
+        return ends(batch) if "option_tokens" in batch else answers(batch["input_ids"], batch["option_len"])[0]
+
+    def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
+        """From options of one token, or of several."""
+        read = _of_tokens if "option_tokens" in batch else _of_sequences
+        return read(model, batch, feedback)
+
     def ranked(self, batch: Batch, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What :meth:`predict` returns, from what :func:`option_log_probs` does."""
         scores, gold = log_probs, gold_of(batch)
@@ -72,6 +88,46 @@ class Options(Objective):
             examples = means.split(group_sizes(batch["num_options"]))
             scores = torch.nn.utils.rnn.pad_sequence(list(examples), batch_first=True, padding_value=-torch.inf)
         return torch.nn.functional.cross_entropy(scores, gold), scores, _counted(batch, scores, gold)
+
+
+def _of_tokens(model: nn.Module, batch: Batch, feedback: str) -> Readout:
+    """One position an example."""
+    candidates, index = batch["option_tokens"].unique(return_inverse=True)
+    gold, inputs, places = gold_of(batch), _inputs(model, batch), ends(batch)
+    if feedback == "hidden":
+        cross_entropy = torch.nn.functional.cross_entropy
+        return of_hidden(
+            model, inputs, places, torch.arange(len(gold), device=gold.device),
+            terms=lambda logits: cross_entropy(logits.gather(1, batch["option_tokens"]), gold, reduction="none"),
+        )  # fmt: skip
+    found = of_scores(logits_at(model, inputs, places, candidates), gold, candidates, index)
+    if feedback == "scores":
+        return found
+    if feedback == "log_odds":
+        return of_log_odds(found.losses, batch["option_tokens"].gather(1, gold.unsqueeze(1)).squeeze(1))
+    return of_losses(found.losses, found.unit)
+
+
+def _of_sequences(model: nn.Module, batch: Batch, feedback: str) -> Readout:
+    """Every token of every option has its position."""
+    places, targets = answers(batch["input_ids"], batch["option_len"])
+    lengths, groups, inputs = batch["option_len"], group_sizes(batch["num_options"]), _inputs(model, batch)
+
+    def told(log_probs: Tensor) -> Readout:
+        return of_sequences(log_probs, targets, lengths, groups, gold_of(batch))
+
+    if feedback == "hidden":
+        unit = told(torch.zeros(len(places), device=targets.device)).unit
+        return of_hidden(model, inputs, places, unit, terms=lambda p: told(p).losses, targets=targets)
+    found = told(log_probs_at(model, inputs, places, targets))
+    if feedback == "scores":
+        return found
+    if feedback == "log_odds":
+        odds = of_log_odds(found.losses, gold_of(batch))
+        return Readout(
+            odds.values[found.unit], odds.slopes[found.unit], found.keys, odds.columns, found.losses, found.unit
+        )  # fmt: skip
+    return of_losses(found.losses, found.unit)
 
 
 def _counted(batch: Batch, scores: Tensor, gold: Tensor) -> Tensor:

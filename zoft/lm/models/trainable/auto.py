@@ -1,4 +1,4 @@
-"""The adapter where there is one, else every weight."""
+"""The adapter where there is one, else every weight; the last block where layers' outputs move."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Auto(Trainable):
-    """What ``requires_grad`` says already: everything for a plain model, the adapter for a PEFT one."""
+    """What ``requires_grad`` says already: everything for a plain model, the adapter for a PEFT one.
+
+    A run with ``subspace=nodes`` on a plain model trains the last block (``last_blocks`` with one block) instead.
+    """
 
     def chosen(self, model: nn.Module) -> set[str]:
         """The names that require a gradient now."""

@@ -1,0 +1,39 @@
+"""A model's own loss, read position by position without a trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zoft.lm.logits.own_loss import own_loss
+from zoft.lm.objectives._own_readout import own_places, own_readout
+from zoft.step.nodes import NodePositions, at_loss
+
+
+class ModelReader:
+    """Reads ``model(**batch)``'s loss.
+
+    Args:
+        model: a causal model or a classifier.
+        feedback: as of the estimator.
+    """
+
+    def __init__(self, model: Any, feedback: str = "hidden") -> None:
+        self.model = model
+        self.feedback = feedback
+
+    def parts(self, batch: Any) -> list[Any]:
+        """The batch, or the micro-batches of a list."""
+        return batch if isinstance(batch, list) else [batch]
+
+    def places(self, part: Any) -> NodePositions:
+        """The positions that the loss is read from."""
+        with torch.no_grad():
+            own_loss(self.model, **part)  # what the head can be asked for is tried here, as by the trainer
+        found = own_places(self.model, part)
+        return at_loss(found.row, found.column, torch.full((len(part["input_ids"]),), -part["input_ids"].shape[1]))
+
+    def read(self, part: Any) -> Any:
+        """One forward."""
+        return own_readout(self.model, part, self.feedback)

@@ -1,0 +1,149 @@
+"""Forwards whose layers' outputs are perturbed at some positions, and seen: the engine of node directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.engines.base import Engine, Objective, Session, check_outputs, memory_errors_say
+from zoft.errors import UserError
+from zoft.estimators.base import Estimator, Point
+from zoft.subspaces._node_layers import Node
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass
+class Nodes(Engine):
+    """Perturbs the outputs of layers by hooks; the weights are never touched but to write a step.
+
+    References: docs/nodes.md.
+    """
+
+    def choose(self, estimator: Estimator, coordinates: BoundSubspace, model: nn.Module) -> Engine:
+        """Itself, for estimators of node gradients."""
+        del coordinates, model
+        check_outputs(self.name(), estimator)
+        return self
+
+    def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> NodeSession:
+        """A session for the nodes of the subspace."""
+        return NodeSession(model, coordinates, objective)
+
+
+class NodeSession(Session):
+    """Clean losses, and forwards with hooks on the nodes' layers."""
+
+    def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
+        """The clean loss; there are no points in the weights."""
+        if any(point.direction is not None for point in points):
+            raise UserError("engine=nodes perturbs layers' outputs, never the weights: choose engine=auto")
+        with memory_errors_say("task.max_length"):
+            return torch.stack([self.evaluate(batch) for _ in points])
+
+    @contextmanager
+    def seeing(
+        self, nodes: dict[str, Node], rows: Tensor, column: Tensor, num_rows: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """Within this block a forward leaves what each node sees at some positions: key -> [P, n] as :meth:`Node.seen`.
+
+        Args:
+            nodes: by key.
+            rows: [P] row of the batch of each position.
+            column: [P] where in it, counted from the right end (negative).
+            num_rows: rows of the batch.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def look(key: str, node: Node) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: Any) -> None:
+                name = _call(seen, key)
+                with torch.inference_mode(False), torch.no_grad():
+                    seen[name] = node.seen(_rows(args[0].detach(), rows, column, num_rows, node).clone())
+
+            return hook
+
+        handles = [node.module.register_forward_pre_hook(look(key, node)) for key, node in nodes.items()]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def moved(
+        self,
+        nodes: dict[str, Node],
+        rows: Tensor,
+        column: Tensor,
+        num_rows: int,
+        shift: Callable[[str, int], Tensor],
+    ) -> Iterator[None]:
+        """Within this block a forward's layers give y + shift at some positions.
+
+        Args:
+            nodes: by key.
+            rows: [P] row of the batch of each position.
+            column: [P] where in it, counted from the right end (negative).
+            num_rows: rows of the batch.
+            shift: (key, outputs of the layer) -> [P, m], float32.
+        """
+        calls: dict[str, Any] = {}
+
+        def move(key: str, node: Node) -> Callable[..., Tensor]:
+            def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+                name = _call(calls, key)
+                calls[name] = None
+                flat, index = _places(output, rows, column, num_rows, node)
+                return flat.index_add(0, index, shift(name, flat.shape[1]).to(flat.dtype)).view_as(output)
+
+            return hook
+
+        handles = [node.module.register_forward_hook(move(key, node)) for key, node in nodes.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _call(calls: dict[str, Any], key: str) -> str:
+    """The name of a layer's next call: its key, then key@1, key@2 ... for a layer that runs more than once."""
+    name, count = key, 0
+    while name in calls:
+        count += 1
+        name = f"{key}@{count}"
+    return name
+
+
+def _rows(x: Tensor, rows: Tensor, column: Tensor, num_rows: int, node: Node) -> Tensor:
+    flat, index = _places(x, rows, column, num_rows, node)
+    return flat[index]
+
+
+def _places(x: Tensor, rows: Tensor, column: Tensor, num_rows: int, node: Node) -> tuple[Tensor, Tensor]:
+    """(x as a list of positions, which of them are meant)."""
+    width = x.shape[-1]
+    if x.dim() == 3 and x.shape[0] == num_rows:
+        length = x.shape[1]
+    elif x.dim() == 2 and x.shape[0] % num_rows == 0:  # [B T, n], or one row an example: a pooled state
+        length = x.shape[0] // num_rows
+    else:
+        raise UserError(
+            f"subspace=nodes: the layer of {node.name} is given {list(x.shape)} for {num_rows} rows, which are not "
+            "their positions (experts see a token's own): choose other layers (subspace.layers, trainable), or "
+            "method=mezo"
+        )
+    if length == 1:
+        return x.reshape(-1, width), rows
+    if len(column) and length + int(column.min()) < 0:
+        raise UserError(
+            f"subspace=nodes: the layer of {node.name} sees {length} positions of a row, fewer than the loss is "
+            "read from (an encoder's, where the loss is the decoder's): train the decoder's layers, or use method=mezo"
+        )
+    return x.reshape(-1, width), rows * length + length + column

@@ -1,0 +1,74 @@
+"""The response: how the objective answers a perturbation of a layer's outputs, on average over all positions so far."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tables = dict[str, "Tensor"]
+"""What a response is of: ``keys`` [K] and ``columns`` [C], int64 and sorted by first sight; ``counts`` [K]."""
+
+
+def taken_in(known: Tensor, seen: Tensor) -> Tensor:
+    """``known`` with those of ``seen`` behind it that are new, in order.
+
+    Example:
+        >>> taken_in(torch.tensor([5, 2]), torch.tensor([7, 2, 3])).tolist()
+        [5, 2, 3, 7]
+    """
+    new = seen.unique()
+    return torch.cat((known, new[~torch.isin(new, known)]))
+
+
+def index_of(known: Tensor, seen: Tensor) -> Tensor:
+    """Where each of ``seen`` stands in ``known``; -1 where it does not."""
+    same = seen.unsqueeze(1) == known  # [P, K]
+    return torch.where(same.any(1), same.int().argmax(1), -1)
+
+
+def widened(response: Tensor, keys: int, columns: int) -> Tensor:
+    """A response [K, C, m] with zeros for keys and columns that have come since."""
+    wide = response.new_zeros(keys, columns, response.shape[2])
+    wide[: response.shape[0], : response.shape[1]] = response
+    return wide
+
+
+def answers(changes: Tensor, directions: Tensor, keys: Tensor, columns: Tensor, count: int, width: int) -> Tensor:
+    """sum over probes and positions of (s' - s) / eps v^T, for each key: [K, C, m].
+
+    Args:
+        changes: (s' - s) / eps, [q, P, c].
+        directions: v, [q, P, m].
+        keys: [P] which key each position has, in [0, K).
+        columns: [c] which column each value is, in [0, C).
+        count: K.
+        width: C.
+    """
+    sums = directions.new_zeros(count, width, directions.shape[2])
+    for key in keys.unique().tolist():
+        mine = keys == key
+        sums[key, columns] += torch.einsum("qpc,qpm->cm", changes[:, mine], directions[:, mine])
+    return sums
+
+
+def node_gradients(slopes: Tensor, response: Tensor, counts: Tensor, keys: Tensor, columns: Tensor) -> Tensor:
+    """e_p = R^T dL/ds_p, with R the mean answer of the position's key: [P, m]; zero for keys never probed.
+
+    Args:
+        slopes: dL/ds, [P, c].
+        response: sums [K, C, m].
+        counts: [K] of how many answers.
+        keys: [P] which key each position has; -1 for an unknown one.
+        columns: [c] which column each value is; -1 for an unknown one.
+    """
+    e = slopes.new_zeros(len(keys), response.shape[2])
+    there = columns >= 0
+    for key in keys.unique().tolist():
+        if key >= 0 and counts[key] > 0:
+            mine = keys == key
+            e[mine] = slopes[mine][:, there] @ (response[key, columns[there]] / counts[key])
+    return e

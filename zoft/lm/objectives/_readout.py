@@ -1,0 +1,227 @@
+"""What one forward tells of each position that the loss is read from: what moves there, and the loss's slope in it.
+
+Node directions (``subspace=nodes``) ask for it with and without a perturbation of layers' outputs at these positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from zoft.errors import UserError
+from zoft.lm.logits.call import Inputs, inner
+from zoft.lm.logits.head import Forward, Positions, with_rows
+from zoft.lm.logits.logits import MAX_LOGITS
+from zoft.lm.logits.support import served
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import layer_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_FEW = 1e-6  # of a loss: below it the odds of the right answer are taken as 1 / _FEW
+
+
+@dataclass(frozen=True)
+class Readout:
+    """One forward of a batch, position by position.
+
+    Args:
+        values: what a perturbation at each position is seen in, float32 [P, C].
+        slopes: the derivative of the summed losses in them, [P, C].
+        keys: [P] int64: positions with the same key answer a perturbation alike on average.
+        columns: [C] int64: which values these are, the same from batch to batch.
+        losses: the terms whose mean is the loss, [U]; differentiable where gradients are on.
+        unit: [P] int64, the term that each position belongs to.
+    """
+
+    values: Tensor
+    slopes: Tensor
+    keys: Tensor
+    columns: Tensor
+    losses: Tensor
+    unit: Tensor
+
+
+def of_scores(scores: Tensor, gold: Tensor, columns: Tensor, index: Tensor | None = None) -> Readout:
+    """One position an example; seen in the scores of all options, whose common part cancels.
+
+    Args:
+        scores: [B, C], of every column.
+        gold: [B], the right one of an example's options.
+        columns: [C] what each score is of.
+        index: [B, O] the columns of an example's options; all of them in order if left out.
+    """
+    own = scores if index is None else scores.gather(1, index)
+    losses = torch.nn.functional.cross_entropy(own, gold, reduction="none")
+    slopes = own.detach().softmax(1)  # dL/dz = softmax(z) - onehot(y)
+    slopes[torch.arange(len(gold), device=gold.device), gold] -= 1
+    if index is not None:
+        slopes = torch.zeros_like(scores.detach()).scatter_add_(1, index, slopes)
+    values = (scores - scores.mean(1, keepdim=True)).detach()
+    order = torch.arange(len(gold), device=gold.device)
+    return Readout(values, slopes, torch.zeros_like(order), columns, losses, order)
+
+
+def of_losses(losses: Tensor, unit: Tensor) -> Readout:
+    """Each position is seen in the loss of its own term; every term is one of a kind."""
+    values = losses.detach()[unit].unsqueeze(1)
+    zero = torch.zeros(1, dtype=torch.int64, device=unit.device)
+    return Readout(values, torch.ones_like(values), torch.zeros_like(unit), zero, losses, unit)
+
+
+def of_log_odds(losses: Tensor, gold: Tensor) -> Readout:
+    """One position an example, seen in the log-odds of its right answer, which its loss alone tells.
+
+    Args:
+        losses: L = -log p of the right answer, [B].
+        gold: [B] which answer is right.
+    """
+    known = losses.detach().clamp_min(_FEW)
+    values = -torch.log(torch.expm1(known))  # l(L) = log p / (1 - p)
+    slopes = torch.expm1(-known)  # dL/dl = -(1 - p)
+    order = torch.arange(len(gold), device=gold.device)
+    zero = torch.zeros(1, dtype=torch.int64, device=gold.device)
+    return Readout(values.unsqueeze(1), slopes.unsqueeze(1), gold.to(torch.int64), zero, losses, order)
+
+
+def of_sequences(log_probs: Tensor, rows: Tensor, lengths: Tensor, groups: Sequence[int], gold: Tensor) -> Readout:
+    """Options of several tokens: each of their positions is seen in the score of its own option.
+
+    Args:
+        log_probs: of the option tokens, [N], row by row.
+        rows: tokens of the options, one tensor a row, for their keys.
+        lengths: [R] tokens of each row's option.
+        groups: how many rows each example has.
+        gold: [B].
+    """
+    num_rows, device = len(lengths), log_probs.device
+    row_of = torch.repeat_interleave(torch.arange(num_rows, device=device), lengths)
+    scores = log_probs.new_zeros(num_rows).index_add(0, row_of, log_probs) / lengths
+    example = torch.repeat_interleave(torch.arange(len(groups), device=device), torch.tensor(groups, device=device))
+    padded = torch.nn.utils.rnn.pad_sequence(
+        list(scores.split(list(groups))), batch_first=True, padding_value=-torch.inf
+    )
+    losses = torch.nn.functional.cross_entropy(padded, gold, reduction="none")
+    share = padded.detach().softmax(1)
+    share[torch.arange(len(gold), device=device), gold] -= 1
+    of_row = torch.cat([one[:count] for one, count in zip(share, groups, strict=True)])
+    keys = torch.cat([_keys_of(tokens) for tokens in rows.split(lengths.tolist())]).to(device)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    values = scores.detach()[row_of].unsqueeze(1)
+    return Readout(values, of_row[row_of].unsqueeze(1), keys, zero, losses, example[row_of])
+
+
+def _keys_of(tokens: Tensor) -> Tensor:
+    """A number for each token of an option: the same wherever the same option stands."""
+    digest = hashlib.blake2b(repr(tokens.tolist()).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little") + torch.arange(len(tokens))
+
+
+# ---- the hidden state under the head ---------------------------------------------------------------------------------
+
+Terms = Callable[["Tensor"], "Tensor"]
+"""Log-probabilities or logits -> the terms of the loss."""
+
+
+def of_hidden(
+    model: nn.Module,
+    inputs: Inputs,
+    places: Positions,
+    unit: Tensor,
+    *,
+    terms: Terms,
+    targets: Tensor | None = None,
+) -> Readout:
+    """Each position is seen in its own last hidden state h; the loss's slope in h is that of norm and head alone.
+
+    Args:
+        model: any causal language model.
+        inputs: its keyword arguments.
+        places: P positions.
+        unit: [P] the term each belongs to.
+        terms: the logits [P, V], or the targets' log-probabilities [P], to the terms of the loss [U].
+        targets: [P] the token that is predicted at each position; None hands the logits to ``terms``.
+
+    Raises:
+        UserError: the model's head cannot be given some of its positions.
+    """
+    known = served(model, inputs, places)
+    if not known.rows or known.after is None:
+        raise UserError(
+            f"estimator.feedback=hidden reads the last hidden state of {type(inner(model)).__name__}, whose head is "
+            "used in a way that it cannot be read from: use estimator.feedback=loss"
+        )
+    norm = _final_norm(model)
+    entered: list[Tensor] = []
+    handle = None if norm is None else norm.register_forward_pre_hook(lambda _m, args: entered.append(args[0]))
+    found: list[Tensor] = []
+
+    def of_rows(forward: Forward, rows: Tensor) -> Tensor:
+        below, through = _under_norm(norm, entered, places, rows)
+        after = known.after
+        assert after is not None
+        with torch.inference_mode(False), torch.enable_grad():
+            h = below.detach().clone().requires_grad_()
+            logits_of = lambda part: after(forward(through(part).unsqueeze(0)))[0].float()  # noqa: E731
+            found.extend((h.detach().float(), *_loss_and_slope(h, logits_of, terms, targets, known.vocabulary)))
+        return forward(rows[:1].unsqueeze(0))
+
+    try:
+        with torch.no_grad():
+            with_rows(model, inputs, places, of_rows)
+    finally:
+        if handle is not None:
+            handle.remove()
+    values, losses, slopes = found
+    zeros, columns = torch.zeros_like(unit), torch.arange(values.shape[1], device=unit.device)
+    return Readout(values, slopes.float(), zeros, columns, losses, unit)
+
+
+def _loss_and_slope(
+    h: Tensor, logits_of: Callable[[Tensor], Tensor], terms: Terms, targets: Tensor | None, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """(terms [U], d(sum of terms)/dh [P, H]); token by token in chunks of bounded size."""
+    if targets is None:
+        losses = terms(logits_of(h))
+        return losses.detach(), torch.autograd.grad(losses.sum(), h)[0]
+    size = max(1, MAX_LOGITS // vocabulary)
+    log_probs, slopes = [], []
+    for start in range(0, len(h), size):
+        part = h[start : start + size]
+        found = -torch.nn.functional.cross_entropy(logits_of(part), targets[start : start + size], reduction="none")
+        slopes.append(torch.autograd.grad(found.sum(), h)[0][start : start + size])  # one position's is its own
+        log_probs.append(found.detach())
+    told = torch.cat(log_probs).requires_grad_()
+    losses = terms(told)
+    (weight,) = torch.autograd.grad(losses.sum(), told)
+    return losses.detach(), weight.unsqueeze(1) * torch.cat(slopes)
+
+
+def _final_norm(model: nn.Module) -> nn.Module | None:
+    """The last normalisation outside of the numbered layers."""
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and layer_of(name) is None and not list(module.children())
+    ]
+    return norms[-1] if norms else None
+
+
+def _under_norm(
+    norm: nn.Module | None, entered: list[Tensor], places: Positions, rows: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(what enters the last normalisation, the way from there to the head), or the head's own input."""
+    if norm is not None and len(entered) == 1 and entered[0].dim() == 3:
+        below = places.of(entered[0])
+        if torch.allclose(norm(below).float(), rows.float(), rtol=1e-2, atol=1e-2 * float(rows.abs().max())):
+            return below, partial(_called, norm)
+    return rows, lambda part: part
+
+
+def _called(module: nn.Module, part: Tensor) -> Tensor:
+    output: Tensor = module(part)
+    return output

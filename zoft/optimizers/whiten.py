@@ -1,0 +1,132 @@
+"""FOOF: steps in a layer's weights that are whitened by the layer's inputs, solved in the space of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from zoft.errors import UserError
+from zoft.optimizers._factors import Factors
+from zoft.optimizers.base import Optimizer, State
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Whiten(Optimizer):
+    """W <- W - lr * (E diag(mu))^T (X X^T diag(omega) + lambda I)^-1 X over a window of the last batches.
+
+    X [N, n] are the inputs and E [N, m] the node gradients of all positions in the window, omega their weights in the
+    inputs' second moment (decay^age, of sum 1) and mu those in the momentum ((1 - beta) beta^age). It is the step
+    M A^-1 with the momentum M of E^T X and A = X^T diag(omega) X + lambda I [n, n], solved for N or n unknowns,
+    whichever are fewer; one-sided K-FAC. A = I would be momentum. The step has the units of least squares: lr = 1 is
+    near the best.
+
+    The step is shortened where it promises too much: with p = <E^T X, step> the decrease of the loss that the last
+    batch's own gradient predicts, summed over all layers, lr p is at most ``trust`` times the loss (Polyak's step).
+
+    Scales and shifts of normalisations have a second moment for each element: w <- w - lr * M / (mean x^2 + lambda).
+
+    Args:
+        beta: weight of the past in the momentum, in [0, 1).
+        decay: of the second moment, a batch, above 0 and at most 1.
+        window: how many of the last batches are kept, at least 1: N (n + m) float32 numbers a layer.
+        ridge: lambda as a share of the mean of X's squared elements, > 0.
+        trust: bound on the predicted decrease of the loss in one step, as a share of the loss, > 0.
+
+    References: Benzing 2022 (FOOF, arXiv 2201.12250), section 3; Martens & Grosse 2015 (K-FAC); Polyak 1987 for the
+    bound.
+    """
+
+    reads_factors: ClassVar[bool] = True
+
+    beta: float = 0.9
+    decay: float = 0.95
+    window: int = 10
+    ridge: float = 0.1
+    trust: float = 0.5
+
+    def check(self) -> None:
+        """Refuse shares outside their ranges and an empty window."""
+        super().check()
+        self.require(0 <= self.beta < 1, "beta", "in [0, 1)")
+        self.require(0 < self.decay <= 1, "decay", "above 0 and at most 1")
+        self.require(self.window >= 1, "window", "at least 1")
+        self.require(0 < self.ridge < float("inf"), "ridge", "> 0 and finite")
+        self.require(0 < self.trust < float("inf"), "trust", "> 0 and finite")
+
+    def check_with(self, method: Any) -> None:
+        """Refuse estimators that do not know the layers' inputs."""
+        if not method.estimator.makes_factors:
+            hint = " estimator.feedback=exact" if method.estimator.backpropagates else ""
+            raise UserError(
+                f"optimizer=whiten needs the inputs of layers beside the gradients of their outputs, and "
+                f"estimator={method.estimator.name()} gives neither: use subspace=nodes estimator=nodes{hint}, or "
+                "optimizer=adam"
+            )
+
+    def update(self, gradient: Tensor, state: State, step: int) -> Tensor:
+        """:meth:`steps` has made the step already."""
+        del state, step
+        return gradient
+
+    def steps(
+        self, factors: Mapping[str, Factors], states: Mapping[str, State], loss: float, lr: float
+    ) -> dict[str, Factors]:
+        """The steps of all tensors, before the learning rate, as factors.
+
+        Args:
+            factors: of the gradient estimate, by tensor.
+            states: the windows: ``x`` [N, n], ``e`` [N, m], ``age`` [N] in batches, ``share`` [N]; updated.
+            loss: the clean loss of the batch.
+            lr: the learning rate.
+        """
+        steps: dict[str, Factors] = {}
+        promised = 0.0
+        for name, mine in factors.items():
+            _take_in(mine, states[name], self.window)
+            steps[name] = self._step(mine, states[name])
+            promised += steps[name].inner(mine)
+        bound = self.trust * max(loss, 0.0)
+        if __import__("os").environ.get("DBG"):
+            print(f"  promised {lr * promised:.3f} loss {loss:.3f} ratio {lr * promised / loss:.2f}", flush=True)
+        if lr * promised > bound:
+            steps = {name: one.scaled(bound / (lr * promised)) for name, one in steps.items()}
+        return steps
+
+    def _step(self, mine: Factors, state: State) -> Factors:
+        x, e, age = state["x"], state["e"], state["age"]
+        omega = self.decay**age * state["share"]
+        omega = omega / omega.sum()
+        moved = e * ((1 - self.beta) * self.beta**age).unsqueeze(1)
+        square = (omega.unsqueeze(1) * x.square()).mean(1).sum()  # mean of X's squared elements
+        ridge = self.ridge * square.clamp_min(torch.finfo(torch.float32).tiny)
+        if mine.layout == "vector":
+            second = (omega.unsqueeze(1) * x.square()).sum(0)  # [m]
+            return Factors(moved, x / (second + ridge), mine.layout)
+        count, width = x.shape
+        if count <= width:  # (X X^T diag(omega) + lambda I)^-1 X
+            matrix = (x @ x.T) * omega + ridge * torch.eye(count, device=x.device)
+            return Factors(moved, torch.linalg.solve(matrix, x), mine.layout)
+        matrix = (x.T * omega) @ x + ridge * torch.eye(width, device=x.device)  # X (X^T diag(omega) X + lambda I)^-1
+        return Factors(moved, torch.linalg.solve(matrix, x, left=False), mine.layout)
+
+
+def _take_in(mine: Factors, state: State, window: int) -> None:
+    """Add a batch to the window, and let go of what is too old."""
+    rows = len(mine.x)
+    fresh = {
+        "x": mine.x,
+        "e": mine.e,
+        "age": torch.zeros(rows, device=mine.x.device),
+        "share": torch.full((rows,), 1.0 / max(1, rows), device=mine.x.device),
+    }
+    if "age" in state:
+        kept = state["age"] + 1 < window
+        older = {key: state[key][kept] for key in ("x", "e", "age", "share")}
+        older["age"] = older["age"] + 1
+        fresh = {key: torch.cat((older[key], fresh[key])) for key in fresh}
+    state.update(fresh)

@@ -1,0 +1,379 @@
+"""The queries of a step with node directions: a clean forward, probes of layers' outputs, and the factors they give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from zoft.engines.nodes import NodeSession
+from zoft.errors import UserError
+from zoft.estimators._response import answers, index_of, node_gradients, taken_in, widened
+from zoft.estimators.nodes import Nodes
+from zoft.noise.direction import Direction
+from zoft.optimizers._factors import Factors
+from zoft.subspaces._node_layers import Node
+from zoft.subspaces.nodes import NodeSpace
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ROWS = 256  # directions of a node that are drawn together
+_MOST = 4096  # keys times columns of a response: beyond it, options are not what examples have in common
+_LAYOUTS = {"linear": "matrix", "conv1d": "turned", "scale": "vector", "shift": "vector"}
+
+
+class Readout(Protocol):
+    """What one forward tells, position by position (:class:`zoft.lm.objectives._readout.Readout`)."""
+
+    @property
+    def values(self) -> Tensor: ...  # noqa: D102
+    @property
+    def slopes(self) -> Tensor: ...  # noqa: D102
+    @property
+    def keys(self) -> Tensor: ...  # noqa: D102
+    @property
+    def columns(self) -> Tensor: ...  # noqa: D102
+    @property
+    def losses(self) -> Tensor: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class NodePositions:
+    """Positions of a batch at which outputs are perturbed.
+
+    Args:
+        rows: [P] int64, the row.
+        columns: [P] int64, where in it, counted from the right end (negative).
+        starts: [R] int64, each row's first token, counted from the right end.
+        anchor: [P] int64, the position that the loss is read from and that each belongs to: its number.
+        distance: [P] int64, how far in front of that it is.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    starts: Tensor
+    anchor: Tensor
+    distance: Tensor
+
+    def keys(self, keys: Tensor, *, apart: bool) -> Tensor:
+        """The key of each position, from those of the positions that the loss is read from.
+
+        Args:
+            keys: of those.
+            apart: whether distances are told apart, or only those in front of the others.
+        """
+        distance = self.distance if apart else self.distance.clamp_max(1)
+        return keys[self.anchor] + distance * 1_000_003
+
+
+class Reader(Protocol):
+    """How the objective is read, micro-batch by micro-batch."""
+
+    def parts(self, batch: Any) -> Sequence[Any]:
+        """The micro-batches of a step."""
+
+    def places(self, part: Any) -> NodePositions:
+        """The positions that the loss is read from."""
+
+    def read(self, part: Any) -> Readout:
+        """One forward."""
+
+
+@dataclass(frozen=True)
+class NodeEstimate:
+    """What a step with node directions found.
+
+    Args:
+        factors: of each tensor's gradient.
+        loss: the clean loss.
+        num_queries: forward passes that were made; a backward pass counts as two.
+        usable: whether everything is finite; otherwise there are no factors.
+    """
+
+    factors: dict[str, Factors]
+    loss: float
+    num_queries: int
+    usable: bool
+
+
+@dataclass
+class _Part:
+    """A micro-batch on its way."""
+
+    batch: Any
+    places: NodePositions
+    clean: Any = None
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    e: dict[str, Tensor] = field(default_factory=dict)
+    offset: int = 0  # number of its first position in the step, over all processes
+
+
+@dataclass
+class _Drawn:
+    """The directions of some probes of a step, over all its positions."""
+
+    space: NodeSpace
+    direction: Direction
+    first: int
+    count: int
+    total: int
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def draw(self, key: str, size: int, device: torch.device) -> None:
+        """Make those of one node."""
+        if key not in self.kept:
+            named, rows = f"{key}|{self.first}", self.count * self.total
+            self.kept[key] = self.space.directions(self.direction, named, size, rows, device)
+
+    def rows(self, key: str, part: _Part, probe: int) -> Tensor:
+        """v of a micro-batch's positions, [P, m]."""
+        start = probe * self.total + part.offset
+        return self.kept[key][start : start + len(part.places.rows)]
+
+
+@dataclass
+class NodeQueries:
+    """Asks the objective for a step's node gradients.
+
+    Args:
+        session: of engine=nodes.
+        reader: reads the objective.
+        gather: a tensor of this process -> those of all of them; None where there is one.
+        rank: number of this process.
+    """
+
+    session: NodeSession
+    reader: Reader
+    gather: Callable[[Tensor], list[Tensor]] | None = None
+    rank: int = 0
+
+    def __call__(self, batch: Any, direction: Direction, estimator: Nodes) -> NodeEstimate:
+        """The estimate of a step.
+
+        Args:
+            batch: handed to the reader.
+            direction: any of the step's.
+            estimator: as it is at this place of the run.
+        """
+        space = self._space()
+        parts = [_Part(one, expand(self.reader.places(one), space)) for one in self.reader.parts(batch)]
+        counts = self._all(torch.tensor([sum(len(part.places.rows) for part in parts)]))
+        total, offset = int(sum(counts)), int(sum(counts[: self.rank]))
+        for part in parts:
+            part.offset, offset = offset, offset + len(part.places.rows)
+        probes, exact = estimator.probes_at(direction.step), estimator.feedback == "exact"
+        for part in parts:
+            (self._exactly if exact else self._cleanly)(part)
+        mine = [sum(float(part.clean.losses.detach().double().sum()) for part in parts)]
+        mine.append(sum(len(part.clean.losses) for part in parts))
+        whole, num_terms = torch.stack(self._all(torch.tensor(mine, dtype=torch.float64))).sum(0).tolist()
+        loss = whole / num_terms if num_terms else math.nan
+        queries = estimator.num_queries + probes
+        if not math.isfinite(loss):
+            return NodeEstimate({}, loss, estimator.num_queries, usable=False)
+        if estimator.feedback == "loss":
+            self._own(parts, direction, probes, estimator.eps, total)
+        elif not exact:
+            if probes:
+                self._learn(parts, direction, probes, estimator.eps, total)
+            self._answer(parts)
+        factors = self._factors(parts, num_terms)
+        usable = all(bool(torch.isfinite(one.e).all()) for one in factors.values())
+        return NodeEstimate(factors if usable else {}, loss, queries, usable)
+
+    def _space(self) -> NodeSpace:
+        space = self.session.coordinates
+        assert isinstance(space, NodeSpace)
+        return space
+
+    def _all(self, mine: Tensor) -> list[Tensor]:
+        return [mine] if self.gather is None else self.gather(mine)
+
+    # ---- forwards ----------------------------------------------------------------------------------------------------
+
+    def _cleanly(self, part: _Part) -> None:
+        """The loss, what the nodes see, and what the objective is seen in."""
+        at = part.places
+        with torch.no_grad(), self.session.seeing(self._space().nodes, at.rows, at.columns, len(at.starts)) as seen:
+            part.clean = self.reader.read(part.batch)
+        part.seen = seen
+
+    def _exactly(self, part: _Part) -> None:
+        """The same, and the node gradients by backpropagation to the nodes."""
+        at, zeros = part.places, dict[str, Any]()
+
+        def shift(key: str, size: int) -> Tensor:
+            device = at.rows.device
+            zeros[key] = torch.zeros(len(at.rows), size, device=device, requires_grad=True)
+            return zeros[key]
+
+        space = self._space()
+        with (
+            torch.enable_grad(),
+            self.session.seeing(space.nodes, at.rows, at.columns, len(at.starts)) as seen,
+            self.session.moved(space.perturbed(), at.rows, at.columns, len(at.starts), shift),
+        ):
+            part.clean = self.reader.read(part.batch)
+            gradients = torch.autograd.grad(part.clean.losses.sum(), list(zeros.values()), allow_unused=True)
+        part.seen = seen
+        part.e = {
+            key: torch.zeros_like(zero).detach() if e is None else e.detach()
+            for (key, zero), e in zip(zeros.items(), gradients, strict=True)
+        }
+
+    def _probes(
+        self, parts: list[_Part], direction: Direction, probes: int, eps: float, total: int
+    ) -> Iterator[tuple[_Part, Tensor, dict[str, Tensor]]]:
+        """(part, (s' - s) / eps [q, P, C], key -> v [q, P, m]) for some probes at a time."""
+        space = self._space()
+        at_once = max(1, _ROWS // max(1, total))
+        for first in range(0, probes, at_once):
+            count = min(at_once, probes - first)
+            drawn = _Drawn(space, direction, first, count, total)
+            for part in parts:
+                changes = [self._probe(part, drawn, probe, eps) for probe in range(count)]
+                own = {key: torch.stack([drawn.rows(key, part, j) for j in range(count)]) for key in drawn.kept}
+                yield part, torch.stack(changes)[:, part.places.anchor], own
+
+    def _probe(self, part: _Part, drawn: _Drawn, probe: int, eps: float) -> Tensor:
+        """(s' - s) / eps, [P, C]."""
+        at, nodes = part.places, self._space().perturbed()
+
+        def shift(key: str, size: int) -> Tensor:
+            drawn.draw(key, size, at.rows.device)
+            return eps * drawn.rows(key, part, probe)
+
+        with torch.no_grad(), self.session.moved(nodes, at.rows, at.columns, len(at.starts), shift):
+            found = self.reader.read(part.batch)
+        change: Tensor = (found.values - part.clean.values) / eps
+        return change
+
+    # ---- estimates ---------------------------------------------------------------------------------------------------
+
+    def _own(self, parts: list[_Part], direction: Direction, probes: int, eps: float, total: int) -> None:
+        """e_p = (L' - L) / eps v_p, the mean over probes."""
+        for part, changes, directions in self._probes(parts, direction, probes, eps, total):
+            for key, v in directions.items():
+                e = (changes * v).sum(0) / probes  # [P, m]
+                part.e[key] = part.e[key] + e if key in part.e else e
+
+    def _learn(self, parts: list[_Part], direction: Direction, probes: int, eps: float, total: int) -> None:
+        """Add what the probes of this step tell to the response."""
+        space = self._space()
+        tables, apart = space.tables, space.subspace.positions == "last"
+        keys = [part.places.keys(part.clean.keys, apart=apart) for part in parts]
+        known = {
+            "keys": self._taken_in(tables.get("keys"), torch.cat(keys)),
+            "columns": self._taken_in(tables.get("columns"), torch.cat([part.clean.columns for part in parts])),
+        }
+        num_keys, num_columns = len(known["keys"]), len(known["columns"])
+        if num_keys * num_columns > _MOST:
+            raise UserError(
+                f"estimator.feedback: the objective is seen in {num_keys * num_columns:,} different scores, too many "
+                "to learn a response to each (options that differ from example to example): use "
+                "estimator.feedback=hidden"
+            )
+        counts = torch.zeros(num_keys)
+        if "counts" in tables:
+            counts[: len(tables["counts"])] = tables["counts"]
+        where = {id(part): index_of(known["keys"], key.cpu()) for part, key in zip(parts, keys, strict=True)}
+        sums: dict[str, Tensor] = {}
+        answered = torch.zeros(num_keys)
+        for part, changes, directions in self._probes(parts, direction, probes, eps, total):
+            at = where[id(part)].to(changes.device)
+            columns = index_of(known["columns"], part.clean.columns.cpu()).to(changes.device)
+            answered += changes.shape[0] * torch.bincount(at.cpu(), minlength=num_keys)
+            for key, v in directions.items():
+                found = answers(changes, v, at, columns, num_keys, num_columns)
+                sums[key] = sums[key] + found if key in sums else found
+        counts += torch.stack(self._all(answered)).sum(0)
+        for key, mine in sums.items():
+            total_sum = torch.stack([one.to(mine.device) for one in self._all(mine)]).sum(0)
+            old = space.response.get(key)
+            space.response[key] = total_sum if old is None else widened(old, num_keys, num_columns) + total_sum
+        space.tables = {**known, "counts": counts}
+
+    def _taken_in(self, known: Tensor | None, seen: Tensor) -> Tensor:
+        all_seen = torch.cat([one.cpu() for one in self._all(seen.cpu())])
+        return taken_in(torch.empty(0, dtype=torch.int64) if known is None else known, all_seen)
+
+    def _answer(self, parts: list[_Part]) -> None:
+        """e_p = R^T dL/ds_p."""
+        space = self._space()
+        tables, apart = space.tables, space.subspace.positions == "last"
+        for part in parts:
+            slopes = part.clean.slopes[part.places.anchor]
+            keys = index_of(tables["keys"], part.places.keys(part.clean.keys, apart=apart).cpu())
+            columns = index_of(tables["columns"], part.clean.columns.cpu()).to(slopes.device)
+            for key, response in space.response.items():
+                part.e[key] = node_gradients(slopes, response, tables["counts"], keys.to(slopes.device), columns)
+
+    # ---- factors -----------------------------------------------------------------------------------------------------
+
+    def _factors(self, parts: list[_Part], num_terms: float) -> dict[str, Factors]:
+        """E and X of each tensor, over micro-batches, calls, tied layers and processes."""
+        nodes = self._space().nodes
+        pairs: dict[str, list[tuple[Tensor, Tensor, str]]] = {}
+        for key, node in nodes.items():
+            for part in parts:
+                for call in [name for name in part.seen if name.partition("@")[0] == key]:
+                    e = self._e(part, call, node)
+                    if e is not None:
+                        pairs.setdefault(node.name, []).append((e / num_terms, part.seen[call], _LAYOUTS[node.kind]))
+        factors = {}
+        for name, mine in pairs.items():
+            e = torch.cat(self._all(torch.cat([pair[0] for pair in mine])))
+            x = torch.cat(self._all(torch.cat([pair[1] for pair in mine])))
+            factors[name] = Factors(e, x, mine[0][2])
+        return factors
+
+    def _e(self, part: _Part, call: str, node: Node) -> Tensor | None:
+        """The node gradient: measured, or by the chain rule from the layer behind."""
+        if node.behind is None:
+            return part.e.get(call)
+        suffix = call.partition("@")[2]
+        behind = part.e.get(f"{node.behind}@{suffix}" if suffix else node.behind)
+        if behind is None:
+            return None
+        weight = self.session.weights.tensors[node.behind].detach()
+        return behind @ weight.to(behind.dtype)  # e_A = W_B^T e_B, row by row
+
+
+def at_loss(rows: Tensor, columns: Tensor, starts: Tensor) -> NodePositions:
+    """NodePositions that the loss is read from, each its own anchor."""
+    order = torch.arange(len(rows), device=rows.device)
+    return NodePositions(rows, columns, starts, order, torch.zeros_like(order))
+
+
+def expand(places: NodePositions, space: NodeSpace) -> NodePositions:
+    """The positions that are perturbed: those of the loss, and what ``subspace.positions`` adds in front of them.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> read = at_loss(torch.tensor([0, 0]), torch.tensor([-4, -1]), torch.tensor([-6]))
+        >>> space = SimpleNamespace(subspace=SimpleNamespace(positions="last", num_positions=2))
+        >>> more = expand(read, space)
+        >>> more.columns.tolist(), more.anchor.tolist(), more.distance.tolist()
+        ([-4, -5, -1, -2], [0, 0, 1, 1], [0, 1, 0, 1])
+    """
+    subspace = space.subspace
+    most = {"loss": 1, "last": subspace.num_positions, "all": math.inf}[subspace.positions]
+    if most == 1:
+        return places
+    rows, columns, anchor, distance = [], [], [], []
+    starts = places.starts.tolist()
+    before: dict[int, int] = {}  # row -> the last position of the loss so far
+    for number, (row, column) in enumerate(zip(places.rows.tolist(), places.columns.tolist(), strict=True)):
+        first = max(starts[row], before.get(row, -math.inf) + 1)
+        before[row] = column
+        for step in range(int(min(most, column - first + 1))):
+            rows.append(row)
+            columns.append(column - step)
+            anchor.append(number)
+            distance.append(step)
+    made = [torch.tensor(one, device=places.rows.device) for one in (rows, columns, anchor, distance)]
+    return NodePositions(made[0], made[1], places.starts, made[2], made[3])

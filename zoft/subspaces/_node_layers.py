@@ -1,0 +1,134 @@
+"""Nodes: layers whose trained tensor gets its gradient from the layer's input and the gradient of its output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights, layer_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|classifier_router)\.", re.IGNORECASE)
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|predictions\.decoder|embed_\w+|wte|word_embeddings)\.")
+_LORA = re.compile(r"\.lora_([AB])\.")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One use of a trained tensor in a layer.
+
+    Args:
+        name: the tensor.
+        module: the layer; its output is what is perturbed.
+        kind: linear (y = x W^T), conv1d (y = x W, transformers' GPT-2), scale (y = x_hat * w), shift (y = ... + w).
+        size: m, how many outputs the layer has.
+        behind: the node whose layer comes right behind this one, where e follows from its e by the chain rule (LoRA's
+            A behind B: e_A = e_B B); None where this layer's own output is perturbed.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str
+    size: int
+    behind: str | None = None
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the gradient is made of beside e, from rows x [P, n] of the layer's inputs: float32 [P, n] or [P, m]."""
+        if self.kind in ("linear", "conv1d"):
+            return x.to(torch.float32)
+        if self.kind == "shift":
+            return torch.ones(len(x), self.size, device=x.device)
+        call: Callable[..., Tensor] = torch.func.functional_call
+        wide, held = x.to(torch.float32), dict(self.module.named_parameters(recurse=False))
+        tensors = {key: torch.zeros_like(p, dtype=torch.float32) for key, p in held.items()}
+        at_one = call(self.module, {**tensors, "weight": torch.ones_like(tensors["weight"])}, (wide,))
+        return at_one - call(self.module, tensors, (wide,))  # y is affine in w: x_hat = y(1) - y(0)
+
+
+def find_nodes(weights: Weights) -> dict[str, Node]:
+    """Every node of the trained tensors by key: the tensor's name, ``#1`` ... behind it for a tied one's others."""
+    nodes: dict[str, Node] = {}
+    barred = _of_other_layers(weights)
+    for module, held in weights.owners.items():
+        matrix = any(attribute == "weight" and weights.tensors[name].dim() == 2 for attribute, name in held)
+        for attribute, name in held:
+            kind = None if name in barred else _kind(module, attribute, weights.tensors[name])
+            if kind is None or (kind == "shift" and matrix):  # a bias beside its matrix: the matrix does its work
+                continue
+            tensor = weights.tensors[name]
+            size = tensor.shape[1 if kind == "conv1d" else 0]
+            key, count = name, 0
+            while key in nodes:
+                count += 1
+                key = f"{name}#{count}"
+            nodes[key] = Node(name, module, kind, size, _behind(name, weights))
+    return nodes
+
+
+def _of_other_layers(weights: Weights) -> set[str]:
+    """Tensors that some layer uses which is no node: a tied embedding, a vocabulary's head."""
+    return {
+        name
+        for module, held in weights.owners.items()
+        for attribute, name in held
+        if _kind(module, attribute, weights.tensors[name]) is None or _HEAD.search(name)
+    }
+
+
+def _kind(module: nn.Module, attribute: str, tensor: Tensor) -> str | None:
+    if attribute == "bias" and tensor.dim() == 1:
+        return "shift" if _is_matrix(module) or _is_norm(module) else None
+    if attribute != "weight":
+        return None
+    if tensor.dim() == 2 and _is_matrix(module):
+        return "conv1d" if type(module).__name__ == "Conv1D" else "linear"
+    return "scale" if tensor.dim() == 1 and _is_norm(module) else None
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _behind(name: str, weights: Weights) -> str | None:
+    """LoRA's B for its A; None for every other tensor, and where B is not trained."""
+    match = _LORA.search(name)
+    if match is None or match.group(1) == "B":
+        return None
+    other = _LORA.sub(".lora_B.", name)
+    return other if other in weights.tensors else None
+
+
+# ---- which of them ---------------------------------------------------------------------------------------------------
+
+
+def is_adapter(node: Node) -> bool:
+    """Whether the tensor is a LoRA's."""
+    return _LORA.search(node.name) is not None
+
+
+def is_mlp(node: Node) -> bool:
+    """A matrix of a numbered layer outside of attention: gate, up, down, fc1, fc2, ...; no adapter, no router."""
+    matrix = node.kind in ("linear", "conv1d") and not is_adapter(node)
+    return (
+        matrix and layer_of(node.name) is not None and not (_ATTENTION.search(node.name) or _ROUTER.search(node.name))
+    )
+
+
+def is_fresh_head(node: Node) -> bool:
+    """A matrix outside of the numbered layers: a classifier's head or pooler."""
+    return node.kind in ("linear", "conv1d") and layer_of(node.name) is None
+
+
+def is_linear(node: Node) -> bool:
+    """Any matrix but a router, adapters included."""
+    return node.kind in ("linear", "conv1d") and not _ROUTER.search(node.name)

@@ -1,0 +1,210 @@
+"""The space of layers' outputs: every example moves its own nodes, and the step in W follows from the inputs x."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from zoft.errors import UserError
+from zoft.noise.counter import sample
+from zoft.noise.direction import Direction, key_of
+from zoft.noise.source import CounterNoise, NoiseSource
+from zoft.subspaces._node_layers import Node, find_nodes, is_adapter, is_fresh_head, is_linear, is_mlp
+from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.utils.lazy import torch
+from zoft.weights.tensors import Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAYERS = ("auto", "mlp", "linear", "all")
+POSITIONS = ("loss", "last", "all")
+DIRECTIONS = ("orthogonal", "iid")
+
+
+@dataclass
+class Nodes(Subspace):
+    """Directions in the outputs y = W x of layers instead of in their weights W.
+
+    The gradient of W [m, n] is sum_p e_p x_p^T over the positions p of all examples, with the inputs x_p [n] known from
+    the clean forward: only the node gradients e_p = dL/dy_p [m] are unknown. Each position of each example has a
+    direction v_p of its own, so one forward of a batch is as many probes in m dimensions as it has positions, instead
+    of one in m n. Nothing of the weights' size is drawn, and weights are never perturbed.
+
+    At positions=loss the gradient that reaches the loss through earlier positions (by attention) is left out; in the
+    last block there is none. Layers are ``torch.nn.Linear`` and transformers' ``Conv1D``; normalisations' scales and
+    shifts and LoRA's A and B are nodes too. A bias beside a trained matrix, embeddings, a vocabulary's head, and
+    experts that lie in one tensor are none: they stand still.
+
+    Args:
+        layers: mlp (matrices outside of attention, and a fresh classifier's), linear (all matrices), all
+            (normalisations and biases too), or auto (the adapter's where there is one, else mlp, else all).
+        positions: where outputs are perturbed and steps are made: loss (those that the loss is read from), last
+            (``num_positions`` up to each of those), or all up to there.
+        num_positions: for positions=last, at least 1.
+        directions: orthogonal (over examples and probes of a step, of length sqrt(m)), or iid (Gaussian).
+
+    References: node perturbation: Ren et al. 2023 (arXiv 2210.03310); Dalm et al. 2023 (arXiv 2310.00965).
+    """
+
+    moves_outputs: ClassVar[bool] = True
+    laws: ClassVar[tuple[str, ...]] = ("gaussian",)
+
+    layers: str = "auto"
+    positions: str = "loss"
+    num_positions: int = 1
+    directions: str = "orthogonal"
+
+    def check(self) -> None:
+        """Refuse unknown words and a count below 1."""
+        super().check()
+        for field, known in (("layers", LAYERS), ("positions", POSITIONS), ("directions", DIRECTIONS)):
+            self.require(getattr(self, field) in known, field, f"one of {', '.join(known)}")
+        self.require(self.num_positions >= 1, "num_positions", "at least 1")
+        if self.num_positions > 1:
+            self.require(self.positions == "last", "positions", "last, where num_positions is given")
+
+    def check_with(self, method: Any) -> None:
+        """Refuse estimators that perturb weights."""
+        if not method.estimator.makes_factors:
+            raise UserError(
+                f"subspace=nodes moves layers' outputs, and estimator={method.estimator.name()} moves weights: use "
+                "estimator=nodes, or subspace=full"
+            )
+
+    def bind(self, weights: Weights, noise: str = "counter") -> NodeSpace:
+        """The nodes of the trained tensors."""
+        if noise != "counter":
+            raise UserError(f"subspace=nodes draws by the counter: noise={noise} is for directions in the weights")
+        nodes = self.chosen(weights)
+        return NodeSpace(weights, CounterNoise(self.law, weights.sizes()), nodes, self)
+
+    def chosen(self, weights: Weights) -> dict[str, Node]:
+        """The nodes that move, by key.
+
+        Raises:
+            UserError: there are none among what is trained.
+        """
+        _refuse_dora(weights)
+        every = find_nodes(weights)
+        if any(is_adapter(node) for node in every.values()):
+            every = {key: node for key, node in every.items() if is_adapter(node)}
+            rules = [_any]
+        else:
+            rules = {
+                "mlp": [is_mlp],
+                "linear": [is_linear],
+                "all": [_any],
+                "auto": [is_mlp] if _has_experts(weights) else [is_mlp, _any],
+            }[self.layers]
+        for rule in rules:
+            found = {key: node for key, node in every.items() if rule(node)}
+            if found:
+                heads = {key: node for key, node in every.items() if is_fresh_head(node)}
+                return {key: node for key, node in every.items() if key in found or key in heads}
+        raise UserError(_nothing(self, weights, every))
+
+
+def _any(node: Node) -> bool:
+    return bool(node.name)
+
+
+def _has_experts(weights: Weights) -> bool:
+    return any(tensor.dim() == 3 for tensor in weights.tensors.values())
+
+
+def _nothing(subspace: Nodes, weights: Weights, every: dict[str, Node]) -> str:
+    told = f"subspace=nodes finds no layer for subspace.layers={subspace.layers} among what is trained"
+    if _has_experts(weights):
+        return (
+            f"{told}: the experts of this mixture lie in one tensor, whose inputs are a token's own; use "
+            "subspace.layers=linear (its attention), or method=mezo"
+        )
+    if every:
+        return f"{told} (such as {next(iter(every))}): use subspace.layers=auto"
+    return (
+        f"{told}, such as {next(iter(weights.tensors))}: its gradient does not follow from a layer's inputs; train "
+        "linear layers, normalisations or LoRA (trainable=last_blocks), or use method=mezo"
+    )
+
+
+def _refuse_dora(weights: Weights) -> None:
+    odd = next((name for name in weights.tensors if "lora_magnitude" in name or "lora_embedding" in name), None)
+    if odd is not None:
+        raise UserError(
+            f"subspace=nodes serves plain LoRA of linear layers, and {odd} is none (DoRA, or an embedding's): use "
+            "peft=lora, or method=mezo"
+        )
+
+
+class NodeSpace(BoundSubspace):
+    """Nodes bound to a model's trained tensors, and the response of the objective to them, as far as it is known.
+
+    Args:
+        weights: what is trained.
+        source: of the tensors' coordinates; nothing is drawn from it.
+        nodes: by key.
+        subspace: the component.
+    """
+
+    foreseeable = False
+
+    def __init__(self, weights: Weights, source: NoiseSource, nodes: dict[str, Node], subspace: Nodes) -> None:
+        super().__init__(weights, source)
+        self.nodes = nodes
+        self.subspace = subspace
+        self.names = frozenset(node.name for node in nodes.values())
+        self.response: dict[str, Tensor] = {}  # node -> sum of (values' - values) / eps v^T, float32 [K, C, m]
+        self.tables: dict[str, Tensor] = {}  # keys [K], columns [C], counts [K]: what the response is of
+
+    def moves(self, direction: Direction, name: str) -> bool:
+        """Whether the tensor is a node's."""
+        del direction
+        return name in self.names
+
+    def ever_moves(self, name: str) -> bool:
+        """Whether the tensor is a node's."""
+        return name in self.names
+
+    def perturbed(self) -> dict[str, Node]:
+        """The nodes whose own output is perturbed."""
+        return {key: node for key, node in self.nodes.items() if node.behind is None}
+
+    def directions(self, step: Direction, key: str, size: int, count: int, device: torch.device) -> Tensor:
+        """v of one node for a step, [count, m], rows of mean square length m.
+
+        Args:
+            step: any direction of the step.
+            key: of the node, and of its call where the layer runs more than once in a forward.
+            size: m.
+            count: probes times positions, over all processes; row j * positions + p is of probe j and position p.
+            device: where to.
+        """
+        named = Direction(step.seed, step.step)
+        if self.subspace.directions == "iid":
+            return sample("gaussian", key_of(named, key, role="node"), 0, count * size, device).view(count, size)
+        blocks = []
+        for start in range(0, count, size):
+            rows = min(size, count - start)
+            drawn = sample("gaussian", key_of(named, key, role=f"node.{start}"), 0, rows * size, "cpu")
+            q, r = torch.linalg.qr(drawn.view(rows, size).T)  # [m, rows], Haar once the signs are those of r
+            blocks.append((q * r.diagonal().sign()).T * size**0.5)
+        return torch.cat(blocks).to(device)
+
+    def basis_elements(self) -> int:
+        """Numbers of the response, once there is one."""
+        kept = [*self.response.values(), *self.tables.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept) // 4
+
+    # ---- saved and loaded --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The response."""
+        return {"response": dict(self.response), "tables": dict(self.tables)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved response."""
+        device = {key: self.weights.tensors[node.name].device for key, node in self.nodes.items()}
+        there = state.get("response", {})
+        self.response = {key: there[key].to(device.get(key.partition("@")[0], "cpu")).clone() for key in there}
+        self.tables = {key: tensor.clone() for key, tensor in state.get("tables", {}).items()}

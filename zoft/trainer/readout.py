@@ -1,0 +1,85 @@
+"""How the trainer's objective is read position by position, for node directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zoft.errors import UserError
+from zoft.lm.objectives._own_readout import own_feedbacks, own_places, own_readout
+from zoft.step.nodes import NodePositions, at_loss
+
+if TYPE_CHECKING:
+    from zoft.lm.logits.head import Positions
+    from zoft.lm.objectives._readout import Readout
+    from zoft.trainer.trainer import ZOMixin
+
+_MOST_OPTIONS = 64  # different options in the training rows, up to which each has a response of its own
+
+
+class TrainerReader:
+    """Reads a trainer's objective, or the model's own loss where there is none.
+
+    Args:
+        trainer: whose model is being queried.
+    """
+
+    def __init__(self, trainer: ZOMixin) -> None:
+        self.trainer = trainer
+        self._feedback: str | None = None
+
+    def parts(self, batch: Any) -> Sequence[Any]:
+        """The micro-batches, their rows as separate ones (``packed`` rows have other positions)."""
+        return [{key: value for key, value in one.items() if key != "packed"} for one in batch]
+
+    def places(self, part: Any) -> NodePositions:
+        """The positions that the loss is read from."""
+        objective, model = self.trainer.objective, self.trainer._called
+        found: Positions = own_places(model, part) if objective is None else objective.places(model, part)
+        mask = part.get("attention_mask", torch.ones_like(part["input_ids"]))
+        return at_loss(found.row, found.column, mask.int().argmax(1) - mask.shape[1])
+
+    def read(self, part: Any) -> Readout:
+        """One forward, as the estimator's feedback asks."""
+        objective, model = self.trainer.objective, self.trainer._called
+        feedback = self.feedback(part)
+        feedback = "loss" if feedback == "exact" else feedback
+        with self.trainer.compute_loss_context_manager():
+            if objective is None:
+                return own_readout(model, part, feedback)
+            return objective.readout(model, part, feedback)
+
+    def feedback(self, part: Any) -> str:
+        """What the estimator asks for; of ``auto``, what the objective has and its options are few enough for."""
+        if self._feedback is None:
+            self._feedback = self._chosen(part)
+        return self._feedback
+
+    def _chosen(self, part: Any) -> str:
+        trainer = self.trainer
+        objective, wanted = trainer.objective, trainer.method.estimator.feedback  # type: ignore[attr-defined]
+        there = own_feedbacks(trainer._called, part) if objective is None else objective.feedbacks
+        if wanted == "exact" or wanted in there:
+            return str(wanted)
+        if wanted != "auto":
+            name = "the model's own loss" if objective is None else f"objective={objective.name()}"
+            has = ", ".join(there) or "none"
+            raise UserError(f"estimator.feedback={wanted} is not what {name} has: choose one of {has}, or auto")
+        if "scores" in there and "hidden" in there and _num_options(trainer.train_dataset) > _MOST_OPTIONS:
+            return "hidden"
+        return there[0]
+
+
+def _num_options(rows: Any) -> int:
+    """How many different options the rows have, as far as it matters."""
+    seen: set[tuple[int, ...]] = set()
+    for row in rows:
+        if not isinstance(row, dict) or "sequences" not in row:
+            return 0
+        lengths = zip(row["sequences"], row["lengths"], strict=True)
+        seen |= {tuple(sequence[len(sequence) - length :]) for sequence, length in lengths}
+        if len(seen) > _MOST_OPTIONS:
+            break
+    return len(seen)
