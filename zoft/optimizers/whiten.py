@@ -91,8 +91,6 @@ class Whiten(Optimizer):
             steps[name] = self._step(mine, states[name])
             promised += steps[name].inner(mine)
         bound = self.trust * max(loss, 0.0)
-        if __import__("os").environ.get("DBG"):
-            print(f"  promised {lr * promised:.3f} loss {loss:.3f} ratio {lr * promised / loss:.2f}", flush=True)
         if lr * promised > bound:
             steps = {name: one.scaled(bound / (lr * promised)) for name, one in steps.items()}
         return steps
