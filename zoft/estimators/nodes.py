@@ -77,7 +77,10 @@ class Nodes(Estimator):
             raise UserError(f"{told}has no directions for weighting={method.weighting.name()}: use weighting=mean")
         optimizer = method.optimizer
         by_terms = (
-            optimizer.history_length or optimizer.needs_curvature or optimizer.shapes_directions or optimizer.trials
+            optimizer.history_length
+            or optimizer.needs_curvature
+            or optimizer.shapes_directions
+            or optimizer.line_search
         )
         if by_terms or type(optimizer).coefficients.__qualname__ != "Optimizer.coefficients":
             raise UserError(

@@ -47,7 +47,7 @@ class Whiten(Optimizer):
     decay: float = 0.95
     window: int = 10
     ridge: float = 0.1
-    trust: float = 0.5
+    trust: float = 50.0
 
     def check(self) -> None:
         """Refuse shares outside their ranges and an empty window."""
