@@ -115,7 +115,7 @@ def test_queries_are_the_forwards_that_are_made(estimator):
         assert asked.num_queries == run.method.queries_at(step)
 
 
-@pytest.mark.parametrize("estimator", [n for n in components("estimator") if n not in QUERYING])
+@pytest.mark.parametrize("estimator", [n for n, cls in components("estimator").items() if cls.backpropagates])
 def test_a_backward_pass_counts_as_two_forwards(estimator):
     fields = {"long_tokens": 5} if estimator == "addax" else {}
     run = Steps(components("estimator")[estimator](**fields), model=tiny_opt(), engine="layerwise")
@@ -144,7 +144,7 @@ def test_trials_of_the_step_are_counted_too():
 
 @pytest.mark.parametrize(
     ("estimator", "weighting"),
-    [(estimator, "mean") for estimator in components("estimator") if estimator != "forward_gradient"]
+    [(n, "mean") for n, cls in components("estimator").items() if n != "forward_gradient" and not cls.makes_factors]
     + [("central", "kalman"), ("three_point", "curvature"), ("central", "loss_std")],
 )
 @pytest.mark.parametrize("last", [False, True])
