@@ -45,7 +45,6 @@ def die_in_query(count: int, told: str) -> None:
 
     def query(self: Any, *args: Any, **kwargs: Any) -> Any:
         session = self.stepper.session
-        session.come_back()
         asked["inside"], asked["clean"] = True, Weights(session.model).digest()
         try:
             return ask(self, *args, **kwargs)

@@ -69,7 +69,7 @@ def use(name: str, model: Any, q: int) -> Callable[[], None]:
         stepper = ZOOptimizer([{"params": list(model.parameters())}], create("optimizer", "sgd", "sgd"), session, 1e-6)
         for step in range(3 if q == 1 else 1):
             directions = estimator.directions(0, step)
-            losses = session.losses_before_update(batch, estimator.points(directions))
+            losses = session.losses(batch, estimator.points(directions))
             stepper.pending = list(
                 zip(directions, (estimator.projected_grads(losses) / estimator.num_directions).tolist(), strict=True)
             )

@@ -85,7 +85,7 @@ class DiagnosticsCallback(TrainerCallback):
 
     @property
     def looks(self) -> bool:
-        """Whether the weights must be clean between the queries of this step and its update."""
+        """Whether this step is measured."""
         return self.trainer is not None and not self.trainer.state.global_step % self.every
 
     def on_train_begin(

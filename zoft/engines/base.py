@@ -1,4 +1,4 @@
-"""What every engine promises: losses at points with the weights as they were afterwards, and the writing of a step."""
+"""What every engine promises: losses at points, with the weights unchanged afterwards, and the writing of a step."""
 
 from __future__ import annotations
 
@@ -169,31 +169,6 @@ class Session:
                 "objective; use estimator=central"
             )
         return loss.detach().to("cpu", torch.float32), partial(_run_backward, loss, wanted)
-
-    # An engine that moves the weights themselves may leave them where the last query was, and take them on while the
-    # step is written: one pass over memory instead of three. The caller answers for nobody looking in between.
-
-    def losses_before_update(self, batch: Any, points: Sequence[Point]) -> Tensor:
-        """:meth:`losses`, when a step follows: :meth:`settle` or :meth:`come_back` comes before anybody looks."""
-        return self.losses(batch, points)
-
-    def expect(self, point: Point) -> None:
-        """The step that is about to be written may leave the weights at ``point``, where the next query will be."""
-        del point
-
-    def arrive(self, name: str, start: int, stop: int) -> None:
-        """The flat piece [start, stop) of tensor ``name`` is about to be read and written; pieces come in order."""
-        del name, start, stop
-
-    def depart(self, name: str, start: int, stop: int) -> None:
-        """The piece has been written."""
-        del name, start, stop
-
-    def settle(self) -> None:
-        """The step has been written: the weights are clean or at the expected point, unwritten pieces too."""
-
-    def come_back(self) -> None:
-        """The weights are clean after this, wherever they were."""
 
     def apply_(
         self,

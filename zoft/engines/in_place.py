@@ -79,24 +79,13 @@ class _CopySession(Session):
 
 
 class _SubtractSession(Session):
-    """The weights walk: one pass over them takes back the last point, writes the step, and goes on to the next point.
-
-    Each of these is an addition of its own, rounded by itself, so the numbers are those of separate passes (MeZO's).
-    """
+    """The weights walk from point to point by arithmetic: theta + eps z - 2 eps z + eps z, each addition rounded."""
 
     def __init__(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> None:
         super().__init__(model, coordinates, objective)
         self._here = Point()  # where the weights are
-        self._next = Point()  # where the step that is being written leaves them
-        self._arrived: dict[str, int] = {}  # name -> flat index up to which the tensor has been brought back
-        self._departed: dict[str, int] = {}  # name -> flat index up to which it has gone on
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
-        losses = self.losses_before_update(batch, points)
-        self.come_back()
-        return losses
-
-    def losses_before_update(self, batch: Any, points: Sequence[Point]) -> Tensor:
         refuse_derivatives(points, "in_place")
         results = []
         try:
@@ -104,53 +93,20 @@ class _SubtractSession(Session):
                 for point in points:
                     self._walk(point)
                     results.append(self.evaluate(batch))
+            self._walk(Point())
         except BaseException:
-            self.come_back()
+            self._walk(Point())  # also where a signal came on the way back: that walk has undone what it did
             raise
         return torch.stack(results)
 
-    def expect(self, point: Point) -> None:
-        self._next = point
-
-    def arrive(self, name: str, start: int, stop: int) -> None:
-        self._take_on(self._arrived, Point(self._here.direction, -self._here.scale), name, start, stop)
-
-    def depart(self, name: str, start: int, stop: int) -> None:
-        self._take_on(self._departed, self._next, name, start, stop)
-
-    def settle(self) -> None:
-        for name, tensor in self.weights.tensors.items():
-            for start, stop in self.coordinates.spans(name, self._arrived.get(name, 0), tensor.numel()):
-                self.arrive(name, start, stop)
-            for start, stop in self.coordinates.spans(name, self._departed.get(name, 0), tensor.numel()):
-                self.depart(name, start, stop)
-        self._here, self._next, self._arrived, self._departed = self._next, Point(), {}, {}
-
-    def _take_on(self, reached: dict[str, int], point: Point, name: str, start: int, stop: int) -> None:
-        """Add a point's displacement to a piece, and note it, also when a signal comes in between."""
-        assert reached.get(name, 0) == start, "the pieces of a tensor are written in order"
-        piece = self.piece(name, start, stop)
-        moves = point.direction is not None and self.coordinates.moves(point.direction, name)
-        try:
-            if moves:
-                self.coordinates.add_(piece, point.direction, name, start, point.scale)  # type: ignore[arg-type]
-        finally:
-            if piece._version or not moves:
-                reached[name] = stop
-
-    def come_back(self) -> None:
-        if self._here.direction is not None or self._arrived:
-            self.settle()  # where a step was cut short, what it has written stays written
-        self._walk(Point())  # from the expected point, if there was one
-
-    def _walk(self, there: Point) -> None:
-        """Move every tensor to ``there``; when something interrupts, move none."""
+    def _walk(self, target: Point) -> None:
+        """Move every tensor to ``target``; when something interrupts, move none."""
         moves = []
-        if self._here.direction is not None and self._here.direction != there.direction:
+        if self._here.direction is not None and self._here.direction != target.direction:
             moves.append((self._here, -self._here.scale))
-        if there.direction is not None:
-            same = self._here.direction == there.direction
-            moves.append((there, there.scale - self._here.scale if same else there.scale))
+        if target.direction is not None:
+            same = self._here.direction == target.direction
+            moves.append((target, target.scale - self._here.scale if same else target.scale))
         if not moves:
             return
         begun: list[tuple[Tensor, str, int]] = []
@@ -160,9 +116,9 @@ class _SubtractSession(Session):
                     piece = self.piece(name, start, stop)
                     begun.append((piece, name, start))
                     self._add(moves, piece, name, start)
-            self._here = there
+            self._here = target
         except BaseException:
-            if self._here is not there:
+            if self._here is not target:
                 for piece, name, start in begun:
                     done = moves[: piece._version]  # additions that took place: a signal comes before or after one
                     self._add([(point, -distance) for point, distance in reversed(done)], piece, name, start)

@@ -137,11 +137,6 @@ class Estimator(Component):
         points = self.points(self.directions(0, 0))
         return any(point.direction is None and not point.anchor for point in points)
 
-    @property
-    def foreseeable(self) -> bool:
-        """Whether the first point of a step is known before the step before it has been taken."""
-        return not self.per_example and not self.backpropagates
-
     def batches_at(self, step: int) -> int:
         """Over how many batches of the training data the losses of this step are averaged; 0: the step's own batch."""
         del step
@@ -258,11 +253,6 @@ class FiniteDifference(Estimator):
         self.require(0 < self.eps < float("inf"), "eps", "> 0 and finite")
         self.require(self.eps_schedule in EPS_SCHEDULES, "eps_schedule", f"one of {', '.join(EPS_SCHEDULES)}")
         self.require(0 < self.eps_end <= 1, "eps_end", "above 0 and at most 1")
-
-    @property
-    def foreseeable(self) -> bool:
-        """Not where eps follows a learning rate that has not been set yet."""
-        return super().foreseeable and self.eps_schedule != "tied"
 
     def at(self: E, done: float, rate: float) -> E:
         """With the eps of that place."""

@@ -85,11 +85,6 @@ class SVRG(FiniteDifference):
         """Several where an anchor is made."""
         return 0 if step % self.interval else self.anchor_batches
 
-    @property
-    def foreseeable(self) -> bool:
-        """Never: between its queries the model has other weights."""
-        return False
-
     def points(self, directions: list[Direction]) -> list[Point]:
         """+eps and -eps along each direction; where no anchor is made, the same from the anchor."""
         here = [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]

@@ -114,11 +114,6 @@ class Method:
                 f"set budget.queries to {self.queries_at(0)} or more, or take fewer directions"
             )
 
-    @property
-    def foreseeable(self) -> bool:
-        """Whether nothing but its points is queried in a step, and the next step's first point is known already."""
-        return self.estimator.foreseeable and not self.optimizer.line_search and not self.optimizer.shapes_directions
-
     def extra_elements(self, coordinates: BoundSubspace) -> int:
         """Numbers that are kept from step to step: the optimizer's state, the subspace's bases, an anchor."""
         anchor = coordinates.weights.num_elements if self.estimator.keeps_anchor else 0

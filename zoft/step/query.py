@@ -89,7 +89,6 @@ class Queries:
         estimator: Estimator | None = None,
         *,
         lr: float = 0.0,
-        looked_at: bool = True,
     ) -> Asked:
         """Query, and leave the estimate with the stepper.
 
@@ -98,7 +97,6 @@ class Queries:
             directions: the step's.
             estimator: the method's own as it is at this place of the run; as it was made if left out.
             lr: the learning rate of the step, for methods that try the step before they take it.
-            looked_at: whether somebody may look at the weights before the step is written.
         """
         estimator, scalars = estimator or self.method.estimator, self.stepper.scalars
         self.stepper.pending = self.stepper.backward = self.stepper.curvatures = self.stepper.factors = None
@@ -111,7 +109,7 @@ class Queries:
             elif estimator.backpropagates:
                 asked = self._with_gradient(batch, directions, estimator)
             else:
-                asked = self._all(batch, directions, estimator, clean, lr=lr, looked_at=looked_at)
+                asked = self._all(batch, directions, estimator, clean, lr=lr)
             usable = asked.usable
         finally:
             if not usable:  # a step that comes to nothing is not remembered either
@@ -129,10 +127,9 @@ class Queries:
         clean: Tensor | None,
         *,
         lr: float,
-        looked_at: bool,
     ) -> Asked:
         """The whole estimate from queries."""
-        directions, losses, queries = self._losses(batch, directions, estimator, clean, looked_at=looked_at)
+        directions, losses, queries = self._losses(batch, directions, estimator, clean)
         if not bool(torch.isfinite(losses).all()):
             return Asked(losses, None, float(estimator.loss(losses)), queries, usable=False)
         measured = estimator.measure(losses, self.stepper.scalars["estimator"])
@@ -187,7 +184,7 @@ class Queries:
     # ---- losses ------------------------------------------------------------------------------------------------------
 
     def _losses(
-        self, batch: Any, directions: list[Direction], estimator: Estimator, clean: Tensor | None, *, looked_at: bool
+        self, batch: Any, directions: list[Direction], estimator: Estimator, clean: Tensor | None
     ) -> tuple[list[Direction], Tensor, int]:
         """(directions, losses in the points' order, queries made)."""
         points = estimator.points(directions)
@@ -198,7 +195,7 @@ class Queries:
         if wide:
             over = [self._at(one, points) for one in self.batches(wide)]
             return directions, torch.stack(over).mean(0), queries - len(points) * (wide - len(over))
-        return directions, self._at(batch, points, clean, looked_at=looked_at), queries
+        return directions, self._at(batch, points, clean), queries
 
     def _per_example(
         self, batch: Any, directions: list[Direction], points: list[Point]
@@ -213,11 +210,10 @@ class Queries:
         numbers = range(len(order))
         return [replace(direction, example=number) for direction in directions for number in numbers], losses[:, order]
 
-    def _at(self, batch: Any, points: list[Point], clean: Tensor | None = None, *, looked_at: bool = True) -> Tensor:
+    def _at(self, batch: Any, points: list[Point], clean: Tensor | None = None) -> Tensor:
         """The objective at some points, those at the anchor among them; a clean loss that is known is not asked for."""
         here = [p for p in points if not p.anchor and (clean is None or p.direction is not None)]
-        query = self.session.losses if looked_at else self.session.losses_before_update
-        found = self.average(query(batch, here)) if here else torch.empty(0)
+        found = self.average(self.session.losses(batch, here)) if here else torch.empty(0)
         there = [p for p in points if p.anchor]
         if there:
             with self.session.at_anchor():

@@ -119,7 +119,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         if self.about_to_write is not None:
             self.about_to_write(self.pending)
         if self.pending is None:
-            self.session.come_back()
             return
         terms, self.pending = self.pending, None
         backward, self.backward = self.backward, None
@@ -147,7 +146,6 @@ class ZOOptimizer(torch.optim.Optimizer):
             write(name, factor.dense())
         for name in list(left):
             write(name)
-        self.session.settle()
         if self.rule.history_length:
             self.records = [*self.records, terms][-self.rule.history_length :]
         self.curvatures = None
@@ -184,7 +182,6 @@ class ZOOptimizer(torch.optim.Optimizer):
                 continue
             ends = None if kept is None else kept.add_(start, stop, update, lr)
             for first, last in self.coordinates.pieces(name, start, stop):
-                self.session.arrive(name, first, last)
                 master = self._master_piece(name, first, last) if way == "master" else None
                 theta = self.session.piece(name, first, last) if master is None else master
                 if ends is None:
@@ -198,7 +195,6 @@ class ZOOptimizer(torch.optim.Optimizer):
                     if decay:
                         step = step.add_(theta.to(step.dtype) * (decay * lr))
                 self.session.apply_(name, first, last, step, bits, master)
-                self.session.depart(name, first, last)
 
     def _updates(
         self, name: str, terms: list[Term], state: dict[str, Tensor], count: int, dense: Tensor | None
@@ -244,9 +240,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self, name: str, parameter: nn.Parameter, direction: Direction, coefficient: float, lr: float
     ) -> None:
         for first, last in self.coordinates.spans(name, 0, parameter.numel()) if lr else ():
-            self.session.arrive(name, first, last)
             self.coordinates.add_(self.session.piece(name, first, last), direction, name, first, -lr * coefficient)
-            self.session.depart(name, first, last)
 
     def _master_piece(self, name: str, first: int, last: int) -> Tensor:
         """A view of the master of the flat piece [first, last), which is the weight itself where it is none of ours."""

@@ -144,7 +144,6 @@ class BoundActivation(BoundFactored):
     ) -> None:
         super().__init__(weights, source, forms, subspace.name())
         self.subspace = subspace
-        self.foreseeable = subspace.basis == "first"
         self._seen: dict[str, tuple[int, Tensor]] = {}  # name -> the step it was seen in, A
         self._before: dict[str, tuple[int, Tensor]] = {}  # the one before that
         self._followed: dict[str, Tensor] = {}  # Oja's K [n, columns]

@@ -117,9 +117,6 @@ class BoundSubspace:
 
     # ---- a step begins -----------------------------------------------------------------------------------------------
 
-    foreseeable: bool = True
-    """Whether a step's directions are known before it begins, from its number alone."""
-
     def begin(self, direction: Direction) -> None:
         """A step begins, and the weights are clean: what depends on them is settled here and holds for the step."""
         del direction
@@ -194,7 +191,6 @@ class BoundSubspace:
             self.source = Orthogonal(self.source, num_directions, self._products, self.dimension)
         if shape is not None:
             self.source = StateShaped(self.source, shape)
-            self.foreseeable = False
         if per_example:
             self.source = PerExample(self.source, {name: self.shape(name) for name in self.weights.tensors})
         if mixes:

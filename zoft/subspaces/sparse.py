@@ -114,7 +114,6 @@ class BoundSparse(BoundSubspace):
     def __init__(self, weights: Weights, source: NoiseSource, sparse: Sparse) -> None:
         super().__init__(weights, source)
         self.sparse = sparse
-        self.foreseeable = sparse.choose not in ("magnitude", "gradient")
         self._masks: dict[str, Mask] = {}
         self._made_for: tuple[int, ...] | None = None  # the interval; where chosen by chance, (seed, interval)
         self._share: float | None = None  # s, where it is one for all tensors

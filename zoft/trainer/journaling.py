@@ -359,7 +359,6 @@ class Journaled(_Base):
         alone = self.journal is None and self.args.world_size == 1
         if not every or step % every or step == self._hashed or alone:
             return
-        self._come_back()
         self._hashed = step
         sha = Weights(self.model).digest()
         self._check_digest(step, sha)
@@ -374,7 +373,6 @@ class Journaled(_Base):
         huge, self._is_huge = self._is_huge, False
         if not huge or self._from_journal:
             return
-        self._come_back()
         if all(bool(torch.isfinite(tensor).all()) for tensor in Weights(self.model).tensors.values()):
             return
         step = self.progress.steps - 1

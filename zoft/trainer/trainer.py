@@ -215,7 +215,6 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             trained = super().train(checkpoint, *args, **kwargs)
             finished = self.state.global_step >= self.state.max_steps
         finally:
-            self._come_back()
             self._end_journal(finished=finished)
         return trained
 
@@ -237,22 +236,10 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         self.stepper.pending = [(direction, c * share) for direction, c in self.stepper.pending]
         log.warning("step %d: %s; the step is shortened to %.2g of its length", progress.steps, reason, share)
 
-    def _come_back(self) -> None:
-        if self.session is not None:
-            self.session.come_back()
-
-    def _nobody_looks(self) -> bool:
-        """Whether the weights may be elsewhere between a query and the next: no code but ours runs in between."""
-        callbacks = [*self.callback_handler.callbacks, self]
-        ours = all(type(one).__module__.split(".")[0] in ("transformers", "zoft") for one in callbacks)
-        return ours and not any(getattr(one, "looks", False) for one in callbacks)
-
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's own, on the weights of the step and not on those of the next query."""
+        """As the Trainer's own, with the weights' digest in the journal."""
         self._refuse_infinite_weights()
         self._journal_digest()
-        if self.control.should_evaluate or self.control.should_save or self.control.should_training_stop:
-            self._come_back()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -372,7 +359,6 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             self._settle_loss_scaling(model, window[0])
         progress, step = self.progress, self.progress.steps
         self._probe(window)
-        unseen = self._nobody_looks() and self.method.foreseeable and self.stepper.coordinates.foreseeable
         started = time.perf_counter()
         queries = self.queries
         assert queries is not None
@@ -384,7 +370,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
                 if micro_batches is not window:  # asked again: what the first try has looked at is forgotten
                     self.stepper.coordinates.load_state_dict(seen)
                 self._asked = micro_batches
-                return queries(micro_batches, self._directions(step), estimator, lr=lr, looked_at=not unseen)
+                return queries(micro_batches, self._directions(step), estimator, lr=lr)
 
             asked = self._halving(ask, window) if self.accelerator.num_processes == 1 else ask(window)
         progress.seconds_forward += time.perf_counter() - started
@@ -397,9 +383,6 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         elif asked.measured is not None:
             self.projected_grads = asked.measured.projected_grads
         self._count_skipped(asked)
-        if unseen and self.state.global_step + 1 < self.state.max_steps and self._is_direction_known(progress.steps):
-            directions = self._directions(progress.steps)
-            self.stepper.session.expect(self._estimator(ahead=1).points(directions)[0])
         progress.losses.append(asked.loss)
         self._guard(asked.loss)
         return asked.loss
@@ -479,14 +462,11 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
 
         return broadcast_object_list([seen])[0]
 
-    def _estimator(self, ahead: int = 0) -> Estimator:
-        """The estimator as it is now, or so many steps ahead: eps has a schedule."""
-        done = (self.state.global_step + ahead) / max(1, self.state.max_steps)
+    def _estimator(self) -> Estimator:
+        """The estimator as it is at this step: eps has a schedule."""
+        done = self.state.global_step / max(1, self.state.max_steps)
         start = self.args.learning_rate
         return self.method.estimator.at(min(done, 1.0), self.stepper.param_groups[0]["lr"] / start if start else 1.0)
-
-    def _is_direction_known(self, step: int) -> bool:
-        return self.direction_seeds is None or step < len(self.direction_seeds)
 
     def _directions(self, step: int) -> list[Direction]:
         estimator = self.method.estimator
@@ -497,7 +477,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
                     Direction(step_seed(seed, step) + d.index, step, d.index) for d in estimator.directions(seed, step)
                 ]
             return estimator.directions(seed, step)
-        if not self._is_direction_known(step):
+        if step >= len(self.direction_seeds):
             raise UserError(f"direction_seeds has {len(self.direction_seeds)} entries, step {step} needs one more")
         seed = self.direction_seeds[step]
         return [

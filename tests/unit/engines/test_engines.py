@@ -21,8 +21,6 @@ from zoft.estimators.central import Central
 from zoft.estimators.forward_gradient import ForwardGradient
 from zoft.estimators.one_sided import OneSided
 from zoft.noise.direction import Direction
-from zoft.optimizers.sgd import SGD
-from zoft.step.update import ZOOptimizer
 from zoft.subspaces import base
 from zoft.subspaces.full import Full
 from zoft.subspaces.low_rank import LowRank
@@ -136,63 +134,6 @@ def test_subtract_interrupted_while_it_moves_comes_back(monkeypatch, k, where, a
         rtol=1e-5,
         atol=1e-6,
     )
-
-
-@pytest.mark.parametrize("noise", ["counter", "torch_sequential"])
-@pytest.mark.parametrize("ahead", [False, True], ids=["and back", "and on"])
-def test_a_step_written_on_the_way_gives_the_numbers_of_separate_passes(ahead, noise, monkeypatch):
-    """Restore, update and next perturbation in one walk: the same additions in the same order, bit for bit."""
-    monkeypatch.setattr(base, "_CHUNK", 50)
-    estimator, walks = Central(eps=1e-2, noise=noise), []
-
-    def run(fused):
-        model = tiny_opt()
-        session, batch = bind(InPlace("subtract"), model, noise=noise), batch_for(model)
-        stepper = ZOOptimizer([{"params": list(model.parameters()), "weight_decay": 0.1}], SGD(), session, 1e-2)
-        seen, real = [], session.piece
-        session.piece = lambda *args: (walks.append(fused), real(*args))[1]
-        for step in range(3):
-            directions = estimator.directions(step, step)
-            losses = (session.losses_before_update if fused else session.losses)(batch, estimator.points(directions))
-            seen.append(losses)
-            if fused and ahead and step < 2:
-                session.expect(estimator.points(estimator.directions(step + 1, step + 1))[0])
-            stepper.pending = list(
-                zip(directions, (estimator.projected_grads(losses) / estimator.num_directions).tolist(), strict=True)
-            )
-            stepper.step()
-        session.come_back()
-        return torch.stack(seen), Weights(model).digest()
-
-    (losses, digest), (plain, wanted) = run(True), run(False)
-    assert torch.equal(losses, plain)
-    assert digest == wanted
-    assert walks.count(True) < walks.count(False)
-
-
-def test_a_step_that_is_cut_short_leaves_weights_at_no_point(monkeypatch):
-    """Half of the tensors have the step, none is perturbed."""
-    model = tiny_opt()
-    session, batch = bind(InPlace("subtract"), model), batch_for(model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    stepper = ZOOptimizer([{"params": list(model.parameters()), "weight_decay": 1e-9}], SGD(), session, 0.0)
-    session.losses_before_update(batch, [Point(D, 1e-2), Point(D, -1e-2)])
-    session.expect(Point(Direction(1, 1, 0), 1e-2))
-    stepper.param_groups[0]["lr"] = 1e-9
-    stepper.pending, calls, real = [(D, 1.0)], [], session.apply_
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        real(*args)
-
-    monkeypatch.setattr(session, "apply_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        stepper.step()
-    session.come_back()
-    for name, parameter in model.named_parameters():
-        assert float((parameter.data - before[name]).abs().max()) < 1e-6, name
 
 
 def test_copy_interrupted_while_it_saves_changes_nothing(monkeypatch):

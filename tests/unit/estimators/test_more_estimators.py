@@ -288,7 +288,6 @@ def test_a_backward_pass_refuses_what_knows_directions_only(estimator):
 def test_backprop_has_no_directions():
     estimator = Backprop()
     assert (estimator.points(estimator.directions(0, 0)), estimator.num_queries) == ([], 3)
-    assert not estimator.foreseeable
     with pytest.raises(UserError, match=r"backprop.num_directions must be 1 .*got 4"):
         Backprop(num_directions=4)
     with pytest.raises(UserError, match=r"weighting=sign.*use weighting=mean"):

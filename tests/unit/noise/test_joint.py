@@ -169,7 +169,6 @@ def test_a_mix_of_examples_directions_is_the_sum_of_theirs():
 
 def test_a_shape_is_applied_to_single_directions_and_before_their_sum():
     coordinates = bound(mixes=True, shape=lambda z, name, where: z.square_())
-    assert not coordinates.foreseeable
     plain = bound()
     parts = ((Direction(3, 5, 0), 1.0), (Direction(3, 5, 1), -1.0))
     for name in SHAPES:

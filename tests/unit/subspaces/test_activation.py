@@ -286,8 +286,6 @@ def test_the_basis_of_the_first_batch_stays():
     coordinates.combination(name, 0, 5, [(Direction(5, 0), 1.0), (Direction(5, 1), 1.0)])
     assert [Activation(basis="first").looks_at_inputs(step) for step in (0, 1, 2)] == [True, False, False]
     assert [Activation(basis="oja", rank=64).looks_at_inputs(step) for step in (0, 1, 2)] == [True] * 3
-    assert coordinates.foreseeable
-    assert not bound().foreseeable
     assert not Activation(basis="first").changes_basis
     assert Activation().changes_basis
 

@@ -499,7 +499,7 @@ def test_the_logged_eps_is_that_of_the_step(schedule: str, shares: list[float], 
         asked.append(max(point.scale for point in points))
         return real(batch, points)
 
-    trainer.stepper.session.losses = trainer.stepper.session.losses_before_update = losses  # type: ignore[method-assign]
+    trainer.stepper.session.losses = losses  # type: ignore[method-assign]
     trainer.train()
     assert lines(trainer, "eps") == pytest.approx([1e-2 * share for share in shares])
     assert asked == lines(trainer, "eps")
