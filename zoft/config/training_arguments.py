@@ -32,6 +32,7 @@ HOMES = {
 """Fields that have another home -> that home."""
 
 REFUSED = {
+    "frozen_prefix_disk_mb": "hidden states go to no file any more: leave it out, or raise trainer.frozen_prefix_mb",
     "disable_tqdm": "zoft shows its own progress bar, and plain lines where there is no terminal: leave it out",
     "resume_from_checkpoint": "leave it out: the same command resumes an unfinished run from its last checkpoint",
 }

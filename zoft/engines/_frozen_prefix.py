@@ -8,10 +8,9 @@ batch it first appeared in, and a resumed run finds the same bits.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from zoft.engines._lockstep import alone
 from zoft.utils.lazy import torch
@@ -41,8 +40,7 @@ class FrozenPrefix:
         blocks: its stack of blocks.
         first: index k of the lowest block that is trained.
         outside: modules outside the stack that are trained; none of them may run before block k.
-        max_bytes: bound on what is kept in memory; rows beyond it go to a file.
-        disk_bytes: bound on that file; rows beyond it are computed again when they come.
+        max_bytes: bound on what is kept; rows beyond it are computed again when they come.
     """
 
     def __init__(
@@ -52,21 +50,19 @@ class FrozenPrefix:
         first: int,
         outside: list[nn.Module],
         max_bytes: int,
-        disk_bytes: int = 0,
     ) -> None:
         self.model = model
         self.blocks = blocks
         self.first = first
         self.outside = outside
         self.max_bytes = max_bytes
-        self.disk_bytes = disk_bytes
         self.usable = True
         self._own_forwards: dict[nn.Module, Any] = {}  # what a block's own dict held as forward, while it is replaced
         self._checked = self._capturing = self._filling = False
         self.clear()
 
     @classmethod
-    def of(cls, model: nn.Module, weights: Weights, max_mb: int, disk_mb: int = 0) -> FrozenPrefix | None:
+    def of(cls, model: nn.Module, weights: Weights, max_mb: int) -> FrozenPrefix | None:
         """The prefix of this model under these trained weights, or None where there is none to keep."""
         blocks = longest_stack(model)
         trained = set(weights.owners)
@@ -75,11 +71,11 @@ class FrozenPrefix:
             return None
         inside = {module for block in blocks for module in block.modules()}
         outside = [module for module in trained if module not in inside]
-        return cls(model, blocks, first, outside, max_mb * 2**20, disk_mb * 2**20)
+        return cls(model, blocks, first, outside, max_mb * 2**20)
 
     def clear(self) -> None:
         """Forget everything that is kept."""
-        self._rows = Shelf(self.max_bytes, self.disk_bytes)
+        self._rows = RowStore(self.max_bytes)
         self._batch: tuple[dict[str, Tensor], Tensor] | None = None  # the last batch, put together
         self._serving: Tensor | None = None
 
@@ -328,66 +324,39 @@ def _row_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
     return inputs
 
 
-# ---- Tensors kept by key, in memory up to a bound and then in a temporary file up to another -------------------------
-
-
-class Shelf:
-    """What is put on it comes back bit for bit; what has no room is not kept.
+class RowStore:
+    """Tensors by key, up to a bound; one that has no room is not kept, and none is evicted.
 
     Args:
-        memory_bytes: bound of what stays in memory, on the tensors' own device.
-        disk_bytes: bound of the file, which is in the system's folder for temporary files (TMPDIR) and vanishes with
-            the process; 0 for none.
+        max_bytes: bound on all of them together, on their own device.
 
     Example:
         >>> import torch
-        >>> shelf = Shelf(8, 1000)
-        >>> shelf.put(b"a", torch.ones(2)), shelf.put(b"b", torch.arange(3.0))
-        (True, True)
-        >>> shelf.get(b"b")
-        tensor([0., 1., 2.])
+        >>> store = RowStore(8)
+        >>> store.put(b"a", torch.ones(2)), store.put(b"b", torch.ones(1)), store.get(b"b") is None
+        (True, False, True)
     """
 
-    def __init__(self, memory_bytes: int, disk_bytes: int = 0) -> None:
-        self.memory_bytes = memory_bytes
-        self.disk_bytes = disk_bytes
-        self._near: dict[bytes, Tensor] = {}
-        self._far: dict[
-            bytes, tuple[int, int, Tensor]
-        ] = {}  # key -> offset, bytes, an empty one of its dtype and device
-        self._shapes: dict[bytes, torch.Size] = {}
-        self._file: IO[bytes] | None = None
-        self.bytes_near = self.bytes_far = 0
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._tensors: dict[bytes, Tensor] = {}
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._near or key in self._far
+        return key in self._tensors
 
     def __len__(self) -> int:
-        return len(self._near) + len(self._far)
+        return len(self._tensors)
 
     def put(self, key: bytes, tensor: Tensor) -> bool:
         """Keep a tensor; returns whether there was room."""
         size = tensor.numel() * tensor.element_size()
-        if self.bytes_near + size <= self.memory_bytes:
-            self._near[key] = tensor
-            self.bytes_near += size
-            return True
-        if self.bytes_far + size > self.disk_bytes:
+        if self.num_bytes + size > self.max_bytes:
             return False
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="zoft_")  # noqa: SIM115 - open for as long as this is
-        self._file.seek(self.bytes_far)
-        self._file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        self._far[key] = (self.bytes_far, size, tensor.new_empty(0))
-        self._shapes[key] = tensor.shape
-        self.bytes_far += size
+        self._tensors[key] = tensor
+        self.num_bytes += size
         return True
 
     def get(self, key: bytes) -> Tensor | None:
         """The tensor, or None where it is not kept."""
-        if key not in self._far or self._file is None:
-            return self._near.get(key)
-        offset, size, like = self._far[key]
-        self._file.seek(offset)
-        read: Any = torch.frombuffer(bytearray(self._file.read(size)), dtype=like.dtype)
-        return read.view(self._shapes[key]).to(like.device)
+        return self._tensors.get(key)

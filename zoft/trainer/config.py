@@ -58,8 +58,7 @@ class ZOConfig(TrainingArguments):
         budget_queries: forward passes of the objective, clean ones included, after which training stops.
         max_skipped_steps: steps in a row with a non-finite loss before the run stops; their weights stay untouched.
         keep_frozen_prefix: compute hidden states below the lowest trained block once per example and keep them.
-        frozen_prefix_mb: memory bound of those hidden states, MiB.
-        frozen_prefix_disk_mb: bound of a temporary file for those beyond it, MiB; 0 writes none.
+        frozen_prefix_mb: memory bound of those hidden states, MiB; those beyond it are computed again.
         journal: write every step to ``output_dir/journal.bin``: a killed run goes on from there (docs/journal.md).
         journal_hash_steps: steps between hashes of the trained weights, by which a replay and other processes are
             checked; 0 makes none.
@@ -90,9 +89,6 @@ class ZOConfig(TrainingArguments):
         metadata={"help": "Keep the hidden states below the lowest trained block, computed once per example."},
     )
     frozen_prefix_mb: int = field(default=2048, metadata={"help": "Memory bound of the kept hidden states, MiB."})
-    frozen_prefix_disk_mb: int = field(
-        default=0, metadata={"help": "Bound of a temporary file for hidden states beyond it, MiB; 0 writes none."}
-    )
     journal: bool = field(default=True, metadata={"help": "Write a journal of every step to output_dir/journal.bin."})
     journal_hash_steps: int = field(
         default=1000, metadata={"help": "Steps between hashes of the trained weights in the journal; 0: none."}

@@ -160,9 +160,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         if self.objective is not None and self.objective.generates:  # with a cache: no call has whole rows
             return
         if self.frozen_prefix is None or self.frozen_prefix.model is not self.model:
-            self.frozen_prefix = FrozenPrefix.of(
-                self.model, weights, self.args.frozen_prefix_mb, self.args.frozen_prefix_disk_mb
-            )
+            self.frozen_prefix = FrozenPrefix.of(self.model, weights, self.args.frozen_prefix_mb)
 
     def create_accelerator_and_postprocess(self) -> None:
         """No DDP, FSDP or DeepSpeed wrapping and no loss scaler: there is no gradient to synchronise or to scale."""

@@ -18,7 +18,7 @@ from tests.models import (
     tiny_roberta_mlm,
     tiny_t5,
 )
-from zoft.engines._frozen_prefix import FrozenPrefix, Shelf
+from zoft.engines._frozen_prefix import FrozenPrefix
 from zoft.lm.models.trainable.last_blocks import LastBlocks
 from zoft.lm.models.trainable.regex import Regex
 from zoft.weights.tensors import Weights
@@ -244,8 +244,8 @@ def test_fill_keeps_what_row_by_row_would(make):
     assert counter.rows == 5
     with alone.reused():
         outputs(model, batch)
-    assert together._rows._near.keys() == alone._rows._near.keys()
-    for key, states in together._rows._near.items():
+    assert together._rows._tensors.keys() == alone._rows._tensors.keys()
+    for key, states in together._rows._tensors.items():
         torch.testing.assert_close(states, alone._rows.get(key), rtol=0, atol=1e-6)
     seen = counter.rows
     together.fill(lambda: outputs(model, batch))
@@ -262,49 +262,18 @@ def test_memory_is_bounded_nothing_is_evicted_and_the_rest_is_computed():
     batch = padded([6] * 4, "right")
     compare(model, batch, prefix)
     assert len(prefix._rows) == 2
-    assert prefix._rows.bytes_near == 2 * row_bytes
+    assert prefix._rows.num_bytes == 2 * row_bytes
     compare(model, padded([6] * 4, "right", seed=1), prefix)
     assert len(prefix._rows) == 2
     prefix.clear()
     assert len(prefix._rows) == 0
 
 
-def test_rows_beyond_the_memory_go_to_a_file_up_to_its_bound():
-    model = tiny_llama()
-    prefix, runs = prefix_of(model), []
-    row_bytes = 6 * 16 * 4
-    prefix.max_bytes, prefix.disk_bytes = row_bytes, 2 * row_bytes
-    prefix.clear()
-    batch = padded([6] * 4, "right")
-    compare(model, batch, prefix)
-    assert (prefix._rows.bytes_near, prefix._rows.bytes_far) == (row_bytes, 2 * row_bytes)
-    prefix._batch = None  # the rows themselves are asked for
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
-    with prefix.reused():
-        outputs(model, batch)
-    assert len(runs) == 1  # the one that had room nowhere
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_put_on_the_shelf_comes_back_bit_for_bit(dtype):
-    shelf = Shelf(100, 10_000)
-    tensors = {
-        bytes([i]): torch.randn(i + 1, 7, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(9)
-    }
-    assert all(shelf.put(key, tensor) for key, tensor in tensors.items())
-    assert shelf.bytes_far > 0
-    for key in reversed(tensors):
-        assert torch.equal(shelf.get(key), tensors[key])
-        assert key in shelf
-    assert shelf.get(b"none") is None
-    assert not Shelf(3).put(b"a", torch.ones(1))
-
-
 def test_kept_rows_own_their_memory_when_filled_together():
     model = tiny_llama()
     prefix = prefix_of(model)
     prefix.fill(lambda: outputs(model, padded([6] * 4, "right")))
-    assert all(s.untyped_storage().nbytes() == s.numel() * s.element_size() for s in prefix._rows._near.values())
+    assert all(s.untyped_storage().nbytes() == s.numel() * s.element_size() for s in prefix._rows._tensors.values())
 
 
 def test_nothing_is_left_on_the_model_when_a_forward_raises():
