@@ -60,4 +60,5 @@ class Addax(Central):
 
     def share_of_backward(self, queried: bool) -> float:
         """1 - alpha; all of it where nothing was queried."""
+        # g = zo_share g_queries + (1 - zo_share) g_backward; a batch of one kind has that kind's gradient alone
         return 1.0 - self.zo_share if queried else 1.0

@@ -178,6 +178,7 @@ class Estimator(Component):
 
     def directions(self, seed: int, step: int) -> list[Direction]:
         """The names of this step's directions."""
+        # a direction is a name: nothing is drawn here
         return [Direction(seed, step, probe) for probe in range(self.num_directions)]
 
     def points(self, directions: list[Direction]) -> list[Point]:
@@ -260,6 +261,7 @@ class FiniteDifference(Estimator):
         if schedule == "constant" or (schedule == "tied" and not rate):
             return self
         shares = {
+            # shares of eps: 1 at the start (done = 0), ``end`` at the end (done = 1)
             "linear": 1 - (1 - end) * done,
             "cosine": end + (1 - end) * (1 + math.cos(math.pi * done)) / 2,
             "tied": rate,

@@ -32,6 +32,7 @@ def projected_grad(loss_plus: Tensor, loss_minus: Tensor, eps: float) -> Tensor:
 
     References: Spall 1992 (SPSA); Malladi et al. 2023 (MeZO), Definition 1.
     """
+    # p = (L(theta + eps z) - L(theta - eps z)) / (2 eps) = z^T grad L + O(eps^2)
     return (loss_plus - loss_minus) / (2 * eps)
 
 
@@ -49,6 +50,7 @@ class Central(FiniteDifference):
 
     def points(self, directions: list[Direction]) -> list[Point]:
         """+eps then -eps along each direction: MeZO's order, one move of the weights between the two."""
+        # the pair of a direction stands together: what is kept for z serves both
         return [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]
 
     def projected_grads(self, losses: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class ForwardGradient(Estimator):
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """The derivatives themselves, [Q]."""
+        # already z_j^T grad L: a derivative is asked for, not a difference
         return losses[1:]
 
     def loss(self, losses: Tensor) -> Tensor:

@@ -22,11 +22,13 @@ def kernel(r: float) -> float:
         >>> kernel(1.0), kernel(-1.0), kernel(0.0)
         (-7.5, 7.5, 0.0)
     """
+    # K(r) = 15/4 r (5 - 7 r^2): E[r K] = 1 and E[r^3 K] = 0 for r uniform on [-1, 1]
     return 3.75 * r * (5 - 7 * r * r)
 
 
 def radius(direction: Direction) -> float:
     """r, uniform on (-1, 1), from the direction's name alone."""
+    # 64 random bits to the middle of one of 2^64 cells of (-1, 1): never exactly 0 or an end
     return (key_of(direction, "", role="kernel.r") + 0.5) * 2.0**-63 - 1
 
 
@@ -53,6 +55,7 @@ class Kernel(FiniteDifference):
 
     def points(self, directions: list[Direction]) -> list[Point]:
         """+ r_j eps and - r_j eps along each direction."""
+        # theta +- eps r_j z_j
         return [Point(d, sign * radius(d) * self.eps) for d in directions for sign in (1.0, -1.0)]
 
     def terms(self, terms: list[tuple[Direction, float]], state: dict[str, Any]) -> list[tuple[Direction, float]]:

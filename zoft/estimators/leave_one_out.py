@@ -46,6 +46,7 @@ class LeaveOneOut(FiniteDifference):
     def projected_grads(self, losses: Tensor) -> Tensor:
         """(L_j - mean_k L_k) / eps * q / (q - 1), which is L_j against the mean of the others: [Q]."""
         q = self.num_directions
+        # L_j - mean of the others = (L_j - mean of all) q / (q - 1)
         factor = 1.0 if self.across == "antithetic" else q / (q - 1)
         return (losses - losses.mean()) * (factor / self.eps)
 

@@ -55,8 +55,10 @@ class OnePoint(FiniteDifference):
         state = self.init() if state is None else state
         if not self.feedback:
             return super().measure(losses)
+        # the first step has no past: it is compared with itself, and its slopes are zero
         past = torch.tensor(state["losses"], dtype=losses.dtype) if state["losses"] else losses
         state["losses"] = losses.tolist()
+        # g_t = (L(theta_t + eps z_t) - L(theta_{t-1} + eps z_{t-1})) / eps
         return Measured((losses - past) / self.eps, self.loss(losses), self.probe_losses(losses), self.eps)
 
     def projected_grads(self, losses: Tensor) -> Tensor:

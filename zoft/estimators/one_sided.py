@@ -28,10 +28,12 @@ class OneSided(FiniteDifference):
 
     def points(self, directions: list[Direction]) -> list[Point]:
         """The clean point, then +eps along each direction."""
+        # the clean point first: one L(theta) serves all directions
         return [Point(), *(Point(direction, self.eps) for direction in directions)]
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """(L+ - L) / eps, [Q]."""
+        # p_j = (L(theta + eps z_j) - L(theta)) / eps = z_j^T grad L + O(eps)
         return (losses[1:] - losses[0]) / self.eps
 
     def probe_losses(self, losses: Tensor) -> Tensor:

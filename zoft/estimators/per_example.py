@@ -48,6 +48,7 @@ class PerExample(FiniteDifference):
 
     def probe_losses(self, losses: Tensor) -> Tensor:
         """[L+, L-] of each direction and example, [Q B, 2]."""
+        # [2 q, B] -> [q, 2, B] -> [q B, 2]: a row for every example of every direction
         return losses.view(self.num_directions, 2, -1).transpose(1, 2).reshape(-1, 2)
 
     def loss(self, losses: Tensor) -> Tensor:

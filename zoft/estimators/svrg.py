@@ -83,6 +83,7 @@ class SVRG(FiniteDifference):
 
     def batches_at(self, step: int) -> int:
         """Several where an anchor is made."""
+        # an anchor is made every ``interval`` steps, over several batches
         return 0 if step % self.interval else self.anchor_batches
 
     def points(self, directions: list[Direction]) -> list[Point]:
@@ -98,6 +99,7 @@ class SVRG(FiniteDifference):
 
     def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
         """The difference of two slopes, of which there is only one while there is no anchor."""
+        # without an anchor the second half of the losses is of the same weights and would cancel the first
         anchored = state is not None and bool(state["terms"])
         return super().measure(losses if anchored else losses[: 2 * self.num_directions])
 
@@ -106,12 +108,14 @@ class SVRG(FiniteDifference):
         if self.batches_at(terms[0][0].step):
             state["terms"] = [[d.seed, d.step, d.index, coefficient] for d, coefficient in terms]
             return terms
+        # + G, the anchor's estimate, as its own directions and coefficients
         return [*terms, *((Direction(seed, step, probe), c) for seed, step, probe, c in state["terms"])]
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """The slope at theta, minus the slope at the anchor where that was asked for: [Q]."""
         pairs = losses.view(-1, self.num_directions, 2)
         slopes = projected_grad(pairs[..., 0], pairs[..., 1], self.eps)
+        # slope at theta minus slope at the anchor, along the same z and on the same batch
         return slopes[0] - slopes[1] if len(slopes) > 1 else slopes[0]
 
     def probe_losses(self, losses: Tensor) -> Tensor:

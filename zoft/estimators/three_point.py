@@ -41,6 +41,7 @@ class ThreePoint(FiniteDifference):
 
     def curvatures(self, losses: Tensor) -> Tensor:
         """((L+ - L) + (L- - L)) / eps^2, [Q]: near numbers are subtracted first, which is exact."""
+        # k_j = (L+_j - 2 L(theta) + L-_j) / eps^2 = z_j^T H z_j + O(eps^2)
         return (self.probe_losses(losses) - losses[0]).sum(1) / self.eps**2
 
     def probe_losses(self, losses: Tensor) -> Tensor:

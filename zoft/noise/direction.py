@@ -36,10 +36,12 @@ def key_of(direction: Direction, name: str, role: str = "z") -> int:
         >>> key_of(Direction(0, 1), "a") != key_of(Direction(0, 1), "b")
         True
     """
+    # a hash of the words: no arithmetic of seeds, in which neighbours would collide
     text = f"{direction.seed}|{direction.step}|{direction.index}|{role}|{name}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def step_seed(run_seed: int, step: int) -> int:
     """A 31-bit seed for the step's own generator, for sources that are seeded rather than keyed."""
+    # 31 bits: what torch and numpy both take as a seed
     return key_of(Direction(run_seed, step), "", role="step_seed") & 0x7FFFFFFF

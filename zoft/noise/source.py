@@ -159,6 +159,7 @@ class CounterNoise(NoiseSource):
         scales = _of_step(self._scales, direction)
         if direction not in scales:
             total = sum(squared_norm(key_of(direction, name), n, device) for name, n in self.shapes.items())
+            # sqrt(d) / ||z||, with ||z||^2 in units of 2^-32
             scales[direction] = (sum(self.shapes.values()) * counter.FIXED_POINT**2 / total) ** 0.5
         return scales[direction]
 

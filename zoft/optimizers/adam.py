@@ -50,7 +50,11 @@ class Adam(Optimizer):
 
     def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The bias-corrected ratio of the moments."""
+        # m <- beta1 m + (1 - beta1) g
         moment1 = state["moment1"].mul_(self.adam_beta1).add_(gradient, alpha=1 - self.adam_beta1)
+        # v <- beta2 v + (1 - beta2) g^2
         moment2 = state["moment2"].mul_(self.adam_beta2).addcmul_(gradient, gradient, value=1 - self.adam_beta2)
+        # sqrt(v_hat) + epsilon, with v_hat = v / (1 - beta2^t)
         root = moment2.div(1 - self.adam_beta2**step).sqrt_().add_(self.adam_epsilon)
+        # m_hat / (sqrt(v_hat) + epsilon), with m_hat = m / (1 - beta1^t)
         return moment1.div(root).div_(1 - self.adam_beta1**step)

@@ -79,14 +79,17 @@ class AdaMU(Optimizer):
         """
         done = step - self.explore_steps
         share = min(1.0, max(0.0, done / self.anneal_steps)) if self.anneal_steps else float(done >= 0)
+        # alpha_t = alpha + (1 - alpha) (1 + cos(pi share)) / 2: 1 while it explores, alpha in the end
         return self.alpha + (1 - self.alpha) * (1 + math.cos(math.pi * share)) / 2
 
     def shape_context(self, states: Mapping[str, State], step: int) -> dict[str, Any]:
         """What the momentum and the random part are multiplied with."""
+        # sin^2 = alpha_t is the share of the fresh noise, cos^2 = 1 - alpha_t that of the momentum
         return mix(states, math.asin(math.sqrt(min(1.0, self.alpha_at(step)))))
 
     def shape(self, z: Tensor, state: State, context: dict[str, Any]) -> Tensor:
         """sqrt(alpha) u + sqrt(1 - alpha) sqrt(d) m / ||m||."""
+        # z = sqrt(alpha_t) u + sqrt(1 - alpha_t) sqrt(d) m / ||m||
         return z.mul_(context["across"]).add_(state["momentum"], alpha=context["along"])
 
     def update_from(self, estimate: Estimate, state: State, step: int) -> Tensor:
@@ -97,6 +100,9 @@ class AdaMU(Optimizer):
         if estimate.terms:
             share = (1 - self.beta2) / len(estimate.terms)
             drawn = estimate.squares([(direction, share) for direction, _ in estimate.terms])
+            # v <- beta2 v + (1 - beta2) mean_j z_j^2
             state["squares"].mul_(self.beta2).add_(drawn)
+        # m <- beta1 m + (1 - beta1) g
         state["momentum"].mul_(self.beta1).add_(gradient, alpha=1 - self.beta1)
+        # g / (sqrt(v) + epsilon)
         return gradient.div_(state["squares"].sqrt().add_(self.adam_epsilon))

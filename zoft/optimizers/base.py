@@ -57,6 +57,7 @@ class Estimate:
         if not self.terms:
             assert self.dense is not None
             return self.dense.to(torch.float32, copy=True)
+        # g = sum_j a_j z_j, and the part that came from a backward pass
         total = self.combination(self.terms)
         return total if self.dense is None else total.add_(self.dense)
 
@@ -68,6 +69,7 @@ class Estimate:
         """sum_j c_j z_j^2 for these terms, element by element."""
         total: Tensor | None = None
         for direction, coefficient in terms:
+            # sum_j a_j z_j^2
             square = self.coordinates.draw(direction, self.name, self.start, self.stop).square_().mul_(coefficient)
             total = square if total is None else total.add_(square)
         assert total is not None
@@ -225,6 +227,7 @@ class Optimizer(Component):
 
 def norm_of(states: Mapping[str, State], key: str) -> float:
     """Length of one state tensor over all tensors, summed in float64."""
+    # ||s||^2 over all tensors, summed in float64: the order of the tensors leaves no trace
     squares = (torch.linalg.vector_norm(state[key], dtype=torch.float64).item() ** 2 for state in states.values())
     return math.sqrt(math.fsum(squares))
 

@@ -56,11 +56,13 @@ class Cone(Optimizer):
 
     def shape(self, z: Tensor, state: State, context: dict[str, Any]) -> Tensor:
         """sqrt(d) cos(angle) m / ||m|| + sin(angle) u."""
+        # z = sin(angle) u + sqrt(d) cos(angle) m / ||m||
         return z.mul_(context["across"]).add_(state["momentum"], alpha=context["along"])
 
     def update(self, gradient: Tensor, state: State, step: int) -> Tensor:
         """The estimate; the momentum takes it in."""
         del step
+        # m <- beta m + (1 - beta) g
         state["momentum"].mul_(self.beta).add_(gradient, alpha=1 - self.beta)
         return gradient
 
@@ -76,7 +78,9 @@ def mix(states: Mapping[str, State], angle: float) -> dict[str, Any]:
         ``along`` = sqrt(d) cos(angle) / ||m|| and ``across`` = sin(angle); 0 and 1 while the momentum is zero.
     """
     length = norm_of(states, "momentum")
+    # No momentum yet, or a right angle: z = u, as in MeZO.
     if not length or angle >= math.pi / 2:
         return {"along": 0.0, "across": 1.0}
     elements = num_elements_of(states, "momentum")
+    # E||z||^2 = d cos^2 + d sin^2 = d: eps and the learning rate keep their meaning
     return {"along": math.sqrt(elements) * math.cos(angle) / length, "across": math.sin(angle)}

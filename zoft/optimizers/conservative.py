@@ -27,4 +27,5 @@ class Conservative(SGD):
 
     def choose(self, losses: Mapping[float, float]) -> float:
         """Where the loss is lowest: none, the step, or its opposite, in this order where they tie."""
+        # argmin over {theta, theta - lr g, theta + lr g}; min() takes the first of equal ones: to stay, then the step
         return min((0.0, *self.line_search), key=lambda multiple: losses[multiple])

@@ -53,6 +53,7 @@ class Hessian(Optimizer):
     def shape(self, z: Tensor, state: State, context: dict[str, float]) -> Tensor:
         """z / sqrt(H)."""
         del context
+        # z' = z / sqrt(H)
         return z.div_(state["hessian"].sqrt())
 
     def update_from(self, estimate: Estimate, state: State, step: int) -> Tensor:
@@ -61,10 +62,12 @@ class Hessian(Optimizer):
         assert estimate.curvatures is not None, "the estimator has to measure the curvature"
         # both are drawn before H is written: the directions of this piece depend on it
         gradient = estimate.gradient()
+        # |k_j| / (2 q), with k_j = z'_j^T (Hessian) z'_j
         shares = [abs(curvature) / (2 * len(estimate.curvatures)) for curvature in estimate.curvatures]
         directions = [direction for direction, _ in estimate.terms]
         bend = estimate.squares(list(zip(directions, shares, strict=True)))
         hessian = state["hessian"]
+        # H <- (1 - smooth) H + smooth * bend * H^2 = H ((1 - smooth) + smooth * bend * H)
         factor = bend.mul_(hessian).mul_(self.smooth).add_(1 - self.smooth)
         hessian.mul_(factor).clamp_(_SMALLEST, _LARGEST)
         return gradient

@@ -39,4 +39,5 @@ class Momentum(Optimizer):
     def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The running mean of the estimates."""
         del step
+        # m <- beta m + (1 - beta) g; a copy, because the caller may overwrite the step
         return state["momentum"].mul_(self.beta).add_(gradient, alpha=1 - self.beta).clone()

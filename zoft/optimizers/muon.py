@@ -90,6 +90,7 @@ class Muon(Optimizer):
         matrix = gradient.view(_sides(shape))
         if self.beta:
             mean = state["momentum"].view(matrix.shape)
+            # M <- beta M + (1 - beta) C
             matrix = mean.mul_(self.beta).add_(matrix, alpha=1 - self.beta)
         if self.method == "power":
             if step == 1:
@@ -97,6 +98,7 @@ class Muon(Optimizer):
             sign = power_step(matrix, state["V"])
         else:
             sign = newton_schulz(matrix) if self.method == "newton_schulz" else exact(matrix)
+        # the lift multiplies by the gain of the basis, which a step of fixed length must not see
         return sign.contiguous().div_(estimate.coordinates.gain(estimate.name))
 
 
@@ -106,11 +108,14 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     X <- a X + b (X X^T) X + c (X X^T)^2 X acts on the singular values alone.
     """
     a, b, c = _QUINTIC
+    # singular values into (0, 1], where the quintic converges: the Frobenius norm bounds the largest
     x = matrix / torch.linalg.vector_norm(matrix).clamp_min(_TINY)
+    # X X^T of the shorter side
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     for _ in range(_ROUNDS):
         square = x @ x.T
+        # X <- a X + b (X X^T) X + c (X X^T)^2 X, which maps each singular value s to a s + b s^3 + c s^5
         x = a * x + (b * square + c * square @ square) @ x
     return x.T if tall else x
 
@@ -118,6 +123,7 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 def exact(matrix: Tensor) -> Tensor:
     """U V^T over the singular values that are not zero."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    # values below it are rounding errors of a matrix of lower rank: their directions mean nothing
     smallest = values[:1] * max(matrix.shape) * torch.finfo(matrix.dtype).eps
     return (left * (values > smallest)) @ right
 
@@ -134,8 +140,10 @@ def power_step(matrix: Tensor, basis: Tensor) -> Tensor:
     """
     size = torch.linalg.vector_norm(matrix)
     scaled = matrix / size.clamp_min(_TINY)  # squares of a small estimate would leave float32
+    # V <- QR(C^T (C V))
     moved = torch.linalg.qr(scaled.T @ (scaled @ basis)).Q
     basis.copy_(torch.where(size > 0, moved, basis))
+    # U = columns of C V over their lengths; the step is U V^T
     left = scaled @ basis
     lengths = torch.linalg.vector_norm(left, dim=0)
     there = lengths > 10 * torch.finfo(matrix.dtype).eps  # the others are rounding errors of a matrix of lower rank

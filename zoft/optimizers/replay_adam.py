@@ -57,10 +57,12 @@ class ReplayAdam(Optimizer):
         moment1 = estimate.gradient()
         moment2 = moment1.square()
         sums = [1.0, 1.0]
+        # m = sum_k beta1^k g_k, v = sum_k beta2^k g_k^2, with g_k drawn again from its directions and coefficients
         for age, record in enumerate(reversed(estimate.records), start=1):
             gradient = estimate.combination(record)
             weights = self.adam_beta1**age, self.adam_beta2**age
             moment1.add_(gradient, alpha=weights[0])
             moment2.addcmul_(gradient, gradient, value=weights[1])
             sums = [total + weight for total, weight in zip(sums, weights, strict=True)]
+        # (m / sum_k beta1^k) / (sqrt(v / sum_k beta2^k) + epsilon)
         return moment1.div_(sums[0]).div_(moment2.div_(sums[1]).sqrt_().add_(self.adam_epsilon))

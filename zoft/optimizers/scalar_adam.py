@@ -49,10 +49,14 @@ class ScalarAdam(Optimizer):
 
     def coefficients(self, coefficients: list[float], scalars: dict[str, Any]) -> list[float]:
         """Each divided by the root of the bias-corrected second moment."""
+        # sum_j a_j^2
         square = math.fsum(coefficient**2 for coefficient in coefficients)
         scalars["updates"] += 1
+        # v <- beta2 v + (1 - beta2) sum_j a_j^2
         scalars["moment2"] = self.adam_beta2 * scalars["moment2"] + (1 - self.adam_beta2) * square
+        # sqrt(v_hat) + epsilon, with v_hat = v / (1 - beta2^t)
         root = math.sqrt(scalars["moment2"] / (1 - self.adam_beta2 ** scalars["updates"])) + self.adam_epsilon
+        # a_j / (sqrt(v_hat) + epsilon): the step is this times z_j, summed
         return [coefficient / root for coefficient in coefficients]
 
     def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:

@@ -23,4 +23,5 @@ class SGD(Optimizer):
     def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The gradient."""
         del state, step
+        # g as it is: rate and decay are applied where it is written
         return gradient

@@ -27,4 +27,5 @@ class Sign(Optimizer):
     def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """-1, 0 or 1."""
         del state, step
+        # sign(g), coordinate by coordinate; 0 where g is 0
         return gradient.sign_()

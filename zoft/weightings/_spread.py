@@ -38,4 +38,5 @@ def spread(measured: Measured) -> Tensor:
     losses = measured.losses
     if not losses.shape[1]:
         return rms(measured.projected_grads)
+    # one side [Q, 1]: around the mean over directions; two sides [Q, 2]: around each pair's own mean
     return rms(losses - losses.mean(dim=0 if losses.shape[1] == 1 else 1, keepdim=True))

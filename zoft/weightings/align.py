@@ -47,7 +47,9 @@ class Align(Weighting):
         mean = products.diagonal().mean()
         if not bool(torch.isfinite(products).all()) or not float(mean):
             return torch.zeros_like(slopes) if not float(mean) else torch.full_like(slopes, torch.nan)
+        # G + ridge tr(G) / q I
         ridged = products + self.ridge * mean * torch.eye(len(slopes), dtype=torch.float64)
+        # a = (...)^-1 p; the pseudo-inverse takes the shortest solution where directions depend on each other
         return (torch.linalg.pinv(ridged, hermitian=True) @ slopes.double()).to(slopes.dtype)
 
 

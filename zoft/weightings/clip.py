@@ -32,4 +32,5 @@ class Clip(Weighting):
     def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
         """Clipped p / q."""
         del gram, state
+        # a_j = clip(p_j, -bound, bound) / q
         return measured.projected_grads.clamp(-self.bound, self.bound) / len(measured.projected_grads)

@@ -48,4 +48,5 @@ class Curvature(Weighting):
         del gram, state
         slopes, curvatures = measured.projected_grads, measured.curvatures
         assert curvatures is not None
+        # a_j = p_j / (q max(floor, |k_j|^alpha))
         return slopes / (curvatures.abs().pow(self.alpha).clamp_min(self.floor) * len(slopes))

@@ -68,10 +68,16 @@ class Kalman(Weighting):
         covariance = self.prior**2 * torch.eye(len(values), dtype=torch.float64)  # C
         for row, value in zip(observe, values, strict=True):
             residual = value - float(row @ mean)  # r
+            # C h, with h the j-th row of R
             along = covariance @ row
+            # h C h + s
             variance = float(row @ along) + state["variance"]
+            # a direction that others span already has nothing more to say, and would divide by zero
             if variance > _DEPENDENT * self.prior**2:
+                # b <- b + K r and C <- C - K h C, with K = C h / (h C h + s)
                 mean += along * (residual / variance)
                 covariance -= torch.outer(along, along) / variance
+            # s <- (1 - memory) s + memory r^2
             state["variance"] = (1 - self.memory) * state["variance"] + self.memory * residual**2
+        # a = b / q
         return (mean / len(values)).to(slopes.dtype)

@@ -53,5 +53,7 @@ class LossStd(Weighting):
         slopes, sigma = measured.projected_grads, spread(measured)
         if float(sigma) <= self.floor:
             return torch.zeros_like(slopes)
+        # exact slopes have no eps: the limit of two sides, where eps cancels against sigma
         eps = measured.eps if measured.losses.shape[1] else 1.0
+        # a_j = p_j eps / (q sigma)
         return slopes * (eps / (len(slopes) * sigma))

@@ -28,4 +28,5 @@ class Mean(Weighting):
     def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
         """p / q."""
         del gram, state
+        # a_j = p_j / q
         return measured.projected_grads / len(measured.projected_grads)

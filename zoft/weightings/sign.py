@@ -26,4 +26,5 @@ class Sign(Weighting):
         del gram, state
         slopes = measured.projected_grads
         signs = torch.where(slopes.isfinite(), slopes.sign(), slopes)  # torch's sign of NaN is 0
+        # a_j = sign(p_j) / q
         return signs / len(slopes)

@@ -49,10 +49,12 @@ class ZScore(Weighting):
         """The scores, or half the difference of a pair's, over q."""
         del gram, state
         slopes, losses = measured.projected_grads, measured.losses
+        # L - mean over all losses of the step; slopes p_j as they are where no losses were asked for
         centred = losses - losses.mean() if losses.shape[1] else slopes.unsqueeze(1)
         deviation = rms(centred)
         if float(deviation) <= self.floor:
             return torch.zeros_like(slopes)
         scores = centred / deviation  # [Q, S]
+        # one side: s_j; two sides: (s+_j - s-_j) / 2
         one = scores[:, 0] if scores.shape[1] == 1 else (scores[:, 0] - scores[:, 1]) / 2
         return one / len(slopes)
