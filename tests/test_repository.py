@@ -52,3 +52,17 @@ def test_the_citation_has_the_version_and_the_licence():
 def test_paths_in_backticks_are_there(name):
     named = re.findall(r"`((?:zoft|docs|tests|scripts|configs|\.github)/[\w./-]*)`", (ROOT / name).read_text())
     assert not [path for path in named if not (ROOT / path).exists() and "four_point" not in path]
+
+
+def test_the_picture_of_the_house_has_every_room_in_its_layer():
+    from scripts.draw_architecture import layers
+
+    drawn = re.findall(r"<text[^>]*>([^<]+)</text>", (ROOT / "docs" / "architecture.svg").read_text())
+    rooms = [room for row in layers() for room in row]
+    assert [word for word in drawn if word in rooms] == rooms, "python scripts/draw_architecture.py draws it anew"
+
+
+@pytest.mark.parametrize("name", ["architecture", "mathematics", "performance", "reliability"])
+def test_documents_name_files_that_are_there(name):
+    named = re.findall(r"`((?:zoft|docs|tests|scripts|configs)/[\w./-]*)`", (ROOT / "docs" / f"{name}.md").read_text())
+    assert not [path for path in named if not (ROOT / path).exists()]

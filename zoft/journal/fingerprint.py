@@ -11,7 +11,7 @@ from typing import Any
 from zoft.utils.lazy import torch
 from zoft.utils.random_state import global_random_state_kept
 
-_COMPUTED = {"reference"}  # put into rows by the run itself (zoft/objectives/preference.py)
+_COMPUTED = {"reference"}  # put into rows by the run itself (zoft/lm/objectives/preference.py)
 _MOST = 4096  # rows looked at of a dataset that computes or loads a row when it is asked for it
 
 Feed = Any  # a hashlib object

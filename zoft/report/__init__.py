@@ -1,1 +1,1 @@
-"""What a run tells: progress, metrics, curve, memory, report and trackers; it stands on top of everything else."""
+"""What a run tells: progress, metrics, curve, memory, report and trackers."""

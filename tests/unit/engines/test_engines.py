@@ -1,4 +1,4 @@
-"""What is particular to each engine; what all of them promise is in tests/contract/test_engines.py."""
+"""What is particular to each engine; what all of them promise is in tests/contract/test_queries.py."""
 
 from __future__ import annotations
 

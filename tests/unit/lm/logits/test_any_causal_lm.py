@@ -69,11 +69,11 @@ def tiny(name: str) -> Any:
                     parameter.data.add_(0.05 * torch.randn_like(parameter))
             batch = OptionCollator(PAD)(LONG)
             if sum(p.numel() for p in model.parameters()) < 3e6:
-                with torch.no_grad():
-                    finite = called(model, arguments(model, batch["input_ids"], batch["attention_mask"])).isfinite()
                 model.config.use_cache = False  # as the Trainer sets it
-                return model if bool(finite.all()) else None
-        except Exception:
+                with torch.no_grad():  # transformers' own call: what fails in zoft's is a fault, and not swallowed here
+                    model(batch["input_ids"])
+                return model
+        except Exception:  # this combination of fields does not go together; `UNMADE` says where none does
             continue
     return None
 
