@@ -101,12 +101,12 @@ class Rated:
 
     Args:
         prompt: what the model answers.
-        reward: a number or a text: the right answer, a grade, a rule.
+        reward: a number or a text: the right answer, a grade, a rule; None where the prompt says it all.
         where: the file and line it comes from.
     """
 
     prompt: str
-    reward: str | float
+    reward: str | float | None
     where: str
 
 

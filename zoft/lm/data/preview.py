@@ -116,7 +116,7 @@ def _shown(example: Any, named: dict[str, Facts], tokenizer: Any) -> Facts:
     shown: Facts = {"where": getattr(example, "where", None)}
     first = next(iter(named.values()))
     if isinstance(example, Rated):
-        shown["reward"] = example.reward
+        shown |= {} if example.reward is None else {"reward": example.reward}
     elif "answers" in first:
         shown["answers"] = first["answers"]
     elif isinstance(example, Example):
@@ -159,7 +159,7 @@ def _labels(examples: Sequence[Any]) -> dict[str, int]:
             example.options[example.label].strip() if same else f"choice {example.label + 1}" for example in examples
         ]
     elif isinstance(examples[0], Rated) and len({str(example.reward) for example in examples}) <= _MANY:
-        names = [str(example.reward) for example in examples]
+        names = [str(example.reward) for example in examples if example.reward is not None]
     else:
         return {}
     return dict(sorted(Counter(names).items()))

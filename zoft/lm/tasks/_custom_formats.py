@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoft.errors import UserError, did_you_mean
+from zoft.lm.tasks._layouts import SHAPED
 
 Columns = dict[str, Any]
 """Role -> the column that plays it; ``choices`` may be several columns."""
@@ -31,8 +32,10 @@ class Format:
     hides: tuple[str, ...] = ()
 
 
-_WRITTEN = ("prompt", "question", "text")  # roles that a template takes the place of
+_WRITTEN = ("prompt", "input", "system", "question", "text")  # roles that a template takes the place of
 _PROMPTS = ("prompt", "instruction", "question", "query")
+_ABOUT = ("input", "context")  # what an instruction or a question is about
+_SYSTEM = ("system", "system_prompt")
 FORMATS = {
     "text_label": Format(
         "text + label",
@@ -54,24 +57,51 @@ FORMATS = {
     ),
     "completion": Format(
         "prompt + completion",
-        {"prompt": _PROMPTS, "completion": ("completion", "response", "output", "answer")},
+        {
+            "prompt": _PROMPTS,
+            "input": _ABOUT,
+            "system": _SYSTEM,
+            "completion": ("completion", "response", "output", "answer"),
+        },
     ),
     "chat": Format(
         "chat messages",
-        {"messages": ("messages", "conversations", "conversation")},
+        {"messages": ("messages", "conversations", "conversation"), "system": _SYSTEM},
         settings=("columns",),
         needs_list="messages",
+        hides=("text_label",),
     ),
     "preference": Format(
         "chosen and rejected answers",
-        {"prompt": _PROMPTS, "chosen": ("chosen",), "rejected": ("rejected",)},
+        {
+            "prompt": _PROMPTS,
+            "input": _ABOUT,
+            "system": _SYSTEM,
+            "chosen": ("chosen", "chosen_response"),
+            "rejected": ("rejected", "rejected_response"),
+        },
+        hides=("text_label", "completion", "chat"),
     ),
-    "reward": Format("prompt + reward", {"prompt": _PROMPTS, "reward": ("reward",)}),
+    "reward": Format(
+        "prompt + reward",
+        {
+            "prompt": _PROMPTS,
+            "input": _ABOUT,
+            "system": _SYSTEM,
+            "reward": ("reward", "answer", "solution", "target", "completion"),
+        },
+    ),
 }
 """Every format by the name that ``task.format`` takes."""
 
-OPTIONAL = {("preference", "prompt"), ("text_label", "text")}
-"""(format, role) that rows can do without: chosen and rejected chats hold their prompt, a template names its texts."""
+OPTIONAL = {
+    *((name, role) for name in ("completion", "chat", "preference", "reward") for role in ("input", "system")),
+    ("preference", "prompt"),
+    ("text_label", "text"),
+    ("reward", "reward"),
+}
+"""(format, role) that rows can do without: chosen and rejected chats hold their prompt, a template names its texts, and
+a reward function need not be told anything but the prompt."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +119,11 @@ class Reading:
     columns: Columns
     unused: tuple[str, ...]
     found: bool
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The columns that play a role."""
+        return tuple(name for column in self.columns.values() for name in _listed(column))
 
     def sentence(self) -> str:
         """What was found, for people.
@@ -178,11 +213,17 @@ def _fitting(row: Mapping[str, Any], where: str, given: Columns) -> str:
         settled = _settled(name, row, given)
         complete = all(role in settled or (name, role) in OPTIONAL for role in format.roles)
         nested = format.needs_list and isinstance(settled.get(format.needs_list), str)
+        if name == "reward" and "reward" not in settled and not _all_read(row, settled):
+            continue
         if complete and given.keys() <= format.roles.keys():
             if nested and not isinstance(row[settled[format.needs_list]], list | dict):
                 continue
             fits.append(name)
     hidden = {other for name in fits for other in FORMATS[name].hides}
+    if "completion" in fits and "instruction" in map(str.lower, map(str, row)):
+        hidden.add("text_label")  # Dolly's category is no label
+    if len(fits) > 1 and "reward" in fits and str(_settled("reward", row, given).get("reward")).lower() != "reward":
+        hidden.add("reward")  # what other rows call their answer, or nothing at all
     fits = [name for name in fits if name not in hidden]
     if len(fits) > 1:
         raise UserError(
@@ -205,10 +246,17 @@ def _settled(name: str, row: Mapping[str, Any], given: Columns) -> Columns:
     lower = {str(column).lower(): str(column) for column in reversed(list(row))}
     for role, aliases in FORMATS[name].roles.items():
         column = given.get(role) or next((lower[a] for a in aliases if a in lower and lower[a] not in taken), None)
+        if role == "input" and role not in given and str(settled.get("prompt")).lower() not in SHAPED:
+            continue  # a whole prompt is about nothing else
         if column:
             settled[role] = column
             taken.update(_listed(column))
     return settled
+
+
+def _all_read(row: Mapping[str, Any], settled: Columns) -> bool:
+    """Whether no text is left beside the columns that play a role."""
+    return all(name in settled.values() or not isinstance(value, str | list | dict) for name, value in row.items())
 
 
 def _listed(column: Any) -> list[str]:

@@ -11,12 +11,12 @@ from typing import Any
 
 from zoft.errors import UserError, did_you_mean
 from zoft.lm.data.examples import Chat, Completion, Example, Message, Preference, Rated
+from zoft.lm.tasks import _layouts
 from zoft.lm.tasks._custom_formats import Columns, listed
 from zoft.lm.tasks._labels import label_key, spelled
 
 Row = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
-_ROLES_ELSEWHERE = {"human": "user", "gpt": "assistant"}
 _KINDS = {bool: "true or false", list: "a list", dict: "a mapping", type(None): "nothing", str: "text"}
 
 
@@ -214,13 +214,15 @@ def _gold(answer: Any, keys: list[str], choices: list[str], where: str) -> int:
 
 
 def completion(row: Row, where: str, columns: Columns, template: Template | None) -> Completion:
-    """Prompt + completion, both as they stand."""
+    """Prompt + completion, both as they stand; or as known layouts mean them (:mod:`zoft.lm.tasks._layouts`)."""
     prompt = _prompt(row, where, columns, template)
-    return Completion(prompt, text_of(row, columns["completion"], where, filled=True), where)
+    return Completion(prompt, _answer(row, columns["completion"], where, columns, template, prompt), where)
 
 
 def reward(row: Row, where: str, columns: Columns, template: Template | None) -> Rated:
-    """Prompt + reward."""
+    """Prompt + reward; a row without one leaves the judging to the function."""
+    if "reward" not in columns:
+        return Rated(_prompt(row, where, columns, template), None, where)
     value = value_of(row, columns["reward"], where)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: 'reward' must be a number or text, got {_kind(value)}")
@@ -233,7 +235,8 @@ def reward(row: Row, where: str, columns: Columns, template: Template | None) ->
 
 def chat(row: Row, where: str, columns: Columns) -> Chat:
     """Messages; the assistant says something in them."""
-    return _chat(value_of(row, columns["messages"], where), columns["messages"], where)
+    made = _chat(value_of(row, columns["messages"], where), columns["messages"], where)
+    return _with_system(made, _optional(row, "system", columns, where))
 
 
 def preference(row: Row, where: str, columns: Columns, template: Template | None) -> Preference:
@@ -243,12 +246,19 @@ def preference(row: Row, where: str, columns: Columns, template: Template | None
     if all(isinstance(answer, list) for answer in answers.values()):
         sides = _chats(answers, row, where, columns, template)
     else:
+        parted = _layouts.dialogue(*map(str, answers.values()))
+        if "prompt" not in columns and template is None and parted:
+            prompt, *ends = parted
+            sides = [Completion(prompt, as_text(end, "chosen", where, filled=True), where) for end in ends]
+            return Preference(sides[0], sides[1], where)
         if "prompt" not in columns and template is None:
             raise UserError(
                 f"{where} has no prompt (its columns: {listed(row)}): name it, 'task.columns={{prompt: COLUMN}}'"
             )
         prompt = _prompt(row, where, columns, template)
-        sides = [Completion(prompt, text_of(row, columns[role], where, filled=True), where) for role in answers]
+        sides = [
+            Completion(prompt, _answer(row, columns[role], where, columns, template, prompt), where) for role in answers
+        ]
     if sides[0] == sides[1]:
         raise UserError(f"{where}: chosen and rejected are the same")
     return Preference(sides[0], sides[1], where)
@@ -257,9 +267,10 @@ def preference(row: Row, where: str, columns: Columns, template: Template | None
 def _chats(answers: Row, row: Row, where: str, columns: Columns, template: Template | None) -> list[Chat]:
     """Both answers as chats, behind the prompt where they do not hold it."""
     column = columns.get("prompt", "task.template")
+    system = _optional(row, "system", columns, where)
     prompt = template.filled(row, where) if template else row.get(column)
     before = prompt if isinstance(prompt, list) else []
-    chats = [_chat(before + answer, columns[role], where) for role, answer in answers.items()]
+    chats = [_with_system(_chat(before + answer, columns[role], where), system) for role, answer in answers.items()]
     if prompt is None or isinstance(prompt, list):
         return chats
     text = as_text(prompt, column, where).strip()
@@ -280,7 +291,35 @@ def _asked(chat: Chat, prompt: str, column: str) -> Chat:
 
 
 def _prompt(row: Row, where: str, columns: Columns, template: Template | None) -> str:
-    return template.filled(row, where) if template else text_of(row, columns["prompt"], where, filled=True)
+    if template:
+        return template.filled(row, where)
+    asked = text_of(row, columns["prompt"], where, filled=True)
+    about, system = (_optional(row, role, columns, where) for role in ("input", "system"))
+    return _layouts.prompt_of(columns["prompt"], asked, about, system)
+
+
+def _answer(row: Row, column: str, where: str, columns: Columns, template: Template | None, prompt: str) -> str:
+    answer = text_of(row, column, where, filled=True)
+    return answer if template else _layouts.answer_behind(prompt, answer, columns["prompt"])
+
+
+def _optional(row: Row, role: str, columns: Columns, where: str) -> str:
+    """A column's text; empty where the rows have no such column, or this one nothing in it."""
+    value = row.get(columns.get(role, ""))
+    return "" if value is None else as_text(value, columns[role], where)
+
+
+def _with_system(chat: Chat, system: str) -> Chat:
+    """The chat behind the row's own system message."""
+    own = [message["content"].strip() for message in chat.messages if message["role"] == "system"]
+    if not system.strip() or system.strip() in own:
+        return chat
+    if own:
+        raise UserError(
+            f"{chat.where}: the row's system message {system.strip()[:60]!r} is not the chat's own, {own[0][:60]!r}: "
+            "leave one of them out"
+        )
+    return Chat(({"role": "system", "content": system}, *chat.messages), chat.where)
 
 
 def _chat(value: Any, column: str, where: str) -> Chat:
@@ -303,8 +342,16 @@ def _message(value: Any, name: str, where: str) -> Message:
     more = [str(key) for key in value if key not in ("role", "content")]
     if more:
         raise UserError(f"{where}: {name} has {more[0][:60]!r}, which is not read: only role and content are")
-    role = _ROLES_ELSEWHERE.get(str(value.get("role")), str(value.get("role")))
+    role = _layouts.ROLES.get(str(value.get("role")), str(value.get("role")))
     if role not in ROLES:
         raise UserError(f"{where}: {name}: the role must be one of {', '.join(ROLES)}, got {role[:40]!r}")
-    content = as_text(value.get("content"), f"{name}.content", where, filled=role == "assistant")
+    content = as_text(_joined(value.get("content")), f"{name}.content", where, filled=role == "assistant")
     return {"role": role, "content": content}
+
+
+def _joined(content: Any) -> Any:
+    """OpenAI's list of text parts as one text; anything else as it is."""
+    parts: list[Any] = content if isinstance(content, list) and content else [None]
+    if all(isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text" for part in parts):
+        return "".join(str(part["text"]) for part in parts)
+    return content

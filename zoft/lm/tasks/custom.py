@@ -10,13 +10,18 @@ from typing import Any, cast
 
 from zoft.errors import UserError, did_you_mean
 from zoft.lm.data.choosing import choose
+from zoft.lm.data.examples import Completion, Preference
 from zoft.lm.data.files import located, read_placed
 from zoft.lm.tasks import _custom_rows as rows
 from zoft.lm.tasks._custom_formats import FORMATS, Reading, listed, reading
 from zoft.lm.tasks._labels import in_order, label_key, spelled
+from zoft.lm.tasks._layouts import unread_content
 from zoft.lm.tasks.base import PROMPTS, NewRow, Splits, Task
 
 log = logging.getLogger("zoft.lm.tasks.custom")
+_JOINS = "([{<>\"'`|/=-_#@$"
+"""What a word may follow without a blank."""
+
 MAX_LABELS = 64
 """Labels that can be their own words; more is no set of labels."""
 
@@ -28,6 +33,56 @@ _MOST_HELD_OUT, _TEST, _DEV = 0.5, 0.2, 0.1
 
 MAX_CLASSES = 1000
 """Labels that can be classes of a head."""
+
+
+@dataclass
+class _Noting:
+    """Makes examples, and notes once what a user would want to know of the rows on the way.
+
+    Args:
+        made: (row, place) -> example.
+        used: the columns that are read.
+        written: those of the template.
+    """
+
+    made: Callable[[Any, str], Any]
+    used: tuple[str, ...]
+    written: tuple[str, ...]
+    noted: set[str] = field(default_factory=set)
+
+    def __call__(self, row: Any, where: str) -> Any:
+        """The example."""
+        example = self.made(row, where)
+        for name in unread_content(row, (*self.used, *self.noted), example):
+            self.noted.add(name)
+            log.warning(
+                "NOT READ: the column %r, which looks like content (%s: %r): name it in task.template or task.columns, "
+                "or drop it",
+                name,
+                where,
+                " ".join(str(row[name]).split())[:60],
+            )
+        for name in self.written:
+            if f"empty {name}" not in self.noted and isinstance(row.get(name), str) and not row[name].strip():
+                self.noted.add(f"empty {name}")
+                log.warning("the column %r is empty in some rows (first at %s)", name, where)
+        self._note_glued(example, where)
+        return example
+
+    def _note_glued(self, example: Any, where: str) -> None:
+        one = example.chosen if isinstance(example, Preference) else example
+        if "glued" in self.noted or not isinstance(one, Completion):
+            return
+        last, first = one.prompt[-1:], one.completion[:1]
+        if last and not last.isspace() and first.isalnum() and first.isascii() and last not in _JOINS:
+            self.noted.add("glued")
+            seen = f"{one.prompt[-20:]}{one.completion[:20]}"
+            log.warning(
+                "nothing stands between prompt and completion: the model reads %r (%s); 'task.template=\"{prompt} \"' "
+                "puts a blank there, if one is meant",
+                seen,
+                where,
+            )
 
 
 @dataclass
@@ -134,7 +189,8 @@ class Custom(Task):
         names = tuple(self._words(found.columns["label"])) if labelled else ()
         role = _ANSWERS[found.format]
         answer = names[0] if names else 0 if role == "answer" else "?"
-        return lambda row, where: made({**row, found.columns[role]: answer}, where), names
+        known = {found.columns[role]: answer} if role in found.columns else {}
+        return lambda row, where: made({**row, **known}, where), names
 
     def _counts(self, num_test: int, num_rows: int) -> tuple[int, int]:
         """Held-out and dev rows: as set, or shares of a small file where they are the defaults.
@@ -211,7 +267,8 @@ class Custom(Task):
             }
             if self.prompt != "aligned":
                 more["template"] = rows.Template.bare(template.columns if template else [found.columns["text"]])
-        return partial(getattr(rows, found.format), **more)
+        written = tuple(template.columns if template else ())
+        return _Noting(partial(getattr(rows, found.format), **more), found.used + written, written)
 
     def _words(self, column: str) -> dict[str, str]:
         """Label -> its word: as set, or the labels of the training rows where those are words or a head's classes."""

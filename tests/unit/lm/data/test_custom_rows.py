@@ -17,6 +17,7 @@ from zoft.lm.data import choosing
 from zoft.lm.data.examples import Chat, Completion, Preference, Rated
 from zoft.lm.tasks import Example
 from zoft.lm.tasks._custom_formats import FORMATS
+from zoft.lm.tasks._layouts import ALPACA
 from zoft.lm.tasks.custom import Custom
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -38,8 +39,11 @@ def first(folder, row, **fields):
 
 FOUND = {
     "completion": ({"prompt": "a", "completion": " b"}, ("a", " b")),
-    "completion, as Alpaca names it": ({"instruction": "a", "output": "b", "id": 3}, ("a", "b")),
-    "completion, whatever the case": ({"Question": "a", "Answer": 7}, ("a", "7")),
+    "completion, as Alpaca names it": (
+        {"instruction": "a", "output": "b", "id": 3},
+        (ALPACA.format(instruction="a"), "b"),
+    ),
+    "completion, whatever the case": ({"Question": "a", "Answer": 7}, ("Question: a\nAnswer:", " 7")),
     "chat": ({"messages": CHAT}, CHAT),
     "chat, as ShareGPT has it": (
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
@@ -107,11 +111,11 @@ def test_a_text_prompt_of_chats_is_asked_by_the_user(tmp_path, prompt, before):
 
 
 def test_what_is_named_is_not_told_again(tmp_path, caplog):
-    row = {"a": "x", "b": "y", "prompt": "z"}
+    row = {"a": "x", "b": " y", "prompt": "z"}
     example = first(tmp_path, row, format="completion", columns={"prompt": "a", "completion": "b"})
-    assert plain(example) == ("x", "y")
+    assert plain(example) == ("x", " y")
     assert caplog.text == ""
-    assert plain(first(tmp_path, row, columns={"prompt": "a", "completion": "b"})) == ("x", "y")
+    assert plain(first(tmp_path, row, columns={"prompt": "a", "completion": "b"})) == ("x", " y")
 
 
 def test_a_template_is_the_prompt(tmp_path):

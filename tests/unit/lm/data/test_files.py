@@ -196,7 +196,7 @@ HOSTILE = """
 import json, os, sys
 from itertools import islice
 from pathlib import Path
-from zoft.data.files import read_placed
+from zoft.lm.data.files import read_placed
 from zoft.errors import UserError
 folder = Path(sys.argv[1])
 
