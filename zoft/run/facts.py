@@ -68,6 +68,22 @@ def _scores(metric: str, zero_shot: dict[str, float], final: dict[str, float]) -
     return facts
 
 
+def _settings(cfg: ZoftConfig, trainer: ZOTrainer) -> dict[str, Any]:
+    """How the run was trained: its parts by name, its rates and its batch."""
+    groups = ("subspace", "estimator", "weighting", "optimizer", "objective", "peft", "trainable")
+    return {group: getattr(cfg, group).name() for group in groups} | {
+        "engine": trainer.engine_name,
+        "law": cfg.subspace.law,
+        "num_directions": cfg.estimator.num_directions,
+        "eps": cfg.estimator.radius or None,
+        "learning_rate": trainer.args.learning_rate,
+        "lr_scheduler_type": str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)),
+        "batch_size": trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
+        "num_train_rows": len(trainer.train_dataset),
+        "data": getattr(cfg.task, "train", "") or cfg.task.name(),
+    }
+
+
 def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]:
     """What the report says, as numbers."""
     from zoft.report.backprop import backprop_estimate_mb, model_shape
@@ -82,6 +98,7 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
         "model": cfg.model.name,
         "task": cfg.task.name(),
         "method": cfg.method,
+        **_settings(cfg, trainer),
         "device": str(trainer.args.device),
         "dtype": cfg.model.dtype,
         "seed": cfg.seed,

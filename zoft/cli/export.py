@@ -1,0 +1,100 @@
+"""`zoft export`: a finished run as a folder, a GGUF file, or a repository on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from zoft.cli._words import parsed
+from zoft.errors import UserError
+
+KEYS = ("run", "output", "quantize", "push")
+FLAGS = ("--merge", "--gguf", "--public")
+HELP = """\
+usage: zoft export run=DIR [--merge | --gguf [--quantize f32|f16|q8_0]] [--push OWNER/NAME [--public]] [output=DIR]
+
+A finished run's model as something that others load, with a model card (README.md) from its report: data, budget,
+method with its settings, seed, versions, memory, metric with its interval, how to load it.
+
+(no flag)     the model, or the adapter, as it is: loads with from_pretrained, or PeftModel.from_pretrained
+--merge       an adapter is added into its base: one model, that needs no peft
+--gguf        one file for llama.cpp; --quantize f16 (default), f32 or q8_0. Llama and Qwen models with BPE
+--push NAME   upload the export to the hub, private unless --public is given; a login (hf auth login) is needed
+
+An adapter names its base by a name that loads from any folder: a base of yours by its absolute path, with a warning
+in the card, the demo's by its name on the hub. output= is DIR/export unless given; it must be empty.
+
+Examples:
+  zoft export run=runs/quickstart-seed0
+  zoft export run=runs/quickstart-seed0 --gguf --quantize q8_0
+  zoft export run=runs/mine --merge --push me/spam-filter
+"""
+_VALUED = ("--quantize", "--push")  # flags that take the next word
+
+
+def command(arguments: list[str]) -> int:
+    """Export.
+
+    Args:
+        arguments: ``run=DIR``, ``output=DIR``, and the flags of :data:`HELP`.
+    """
+    asked, overrides, flags = parsed("export", _joined(arguments), KEYS, FLAGS)
+    _check(asked, flags)
+    from zoft.cli.train import _quiet
+    from zoft.export.push import push, require_name
+    from zoft.inference.load import config_of
+
+    _quiet()
+    cfg = config_of(asked["run"], overrides)
+    if "push" in asked:
+        require_name(asked["push"])
+    output = asked.get("output") or str(Path(asked["run"]) / "export")
+    name = asked.get("push", "")
+    if "--gguf" in flags:
+        from zoft.export.gguf_folder import export_gguf
+
+        folder, what = export_gguf(cfg, asked["run"], output, asked.get("quantize", "f16"), name=name), "gguf"
+    else:
+        from zoft.export.folder import export_folder
+
+        folder, what = export_folder(cfg, asked["run"], output, merge="--merge" in flags, name=name)
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"{what:<8}{folder}: {files}")
+    if "push" in asked:
+        print(f"pushed  {push(folder, asked['push'], public='--public' in flags)}")
+    return 0
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """``--push NAME`` as ``push=NAME``."""
+    words, rest = [], iter(arguments)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag in _VALUED:
+            value = value if equals else next(rest, "")
+            if not value or value.startswith("-"):
+                raise UserError(
+                    f"{flag} is followed by a value: {flag} {'q8_0' if flag == '--quantize' else 'OWNER/NAME'}"
+                )
+            words.append(f"{flag.lstrip('-')}={value}")
+        else:
+            words.append(word)
+    return words
+
+
+def _check(asked: dict[str, str], flags: set[str]) -> None:
+    from zoft.errors import did_you_mean
+    from zoft.export.gguf_file import QUANTIZATIONS
+
+    if not asked.get("run"):
+        raise UserError("run= is missing: give the folder of a finished run, zoft export run=runs/mine")
+    if {"--merge", "--gguf"} <= flags:
+        raise UserError("--gguf merges by itself: leave --merge out")
+    if "quantize" in asked and "--gguf" not in flags:
+        raise UserError("--quantize is of a GGUF file: add --gguf")
+    kind = asked.get("quantize", "f16")
+    if kind not in QUANTIZATIONS:
+        raise UserError(
+            f"--quantize must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}.{did_you_mean(kind, QUANTIZATIONS)}"
+        )
+    if "--public" in flags and "push" not in asked:
+        raise UserError("--public is of --push NAME: add it, or leave --public out")

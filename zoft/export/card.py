@@ -1,0 +1,119 @@
+"""The model card of an exported run: what it is, how it was trained, what it cost, how good it is, how it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoft.lm.models.names import is_local, portable_name
+from zoft.report.report import complete_facts
+from zoft.report.text import fact_rows
+
+_LOADS = {
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelFor{head}, AutoTokenizer
+
+base = AutoModelFor{head}.from_pretrained("{base}"{more})
+model = PeftModel.from_pretrained(base, "{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")""",
+    "model": """from transformers import AutoModelFor{head}, AutoTokenizer
+
+model = AutoModelFor{head}.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")""",
+    "gguf": "llama-cli -m {file} -p 'your prompt'    # llama.cpp",
+}
+HEADS = {"causal": "CausalLM", "masked": "MaskedLM", "classifier": "SequenceClassification"}
+_SETTINGS = (
+    *("method", "subspace", "law", "estimator", "num_directions", "eps", "weighting", "optimizer", "learning_rate"),
+    *("lr_scheduler_type", "batch_size", "num_train_rows", "objective", "peft", "trainable", "engine", "dtype", "seed"),
+)
+
+
+def write_card(
+    folder: Path, facts: dict[str, Any], *, kind: str, head: str, name: str, files: Sequence[str] = ()
+) -> Path:
+    """Write README.md, a card that the hub reads.
+
+    Args:
+        folder: where the export is.
+        facts: of the run's report.json.
+        kind: ``adapter``, ``model`` or ``gguf``.
+        head: a key of :data:`HEADS`.
+        name: what the export is loaded by in the card's example.
+        files: of a gguf export, its files.
+
+    Returns:
+        The card's path.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    known = {"data": facts.get("task", "data of its own")} | complete_facts(facts)
+    base = portable_name(str(known["model"]))
+    data = ModelCardData(
+        base_model=None if is_local(base) else base,
+        library_name={"adapter": "peft", "model": "transformers", "gguf": "gguf"}[kind],
+        pipeline_tag={"causal": "text-generation", "masked": "fill-mask"}.get(head, "text-classification"),
+        tags=["zoft", "zeroth-order", "forward-only", *([str(known["method"])] if known.get("method") else [])],
+    )
+    text = "\n\n".join(_parts(known, base, kind, head, name, files))
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+    path = folder / "README.md"
+    card.save(path)
+    return path
+
+
+def _parts(known: dict[str, Any], base: str, kind: str, head: str, name: str, files: Sequence[str]) -> list[str]:
+    what = {"adapter": "An adapter for", "model": "A fine-tune of", "gguf": "A fine-tune (GGUF) of"}[kind]
+    title = str(known.get("run_name", "a run of zoft"))
+    more = ", num_labels=..." * (head == "classifier")
+    load = _LOADS[kind].format(head=HEADS[head], base=base, name=name, more=more, file=files[0] if files else "")
+    fence = "sh" if kind == "gguf" else "python"
+    return [
+        f"# {title}",
+        f"{what} `{base}`, trained with forward passes only (zeroth-order) by zoft on `{known['data']}`.",
+        *_warnings(known, base),
+        f"## Load it\n\n```{fence}\n{load}\n```",
+        f"## How good it is\n\n{_table(_results(known))}",
+        f"## How it was trained\n\n{_table(_settings(known))}",
+        f"## What it cost\n\n{_table(_costs(known))}",
+        f"Again, exactly: `{known['command']}`" if "command" in known else "",
+    ]
+
+
+def _warnings(known: dict[str, Any], base: str) -> list[str]:
+    if is_local(base):
+        return [
+            f"> **Warning.** The base model is a folder of the machine it was trained on (`{base}`). Others can load "
+            "this adapter only where they have the same base: say where it is to be had, or export with `--merge`."
+        ]
+    if str(known["model"]).startswith("zoft:"):
+        return [
+            f"> **Note.** It was trained on the copy of `{base}` that `zoft fetch` makes of a 4-bit file: on the "
+            "original weights its results differ a little. `--merge` exports the weights it was measured with."
+        ]
+    return []
+
+
+def _results(known: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = dict(fact_rows(known))
+    names = {"zero-shot": "before training", "final": "after training", "difference": "difference"}
+    metric = known["metric"]
+    return [(f"{metric}, {told}", rows[name]) for name, told in names.items() if name in rows] + [
+        ("rows", f"{rows['evaluated on']}, held out; intervals are 95 %")
+    ] * ("evaluated on" in rows)
+
+
+def _settings(known: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, str(known[name])) for name in _SETTINGS if known.get(name) is not None]
+
+
+def _costs(known: dict[str, Any]) -> list[tuple[str, str]]:
+    wanted = ("queries", "steps", "tokens", "wall time", "peak memory", "inference alone", "weights trained")
+    rows = dict(fact_rows(known))
+    found = [(name, rows[name]) for name in (*wanted, "weights' SHA-256", "versions") if name in rows]
+    return [*found, ("device", str(known["device"]))] if "device" in known else found
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|:--|:--|", *(f"| {name} | {told} |" for name, told in rows)])
