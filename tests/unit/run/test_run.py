@@ -26,7 +26,8 @@ FACTS = """
 run_name model task device dtype seed zero_shot final zero_shot_interval final_interval num_eval_rows num_queries
 budget_queries num_steps num_tokens num_skipped_steps seconds seconds_forward seconds_other peak_memory_mb
 inference_peak_mb backprop_estimate_mb subspace law estimator num_directions eps weighting optimizer learning_rate
-lr_scheduler_type batch_size num_train_rows objective peft trainable engine data num_trainable num_params weights_sha256 versions command metric difference_points
+lr_scheduler_type batch_size num_train_rows objective peft trainable engine data
+num_trainable num_params weights_sha256 versions command metric difference_points
 """
 
 
