@@ -13,10 +13,9 @@ from zoft.blackbox.ending import finish, one_more_failed
 from zoft.blackbox.lbfgs import LBFGSMemory
 from zoft.blackbox.walk import Walk
 from zoft.optimizers.sgd import SGD
+from zoft.utils.lazy import Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from zoft.blackbox.host import Host
 
 _MEMORY = 10  # pairs for the curvature

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.blackbox.space import Space
 from zoft.engines.base import Session
@@ -11,11 +11,8 @@ from zoft.errors import UserError
 from zoft.estimators.base import Point
 from zoft.step.method import Method
 from zoft.subspaces.base import BoundSubspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import perturbed
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Ask = Callable[[list[Any]], list[float]]
 """Points in the user's form -> f there; NaN where it failed."""

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from zoft.blackbox.bounds import Box
 from zoft.errors import UserError
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 VECTOR = "x"
 """The name of a vector that has none of its own."""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from zoft.blackbox.ending import finish, kept_for_the_end, one_more_failed
 from zoft.blackbox.walk import Walk
+from zoft.utils.lazy import Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from zoft.blackbox.host import Host
 
 _REACH = 4.0  # queries are so many times as far away as the step is long

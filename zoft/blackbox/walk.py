@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from zoft.blackbox.session import Ask, FunctionSession, check_method
 from zoft.blackbox.space import Space
@@ -11,10 +10,7 @@ from zoft.estimators.base import Estimator, FiniteDifference
 from zoft.step.method import Method
 from zoft.step.query import Asked, Queries
 from zoft.step.update import ZOOptimizer
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 _SPACINGS = 32  # of x0 that a query is away at least
 

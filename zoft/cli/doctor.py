@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    import torch
+from zoft.utils.lazy import torch
 
 PACKAGES = ("transformers", "datasets", "peft", "accelerate", "hydra-core")
 """What zoft cannot do without, besides torch."""

@@ -10,16 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.engines._lockstep import alone
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import Weights
 from zoft.weights.wider import TOLERANCE, widened
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from zoft.estimators.base import Point
 from zoft.subspaces.base import BoundSubspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from zoft.engines._scratch import Scratch
 
 

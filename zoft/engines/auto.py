@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.engines.base import Engine
 from zoft.engines.forward_mode import ForwardMode
@@ -14,9 +13,7 @@ from zoft.engines.side_path import SidePath
 from zoft.estimators.base import Estimator
 from zoft.noise.direction import Direction
 from zoft.subspaces.base import BoundSubspace
-
-if TYPE_CHECKING:
-    from torch import nn
+from zoft.utils.lazy import nn
 
 _FEW = 0.05  # of the model's numbers: adapters, norms and biases
 

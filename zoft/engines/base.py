@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.component import Component
 from zoft.errors import OutOfMemoryError, UserError
@@ -14,11 +14,8 @@ from zoft.estimators.base import Estimator, Point
 from zoft.noise.direction import Direction
 from zoft.noise.source import prepare
 from zoft.subspaces.base import BoundSubspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.rounding import has_few_bits, round_stochastically
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 Objective = Callable[[Any], "Tensor"]
 """batch -> a scalar to minimise, at whatever the weights are while it runs."""

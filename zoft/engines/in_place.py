@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.engines.base import Engine, Objective, Session, memory_errors_say, refuse_derivatives
 from zoft.errors import UserError
 from zoft.estimators.base import Point
 from zoft.noise.mezo import TorchSequentialNoise
 from zoft.subspaces.base import BoundSubspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import perturbed
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 RESTORES = ("auto", "copy", "subtract")
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.engines._lockstep import Lockstep
 from zoft.engines._pieces import LinearCall, Reads, asks_no_values, watching
@@ -19,10 +19,7 @@ from zoft.engines._step_prefix import StepPrefix
 from zoft.engines.base import Engine, Objective, Session, memory_errors_say, of_example, refuse_derivatives
 from zoft.estimators.base import Point
 from zoft.subspaces.base import BoundSubspace
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 log = logging.getLogger(__name__)
 

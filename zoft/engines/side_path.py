@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.engines._frozen_prefix import put_back_forward
 from zoft.engines._pieces import LinearCall
@@ -16,10 +16,7 @@ from zoft.engines.layerwise import LayerwiseSession
 from zoft.estimators.base import Point
 from zoft.noise.direction import Direction
 from zoft.subspaces.base import BoundSubspace
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 log = logging.getLogger(__name__)
 

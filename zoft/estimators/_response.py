@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 Tables = dict[str, "Tensor"]
 """What a response is of: ``keys`` [K] and ``columns`` [C], int64 and sorted by first sight; ``counts`` [K]."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from zoft.component import Component
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
 from zoft.noise.joint import ACROSS
 from zoft.noise.source import SOURCES
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor
 
 E = TypeVar("E", bound="Estimator")
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from zoft.estimators.base import FiniteDifference, Point
 from zoft.estimators.central import projected_grad
 from zoft.noise.direction import Direction, key_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor
 
 
 def kernel(r: float) -> float:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.noise.direction import Direction
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor
 
 FEEDBACK = ("auto", "scores", "hidden", "log_odds", "loss", "exact")
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.estimators.base import FiniteDifference, Measured, Point
 from zoft.estimators.central import projected_grad
 from zoft.noise.direction import Direction
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor
 
 Terms = list[tuple[Direction, float]]
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from zoft.estimators.base import FiniteDifference, Point
 from zoft.estimators.central import projected_grad
 from zoft.noise.direction import Direction
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor
 
 
 @dataclass

@@ -9,11 +9,9 @@ from zoft.errors import UserError
 from zoft.evaluation.choices import in_batches
 from zoft.lm.data.masked import RightPaddedCollator
 from zoft.lm.logits.call import inner
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from zoft.evaluation.scoring import Scoring
 
 Row = dict[str, Any]

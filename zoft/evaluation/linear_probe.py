@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths that the dev rows choose from: of the squared weights, for standardised features, over the mean loss."""

@@ -14,11 +14,9 @@ from zoft.evaluation.choices import CLOSE, Choice, Scorer, choose, cross_entropy
 from zoft.lm.metrics.answers import SCORES
 from zoft.lm.metrics.intervals import mean_of_numbers, mean_of_scores, wilson
 from zoft.lm.models.generate import Written, write
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from zoft.lm.objectives.base import Objective
 
 Row = dict[str, Any]

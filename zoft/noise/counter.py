@@ -11,14 +11,10 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 from zoft.noise import kernels
 from zoft.noise.kernels import Stream
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 LAWS = ("gaussian", "rademacher")
 """What the bits can become: each has mean 0 and variance 1."""

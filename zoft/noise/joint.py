@@ -8,15 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource, sample
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 ACROSS = ("iid", "antithetic", "orthogonal")
 """How the directions of one step hang together."""

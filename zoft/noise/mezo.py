@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from zoft.noise.direction import Direction
 from zoft.noise.source import NoiseSource, _of_step
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from zoft.utils.lazy import Tensor, torch
 
 _KEEP_IN_PIECES = 1 << 26  # elements of z that are kept while a tensor is asked for in pieces
 

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from zoft.errors import UserError
 from zoft.noise import counter, kernels
 from zoft.noise.counter import random_words, sample, squared_norm
 from zoft.noise.direction import Direction, key_of, step_seed
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from zoft.utils.lazy import Tensor, torch
 
 __all__ = [
     "LAWS",

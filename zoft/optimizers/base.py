@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from zoft.component import Component
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors
 from zoft.subspaces.base import BoundSubspace
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 State = dict[str, "Tensor"]
 """A tensor's state, by name."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import sample
 from zoft.optimizers.base import Estimate, Optimizer, State
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 METHODS = ("newton_schulz", "svd", "power")
 """How the matrix sign is made: an iteration to about one, exactly, or of the largest singular directions alone."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from zoft.utils.lazy import torch
 
 _MB = 2**20
 _STATUS, _CLEAR = "/proc/self/status", "/proc/self/clear_refs"

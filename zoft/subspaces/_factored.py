@@ -7,17 +7,13 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
 from zoft.noise.source import CounterNoise, NoiseSource, sample
 from zoft.subspaces.base import BoundSubspace, Subspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights, perturbed
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 

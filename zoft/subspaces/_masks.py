@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError, did_you_mean
 from zoft.noise.source import random_words
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 _PIECE = 1 << 20  # elements looked at at a time, a multiple of 8: bounds the temporaries
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import Weights, layer_of
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|classifier_router)\.", re.IGNORECASE)

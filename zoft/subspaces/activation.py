@@ -10,13 +10,11 @@ from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource, sample
 from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout, haar
 from zoft.subspaces.outer import outer_factors, outer_noise
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
-
-    from torch import Tensor, nn
 
 BASES = ("batch", "first", "oja")
 

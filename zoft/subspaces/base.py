@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from zoft.component import Component
 from zoft.errors import UserError
@@ -13,11 +13,8 @@ from zoft.noise.direction import Direction
 from zoft.noise.joint import Antithetic, LinearCombination, Orthogonal, PerExample, StateShaped
 from zoft.noise.mezo import TorchSequentialNoise
 from zoft.noise.source import LAWS, SOURCES, CounterNoise, NoiseSource
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights, perturbed
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Elements updated at a time: bounds the temporaries of an update. No more than noise makes at a time
 # (zoft.noise.counter), so that adding a direction to a piece is one addition, which a signal finds done or not done.

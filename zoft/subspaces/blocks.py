@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource
 from zoft.subspaces._partial import BoundPartial
 from zoft.subspaces.base import Subspace
+from zoft.utils.lazy import Tensor
 from zoft.weights.tensors import Weights, layer_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ORDERS = ("cyclic", "random")
 

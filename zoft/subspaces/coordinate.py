@@ -7,18 +7,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.noise.counter import perturb_with
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource
 from zoft.subspaces.base import BoundSubspace, Subspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass

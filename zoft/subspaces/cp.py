@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource, sample
 from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 @dataclass

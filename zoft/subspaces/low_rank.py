@@ -6,18 +6,15 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from zoft.errors import UserError
 from zoft.noise import kernels
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import CounterNoise, NoiseSource, sample
 from zoft.subspaces.base import BoundSubspace, Subspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights, perturbed
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.noise.counter import sample
@@ -11,11 +11,8 @@ from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import CounterNoise, NoiseSource
 from zoft.subspaces._node_layers import Node, find_nodes, is_adapter, is_fresh_head, is_linear, is_mlp
 from zoft.subspaces.base import BoundSubspace, Subspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LAYERS = ("auto", "mlp", "linear", "all")
 POSITIONS = ("loss", "last", "all")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from zoft.noise import counter
 from zoft.noise.direction import Direction, key_of
@@ -13,11 +12,8 @@ from zoft.noise.joint import Antithetic, LinearCombination
 from zoft.noise.source import CounterNoise, NoiseSource, sample
 from zoft.subspaces._factored import refuse_sequential
 from zoft.subspaces.base import BoundSubspace, Subspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource
 from zoft.subspaces._masks import Mask, by_chance, check_file, read, smallest
 from zoft.subspaces.base import BoundSubspace, Subspace
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights, perturbed
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CHOICES = ("magnitude", "random", "gradient", "mask")
 

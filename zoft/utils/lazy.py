@@ -1,4 +1,4 @@
-"""`from zoft.utils.lazy import torch`: torch without its import time until it is first used.
+"""`from zoft.utils.lazy import Tensor, nn, torch`: torch without its import time until it is first used.
 
 A component's dataclass is also its Hydra schema, so `zoft train --help` and a mistyped key must be able to read
 every component in milliseconds; importing torch takes seconds.
@@ -20,7 +20,17 @@ class _LazyModule:
         return value
 
 
+class _LazyTensor(type):
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, torch.Tensor)
+
+
 if TYPE_CHECKING:
     import torch as torch
+    from torch import Tensor as Tensor
+    from torch import nn as nn
 else:
-    torch = _LazyModule("torch")
+    torch, nn = _LazyModule("torch"), _LazyModule("torch.nn")
+
+    class Tensor(metaclass=_LazyTensor):
+        """For annotations and ``isinstance``; anything else wants ``torch.Tensor``."""

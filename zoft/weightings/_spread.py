@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError
 from zoft.estimators.base import Measured
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor
 
 
 def refuse_one_loss(weighting: Any, method: Any) -> None:

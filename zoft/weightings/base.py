@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.component import Component
 from zoft.estimators.base import Measured
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor
 
 Gram = Callable[[], "Tensor"]
 """The inner products <z_i, z_j> of the step's directions, float64 [Q, Q], made when they are asked for."""

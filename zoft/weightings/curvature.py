@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError
 from zoft.estimators.base import Measured
+from zoft.utils.lazy import Tensor
 from zoft.weightings.base import Gram, Weighting
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.estimators.base import Measured
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weightings.align import refuse_no_slopes
 from zoft.weightings.base import Gram, Weighting
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _DEPENDENT = 1e-9  # of the prior's variance: what is left of it along a direction that others span already
 

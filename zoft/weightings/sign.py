@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.estimators.base import Measured
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 from zoft.weightings.base import Gram, Weighting
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass

@@ -9,15 +9,10 @@ master is the weight in float32: it takes the updates, and the weight is the mas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import random_words
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from zoft.utils.lazy import Tensor, torch
 
 ROUNDINGS = ("auto", "stochastic", "master", "nearest")
 """What ``precision.update`` can be."""

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
 from zoft.noise.counter import perturb_with
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
+from zoft.utils.lazy import Tensor, nn, torch
 
 log = logging.getLogger(__name__)
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import nn
+from zoft.utils.lazy import nn, torch
 
 TOLERANCE = 2e-5
 """How far apart two ways of computing the same numbers may be in float32, relative to the largest one."""

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from zoft.lm.logits.call import Inputs, called, takes
 from zoft.lm.logits.head import Forward, Positions, logits_of_rows, with_rows
 from zoft.lm.logits.support import HeadSupport, say_once, served
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 MAX_LOGITS = 2**24
 """Elements of logits that are alive at once, 64 MiB of float32; what would be more is computed in chunks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from zoft.lm.logits.call import Inputs, inner
@@ -12,10 +12,7 @@ from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import log_probs_at
 from zoft.lm.logits.support import FAILURES, piece_of, refuse, served, tolerance_of, trials_allowed
 from zoft.lm.logits.support import is_known as is_known_head
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 _WHAT = "the loss is computed from the logits of all positions, not only from those that have a label"
 

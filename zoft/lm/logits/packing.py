@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from zoft.lm.logits.call import Inputs, arguments, inner, is_compiled, takes
 from zoft.lm.logits.head import CannotServeError, Positions
 from zoft.lm.logits.logits import log_probs_at
 from zoft.lm.logits.support import FAILURES, close, refuse, tolerance_of, trials_allowed
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.wider import TOLERANCE, widened
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 _WHAT = "the options of an example are not packed behind one context"
 _WINDOWS = ("sliding_window", "attention_window", "attention_chunk_size", "window_size", "local_attention")

@@ -12,16 +12,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from zoft.lm.logits.call import Inputs, inner, is_compiled
 from zoft.lm.logits.head import CannotServeError, HeadCall, Positions, head_of, logits_of_rows, recorded_call, with_rows
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.wider import TOLERANCE
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 

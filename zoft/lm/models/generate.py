@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
 

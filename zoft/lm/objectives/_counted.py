@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.lm.logits.call import arguments
 from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import log_probs_at
 from zoft.lm.objectives._readout import Readout, of_hidden, of_losses
 from zoft.lm.objectives.base import Batch
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 
 def is_counted(batch: Batch) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from zoft.errors import UserError
 from zoft.lm.logits.call import Inputs, inner
 from zoft.lm.logits.head import Positions
@@ -11,10 +9,7 @@ from zoft.lm.logits.own_loss import could_be_served, predictions
 from zoft.lm.objectives._counted import readout_of_tokens
 from zoft.lm.objectives._readout import Readout
 from zoft.lm.objectives.classes import of_classes, read_by_head
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import nn
+from zoft.utils.lazy import nn, torch
 
 
 def own_feedbacks(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:

@@ -9,18 +9,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
 from zoft.lm.logits.call import Inputs, inner
 from zoft.lm.logits.head import Forward, Positions, with_rows
 from zoft.lm.logits.logits import MAX_LOGITS
 from zoft.lm.logits.support import served
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import layer_of
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 _FEW = 1e-6  # of a loss: below it the odds of the right answer are taken as 1 / _FEW
 

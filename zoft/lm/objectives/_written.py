@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.lm.metrics.answers import SCORES
 from zoft.lm.models.generate import write
 from zoft.lm.objectives.base import Batch, Objective
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 
 @dataclass

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.component import Component
 from zoft.errors import UserError
+from zoft.utils.lazy import Tensor, nn
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from zoft.lm.logits.head import Positions
     from zoft.lm.objectives._readout import Readout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.lm.logits.call import arguments
 from zoft.lm.logits.head import Positions
@@ -21,10 +20,7 @@ from zoft.lm.objectives._readout import Readout
 from zoft.lm.objectives._written import is_written, predictions_of_written
 from zoft.lm.objectives.base import Batch, Objective
 from zoft.lm.objectives.options import Options, answers, ends, gold_of, group_sizes, option_log_probs
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 
 @dataclass

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.component import components, create
 from zoft.errors import UserError, did_you_mean
 from zoft.lm.objectives.base import Batch, Objective
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn
 
 _TERM = re.compile(r"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>\d+\.?\d*(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<name>[a-zA-Z_]\w*)\s*")
 

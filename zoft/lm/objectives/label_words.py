@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import logits_at
 from zoft.lm.logits.support import is_known
 from zoft.lm.objectives._readout import Readout, of_log_odds, of_losses, of_scores
 from zoft.lm.objectives.base import Batch, Objective
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.lm.metrics import libraries
 from zoft.lm.objectives._written import Writing, is_written, scores_of
@@ -12,10 +12,7 @@ from zoft.lm.objectives.base import Batch, Objective
 from zoft.lm.objectives.classes import Classes
 from zoft.lm.objectives.label_words import LabelWords
 from zoft.lm.objectives.options import Options
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 METRICS = ("auto", "accuracy", "f1", "exact_match")
 LIBRARY = "evaluate:"

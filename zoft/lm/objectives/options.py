@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.lm.logits import packing as packing
 from zoft.lm.logits import support as heads
@@ -12,10 +11,7 @@ from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import log_probs_at, logits_at
 from zoft.lm.objectives._readout import Readout, of_hidden, of_log_odds, of_losses, of_scores, of_sequences
 from zoft.lm.objectives.base import Batch, Objective
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 
 @dataclass

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError
 from zoft.lm.logits.support import is_known
 from zoft.lm.objectives._counted import log_probs_of_counted
 from zoft.lm.objectives.base import Batch, Objective
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 
 @dataclass

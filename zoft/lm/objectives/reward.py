@@ -10,16 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError
 from zoft.lm.metrics.libraries import number_of
 from zoft.lm.objectives._written import Writing
 from zoft.lm.objectives.base import Batch
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 Function = Callable[..., Sequence[float]]
 

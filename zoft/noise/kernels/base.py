@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 
 class Stream(NamedTuple):

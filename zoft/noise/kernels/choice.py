@@ -6,13 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
 from zoft.noise.kernels.base import Kernels
-
-if TYPE_CHECKING:
-    import torch
+from zoft.utils.lazy import torch
 
 log = logging.getLogger(__name__)
 

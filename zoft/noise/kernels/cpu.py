@@ -13,14 +13,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from zoft.noise.kernels.base import Kernels, Stream
 from zoft.utils.files import cache_dir, write_atomically
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 SOURCE = Path(__file__).with_name("noise.cpp")
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.lm.models.peft.base import Peft
-
-if TYPE_CHECKING:
-    from torch import nn
+from zoft.utils.lazy import nn
 
 
 @dataclass

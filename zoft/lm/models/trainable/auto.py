@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.lm.models.trainable.base import Trainable
-
-if TYPE_CHECKING:
-    from torch import nn
+from zoft.utils.lazy import nn
 
 
 @dataclass

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.component import Component
 from zoft.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import nn
+from zoft.utils.lazy import nn
 
 _NORM_OR_BIAS = re.compile(r"(norm|(^|\.)ln_?\w*)(\.\w+)?\.(weight|bias)$|(^|\.)bias$|\.bias$", re.IGNORECASE)
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from zoft.lm.models.trainable.base import Trainable, fresh_head, is_norm_or_bias
 from zoft.lm.models.trainable.last_blocks import in_last_blocks
-
-if TYPE_CHECKING:
-    from torch import nn
+from zoft.utils.lazy import nn
 
 
 @dataclass
