@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 
 from zoft.engines._lockstep import Lockstep
 from zoft.engines._pieces import LinearCall, Reads, asks_no_values, watching
+from zoft.engines._reads import unwatched, watched
 from zoft.engines._scratch import Lease, Scratch
 from zoft.engines._step_prefix import StepPrefix
 from zoft.engines.base import Engine, Objective, Session, memory_errors_say, of_example, refuse_derivatives
@@ -22,6 +23,8 @@ from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, nn, torch
 
 log = logging.getLogger(__name__)
+
+_EVERY = 50  # calls of losses from one look at a compiled model's reads to the next
 
 
 @dataclass
@@ -36,9 +39,11 @@ class Layerwise(Engine):
     A tensor that is also read outside its module's forward (some attention layers and tied output heads do that), or
     whose module is never called, is perturbed for the whole forward instead: that much more memory for each. All calls
     of torch functions are looked at during the first ``losses`` of a session to find these tensors (a compiled model
-    runs uncompiled for it); if there are any they are named once and the points are computed again. Not seen: a read
-    that only later batches cause, one in another thread or inside scripted code, and a view that was taken before the
-    query (a view does not follow its parameter's swapped storage).
+    runs uncompiled for it); if there are any they are named once and the points are computed again. Later on only the
+    calls that get a trained tensor are looked at (where torch has compiled something, one forward in fifty): a read
+    that a later batch causes is found too, and its points are computed again. Not seen: a later read of torch's own
+    attention modules, one in another thread or inside scripted code, and a view that was taken before the query (a
+    view does not follow its parameter's swapped storage).
 
     Args:
         piece_mb: matrices larger than this are perturbed in pieces of this size, in MiB; 0 chooses by device (16 on a
@@ -90,6 +95,9 @@ class LayerwiseSession(Session):
         self._too_large = 0  # bytes of an activation that keeps forwards apart
         self._sets_global_state = False  # the objective: what it sets would be set for the other forwards too
         self._largest_output = 0  # bytes: of a module that holds trained weights, in the last call of losses
+        self._names = {id(tensor): name for name, tensor in self.weights.tensors.items()}
+        self._num_calls = 0  # where graphs exist
+        self._watchable = _watchable(model, self.weights.tensors.values())
         self._read_outside: set[str] = set()
         self._whole_forward: list[str] | None = None  # tensors read outside their module's forward; None: not known yet
 
@@ -113,7 +121,29 @@ class LayerwiseSession(Session):
         self._side_by_side = small and not self._whole_forward and not self._compiled and not self._sets_global_state
         self._largest_output = 0
         with memory_errors_say(self.what_to_lower()), self._hooks(), self._no_graph():
-            return self._losses(pairs)
+            if self._whole_forward is None:
+                return self._losses(pairs)
+            with self._watched_later(pairs[0]):
+                results = self._losses(pairs)
+                if self._find_new_reads():
+                    results = self._losses(pairs)
+            return results
+
+    @contextmanager
+    def _watched_later(self, pair: tuple[Any, Point]) -> Iterator[None]:
+        """Queries after the first ones: a read that the hooks do not cover is noted, at the price of a call a use.
+
+        Where torch has compiled something, its graphs would be made anew for it: one forward in fifty runs uncompiled.
+        """
+        if not (self._compiled or _graphs_exist()):
+            with watched(self._watchable, self._note):
+                yield
+            return
+        self._num_calls += 1
+        if self._num_calls % _EVERY == 0:
+            with self._watch():
+                self._loss_at(*pair)
+        yield
 
     @contextmanager
     def _no_graph(self) -> Iterator[None]:
@@ -282,7 +312,7 @@ class LayerwiseSession(Session):
         side = self._side
         for name, clean in side.clean.items():
             self.weights.tensors[name].data = clean
-        answer = self.together.meet(place, brought, work)
+        answer = self.together.meet(place, brought, partial(_unwatched, work))
         self._side = side
         for name, mine in side.mine.items():
             self.weights.tensors[name].data = mine
@@ -325,27 +355,43 @@ class LayerwiseSession(Session):
     @contextmanager
     def _watch(self) -> Iterator[None]:
         """Within this block, a trained tensor handed to torch while none of its modules runs is noted."""
-        names = {id(tensor): name for name, tensor in self.weights.tensors.items()}
-
-        def note(value: Any) -> None:
-            if isinstance(value, (tuple, list)):
-                for item in value:
-                    note(item)
-            else:
-                name = names.get(id(value))
-                if name is not None and not self._side.depth[name]:
-                    self._read_outside.add(name)
-
-        def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            result = func(*args, **kwargs)
-            if not asks_no_values(func, result):
-                note(args)
-                note(list(kwargs.values()))
-            return result
-
         # a compiled graph would call no torch function
-        with torch.compiler.set_stance("force_eager") if _may_be_compiled() else nullcontext(), watching(call):
+        with (
+            torch.compiler.set_stance("force_eager") if _may_be_compiled() else nullcontext(),
+            watching(self._call_noted),
+        ):
             yield
+
+    def _call_noted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if not asks_no_values(func, result):
+            self._note([*args, *kwargs.values()])
+        return result
+
+    def _note(self, value: Any) -> None:
+        """A trained tensor that torch is handed while none of its modules runs."""
+        if isinstance(value, (tuple, list)):
+            for item in value:
+                self._note(item)
+        else:
+            name = self._names.get(id(value))
+            if name is not None and not self._side.depth[name]:
+                self._read_outside.add(name)
+
+    def _find_new_reads(self) -> bool:
+        """After later queries: has this batch made the model read a tensor outside that no batch before did?"""
+        assert self._whole_forward is not None
+        new = sorted(self._read_outside - set(self._whole_forward))
+        if not new:
+            return False
+        log.warning(
+            "engine=%s: from this step on %d more trainable tensors are perturbed for the whole forward, which reads "
+            "them outside their own module's for some batches (%s)",
+            *(self.name, len(new), ", ".join(new[:5]) + (" ..." if len(new) > 5 else "")),
+        )
+        self._whole_forward += new
+        self._side_by_side = False
+        return True
 
     def _find_read_outside(self) -> bool:
         """After the first queries: are there tensors that perturbing their own modules' forwards does not cover?"""
@@ -381,6 +427,19 @@ class LayerwiseSession(Session):
                 "together, and their directions are made each time",
                 *(self.name, len(shared), names),
             )
+
+
+def _watchable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """All but those of torch's own attention, which computes in another way where a tensor is watched."""
+    own = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
+    theirs = {id(p) for module in model.modules() if isinstance(module, own) for p in module.parameters()}
+    return [parameter for parameter in parameters if id(parameter) not in theirs]
+
+
+def _unwatched(work: Callable[[list[Any]], Sequence[Any]], brought: list[Any]) -> Sequence[Any]:
+    """What the engine itself does with the weights is no read of the model's."""
+    with unwatched():
+        return work(brought)
 
 
 def _global_state() -> Any:

@@ -270,6 +270,46 @@ def test_a_tensor_read_both_by_its_module_and_beside_it_is_perturbed_for_both(wa
     assert session._whole_forward == ["e.weight"]
 
 
+@pytest.mark.parametrize(
+    "engine", [Layerwise(), Layerwise(piece_mb=1), SidePath()], ids=["layerwise", "pieces", "side"]
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_fault_22_a_read_that_only_a_later_batch_causes(way, engine, caplog):
+    """The branch is taken from the third batch on: its losses are right at once, and it is said."""
+    taken = [False]
+    model = ReadTwice(lambda h, w: WAYS[way](h, w) if taken[0] else h)
+    session = bind(engine, model, lambda batch: model(batch).square().mean())
+    digest, x = Weights(model).digest(), torch.arange(3)
+    for taken[0] in (False, False, True, True, False):
+        with caplog.at_level(logging.WARNING):
+            losses = session.losses(x, POINTS)
+        torch.testing.assert_close(losses, wanted_losses(session, lambda: model(x).square().mean()), rtol=1e-6, atol=0)
+        assert Weights(model).digest() == digest
+        assert [r.message.count("(e.weight)") for r in caplog.records] == [1] * (session._whole_forward != [])
+        assert type(model.e.weight) is nn.Parameter
+    assert session._whole_forward == ["e.weight"]
+
+
+def test_fault_22_a_module_that_a_later_batch_passes_by():
+    """Its weight is used without it: a mixture's expert that is called by hand, for one."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(h) if x.sum() > 0 else nn.functional.linear(h, self.b.weight, self.b.bias)
+
+    model = Model()
+    session = bind(Layerwise(), model, lambda batch: model(batch).square().mean())
+    for x in (torch.ones(2, 4), -torch.ones(2, 4)):
+        losses = session.losses(x, POINTS)
+        assert torch.equal(losses, wanted_losses(session, lambda x=x: model(x).square().mean()))
+    assert set(session._whole_forward) == {"b.weight", "b.bias"}
+
+
 def test_shapes_and_dtypes_read_beside_the_forward_are_no_reads(caplog):
     def look(h, w):
         assert w.dim() == len(w.shape) == w.ndim
@@ -634,3 +674,17 @@ def test_forwards_that_would_take_too_much_memory_side_by_side_go_apart_and_say_
     session.piece_bytes = 1 << 24
     session.losses(batch, POINTS)
     assert [len(group) for group in session.groups(POINTS)] == [2, 1]
+
+
+def test_fault_22_a_compiled_model_is_looked_at_now_and_then(monkeypatch):
+    monkeypatch.setattr("zoft.engines.layerwise._EVERY", 3)
+    taken = [False]
+    model, x = ReadTwice(lambda h, w: h @ w if taken[0] else h), torch.arange(3)
+    model.body.compile(backend="eager")
+    session = bind(Layerwise(), model, lambda batch: model(batch).square().mean())
+    session.losses(x, POINTS)
+    taken[0] = True
+    for _ in range(3):
+        losses = session.losses(x, POINTS)
+    assert session._whole_forward == ["e.weight"]
+    torch.testing.assert_close(losses, wanted_losses(session, lambda: model(x).square().mean()), rtol=1e-6, atol=0)

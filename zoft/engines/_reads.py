@@ -1,0 +1,66 @@
+"""Noticing, at the price of a call a use, which trained tensors torch is handed: a class of their own for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from zoft.engines._pieces import asks_no_values
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Note = Callable[[Any], None]
+"""Is told of an argument of a torch function; tuples and lists of them are taken apart by whoever is told."""
+
+_notes: list[Note] = []  # who is told now; the last one
+
+
+@lru_cache(maxsize=1)
+def _watched_class() -> Any:
+    class WatchedParameter(torch.nn.Parameter):
+        """A parameter that says so when a torch function gets it; what is computed is the same."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **kwargs)
+                if _notes and not asks_no_values(func, result):
+                    _notes[-1]([*args, *kwargs.values()])
+            return result
+
+    return WatchedParameter
+
+
+@contextmanager
+def watched(parameters: Iterable[nn.Parameter], note: Note) -> Iterator[None]:
+    """Within this block ``note`` is told the arguments of every torch function that gets one of the parameters.
+
+    Only these functions are looked at, so a forward costs some microseconds a parameter more. A tensor of another class
+    than ``torch.nn.Parameter`` is left alone: it has a meaning of its own for torch.
+
+    Args:
+        parameters: what is watched.
+        note: gets a list of arguments.
+    """
+    watched_class, changed = _watched_class(), []
+    _notes.append(note)
+    try:
+        for parameter in parameters:
+            if type(parameter) is torch.nn.Parameter:
+                parameter.__class__ = watched_class
+                changed.append(parameter)
+        yield
+    finally:
+        for parameter in changed:
+            parameter.__class__ = torch.nn.Parameter
+        _notes.pop()
+
+
+def unwatched() -> Any:
+    """A context in which nothing is noted: for what an engine does with the tensors."""
+    return torch._C.DisableTorchFunctionSubclass()
