@@ -55,6 +55,11 @@ def test_the_committed_rows_are_whole():
     assert len({row["sha"] for row in rows.values()}) > len(rows) / 2  # they tell runs apart
 
 
+def test_every_preset_has_its_rows():
+    missing = [name for name in fingerprint_rows.all_rows() if f"{name}, compile never" not in committed()["rows"]]
+    assert not missing, "make fingerprint ARGS=\"--write 'NAME *'\" adds them"
+
+
 def test_what_changed_is_named():
     before = {"a, compile never": {"sha": "ab", "exact": {"queries": 8}, "near": {"losses": [4.0, 3.0]}}}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,10 +35,31 @@ SMALL: dict[str, Any] = (
 ODD = ("head_dim", "num_key_value_heads", "rotary_dim", "sliding_window", "attention_chunk_size", "q_lora_rank")
 
 
+# Classes that `tiny` makes no small model of, by why. Every other class of the installed transformers has to pass: one
+# that comes with a new release and cannot be made is added here, by hand.
+UNMADE = {
+    "fields that are not known here, or that the config refuses": """
+        AXK1ForCausalLM BambaForCausalLM CohereCompassForCausalLM DbrxForCausalLM Dots1ForCausalLM
+        Dots3NoteForCausalLM FalconH1ForCausalLM FuyuForCausalLM Gemma3ForConditionalGeneration Gemma3nForCausalLM
+        Gemma3nForConditionalGeneration Gemma4AssistantForCausalLM Gemma4ForCausalLM Gemma4ForConditionalGeneration
+        Gemma4UnifiedAssistantForCausalLM Gemma4UnifiedForCausalLM Gemma4UnifiedForConditionalGeneration
+        GitForCausalLM GotOcr2ForConditionalGeneration GraniteMoeHybridForCausalLM Lfm2MoeForCausalLM
+        Mamba2ForCausalLM MossTranscribeDiarizeForConditionalGeneration Qwen4ExpForCausalLM
+        RecurrentGemmaForCausalLM ReformerModelWithLMHead RoCBertForCausalLM XmodForCausalLM Zamba2ForCausalLM
+        ZambaForCausalLM ZayaForCausalLM
+    """,
+    "submodules of full size whatever the config says": """
+        BltForCausalLM KimiLinearForCausalLM Phi4MultimodalForCausalLM
+    """,
+    "tokens in four streams": "MusicgenForCausalLM MusicgenMelodyForCausalLM",
+}
+
+
 def causal_classes() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return sorted({name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str)})
+    known = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str)}
+    return sorted(known - {name for names in UNMADE.values() for name in names.split()})
 
 
 def takes(config: Any, key: str) -> bool:
@@ -106,31 +125,15 @@ def test_some_classes(name: str):
     check(model)
 
 
-class TooLong(BaseException):
-    """Some classes make submodules of full size whatever their config says."""
-
-
-@pytest.fixture
-def at_most_a_minute() -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", causal_classes())
-def test_every_class_that_can_be_made_small(name: str, at_most_a_minute: None):
-    if name.startswith("Musicgen"):
-        pytest.skip("its tokens come in four streams")
-    try:
-        model = tiny(name)
-    except (TooLong, Exception) as error:  # configs that refuse to be asked for a field that their layers differ in
-        pytest.skip(f"not made small: {type(error).__name__}")
-    if model is None:
-        pytest.skip("not made small")
+def test_every_class_that_can_be_made_small(name: str):
+    model = tiny(name)
+    assert model is not None, "no small model: add fields to SMALL, or the class to UNMADE"
     check(model)
+
+
+def test_most_classes_are_tried():
+    num_unmade = sum(len(names.split()) for names in UNMADE.values())
+    assert len(causal_classes()) > 3 * num_unmade
+    assert set(SOME) <= set(causal_classes())
