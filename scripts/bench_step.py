@@ -42,6 +42,7 @@ from zoft.estimators.base import Estimator
 from zoft.lm.data.tokens import OptionCollator
 from zoft.lm.objectives.options import Options
 from zoft.report.memory import PeakMemory
+from zoft.step.estimate import StepEstimate
 from zoft.step.update import ZOOptimizer
 from zoft.trainer.loss import with_float32_losses
 from zoft.weights.rounding import Rounding
@@ -186,14 +187,8 @@ class ZoftStep:
         directions = self.estimator.directions(SEED, progress.steps)
         losses = self.session.losses(self.batch, self.estimator.points(directions))
         progress.steps += 1
-        self.stepper.pending = list(
-            zip(
-                directions,
-                (self.estimator.projected_grads(losses) / self.estimator.num_directions).tolist(),
-                strict=True,
-            )
-        )
-        self.stepper.step()
+        slopes = (self.estimator.projected_grads(losses) / self.estimator.num_directions).tolist()
+        self.stepper.apply(StepEstimate.of(list(zip(directions, slopes, strict=True))))
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from zoft.noise.direction import Direction, key_of
 from zoft.noise.joint import ACROSS
 from zoft.noise.source import LAWS
 from zoft.step.method import Method
-from zoft.step.query import Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces.base import BoundSubspace
 from zoft.weights.tensors import Weights
@@ -354,7 +354,7 @@ class Estimates:
         session = Plain(self.model, coordinates, self.model)
         groups = [{"params": list(self.model.parameters()), "weight_decay": 0.0}]
         self.stepper = ZOOptimizer(groups, method.optimizer, session, 1.0)
-        self.queries = Queries(
+        self.queries = StepQueries(
             method,
             self.stepper,
             examples=lambda rows: [row.view(1) for row in rows],
@@ -368,10 +368,10 @@ class Estimates:
         at = self.model.flat()
         for step in range(first, first + count):
             directions = self.method.estimator.directions(5, step)
-            asked = self.queries(self.rows, directions, lr=1.0)
-            assert asked.usable
+            asked = self.queries.estimate(self.rows, directions, lr=1.0)
+            assert asked.is_usable
             self.stepper.progress.steps += 1
-            self.stepper.step()
+            self.stepper.apply(asked)
             steps.append(at - self.model.flat())
             for parameter, value in zip(self.parameters, clean, strict=True):
                 parameter.data.copy_(value)

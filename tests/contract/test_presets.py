@@ -17,7 +17,7 @@ from zoft.config import compose
 from zoft.config.catalog import first_comment, preset_files
 from zoft.lm.data.rows import examples_of, of_lengths
 from zoft.step.nodes import NodeQueries
-from zoft.step.query import Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.weights.tensors import Weights
 
@@ -145,7 +145,7 @@ class Steps:
         self.session = engine.bind(self.model, coordinates, lambda batch: self.model(**batch).loss)
         groups = [{"params": list(self.session.weights.tensors.values()), "weight_decay": 0.0}]
         self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, cfg.optimizer.learning_rate)
-        self.queries = Queries(
+        self.queries = StepQueries(
             self.method,
             self.stepper,
             examples=examples_of,
@@ -169,10 +169,10 @@ class Steps:
     def step(self, seed=3):
         step = self.stepper.progress.steps
         lr = self.stepper.param_groups[0]["lr"]
-        asked = self.queries(self.batch, self.method.estimator.directions(seed, step), lr=lr)
+        asked = self.queries.estimate(self.batch, self.method.estimator.directions(seed, step), lr=lr)
         self.stepper.progress.steps += 1
-        assert asked.usable
-        self.stepper.step()
+        assert asked.is_usable
+        self.stepper.apply(asked)
         return asked
 
 

@@ -27,7 +27,8 @@ from zoft.component import components
 from zoft.lm.data.rows import examples_of, of_lengths
 from zoft.noise.direction import Direction
 from zoft.noise.source import LAWS, SOURCES
-from zoft.step.query import Queries
+from zoft.step.estimate import StepEstimate
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces import base
 from zoft.weights.tensors import Weights
@@ -66,7 +67,7 @@ class Run:
             {"params": [p for p in self.weights.tensors.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
         self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, lr)
-        self.queries = Queries(
+        self.queries = StepQueries(
             self.method,
             self.stepper,
             examples=examples_of,
@@ -74,18 +75,18 @@ class Run:
             batches=lambda count: [self.batch] * count,
         )
 
-    def ask(self) -> list[tuple[Direction, float]]:
-        """The estimate of the next step: left with the stepper, which has not written it."""
+    def ask(self) -> StepEstimate:
+        """The estimate of the next step, which is not written."""
         directions = self.estimator.directions(5, self.stepper.progress.steps)
-        asked = self.queries(self.batch, directions, lr=self.stepper.param_groups[0]["lr"])
+        asked = self.queries.estimate(self.batch, directions, lr=self.stepper.param_groups[0]["lr"])
         self.stepper.progress.steps += 1
-        assert asked.usable
-        return list(self.stepper.pending)
+        assert asked.is_usable
+        return asked
 
     def step(self) -> list[tuple[Direction, float]]:
-        terms = self.ask()
-        self.stepper.step()
-        return terms
+        estimate = self.ask()
+        self.stepper.apply(estimate)
+        return list(estimate.terms)
 
     def flat(self) -> torch.Tensor:
         return torch.cat([p.detach().double().view(-1) for p in self.weights.tensors.values()])

@@ -36,16 +36,15 @@ def die_in_query(count: int, told: str) -> None:
 
     Whether the weights stand away from where the step began is left in the file ``told``.
     """
-    from zoft.step.query import Queries
+    from zoft.step.query import StepQueries
     from zoft.trainer.trainer import ZOMixin
     from zoft.weights.tensors import Weights
 
-    compute, ask = ZOMixin.compute_loss, Queries.__call__
+    compute, ask = ZOMixin.compute_loss, StepQueries.estimate
     asked: dict[str, Any] = {"count": 0, "inside": False, "clean": None}
 
     def query(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = self.stepper.session
-        asked["inside"], asked["clean"] = True, Weights(session.model).digest()
+        asked["inside"], asked["clean"] = True, Weights(self.session.model).digest()
         try:
             return ask(self, *args, **kwargs)
         finally:
@@ -61,7 +60,7 @@ def die_in_query(count: int, told: str) -> None:
                     die()
         return compute(self, *args, **kwargs)
 
-    ZOMixin.compute_loss, Queries.__call__ = counted, query  # type: ignore[method-assign]
+    ZOMixin.compute_loss, StepQueries.estimate = counted, query  # type: ignore[method-assign]
 
 
 def die_in_save(count: int, told: str, save: int = 1) -> None:

@@ -39,9 +39,9 @@ class Faulty(ZOTrainer):
     faults: dict[tuple[int, int], float] = {}  # noqa: RUF012  # set on the instance
     factors: dict[int, float] = {}  # noqa: RUF012
 
-    def _query(self, *args: Any) -> float:
+    def _queried(self, *args: Any) -> Any:
         self.asked = 0
-        return super()._query(*args)
+        return super()._queried(*args)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
@@ -182,6 +182,7 @@ def downhill(seeds: int, size: int = 32, steps: int = 40) -> float:
     from torch import nn
 
     from zoft.component import create
+    from zoft.step.estimate import StepEstimate
     from zoft.step.method import Method
     from zoft.step.update import ZOOptimizer
     from zoft.weights.tensors import Weights
@@ -201,8 +202,7 @@ def downhill(seeds: int, size: int = 32, steps: int = 40) -> float:
             session.coordinates.begin(directions[0])
             stepper.begin(directions[0])
             slopes = estimator.projected_grads(session.losses(torch.eye(size), estimator.points(directions)))
-            stepper.pending = list(zip(directions, slopes.tolist(), strict=True))
-            stepper.step()
+            stepper.apply(StepEstimate.of(list(zip(directions, slopes.tolist(), strict=True))))
         fell += float(model.weight.detach().square().sum()) < first
     return fell / seeds
 

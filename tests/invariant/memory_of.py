@@ -14,6 +14,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from zoft.component import create
 from zoft.estimators.central import Central
+from zoft.step.estimate import StepEstimate
 from zoft.step.update import ZOOptimizer
 from zoft.weights.tensors import Weights
 
@@ -70,10 +71,8 @@ def use(name: str, model: Any, q: int) -> Callable[[], None]:
         for step in range(3 if q == 1 else 1):
             directions = estimator.directions(0, step)
             losses = session.losses(batch, estimator.points(directions))
-            stepper.pending = list(
-                zip(directions, (estimator.projected_grads(losses) / estimator.num_directions).tolist(), strict=True)
-            )
-            stepper.step()
+            slopes = (estimator.projected_grads(losses) / estimator.num_directions).tolist()
+            stepper.apply(StepEstimate.of(list(zip(directions, slopes, strict=True))))
 
     return bare if name == "bare" else steps
 

@@ -137,7 +137,7 @@ def zoft_run(
 
     class Watch(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            steps.append((*trainer.losses.tolist(), *trainer.projected_grads.tolist()))
+            steps.append((*trainer.last_step.losses.tolist(), *trainer.last_step.projected_grads.tolist()))
 
     trainer.add_callback(Watch())
     trainer.train()

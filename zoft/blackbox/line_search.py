@@ -86,18 +86,18 @@ class LineSearch:
             walk.put(walk.vector(), self.f)
             if self.f != float(np.float32(self.f)):
                 self.rounding = _FLOAT64
-            estimator = walk.fitting(walk.with_eps(self.eps()), host.left - 1)
+            estimator = walk.fitting(walk.method.estimator.with_radius(self.eps()), host.left - 1)
             if estimator is None:
                 finish(walk, host)
-            asked = walk.ask(estimator)
-            if not asked.usable:
+            estimate = walk.ask(estimator)
+            if not estimate.is_usable:
                 failed = one_more_failed(failed)
                 self.length, self.past = self.length / 4, None
                 host.note_step(walk.session.at(), math.nan, 0.0, estimator.radius, 0.0)
                 continue
             failed, here = 0, walk.vector()
-            slopes = asked.measured.projected_grads if asked.measured is not None and self.is_plain else None
-            step = walk.write(1.0, project=False)
+            slopes = estimate.projected_grads if self.is_plain else None
+            step = walk.write(estimate, 1.0, project=False)
             self.f, moved = self.move(here, step, None if slopes is None else float(slopes.square().mean()))
             walk.put(here + moved, self.f)
             length = float(moved.norm())

@@ -53,10 +53,10 @@ def fixed(settings: Settings, learning_rate: float, walk: Walk, host: Host) -> N
         if estimator is None:
             finish(walk, host)
         rate = learning_rate * share * (estimator.num_directions if rule.scale_with_directions else 1)
-        asked = walk.ask(estimator, rate)
-        if asked.usable:
-            length, failed = float(walk.write(rate).norm()), 0
-            host.note_step(walk.session.at(), asked.loss, rate, estimator.radius, length)
+        estimate = walk.ask(estimator, rate)
+        if estimate.is_usable:
+            length, failed = float(walk.write(estimate, rate).norm()), 0
+            host.note_step(walk.session.at(), estimate.loss, rate, estimator.radius, length)
         else:
             failed = one_more_failed(failed)
             host.note_step(walk.session.at(), math.nan, 0.0, estimator.radius, 0.0)

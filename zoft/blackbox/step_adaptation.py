@@ -44,23 +44,23 @@ class StepSizeAdaptation:
         """To the end of the budget (a stop), or until steps are below the resolution of x."""
         walk, host, failed = self.walk, self.host, 0
         while self.radius > _SMALLEST * float(walk.vector().norm()) or host.result().noisy:
-            estimator = walk.fitting(walk.with_eps(self.eps()), host.left - kept_for_the_end(host))
+            estimator = walk.fitting(walk.method.estimator.with_radius(self.eps()), host.left - kept_for_the_end(host))
             if estimator is None:
                 finish(walk, host)
-            asked = walk.ask(estimator)
-            if not asked.usable:
+            estimate = walk.ask(estimator)
+            if not estimate.is_usable:
                 failed = one_more_failed(failed)
                 host.note_step(walk.session.at(), math.nan, 0.0, estimator.radius, 0.0)
                 continue
             failed, before = 0, walk.vector()
-            step = walk.write(1.0, project=False)
+            step = walk.write(estimate, 1.0, project=False)
             step = step * walk.free(-step, before)
             size = float(step.norm())
             walk.put(before + step * (self.radius / size) if size else before)
             moved = walk.vector() - before
             length = float(moved.norm())
             self.learn(moved / self.radius)
-            host.note_step(walk.session.at(), asked.loss, length / size if size else 0.0, estimator.radius, length)
+            host.note_step(walk.session.at(), estimate.loss, length / size if size else 0.0, estimator.radius, length)
 
     def eps(self) -> float:
         """A direction is as long as sqrt(d)."""

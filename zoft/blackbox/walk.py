@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from zoft.blackbox.session import Ask, FunctionSession, check_method
 from zoft.blackbox.space import Space
-from zoft.estimators.base import Estimator, FiniteDifference
+from zoft.estimators.base import Estimator
+from zoft.step.estimate import StepEstimate
 from zoft.step.method import Method
-from zoft.step.query import Asked, Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.utils.lazy import Tensor, torch
 
@@ -34,7 +35,7 @@ class Walk:
         rule = method.optimizer
         groups = [{"params": list(self.tensors.values()), "weight_decay": rule.weight_decay or 0.0}]
         self.stepper = ZOOptimizer(groups, rule, self.session, 0.0)
-        self.queries = Queries(method, self.stepper)
+        self.queries = StepQueries(method, self.stepper)
         self.stepper.progress.steps = first_step
 
     @property
@@ -111,12 +112,7 @@ class Walk:
             return None
         return replace(estimator, num_directions=count)
 
-    def with_eps(self, eps: float) -> Estimator:
-        """The estimator at another radius, where it has one."""
-        estimator = self.method.estimator
-        return replace(estimator, eps=eps) if isinstance(estimator, FiniteDifference) else estimator
-
-    def ask(self, estimator: Estimator, lr: float = 0.0) -> Asked:
+    def ask(self, estimator: Estimator, lr: float = 0.0) -> StepEstimate:
         """The queries of a step; :meth:`write` takes it.
 
         Args:
@@ -124,14 +120,15 @@ class Walk:
             lr: learning rate, for optimizers that try their step.
         """
         try:
-            return self.queries(None, estimator.directions(self.seed, self.step), estimator, lr=lr)
+            return self.queries.estimate(None, estimator.directions(self.seed, self.step), estimator, lr=lr)
         finally:
             self.stepper.progress.steps += 1
 
-    def write(self, lr: float, *, project: bool = True) -> Tensor:
-        """Take the step that the queries gave.
+    def write(self, estimate: StepEstimate, lr: float, *, project: bool = True) -> Tensor:
+        """Take a step.
 
         Args:
+            estimate: what :meth:`ask` gave.
             lr: learning rate.
             project: come back into the bounds.
 
@@ -141,7 +138,7 @@ class Walk:
         before = self.vector()
         for group in self.stepper.param_groups:
             group["lr"] = lr
-        self.stepper.step()
+        self.stepper.apply(estimate)
         if project:
             self.put(self.vector())
         self.session.clean = None

@@ -15,30 +15,34 @@ from zoft.errors import UserError
 from zoft.noise.direction import Direction, step_seed
 from zoft.optimizers.base import Term
 from zoft.optimizers.sgd import SGD
-from zoft.step.query import Asked, Queries
+from zoft.step.query import StepQueries
 
 if TYPE_CHECKING:
     from zoft.estimators.base import Estimator
 
 
 @dataclass
-class _Held:
-    """What stands where a run has its stepper: takes an estimate and keeps what parts remember."""
+class _Remembering:
+    """What stands where a run has its optimizer: says what parts remember, and applies nothing."""
 
     session: Bystander
-    scalars: dict[str, Any]
-    pending: list[Term] | None = None
-    backward: Any = None
-    curvatures: list[float] | None = None
+    remembered: dict[str, Any]
+
+    def remember(self, **memory: dict[str, Any]) -> None:
+        """Everything is known already."""
+
+    def memory(self) -> dict[str, Any]:
+        """What parts remembered before the step."""
+        return copy.deepcopy(self.remembered)
 
 
 @dataclass
-class _InTheStep(Queries):
+class _InTheStep(StepQueries):
     """A run's queries, in a step that has begun: bases and masks are those in use."""
 
-    def _begin(self, batch: Any, direction: Direction) -> Tensor | None:
+    def _begin(self, batch: Any, direction: Direction) -> tuple[Tensor | None, int, dict[str, Any] | None]:
         del batch, direction
-        return None
+        return None, 0, None
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Asking:
         slopes: the projected gradients of every group that was asked, by its directions.
     """
 
-    queries: Queries
+    queries: StepQueries
     session: Bystander
     batch: Any
     estimator: Estimator
@@ -65,21 +69,19 @@ class Asking:
         method = self.queries.method
         if method.optimizer.line_search:
             method = replace(method, optimizer=SGD())  # the estimate is wanted, not how far the step goes
-        given = {one.name: getattr(self.queries, one.name) for one in fields(Queries)}
+        given = {one.name: getattr(self.queries, one.name) for one in fields(StepQueries)}
         examples = list(self.queries.examples(self.batch)) if self.estimator.per_example else []
-        self._held = _Held(self.session, {})
-        given |= {"method": method, "stepper": self._held, "saw": None, "agree": None, "examples": lambda _: examples}
-        self._held.scalars = copy.deepcopy(self.remembered)
-        self._ask = _InTheStep(**given)
+        beside = _Remembering(self.session, self.remembered)
+        given |= {"method": method, "optimizer": beside, "agree": None, "examples": lambda _: examples}
+        self._queries = _InTheStep(**given)
 
     def __call__(self, directions: Sequence[Direction]) -> list[Term] | None:
         """The estimate as directions and coefficients; None where a loss or a coefficient is not finite."""
-        self._held.scalars = copy.deepcopy(self.remembered)
-        asked: Asked = self._ask(self.batch, list(directions), self.of(len(directions)))
-        if not asked.usable or asked.measured is None:
+        estimate = self._queries.estimate(self.batch, list(directions), self.of(len(directions)))
+        if estimate.terms is None or estimate.projected_grads is None:
             return None
-        self.slopes[tuple(directions)] = asked.measured.projected_grads
-        return self._held.pending
+        self.slopes[tuple(directions)] = estimate.projected_grads
+        return list(estimate.terms)
 
     def of(self, num_directions: int) -> Estimator:
         """The estimator with ``num_directions`` directions a step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -84,7 +83,7 @@ class DiagnosticsCallback(TrainerCallback):
         self.trainer = trainer
 
     @property
-    def looks(self) -> bool:
+    def is_due(self) -> bool:
         """Whether this step is measured."""
         return self.trainer is not None and not self.trainer.state.global_step % self.every
 
@@ -100,21 +99,21 @@ class DiagnosticsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """What parts remember before the step."""
-        if self.looks:
+        if self.is_due:
             assert self.trainer is not None
-            scalars = self.trainer.stepper.scalars
-            self._remembered = copy.deepcopy({part: scalars.get(part, {}) for part in ("estimator", "weighting")})
+            self._remembered = self.trainer.stepper.memory()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure, where it is time and there is an estimate that was queried."""
         trainer, record = self.trainer, self.record
-        if not self.looks or self._remembered is None:
+        if not self.is_due or self._remembered is None:
             return
         assert trainer is not None
         assert record is not None
-        if trainer._from_journal or trainer.stepper.pending is None:
+        estimate = trainer.last_step
+        if estimate is None or estimate.from_journal or not estimate.is_usable:
             return
         began, num_notes = time.perf_counter(), len(record.notes)
         with global_random_state_kept(), trainer._querying(trainer.model_wrapped), no_trials():

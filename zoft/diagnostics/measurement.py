@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from zoft.report.backprop import backprop_parts_mb, model_shape
 from zoft.step.method import memory_of
 from zoft.subspaces.base import BoundSubspace
 from zoft.subspaces.full import Full
+from zoft.trainer.batch import StepBatch
 from zoft.trainer.batch_splitter import BatchSplitter
 
 if TYPE_CHECKING:
@@ -60,19 +60,20 @@ class Measurement:
         assert trainer.queries is not None
         assert trainer.session is not None
         self.trainer, self.wanted, self.notes = trainer, wanted, notes
-        self.estimator = trainer._estimator()
-        self.batch = trainer._asked
-        step = trainer.progress.steps - 1
-        own = trainer._directions(step)
-        self.terms = list(trainer.stepper.pending or [])
+        assert trainer.last_step is not None
+        assert trainer.last_batch is not None
+        self.step, self.batch = trainer.last_step, trainer.last_batch
+        self.estimator = trainer.method.estimator.with_radius(self.step.eps)
+        own = list(self.step.directions)
+        self.terms = list(self.step.terms or [])
         run = trainer.stepper.coordinates
         given = trainer.direction_seeds is not None
         self.probes = further(own, self._num_probes(run, own[0]), self.estimator.noise, given=given)
         self.coordinates = mirrored(run, len(self.probes))
         self.session = Bystander(trainer.model, self.coordinates, trainer.session.objective)
         self.session.anchor = trainer.session.anchor
-        points, losses = self.estimator.points(own), trainer.losses
-        if self._probes_tell and losses is not None and losses.shape == (len(points),):
+        points, losses = self.estimator.points(own), self.step.losses
+        if self._probes_tell and losses.shape == (len(points),):
             self.session.know(self.batch, points, losses)
         self.asking = Asking(trainer.queries, self.session, self.batch, self.estimator, remembered)
 
@@ -113,27 +114,24 @@ class Measurement:
             self._note(f"no true gradient: {error}")
         return None
 
-    def _gradient_over(self, window: list[dict[str, Any]]) -> Gradient:
+    def _gradient_over(self, batch: StepBatch) -> Gradient:
         """Of the micro-batches one by one, weighted as their losses are."""
-        trainer, whole = self.trainer, self.trainer._asked
-        counts = [trainer._num_terms(inputs) for inputs in window]
-        adds_up = len(window) == 1 or trainer._loss_is_a_share()
-
-        def parts() -> Iterator[tuple[Any, float]]:
-            for inputs, count in zip(window, counts, strict=True):
-                trainer._asked = [inputs]  # a share of the step's tokens, where losses are divided by those
-                yield trainer._asked, 1.0 if adds_up else count / sum(counts)
-
-        try:
-            return gradient_of(self.session, parts())
-        finally:
-            trainer._asked = whole
+        trainer = self.trainer
+        counts = [trainer._num_terms(inputs) for inputs in batch.micro_batches]
+        adds_up = len(counts) == 1 or trainer._loss_is_a_share(batch)
+        return gradient_of(
+            self.session,
+            (
+                (StepBatch([inputs], batch.num_items), 1.0 if adds_up else count / sum(counts))
+                for inputs, count in zip(batch.micro_batches, counts, strict=True)
+            ),
+        )
 
     def _dense(self) -> Gradient | None:
         """What a backward pass of the estimator's own adds to the estimate, computed as in the step."""
         trainer, estimator = self.trainer, self.estimator
         assert trainer.queries is not None
-        if trainer.stepper.backward is None:
+        if self.step.backward is None:
             return None
         select, dense = trainer.queries.select, {}
         queried = bool(estimator.points(self.probes)) and select(self.batch, estimator.queried_lengths) is not None
@@ -151,7 +149,7 @@ class Measurement:
         """Whether one row's backward pass and the gradient would fit, as far as that can be known."""
         weights = self.coordinates.weights
         there = memory_of(next(iter(weights.tensors.values())).device)
-        shape, ids = model_shape(self.trainer.model, weights.num_elements), self.batch[0].get("input_ids")
+        shape, ids = model_shape(self.trainer.model, weights.num_elements), self.batch.micro_batches[0].get("input_ids")
         if there is None or shape is None or not isinstance(ids, Tensor):
             return True
         parts = backprop_parts_mb(shape, batch=1, seq=ids.shape[-1])
@@ -163,7 +161,7 @@ class Measurement:
     def _probes_tell(self) -> bool:
         """Whether more directions can be asked of this step's batch."""
         estimator = self.estimator
-        return not estimator.backpropagates and not estimator.batches_at(self.trainer.progress.steps - 1)
+        return not estimator.backpropagates and not estimator.batches_at(self.step.step)
 
     def _num_probes(self, coordinates: BoundSubspace, direction: Direction) -> int:
         """A multiple of the step's own q; as many as wanted, as exist, and as are asked at once."""

@@ -129,6 +129,15 @@ class Estimator(Component):
         """The finite-difference radius eps, 0 where there is none (exact derivatives)."""
         return float(getattr(self, "eps", 0.0))
 
+    def with_radius(self: E, eps: float) -> E:
+        """This estimator with another finite-difference radius, where it has one.
+
+        Args:
+            eps: in units of the weights.
+        """
+        del eps
+        return self
+
     @property
     def asks_clean_loss(self) -> bool:
         """Whether one of the points is the clean one."""
@@ -252,6 +261,10 @@ class FiniteDifference(Estimator):
         self.require(0 < self.eps < float("inf"), "eps", "> 0 and finite")
         self.require(self.eps_schedule in EPS_SCHEDULES, "eps_schedule", f"one of {', '.join(EPS_SCHEDULES)}")
         self.require(0 < self.eps_end <= 1, "eps_end", "above 0 and at most 1")
+
+    def with_radius(self: E, eps: float) -> E:
+        """With this eps."""
+        return replace(self, eps=eps)  # type: ignore[call-arg]
 
     def at(self: E, done: float, rate: float) -> E:
         """With the eps of that place."""

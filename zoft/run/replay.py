@@ -57,7 +57,8 @@ def replay(trainer: ZOTrainer, contents: Contents, steps: int, path: Path) -> in
         steps: how many.
         path: the journal's file, for messages.
     """
-    from zoft.step.replay import put_record
+    from zoft.step import replay as step_replay
+    from zoft.step.estimate import StepEstimate
     from zoft.weights.tensors import Weights
 
     weights = Weights(trainer.model)
@@ -71,10 +72,15 @@ def replay(trainer: ZOTrainer, contents: Contents, steps: int, path: Path) -> in
     for record in contents.records[:steps]:
         for group in stepper.param_groups:
             group["lr"] = record.lr
-        looked = contents.looks.get(record.step)
-        put_record(trainer.method, stepper, trainer._directions(record.step), record, looked)
+        estimate = StepEstimate.from_record(
+            record,
+            trainer.directions.at(record.step),
+            contents.looks.get(record.step),
+            keeps_anchor=bool(trainer.method.estimator.batches_at(record.step)),
+        )
+        step_replay.begin(stepper, estimate)
         stepper.progress.steps = record.step + 1
-        stepper.step()
+        stepper.apply(estimate)
         known = contents.digests.get(record.step + 1)
         if known is not None:
             checked += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,85 +11,58 @@ import torch
 from torch import Tensor
 
 from zoft.engines.base import Backward
-from zoft.estimators.base import Estimator, Measured, Point
+from zoft.estimators.base import Estimator, Point
 from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
+from zoft.step.estimate import StepEstimate
 from zoft.step.method import BACKWARD, Method
 from zoft.step.nodes import NodeQueries
 from zoft.step.update import ZOOptimizer
 
 
-def _as_they_are(losses: Tensor) -> Tensor:
+def _as_they_are(losses: Tensor, batch: Any) -> Tensor:
+    del batch
     return losses
 
 
 @dataclass
-class Asked:
-    """What a step's queries found.
-
-    Args:
-        losses: the objective at the points, float32 [P] (or [P, B] where every example has directions of its own).
-        measured: what they say; None where a loss is not finite.
-        loss: the training loss to report.
-        num_queries: forward passes that were made.
-        usable: whether the stepper has an estimate; without one the step must move nothing.
-    """
-
-    losses: Tensor
-    measured: Measured | None
-    loss: float
-    num_queries: int
-    usable: bool
-
-
-@dataclass
-class Queries:
-    """Asks a session what a method wants to know, and hands the estimate to a stepper.
+class StepQueries:
+    """Asks a session what a method wants to know of a step; the answer is a :class:`StepEstimate`.
 
     Args:
         method: the composition.
-        stepper: holds the session, takes the estimate, and keeps what parts remember.
+        optimizer: holds the session, and what parts remember from step to step; it is told that a step begins.
         examples: a batch as batches of one example each; for estimators with directions for each example.
         select: (batch, (shortest, longest)) -> the rows of so many tokens, or None if there are none.
         batches: (how many) -> batches of the training data, for estimators that ask about more than the step's own.
-        average: losses of this process -> of all processes.
+        average: (losses of this process, batch) -> those of all processes.
         agree: what the subspace has seen in the first process, for all of them.
         gather: something of this process -> that of all of them, by rank; None where there is one.
         places: (batch, how many examples) -> for every process, the places of its examples in the batch of all.
-        on_observation: is told (step, what the subspace has seen) where it has looked at the model before the queries.
         rank: number of this process.
         nodes: asks for node gradients, where the estimator makes its estimate of them.
     """
 
     method: Method
-    stepper: ZOOptimizer
+    optimizer: ZOOptimizer
     examples: Callable[[Any], Sequence[Any]] = field(default=lambda batch: [batch])
     select: Callable[[Any, tuple[int, float]], Any] = field(default=lambda batch, lengths: batch)
     batches: Callable[[int], Iterable[Any]] = field(default=lambda count: [])
-    average: Callable[[Tensor], Tensor] = _as_they_are
+    average: Callable[[Tensor, Any], Tensor] = _as_they_are
     agree: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     gather: Callable[[Any], list[Any]] | None = None
     places: Callable[[Any, int], list[list[int]]] = field(default=lambda batch, count: [list(range(count))])
-    on_observation: Callable[[int, dict[str, Any]], None] | None = None
     rank: int = 0
     nodes: NodeQueries | None = None
 
     def __post_init__(self) -> None:
-        scalars = self.stepper.scalars
-        scalars.setdefault("estimator", self.method.estimator.init())
-        scalars.setdefault("weighting", self.method.weighting.init())
-        self.session = self.stepper.session
-        self._scored = 0  # queries that a backward pass before the step's own has cost
+        self.session = self.optimizer.session
+        self.optimizer.remember(estimator=self.method.estimator.init(), weighting=self.method.weighting.init())
 
-    def __call__(
-        self,
-        batch: Any,
-        directions: list[Direction],
-        estimator: Estimator | None = None,
-        *,
-        lr: float = 0.0,
-    ) -> Asked:
-        """Query, and leave the estimate with the stepper.
+    def estimate(
+        self, batch: Any, directions: list[Direction], estimator: Estimator | None = None, *, lr: float = 0.0
+    ) -> StepEstimate:
+        """Query the objective; neither the weights nor what parts remember have changed afterwards.
 
         Args:
             batch: handed to the objective as it is.
@@ -98,77 +70,67 @@ class Queries:
             estimator: the method's own as it is at this place of the run; as it was made if left out.
             lr: the learning rate of the step, for methods that try the step before they take it.
         """
-        estimator, scalars = estimator or self.method.estimator, self.stepper.scalars
-        self.stepper.pending = self.stepper.backward = self.stepper.curvatures = self.stepper.factors = None
-        before = copy.deepcopy({part: scalars[part] for part in ("estimator", "weighting")})
-        usable = False
-        try:
-            clean = self._begin(batch, directions[0])
-            if estimator.makes_factors:
-                asked = self._of_nodes(batch, directions[0], estimator)
-            elif estimator.backpropagates:
-                asked = self._with_gradient(batch, directions, estimator)
-            else:
-                asked = self._all(batch, directions, estimator, clean, lr=lr)
-            usable = asked.usable
-        finally:
-            if not usable:  # a step that comes to nothing is not remembered either
-                scalars.update(before)
-                self.stepper.pending = self.stepper.backward = self.stepper.curvatures = self.stepper.factors = None
-        if estimator.batches_at(directions[0].step) and usable:
-            self.session.keep_anchor()
-        return replace(asked, num_queries=asked.num_queries + self._scored)
+        estimator = estimator or self.method.estimator
+        memory = self.optimizer.memory()
+        clean, scored, observations = self._begin(batch, directions[0])
+        blank = StepEstimate(
+            directions, eps=estimator.radius, num_queries=scored, observations=observations, memory=memory
+        )
+        if estimator.makes_factors:
+            found = self._of_nodes(blank, batch, estimator)
+        elif estimator.backpropagates:
+            found = self._with_gradient(blank, batch, estimator)
+        else:
+            found = self._all(blank, batch, estimator, clean, lr)
+        if not found.is_usable:  # a step that comes to nothing is not remembered either, and has no slope
+            return replace(found, memory=self.optimizer.memory(), projected_grads=torch.tensor([torch.nan]))
+        return replace(found, keeps_anchor=bool(estimator.batches_at(found.step)))
 
     def _all(
-        self,
-        batch: Any,
-        directions: list[Direction],
-        estimator: Estimator,
-        clean: Tensor | None,
-        *,
-        lr: float,
-    ) -> Asked:
+        self, blank: StepEstimate, batch: Any, estimator: Estimator, clean: Tensor | None, lr: float
+    ) -> StepEstimate:
         """The whole estimate from queries."""
-        directions, losses, queries = self._losses(batch, directions, estimator, clean)
-        if not bool(torch.isfinite(losses).all()):
-            return Asked(losses, None, float(estimator.loss(losses)), queries, usable=False)
-        measured = estimator.measure(losses, self.stepper.scalars["estimator"])
-        usable = self._estimate(estimator, directions, measured)
-        if usable and self.method.optimizer.line_search:
-            usable, more = self._try_the_step(batch, float(measured.loss) if estimator.asks_clean_loss else None, lr)
-            queries += more
-        return Asked(losses, measured, float(measured.loss), queries, usable)
+        directions, losses, queries = self._losses(batch, list(blank.directions), estimator, clean)
+        found = self._measured(blank, directions, losses, estimator)
+        found = replace(found, num_queries=blank.num_queries + queries)
+        if found.is_usable and self.method.optimizer.line_search:
+            return self._try_the_step(found, batch, found.loss if estimator.asks_clean_loss else None, lr)
+        return found
 
-    def _of_nodes(self, batch: Any, direction: Direction, estimator: Estimator) -> Asked:
+    def _of_nodes(self, blank: StepEstimate, batch: Any, estimator: Estimator) -> StepEstimate:
         """The estimate as factors: gradients of layers' outputs, and the inputs that they belong to."""
         assert self.nodes is not None
         assert isinstance(estimator, Nodes)
-        found = self.nodes(batch, direction, estimator)
-        if found.usable:
-            self.stepper.pending, self.stepper.factors, self.stepper.loss = [], found.factors, found.loss
-        return Asked(torch.tensor([found.loss]), None, found.loss, found.num_queries, found.usable)
+        nodes = self.nodes(batch, blank.directions[0], estimator)
+        found = replace(blank, losses=torch.tensor([nodes.loss]), loss=nodes.loss)
+        found = replace(found, num_queries=blank.num_queries + nodes.num_queries)
+        return replace(found, terms=[], factors=nodes.factors) if nodes.usable else found
 
-    def _begin(self, batch: Any, direction: Direction) -> Tensor | None:
-        """Settle what the directions of the step depend on; the clean loss, where that took a forward."""
-        coordinates, clean, self._scored = self.session.coordinates, None, 0
+    def _begin(self, batch: Any, direction: Direction) -> tuple[Tensor | None, int, dict[str, Any] | None]:
+        """Settle what the directions of the step depend on.
+
+        Returns:
+            The clean loss, where that took a forward; the queries of a backward pass that was made for it; and the
+            state of the subspace, where it has looked.
+        """
+        coordinates, clean, observations = self.session.coordinates, None, None
         coordinates.begin(direction)
         scores, looks = coordinates.gradients_wanted(direction), coordinates.inputs_wanted(direction)
         if scores:
             _, run = self.session.graph(batch)
-            self._score(run)
-            self._scored = BACKWARD
+            self._score(run, batch)
         if looks:
-            clean = self.average(self.session.observe(batch, direction).view(1))[0]
+            clean = self.average(self.session.observe(batch, direction).view(1), batch)[0]
         if looks and self.gather is not None:
             coordinates.join(direction, self.gather)
         if (scores or looks) and self.agree is not None:
             coordinates.load_state_dict(self.agree(coordinates.state_dict()))
-        if (scores or looks) and self.on_observation is not None:
-            self.on_observation(direction.step, coordinates.state_dict())
-        self.stepper.begin(direction)
-        return clean
+        if scores or looks:
+            observations = coordinates.state_dict()
+        self.optimizer.begin(direction)
+        return clean, BACKWARD * bool(scores), observations
 
-    def _score(self, run: Backward) -> None:
+    def _score(self, run: Backward, batch: Any) -> None:
         """The gradients of the step's batch, of all processes' rows where there are several."""
         coordinates = self.session.coordinates
         if self.gather is None:
@@ -178,7 +140,7 @@ class Queries:
             run(lambda name, gradient: mine.update({name: gradient.detach().float().cpu()}))
             for name, tensor in self.session.weights.tensors.items():
                 flat = mine.pop(name).view(-1) if name in mine else torch.zeros(tensor.numel())
-                coordinates.score(name, self.average(flat).view(tensor.shape).to(tensor.device))
+                coordinates.score(name, self.average(flat, batch).view(tensor.shape).to(tensor.device))
         coordinates.scored()
 
     # ---- losses ------------------------------------------------------------------------------------------------------
@@ -213,11 +175,11 @@ class Queries:
     def _at(self, batch: Any, points: list[Point], clean: Tensor | None = None) -> Tensor:
         """The objective at some points, those at the anchor among them; a clean loss that is known is not asked for."""
         here = [p for p in points if not p.anchor and (clean is None or p.direction is not None)]
-        found = self.average(self.session.losses(batch, here)) if here else torch.empty(0)
+        found = self.average(self.session.losses(batch, here), batch) if here else torch.empty(0)
         there = [p for p in points if p.anchor]
         if there:
             with self.session.at_anchor():
-                at_anchor = iter(self.average(self.session.losses(batch, there)).unbind())
+                at_anchor = iter(self.average(self.session.losses(batch, there), batch).unbind())
         answers = iter(found.unbind())
         values = []
         for point in points:
@@ -231,61 +193,63 @@ class Queries:
 
     # ---- the estimate ------------------------------------------------------------------------------------------------
 
-    def _estimate(self, estimator: Estimator, directions: list[Direction], measured: Measured) -> bool:
-        """Hand (direction, coefficient) pairs to the stepper; whether they are finite."""
+    def _measured(
+        self, blank: StepEstimate, directions: list[Direction], losses: Tensor, estimator: Estimator
+    ) -> StepEstimate:
+        """What the losses say: sum_j c_j z_j; without terms where a loss or a coefficient is not finite."""
+        found = replace(blank, losses=losses)
+        if not bool(torch.isfinite(losses).all()):
+            return replace(found, loss=float(estimator.loss(losses)))
+        measured = estimator.measure(losses, found.memory["estimator"])
+        found = replace(found, loss=float(measured.loss), projected_grads=measured.projected_grads)
         gram = lambda: self.session.coordinates.gram(directions)  # noqa: E731
-        coefficients = self.method.weighting.coefficients(measured, gram, self.stepper.scalars["weighting"])
+        coefficients = self.method.weighting.coefficients(measured, gram, found.memory["weighting"])
         if not bool(torch.isfinite(coefficients).all()):
-            return False
-        terms = list(zip(directions, coefficients.tolist(), strict=True))
-        self.stepper.pending = estimator.terms(terms, self.stepper.scalars["estimator"])
-        self.stepper.curvatures = None if measured.curvatures is None else measured.curvatures.tolist()
-        return True
+            return found
+        terms = estimator.terms(list(zip(directions, coefficients.tolist(), strict=True)), found.memory["estimator"])
+        curvatures = None if measured.curvatures is None else measured.curvatures.tolist()
+        return replace(found, terms=terms, curvatures=curvatures)
 
-    def _with_gradient(self, batch: Any, directions: list[Direction], estimator: Estimator) -> Asked:
+    def _with_gradient(self, blank: StepEstimate, batch: Any, estimator: Estimator) -> StepEstimate:
         """Part of the gradient from a backward pass, the rest from queries."""
-        terms: list[tuple[Direction, float]] = []
-        queries, losses, measured = estimator.queries_at(directions[0].step), torch.empty(0), None
-        far = self.select(batch, estimator.queried_lengths)
-        if estimator.points(directions) and far is not None:
-            losses = self._at(far, estimator.points(directions))
-            if not bool(torch.isfinite(losses).all()):
-                return Asked(losses, None, float(estimator.loss(losses)), queries, usable=False)
-            measured = estimator.measure(losses, self.stepper.scalars["estimator"])
-            if not self._estimate(estimator, directions, measured):
-                return Asked(losses, measured, float(measured.loss), queries, usable=False)
-            terms, self.stepper.pending = self.stepper.pending or [], None
+        directions = list(blank.directions)
+        found = replace(blank, terms=[], num_queries=blank.num_queries + estimator.queries_at(blank.step))
+        far, points = self.select(batch, estimator.queried_lengths), estimator.points(directions)
+        is_queried = bool(points) and far is not None
+        if is_queried:
+            found = self._measured(replace(found, terms=None), directions, self._at(far, points), estimator)
+            if not found.is_usable:
+                return found
         near = self.select(batch, estimator.backpropagated_lengths)
         if near is None:
-            assert measured is not None
-            self.stepper.pending = terms
-            return Asked(losses, measured, float(measured.loss), queries, usable=True)
+            return found
         names = frozenset(self.session.coordinates.still) or None
         loss, run = self.session.graph(near, names)
-        value = float(self.average(loss.view(1))[0])
+        value = float(self.average(loss.view(1), near)[0])
         if not math.isfinite(value):
-            return Asked(loss.view(1), measured, value, queries, usable=False)
-        share = estimator.share_of_backward(measured is not None)
-        zeroth = 1.0 if names else 1.0 - share
-        self.stepper.pending = [(direction, zeroth * coefficient) for direction, coefficient in terms]
-        self.stepper.backward = lambda take: run(lambda name, gradient: take(name, gradient.mul(share)))
-        return Asked(torch.cat((losses, loss.view(1))), measured, value, queries, usable=True)
+            return replace(found, terms=None, losses=loss.view(1), loss=value)
+        share = estimator.share_of_backward(is_queried)
+        return replace(
+            found.scaled(1.0 if names else 1.0 - share),
+            backward=lambda take: run(lambda name, gradient: take(name, gradient.mul(share))),
+            losses=torch.cat((found.losses, loss.view(1))),
+            loss=value,
+        )
 
     # ---- trying the step ---------------------------------------------------------------------------------------------
 
-    def _try_the_step(self, batch: Any, clean: float | None, lr: float) -> tuple[bool, int]:
+    def _try_the_step(self, found: StepEstimate, batch: Any, clean: float | None, lr: float) -> StepEstimate:
         """Ask the objective where the step would lead, and let the optimizer choose."""
-        terms, rule = self.stepper.pending, self.method.optimizer
-        assert terms is not None
-        step = Direction(terms[0][0].seed, terms[0][0].step, -1, mix=tuple(terms))
+        assert found.terms is not None
+        rule = self.method.optimizer
+        first = found.terms[0][0]
+        step = Direction(first.seed, first.step, -1, mix=tuple(found.terms))
         points = [Point(step, -lr * multiple) for multiple in rule.line_search]
         if clean is None:
             points.insert(0, Point())
         losses = self._at(batch, points).tolist()
+        found = replace(found, num_queries=found.num_queries + len(points))
         at_clean = clean if clean is not None else losses.pop(0)
         if not all(map(math.isfinite, losses)):
-            self.stepper.pending = None
-            return False, len(points)
-        chosen = rule.choose({0.0: at_clean, **dict(zip(rule.line_search, losses, strict=True))})
-        self.stepper.pending = [(direction, chosen * coefficient) for direction, coefficient in terms]
-        return True, len(points)
+            return replace(found, terms=None)
+        return found.scaled(rule.choose({0.0: at_clean, **dict(zip(rule.line_search, losses, strict=True))}))

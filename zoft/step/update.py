@@ -1,27 +1,27 @@
 """A `torch.optim.Optimizer` around an optimizer component, so that schedulers, checkpoints and callbacks find one.
 
-It holds the estimate that the last queries gave, writes the step through the engine, and keeps everything that has
-to survive a restart: the component's state tensors, the masters of weights of few bits (both float32), and the counters
-of the run.
+It applies a :class:`zoft.step.estimate.StepEstimate` through the engine, and keeps everything that has to survive a
+restart: the component's state tensors, the masters of weights of few bits (both float32), and the counters of the run.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoft.engines.base import Backward, Session
+from zoft.engines.base import Session
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
 from zoft.noise.source import CounterNoise
 from zoft.optimizers._factors import Factors
 from zoft.optimizers.base import Estimate, Optimizer, Term
+from zoft.step.estimate import StepEstimate
 from zoft.step.progress import Progress, Sum
 from zoft.subspaces.base import BoundSubspace
 from zoft.weights.rounding import Rounding, follow_, round_sum
@@ -36,6 +36,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         session: the engine that writes the weights.
         learning_rate: initial learning rate of every group.
         rounding: how steps are written into bfloat16 and float16 weights; to nearest when left out.
+        next_estimate: gives what :meth:`step` applies, for loops that call it without an argument.
     """
 
     def __init__(
@@ -45,19 +46,16 @@ class ZOOptimizer(torch.optim.Optimizer):
         session: Session,
         learning_rate: float,
         rounding: Rounding | None = None,
+        next_estimate: Callable[[], StepEstimate] | None = None,
     ) -> None:
         super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": 0.0})
         self.rule = rule
         self.rounding = rounding or Rounding("nearest")
         self.session = session
+        self.next_estimate = next_estimate
         self.coordinates: BoundSubspace = session.coordinates
         self.names = {id(tensor): name for name, tensor in session.weights.tensors.items()}
         self.progress = Progress()
-        self.pending: list[Term] | None = None
-        self.curvatures: list[float] | None = None  # along the pending directions, where they were measured
-        self.factors: dict[str, Factors] | None = None  # the pending estimate, where it comes as factors
-        self.loss = 0.0  # the clean loss that belongs to them
-        self.backward: Backward | None = None  # gives the gradients that are to be added to the pending estimate
         self.moments: dict[str, dict[str, Tensor]] = {}
         self.masters: dict[str, Tensor] = {}  # name -> float32, flat
         self.sums: dict[str, Sum] = {}
@@ -65,11 +63,21 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.records: list[list[Term]] = []  # the last steps, as many as the rule looks back at
         self.scalars: dict[str, dict[str, Any]] = {"optimizer": rule.init()}  # what parts of the method remember
         self.direction: Direction | None = None  # one of the step in progress
-        self.about_to_write: Callable[[list[Term] | None], None] | None = None  # is told the estimate of every step
         self._context: dict[str, Any] = {}
         self._bends: dict[Direction, float] = {}  # the curvature along each direction of the step in progress
         if rule.shapes_directions:
             self.coordinates.arrange(shape=self._shape)
+
+    # ---- what parts remember -----------------------------------------------------------------------------------------
+
+    def remember(self, **memory: dict[str, Any]) -> None:
+        """What parts of the method begin with, where nothing of theirs is known yet."""
+        for part, start in memory.items():
+            self.scalars.setdefault(part, start)
+
+    def memory(self) -> dict[str, dict[str, Any]]:
+        """A copy of what estimator and weighting remember."""
+        return copy.deepcopy({part: kept for part, kept in self.scalars.items() if part != "optimizer"})
 
     # ---- a step begins -----------------------------------------------------------------------------------------------
 
@@ -113,19 +121,27 @@ class ZOOptimizer(torch.optim.Optimizer):
     # ---- a step is written -------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Apply the pending estimate; without one (a skipped step) nothing moves."""
+        """:meth:`apply`, for a loop that knows no estimates (that of `transformers.Trainer`)."""
         if closure is not None:
             raise ValueError("a zeroth-order step takes no closure: the trainer has queried the objective already")
-        if self.about_to_write is not None:
-            self.about_to_write(self.pending)
-        if self.pending is None:
+        assert self.next_estimate is not None, "apply(estimate) where nothing was given to take estimates from"
+        self.apply(self.next_estimate())
+
+    def apply(self, estimate: StepEstimate) -> None:
+        """Write the step of an estimate; one that came to nothing moves nothing.
+
+        Args:
+            estimate: of a step that has begun (:meth:`begin`).
+        """
+        if estimate.terms is None:
             return
-        terms, self.pending = self.pending, None
-        backward, self.backward = self.backward, None
-        direction = terms[0][0] if terms else self.direction
-        assert direction is not None, "an estimate without directions needs begin()"
-        self.direction = direction
-        self._bends = dict(zip((d for d, _ in terms), self.curvatures or (), strict=bool(self.curvatures)))
+        self.scalars.update(estimate.memory)
+        if estimate.keeps_anchor:
+            self.session.keep_anchor()
+        terms = list(estimate.terms)
+        self.direction = terms[0][0] if terms else estimate.directions[0]
+        curvatures = estimate.curvatures or ()
+        self._bends = dict(zip((d for d, _ in terms), curvatures, strict=bool(curvatures)))
         scaled = self.rule.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
         terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
         self.progress.updates += 1
@@ -139,23 +155,22 @@ class ZOOptimizer(torch.optim.Optimizer):
                         name, self.session.weights.tensors[name], mine, group["lr"], group["weight_decay"], dense
                     )
 
-        if backward is not None:
-            backward(write)
-        factors, self.factors = self.factors, None
-        for name, factor in self._steps_of(factors or {}, float(self.param_groups[0]["lr"])).items():
+        if estimate.backward is not None:
+            estimate.backward(write)
+        for name, factor in self._steps_of(estimate, float(self.param_groups[0]["lr"])).items():
             write(name, factor.dense())
         for name in list(left):
             write(name)
         if self.rule.history_length:
             self.records = [*self.records, terms][-self.rule.history_length :]
-        self.curvatures = None
 
-    def _steps_of(self, factors: dict[str, Factors], lr: float) -> dict[str, Factors]:
+    def _steps_of(self, estimate: StepEstimate, lr: float) -> Mapping[str, Factors]:
         """What the rule makes of all factors together; themselves where it works on tensors."""
+        factors = estimate.factors or {}
         if not factors or not self.rule.reads_factors:
             return factors
         with torch.no_grad():
-            return self.rule.steps(factors, {name: self._moments(name) for name in factors}, self.loss, lr)
+            return self.rule.steps(factors, {name: self._moments(name) for name in factors}, estimate.loss, lr)
 
     def _move(
         self,

@@ -20,7 +20,7 @@ class WholeSteps(_Base):
     Here what is left waits for the first micro-batches of the next pass: every step has as many as it is asked for.
     """
 
-    _window: list[Any]  # micro-batches of the step that have been collected (zoft.trainer)
+    _micro_batches: list[Any]  # micro-batches of the step that have been collected (zoft.trainer)
     _waiting: list[Any]  # micro-batches that are left of a pass
     _loader: Any = None  # the loader of the pass
     _stream: Iterator[Any]  # and where it stands
@@ -63,7 +63,7 @@ class WholeSteps(_Base):
 
     def _run_pass(self, **given: Any) -> None:
         """The Trainer's own pass over the data, from where the run stands."""
-        self._window, self._num_steps_in_pass = [], 0  # a callback may have ended a pass in the middle of a step
+        self._micro_batches, self._num_steps_in_pass = [], 0  # a callback may have ended a pass in the middle of a step
         self._loader = given["train_dataloader"]
         resumed = given["resume_from_checkpoint"] is not None and given["epoch"] == given["epochs_trained"]
         skipped = given["steps_trained_in_current_epoch"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
+
+from zoft.step.estimate import StepEstimate
 
 GUARDS = ("none", "clip", "rollback")
 """What is done about a step far outside the running range: nothing; its slopes are shortened; the run goes back."""
@@ -25,6 +28,23 @@ class RolledBack(Exception):
         super().__init__(reason)
         self.step = step
         self.reason = reason
+
+
+def guard(estimate: StepEstimate, recent: Sequence[Sequence[float]], factor: float) -> StepEstimate:
+    """The estimate; one far outside the running range says so, and is as short as one at the range's edge.
+
+    Args:
+        estimate: of a step, as it was queried.
+        recent: (loss, slope) of the steps before.
+        factor: how far is far, > 1.
+    """
+    if not estimate.is_usable or estimate.projected_grads is None:
+        return estimate
+    found = outlier(recent, estimate.loss, estimate.slope, factor)
+    if found is None:
+        return estimate
+    reason, share = found
+    return replace(estimate.scaled(share), outlier=reason, share=share)
 
 
 def outlier(recent: Sequence[Sequence[float]], loss: float, slope: float, factor: float) -> tuple[str, float] | None:

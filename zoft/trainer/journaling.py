@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ from zoft.journal import file as files
 from zoft.journal import snapshot, state
 from zoft.journal.file import Contents, Journal
 from zoft.journal.fingerprint import rows_digest, some_rows_digest
-from zoft.journal.records import COMPUTED, SKIPPED, Record
-from zoft.noise.direction import Direction
-from zoft.step.replay import put_record
+from zoft.journal.records import Record
+from zoft.optimizers.base import Term
+from zoft.step import replay
+from zoft.step.estimate import StepEstimate
 from zoft.trainer.guard import RolledBack
 from zoft.utils.files import write_atomically
 from zoft.weights.tensors import Weights
@@ -53,12 +55,10 @@ class Journaled(_Base):
     optimizer: Any
     lr_scheduler: Any
     queries: Any
-    projected_grads: Any
-    _eps: Any
+    last_step: StepEstimate | None
     _begun_rate: float | None = None  # the learning rate that was given
     _hashed = -1  # the step of the last hash
     _is_huge = False  # whether the step at hand is so long that weights may become infinite
-    _from_journal = False  # whether the estimate of the step at hand was taken from the journal
 
     # ---- a run begins ------------------------------------------------------------------------------------------------
 
@@ -262,31 +262,31 @@ class Journaled(_Base):
 
     # ---- a step is taken from the journal, or written into it --------------------------------------------------------
 
-    def _replayed(self) -> float | None:
-        """Hand over the estimate that the journal has of the next step: its loss; None where it has none."""
+    def _replayed(self) -> StepEstimate | None:
+        """The estimate that the journal has of the next step, which has begun; None where it has none."""
         step = self.progress.steps
         record = self._known.pop(step, None)
-        self._from_journal = record is not None
         if record is None:
             return None
         for group in self.stepper.param_groups:
             group["lr"] = record.lr
-        put_record(self.method, self.stepper, self._directions(step), record, self._look_of(step))
+        look = None if self._contents is None else self._contents.looks.get(step)
+        makes_anchor = bool(self.method.estimator.batches_at(step))
+        estimate = StepEstimate.from_record(record, self.directions.at(step), look, keeps_anchor=makes_anchor)
+        replay.begin(self.stepper, estimate)
         progress = self.progress
         progress.steps, progress.num_queries = step + 1, record.queries
         progress.num_tokens = record.tokens or progress.num_tokens
         progress.num_skipped += record.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record.skipped else 0
         progress.losses.append(record.loss)
-        self._eps, self.projected_grads = record.eps, torch.tensor([record.slope], dtype=torch.float64)
-        self._remember(record.loss)
-        return record.loss
+        self._remember(estimate)
+        return estimate
 
-    def _remember(self, loss: float) -> None:
+    def _remember(self, estimate: StepEstimate) -> None:
         """A step inside the running range becomes part of it."""
-        slope = self._get_grad_norm(self.model)
-        if self.args.guard != "none" and slope is not None:
-            self.progress.recent = [*self.progress.recent, [loss, float(slope)]][-self.args.guard_steps :]
+        if self.args.guard != "none" and estimate.projected_grads is not None:
+            self.progress.recent = [*self.progress.recent, [estimate.loss, estimate.slope]][-self.args.guard_steps :]
 
     def _go_back(self, back: RolledBack) -> None:
         """Cut journal and checkpoints off behind the step, put the first weights back, and lower the learning rate."""
@@ -309,49 +309,22 @@ class Journaled(_Base):
             begun = state.unpack((folder / _FIRST).read_bytes())
             for name, tensor in Weights(self.model).tensors.items():
                 tensor.copy_(begun[name])
-        self.optimizer = self.lr_scheduler = self.queries = None
+        self.optimizer = self.lr_scheduler = self.queries = self.last_step = None
 
-    def _look_of(self, step: int) -> bytes | None:
-        return None if self._contents is None else self._contents.looks.get(step)
+    @property
+    def _is_replaying(self) -> bool:
+        """Whether the last step was taken from the journal."""
+        return self.last_step is not None and self.last_step.from_journal
 
-    def _journal_step(self, terms: list[tuple[Direction, float]] | None) -> None:
-        """Called by the stepper when a step is about to be written."""
-        step, stepper = self.progress.steps - 1, self.stepper
-        lr = float(stepper.param_groups[0]["lr"])
-        self._is_huge = _may_overflow(stepper.session.weights, lr, terms or [])
-        if self.journal is None or self._from_journal:
+    def _journal_step(self, estimate: StepEstimate) -> None:
+        """A step is about to be written."""
+        lr = float(self.stepper.param_groups[0]["lr"])
+        self._is_huge = _may_overflow(self.stepper.session.weights, lr, estimate.terms or ())
+        if self.journal is None or estimate.from_journal:
             return
-        terms = terms or []
-        extra: dict[str, Any] = {}
-        plain = self._directions(step)
-        if [direction for direction, _ in terms] != plain[: len(terms)]:
-            extra["directions"] = [[d.seed, d.step, d.index, d.example] for d, _ in terms]
-        scalars = {part: stepper.scalars[part] for part in ("estimator", "weighting") if stepper.scalars.get(part)}
-        if scalars:
-            extra["scalars"] = scalars
-        flags = SKIPPED * (stepper.pending is None) + COMPUTED * (
-            stepper.backward is not None or stepper.factors is not None
-        )
-        self.journal.append(
-            Record(
-                step=step,
-                seed=plain[0].seed,
-                lr=lr,
-                eps=float(self._eps or 0.0),
-                queries=self.progress.num_queries,
-                tokens=self.progress.num_tokens,
-                loss=float(self.progress.losses[-1]),
-                slope=float(self._get_grad_norm(self.model)) if self.projected_grads is not None else math.nan,
-                coefficients=tuple(float(c) for _, c in terms),
-                curvatures=tuple(map(float, stepper.curvatures or ())),
-                flags=flags,
-                extra=extra,
-            )
-        )
-
-    def _journal_look(self, step: int, seen: dict[str, Any]) -> None:
-        if self.journal is not None:
-            self.journal.look(step, state.pack(seen))
+        if estimate.observations is not None:
+            self.journal.look(estimate.step, state.pack(estimate.observations))
+        self.journal.append(estimate.to_record(lr, self.progress.num_queries, self.progress.num_tokens))
 
     def _journal_digest(self) -> None:
         """Every so many steps, the hash of the trained weights: a run, its replay and all processes must agree."""
@@ -362,7 +335,7 @@ class Journaled(_Base):
         self._hashed = step
         sha = Weights(self.model).digest()
         self._check_digest(step, sha)
-        if self.journal is not None and not self._from_journal:
+        if self.journal is not None and not self._is_replaying:
             self.journal.digest(step, sha)
 
     def _refuse_infinite_weights(self) -> None:
@@ -371,7 +344,7 @@ class Journaled(_Base):
         In memory the weights are spoilt; the step is taken out of the journal, and nothing is saved of it.
         """
         huge, self._is_huge = self._is_huge, False
-        if not huge or self._from_journal:
+        if not huge or self._is_replaying:
             return
         if all(bool(torch.isfinite(tensor).all()) for tensor in Weights(self.model).tensors.values()):
             return
@@ -388,7 +361,7 @@ class Journaled(_Base):
         )
 
     def _check_digest(self, step: int, sha: str) -> None:
-        known = None if self._contents is None or not self._from_journal else self._contents.digests.get(step)
+        known = None if self._contents is None or not self._is_replaying else self._contents.digests.get(step)
         if known not in (None, sha):
             raise UserError(
                 f"the weights after step {step} are not those of the run in {self.args.output_dir}: another device or "
@@ -446,7 +419,7 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
 _MARGIN = 1e5  # how much longer than a learning rate times coefficient an element of a step may be
 
 
-def _may_overflow(weights: Weights, lr: float, terms: list[tuple[Direction, float]]) -> bool:
+def _may_overflow(weights: Weights, lr: float, terms: Sequence[Term]) -> bool:
     """Whether a step is so long that the weights' dtype may not hold it."""
     largest = min(torch.finfo(tensor.dtype).max for tensor in weights.tensors.values())
     return abs(lr) * max((1.0, *(abs(c) for _, c in terms))) * _MARGIN > largest

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from zoft.trainer.batch import Inputs, StepBatch
 from zoft.weights.rounding import has_few_bits
 
-Inputs = dict[str, Any]
 _Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
 
 
@@ -23,46 +23,49 @@ class LossAveraging(_Base):
     model_accepts_loss_kwargs: bool  # the Trainer's: the model divides its loss by the token count it is given
     objective: Any  # the component that replaces the model's own loss, or None
     _called: nn.Module  # the model as the Trainer's loop hands it over
-    _asked: list[Inputs]  # the micro-batches of the step that is being queried
     _as_served: Callable[[Inputs], Inputs]  # the batch as the objective computes with it
-    _num_items: Any = None  # tokens that count in this step, over all micro-batches and processes; None where unknown
     _probe_loss_scaling = False  # whether the model's use of that number is still to be found out
 
-    def _objective_of_window(self, window: list[Inputs]) -> Tensor:
+    def _objective_of_batch(self, batch: StepBatch) -> Tensor:
         """The objective over the micro-batches of one step, as the first-order Trainer would have accumulated it."""
-        losses, counts, num_items = [], [], self._num_items
-        if num_items is not None and window is not self._asked:  # not the step's rows: their own mean, not a share
-            num_items = self._get_num_items_in_batch(window, self.args.device)
-        for inputs in window:
+        losses, counts = [], []
+        for inputs in batch.micro_batches:
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(self._called, dict(inputs), num_items_in_batch=num_items)
+                loss = self.compute_loss(self._called, dict(inputs), num_items_in_batch=batch.num_items)
             losses.append(loss.float())
             counts.append(self._num_terms(inputs))
         if len(losses) == 1:
             return losses[0]
-        if self._loss_is_a_share():
+        if self._loss_is_a_share(batch):
             return torch.stack(losses).sum()
         return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))
 
-    def _loss_is_a_share(self) -> bool:
+    def _batch_of(self, micro_batches: list[Inputs], like: StepBatch) -> StepBatch:
+        """Other rows than the step's, or a part of them: their loss is their own mean, and no share of the step's."""
+        counted = like.num_items is not None
+        return StepBatch(
+            micro_batches, self._get_num_items_in_batch(micro_batches, self.args.device) if counted else None
+        )
+
+    def _loss_is_a_share(self, batch: StepBatch) -> bool:
         """Whether micro-batch losses were already divided by the step's token count, so that they add up."""
         if getattr(self, "loss_is_scaled_for_ga", None) is not None:
             return bool(self.loss_is_scaled_for_ga)
-        return (self.model_accepts_loss_kwargs and self._num_items is not None) or self.compute_loss_func is not None
+        return (self.model_accepts_loss_kwargs and batch.num_items is not None) or self.compute_loss_func is not None
 
-    def _settle_loss_scaling(self, model: nn.Module, inputs: Inputs) -> None:
+    def _settle_loss_scaling(self, model: nn.Module, batch: StepBatch) -> StepBatch:
         """Find out, once, whether the model's loss really uses the token count it accepts.
 
         Classification heads take it and ignore it; the Trainer would then scale their loss by the number of
         micro-batches and processes. Two extra forward passes, only when there is more than one of either. All processes
         decide alike: what they gather later depends on it.
         """
-        self._probe_loss_scaling = False
-        if not self.model_accepts_loss_kwargs or self._num_items is None:
-            return
+        self._probe_loss_scaling, inputs = False, batch.micro_batches[0]
+        if not self.model_accepts_loss_kwargs or batch.num_items is None:
+            return batch
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [
-                float(self.compute_loss(model, dict(inputs), num_items_in_batch=self._num_items * factor))
+                float(self.compute_loss(model, dict(inputs), num_items_in_batch=batch.num_items * factor))
                 for factor in (1, 2)
             ]
         telling = bool(numpy.isfinite(losses).all()) and losses[0] != 0  # zero where no label of the batch counts
@@ -74,25 +77,26 @@ class LossAveraging(_Base):
             self._probe_loss_scaling = True  # nothing can be seen in such a batch: the next one is asked
         elif not used:
             self.model_accepts_loss_kwargs = False
-            self._num_items = None
+            return StepBatch(batch.micro_batches)
+        return batch
 
     def _num_terms(self, inputs: Inputs) -> int:
         if self.objective is not None:
             return self.objective.num_terms(inputs)
         return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
 
-    def _over_processes(self, losses: Tensor, window: list[Inputs]) -> Tensor:
+    def _over_processes(self, losses: Tensor, batch: StepBatch) -> Tensor:
         """One all-reduce: losses weighted by examples, or already shares of one mean."""
         if self.accelerator.num_processes == 1:
             return losses
-        weight = 1.0 if self._loss_is_a_share() else float(sum(self._num_terms(inputs) for inputs in window))
+        weight = 1.0 if self._loss_is_a_share(batch) else float(sum(map(self._num_terms, batch.micro_batches)))
         mine = torch.cat((losses.double() * weight, torch.tensor([weight], dtype=torch.float64)))
         total = self.accelerator.reduce(mine.to(self.args.device), reduction="sum").cpu()
         return (total[:-1] / total[-1]).float()
 
-    def _tokens_over_processes(self, window: list[Inputs]) -> int:
+    def _tokens_over_processes(self, batch: StepBatch) -> int:
         """Tokens of a step, one query."""
-        tokens = sum(_num_tokens(self._as_served(inputs)) for inputs in window)
+        tokens = sum(_num_tokens(self._as_served(inputs)) for inputs in batch.micro_batches)
         if self.accelerator.num_processes == 1:
             return tokens
         mine = torch.tensor(float(tokens), dtype=torch.float64).to(self.args.device)

@@ -32,7 +32,7 @@ class TrainerReader:
 
     def parts(self, batch: Any) -> Sequence[Any]:
         """The micro-batches, their rows as separate ones (``packed`` rows have other positions)."""
-        return [{key: value for key, value in one.items() if key != "packed"} for one in batch]
+        return [{key: value for key, value in one.items() if key != "packed"} for one in batch.micro_batches]
 
     def places(self, part: Any) -> NodePositions:
         """The positions that the loss is read from."""

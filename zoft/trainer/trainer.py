@@ -34,21 +34,24 @@ from zoft.lm.logits.packing import serves
 from zoft.lm.logits.support import no_trials
 from zoft.lm.metrics.order import LongestFirst, in_rows_order, lengths_of, metric_in_rows_order, order_of
 from zoft.lm.objectives.base import Objective
-from zoft.noise.direction import Direction, step_seed
+from zoft.noise.direction import step_seed
 from zoft.optimizers.base import Optimizer
+from zoft.step.directions import StepDirections
+from zoft.step.estimate import StepEstimate, clip
 from zoft.step.method import NOTHING_TO_CLIP, Method
 from zoft.step.nodes import NodeQueries
 from zoft.step.progress import Progress
-from zoft.step.query import Asked, Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces.base import Subspace
+from zoft.trainer.batch import Inputs, StepBatch
 from zoft.trainer.batch_splitter import BatchSplitter
 from zoft.trainer.checkpoint import Checkpoints
 from zoft.trainer.config import as_zo_config
 from zoft.trainer.epochs import WholeSteps
-from zoft.trainer.guard import RolledBack, outlier
+from zoft.trainer.guard import RolledBack, guard
 from zoft.trainer.journaling import Journaled
-from zoft.trainer.loss import Inputs, LossAveraging, with_float32_losses
+from zoft.trainer.loss import LossAveraging, with_float32_losses
 from zoft.trainer.readout import TrainerReader
 from zoft.utils.random_state import global_random_state_kept
 from zoft.weightings.base import Weighting
@@ -107,16 +110,14 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         self.session: Session | None = None
         self.engine_name = self.engine.name()  # the one that serves, once there is a session
         self.frozen_prefix: FrozenPrefix | None = None
-        self.queries: Queries | None = None
-        self.losses: Tensor | None = None
-        self.projected_grads: Tensor | None = None
+        self.queries: StepQueries | None = None
+        self.last_batch: StepBatch | None = None  # the rows of the last step
+        self.last_step: StepEstimate | None = None  # what its queries found, or the journal said
         self.peak_memory_mb: Callable[[], float] | None = None
-        self._halving = BatchSplitter()
+        self._splitter = BatchSplitter()
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
-        self._window: list[Inputs] = []
+        self._micro_batches: list[Inputs] = []  # of the step that is being collected
         self._waiting: list[Inputs] = []
-        self._eps: float | None = None  # of the last step
-        self._asked: list[Inputs] = []  # the micro-batches that are being queried
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
             if kwargs.get(name) not in (None, (None, None)):
                 raise UserError(f"{name}= is for first-order optimizers: pass optimizer= (sgd, momentum, adam)")
@@ -196,12 +197,11 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             **kwargs: as the Trainer's.
         """
         with global_random_state_kept():
-            while True:
-                try:
-                    return self._train(resume_from_checkpoint, *args, **kwargs)
-                except RolledBack as back:
-                    self._go_back(back)
-                    resume_from_checkpoint = True
+            try:
+                return self._train(resume_from_checkpoint, *args, **kwargs)
+            except RolledBack as back:
+                self._go_back(back)
+        return self.train(True, *args, **kwargs)  # from the earlier step on; it goes back a few times at most
 
     def _train(self, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         set_seed(self.args.seed)  # the order of the rows comes from it, not from what the caller has drawn before
@@ -216,26 +216,24 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             self._end_journal(finished=finished)
         return trained
 
-    def _guard(self, loss: float) -> None:
-        """What `guard` asks for, where the step that has been queried is far outside the running range."""
+    def _guarded(self, estimate: StepEstimate) -> StepEstimate:
+        """What `guard` makes of a step far outside the running range; a step inside it becomes part of the range."""
         args, progress = self.args, self.progress
-        slope = self._get_grad_norm(self.model)
-        found = None
-        if args.guard != "none" and slope is not None and self.stepper.pending is not None:
-            found = outlier(progress.recent, loss, float(slope), args.guard_factor)
-        if found is None:
-            self._remember(loss)
-            return
-        reason, share = found
+        if args.guard == "none":
+            return estimate
+        found = guard(estimate, progress.recent, args.guard_factor)
+        if found.outlier is None:
+            self._remember(found)
+            return found
         progress.num_guarded += 1
         if args.guard == "rollback":
-            raise RolledBack(max(0, progress.steps - 1 - args.guard_back), f"step {progress.steps}: {reason}")
-        assert self.stepper.pending is not None
-        self.stepper.pending = [(direction, c * share) for direction, c in self.stepper.pending]
-        log.warning("step %d: %s; the step is shortened to %.2g of its length", progress.steps, reason, share)
+            raise RolledBack(max(0, progress.steps - 1 - args.guard_back), f"step {progress.steps}: {found.outlier}")
+        said = "step %d: %s; the step is shortened to %.2g of its length"
+        log.warning(said, progress.steps, found.outlier, found.share)
+        return found
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's own, with the weights' digest in the journal."""
+        """As the Trainer's own, once the weights are known to be numbers."""
         self._refuse_infinite_weights()
         self._journal_digest()
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -293,7 +291,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             coordinates = self.method.bind(weights)
             engine = self.engine.choose(estimator, coordinates, model)
             self.engine_name = engine.name()
-            self.session = engine.bind(model, coordinates, with_float32_losses(self._objective_of_window))
+            self.session = engine.bind(model, coordinates, with_float32_losses(self._objective_of_batch))
             self._keep_frozen_prefix(weights)
             decayed = set(self.get_decay_parameter_names(model))
             groups = [
@@ -304,8 +302,8 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
                 {"params": [p for n, p in weights.tensors.items() if n not in decayed], "weight_decay": 0.0},
             ]
             rounding = Rounding.chosen(self.args.precision_update, self.args.seed, estimator.noise)
-            self.optimizer = ZOOptimizer(groups, self.method.optimizer, self.session, self.args.learning_rate, rounding)
-            self.optimizer.about_to_write = self._journal_step
+            rate, rule = self.args.learning_rate, self.method.optimizer
+            self.optimizer = ZOOptimizer(groups, rule, self.session, rate, rounding, self._estimate_to_apply)
             self.queries = self._queries(self.optimizer)
         return self.optimizer
 
@@ -313,7 +311,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         """Every process starts from the weights of the first one; DDP, which would do this, is not used."""
         self.progress.losses.clear()  # what a checkpoint holds of them is read in the next line
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self._window, self._waiting, self._passes_before = [], [], 0
+        self._micro_batches, self._waiting, self._passes_before = [], [], 0
         self._began = time.perf_counter() - self.progress.seconds
         if self.accelerator.num_processes > 1:
             with torch.no_grad():
@@ -321,6 +319,11 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
                     torch.distributed.broadcast(tensor.data, src=0)
         self._probe_loss_scaling = self.accelerator.num_processes > 1 or self.args.gradient_accumulation_steps > 1
         return prepared
+
+    @property
+    def directions(self) -> StepDirections:
+        """The directions of every step."""
+        return StepDirections(self.method.estimator, self.args.seed, self.direction_seeds)
 
     @property
     def stepper(self) -> ZOOptimizer:
@@ -334,58 +337,58 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
         """Collect micro-batches; at the last one of the step, query the objective and hand over the estimate."""
-        self._window.append(self._prepare_inputs(inputs))
+        self._micro_batches.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        window, self._window = self._window, []
+        batch, self._micro_batches = StepBatch(self._micro_batches, num_items_in_batch), []
         with self._querying(model):
-            self._num_items = num_items_in_batch
-            loss = self._query(model, window)
+            self.last_step = self._replayed() or self._queried(model, batch)
         self._read_clock()
-        return torch.tensor(loss, device=self.args.device)
+        return torch.tensor(self.last_step.loss, device=self.args.device)
+
+    def _estimate_to_apply(self) -> StepEstimate:
+        """The step is about to be written: the journal has it first."""
+        assert self.last_step is not None
+        self._journal_step(self.last_step)
+        return self.last_step
 
     def _read_clock(self) -> None:
         """Bring the run's wall time up to now: everything since training began, over all resumes."""
         if self.is_in_train and self._began is not None:
             self.progress.seconds = time.perf_counter() - self._began
 
-    def _query(self, model: nn.Module, window: list[Inputs]) -> float:
-        known = self._replayed()
-        if known is not None:
-            return known
+    def _queried(self, model: nn.Module, batch: StepBatch) -> StepEstimate:
+        """The estimate of the next step, clipped and guarded; the counters of the run have it."""
         if self._probe_loss_scaling:
-            self._settle_loss_scaling(model, window[0])
-        progress, step = self.progress, self.progress.steps
-        self._probe(window)
-        started = time.perf_counter()
-        queries = self.queries
-        assert queries is not None
+            batch = self._settle_loss_scaling(model, batch)
+        self._probe(batch)
+        progress, started = self.progress, time.perf_counter()
         with no_trials():
-            lr, estimator = self.stepper.param_groups[0]["lr"], self._estimator()
-            self._eps, seen = estimator.radius, self.stepper.coordinates.state_dict()
-
-            def ask(micro_batches: list[Inputs]) -> Asked:
-                if micro_batches is not window:  # asked again: what the first try has looked at is forgotten
-                    self.stepper.coordinates.load_state_dict(seen)
-                self._asked = micro_batches
-                return queries(micro_batches, self._directions(step), estimator, lr=lr)
-
-            asked = self._halving(ask, window) if self.accelerator.num_processes == 1 else ask(window)
+            estimate = self._ask(batch)
         progress.seconds_forward += time.perf_counter() - started
         progress.steps += 1
-        progress.num_queries += asked.num_queries
-        progress.num_tokens += self._tokens_over_processes(window) * asked.num_queries
-        self.losses = asked.losses
-        if not asked.usable:
-            self.projected_grads = torch.tensor([torch.nan])  # a step that came to nothing has no slope
-        elif asked.measured is not None:
-            self.projected_grads = asked.measured.projected_grads
-        self._count_skipped(asked)
-        progress.losses.append(asked.loss)
-        self._guard(asked.loss)
-        return asked.loss
+        progress.num_queries += estimate.num_queries
+        progress.num_tokens += self._tokens_over_processes(batch) * estimate.num_queries
+        progress.losses.append(estimate.loss)
+        self._count_skipped(estimate)
+        estimate = self._guarded(estimate)
+        return clip(estimate, self.args.max_grad_norm) if self.args.max_grad_norm > 0 else estimate
 
-    def _queries(self, stepper: ZOOptimizer) -> Queries:
+    def _ask(self, batch: StepBatch) -> StepEstimate:
+        """The queries of the next step, in smaller micro-batches where memory does not suffice."""
+        stepper, queries, directions = self.stepper, self.queries, self.directions.at(self.progress.steps)
+        assert queries is not None
+        estimator, lr, observed = self._estimator(), stepper.param_groups[0]["lr"], stepper.coordinates.state_dict()
+
+        def ask(micro_batches: StepBatch) -> StepEstimate:
+            if micro_batches is not batch:  # asked again: what the first try has looked at is forgotten
+                stepper.coordinates.load_state_dict(observed)
+            self.last_batch = micro_batches
+            return queries.estimate(micro_batches, directions, estimator, lr=lr)
+
+        return self._splitter(ask, batch) if self.accelerator.num_processes == 1 else ask(batch)
+
+    def _queries(self, stepper: ZOOptimizer) -> StepQueries:
         """What asks the model, with what the method may want of the data and of the other processes."""
         estimator, alone = self.method.estimator, self.accelerator.num_processes == 1
         if not alone and estimator.backpropagates:
@@ -395,17 +398,16 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
                 f"subspace={self.method.subspace.name()} with these settings follows the rows of one process: "
                 "start the run without torchrun"
             )
-        return Queries(
+        return StepQueries(
             self.method,
             stepper,
-            examples=lambda window: [[one] for inputs in window for one in examples_of(inputs)],
-            select=lambda window, lengths: [p for inputs in window if (p := of_lengths(inputs, *lengths))] or None,
+            examples=self._examples_of,
+            select=self._rows_of_lengths,
             batches=self._batches,
-            average=lambda losses: self._over_processes(losses, self._asked),
+            average=self._over_processes,
             agree=None if alone else self._agree,
             gather=None if alone else self._gather,
             places=self._places,
-            on_observation=self._journal_look,
             rank=self.args.process_index,
             nodes=self._node_queries(stepper.session),
         )
@@ -417,8 +419,16 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         gather = None if self.accelerator.num_processes == 1 else self._gather
         return NodeQueries(session, TrainerReader(self), gather, self.args.process_index)
 
-    def _batches(self, count: int) -> Iterator[list[Inputs]]:
+    def _examples_of(self, batch: StepBatch) -> list[StepBatch]:
+        return [self._batch_of([one], batch) for inputs in batch.micro_batches for one in examples_of(inputs)]
+
+    def _rows_of_lengths(self, batch: StepBatch, lengths: tuple[int, float]) -> StepBatch | None:
+        rows = [some for inputs in batch.micro_batches if (some := of_lengths(inputs, *lengths))]
+        return self._batch_of(rows, batch) if rows else None
+
+    def _batches(self, count: int) -> Iterator[StepBatch]:
         """So many batches of the training rows, in an order of their own."""
+        assert self.last_batch is not None
         size, rows = self.args.per_device_train_batch_size, self.train_dataset
         of_step = size * self.args.gradient_accumulation_steps  # rows of this process in a step, however they are cut
         drawn = torch.Generator().manual_seed(step_seed(self.args.seed, self.progress.steps))
@@ -428,9 +438,9 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         for first in range(0, len(share), of_step):
             ours = share[first : first + of_step]
             parts = [[rows[index] for index in ours[start : start + size]] for start in range(0, len(ours), size)]
-            yield [self._prepare_inputs(self.data_collator(part)) for part in parts]
+            yield self._batch_of([self._prepare_inputs(self.data_collator(part)) for part in parts], self.last_batch)
 
-    def _places(self, window: list[Inputs], count: int) -> list[list[int]]:
+    def _places(self, batch: StepBatch, count: int) -> list[list[int]]:
         """For every process, the places of its examples in the step's batch as one process would have it.
 
         A micro-batch of one process is cut into contiguous parts, one for each of several: their order is micro-batch,
@@ -438,7 +448,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         """
         if self.accelerator.num_processes == 1:
             return [list(range(count))]
-        counts = self._gather([len(groups_of(inputs)) for inputs in window])  # [processes][micro-batches]
+        counts = self._gather([len(groups_of(inputs)) for inputs in batch.micro_batches])  # [processes][micro-batches]
         places: list[list[int]] = [[] for _ in counts]
         first = 0
         for micro_batch in range(max(map(len, counts))):
@@ -466,27 +476,10 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         start = self.args.learning_rate
         return self.method.estimator.at(min(done, 1.0), self.stepper.param_groups[0]["lr"] / start if start else 1.0)
 
-    def _directions(self, step: int) -> list[Direction]:
-        estimator = self.method.estimator
-        if self.direction_seeds is None:
-            seed = self.args.seed
-            if estimator.noise == "torch_sequential":  # that source is seeded by the direction's seed alone
-                return [
-                    Direction(step_seed(seed, step) + d.index, step, d.index) for d in estimator.directions(seed, step)
-                ]
-            return estimator.directions(seed, step)
-        if step >= len(self.direction_seeds):
-            raise UserError(f"direction_seeds has {len(self.direction_seeds)} entries, step {step} needs one more")
-        seed = self.direction_seeds[step]
-        return [
-            Direction(step_seed(seed, d.index) if d.index else seed, step, d.index)
-            for d in estimator.directions(seed, step)
-        ]
-
-    def _count_skipped(self, asked: Asked) -> None:
+    def _count_skipped(self, estimate: StepEstimate) -> None:
         """A step whose losses are not finite does not reach the weights; many in a row end the run."""
         progress = self.progress
-        if asked.usable:
+        if estimate.is_usable:
             progress.skipped_in_a_row = 0
             return
         progress.num_skipped += 1
@@ -494,8 +487,8 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         if progress.skipped_in_a_row >= self.args.max_skipped_steps:
             raise NonFiniteLossError(
                 f"the loss was not finite in {progress.skipped_in_a_row} steps in a row (losses of the last: "
-                f"{[round(x, 4) for x in asked.losses.flatten().tolist()]}); the weights are those before them. Lower "
-                "optimizer.learning_rate or estimator.eps, or load the model in float32"
+                f"{[round(x, 4) for x in estimate.losses.flatten().tolist()]}); the weights are those before them. "
+                "Lower optimizer.learning_rate or estimator.eps, or load the model in float32"
             )
 
     # ---- the objective -----------------------------------------------------------------------------------------------
@@ -535,15 +528,15 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             and super().compute_loss.__func__ is Trainer.compute_loss  # not TRL's, which looks at the outputs
         )
 
-    def _probe(self, window: list[Inputs]) -> None:
+    def _probe(self, batch: StepBatch) -> None:
         """What can be left out of this model's forward is found out before the queries, which must all be alike."""
-        for inputs in window:
+        for inputs in batch.micro_batches:
             with torch.inference_mode(), self.compute_loss_context_manager():
                 if self.objective is not None:
                     self.objective.probe(self._called, self._as_served(inputs))
                 elif self._only_the_loss_counts(False):
-                    counted = self.model_accepts_loss_kwargs and self._num_items is not None
-                    given = {**inputs, "num_items_in_batch": self._num_items} if counted else inputs
+                    counted = self.model_accepts_loss_kwargs and batch.num_items is not None
+                    given = {**inputs, "num_items_in_batch": batch.num_items} if counted else inputs
                     if not is_known(self._called, given):
                         own_loss(self._called, **given)
 
@@ -620,21 +613,16 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
     # ---- what the Trainer's loop asks about gradients ----------------------------------------------------------------
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
-        """Clip each projected gradient to +- ``max_grad_norm``; returns their root mean square before."""
-        before = self._get_grad_norm(model)
-        if self.stepper.pending is not None and self.projected_grads is not None and not self._from_journal:
-            bound = self.args.max_grad_norm
-            shrink = (bound / self.projected_grads.abs().clamp_min(1e-30)).clamp_max(1.0).tolist()
-            own, others = self.stepper.pending[: len(shrink)], self.stepper.pending[len(shrink) :]
-            self.stepper.pending = [*((d, c * s) for (d, c), s in zip(own, shrink, strict=True)), *others]
-        return before
+        """The slope before clipping: the projected gradients are clipped already (:func:`zoft.step.estimate.clip`)."""
+        return self._get_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Root mean square of the projected gradients of the step; None where none were measured."""
         del model
         if grad_norm is not None:
             return grad_norm
-        return None if self.projected_grads is None else self.projected_grads.square().mean().sqrt()
+        slopes = None if self.last_step is None else self.last_step.projected_grads
+        return None if slopes is None else slopes.square().mean().sqrt()
 
     def floating_point_ops(self, inputs: Inputs) -> float:
         """2 N per token and query; the Trainer's own figure is 6 N (a forward and a backward pass)."""
@@ -648,9 +636,10 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             finite = [loss for loss in progress.losses if numpy.isfinite(loss)]
             logs["loss"] = sum(finite) / len(finite) if finite else float("nan")
             progress.losses.clear()
-            if self.projected_grads is not None:
-                logs["projected_grad"] = float(self._get_grad_norm(self.model))
-            logs["eps"] = self.method.estimator.radius if self._eps is None else self._eps
+            slope = self._get_grad_norm(self.model)
+            if slope is not None:
+                logs["projected_grad"] = float(slope)
+            logs["eps"] = self.method.estimator.radius if self.last_step is None else self.last_step.eps
             logs["seconds_forward"] = progress.seconds_forward
             logs["seconds_other"] = progress.seconds - progress.seconds_forward
             logs["num_skipped_steps"] = progress.num_skipped

@@ -19,7 +19,7 @@ from zoft.diagnostics.variance import Law, variance_table
 from zoft.engines.layerwise import Layerwise
 from zoft.noise.direction import Direction
 from zoft.step.method import Method
-from zoft.step.query import Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.weights.tensors import Weights
 
@@ -49,7 +49,7 @@ def asking(model: Curve, num_probes: int, law: str = "gaussian", **fields: Any) 
     directions = [Direction(1, 0, probe) for probe in range(num_probes)]
     session = Bystander(model, mirrored(coordinates, num_probes), model)
     return Asking(
-        Queries(method, stepper), session, 0.3, method.estimator, {"estimator": {}, "weighting": {}}
+        StepQueries(method, stepper), session, 0.3, method.estimator, {"estimator": {}, "weighting": {}}
     ), directions
 
 

@@ -129,8 +129,8 @@ def test_the_estimate_measured_is_the_update_written(subspace: str, tmp_path: Pa
     chosen = small_subspace(subspace, "gaussian", 2)
     trainer = trainer_of(tmp_path, callback, subspace=chosen, estimator=estimator, max_steps=1, learning_rate=1.0)
     batches: list[Any] = []
-    ask = trainer._objective_of_window
-    trainer._objective_of_window = lambda window: (batches.append(window), ask(window))[1]  # type: ignore[method-assign]
+    ask = trainer._objective_of_batch
+    trainer._objective_of_batch = lambda window: (batches.append(window), ask(window))[1]  # type: ignore[method-assign]
     before = Net()
     trainer.train()
     loss = sum(before(**batch)["loss"] for batch in batches[-1]) / len(batches[-1])
@@ -192,7 +192,7 @@ def test_weights_are_whole_when_a_measurement_fails(tmp_path: Path):
     start, ask = Weights(trainer.model).digest(), trainer._num_terms
 
     def fails(inputs: Any) -> int:
-        if callback._remembered is not None and trainer.stepper.pending is not None:
+        if callback._remembered is not None and trainer.last_step.is_usable:
             raise RuntimeError("broken")
         return ask(inputs)
 
@@ -205,14 +205,14 @@ def test_weights_are_whole_when_a_measurement_fails(tmp_path: Path):
 def test_losses_that_are_not_finite_are_left_out(tmp_path: Path):
     callback = quick(num_probes=4)
     trainer = trainer_of(tmp_path, callback, max_steps=2)
-    ask, times = trainer._objective_of_window, [0]
+    ask, times = trainer._objective_of_batch, [0]
 
     def sometimes(window: Any) -> torch.Tensor:
         times[0] += 1
         loss = ask(window)
         return loss * math.nan if times[0] == 5 else loss  # of the first measurement
 
-    trainer._objective_of_window = sometimes  # type: ignore[method-assign]
+    trainer._objective_of_batch = sometimes  # type: ignore[method-assign]
     trainer.train()
     rows = read_rows(tmp_path)
     assert len(rows) == 2

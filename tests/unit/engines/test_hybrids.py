@@ -67,7 +67,7 @@ def test_backprop_with_sgd_is_torchs_sgd(family, engine):
         loss.backward()
         torchs.step()
         assert asked.loss == pytest.approx(float(loss.detach()), rel=1e-6)
-        assert asked.usable
+        assert asked.is_usable
         assert asked.num_queries == 3
     assert_close(tensors_of(run.model), tensors_of(plain.model))
 
@@ -141,7 +141,6 @@ def test_an_objective_that_raises_leaves_everything_as_it_was(estimator):
         run.ask()
     assert run.weights.digest() == digest
     assert all(parameter.requires_grad and parameter.grad is None for parameter in run.model.parameters())
-    assert (run.stepper.pending, run.stepper.backward) == (None, None)
 
 
 @pytest.mark.parametrize("estimator", EVERY)
@@ -155,7 +154,7 @@ def test_an_objective_without_a_gradient_is_refused_in_a_sentence(estimator):
 def test_gradients_exist_one_after_the_other():
     """While the step is written, no more than the tensor in hand and what autograd is about to hand over."""
     run = steps(made("backprop"), model=models.tiny_llama(), lr=0.0)
-    run.ask()
+    asked = run.ask()
     alive: list[int] = []
     real = run.stepper._move
 
@@ -164,7 +163,7 @@ def test_gradients_exist_one_after_the_other():
         real(*args)
 
     run.stepper._move = watched
-    run.stepper.step()
+    run.stepper.apply(asked)
     assert len(alive) == len(run.weights.tensors)
     assert max(alive) <= 1
 
@@ -183,8 +182,8 @@ def test_hybrid_moves_above_by_the_gradient_and_below_by_the_queries():
         "model.decoder.final_layer_norm.bias",
     }
     asked = run.ask()
-    terms = list(run.stepper.pending)
-    run.stepper.step()
+    terms = list(asked.terms)
+    run.stepper.apply(asked)
     after = tensors_of(run.model)
     for name in after:
         if name in still:
@@ -285,7 +284,7 @@ def test_addax_with_a_loss_that_is_not_finite_moves_nothing(where):
     run.step()
     digest, run.calls = run.weights.digest(), 0
     run.nan_at = 1 if where == "long" else 3
-    assert not run.step().usable
+    assert not run.step().is_usable
     assert run.weights.digest() == digest
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
@@ -406,8 +405,8 @@ def test_per_example_slopes_are_those_of_the_examples_own_losses(objective, tmp_
                 wanted.append(model(**{name: value.unsqueeze(0) for name, value in row.items()}).loss)
             else:
                 wanted.append(Options().loss(model, OptionCollator(models.PAD)([row])))
-    assert trainer.losses.shape == (2, 3)
-    torch.testing.assert_close(trainer.losses.mean(0), torch.stack(wanted), rtol=1e-3, atol=1e-3)
+    assert trainer.last_step.losses.shape == (2, 3)
+    torch.testing.assert_close(trainer.last_step.losses.mean(0), torch.stack(wanted), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -448,7 +447,7 @@ def test_anchors_average_batches_by_their_own_means_in_the_trainer(tmp_path):
         batch = {name: torch.stack([rows()[i][name] for i in chosen[start : start + 3]]) for name in rows()[0]}
         with torch.no_grad():
             losses.append(float(model(**batch).loss))
-    assert float(trainer.losses.mean()) == pytest.approx(sum(losses) / 4, rel=1e-4)
+    assert float(trainer.last_step.losses.mean()) == pytest.approx(sum(losses) / 4, rel=1e-4)
 
 
 def test_clipping_projected_gradients_is_refused_with_a_backward_pass(tmp_path):

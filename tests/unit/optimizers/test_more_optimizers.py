@@ -25,7 +25,7 @@ from zoft.optimizers.scalar_adam import ScalarAdam
 from zoft.optimizers.sgd import SGD
 from zoft.optimizers.sign import Sign
 from zoft.step.method import Method
-from zoft.step.query import Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces import base
 from zoft.weights.tensors import Weights
@@ -46,14 +46,14 @@ class OnQuadratic:
         session = Layerwise().bind(self.model, self.coordinates, lambda batch: loss(self.model.theta))
         groups = [{"params": [self.model.theta], "weight_decay": decay}]
         self.stepper = ZOOptimizer(groups, rule, session, lr)
-        self.queries = Queries(self.method, self.stepper)
+        self.queries = StepQueries(self.method, self.stepper)
         self.asked = None
 
     def step(self, count=1):
         for _ in range(count):
             directions = self.method.estimator.directions(0, self.stepper.progress.steps)
-            self.asked = self.queries(None, directions, lr=self.stepper.param_groups[0]["lr"])
-            self.stepper.step()
+            self.asked = self.queries.estimate(None, directions, lr=self.stepper.param_groups[0]["lr"])
+            self.stepper.apply(self.asked)
             self.stepper.progress.steps += 1
 
     def z(self, step, probe=0):

@@ -12,6 +12,7 @@ from zoft.noise.direction import Direction
 from zoft.optimizers.adam import Adam
 from zoft.optimizers.momentum import Momentum
 from zoft.optimizers.sgd import SGD
+from zoft.step.estimate import StepEstimate
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces import base
 from zoft.subspaces.full import Full
@@ -40,8 +41,7 @@ def terms_of(step: int) -> list[tuple[Direction, float]]:
 
 def run(stepper: ZOOptimizer, steps: range) -> None:
     for step in steps:
-        stepper.pending = terms_of(step)
-        stepper.step()
+        stepper.apply(StepEstimate.of(terms_of(step)))
 
 
 def estimate(model: nn.Module, step: int) -> dict[str, torch.Tensor]:

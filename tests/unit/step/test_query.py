@@ -18,7 +18,7 @@ from zoft.estimators.base import Estimator
 from zoft.lm.data.rows import examples_of, of_lengths
 from zoft.noise.direction import Direction
 from zoft.step.method import Method
-from zoft.step.query import Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.weights.tensors import Weights
 
@@ -66,7 +66,7 @@ class Steps:
         self.weights = self.session.weights
         groups = [{"params": list(self.weights.tensors.values()), "weight_decay": 0.0}]
         self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, lr)
-        self.queries = Queries(
+        self.queries = StepQueries(
             self.method,
             self.stepper,
             examples=examples_of,
@@ -82,7 +82,7 @@ class Steps:
 
     def ask(self) -> Any:
         step = self.stepper.progress.steps
-        asked = self.queries(self.batch, self.method.estimator.directions(5, step), lr=self.lr)
+        asked = self.queries.estimate(self.batch, self.method.estimator.directions(5, step), lr=self.lr)
         self.stepper.progress.steps += 1
         return asked
 
@@ -92,7 +92,7 @@ class Steps:
 
     def step(self) -> Any:
         asked = self.ask()
-        self.stepper.step()
+        self.stepper.apply(asked)
         return asked
 
     def z(self, direction: Direction, name: str = "weight") -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_a_step_with_a_loss_that_is_not_finite_leaves_nothing_behind(estimator, 
     model = None if estimator in QUERYING else tiny_opt()
     run, plain = (Steps(estimator, weighting, model=copy.deepcopy(model), engine="in_place") for _ in range(2))
     for _ in range(3):  # the third is an anchor's, the fourth is not
-        assert run.step().usable
+        assert run.step().is_usable
         plain.step()
     for _ in range(2):
         state = copy.deepcopy(run.stepper.scalars)
@@ -160,8 +160,8 @@ def test_a_step_with_a_loss_that_is_not_finite_leaves_nothing_behind(estimator, 
         run.calls = 0
         run.nan_at = plain_calls(plain) if last else 1
         asked = run.step()
-        assert not asked.usable
-        assert (run.stepper.pending, run.stepper.backward, run.stepper.curvatures) == (None, None, None)
+        assert not asked.is_usable
+        assert (asked.terms, asked.backward, asked.curvatures) == (None, None, None)
         assert run.stepper.scalars == state
         assert run.session.anchor is anchor
         assert run.weights.digest() == digest
@@ -182,7 +182,7 @@ def test_coefficients_that_are_not_finite_leave_nothing_behind(monkeypatch):
     mean = type(run.method.weighting)
     monkeypatch.setattr(mean, "coefficients", lambda self, m, g, s: m.projected_grads * float("inf"))
     digest = run.weights.digest()
-    assert not run.step().usable
+    assert not run.step().is_usable
     assert run.stepper.scalars == state
     assert run.weights.digest() == digest
 
@@ -199,7 +199,6 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run.ask()
     assert run.stepper.scalars == state
-    assert run.stepper.pending is None
     assert run.weights.digest() == digest
 
 
@@ -244,9 +243,9 @@ def test_per_example_is_unbiased_and_has_the_variance_of_as_many_directions():
         run.batch = {"x": torch.ones(8, 5) * torch.tensor([1.0, 2.0, 0.5, -1.0, 1.5])}  # equal rows: equal gradients
         drawn = []
         for _ in range(400):
-            run.ask()
-            drawn.append(sum(c * run.z(d) for d, c in run.stepper.pending))
-            run.stepper.step()
+            asked = run.ask()
+            drawn.append(sum(c * run.z(d) for d, c in asked.terms))
+            run.stepper.apply(asked)
         estimates[name] = torch.stack(drawn)
         x = run.batch["x"]
         gradient = (x.T @ (x @ run.model.weight.detach())) / 8
@@ -314,8 +313,8 @@ def test_a_skipped_anchor_leaves_the_one_before_in_use():
         run.step()
     anchor, terms = run.session.anchor, list(run.stepper.scalars["estimator"]["terms"])
     run.calls, run.nan_at = 0, 2
-    assert not run.step().usable  # step 3 was to make the next one
-    assert run.step().usable
+    assert not run.step().is_usable  # step 3 was to make the next one
+    assert run.step().is_usable
     assert run.session.anchor is anchor
     assert run.stepper.scalars["estimator"]["terms"] == terms
 
@@ -323,7 +322,7 @@ def test_a_skipped_anchor_leaves_the_one_before_in_use():
 def test_without_its_first_anchor_svrg_is_central_until_the_next():
     run, plain = svrg(), Steps(components("estimator")["central"](eps=1e-3), lr=0.05, engine="layerwise")
     run.nan_at = 1
-    assert not run.step().usable
+    assert not run.step().is_usable
     plain.stepper.progress.steps = 1
     for _ in range(2):
         run.step()
@@ -379,7 +378,7 @@ def test_every_estimator_goes_with_every_weighting_or_says_why_not(estimator, we
         return
     for _ in range(3):
         asked = run.step()
-        assert asked.usable
+        assert asked.is_usable
         assert len(run.stepper.scalars["weighting"]) < 5
     assert run.stepper.progress.updates == 3
 

@@ -18,8 +18,9 @@ from zoft.optimizers.base import Optimizer
 from zoft.optimizers.momentum import Momentum
 from zoft.optimizers.muon import Muon
 from zoft.optimizers.sgd import SGD
+from zoft.step.estimate import StepEstimate
 from zoft.step.method import Method
-from zoft.step.query import Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces import base
 from zoft.subspaces.blocks import Blocks
@@ -55,17 +56,18 @@ class Run:
         sides = [p for p in tensors if p.dim() > 1], [p for p in tensors if p.dim() < 2]
         groups = [{"params": p, "lr": lr, "weight_decay": d} for p, lr, d in zip(sides, lrs, decays, strict=True)]
         self.stepper = ZOOptimizer(groups, rule, session, lrs[0])
-        self.queries = Queries(self.method, self.stepper)
+        self.queries = StepQueries(self.method, self.stepper)
 
     def ask(self):
         self.queried.clear()
         directions = self.method.estimator.directions(3, self.stepper.progress.steps)
-        assert self.queries(None, directions, lr=self.stepper.param_groups[0]["lr"]).usable
+        asked = self.queries.estimate(None, directions, lr=self.stepper.param_groups[0]["lr"])
+        assert asked.is_usable
+        return asked
 
     def step(self, count=1):
         for _ in range(count):
-            self.ask()
-            self.stepper.step()
+            self.stepper.apply(self.ask())
             self.stepper.progress.steps += 1
 
     def flat(self):
@@ -249,8 +251,7 @@ def test_terms_that_do_not_move_a_tensor_are_no_part_of_its_estimate():
     run = Run(spy, Blocks())
     terms = [(Direction(3, step), 1.0 + step) for step in range(2)]
     run.stepper.begin(terms[0][0])
-    run.stepper.pending = list(terms)
-    run.stepper.step()
+    run.stepper.apply(StepEstimate.of(terms))
     assert len({e.name for e, _ in spy.seen}) > len(
         {n for n in run.weights.tensors if run.coordinates.moves(terms[0][0], n)}
     )
@@ -262,12 +263,10 @@ def test_curvatures_stay_with_their_directions():
     spy = Spy()
     run = Run(spy, q=3)
     directions = run.method.estimator.directions(3, 0)
-    run.stepper.pending, run.stepper.curvatures = [(d, 1.0) for d in directions], [5.0, 6.0, 7.0]
-    run.stepper.step()
+    run.stepper.apply(StepEstimate.of([(d, 1.0) for d in directions], [5.0, 6.0, 7.0]))
     assert all(estimate.curvatures == [5.0, 6.0, 7.0] for estimate, _ in spy.seen)
-    run.stepper.pending = [(d, 1.0) for d in directions]
     spy.seen.clear()
-    run.stepper.step()
+    run.stepper.apply(StepEstimate.of([(d, 1.0) for d in directions]))
     assert all(estimate.curvatures is None for estimate, _ in spy.seen), "those of an earlier step"
 
 

@@ -18,7 +18,7 @@ from zoft.noise.direction import Direction
 from zoft.noise.source import LAWS
 from zoft.optimizers.momentum import Momentum
 from zoft.step.method import Method
-from zoft.step.query import Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces.activation import Activation, linear_layers, orthonormal, power_iteration
 from zoft.weightings.mean import Mean
@@ -337,17 +337,17 @@ class Run:
         self.session = Layerwise().bind(self.model, coordinates, lambda batch: self.model(**batch).loss)
         groups = [{"params": list(self.session.weights.tensors.values()), "weight_decay": 0.0}]
         self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, 1e-4)
-        self.queries = Queries(self.method, self.stepper)
+        self.queries = StepQueries(self.method, self.stepper)
         self.counted = []
 
     def step(self) -> None:
         step = self.stepper.progress.steps
         batch = batch_for(self.model, seed=step)
-        asked = self.queries(batch, self.method.estimator.directions(5, step))
+        asked = self.queries.estimate(batch, self.method.estimator.directions(5, step))
         self.counted.append(asked.num_queries)
-        assert asked.usable
+        assert asked.is_usable
         self.stepper.progress.steps += 1
-        self.stepper.step()
+        self.stepper.apply(asked)
 
 
 WAYS = [{}, {"basis": "first"}, OJA, {"rank_one": True, "law": "sphere"}, OJA | {"rank_one": True}]

@@ -11,7 +11,7 @@ from zoft.engines.in_place import InPlace
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
 from zoft.step.method import Method
-from zoft.step.query import Queries
+from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces.coordinate import BoundCoordinate, Coordinate, permuted
 from zoft.weights.tensors import Weights
@@ -90,11 +90,12 @@ def test_a_full_sweep_of_central_differences_is_the_gradient_and_one_of_fewer_is
         stepper = ZOOptimizer(
             [{"params": list(model.parameters()), "weight_decay": 0.0}], method.optimizer, session, 1.0
         )
-        queries, steps = Queries(method, stepper), []
+        queries, steps = StepQueries(method, stepper), []
         clean = [p.detach().clone() for p in model.parameters()]
         for step in range(d // q):
-            assert queries(x, estimator.directions(0, step)).usable
-            stepper.step()
+            asked = queries.estimate(x, estimator.directions(0, step))
+            assert asked.is_usable
+            stepper.apply(asked)
             steps.append(torch.cat([(c - p.detach()).view(-1) for c, p in zip(clean, model.parameters(), strict=True)]))
             for parameter, value in zip(model.parameters(), clean, strict=True):
                 parameter.data.copy_(value)

@@ -329,6 +329,7 @@ def test_momentum_is_carried_over_when_the_basis_changes():
     """LOZO-M: the stepper projects the running mean onto the new V before it is used."""
     from zoft.engines.in_place import InPlace
     from zoft.optimizers.momentum import Momentum
+    from zoft.step.estimate import StepEstimate
     from zoft.step.update import ZOOptimizer
 
     layer = torch.nn.Linear(6, 5, bias=False)
@@ -340,8 +341,7 @@ def test_momentum_is_carried_over_when_the_basis_changes():
         direction = Direction(3, step)
         if step == 2:
             mean = coordinates.transport("weight", mean, Direction(3, 1), direction)
-        stepper.pending = [(direction, 2.0)]
-        stepper.step()
+        stepper.apply(StepEstimate.of([(direction, 2.0)]))
         estimate = coordinates.combination("weight", 0, 10, [(direction, 2.0)]).view(5, 2)
         mean = Momentum(beta=0.5).update(estimate.view(-1), {"momentum": mean.view(-1)}, step + 1).view(5, 2).clone()
         torch.testing.assert_close(stepper.moments["weight"]["momentum"], mean)
@@ -353,6 +353,7 @@ def test_adam_counts_the_updates_of_each_tensor():
     """A block that moves for the first time has no history to correct for."""
     from zoft.engines.in_place import InPlace
     from zoft.optimizers.adam import Adam
+    from zoft.step.estimate import StepEstimate
     from zoft.step.update import ZOOptimizer
     from zoft.subspaces.blocks import Blocks
 
@@ -362,9 +363,8 @@ def test_adam_counts_the_updates_of_each_tensor():
     stepper = ZOOptimizer([{"params": list(model.parameters())}], Adam(), session, 1e-2)
     before = [p.detach().clone() for p in model.parameters()]
     for step in (0, 10):
-        stepper.pending = [(Direction(0, step), 1.0)]
         stepper.progress.updates = 1000 * step
-        stepper.step()
+        stepper.apply(StepEstimate.of([(Direction(0, step), 1.0)]))
     for parameter, start in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close((parameter - start).abs(), torch.full((3, 3), 1e-2), rtol=1e-3, atol=0)
 

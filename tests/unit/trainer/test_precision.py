@@ -22,6 +22,7 @@ from zoft.lm.objectives.options import Options
 from zoft.noise.direction import Direction
 from zoft.optimizers.adam import Adam
 from zoft.optimizers.sgd import SGD
+from zoft.step.estimate import StepEstimate
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces import base
 from zoft.subspaces.full import Full
@@ -69,8 +70,7 @@ class Run:
         self.start = self.flat()
 
     def step(self, *terms: tuple[Direction, float]) -> None:
-        self.stepper.pending = list(terms)
-        self.stepper.step()
+        self.stepper.apply(StepEstimate.of(terms))
 
     def wander(self, steps: range) -> Run:
         """A direction of its own every step."""
@@ -415,8 +415,7 @@ def test_the_best_weights_are_what_the_next_training_begins_with(tmp_path):
     trainer.train()
     assert all(torch.equal(p.detach(), best[name]) for name, p in trainer.model.named_parameters())
     trainer.stepper.param_groups[0]["lr"] = trainer.stepper.param_groups[1]["lr"] = 1e-12
-    trainer.stepper.pending = [(Direction(0, 99), 1.0)]
-    trainer.stepper.step()
+    trainer.stepper.apply(StepEstimate.of([(Direction(0, 99), 1.0)]))
     assert all(torch.equal(p.detach(), best[name]) for name, p in trainer.model.named_parameters())
 
 
@@ -458,11 +457,11 @@ def test_the_loss_of_every_model_is_computed_in_float32(family, dtype, tmp_path)
     with Losses() as losses:
         trainer.train()
     assert losses.dtypes == {torch.float32}
-    assert trainer.losses is not None
-    assert trainer.losses.dtype == torch.float32
-    assert trainer.projected_grads is not None
-    assert trainer.projected_grads.dtype == torch.float32
-    assert any(loss != float(torch.tensor(loss).to(LOW[dtype])) for loss in trainer.losses.tolist())
+    assert trainer.last_step.losses is not None
+    assert trainer.last_step.losses.dtype == torch.float32
+    assert trainer.last_step.projected_grads is not None
+    assert trainer.last_step.projected_grads.dtype == torch.float32
+    assert any(loss != float(torch.tensor(loss).to(LOW[dtype])) for loss in trainer.last_step.losses.tolist())
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -24,9 +24,9 @@ class Interrupted(ZOTrainer):
     at_step = -1
     signals = 1
 
-    def _query(self, *args: Any) -> float:
+    def _queried(self, *args: Any) -> Any:
         self.asked = 0
-        return super()._query(*args)
+        return super()._queried(*args)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)

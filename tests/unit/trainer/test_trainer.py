@@ -828,9 +828,9 @@ class Faulty(ZOTrainer):
 
     faults: dict[tuple[int, int], float]  # (step, query of the step) -> loss; step -1: every step
 
-    def _query(self, *args: Any) -> float:
+    def _queried(self, *args: Any) -> Any:
         self.asked = 0
-        return super()._query(*args)
+        return super()._queried(*args)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, return_outputs, **kwargs)

@@ -1,0 +1,185 @@
+"""StepEstimate: what one step's queries found, a value that goes from hand to hand until the optimizer applies it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoft.engines.base import Backward
+from zoft.errors import UserError
+from zoft.journal import state
+from zoft.journal.records import COMPUTED, SKIPPED, Record
+from zoft.noise.direction import Direction
+from zoft.optimizers.base import Term
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """The gradient estimate of one step, sum_j c_j z_j, and all that a journal or a diagnosis wants to know of it.
+
+    Args:
+        directions: the step's, as the run draws them; the first one names the step.
+        terms: (direction, coefficient) pairs; None where a loss was not finite: the step moves nothing.
+        curvatures: z_j^T H z_j for the terms' directions, where they were measured.
+        losses: the objective at the points, float32 [P] (or [P, B] where every example has directions of its own).
+        projected_grads: slopes along the directions, before any weighting, float32 [Q]; None where none were measured.
+        loss: the training loss to report.
+        num_queries: forward passes that were made.
+        eps: finite-difference radius, in units of the weights; 0 where there is none.
+        observations: state of the subspace, where it has looked at activations or gradients before the queries.
+        memory: what estimator and weighting remember after the step, by part.
+        backward: gives gradients of a backward pass that belong to the estimate, tensor by tensor.
+        factors: layer -> (errors at the outputs, inputs), where the estimate comes as factors.
+        outlier: why a guard has taken this step for one outside the running range; None where it has not.
+        share: of the step's length, what a guard has left.
+        keeps_anchor: whether the weights before this step become the anchor of the next ones.
+        from_journal: whether it was read from a journal instead of being queried.
+
+    Example:
+        >>> StepEstimate.of([(Direction(0, 3), 0.5)]).is_usable
+        True
+    """
+
+    directions: Sequence[Direction]
+    terms: Sequence[Term] | None = None
+    curvatures: Sequence[float] | None = None
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    projected_grads: Tensor | None = None
+    loss: float = math.nan
+    num_queries: int = 0
+    eps: float = 0.0
+    observations: dict[str, Any] | None = None
+    memory: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    backward: Backward | None = None
+    factors: Mapping[str, Any] | None = None
+    outlier: str | None = None
+    share: float = 1.0
+    keeps_anchor: bool = False
+    from_journal: bool = False
+
+    @classmethod
+    def of(cls, terms: Sequence[Term], curvatures: Sequence[float] | None = None) -> StepEstimate:
+        """The estimate that these terms are, with nothing else known.
+
+        Args:
+            terms: at least one.
+            curvatures: along their directions.
+        """
+        return cls([direction for direction, _ in terms], list(terms), curvatures)
+
+    @property
+    def step(self) -> int:
+        """Number of the step, from 0."""
+        return self.directions[0].step
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether there is an estimate; without one the step must move nothing."""
+        return self.terms is not None
+
+    @property
+    def slope(self) -> float:
+        """Root mean square of the projected gradients; NaN where none were measured."""
+        return math.nan if self.projected_grads is None else float(self.projected_grads.square().mean().sqrt())
+
+    def scaled(self, share: float) -> StepEstimate:
+        """The same step, of another length: every coefficient times ``share``."""
+        assert self.terms is not None
+        return replace(self, terms=[(direction, c * share) for direction, c in self.terms])
+
+    def applied(self) -> StepEstimate:
+        """What is worth keeping once the step is written: not the tensors of a backward pass or an observation."""
+        return replace(self, backward=None, factors=None, observations=None)
+
+    # ---- written down ------------------------------------------------------------------------------------------------
+
+    def to_record(self, lr: float, queries: int, tokens: int) -> Record:
+        """The step as the journal has it.
+
+        Args:
+            lr: learning rate that it is written with.
+            queries: forward passes of the run, this step's included.
+            tokens: tokens that went through the model, this step's included.
+        """
+        terms = list(self.terms or [])
+        extra: dict[str, Any] = {}
+        if [direction for direction, _ in terms] != list(self.directions[: len(terms)]):
+            extra["directions"] = [[d.seed, d.step, d.index, d.example] for d, _ in terms]
+        if scalars := {part: memory for part, memory in self.memory.items() if memory}:
+            extra["scalars"] = scalars
+        return Record(
+            step=self.step,
+            seed=self.directions[0].seed,
+            lr=lr,
+            eps=self.eps,
+            queries=queries,
+            tokens=tokens,
+            loss=self.loss,
+            slope=self.slope,
+            coefficients=tuple(float(c) for _, c in terms),
+            curvatures=tuple(map(float, self.curvatures or ())),
+            flags=SKIPPED * (self.terms is None) + COMPUTED * (self.backward is not None or self.factors is not None),
+            extra=extra,
+        )
+
+    @classmethod
+    def from_record(
+        cls, record: Record, directions: Sequence[Direction], look: bytes | None = None, *, keeps_anchor: bool = False
+    ) -> StepEstimate:
+        """The estimate that a record was made from.
+
+        Args:
+            record: what the journal says of the step.
+            directions: the step's, as the run draws them.
+            look: what the subspace saw before it, where it looked.
+            keeps_anchor: whether the method makes an anchor in this step.
+
+        Raises:
+            UserError: the step was made of other directions, or of a gradient, which no journal holds.
+        """
+        if directions[0].seed != record.seed:
+            raise UserError(
+                f"the journal's step {record.step} has direction seed {record.seed}, this run draws with "
+                f"{directions[0].seed}: give the run's own seed"
+            )
+        if record.computed:
+            raise UserError(
+                f"step {record.step} was made with a gradient, which is not in the journal: resume from a checkpoint"
+            )
+        named = [Direction(*which) for which in record.extra.get("directions", ())] or directions
+        return cls(
+            directions,
+            None if record.skipped else list(zip(named, record.coefficients, strict=True)),
+            list(record.curvatures) or None,
+            projected_grads=torch.tensor([record.slope], dtype=torch.float64),
+            loss=record.loss,
+            eps=record.eps,
+            observations=None if look is None else state.unpack(look),
+            memory=record.extra.get("scalars", {}),
+            keeps_anchor=keeps_anchor and not record.skipped,
+            from_journal=True,
+        )
+
+
+def clip(estimate: StepEstimate, bound: float) -> StepEstimate:
+    """The estimate with every projected gradient p clipped to [-bound, bound]: c_j <- c_j min(1, bound / |p_j|).
+
+    Args:
+        estimate: as it was queried; one that came to nothing, or has no slopes, comes back as it is.
+        bound: > 0.
+
+    Example:
+        >>> found = StepEstimate([Direction(0, 0)], [(Direction(0, 0), 4.0)], projected_grads=torch.tensor([4.0]))
+        >>> clip(found, 1.0).terms[0][1]
+        1.0
+    """
+    if estimate.terms is None or estimate.projected_grads is None:
+        return estimate
+    shares = (bound / estimate.projected_grads.abs().clamp_min(1e-30)).clamp_max(1.0).tolist()
+    own, others = estimate.terms[: len(shares)], estimate.terms[len(shares) :]  # others: an anchor's, of earlier steps
+    return replace(estimate, terms=[*((d, c * s) for (d, c), s in zip(own, shares, strict=True)), *others])
