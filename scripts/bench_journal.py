@@ -44,9 +44,9 @@ def main() -> None:
     from zoft.trainer.trainer import ZOMixin
 
     spent: dict[str, list[float]] = {}
-    for name in ("_journal_step", "_journal_look", "_journal_digest"):
+    for name in ("_journal_step", "_journal_digest"):
         timed(ZOMixin, name, spent, "journal")
-    timed(ZOMixin, "_guard", spent, "guard")
+    timed(ZOMixin, "_guarded", spent, "guard")
     folder = Path(tempfile.mkdtemp())
     few = [
         "task.num_train=64",

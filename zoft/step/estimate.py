@@ -15,6 +15,7 @@ from zoft.errors import UserError
 from zoft.journal import state
 from zoft.journal.records import COMPUTED, SKIPPED, Record
 from zoft.noise.direction import Direction
+from zoft.optimizers._factors import Factors
 from zoft.optimizers.base import Term
 
 
@@ -34,7 +35,7 @@ class StepEstimate:
         observations: state of the subspace, where it has looked at activations or gradients before the queries.
         memory: what estimator and weighting remember after the step, by part.
         backward: gives gradients of a backward pass that belong to the estimate, tensor by tensor.
-        factors: layer -> (errors at the outputs, inputs), where the estimate comes as factors.
+        factors: tensor -> its gradient as factors (errors at outputs, inputs), where it comes as that.
         outlier: why a guard has taken this step for one outside the running range; None where it has not.
         share: of the step's length, what a guard has left.
         keeps_anchor: whether the weights before this step become the anchor of the next ones.
@@ -56,7 +57,7 @@ class StepEstimate:
     observations: dict[str, Any] | None = None
     memory: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     backward: Backward | None = None
-    factors: Mapping[str, Any] | None = None
+    factors: Mapping[str, Factors] | None = None
     outlier: str | None = None
     share: float = 1.0
     keeps_anchor: bool = False
