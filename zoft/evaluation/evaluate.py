@@ -119,7 +119,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
         from zoft.evaluation.evaluate import with_solved
 
         examples = with_solved(cfg.task, examples, splits.train, request.shown)
-    tokenizer = tokenizer_of(cfg)
+    tokenizer = tokenizer_of(cfg, request.run)
     encode = functools.partial(
         formats.encode_rows,
         form,
@@ -170,44 +170,59 @@ def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, 
     """
     from zoft.evaluation.scoring import Scoring
     from zoft.lm import formats
+    from zoft.lm.models.agreement import require_rows_fit
     from zoft.run.build import arguments_of
     from zoft.utils.lazy import torch
 
     cfg.tracker.report_to = []
     args = arguments_of(cfg)
-    model = model_of(cfg, run).to(args.device).eval()
+    model = model_of(cfg, run, tokenizer)
+    require_rows_fit(model, rows, tokenizer, cfg.model.name)
+    model = model.to(args.device).eval()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     autocast: Any = nullcontext if dtype is None else functools.partial(torch.autocast, args.device.type, dtype)
     collate = formats.collator_for(form, rows, tokenizer, cfg.task, objective)
     return Scoring(model, objective, collate, args.per_device_eval_batch_size, autocast)
 
 
-def model_of(cfg: ZoftConfig, run: str) -> Any:
+def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
     """The config's model, or a run's final one: its own folder, or its adapter on the config's model.
 
     Args:
         cfg: model, task and adapter.
         run: a run's folder, or the empty string.
+        tokenizer: what rows are encoded by, if it is there already.
     """
     from zoft.lm import formats
     from zoft.lm.models.load import load_model_as
+    from zoft.run.build import tokenizer_of
 
     kept = Path(run) / "model"
     adapter = bool(run) and (kept / "adapter_config.json").is_file()
     model: Any = load_model_as(
         formats.model_kind(cfg.task),
-        str(kept.absolute()) if run and not adapter else cfg.model.name,
+        _base_of(kept, cfg.model.name) if adapter else str(kept.absolute()) if run else cfg.model.name,
         revision=None if run and not adapter else cfg.model.revision,
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
         num_labels=formats.num_labels(cfg.task),
+        labels=formats.class_names(cfg.task),
         seed=cfg.seed,
+        tokenizer=tokenizer or tokenizer_of(cfg, run),
     )
     if adapter:
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, str(kept))
     return model if run else cfg.peft.wrap(model, cfg.seed)
+
+
+def _base_of(adapter: Path, name: str) -> str:
+    """The model under an adapter: the config's, or where that was a folder of another place, the one it lies in."""
+    if Path(name).expanduser().is_dir():
+        return name
+    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return base if base and Path(base).is_absolute() and Path(base).is_dir() else name
 
 
 def _scored(scoring: Scoring, form: str, rows: Any, examples: Any, request: Request, encode: Any) -> Scored:

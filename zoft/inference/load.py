@@ -80,7 +80,7 @@ def load_run(run: str, overrides: list[str], *, with_base: bool = False) -> Load
     base = None
     if with_base and not (Path(run) / "model" / "adapter_config.json").is_file():
         base = model_of(cfg, "").to(device()).eval()
-    return Loaded(model, tokenizer_of(cfg), run, cfg, base)
+    return Loaded(model, tokenizer_of(cfg, run), run, cfg, base)
 
 
 def load_named(name: str, dtype: str = "float32") -> Loaded:

@@ -73,7 +73,7 @@ def _found(cfg: ZoftConfig, run: str, examples: list[Any], labels: tuple[str, ..
     form = formats.nearest_format(cfg.task, examples, objective)
     if form == "counted":  # a completion that nobody knows: it is written
         form = "generate"
-    tokenizer, room = tokenizer_of(cfg), formats.room_of(cfg.task, objective)
+    tokenizer, room = tokenizer_of(cfg, run), formats.room_of(cfg.task, objective)
     rows = formats.encode_rows(form, examples, tokenizer, cfg.task.max_length, room)
     scoring = evaluating.scoring_of(cfg, run, form, rows, tokenizer, objective)
     if form in WRITTEN:

@@ -264,3 +264,8 @@ def model_kind(task: Task) -> str:
 def num_labels(task: Task) -> int:
     """Classes of a fresh head for this task."""
     return len(getattr(task, "labels", ())) or 2
+
+
+def class_names(task: Task) -> tuple[str, ...]:
+    """The classes of a head for this task, by name; empty where they have none."""
+    return tuple(map(str, getattr(task, "labels", ()))) if model_kind(task) == "classifier" else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, did_you_mean
@@ -26,8 +27,12 @@ METRICS = {
 
 def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
     """The model with the weights chosen that are trained, its tokenizer, and the encoded rows (train, dev, test)."""
+    from zoft.lm.models.agreement import require_rows_fit
+
     tokenizer, rows = load_rows(cfg)
-    return load_model_of(cfg), tokenizer, rows
+    model = load_model_of(cfg, tokenizer)
+    require_rows_fit(model, (row for part in rows.values() for row in part), tokenizer, cfg.model.name)
+    return model, tokenizer, rows
 
 
 def load_rows(cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
@@ -50,8 +55,13 @@ def load_rows(cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
     return tokenizer, rows
 
 
-def load_model_of(cfg: ZoftConfig) -> Any:
-    """The model of a run, with its adapter and with the weights chosen that are trained."""
+def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
+    """The model of a run, with its adapter and with the weights chosen that are trained.
+
+    Args:
+        cfg: of the run.
+        tokenizer: the run's, if it is there already.
+    """
     from zoft.lm import formats
     from zoft.lm.models.load import load_model_as
 
@@ -62,7 +72,9 @@ def load_model_of(cfg: ZoftConfig) -> Any:
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
         num_labels=formats.num_labels(cfg.task),
+        labels=formats.class_names(cfg.task),
         seed=cfg.seed,
+        tokenizer=tokenizer or tokenizer_of(cfg),
     )
     model = cfg.peft.wrap(model, cfg.seed)
     _trainable_of(cfg).apply(model)
@@ -77,11 +89,21 @@ def _trainable_of(cfg: ZoftConfig) -> Trainable:
     return cfg.trainable if own else LastBlocks(num_blocks=1)
 
 
-def tokenizer_of(cfg: ZoftConfig) -> Any:
-    """The tokenizer of a run."""
+def tokenizer_of(cfg: ZoftConfig, run: str = "") -> Any:
+    """The tokenizer of a run.
+
+    Args:
+        cfg: its config.
+        run: its folder, if it is a finished one: the tokenizer lies beside the model.
+    """
+    from zoft.lm import formats
     from zoft.lm.models.load import load_tokenizer
 
-    return load_tokenizer(cfg.model.name, revision=cfg.model.revision, as_mezo=_as_mezo(cfg))
+    kept = Path(run) / "model"
+    side = "left" if formats.model_kind(cfg.task) == "causal" else "right"
+    if run and (kept / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(kept.absolute()), padding_side=side)
+    return load_tokenizer(cfg.model.name, revision=cfg.model.revision, as_mezo=_as_mezo(cfg), padding_side=side)
 
 
 def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> ZOTrainer:

@@ -33,6 +33,7 @@ from zoft.lm.logits.own_loss import is_known, own_loss
 from zoft.lm.logits.packing import serves
 from zoft.lm.logits.support import no_trials
 from zoft.lm.metrics.order import LongestFirst, in_rows_order, lengths_of, metric_in_rows_order, order_of
+from zoft.lm.models.agreement import align
 from zoft.lm.objectives.base import Objective
 from zoft.noise.direction import step_seed
 from zoft.optimizers.base import Optimizer
@@ -126,6 +127,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         with global_random_state_kept():
             model = _as_model(model, peft_config, args.seed)
             super().__init__(model, args, *positional, **kwargs)
+        align(self.model, self.processing_class)  # before an evaluation too, not only when training begins
         if self.objective is not None:
             self.model_accepts_loss_kwargs = False
         weights = Weights(self.model)

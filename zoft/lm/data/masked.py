@@ -69,6 +69,8 @@ def _row(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, 
     for word in example.options:
         if word not in words:
             words[word] = _single(word, tokenizer)
+    if len({words[word] for word in example.options}) < len(set(example.options)):
+        raise UserError(f"two of the label words {example.options!s:.120} are one token to this tokenizer: use others")
     return row | {"mask_position": position, "word_ids": [words[word] for word in example.options]}
 
 

@@ -72,7 +72,7 @@ def write(
 
     tokenizer = answering.tokenizer
     ids, mask = _padded(prompts, tokenizer.pad_token_id, next(model.parameters()).device)
-    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    ends = _ends(model, tokenizer)
     watch = _Watch(ids, ends, answering, temperature, [_generator(seed, prompt) for prompt in prompts])
     # Every setting that would change a choice is named: what the model's own generation_config says does not count.
     config = transformers.GenerationConfig(
@@ -98,6 +98,13 @@ def write(
         stopping_criteria=transformers.StoppingCriteriaList([watch.finished]),
     )
     return Written([watch.text(row) for row in out[:, ids.shape[1] :].tolist()], watch.margins.tolist())
+
+
+def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those of the model's own generation config (a turn's end)."""
+    own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more: list[Any] = own if isinstance(own, list) else [own]
+    return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None})  # type: ignore[call-overload]
 
 
 class _Watch:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
+from zoft.lm.models.agreement import agree, name_classes, require_classes
 from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 
 KINDS = {
@@ -59,7 +64,9 @@ def load_model_as(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     num_labels: int = 2,
+    labels: Sequence[str] = (),
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """A model of the kind that a task needs; a wrong one is refused before its weights are read.
 
@@ -70,14 +77,31 @@ def load_model_as(
         dtype: float32, bfloat16 or float16.
         attn_implementation: eager, sdpa, ...; None takes transformers' choice.
         num_labels: classes of a classifier; a model that is none gets a fresh head for them.
+        labels: their names, in the task's order.
         seed: of the fresh head; the global random state is left as it was.
+        tokenizer: what rows will be encoded by: the model's configs get its special tokens; None loads the model's.
 
     Raises:
-        UserError: a model of another kind, or a classifier with another number of classes.
+        UserError: a model of another kind, a classifier with other classes, or a tokenizer that does not go with it.
     """
+    model = _load_as(kind, name, revision, dtype, attn_implementation, num_labels, labels, seed)
+    agree(model, tokenizer or load_tokenizer(name, revision=revision), name)
+    return model
+
+
+def _load_as(
+    kind: str,
+    name: str,
+    revision: str | None,
+    dtype: str,
+    attn_implementation: str | None,
+    num_labels: int,
+    labels: Sequence[str],
+    seed: int,
+) -> PreTrainedModel:
     given: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
     if kind == "classifier":
-        return _load_classifier(name, num_labels, seed, **given)
+        return _load_classifier(name, num_labels, labels, seed, **given)
     if kind == "masked":
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -95,7 +119,14 @@ def load_model_as(
 
 
 def _load_classifier(
-    name: str, num_labels: int, seed: int, *, revision: str | None, dtype: str, attn_implementation: str | None
+    name: str,
+    num_labels: int,
+    labels: Sequence[str],
+    seed: int,
+    *,
+    revision: str | None,
+    dtype: str,
+    attn_implementation: str | None,
 ) -> PreTrainedModel:
     import transformers
 
@@ -106,17 +137,14 @@ def _load_classifier(
         arguments["attn_implementation"] = attn_implementation
     has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
     if has_head:
-        own = transformers.AutoConfig.from_pretrained(_place(name), revision=revision).num_labels
-        if own != num_labels:
-            raise UserError(
-                f"model.name={name} has a head for {own} classes, and the task has {num_labels}: give another"
-            )
+        said, _ = transformers.PretrainedConfig.get_config_dict(_place(name), revision=revision)
+        require_classes(name, said, num_labels, labels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         arguments["num_labels"] = num_labels
         model = _load_whole(transformers.AutoModelForSequenceClassification, name, arguments, fresh_head=not has_head)
-    if model.config.pad_token_id is None:  # by it, a causal model's classifier finds a text's last token
-        model.config.pad_token_id = load_tokenizer(name, revision=revision).pad_token_id
+    if not has_head:
+        name_classes(model, labels)
     return model
 
 
@@ -151,23 +179,49 @@ def _class_of(name: str, revision: str | None) -> Any:
     return named if is_model and "labels" in inspect.signature(named.forward).parameters else None
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, as_mezo: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the left, with a padding token.
+def load_tokenizer(
+    name: str, *, revision: str | None = None, as_mezo: bool = False, padding_side: str = "left"
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
 
     Args:
         name: as for :func:`load_model`.
         revision: branch, tag or commit on the hub.
         as_mezo: begin texts for OPT with ``<s>``, as MeZO's published code does, instead of the model's own ``</s>``.
+        padding_side: left, where texts are continued, or right.
+
+    Raises:
+        UserError: no tokenizer, or one without a token to pad with.
     """
     import transformers
 
     tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision})
+    _note_two_templates(name)
     if as_mezo and tokenizer.bos_token == "</s>" and tokenizer.convert_tokens_to_ids("<s>") == 0:
         tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision, "bos_token": "<s>"})
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = padding_side
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"the tokenizer of model.name={name} has neither a padding token nor one that ends a text: name one as "
+            "pad_token in its tokenizer_config.json"
+        )
     return tokenizer
+
+
+def _note_two_templates(name: str) -> None:
+    """A folder may hold two chat templates; transformers reads the file of its own."""
+    folder = Path(_place(name))
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if not file.is_file() or not config.is_file():
+        return
+    try:
+        other = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return
+    if isinstance(other, str) and other.strip() != file.read_text(encoding="utf-8").strip():
+        log.warning("%s is the chat template that is read; tokenizer_config.json beside it has another", file)
 
 
 def _require_dtype(dtype: str) -> None:
