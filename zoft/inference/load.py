@@ -93,7 +93,8 @@ def load_named(name: str, dtype: str = "float32") -> Loaded:
     from zoft.lm.models.load import load_model_as, load_tokenizer
 
     _quiet()
-    return Loaded(load_model_as("causal", name, dtype=dtype).to(device()).eval(), load_tokenizer(name), name)
+    tokenizer = load_tokenizer(name)
+    return Loaded(load_model_as("causal", name, dtype=dtype, tokenizer=tokenizer).to(device()).eval(), tokenizer, name)
 
 
 def require_writer(loaded: Loaded) -> None:

@@ -104,7 +104,7 @@ def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: the tokenizer's, and those of the model's own generation config (a turn's end)."""
     own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     more: list[Any] = own if isinstance(own, list) else [own]
-    return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None})  # type: ignore[call-overload]
+    return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None})
 
 
 class _Watch:

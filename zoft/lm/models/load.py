@@ -79,13 +79,14 @@ def load_model_as(
         num_labels: classes of a classifier; a model that is none gets a fresh head for them.
         labels: their names, in the task's order.
         seed: of the fresh head; the global random state is left as it was.
-        tokenizer: what rows will be encoded by: the model's configs get its special tokens; None loads the model's.
+        tokenizer: what rows will be encoded by: the model's configs get its special tokens; None leaves them.
 
     Raises:
         UserError: a model of another kind, a classifier with other classes, or a tokenizer that does not go with it.
     """
     model = _load_as(kind, name, revision, dtype, attn_implementation, num_labels, labels, seed)
-    agree(model, tokenizer or load_tokenizer(name, revision=revision), name)
+    if tokenizer is not None:
+        agree(model, tokenizer, name)
     return model
 
 

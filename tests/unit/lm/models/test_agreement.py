@@ -41,6 +41,10 @@ def folder(place: Path, *, classifier: bool = True, tokenizer: dict[str, Any] | 
     return place
 
 
+def loaded(kind: str, place: str, **more: Any) -> Any:
+    return load_model_as(kind, place, tokenizer=load_tokenizer(place), **more)
+
+
 def edit(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
@@ -81,7 +85,7 @@ def test_fault_1_every_special_token_is_the_tokenizers(tmp_path, kind):
         (tmp_path / "generation_config.json").write_text(
             '{"pad_token_id": 9, "bos_token_id": 8, "eos_token_id": [7, 6]}'
         )
-    model: Any = load_model_as(kind, str(place))
+    model: Any = loaded(kind, str(place))
     assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (1, 0, 2)
     if kind == "causal":
         assert model.generation_config.pad_token_id == 1
@@ -93,7 +97,7 @@ def test_fault_1_a_text_ends_where_either_of_them_says(tmp_path):
 
     place = folder(tmp_path, classifier=False)
     (place / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(3, 64))}))
-    model, tokenizer = load_model_as("causal", str(place)), load_tokenizer(str(place))
+    model, tokenizer = loaded("causal", str(place)), load_tokenizer(str(place))
     assert [len(text) for text in write(model, [[4, 5]], Answering(tokenizer, 8)).texts] == [0]
 
 
@@ -192,9 +196,9 @@ def test_fault_1_positions_counted_from_another_padding_token_are_refused(tmp_pa
     with pytest.raises(
         UserError, match=r"counts positions from its padding token, 5 by config.json, and its tokenizer"
     ):
-        load_model_as("masked", str(tmp_path))
+        loaded("masked", str(tmp_path))
     models.tiny_roberta_mlm().save_pretrained(tmp_path)
-    load_model_as("masked", str(tmp_path))
+    loaded("masked", str(tmp_path))
 
 
 def test_fault_1_a_tokenizer_that_cannot_pad_is_a_sentence(tmp_path):
@@ -211,7 +215,7 @@ def test_fault_1_two_numbers_of_classes_in_one_config(tmp_path):
     place = folder(tmp_path, id2label={0: "ham", 1: "spam"}, label2id={"ham": 0, "spam": 1})
     edit(place / "config.json", num_labels=3)
     with pytest.raises(UserError, match=r"config.json says num_labels=3 and names 2 classes"):
-        load_model_as("classifier", str(place), num_labels=2)
+        loaded("classifier", str(place), num_labels=2)
 
 
 def test_fault_1_classes_in_another_order_are_refused(tmp_path, caplog):
@@ -226,7 +230,7 @@ def test_fault_1_classes_in_another_order_are_refused(tmp_path, caplog):
     cfg = compose(head(place, data, "task.words={spam: yes, ham: no}"))
     assert evaluate(cfg, Request(output_dir=str(tmp_path / "eval")))["num_rows"] == 16
     assert "calls its classes" not in caplog.text
-    load_model_as("classifier", str(place), labels=("good", "bad"))
+    loaded("classifier", str(place), labels=("good", "bad"))
     assert "calls its classes 0=Spam, 1=ham; to the task they are 0=good, 1=bad" in caplog.text
 
 
@@ -237,7 +241,7 @@ def test_fault_1_a_fresh_head_carries_the_names_of_its_classes(tmp_path):
     kept = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert kept["id2label"] == {"0": "ham", "1": "spam"}
     with pytest.raises(UserError, match="give the task's words in the model's order"):
-        load_model_as("classifier", str(tmp_path / "run" / "model"), labels=("spam", "ham"))
+        loaded("classifier", str(tmp_path / "run" / "model"), labels=("spam", "ham"))
 
 
 def test_fault_1_two_chat_templates_are_noted(tmp_path, caplog):
