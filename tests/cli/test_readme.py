@@ -46,7 +46,7 @@ def cut_down(words):
     words = list(words)
     if words == QUICKSTART:
         words.append("output_dir=runs/quickstart-seed0")  # its default; what cuts it down would join the name
-    if not {"train", "tune", "data"} & set(words) or "--help" in words:
+    if not {"train", "tune", "data", "check", "estimate"} & set(words) or "--help" in words:
         return words
     cheap = any(word.startswith(("estimator=", "method=")) for word in words)
     return [*words, *SMALL, f"budget.queries={4 if cheap else 10}", *["budget=2"] * (words[1] == "tune")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 VERBS = {
     "train": "fine-tune a model (the one you came for)",
     "tune": "search a training job's settings: zoft tune config=quickstart space.optimizer.learning_rate='log(1e-3,1)'",
+    "check": "everything about a run before it begins, ticks and crosses: zoft check config=quickstart",
+    "estimate": "memory of a run before any weight is loaded, time by three steps: zoft estimate config=quickstart",
     "eval": "metrics on held-out rows, of a model or a run: zoft eval run=runs/mine mode=icl",
     "predict": "labels with probabilities for new rows: zoft predict run=runs/mine data=new.csv",
     "generate": "what a model writes behind a prompt: zoft generate run=runs/mine prompt='Once upon'",

@@ -20,7 +20,7 @@ def facts_of(run: str) -> dict[str, Any]:
     Raises:
         UserError: it is not finished, or its report cannot be read.
     """
-    from zoft.run.folder import REPORT
+    from zoft.report.results import REPORT
 
     path = Path(run) / REPORT
     try:

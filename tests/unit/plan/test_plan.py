@@ -1,0 +1,149 @@
+"""Estimates stand within 15 % of measured peaks; a check finds what is wrong before a weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import tiny_llama
+from tests.runs import WORDS, arguments, data_file, report, tiny_tokenizer, zoft
+from zoft.cli import main
+from zoft.lm.models.load import load_model_as
+from zoft.lm.models.meta import meta_model
+from zoft.plan.memory import Size, of_backprop
+
+SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 27 million weights (104 MiB), large beside what a batch of a few tokens takes."""
+    made = tmp_path_factory.mktemp("large")
+    tiny_llama(**SIZES, num_key_value_heads=8, vocab_size=8192).save_pretrained(made / "model")
+    tiny_tokenizer().save_pretrained(made / "model")
+    data_file(made / "data.jsonl")
+    return made
+
+
+def words_of(folder: Path, *more: str) -> list[str]:
+    return arguments(folder, folder / "out", "trainer.eval_steps=100", "trainer.save_strategy='no'", *more)
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["optimizer=adam"], ["peft=lora"], ["engine=in_place"]], ids=["mezo", "adam", "lora", "in_place"]
+)
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(more: list[str], large: Path, tmp_path: Path):
+    """Both in processes of their own: resident memory is a process's."""
+    given = [
+        *words_of(large, "budget.queries=4", *more)[:-1],
+        *more,
+        f"output_dir={tmp_path / 'out'}",
+        "budget.queries=4",
+    ]
+    given = [word for word in dict.fromkeys(given) if word != f"output_dir={large / 'out'}"]
+    told = zoft("estimate", *given, "--json", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr[-2000:]
+    found = json.loads(told.stdout.splitlines()[-1])
+    done = zoft("train", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = report(tmp_path / "out")["peak_memory_mb"]
+    assert abs(found["method_mb"] / measured - 1) < 0.15, (found, measured)
+    assert found["method_mb"] < found["adamw_mb"]
+
+
+def test_no_weight_is_loaded(tmp_path: Path, capsys: Any):
+    words = arguments(tmp_path, tmp_path / "out")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert main(["estimate", *words]) == 0
+    said = capsys.readouterr().out
+    assert "this run" in said
+    assert "LoRA" in said
+    assert main(["check", *words, "--quick"]) == 0
+    assert "Ready" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_time_comes_from_three_steps(tmp_path: Path, capsys: Any):
+    words = arguments(tmp_path, tmp_path / "out", "budget.queries=24000")
+    assert main(["estimate", *words, "--time", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 24 < found["seconds"] < 24_000  # between a millisecond and a second a query
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["causal", "classifier"])
+def test_the_meta_model_has_the_shapes_of_the_loaded_one(kind: str, tmp_path: Path):
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model_as(kind, str(tmp_path), dtype="bfloat16", num_labels=4)
+    meta = meta_model(kind, str(tmp_path), revision=None, dtype="bfloat16", attention=None, num_labels=4)
+    shapes = [{n: (t.shape, t.dtype) for n, t in model.state_dict().items()} for model in (loaded, meta)]
+    assert shapes[0] == shapes[1]
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+def test_backpropagation_is_estimated_with_what_a_process_holds():
+    model = tiny_llama()
+    size = Size(batch=4, eval_batch=8, longest=16, positions=1)
+    lora, full = (of_backprop(model, size, 500.0, lora=lora) for lora in (True, False))
+    assert 500 < lora.total_mb < full.total_mb
+    assert full.total_mb == pytest.approx(500 + sum(full.parts.values()))
+
+
+def ticks(capsys: Any) -> dict[str, dict[str, Any]]:
+    return {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+
+
+def test_a_run_in_order_has_ticks_alone(tmp_path: Path, capsys: Any):
+    words = arguments(tmp_path, tmp_path / "out")
+    rows = [
+        {"text": f"{a} {b}", "label": ("ham", "spam")[k % 2]}
+        for k, (a, b) in enumerate((a, b) for a in WORDS[:7] for b in WORDS[:7])
+    ][:48]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["check", *words, "--json"]) == 0
+    found = ticks(capsys)
+    names = ["config", "data", "leaks", "tokenizer", "options", "length", "model", "memory", "rehearsal"]
+    assert list(found) == names
+    assert {check["state"] for check in found.values()} == {"ok"}, found
+    assert "2 steps, 4 queries, loss" in found["rehearsal"]["text"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "name", "state", "text"),
+    [
+        (["task.train=nowhere.jsonl"], "data", "failed", "there is no data file nowhere.jsonl"),
+        (["task.words={ham: 'lunching', spam: 'winning'}"], "options", "failed", "are the same tokens to this model"),
+        (["model.name=./nowhere"], "model", "failed", "there is no model folder ./nowhere"),
+        (["objective=preference"], "objective", "failed", "objective=preference is computed from"),
+        (
+            ["task.max_length=8", "task.template='{text} is it spam you no yes'"],
+            "length",
+            "note",
+            "rows are cut at task.max_length=8",
+        ),
+        (["task.template='{text} unheard'"], "tokenizer", "note", "do not come back from their tokens"),
+        ([], "leaks", "note", "stand"),
+    ],
+)
+def test_what_is_wrong_is_a_line(more: list[str], name: str, state: str, text: str, tmp_path: Path, capsys: Any):
+    words = arguments(tmp_path, tmp_path / "out", *more)
+    assert main(["check", *words, "--quick", "--json"]) == (2 if state == "failed" else 0)
+    found = ticks(capsys)
+    assert found[name]["state"] == state, found
+    assert text in found[name]["text"]
+
+
+@pytest.mark.parametrize("verb", ["check", "estimate"])
+def test_wrong_requests_are_one_sentence(verb: str, capsys: Any):
+    for words, message in (
+        ([], "needs something to train on"),
+        (["config=quickstart", "--tim"], "has no flag '--tim'"),
+        (["config=nowhere"], "there is no config called 'nowhere'"),
+    ):
+        assert main([verb, *words]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""`zoft estimate`: what a run will take, before any weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+from zoft.cli._words import parsed
+
+if TYPE_CHECKING:
+    from zoft.plan.estimate import Estimate
+
+KEYS: tuple[str, ...] = ()
+FLAGS = ("--time", "--json")
+HELP = """\
+usage: zoft estimate [config=NAME_OR_PATH] [group=choice]... [key=value]... [--time] [--json]
+
+Memory of the run that these arguments describe (those of zoft train), part by part, beside backpropagation through a
+LoRA and through all weights with AdamW, on the same model and batch. The data and the tokenizer are read, of the
+model its config alone: no weight is loaded. On a CPU everything counts the interpreter and its libraries too, as a
+process would show it. The floor of backpropagation counts no temporary buffers.
+
+--time    load the weights, make three steps in a folder of their own, and say how long training will take;
+          evaluations come on top
+--json    for machines
+
+Examples:
+  zoft estimate config=quickstart
+  zoft estimate config=classify task.train=reviews.csv model.name=Qwen/Qwen3-0.6B peft=lora --time
+"""
+
+
+def command(arguments: list[str]) -> int:
+    """Estimate.
+
+    Args:
+        arguments: overrides as of `zoft train`, and the flags of :data:`HELP`.
+    """
+    from zoft.cli.train import _quiet, _require_a_start
+
+    _, overrides, flags = parsed("estimate", arguments, KEYS, FLAGS)
+    _require_a_start(overrides)
+    from zoft.config import compose
+    from zoft.plan.estimate import estimate
+
+    _quiet()
+    found = estimate(compose(overrides), probe="--time" in flags)
+    if "--json" in flags:
+        totals = {f"{name}_mb": getattr(found, name).total_mb for name in ("method", "lora", "adamw")}
+        print(json.dumps(dataclasses.asdict(found) | totals))
+    else:
+        print("\n".join(lines(found)))
+    return 0
+
+
+def lines(found: Estimate) -> list[str]:
+    """The estimate for people."""
+    from zoft.report.text import duration, gib
+
+    parts = {"interpreter, libraries": found.method.host_mb} if found.method.host_mb else {}
+    told = ", ".join(f"{name} {_size(mb)}" for name, mb in {**found.method.parts, **parts}.items())
+    rows = [
+        f"model     {found.model}: {found.num_params:,} weights, {found.num_trainable:,} trained, on {found.device}",
+        f"this run  {gib(found.method.total_mb)}: {told}",
+    ]
+    if found.adamw.parts:
+        rows.append(f"LoRA      {gib(found.lora.total_mb)} by backpropagation, rank 8 on queries and values")
+        rows.append(f"AdamW     {gib(found.adamw.total_mb)} by backpropagation of all weights")
+    if found.free_mb is not None:
+        fits = "fits" if found.method.total_mb - found.method.host_mb <= found.free_mb else "DOES NOT FIT"
+        rows.append(f"free      {gib(found.free_mb)} now: this run {fits}")
+    if found.seconds is not None:
+        rows.append(f"time      about {duration(found.seconds)} for {found.queries:,} queries; evaluations come on top")
+    return rows
+
+
+def _size(mb: float) -> str:
+    return f"{mb / 1024:.2f} GiB" if mb >= 1024 else f"{mb:.0f} MiB"

@@ -1,0 +1,1 @@
+"""Before a run: what it will take, and whether everything about it is in order."""

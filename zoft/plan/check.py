@@ -1,0 +1,194 @@
+"""Everything about a run looked at before it begins: config, rows, tokenizer, model, memory, and two steps."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+
+_SHOWN = 50  # rows that are tried on the tokenizer
+_STEPS = 2
+_UNCUT = 2**30  # tokens
+
+
+@dataclass
+class Finding:
+    """One line.
+
+    Args:
+        name: what was looked at.
+        state: ``ok``, ``failed`` (the run would not begin, or mean nothing) or ``note`` (it could be better).
+        text: how it is.
+    """
+
+    name: str
+    state: str
+    text: str
+
+
+def checked(cfg: ZoftConfig, *, rehearse: bool = True) -> Iterator[Finding]:
+    """Every finding, in the order in which a run would come to it; a failed one ends what depends on it.
+
+    Args:
+        cfg: the run's config.
+        rehearse: whether the weights are loaded for two steps at the end.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield _config(cfg)
+        splits = cfg.task.load()
+        yield from _data(cfg, splits)
+        yield from _rows(cfg, splits, rehearse)
+    except UserError as error:
+        yield Finding(_place(str(error)), "failed", str(error))
+
+
+def _place(message: str) -> str:
+    """What a sentence is about, by the keys in it."""
+    of = {"options": "are the same tokens", "model": "model", "objective": "objective"}
+    return next((name for name, word in of.items() if word in message), "data")
+
+
+def _config(cfg: ZoftConfig) -> Finding:
+    doubts = cfg.doubts()
+    named = f"{cfg.config}, {cfg.budget.queries:,} queries, output_dir={cfg.output_dir}"
+    return Finding("config", "note", doubts[0]) if doubts else Finding("config", "ok", named)
+
+
+def _data(cfg: ZoftConfig, splits: Any) -> Iterator[Finding]:
+    from zoft.lm.data.repeats import notes
+
+    task: Any = cfg.task
+    read = f", {task.reading().sentence()}" if hasattr(task, "reading") else ""
+    counts = ", ".join(f"{len(getattr(splits, name)):,} {name}" for name in ("train", "dev", "test"))
+    yield Finding("data", "ok", f"{counts} rows of {getattr(task, 'train', '') or task.name()}{read}")
+    found = notes(splits)
+    for note in found:
+        yield Finding("leaks", "note", note)
+    if not found:
+        yield Finding("leaks", "ok", "no row stands in two splits, or twice in one")
+    labels = [example.label for example in splits.train if getattr(example, "label", None) is not None]
+    lacking = [number for number in range(len(getattr(splits.train[0], "options", ()))) if number not in labels]
+    if labels and lacking and len({getattr(example, "options", ()) for example in splits.train}) == 1:
+        names = ", ".join(splits.train[0].options[number].strip() for number in lacking)
+        yield Finding("labels", "note", f"no training row has the label {names}")
+
+
+def _rows(cfg: ZoftConfig, splits: Any, rehearse: bool) -> Iterator[Finding]:
+    from zoft.lm import formats
+    from zoft.plan.estimate import of_rows
+    from zoft.run.build import tokenizer_of
+
+    cfg.settle(formats.settled(cfg.task, splits.train, cfg.objective))
+    form = formats.format_of(cfg.task, splits.train, cfg.objective)
+    tokenizer = tokenizer_of(cfg)
+    length, room = cfg.task.max_length, formats.room_of(cfg.task, cfg.objective)
+
+    def encoded(some: Any, longest: int) -> list[Any]:
+        return formats.encode_rows(form, some, tokenizer, longest, room)
+
+    rows = {name: encoded(getattr(splits, name), length) for name in ("train", "dev", "test")}
+    yield _round_trip(splits.train, tokenizer)
+    yield from _options(rows["train"], splits.train)
+    yield _cut(cfg, splits.train, rows["train"], encoded)
+    estimate = of_rows(cfg, rows)
+    text = f"{estimate.num_params:,} weights, {estimate.num_trainable:,} trained, {cfg.model.dtype}"
+    yield Finding("model", "ok", f"{cfg.model.name}: {text}; objective={cfg.objective.name()}")
+    yield _memory(estimate)
+    if rehearse:
+        yield _rehearsal(cfg, rows)
+
+
+def _round_trip(examples: Any, tokenizer: Any) -> Finding:
+    """Whether texts come back from their tokens as they were; unknown words are lost for training too."""
+    texts = [text for text in (getattr(example, "prompt", "") for example in examples[:_SHOWN]) if text]
+    lost = [
+        text
+        for text in texts
+        if tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).split() != text.split()
+    ]
+    if not lost:
+        return Finding("tokenizer", "ok", f"{len(texts):,} texts come back from their tokens as they were")
+    told = (
+        f"{len(lost):,} of {len(texts):,} texts do not come back from their tokens as they were, e.g. {lost[0][:60]!r}"
+    )
+    return Finding("tokenizer", "note", told)
+
+
+def _options(rows: Any, examples: Any) -> Iterator[Finding]:
+    """Options whose tokens are the same cannot be told apart."""
+    if "sequences" not in rows[0] or len(rows[0]["sequences"]) < 2:
+        return
+    for row, example in zip(rows, examples, strict=True):
+        ends = [tuple(ids[len(ids) - n :]) for ids, n in zip(row["sequences"], row["lengths"], strict=True)]
+        if len(set(ends)) < len(ends):
+            twice = next(place for place, end in enumerate(ends) if end in ends[:place])
+            told = f"{example.options[ends.index(ends[twice])]!r} and {example.options[twice]!r}"
+            yield Finding("options", "failed", f"{told} are the same tokens to this model: give them other words")
+            return
+    yield Finding("options", "ok", "every option has tokens of its own")
+
+
+def _cut(cfg: ZoftConfig, examples: Any, rows: Any, encoded: Callable[[Any, int], list[Any]]) -> Finding:
+    from zoft.plan.estimate import _length
+
+    longest, limit = max(map(_length, rows)), cfg.task.max_length
+    if longest < limit:
+        return Finding(
+            "length", "ok", f"at most {longest:,} tokens in a training row, none cut (task.max_length={limit})"
+        )
+    whole = [_length(row) for row in encoded(examples, _UNCUT)]
+    cut = sum(length > limit for length in whole)
+    told = f"{cut:,} of {len(whole):,} training rows are cut at task.max_length={limit}"
+    return Finding("length", "note" if cut else "ok", f"{told}; the longest has {max(whole):,} tokens")
+
+
+def _memory(estimate: Any) -> Finding:
+    from zoft.report.text import gib
+
+    wanted = estimate.method.total_mb - estimate.method.host_mb
+    told = f"about {gib(estimate.method.total_mb)} on {estimate.device}"
+    if estimate.free_mb is None:
+        return Finding("memory", "ok", told)
+    fits = wanted <= estimate.free_mb
+    return Finding(
+        "memory",
+        "ok" if fits else "failed",
+        f"{told}, {gib(estimate.free_mb)} free"
+        + ("" if fits else ": take a smaller batch, model.dtype=bfloat16, or fewer tokens"),
+    )
+
+
+def _rehearsal(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Finding:
+    """Two steps in a folder of their own; nothing of the run's is touched."""
+    from zoft.run.build import arguments_of, load_model_of, make_trainer, tokenizer_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = copy.copy(cfg)
+        composition, cfg.output_dir = cfg.composition, folder
+        off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        cfg.trainer = dict(cfg.trainer) | off | {"eval_on_start": False, "journal": False}
+        cfg.tracker = dataclasses.replace(cfg.tracker, report_to=[])
+        queries = sum(composition.queries_at(step) for step in range(_STEPS))
+        cfg.budget = dataclasses.replace(cfg.budget, queries=queries)
+        import transformers
+
+        trainer = make_trainer(cfg, arguments_of(cfg), load_model_of(cfg), tokenizer_of(cfg), rows)
+        for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+            trainer.remove_callback(callback)
+        loss, skipped = float(trainer.train().training_loss), trainer.progress.num_skipped
+    if skipped or not math.isfinite(loss):
+        return Finding("rehearsal", "failed", f"the loss was not finite in {skipped} of {_STEPS} steps")
+    return Finding("rehearsal", "ok", f"{_STEPS} steps, {queries} queries, loss {loss:.4g}")

@@ -1,0 +1,205 @@
+"""What a run will take: memory before any weight is loaded, time by a few steps where that is asked for."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.plan.memory import Memory, Size, of_backprop, of_method
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+
+PROBED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known before a run.
+
+    Args:
+        model: the model's name.
+        num_params: its weights.
+        num_trainable: those that are trained.
+        method: memory of this run.
+        lora: memory of backpropagation through a LoRA.
+        adamw: memory of backpropagation through all weights, with AdamW.
+        device: where the model will be.
+        free_mb: what is free there now.
+        queries: of the budget.
+        seconds: to the end of training, by a probe; None where none was asked for.
+    """
+
+    model: str
+    num_params: int
+    num_trainable: int
+    method: Memory
+    lora: Memory
+    adamw: Memory
+    device: str
+    free_mb: float | None
+    queries: int
+    seconds: float | None = None
+
+
+def estimate(cfg: ZoftConfig, *, probe: bool = False) -> Estimate:
+    """Estimate a run.
+
+    Args:
+        cfg: the run's config; its data and its tokenizer are read, of its model the config alone.
+        probe: whether the weights are loaded and three steps made, for the time.
+
+    Raises:
+        UserError: data, tokenizer or model cannot be read.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from zoft.run.build import load_rows
+
+    _, rows = load_rows(cfg)
+    made = of_rows(cfg, rows)
+    return dataclasses.replace(made, seconds=seconds_of(cfg, rows)) if probe else made
+
+
+def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Estimate:
+    """The estimate for encoded rows; no weight is loaded and no step made."""
+    from zoft.lm import formats
+    from zoft.lm.models.meta import meta_model
+    from zoft.report.memory import PeakMemory
+    from zoft.run.build import _trainable_of
+    from zoft.utils.lazy import torch
+
+    model = meta_model(
+        formats.model_kind(cfg.task),
+        cfg.model.name,
+        revision=cfg.model.revision,
+        dtype=cfg.model.dtype,
+        attention=cfg.model.attn_implementation,
+        num_labels=formats.num_labels(cfg.task),
+    )
+    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    import zoft.trainer.trainer  # noqa: F401  # with what it brings it is part of what a run's process holds
+
+    host = PeakMemory("cpu").current_mb() if device == "cpu" else 0.0
+    num_params = sum(p.numel() for p in model.parameters())
+    size = size_of(cfg, rows)
+    lora, adamw = (of_backprop(model, size, host, lora=lora) for lora in (True, False))
+    with torch.device("meta"):
+        wrapped = _wrapped(cfg, model)
+    _trainable_of(cfg).apply(wrapped)
+    own = of_method(cfg, wrapped, dataclasses.replace(size, kept_tokens=_kept(wrapped, rows)), host)
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    return Estimate(cfg.model.name, num_params, trained, own, lora, adamw, device, free_mb(device), cfg.budget.queries)
+
+
+def size_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Size:
+    """How much goes through the model at a time."""
+    every = [row for part in rows.values() for row in part]
+    options = max(len(row.get("sequences", ())) or 1 for row in every)
+    options = 1 if _one_token(every) else options
+    longest = max(_length(row) for row in every)
+    counted = max(_counted(row) for row in every)
+    batch, eval_batch = (int(cfg.trainer.get(f"per_device_{name}_batch_size", 8)) for name in ("train", "eval"))
+    sides = 2 if "chosen" in every[0] else 1
+    return Size(batch * options * sides, eval_batch * options * sides, longest, counted)
+
+
+def seconds_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float:
+    """Seconds to the end of training, by three steps of a run in a folder of its own; the first warms up."""
+    from zoft.run.build import arguments_of, load_model_of, make_trainer, tokenizer_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = copy.copy(cfg)
+        composition, cfg.output_dir = cfg.composition, folder
+        own = dict(cfg.trainer) | {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        cfg.trainer = own | {"eval_on_start": False, "journal": False}
+        costs = [composition.queries_at(step) for step in range(PROBED_STEPS)]
+        budget, cfg.budget = cfg.budget.queries, dataclasses.replace(cfg.budget, queries=sum(costs))
+        cfg.tracker = dataclasses.replace(cfg.tracker, report_to=[])
+        args = arguments_of(cfg)
+        few = rows["train"][: PROBED_STEPS * args.per_device_train_batch_size * args.gradient_accumulation_steps]
+        model, tokenizer = load_model_of(cfg), tokenizer_of(cfg)
+        trainer = make_trainer(cfg, args, model, tokenizer, {**rows, "train": few})
+        trainer.create_optimizer()
+        began = time.perf_counter()
+        for _ in trainer.fill_frozen_prefix(few):
+            pass
+        filling = (time.perf_counter() - began) / len(few) * sum(map(len, rows.values()))
+        ends = _timed_steps(trainer)
+    per_query = (ends[-1] - ends[0]) / sum(costs[1:]) if len(ends) > 1 else ends[0] / costs[0]
+    return (filling if trainer.frozen_prefix is not None else 0.0) + per_query * budget
+
+
+def _timed_steps(trainer: Any) -> list[float]:
+    """When each step ended, on the clock since training began."""
+    import transformers
+
+    ends: list[float] = []
+    began = time.perf_counter()
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter() - began)
+
+    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Clock())
+    trainer.train()
+    return ends
+
+
+def free_mb(device: str) -> float | None:
+    """What is free on a device now; None where nobody says."""
+    from zoft.utils.lazy import torch
+
+    if device.startswith("cuda"):
+        return float(torch.cuda.mem_get_info()[0]) / 2**20
+    try:
+        memory = importlib.import_module("psutil").virtual_memory()
+    except ImportError:  # accelerate brings it
+        return None
+    return float(memory.available) / 2**20
+
+
+def _wrapped(cfg: ZoftConfig, model: Any) -> Any:
+    """With the adapter; a prefix begins at the model's activations, which a model without weights has none of."""
+    peft: Any = cfg.peft
+    if hasattr(peft, "init"):
+        peft = dataclasses.replace(peft, init="random")
+    return peft.wrap(model, cfg.seed)
+
+
+def _kept(model: Any, rows: dict[str, list[Any]]) -> int:
+    """Tokens whose hidden states are kept: all, where blocks below the lowest trained one are frozen."""
+    from zoft.engines._frozen_prefix import FrozenPrefix
+    from zoft.weights.tensors import Weights
+
+    if FrozenPrefix.of(model, Weights(model), 1) is None:
+        return 0
+    return sum(_length(row) for part in rows.values() for row in part)
+
+
+def _one_token(rows: list[Any]) -> bool:
+    return all("sequences" in row and set(row["lengths"]) == {1} for row in rows)
+
+
+def _length(row: Any) -> int:
+    if "chosen" in row:
+        return max(len(row[side]["input_ids"]) for side in ("chosen", "rejected"))
+    return max(map(len, row["sequences"])) if "sequences" in row else len(row["input_ids"])
+
+
+def _counted(row: Any) -> int:
+    """Positions of a row whose logits are computed."""
+    if "chosen" in row:
+        return max(_counted(row[side]) for side in ("chosen", "rejected"))
+    if isinstance(row.get("labels"), list):
+        return sum(label >= 0 for label in row["labels"])
+    return max(row["lengths"]) if "lengths" in row else 1
