@@ -11,6 +11,7 @@ from zoft.attack.ball import LOSSES, Ball
 from zoft.attack.methods import AttackMethod
 from zoft.attack.subspaces import SUBSPACES
 from zoft.errors import UserError, did_you_mean
+from zoft.utils.words import read_words
 
 RADII = {"digits": (0.2, 1.0), "fashion_mnist": (0.1, 1.5), "image": (8 / 255, 3.0)}
 """Radius where none is given, for linf and l2."""
@@ -80,17 +81,16 @@ class AttackSettings:
             0.03137254901960784
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        given: dict[str, Any] = {}
-        for argument in arguments:
-            key, equals, text = argument.partition("=")
-            if key not in known:
-                raise UserError(f"zoft attack has no key {key!r}.{did_you_mean(key, known)} See zoft attack --help")
-            if not equals or not text:
+        words = read_words("attack", arguments, keys=known)
+        for word in words.rest:
+            key = word.partition("=")[0]
+            if key in known:
                 raise UserError(f"{key} needs a value: write {key}=VALUE")
-            if key in given:
-                raise UserError(f"{key} is given twice")
-            given[key] = _value(key, text)
-        return cls(**given)
+            raise UserError(f"zoft attack has no key {key!r}.{did_you_mean(key, known)} See zoft attack --help")
+        for key, text in words.own.items():
+            if not text:
+                raise UserError(f"{key} needs a value: write {key}=VALUE")
+        return cls(**{key: _value(key, text) for key, text in words.own.items()})
 
     def resolved(self) -> AttackSettings:
         """Checked, with the defaults that depend on other settings; ``grid`` depends on the image and stays."""

@@ -15,6 +15,7 @@ from zoft.bench.plan import BUILT_IN, FIELDS, MODES, STANDARD, Cell, Entry, Plan
 from zoft.config import texts
 from zoft.config.catalog import preset_files
 from zoft.errors import UserError, did_you_mean
+from zoft.utils.words import read_words
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -57,16 +58,7 @@ def read_plan(words: list[str]) -> Plan:
     Raises:
         UserError: a file or key that is not there, a value of another kind, an argument that the bench itself varies.
     """
-    own: dict[str, str] = {}
-    training: list[str] = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if word.startswith("-"):
-            raise UserError(f"zoft bench has no flag {word!r}: see zoft bench --help")
-        if equals and key in (*FIELDS, "config"):
-            own[key] = value
-        else:
-            training.append(word)
+    own, training, _, _ = read_words("bench", words, keys=(*FIELDS, "config"))
     if "config" not in own:
         raise UserError("zoft bench needs config=: a file of configs/bench (config=demo), a path, or an experiment")
     name = own.pop("config")

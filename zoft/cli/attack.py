@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from zoft.errors import UserError, did_you_mean
+from zoft.utils.words import read_words
 
 
 def command(arguments: list[str]) -> int:
@@ -15,18 +15,14 @@ def command(arguments: list[str]) -> int:
     Args:
         arguments: ``key=value``, and ``--json``.
     """
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    for flag in flags:
-        if flag != "--json":
-            near = did_you_mean(flag, ("--json", "--help"))
-            raise UserError(f"zoft attack has no flag {flag!r}.{near} See zoft attack --help")
+    words = read_words("attack", arguments, flags=["--json"])
     from zoft.attack.settings import AttackSettings
 
-    settings = AttackSettings.of([argument for argument in arguments if argument not in flags]).resolved()
+    settings = AttackSettings.of(words.rest).resolved()
     from zoft.attack.report import carry_out
 
     results = carry_out(settings, progress=_progress)
-    if flags:
+    if words.flags:
         print(json.dumps(results, ensure_ascii=False))
     else:
         print("\n".join([*lines(results), f"results: {settings.output_dir}"]))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from zoft.cli._words import parsed
 from zoft.cli.generate import loaded_of, writing_of
 from zoft.errors import UserError
+from zoft.utils.words import read_words
 
 KEYS, FLAGS = ("run", "model", "system", "max_new_tokens", "temperature", "seed"), ("--compare",)
 HELP = """\
@@ -26,7 +26,7 @@ def command(arguments: list[str]) -> int:
     Args:
         arguments: ``run=DIR`` or ``model=NAME``, ``system=TEXT``, settings of writing, ``--compare``.
     """
-    asked, overrides, flags = parsed("chat", arguments, KEYS, FLAGS)
+    asked, overrides, flags, _ = read_words("chat", arguments, keys=KEYS, flags=FLAGS, bare=False)
     compare = "--compare" in flags
     if compare and asked.get("model"):
         raise UserError("--compare shows a run's model beside the one before training: give run=DIR, not model=")

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zoft.errors import UserError, did_you_mean
+from zoft.errors import UserError
+from zoft.utils.words import read_words
 
 ROWS = 3
 """Rows shown of a split."""
@@ -32,7 +33,9 @@ def command(arguments: list[str]) -> int:
     if not arguments or arguments[0] != "show":
         given = arguments[0] if arguments else ""
         raise UserError(f"say `zoft data show`, with the arguments of zoft train, got {given!r}. See zoft data --help")
-    overrides, num_rows, as_json = _parsed(arguments[1:])
+    words = read_words("data", arguments[1:], flags=["--json"], options=["--rows"])
+    overrides, as_json = words.rest, "--json" in words.flags
+    num_rows = _num_rows(words.options.get("--rows", str(ROWS)))
     facts = gathered(overrides, num_rows)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -273,22 +276,10 @@ def _columns(text: str) -> int:
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
-def _parsed(arguments: list[str]) -> tuple[list[str], int, bool]:
-    overrides, rows, as_json, rest = [], str(ROWS), False, iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if argument == "--json":
-            as_json = True
-        elif name == "--rows":
-            rows = value if equals else next(rest, "")
-        elif argument.startswith("-"):
-            near = did_you_mean(argument, ("--json", "--rows", "--help"))
-            raise UserError(f"zoft data show has no flag {argument!r}.{near} See zoft data --help")
-        else:
-            overrides.append(argument)
-    if not rows.isdecimal() or int(rows) > 1000:
-        raise UserError(f"--rows must be a whole number up to 1000, got {rows!r}")
-    return overrides, int(rows), as_json
+def _num_rows(text: str) -> int:
+    if not text.isdecimal() or int(text) > 1000:
+        raise UserError(f"--rows must be a whole number up to 1000, got {text!r}")
+    return int(text)
 
 
 def _width() -> int:

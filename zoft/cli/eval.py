@@ -6,7 +6,8 @@ import dataclasses
 import json
 from typing import Any
 
-from zoft.errors import UserError, did_you_mean
+from zoft.errors import UserError
+from zoft.utils.words import read_words
 
 _HARNESS = ("harness", "harness_limit", "harness_path")
 _KEYS = ("run", "mode", "k", "split", "evaluate", *_HARNESS)
@@ -19,7 +20,8 @@ def command(arguments: list[str]) -> int:
         arguments: overrides as of `zoft train`, ``run=``, ``mode=``, ``k=``, ``split=``, ``evaluate=``, ``harness=``,
             ``harness_limit=``, ``harness_path=``, ``--json``.
     """
-    overrides, asked, as_json = _parsed(arguments)
+    words = read_words("eval", arguments, keys=_KEYS, flags=["--json"])
+    overrides, asked, as_json = words.rest, words.own, "--json" in words.flags
     from zoft.cli.train import _quiet
     from zoft.config import compose
     from zoft.evaluation import evaluate, harness
@@ -145,20 +147,3 @@ def _harness_settings(asked: dict[str, str], overrides: list[str]) -> dict[str, 
                 raise UserError(f"{key} must be a whole number of {what}, got {asked[key]!r}")
             given[field] = int(asked[key])
     return given
-
-
-def _parsed(arguments: list[str]) -> tuple[list[str], dict[str, str], bool]:
-    overrides, asked, as_json = [], {}, False
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if word == "--json":
-            as_json = True
-        elif word.startswith("-"):
-            raise UserError(
-                f"zoft eval has no flag {word!r}.{did_you_mean(word, ('--json', '--help'))} See zoft eval --help"
-            )
-        elif equals and key in _KEYS:
-            asked[key] = value
-        else:
-            overrides.append(word)
-    return overrides, asked, as_json

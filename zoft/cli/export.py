@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zoft.cli._words import parsed
 from zoft.errors import UserError
+from zoft.utils.words import read_words
 
 KEYS = ("run", "output", "quantize", "push")
 FLAGS = ("--merge", "--gguf", "--public")
@@ -28,7 +28,7 @@ Examples:
   zoft export run=runs/quickstart-seed0 --gguf --quantize q8_0
   zoft export run=runs/mine --merge --push me/spam-filter
 """
-_VALUED = ("--quantize", "--push")  # flags that take the next word
+OPTIONS = ("--quantize", "--push")
 
 
 def command(arguments: list[str]) -> int:
@@ -37,7 +37,12 @@ def command(arguments: list[str]) -> int:
     Args:
         arguments: ``run=DIR``, ``output=DIR``, and the flags of :data:`HELP`.
     """
-    asked, overrides, flags = parsed("export", _joined(arguments), KEYS, FLAGS)
+    words = read_words("export", arguments, keys=KEYS, flags=FLAGS, options=OPTIONS, bare=False)
+    asked, overrides, flags = (
+        words.own | {name.lstrip("-"): text for name, text in words.options.items()},
+        words.rest,
+        words.flags,
+    )
     _check(asked, flags)
     from zoft.cli.train import _quiet
     from zoft.export.push import push, require_name
@@ -62,23 +67,6 @@ def command(arguments: list[str]) -> int:
     if "push" in asked:
         print(f"pushed  {push(folder, asked['push'], public='--public' in flags)}")
     return 0
-
-
-def _joined(arguments: list[str]) -> list[str]:
-    """``--push NAME`` as ``push=NAME``."""
-    words, rest = [], iter(arguments)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag in _VALUED:
-            value = value if equals else next(rest, "")
-            if not value or value.startswith("-"):
-                raise UserError(
-                    f"{flag} is followed by a value: {flag} {'q8_0' if flag == '--quantize' else 'OWNER/NAME'}"
-                )
-            words.append(f"{flag.lstrip('-')}={value}")
-        else:
-            words.append(word)
-    return words
 
 
 def _check(asked: dict[str, str], flags: set[str]) -> None:

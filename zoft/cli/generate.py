@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zoft.cli._words import parsed
 from zoft.errors import UserError
+from zoft.utils.words import read_words
 
 KEYS = ("run", "model", "prompt", "data", "output", "max_new_tokens", "temperature", "seed")
 FLAGS = ("--chat", "--json")
@@ -31,7 +31,7 @@ def command(arguments: list[str]) -> int:
     Args:
         arguments: ``run=DIR`` or ``model=NAME``, ``prompt=TEXT`` or ``data=FILE``, settings of writing, ``--chat``.
     """
-    asked, overrides, flags = parsed("generate", arguments, KEYS, FLAGS)
+    asked, overrides, flags, _ = read_words("generate", arguments, keys=KEYS, flags=FLAGS, bare=False)
     if ("prompt" in asked) == ("data" in asked):
         raise UserError(
             'give prompt="..." or data=FILE with a column called prompt: zoft generate run=runs/mine prompt="Once"'

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from zoft.cli._words import parsed
 from zoft.errors import UserError
+from zoft.utils.words import read_words
 
 KEYS, FLAGS = ("run", "data", "output"), ("--json",)
 HELP = """\
@@ -34,7 +34,7 @@ def command(arguments: list[str]) -> int:
     Args:
         arguments: ``run=DIR``, ``data=FILE``, ``output=FILE``, ``--json``, and keys of the run's config.
     """
-    asked, overrides, flags = parsed("predict", arguments, KEYS, FLAGS)
+    asked, overrides, flags, _ = read_words("predict", arguments, keys=KEYS, flags=FLAGS, bare=False)
     for key, what in (("run", "the folder of a finished run"), ("data", "a file with the rows to predict")):
         if not asked.get(key):
             raise UserError(f"{key}= is missing: give {what}, zoft predict run=runs/mine data=new.csv")

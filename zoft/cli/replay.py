@@ -6,6 +6,7 @@ from pathlib import Path
 
 from zoft.cli.journal import journal_of
 from zoft.errors import UserError
+from zoft.utils.words import read_words
 
 
 def command(arguments: list[str]) -> int:
@@ -35,19 +36,7 @@ def command(arguments: list[str]) -> int:
 
 
 def _parsed(arguments: list[str]) -> tuple[str, dict[str, str]]:
-    options: dict[str, str] = {}
-    words: list[str] = []
-    rest = iter(arguments)
-    for word in rest:
-        name, _, value = word.partition("=")
-        if name in ("--to", "--output"):
-            options[name] = value or next(rest, "")
-            if not options[name]:
-                raise UserError(f"{name} needs a value: zoft replay RUN [--to STEP] [--output DIR]")
-        elif word.startswith("-"):
-            raise UserError(f"zoft replay knows no {word}: zoft replay RUN [--to STEP] [--output DIR]")
-        else:
-            words.append(word)
-    if len(words) != 1:
+    words = read_words("replay", arguments, options=["--to", "--output"])
+    if len(words.rest) != 1:
         raise UserError("say which run: zoft replay RUN [--to STEP] [--output DIR]")
-    return words[0], options
+    return words.rest[0], words.options

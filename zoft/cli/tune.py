@@ -7,7 +7,8 @@ import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
-from zoft.errors import Requeued, UserError, did_you_mean
+from zoft.errors import Requeued, UserError
+from zoft.utils.words import read_words, refuse_near_miss
 
 if TYPE_CHECKING:
     from zoft.tuning.evaluation import Evaluation, TuneResult
@@ -68,37 +69,21 @@ def split(arguments: list[str]) -> tuple[dict[str, str], dict[str, str], list[st
         >>> split(["config=smoke", "space.estimator.eps=log(1e-4,1e-2)", "budget=8"])
         ({'estimator.eps': 'log(1e-4,1e-2)'}, {'budget': '8'}, ['config=smoke'])
     """
-    space: dict[str, str] = {}
-    own: dict[str, str] = {}
-    training = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if argument.startswith("-"):
-            raise UserError(f"zoft tune has no flag {argument!r}: see zoft tune --help")
-        if name.startswith(_SPACE):
-            key = name.removeprefix(_SPACE)
-            if key in space:
-                raise UserError(f"{name} is given twice: a parameter has one range")
-            space[key] = value
-        elif equals and (name in _OWN or (name == "budget" and not value[:1].isalpha())):
-            own[name] = value
-        else:
-            training.append(argument)
-            _refuse_near_miss(name)
-    if not space:
-        raise UserError("there is nothing to tune: add ranges, e.g. space.optimizer.learning_rate='log(1e-5,1e-1)'")
-    return space, own, training
-
-
-def _refuse_near_miss(name: str) -> None:
-    """A setting of the search that is written wrongly would otherwise be looked for in the config."""
     from zoft.config.catalog import ORDER
     from zoft.config.schema import ZoftConfig
 
-    known = {*ORDER, *ZoftConfig.__dataclass_fields__}
-    near = did_you_mean(name, ("budget", *_OWN, *known))
-    if "." not in name and name.lstrip("+~") not in known and near.startswith(" Did"):
-        raise UserError(f"zoft tune has no setting {name!r}.{near}")
+    ranges = [name for argument in arguments if (name := argument.partition("=")[0]).startswith(_SPACE)]
+    # budget=8 is the search's, budget=mezo a choice of the config
+    budgets = {argument for argument in arguments if argument.startswith("budget=") and argument[7:8].isalpha()}
+    others = [argument for argument in arguments if argument not in budgets]
+    words = read_words("tune", others, keys=["budget", *_OWN, *ranges])
+    training = [argument for argument in arguments if argument in budgets or argument in words.rest]
+    for word in training:
+        refuse_near_miss("tune", word, ("budget", *_OWN), {*ORDER, *ZoftConfig.__dataclass_fields__})
+    space = {name.removeprefix(_SPACE): text for name, text in words.own.items() if name.startswith(_SPACE)}
+    if not space:
+        raise UserError("there is nothing to tune: add ranges, e.g. space.optimizer.learning_rate='log(1e-5,1e-1)'")
+    return space, {name: text for name, text in words.own.items() if not name.startswith(_SPACE)}, training
 
 
 def direction_of(metric: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 from zoft.report.text import finite
-from zoft.utils import shared
 from zoft.utils.files import write_atomically
+from zoft.utils.rows import RowFile, csv_line, whole_lines
 
 CSV, JSON = "diagnostics.csv", "diagnostics.json"
 
@@ -55,7 +54,8 @@ class Record:
         last = kept[-1] if kept else {}
         self.num_queries = int(last.get("diagnostics_queries") or 0)
         self.seconds = float(last.get("diagnostics_seconds") or 0.0)
-        write_atomically(folder / CSV, _line(COLUMNS) + "".join(_line([row[name] for name in COLUMNS]) for row in kept))
+        lines = [csv_line(COLUMNS), *(csv_line([row[name] for name in COLUMNS]) for row in kept)]
+        self._rows = RowFile(folder / CSV, lines)
         tables = read_tables(folder)
         if tables.get("step", 0) > past:
             (folder / JSON).unlink()
@@ -74,8 +74,7 @@ class Record:
         self.seconds += seconds
         total = {"diagnostics_queries": self.num_queries, "diagnostics_seconds": round(self.seconds, 3)}
         row = row | total
-        with shared.open_own(self.folder / CSV, "a", encoding="utf-8", newline="") as file:
-            file.write(_line([_cell(row.get(name)) for name in COLUMNS]))
+        self._rows.add(csv_line([_cell(row.get(name)) for name in COLUMNS]))
         text = json.dumps(finite(tables | total | {"notes": self.notes}), indent=1, allow_nan=False)
         write_atomically(self.folder / JSON, text + "\n")
 
@@ -87,11 +86,7 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
         >>> read_rows(Path("no/such/run"))
         []
     """
-    path = folder / CSV
-    if not path.is_file():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    rows = csv.reader(io.StringIO(whole))
+    rows = csv.reader(line.decode() for line in whole_lines(folder / CSV))
     if tuple(next(rows, ())) != COLUMNS:
         return []
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal()]
@@ -105,9 +100,3 @@ def read_tables(folder: Path) -> dict[str, Any]:
 
 def _cell(value: Any) -> Any:
     return "" if value is None else f"{value:.8g}" if isinstance(value, float) else value
-
-
-def _line(cells: Any) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue()

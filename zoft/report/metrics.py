@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable
@@ -13,8 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.report.text import finite
-from zoft.utils import shared
-from zoft.utils.files import write_atomically
+from zoft.utils.rows import RowFile, csv_line, json_line, whole_lines
 
 CSV, JSONL = "metrics.csv", "metrics.jsonl"
 
@@ -54,11 +51,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         >>> read_metrics("no/such/run")
         []
     """
-    path = Path(folder) / JSONL
-    if not path.is_file():
-        return []
     rows = []
-    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut off while being written
+    for line in whole_lines(Path(folder) / JSONL):
         try:
             row = json.loads(line)
         except ValueError:
@@ -89,10 +83,9 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, known: Callable[[], int] = lambda: 0) -> None:
         self.known = known
         self.columns: tuple[str, ...] = COLUMNS
-        self._folder: Path | None = None  # None until training begins
+        self._files: dict[str, RowFile] = {}  # none until training begins
         self._waiting: list[dict[str, Any]] = []
-        self._row: dict[str, Any] = {}  # the last row written, and where it begins in each file
-        self._offsets = {CSV: 0, JSONL: 0}
+        self._row: dict[str, Any] = {}  # the last row written
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,10 +100,13 @@ class MetricsCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         past = max(state.global_step, self.known())
         kept = [row for row in read_metrics(folder) if row["step"] <= past] if past else []
-        self._folder, self._row = folder, {}
+        self._row = {}
         # The csv is written anew from the jsonl, so that the two agree whatever an interruption left of either.
-        write_atomically(folder / CSV, _csv_line(self.columns) + b"".join(self._encode(row)[CSV] for row in kept))
-        write_atomically(folder / JSONL, b"".join(self._encode(row)[JSONL] for row in kept))
+        lines = [self._encode(row) for row in kept]
+        self._files = {
+            CSV: RowFile(folder / CSV, [csv_line(self.columns), *(line[CSV] for line in lines)]),
+            JSONL: RowFile(folder / JSONL, [line[JSONL] for line in lines]),
+        }
         waiting, self._waiting = self._waiting, []
         known = {row["step"] for row in kept}
         for row in waiting:
@@ -118,9 +114,6 @@ class MetricsCallback(TrainerCallback):
                 self._write(row)
         if kept and not self._row:
             self._row = kept[-1]
-            self._offsets = {
-                name: (folder / name).stat().st_size - len(line) for name, line in self._encode(kept[-1]).items()
-            }
 
     def on_log(
         self,
@@ -135,13 +128,12 @@ class MetricsCallback(TrainerCallback):
             return
         row = {"step": state.global_step}
         row.update({_RENAMED.get(key, key): _plain(value) for key, value in logs.items() if value is not None})
-        if self._folder is None:
+        if not self._files:
             self._waiting.append(row)
         else:
             self._write(row)
 
     def _write(self, row: dict[str, Any]) -> None:
-        assert self._folder is not None
         if row["step"] < self._row.get("step", 0):  # replayed, and there already
             return
         same_step = row["step"] == self._row.get("step")
@@ -150,17 +142,16 @@ class MetricsCallback(TrainerCallback):
             if len(row) == len(self._row):
                 return
         for name, line in self._encode(row).items():
-            with shared.open_own(self._folder / name, "r+b") as file:
-                # The merged row is never shorter than the one it overwrites, so nothing is cut off first: a crash
-                # in between leaves a torn last line, and no crash leaves less than what was there.
-                self._offsets[name] = file.seek(self._offsets[name]) if same_step else file.seek(0, io.SEEK_END)
-                file.write(line)
+            if same_step:  # the merged row has all cells of the one it takes the place of
+                self._files[name].replace_last(line)
+            else:
+                self._files[name].add(line)
         self._row = row
 
     def _encode(self, row: dict[str, Any]) -> dict[str, bytes]:
         return {
-            CSV: _csv_line(_cell(row.get(key)) for key in self.columns),
-            JSONL: json.dumps(finite(row), allow_nan=False, default=str).encode() + b"\n",
+            CSV: csv_line(_cell(row.get(key)) for key in self.columns),
+            JSONL: json_line(finite(row)),
         }
 
 
@@ -175,9 +166,3 @@ def _plain(value: Any) -> Any:
 
 def _cell(value: Any) -> Any:
     return "NaN" if isinstance(value, float) and math.isnan(value) else value
-
-
-def _csv_line(cells: Any) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue().encode()

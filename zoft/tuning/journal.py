@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoft.errors import DiskFullError, UserError
+from zoft.errors import UserError
 from zoft.tuning.evaluation import Outcome
 from zoft.utils import shared
+from zoft.utils.rows import append_to_disk, drop_cut_line
 
 NAME = "journal.jsonl"
 _KIND = "zoft tune 1"
@@ -53,12 +54,7 @@ class TuneJournal:
 
     def _read(self) -> None:
         assert self.file is not None
-        self.file.seek(0)
-        content = self.file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            self.file.truncate(len(whole))
-        lines = [self._parsed(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        lines = [self._parsed(number, line) for number, line in enumerate(drop_cut_line(self.file), 1)]
         if not lines:
             self._append(self.header)
             return
@@ -99,14 +95,8 @@ class TuneJournal:
     def _append(self, row: Mapping[str, Any]) -> None:
         if self.file is None:
             return
-        line = json.dumps(row).encode() + b"\n"
-        try:
-            self.file.write(line)
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            assert self.path is not None
-            raise DiskFullError.of(error, self.path, len(line)) from error
+        assert self.path is not None
+        append_to_disk(self.file, self.path, json.dumps(row).encode() + b"\n")
 
     def close(self) -> None:
         """Let go of the file and its lock."""
