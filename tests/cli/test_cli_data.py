@@ -335,7 +335,7 @@ def test_what_data_says_cannot_move_the_cursor():
         (["tell"], "say `zoft data show`"),
         (["show", "--jsn"], "has no flag '--jsn'. Did you mean --json"),
         (["show", "--rows", "many"], "--rows must be a whole number up to 1000, got 'many'"),
-        (["show", "--rows"], "--rows must be a whole number"),
+        (["show", "--rows"], "--rows is followed by a value"),
         (["show", "task=custom"], "task.train must be a data file or hub dataset"),
         (["show", "task=custm"], "custom"),
     ],

@@ -63,7 +63,7 @@ def read_words(
         elif name in options:
             value = value if equals else next(waiting, "")
             if not value or (not equals and value.startswith("--")):
-                raise UserError(f"{name} needs a value: write {name} VALUE. See zoft {verb} --help")
+                raise UserError(f"{name} is followed by a value: {name} VALUE. See zoft {verb} --help")
             _set(words.options, name, value)
         elif word.startswith("-"):
             as_key = f" Did you mean {word.lstrip('-')}?" if name.lstrip("-") in keys and equals else ""
