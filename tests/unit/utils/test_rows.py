@@ -45,5 +45,5 @@ def test_a_link_is_not_written_through(tmp_path: Path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a full device")
 def test_a_full_disk_is_a_sentence():
-    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(DiskFullError, match="the disk of .* is full"):
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(DiskFullError, match=r"the disk of .* is full"):
         append_to_disk(file, Path("/dev/full"), b"row\n")

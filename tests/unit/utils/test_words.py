@@ -38,5 +38,5 @@ def test_what_is_wrong_is_one_sentence(arguments, message):
 
 
 def test_bare_words_are_refused_where_a_verb_has_none():
-    with pytest.raises(UserError, match="'runs/a' is not an argument of zoft predict.*Did you mean run=runs/a"):
+    with pytest.raises(UserError, match=r"'runs/a' is not an argument of zoft predict.*Did you mean run=runs/a"):
         read_words("predict", ["runs/a"], bare=False, **KNOWN)
