@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoft.blackbox.walk import Walk
 
@@ -37,11 +37,28 @@ def finish(walk: Walk, host: Host, status: str = "budget", message: str = "") ->
     """Ask what f is where the search has ended, unless that is known, and stop."""
     if walk.session.clean is None and host.left:
         x = walk.session.at()
-        values = [v for v in host.values([x] * min(host.left, kept_for_the_end(host))) if math.isfinite(v)]
-        if host.result().noisy and values:
-            host.note(x=x, fun=math.fsum(values) / len(values))
+        if host.result().noisy:
+            measure(x, host)
+        else:
+            host.values([x])
     left = f"; {host.left} of them are left, which pay for no further step" if host.left else ""
     raise Stop(status, message or f"The budget of {host.budget} queries is spent{left}.")
+
+
+def measure(x: Any, host: Host) -> None:
+    """Report a point, and the mean of some calls of a noisy f there; where it fails, the nearest where it did not.
+
+    Args:
+        x: where the search stands.
+        host: answers points, and counts.
+    """
+    calls = min(host.left, kept_for_the_end(host))
+    first = host.values([x])[0] if calls else math.nan
+    if not math.isfinite(first):
+        x, first = host.nearest(x)
+    values = [first, *host.values([x] * (calls - 1))] if calls > 1 else [first]
+    values = [value for value in values if math.isfinite(value)]
+    host.note(x=x, fun=math.fsum(values) / len(values))
 
 
 def one_more_failed(failed: int) -> int:

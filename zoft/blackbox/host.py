@@ -20,6 +20,9 @@ class Host(Protocol):
     def values(self, points: list[Any]) -> list[float]:
         """f at points, NaN where it failed; no more of them than are left."""
 
+    def nearest(self, x: Any) -> tuple[Any, float]:
+        """Of the last points at which f did not fail the one nearest to x, and f there."""
+
     def result(self) -> Result:
         """Where the search stands."""
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MEMORY = 10  # pairs for the curvature
 _FLOAT32, _FLOAT64 = 2.0**-23, 2.0**-52  # rounding of f, relative
+_SHORTER = 4  # times the radius shrinks before a point that fails is taken for a worse one
 _ERROR = 0.1  # of a difference that may come from the curvature, about
 
 
@@ -89,7 +90,7 @@ class LineSearch:
             estimator = walk.fitting(walk.method.estimator.with_radius(self.eps()), host.left - 1)
             if estimator is None:
                 finish(walk, host)
-            estimate = walk.ask(estimator)
+            estimate = walk.ask(estimator, penalises=failed >= _SHORTER)
             if not estimate.is_usable:
                 failed = one_more_failed(failed)
                 self.length, self.past = self.length / 4, None

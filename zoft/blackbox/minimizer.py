@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from greenlet import greenlet
 
 from zoft.blackbox.calls import Value, number
-from zoft.blackbox.ending import Stop
+from zoft.blackbox.ending import Stop, kept_for_the_end, measure
 from zoft.blackbox.result import Failure, Record, Result
 from zoft.blackbox.search import search
 from zoft.blackbox.settings import Settings
@@ -19,6 +21,8 @@ from zoft.blackbox.space import Space
 from zoft.errors import UserError
 
 _KEEP_FAILURES = 20
+_KEEP_VALUES = 64
+_CHANCES = 3  # points of a noisy f that may fail twice, beside those that failed the first time only
 
 Callback = Callable[[Result], Any]
 """Called after every step with where the search stands; it stops the search by returning True."""
@@ -59,6 +63,9 @@ class Minimizer:
             self.space.scale_by_bounds()
         self._result = Result(x=self.space.x(self.space.start()), fun=math.inf)
         self.best, self._best_x = math.inf, self._result.x  # the lowest value seen, and where
+        self._finite: deque[tuple[Any, float]] = deque(maxlen=_KEEP_VALUES)  # the last points that did not fail
+        self._doubted = math.inf  # the lowest value that reached the target by luck
+        self._chances = _CHANCES
         self._wanted: list[Any] = []
         self.settings.method(self.space)  # what cannot work is refused here
         self._greenlet = greenlet(self._search)
@@ -126,14 +133,44 @@ class Minimizer:
 
     def values(self, points: list[Any]) -> list[float]:
         """f at points, NaN where it failed: the search waits here until it is told."""
+        told = self._once_more(points, self._told(points))
+        target = self.settings.target
+        if target is not None and self.best <= target and self.best < self._doubted:
+            fun = self._again(self._best_x) if self._result.noisy else self.best
+            if fun <= target:
+                self.note(x=self._best_x, fun=fun)
+                raise Stop("target", f"A value of {fun:.6g} reached target={target:g}.")
+            self._doubted = self.best
+        return told
+
+    def _once_more(self, points: list[Any], told: list[float]) -> list[float]:
+        """A noisy f may fail by chance, too: ask again where it did, as long as that is of use."""
+        failed = [place for place, value in enumerate(told) if not math.isfinite(value)]
+        affordable = self.left - len(failed) >= kept_for_the_end(self)
+        if not failed or not self._result.noisy or self._chances <= 0 or not affordable:
+            return told
+        again = self._told([points[place] for place in failed])
+        self._chances += sum(1 if math.isfinite(value) else -1 for value in again)
+        found = dict(zip(failed, again, strict=True))
+        return [found.get(place, value) for place, value in enumerate(told)]
+
+    def nearest(self, x: Any) -> tuple[Any, float]:
+        """Of the last points at which f did not fail the one nearest to x, and f there."""
+        here = _flat(x)
+        return min(self._finite, key=lambda found: float(((_flat(found[0]) - here) ** 2).sum()))
+
+    def _told(self, points: list[Any]) -> list[float]:
         assert len(points) <= self.left, "a step asks for no more than the budget has"
         self._wanted = points
         assert self._caller is not None
         told: list[float] = self._caller.switch()
-        if self.settings.target is not None and self.best <= self.settings.target:
-            self.note(x=self._best_x, fun=self.best)
-            raise Stop("target", f"A value of {self.best:.6g} reached target={self.settings.target:g}.")
         return told
+
+    def _again(self, x: Any) -> float:
+        """The mean of more calls of a noisy f: the lowest value seen is a lucky one."""
+        calls = min(kept_for_the_end(self), self.left - kept_for_the_end(self))
+        values = [value for value in self._told([x] * calls) if math.isfinite(value)] if calls > 0 else []
+        return math.fsum(values) / len(values) if values else math.inf
 
     def note_step(self, x: Any, loss: float, learning_rate: float, eps: float, length: float) -> None:
         """A step has been taken, or skipped."""
@@ -167,11 +204,16 @@ class Minimizer:
             search(self.settings, self.space, self)
             raise AssertionError("a search says why it ends")
         except Stop as stop:
+            if self._result.noisy and stop.status == "failed" and self.left:
+                measure(self._result.x, self)
             self._finish(stop.status, stop.message, stop.success)
         finally:
             self._ended = True
 
     def _finish(self, status: str, message: str, success: bool) -> None:
+        if status in ("interrupted", "callback") and self._result.noisy and self._finite:
+            x, fun = self.nearest(self._result.x)  # nothing more is asked: a point whose value is known
+            self.note(x=x, fun=fun)
         result = self._result
         if result.num_failed:
             message += f" {result.num_failed} of {result.num_queries} queries failed; the first: {result.failures[0]}."
@@ -182,6 +224,7 @@ class Minimizer:
         result, is_first = self._result, not self._result.num_queries
         for point, value in zip(points, told, strict=True):
             if isinstance(value, float):
+                self._finite.append((point, value))
                 if value < self.best:
                     self.best, self._best_x = value, point
                     if not result.noisy:
@@ -195,3 +238,9 @@ class Minimizer:
             error = result.failures[0].error
             self.stop("failed", "f failed at x0.", success=False)
             raise UserError(f"f must return one finite number at x0, and did not: {result.failures[0]}") from error
+
+
+def _flat(x: Any) -> np.ndarray:
+    """The elements of a point, whatever its form."""
+    arrays = x.values() if isinstance(x, dict) else [x]
+    return np.concatenate([np.asarray(a.detach().cpu() if hasattr(a, "detach") else a, float).ravel() for a in arrays])

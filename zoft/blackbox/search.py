@@ -56,7 +56,8 @@ def fixed(settings: Settings, learning_rate: float, walk: Walk, host: Host) -> N
         estimate = walk.ask(estimator, rate)
         if estimate.is_usable:
             length, failed = float(walk.write(estimate, rate).norm()), 0
-            host.note_step(walk.session.at(), estimate.loss, rate, estimator.radius, length)
+            loss = math.nan if walk.session.num_failed else estimate.loss
+            host.note_step(walk.session.at(), loss, rate, estimator.radius, length)
         else:
             failed = one_more_failed(failed)
             host.note_step(walk.session.at(), math.nan, 0.0, estimator.radius, 0.0)

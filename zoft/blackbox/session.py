@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ class FunctionSession(Session):
         self.space = space
         self.ask = ask
         self.clean: float | None = None  # f at the weights, where it is known and does not change
+        self.penalises = False  # whether a point that fails counts as a worse one, as long as some do not fail
+        self.num_failed = 0  # points of the last question that failed
+        self._seen: list[float] = []  # f at the last points that did not
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         """f at each point, float64 [P]; f at the weights is not asked for again where it is known."""
@@ -46,7 +50,17 @@ class FunctionSession(Session):
             found += self.ask([self.at(point) for point in wanted[start : start + size]])
         answers = iter(found)
         values = [next(answers) if value is None else value for value in known]
-        return torch.tensor(values, dtype=torch.float64)
+        self.num_failed = sum(not math.isfinite(value) for value in values)
+        return torch.tensor(self._with_penalties(values), dtype=torch.float64)
+
+    def _with_penalties(self, values: list[float]) -> list[float]:
+        """NaN replaced by the largest value that this question and the one before have seen."""
+        seen = [value for value in values if math.isfinite(value)]
+        around = seen + self._seen
+        self._seen = seen or self._seen
+        if not self.penalises or not seen or len(seen) == len(values) or max(around) == min(around):
+            return values
+        return [value if math.isfinite(value) else max(around) for value in values]
 
     def at(self, point: Point = Point()) -> Any:  # noqa: B008 - it is frozen
         """The user's x at a point."""

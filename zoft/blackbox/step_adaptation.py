@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zoft.blackbox.host import Host
 
 _REACH = 4.0  # queries are so many times as far away as the step is long
+_FAILED = 0.3  # times the radius, after a step at all of whose points f failed; at half of them its root
 _SMALLEST = 1e-10  # length of a step, relative to x, that is believed to be one
 
 
@@ -43,6 +44,7 @@ class StepSizeAdaptation:
     def run(self) -> None:
         """To the end of the budget (a stop), or until steps are below the resolution of x."""
         walk, host, failed = self.walk, self.host, 0
+        good = walk.vector()  # where f did not fail at every point around
         while self.radius > _SMALLEST * float(walk.vector().norm()) or host.result().noisy:
             estimator = walk.fitting(walk.method.estimator.with_radius(self.eps()), host.left - kept_for_the_end(host))
             if estimator is None:
@@ -50,9 +52,13 @@ class StepSizeAdaptation:
             estimate = walk.ask(estimator)
             if not estimate.is_usable:
                 failed = one_more_failed(failed)
+                walk.put(good)
+                self.radius, self.path = self.radius * _FAILED, None
                 host.note_step(walk.session.at(), math.nan, 0.0, estimator.radius, 0.0)
                 continue
-            failed, before = 0, walk.vector()
+            failed, good = 0, walk.vector()
+            before, share = good, walk.session.num_failed / len(estimate.losses)
+            shorter = self.radius * _FAILED**share if share else math.inf
             step = walk.write(estimate, 1.0, project=False)
             step = step * walk.free(-step, before)
             size = float(step.norm())
@@ -60,7 +66,9 @@ class StepSizeAdaptation:
             moved = walk.vector() - before
             length = float(moved.norm())
             self.learn(moved / self.radius)
-            host.note_step(walk.session.at(), estimate.loss, length / size if size else 0.0, estimator.radius, length)
+            self.radius = min(self.radius, shorter)
+            loss = math.nan if share else estimate.loss
+            host.note_step(walk.session.at(), loss, length / size if size else 0.0, estimator.radius, length)
 
     def eps(self) -> float:
         """A direction is as long as sqrt(d)."""

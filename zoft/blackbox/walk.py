@@ -112,13 +112,15 @@ class Walk:
             return None
         return replace(estimator, num_directions=count)
 
-    def ask(self, estimator: Estimator, lr: float = 0.0) -> StepEstimate:
+    def ask(self, estimator: Estimator, lr: float = 0.0, *, penalises: bool = True) -> StepEstimate:
         """The queries of a step; :meth:`write` takes it.
 
         Args:
             estimator: the method's own, or one with another radius or fewer directions.
             lr: learning rate, for optimizers that try their step.
+            penalises: whether a point where f fails counts as a worse one, unless it fails at all of them.
         """
+        self.session.penalises = penalises
         try:
             return self.queries.estimate(None, estimator.directions(self.seed, self.step), estimator, lr=lr)
         finally:
