@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,9 +15,21 @@ from zoft.step.nodes import NodePositions, at_loss
 if TYPE_CHECKING:
     from zoft.lm.logits.head import Positions
     from zoft.lm.objectives._readout import Readout
-    from zoft.trainer.trainer import ZOMixin
+    from zoft.step.method import Method
 
 _MOST_OPTIONS = 64  # different options in the training rows, up to which each has a response of its own
+
+
+class QueryingTrainer(Protocol):
+    """What is read of a trainer: :class:`zoft.trainer.trainer.ZOMixin` is one."""
+
+    objective: Any
+    method: Method
+    train_dataset: Any
+    _called: Any  # the model that is being queried, as the Trainer has wrapped it
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        """Autocast, where the arguments ask for it."""
 
 
 class TrainerReader:
@@ -26,7 +39,7 @@ class TrainerReader:
         trainer: whose model is being queried.
     """
 
-    def __init__(self, trainer: ZOMixin) -> None:
+    def __init__(self, trainer: QueryingTrainer) -> None:
         self.trainer = trainer
         self._feedback: str | None = None
 
