@@ -180,8 +180,9 @@ OTHER = {
         "Lists groups and their choices, with what each is for; also those of ./configs and of plugins."
     ),
     "show": (
-        "usage: zoft show GROUP/CHOICE   (or CHOICE alone where it is unambiguous, or GROUP)\n\n"
-        "What a part does, its settings with type, default and meaning, and where it was published; a preset's file."
+        "usage: zoft show GROUP/CHOICE   (or CHOICE alone where it is unambiguous, GROUP, or a config's section)\n\n"
+        "What a part does, its settings with type, default and meaning, and where it was published; a preset's file.\n"
+        "zoft show trainer, precision, budget, tracker, diagnostics, model: every key, its type, default and meaning."
     ),
     "journal": (
         "usage: zoft journal show RUN [--json] [--all]\n\n"

@@ -9,7 +9,18 @@ import textwrap
 from zoft.cli.ls import listing
 from zoft.component import GROUPS, Component, components, describe
 from zoft.config.catalog import ORDER, choices, preset_files
+from zoft.config.training_arguments import explained
 from zoft.errors import UserError, did_you_mean
+
+_SECTIONS = {
+    "trainer": "",
+    "model": "ModelConfig",
+    "budget": "BudgetConfig",
+    "precision": "PrecisionConfig",
+    "tracker": "TrackerConfig",
+    "diagnostics": "DiagnosticsConfig",
+}
+"""Section of the config -> the class that has its keys."""
 
 
 def command(arguments: list[str]) -> int:
@@ -27,12 +38,36 @@ def command(arguments: list[str]) -> int:
 def shown(text: str) -> str:
     """The description of a choice."""
     if text in ORDER:
-        return listing(text)
+        own = [section(text)] if text in _SECTIONS else []
+        return "\n\n".join([listing(text), *own])
+    if text in _SECTIONS:
+        return section(text)
     group, name = _find(text.replace("=", "/"))
     if group in GROUPS and name in components(group):
         return _component(group, name, components(group)[name])
     file = preset_files(group)[name]
     return f"{group}={name}  ({file})\n\n{file.read_text(encoding='utf-8').rstrip()}"
+
+
+def section(name: str) -> str:
+    """Every key of a section of the config, with type, default and meaning."""
+    if name == "trainer":
+        rows = explained()
+        about = "trainer: fields of transformers.TrainingArguments, by their own names, and zoft's own among them"
+    else:
+        from zoft.config import schema
+
+        rows = describe(getattr(schema, _SECTIONS[name]))
+        about = f"{name}: {(getattr(schema, _SECTIONS[name]).__doc__ or '').strip().splitlines()[0]}"
+    return "\n".join([about, "", *_settings(name, rows)])
+
+
+def _settings(group: str, rows: list[tuple[str, str, str, str]]) -> list[str]:
+    lines = []
+    for field, kind, default, meaning in rows:
+        lines.append(f"  {group}.{field}={default}   ({kind})")
+        lines += textwrap.wrap(meaning, 110, initial_indent="      ", subsequent_indent="      ")
+    return lines
 
 
 def _find(text: str) -> tuple[str, str]:
@@ -48,7 +83,7 @@ def _find(text: str) -> tuple[str, str]:
         ways = " or ".join(f"zoft show {home}/{text}" for home in homes)
         raise UserError(f"{text!r} is a choice of several groups: {ways}")
     if not homes:
-        everything = {*ORDER, *(name for group in ORDER for name in choices(group))}
+        everything = {*ORDER, *_SECTIONS, *(name for group in ORDER for name in choices(group))}
         raise UserError(f"there is nothing called {text!r}.{did_you_mean(text, everything)} zoft ls lists everything")
     return homes[0], text
 
@@ -59,10 +94,7 @@ def _component(group: str, name: str, cls: type[Component]) -> str:
     lines = [f"{group}={name}", "", about]
     fields = describe(cls)
     if fields:
-        lines += ["", "Settings:"]
-    for field, kind, default, meaning in fields:
-        lines.append(f"  {group}.{field}={default}   ({kind})")
-        lines += textwrap.wrap(meaning, 110, initial_indent="      ", subsequent_indent="      ")
+        lines += ["", "Settings:", *_settings(group, fields)]
     references = re.search(r"References: ?(.+?)(?:\n\n|\Z)", text, re.S)
     if references:
         lines += ["", "References: " + " ".join(references.group(1).split())]

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
@@ -131,9 +132,9 @@ def _sweep(overrides: list[str]) -> int:
     from zoft.config import multirun
 
     _require_a_start(overrides)
-
     results = multirun(overrides, run_cell)
     print(table(results))
+    _compared(results)
     for result in results:
         if result.error:
             print(f"zoft: error: {result.name}: {result.error}", file=sys.stderr)
@@ -141,6 +142,22 @@ def _sweep(overrides: list[str]) -> int:
     if not failed:
         return 0
     return 2 if all(result.user_error for result in failed) else 1
+
+
+def _compared(results: list[CellResult]) -> None:
+    """The sweep's cells as `zoft compare` has them, in the sweep's folder; nothing where no cell became a run."""
+    from zoft.compare.picture import picture
+    from zoft.compare.runs import grouped, read_runs
+    from zoft.compare.table import table as compared
+    from zoft.compare.table import write
+
+    runs = [result.output_dir for result in results if os.path.isfile(os.path.join(result.output_dir, "report.json"))]
+    if len(runs) < 2:
+        return
+    folder, groups = Path(runs[0]).parent, grouped(read_runs(runs))
+    write(compared(groups), folder)
+    picture(groups, folder)
+    print(f"{folder}: compare.md, compare.csv, compare.html, compare.png")
 
 
 def table(results: list[CellResult]) -> str:

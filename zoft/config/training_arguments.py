@@ -44,27 +44,58 @@ _SIMPLE: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "s
 @lru_cache
 def fields() -> dict[str, str]:
     """Field name -> annotation as written, of TrainingArguments and of zoft's own arguments."""
-    found: dict[str, str] = {}
+    return {
+        item.target.id: ast.unparse(item.annotation) for source, cls in _sources() for item in _assignments(source, cls)
+    }
+
+
+def explained() -> list[tuple[str, str, str, str]]:
+    """(name, type, default, meaning) of every field that ``trainer.`` takes, as its own source has them."""
+    rows: dict[str, tuple[str, str, str, str]] = {}
+    for source, cls in _sources():
+        for item in _assignments(source, cls):
+            if item.target.id not in HOMES.keys() | REFUSED.keys():
+                rows[item.target.id] = (item.target.id, ast.unparse(item.annotation), *_default_and_help(item.value))
+    return [rows[name] for name in sorted(rows)]
+
+
+def _sources() -> list[tuple[Path, str]]:
+    """The files that define the fields, and the class in each."""
+    found = []
     transformers = importlib.util.find_spec("transformers")  # a top-level find_spec imports nothing
     if transformers is not None and transformers.submodule_search_locations:
-        source = Path(transformers.submodule_search_locations[0]) / "training_args.py"
-        found.update(_fields_of(source, "TrainingArguments"))
-    found.update(_fields_of(Path(__file__).resolve().parent.parent / "trainer" / "config.py", "ZOConfig"))
-    return found
+        found.append((Path(transformers.submodule_search_locations[0]) / "training_args.py", "TrainingArguments"))
+    return [*found, (Path(__file__).resolve().parent.parent / "trainer" / "config.py", "ZOConfig")]
 
 
-def _fields_of(source: Path, name: str) -> dict[str, str]:
+def _default_and_help(value: ast.expr | None) -> tuple[str, str]:
+    """What ``field(default=..., metadata={"help": ...})`` says; the text is put together where it is in pieces."""
+    if not isinstance(value, ast.Call):
+        return ("" if value is None else ast.unparse(value)), ""
+    given = {keyword.arg: keyword.value for keyword in value.keywords}
+    default, help_text = given.get("default", given.get("default_factory")), ""
+    metadata = given.get("metadata")
+    if isinstance(metadata, ast.Dict):
+        for key, text in zip(metadata.keys, metadata.values, strict=True):
+            if isinstance(key, ast.Constant) and key.value == "help":
+                parts = [node.value for node in ast.walk(text) if isinstance(node, ast.Constant)]
+                help_text = "".join(part for part in parts if isinstance(part, str))
+    return ("" if default is None else ast.unparse(default)), help_text
+
+
+def _assignments(source: Path, name: str) -> list[Any]:
+    """The annotated fields of a class, as they stand in its file."""
     if not source.is_file():
-        return {}
+        return []
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            return {
-                item.target.id: ast.unparse(item.annotation)
+            return [
+                item
                 for item in node.body
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
                 if not item.target.id.startswith("_") and "ClassVar" not in ast.unparse(item.annotation)
-            }
-    return {}
+            ]
+    return []
 
 
 def check(name: str, value: Any, where: str) -> None:

@@ -29,6 +29,8 @@ class PeakMemory:
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = str(device)
+        self.base_mb = 0.0
+        """What the process held before a model was loaded: the interpreter and its libraries; 0 beside a device."""
         self.resettable = True
         """Whether `reset` works here; where it does not (macOS, some containers) the peak is the whole process's."""
 

@@ -25,6 +25,7 @@ def learning_curve(
     zero_shot: float | None = None,
     num_eval_rows: int | None = None,
     metric: str = "accuracy",
+    final: float | None = None,
 ) -> Path | None:
     """Draw `metrics.jsonl` into `curve.png`.
 
@@ -37,6 +38,7 @@ def learning_curve(
         zero_shot: the metric before training, drawn as a dashed line.
         num_eval_rows: rows that were evaluated; gives the accuracy its interval.
         metric: the logged metric, without `eval_`.
+        final: the metric on the test rows at the end, said in the title.
 
     Returns:
         The PNG's path, or None when no row has a number of queries and something to draw against it.
@@ -64,6 +66,8 @@ def learning_curve(
     if scores:
         _draw_metric(next(panels), scores, metric, zero_shot, num_eval_rows)
     name = title or Path(folder).resolve().name
+    if final is not None:
+        name += f": test {metric} {100 * final:.1f} %" if metric == "accuracy" else f": test {metric} {final:.3f}"
     figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
     path = Path(folder) / CURVE
     write_filled(path, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture

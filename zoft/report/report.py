@@ -131,7 +131,7 @@ def _markdown(known: dict[str, Any], *, pictures: list[str]) -> str:
     if "backprop_estimate_mb" in known:
         lines += [
             "The estimate counts weights, gradients, AdamW's moments and stored activations (Korthikanti et al. 2022);",
-            "on a CPU the measured peaks also hold the interpreter and its libraries.",
+            "on a CPU the interpreter and its libraries are counted in it as in the measured peaks.",
             "",
         ]
     for picture in pictures:

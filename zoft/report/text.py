@@ -17,6 +17,7 @@ def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         ("zero-shot", _score(known, "zero_shot")),
         ("final", _score(known, "final")),
         ("difference", _format(known, "difference_points", "{:+.1f} points")),
+        ("paired gain", _gain(known)),
         ("evaluated on", _format(known, "num_eval_rows", "{:,} rows")),
         (
             "queries",
@@ -57,6 +58,15 @@ def _score(known: dict[str, Any], name: str) -> str | None:
     if f"{name}_perplexity" in known:
         text += f" nats per token, perplexity {known[f'{name}_perplexity']:.2f}"
     return text
+
+
+def _gain(known: dict[str, Any]) -> str | None:
+    """The difference on the same rows, with the interval of pairs."""
+    if "gain" not in known or "gain_interval" not in known:
+        return None
+    scale, digits = (100, 1) if known["metric"] == "accuracy" else (1, 3)
+    low, high = (scale * end for end in known["gain_interval"])
+    return f"{scale * known['gain']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] on the same rows"
 
 
 def _skipped(known: dict[str, Any]) -> str | None:

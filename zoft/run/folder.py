@@ -168,15 +168,15 @@ def _not_writable(output_dir: str, error: OSError) -> UserError:
 
 def _identity(resolved: str) -> str:
     """The lines of a config that a resumed run must share."""
-    return "".join(f"{line}\n" for key, line in _lines(resolved) if not CHANGEABLE.fullmatch(key))
+    return "".join(f"{line}\n" for key, line in keys_of(resolved) if not CHANGEABLE.fullmatch(key))
 
 
 def _budget(resolved: str) -> int:
-    found = [line.split(":")[1] for key, line in _lines(resolved) if key == "budget.queries"]
+    found = [line.split(":")[1] for key, line in keys_of(resolved) if key == "budget.queries"]
     return int(found[0]) if found and found[0].strip().isdecimal() else 0
 
 
-def _lines(resolved: str) -> list[tuple[str, str]]:
+def keys_of(resolved: str) -> list[tuple[str, str]]:
     """(dotted key, line) of a config's text; a line without a key of its own belongs to the key above it."""
     above: list[tuple[int, str]] = []  # (indentation, key)
     lines = []

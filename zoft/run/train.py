@@ -19,6 +19,7 @@ from zoft.run.build import (
     make_trainer,
 )
 from zoft.run.facts import _costs, _facts, _opening_lines, _scores, _scores_text
+from zoft.run.verdict import gain_of, keep_rows, next_lines, row_values, verdict_line
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -128,7 +129,9 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    import zoft.trainer.trainer  # noqa: F401  # with what it brings it is part of what is held before the model
     from zoft.report.console import ProgressCallback
+    from zoft.report.health import HealthCallback
     from zoft.report.memory import PeakMemory
     from zoft.report.metrics import MetricsCallback
     from zoft.report.text import say
@@ -136,6 +139,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     from zoft.trainer.signals import StopOnInterrupt
 
     args = arguments_of(cfg)
+    base_mb = PeakMemory("cpu").current_mb() if args.device.type == "cpu" else 0.0
     model, tokenizer, rows = load(cfg)
     trainer = make_trainer(cfg, args, model, tokenizer, rows)
     trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
@@ -143,12 +147,13 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     trainer.remove_callback(transformers.ProgressCallback)
     forgive_trackers(trainer.callback_handler.callbacks)
     memory, costs = PeakMemory(str(args.device)), _costs(cfg, trainer)
-    trainer.peak_memory_mb = memory.peak_mb
+    trainer.peak_memory_mb, memory.base_mb = memory.peak_mb, base_mb
     for callback in (
         MetricsCallback(lambda: trainer.journal_end),
         TrackerAxisCallback(),
         StopOnInterrupt(),
         ProgressCallback(sum(costs) / len(costs), peak_mb=memory.peak_mb),
+        HealthCallback(_chance(cfg, rows), len(rows["dev"])),
     ):
         trainer.add_callback(callback)
     if cfg.diagnostics.every:
@@ -164,7 +169,9 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 def _carry_out(
     cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], memory: PeakMemory, *, resuming: bool
 ) -> dict[str, Any]:
+    from zoft.lm import formats
     from zoft.report import results
+    from zoft.report.health import warn_unmoved
     from zoft.report.plots import learning_curve
     from zoft.report.report import summary_lines, write_report
     from zoft.report.text import say
@@ -179,7 +186,8 @@ def _carry_out(
     keep_reference(trainer, rows)
     _fill_frozen_prefix(trainer, rows)
     memory.reset()
-    zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory)
+    metric, final_file = _metric_of(cfg, rows), Path(cfg.output_dir) / results.FINAL
+    zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory, metric)
     memory.reset()
     trainer.train(resume_from_checkpoint=None if known is None else True)
     stops = [c for c in trainer.callback_handler.callbacks if isinstance(c, StopOnInterrupt) and c.stopped]
@@ -188,28 +196,40 @@ def _carry_out(
             say(f"stopped after {trainer.state.global_step:,} steps; the same command goes on from there")
         raise Requeued if stops[0].requeue else KeyboardInterrupt
     peak = memory.peak_mb()
-    final = _held_out(trainer, rows["test"], Path(cfg.output_dir) / results.FINAL, "final", memory)
+    final = _held_out(trainer, rows["test"], final_file, "final", memory, metric)
     if first:
         trainer._refuse_full_disk(Path(cfg.output_dir) / "model")
     trainer.save_model(str(Path(cfg.output_dir) / "model"))
-    metric = _metric_of(cfg, rows)
     facts = _facts(cfg, trainer, len(rows["test"])) | _scores(metric, zero_shot, final)
     facts |= {
         "peak_memory_mb": peak,
         "inference_peak_mb": zero_shot["peak_memory_mb"],
     }
+    if facts.get("backprop_estimate_mb"):  # like with like: the process would hold the same libraries
+        facts["backprop_estimate_mb"] += memory.base_mb
+    gain = gain_of(zero_shot_file, final_file) if first else None
+    if gain is not None:
+        facts |= {"gain": gain[0], "gain_interval": gain[1:]}
     if first:
+        before = (results.read_json(zero_shot_file) or {}).get(results.WEIGHTS)
+        warn_unmoved(before, facts["weights_sha256"], facts["num_steps"], trainer.args.learning_rate)
         learning_curve(
             cfg.output_dir,
             title=Path(cfg.output_dir).name,
             zero_shot=zero_shot.get("perplexity", facts["zero_shot"]),
             num_eval_rows=len(rows["dev"]),
             metric="perplexity" if "perplexity" in zero_shot else metric,
+            final=final.get("perplexity", facts["final"]),
         )
         write_report(cfg.output_dir, facts)
         for line in summary_lines(facts):
             say(line)
+        if gain is not None:
+            say(verdict_line(metric, gain, len(rows["test"])))
         say(f"run     {cfg.output_dir}: report.md, curve.png, metrics.csv, model/")
+        form = formats.format_of_row(rows["train"][0])
+        for line in next_lines(cfg.output_dir, chats=_chats(cfg), chooses=form in ("options", "mask", "head")):
+            say(line)
     return facts
 
 
@@ -283,7 +303,9 @@ def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
             bar.update(done - bar.n)
 
 
-def _held_out(trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory: PeakMemory) -> dict[str, float]:
+def _held_out(
+    trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory: PeakMemory, metric: str
+) -> dict[str, float]:
     """The metric on the held-out rows at these weights; a resumed run finds the earlier answer in its folder."""
     from zoft.report.results import WEIGHTS, read_results, write_results
     from zoft.report.text import say
@@ -294,14 +316,33 @@ def _held_out(trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory
     known = read_results(kept, of) if trainer.args.world_size == 1 else None
     if known is not None:  # with more processes, all must do the same whatever disk they see
         return known
-    metrics = trainer.predict(rows, metric_key_prefix="test").metrics
+    output = trainer.predict(rows, metric_key_prefix="test")
+    metrics = output.metrics
     reported = {f"test_{name}" for names in METRICS.values() for name in names}
     values = {key.removeprefix("test_"): float(metrics[key]) for key in metrics if key in reported}
     values["peak_memory_mb"] = memory.peak_mb()
     if trainer.is_world_process_zero():
         write_results(kept, values, of)
+        keep_rows(kept, row_values(metric, output.predictions, output.label_ids), of)
         say(f"{name:<9} held-out {_scores_text(values)} on {len(rows):,} rows")
     return values
+
+
+def _chats(cfg: ZoftConfig) -> bool:
+    """Whether the rows are conversations."""
+    task: Any = cfg.task
+    return hasattr(task, "reading") and (task.format if task.format != "auto" else task.reading().format) == "chat"
+
+
+def _chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
+    """The accuracy of a guess among the answers of a row; None where another metric is reported."""
+    from zoft.lm import formats
+
+    if _metric_of(cfg, rows) != "accuracy":
+        return None
+    row, form = rows["dev"][0], formats.format_of_row(rows["dev"][0])
+    counts = {"options": len(row.get("sequences", ())), "mask": len(row.get("word_ids", ())), "pairs": 2}
+    return 1 / max(2, counts.get(form, formats.num_labels(cfg.task)))
 
 
 def _show_finished(output_dir: str) -> dict[str, Any]:

@@ -76,7 +76,9 @@ def test_the_folder_holds_everything(finished: tuple[Path, dict[str, Any]]):
     expected = {"config.yaml", "metrics.csv", "metrics.jsonl", "curve.png", "model", "report.md", "report.json"}
     expected.add("journal.bin")
     assert expected <= names
-    assert {name for name in names - expected if not name.startswith("checkpoint-")} == {"zero_shot.json", "final.json"}
+    assert {name for name in names - expected if not name.startswith("checkpoint-")} == {
+        *("zero_shot.json", "final.json", "zero_shot_rows.json", "final_rows.json")
+    }
     told = report(out)
     assert set(told) >= set(FACTS.split())
     assert told["weights_sha256"] == facts["weights_sha256"]

@@ -1,0 +1,136 @@
+"""Runs beside each other: seeds together, their interval, files and pictures; a run's curve drawn again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zoft.cli import main
+from zoft.compare.picture import curves
+from zoft.compare.runs import grouped, read_runs
+from zoft.compare.table import plain, table
+from zoft.lm.metrics.intervals import mean_of_seeds
+
+CONFIG = """\
+# @package _global_
+defaults:
+- _self_
+- override /estimator: {estimator}
+config: quick
+seed: {seed}
+output_dir: {folder}
+estimator:
+  eps: {eps}
+optimizer:
+  learning_rate: 0.01
+"""
+
+
+def a_run(
+    folder: Path, seed: int, final: float, *, estimator: str = "central", eps: float = 1e-3, ended: bool = True
+) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(CONFIG.format(estimator=estimator, seed=seed, folder=folder, eps=eps))
+    rows = [
+        {
+            "step": k,
+            "queries": 2 * k,
+            "seconds": k / 2,
+            "tokens": 9 * k,
+            "loss": 2.0 - k / 100,
+            "eval_accuracy": 0.5 + k / 100 * final,
+        }
+        for k in range(1, 41)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = {
+        "metric": "accuracy",
+        "zero_shot": 0.5,
+        "final": final,
+        "num_eval_rows": 100,
+        "num_queries": 80,
+        "seconds": 20.0,
+    }
+    if ended:
+        (folder / "report.json").write_text(json.dumps(facts | {"peak_memory_mb": 1024.0, "num_tokens": 360}))
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    for estimator, finals in (("central", (0.7, 0.8, 0.75)), ("one_sided", (0.6, 0.62, 0.61))):
+        for seed, final in enumerate(finals):
+            a_run(tmp_path / "sweep" / f"estimator={estimator},seed={seed}", seed, final, estimator=estimator)
+    return tmp_path / "sweep"
+
+
+def test_runs_that_differ_in_their_seed_are_one_row_with_its_interval(sweep: Path, capsys: Any):
+    assert main(["compare", str(sweep)]) == 0
+    said = capsys.readouterr().out
+    assert "estimator=central" in said
+    rows = list(csv.DictReader(io.StringIO((sweep / "compare.csv").read_text())))
+    assert [(row["run"], row["seeds"]) for row in rows] == [("estimator=central", "3"), ("estimator=one_sided", "3")]
+    low, high = mean_of_seeds([0.7, 0.8, 0.75])
+    assert float(rows[0]["final"]) == pytest.approx(0.75)
+    assert (float(rows[0]["low"]), float(rows[0]["high"])) == pytest.approx((low, high))
+    assert float(rows[0]["gain"]) == pytest.approx(0.25)
+    assert "75.0 % [62.6, 87.4]" in (sweep / "compare.md").read_text()
+    assert "<td>estimator=central</td>" in (sweep / "compare.html").read_text()
+    assert (sweep / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_run_has_its_own_interval_and_an_unfinished_one_none(tmp_path: Path):
+    one, two = a_run(tmp_path / "one", 0, 0.7), a_run(tmp_path / "two", 0, 0.7, eps=1e-2, ended=False)
+    rows = table(grouped(read_runs([str(one), str(two)])))
+    assert rows[0]["run"] == "estimator.eps=0.001"
+    assert rows[0]["low"] == pytest.approx(0.604, abs=1e-3)
+    assert rows[1]["metric"] == "not finished"
+    assert "not finished" in plain(rows)
+
+
+@pytest.mark.parametrize("axis", ["queries", "seconds", "tokens"])
+def test_a_curve_is_the_mean_over_the_seeds(axis: str, sweep: Path):
+    (central, _) = grouped(read_runs([str(sweep)]))
+    points = curves(central, "eval_accuracy", axis)
+    assert len(points) == 40
+    cost, mean, low, high = points[-1]
+    assert cost == {"queries": 80, "seconds": 20, "tokens": 360}[axis]
+    assert mean == pytest.approx(0.5 + 0.4 * 0.75)
+    assert low < mean < high
+    alone = curves(type(central)("one", central.runs[:1]), "loss", axis)
+    assert all(math.isnan(point[2]) for point in alone)
+
+
+def test_a_run_is_plotted_again(sweep: Path, capsys: Any):
+    run = next(sweep.iterdir())
+    assert main(["plot", str(run)]) == 0
+    assert (run / "curve.png").stat().st_size > 10_000
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare"], "say which runs"),
+        (["compare", "nowhere"], "there is no folder nowhere"),
+        (["compare", "empty"], "empty holds no run of zoft train"),
+        (
+            ["compare", "SWEEP", "axis=queris"],
+            "axis must be one of queries, seconds, tokens, got 'queris'. Did you mean queries?",
+        ),
+        (["compare", "SWEEP", "--jsn"], "Did you mean --json?"),
+        (["plot"], "say which run"),
+        (["plot", "SWEEP"], "holds 6 runs: zoft compare"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(words: list[str], message: str, sweep: Path, capsys: Any, monkeypatch: Any):
+    monkeypatch.chdir(sweep.parent)
+    (sweep.parent / "empty").mkdir()
+    assert main([word.replace("SWEEP", str(sweep)) for word in words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""What a run says at its end: the paired gain, the next commands, and what went wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from tests.runs import arguments
+from zoft.cli import main
+from zoft.config import compose
+from zoft.report.health import HealthCallback, warn_unmoved
+from zoft.run.train import run
+from zoft.run.verdict import next_lines, paired_gain, row_values, verdict_line
+
+
+def test_a_paired_interval_is_narrower_where_rows_go_together():
+    generator = numpy.random.default_rng(0)
+    before = generator.random(400) < 0.5
+    after = before | (generator.random(400) < 0.1)  # none is lost: pairs know it
+    rows = [{"values": values.astype(float).tolist(), "weights": [1.0] * 400} for values in (before, after)]
+    gain = paired_gain(*rows)
+    assert gain is not None
+    middle, low, high = gain
+    assert middle == pytest.approx(after.mean() - before.mean())
+    assert 0 < low < middle < high
+    assert high - low < 0.06  # apart, two accuracies of 400 rows have intervals of 0.1 each
+
+
+def test_a_loss_is_paired_by_tokens():
+    one = row_values("loss", numpy.array([4.0, 9.0]), numpy.array([2, 3]))
+    two = row_values("loss", numpy.array([2.0, 6.0]), numpy.array([2, 3]))
+    gain = paired_gain(one, two)
+    assert gain is not None
+    assert gain == pytest.approx((-1, -1, -1))  # every token's by as much
+    assert verdict_line("loss", gain, 2).endswith("better than before")
+    assert verdict_line("accuracy", (-0.2, -0.3, -0.1), 9).endswith("WORSE than before")
+    assert paired_gain(one, row_values("loss", numpy.array([2.0, 6.0]), numpy.array([3, 2]))) is None
+
+
+def test_a_run_ends_with_verdict_and_next_commands(tmp_path: Path, capsys: Any):
+    words = arguments(tmp_path, tmp_path / "out")
+    facts = run(compose(words))
+    said = capsys.readouterr().out
+    assert "verdict   " in said
+    assert f"next    zoft predict run={tmp_path / 'out'} data=new.csv" in said
+    assert sum(f"zoft {verb} " in said for verb in ("predict", "export", "journal show")) == 3
+    low, high = facts["gain_interval"]
+    assert low <= facts["gain"] <= high
+    assert facts["gain"] == pytest.approx(facts["final"] - facts["zero_shot"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["gain"] == facts["gain"]
+    assert "| paired gain |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_next_commands_follow_from_the_rows():
+    assert "zoft chat run=r --compare" in next_lines("r", chats=True, chooses=False)[0]
+    assert "zoft generate run=r" in next_lines("r", chats=False, chooses=False)[0]
+
+
+class State:
+    is_world_process_zero = True
+    max_steps = 100
+    global_step = 30
+
+
+class Args:
+    learning_rate = 0.1
+
+
+def watched(logs: list[dict[str, float]], caplog: Any, chance: float | None = 0.5) -> list[str]:
+    callback: Any = HealthCallback(chance, 100)
+    with caplog.at_level(logging.WARNING, logger="zoft"):
+        for row in logs:
+            callback.on_log(Args(), State(), None, row)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_ruined_run_is_said_once(caplog: Any):
+    (said,) = watched([{"loss": 10.8}, {"loss": 11.0}, {"loss": 8.7e8}, {"loss": 9e8}], caplog)
+    assert said.startswith("the loss went from 10.8 to 8.7e+08: the run is ruined")
+    assert "optimizer.learning_rate=0.01" in said
+
+
+def test_chance_level_is_said_once_and_a_learning_run_is_not(caplog: Any):
+    (said,) = watched([{"eval_accuracy": 0.52}, {"eval_accuracy": 0.5}], caplog)
+    assert "cannot be told from guessing (50.0 %)" in said
+    caplog.clear()
+    assert watched([{"eval_accuracy": 0.8}, {"loss": 1.0}, {"loss": 2.0}], caplog) == []
+    assert watched([{"eval_accuracy": 0.5}], caplog, chance=None) == []
+
+
+def test_weights_that_do_not_move_are_said(caplog: Any):
+    with caplog.at_level(logging.WARNING, logger="zoft"):
+        warn_unmoved("a", "b", 10, 1e-9)
+        assert not caplog.records
+        warn_unmoved("a", "a", 10, 1e-9)
+    assert "not one weight has changed in 10 steps" in caplog.text
+
+
+def test_a_run_at_an_absurd_rate_says_that_it_guesses(tmp_path: Path, caplog: Any):
+    """The tiny model's answers become equally likely, whatever the text."""
+    with caplog.at_level(logging.WARNING, logger="zoft"):
+        run(compose(arguments(tmp_path, tmp_path / "out", "optimizer.learning_rate=1e4", "trainer.logging_steps=1")))
+    assert "cannot be told from guessing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("trainer", ["trainer.logging_steps=500   (float)", "trainer.guard='none'   (str)"]),
+        ("precision", ["precision.update='auto'   (str)"]),
+        ("budget", ["budget.queries=40000   (int)", "mezo"]),
+        ("tracker", ["tracker.project='zoft'   (str)"]),
+        ("diagnostics", ["diagnostics.every=0   (int)"]),
+        ("model", ["model.dtype='float32'   (str)", "smollm2_demo"]),
+    ],
+)
+def test_every_section_can_be_shown(name: str, keys: list[str], capsys: Any):
+    assert main(["show", name]) == 0
+    said = capsys.readouterr().out
+    assert all(key in said for key in keys), said[:2000]
+    if name == "trainer":
+        assert "trainer.learning_rate" not in said  # it has another home
+        assert "Log every X updates steps" in said

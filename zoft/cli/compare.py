@@ -1,0 +1,68 @@
+"""`zoft compare`: runs beside each other, a table and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from zoft.errors import UserError, did_you_mean
+
+KEYS, FLAGS = ("output", "axis"), ("--json",)
+HELP = """\
+usage: zoft compare RUN_OR_SWEEP... [axis=queries|seconds|tokens] [output=DIR] [--json]
+
+Runs beside each other: one row for all that differ in their seed alone, with the mean over the seeds and its 95 %
+interval (Student's; of one run, its own), the gain over zero-shot, queries, time and peak memory. A sweep's folder
+stands for its cells. Printed, and written to output= (the sweep's folder where one is given, else runs/compare):
+compare.csv, compare.md, compare.html, and compare.png, metric and loss on the dev rows against the axis.
+
+Examples:
+  zoft compare runs/quickstart-sweep
+  zoft compare runs/one runs/two axis=seconds
+"""
+
+
+def command(arguments: list[str]) -> int:
+    """Compare.
+
+    Args:
+        arguments: folders of runs or sweeps, ``axis=``, ``output=``, ``--json``.
+    """
+    places, asked, flags = _parsed("compare", arguments)
+    if not places:
+        raise UserError("say which runs: zoft compare RUN_A RUN_B, or a sweep's folder")
+    return _carry_out(places, asked, as_json="--json" in flags)
+
+
+def _carry_out(places: list[str], asked: dict[str, str], *, as_json: bool) -> int:
+    from zoft.compare.picture import AXES, picture
+    from zoft.compare.runs import grouped, read_runs
+    from zoft.compare.table import plain, table, write
+
+    axis = asked.get("axis", "queries")
+    if axis not in AXES:
+        raise UserError(f"axis must be one of {', '.join(AXES)}, got {axis!r}.{did_you_mean(axis, AXES)}")
+    groups = grouped(read_runs(places))
+    rows = table(groups)
+    alone = len(places) == 1
+    folder = Path(asked.get("output") or (places[0] if alone else "runs/compare"))
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [path.name for path in [*write(rows, folder), picture(groups, folder, axis)] if path is not None]
+    print(json.dumps(rows) if as_json else f"{plain(rows)}\n\n{folder}: {', '.join(files)}")
+    return 0
+
+
+def _parsed(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str], set[str]]:
+    places, asked, flags = [], {}, set()
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if word in FLAGS:
+            flags.add(word)
+        elif word.startswith("-"):
+            near = did_you_mean(word, [*FLAGS, "--help"])
+            raise UserError(f"zoft {verb} has no flag {word!r}.{near} See zoft {verb} --help")
+        elif equals and key in KEYS:
+            asked[key] = value
+        else:
+            places.append(word)
+    return places, asked, flags

@@ -1,0 +1,1 @@
+"""Finished and running runs beside each other: one table, one picture."""

@@ -1,0 +1,103 @@
+"""Runs from their folders, and which of them differ in their seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoft.errors import UserError
+from zoft.report.metrics import read_metrics
+from zoft.report.results import REPORT, read_json
+from zoft.run.folder import CONFIG, keys_of
+
+_NOT_SETTINGS = ("seed", "output_dir", "config", "defaults", "tracker", "hydra")
+_DEPTH = 2  # folders below a sweep's that are looked into
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Args:
+        folder: its folder.
+        settings: dotted key -> its line in the config.
+        facts: of its report; empty where it has not ended.
+        rows: of its metrics.
+    """
+
+    folder: Path
+    settings: dict[str, str]
+    facts: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+@dataclass
+class Group:
+    """Runs that differ in their seed alone.
+
+    Args:
+        name: what tells them from the other groups.
+        runs: at least one.
+    """
+
+    name: str
+    runs: list[Run] = field(default_factory=list)
+
+
+def read_runs(places: Sequence[str]) -> list[Run]:
+    """The runs of some folders; a sweep's folder stands for its cells.
+
+    Raises:
+        UserError: a folder that holds no run.
+    """
+    found: dict[Path, Run] = {}
+    for place in places:
+        folder = Path(place)
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {place}")
+        runs = [path for path in _below(folder, _DEPTH) if (path / CONFIG).is_file()]
+        if not runs:
+            raise UserError(f"{place} holds no run of zoft train, nor does a folder in it")
+        found.update({path.resolve(): _read(path) for path in runs})
+    return list(found.values())
+
+
+def _below(folder: Path, depth: int) -> list[Path]:
+    if (folder / CONFIG).is_file() or not depth:
+        return [folder]
+    return [path for one in sorted(folder.iterdir()) if one.is_dir() for path in _below(one, depth - 1)]
+
+
+def _read(folder: Path) -> Run:
+    lines = keys_of((folder / CONFIG).read_text(encoding="utf-8"))
+    settings = {key: line.strip() for key, line in lines if key.partition(".")[0] not in _NOT_SETTINGS}
+    parts = [line.strip() for key, line in lines if key == "defaults" and "override" in line]
+    chosen = dict(part.removeprefix("- override /").split(": ", 1) for part in parts)
+    settings |= {group: f"{group}={name}" for group, name in chosen.items()}
+    return Run(folder, settings, read_json(folder / REPORT) or {}, read_metrics(folder))
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs with the same settings together, each group under what tells it from the others."""
+    keys = sorted({key for run in runs for key in run.settings})
+    differ = [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
+    groups: dict[tuple[str | None, ...], Group] = {}
+    for run in runs:
+        own = tuple(run.settings.get(key) for key in differ)
+        groups.setdefault(own, Group(_name(run, differ))).runs.append(run)
+    names = [group.name for group in groups.values()]
+    for group in groups.values():
+        if names.count(group.name) > 1:  # what tells them apart is not in the name
+            group.name = group.runs[0].folder.name
+    return list(groups.values())
+
+
+def _name(run: Run, differ: Sequence[str]) -> str:
+    """The parts and values of a run that others have otherwise; the folder's name where there are many or none."""
+    parts = [key for key in differ if "." not in key and "=" in run.settings.get(key, "")]
+    values = [key for key in differ if "." in key and key.partition(".")[0] not in parts]
+    told = [run.settings[key] for key in parts]
+    told += [f"{key}={run.settings[key].partition(': ')[2]}" for key in values if key in run.settings]
+    return " ".join(told) if 0 < len(told) <= 3 else str(run.facts.get("method") or run.folder.name)

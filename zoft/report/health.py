@@ -1,0 +1,97 @@
+"""One warning for a run that is ruined, stays at chance, or moves no weight: what happened and what to try."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from zoft.lm.metrics.intervals import wilson
+
+log = logging.getLogger(__name__)
+
+RUINED_FACTOR, RUINED_NATS = 3.0, 10.0
+"""A loss is ruined where it is this many times the first one and this much above it, in nats."""
+
+CHANCE_SHARE = 0.25
+"""Share of the budget after which an accuracy at chance level is said."""
+
+
+class HealthCallback(TrainerCallback):
+    """Watches what is logged and warns once of each kind.
+
+    Args:
+        chance: accuracy of a guess; None where the metric is another one.
+        num_rows: rows that the accuracy on the way is measured on.
+    """
+
+    def __init__(self, chance: float | None, num_rows: int) -> None:
+        self.chance = chance
+        self.num_rows = num_rows
+        self.first: float | None = None
+        self.warned: set[str] = set()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at a row."""
+        if not logs or not state.is_world_process_zero:
+            return
+        loss = logs.get("loss")
+        if isinstance(loss, int | float) and math.isfinite(loss):
+            self._loss(float(loss), args.learning_rate)
+        accuracy = logs.get("eval_accuracy")
+        if accuracy is not None and state.max_steps and state.global_step >= CHANCE_SHARE * state.max_steps:
+            self._accuracy(float(accuracy), args.learning_rate)
+
+    def _loss(self, loss: float, rate: float) -> None:
+        if self.first is None:
+            self.first = loss
+        elif loss > RUINED_FACTOR * abs(self.first) + RUINED_NATS:
+            self._warn(
+                "ruined",
+                f"the loss went from {self.first:.4g} to {loss:.4g}: the run is ruined, its steps are too long; begin "
+                f"again with a tenth of the learning rate, optimizer.learning_rate={rate / 10:.3g}",
+            )
+
+    def _accuracy(self, accuracy: float, rate: float) -> None:
+        if self.chance is None or "ruined" in self.warned:
+            return
+        low, high = wilson(accuracy * self.num_rows, self.num_rows)
+        if low <= self.chance <= high:
+            self._warn(
+                "chance",
+                f"after a quarter of the budget the dev accuracy, {100 * accuracy:.1f} %, cannot be told from guessing "
+                f"({100 * self.chance:.1f} %): try another learning rate (optimizer.learning_rate={rate / 3:.3g} or "
+                f"{rate * 3:.3g}), more estimator.num_directions, or fewer trained weights (peft=lora)",
+            )
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            log.warning(text)
+
+
+def warn_unmoved(before: object, after: object, steps: int, rate: float) -> None:
+    """Say so where not one weight has changed: the steps are lost in the weights' rounding, or are none.
+
+    Args:
+        before: the weights' hash before training.
+        after: after it.
+        steps: of the run.
+        rate: its learning rate.
+    """
+    if before is not None and before == after and steps:
+        log.warning(
+            "not one weight has changed in %s steps: they are smaller than the weights' rounding; raise the learning "
+            "rate, optimizer.learning_rate=%.3g",
+            f"{steps:,}",
+            rate * 10,
+        )

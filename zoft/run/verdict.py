@@ -1,0 +1,124 @@
+"""Whether training helped: the metric on the same rows before and after, with a paired interval."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from zoft.lm.metrics.intervals import mean_of_numbers
+from zoft.utils.files import write_atomically
+
+_DOWN = ("loss",)  # the lower the better
+
+
+def row_values(metric: str, predictions: Any, labels: Any) -> dict[str, list[float]]:
+    """What each row adds to the metric, and how much it weighs.
+
+    Args:
+        metric: accuracy, loss, f1, exact_match or reward.
+        predictions: as the objective's metric gets them.
+        labels: likewise.
+
+    Returns:
+        ``values`` and ``weights``, one a row.
+    """
+    import numpy
+
+    found = numpy.asarray(predictions, dtype=numpy.float64)
+    if metric == "accuracy":
+        values = found.argmax(axis=1) == numpy.asarray(labels)
+    elif metric in ("f1", "exact_match"):
+        values = found[:, ("f1", "exact_match").index(metric)]
+    else:
+        values = found.reshape(len(found))
+    weights = numpy.asarray(labels, dtype=numpy.float64) if metric == "loss" else numpy.ones(len(found))
+    return {"values": numpy.asarray(values, dtype=float).tolist(), "weights": weights.tolist()}
+
+
+def paired_gain(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float, float] | None:
+    """(gain, low, high) of the metric over the same rows, 95 %; None where the rows are not the same.
+
+    d_i = after_i - before_i: their mean over rows of equal weight, the ratio sum d_i / sum w_i over rows of w_i tokens.
+
+    Example:
+        >>> one = {"values": [0.0, 0.0, 1.0, 0.0], "weights": [1.0] * 4}
+        >>> two = {"values": [1.0, 1.0, 1.0, 0.0], "weights": [1.0] * 4}
+        >>> "{:.2f} {:.2f} {:.2f}".format(*paired_gain(one, two))
+        '0.50 -0.07 1.07'
+
+    References: Cochran 1977, Sampling Techniques, chapter 6 (ratio estimators).
+    """
+    if before["weights"] != after["weights"] or len(before["values"]) < 2:
+        return None
+    weights = before["weights"]
+    differences = [b - a for a, b in zip(before["values"], after["values"], strict=True)]
+    gain = math.fsum(differences) / math.fsum(weights)
+    # around the gain: residuals d_i - gain * w_i, on the scale of the mean
+    share = len(weights) / math.fsum(weights)
+    low, high = mean_of_numbers([share * (d - gain * w) for d, w in zip(differences, weights, strict=True)])
+    return gain, gain + low, gain + high
+
+
+def verdict_line(metric: str, gain: tuple[float, float, float], num_rows: int) -> str:
+    """The gain in a sentence.
+
+    Example:
+        >>> verdict_line("accuracy", (0.382, 0.331, 0.433), 500)
+        'verdict   +38.2 points [+33.1, +43.3] on the same 500 rows: better than before'
+        >>> verdict_line("loss", (-0.01, -0.04, 0.02), 80)
+        'verdict   -0.010 [-0.040, +0.020] on the same 80 rows: within noise, no gain can be told'
+    """
+    scale, digits, unit = (100, 1, " points") if metric == "accuracy" else (1, 3, "")
+    middle, low, high = (scale * value for value in gain)
+    told = f"verdict   {middle:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}] on the same {num_rows:,} rows"
+    if low <= 0 <= high:
+        return f"{told}: within noise, no gain can be told"
+    return f"{told}: {'better' if (middle > 0) != (metric in _DOWN) else 'WORSE'} than before"
+
+
+def next_lines(output_dir: str, *, chats: bool, chooses: bool) -> list[str]:
+    """The next three commands.
+
+    Args:
+        output_dir: the run's folder.
+        chats: whether its rows are conversations.
+        chooses: whether it chooses between labels.
+    """
+    use = f"zoft predict run={output_dir} data=new.csv" if chooses else f"zoft generate run={output_dir} prompt='...'"
+    use = f"zoft chat run={output_dir} --compare" if chats else use
+    return [f"next    {use}", f"        zoft export run={output_dir}", f"        zoft journal show {output_dir}"]
+
+
+def keep_rows(path: Path, rows: dict[str, list[float]], of: dict[str, str | None]) -> None:
+    """Write rows beside the numbers that are of them.
+
+    Args:
+        path: the numbers' file.
+        rows: of :func:`row_values`.
+        of: hashes of what they are of.
+    """
+    import json
+
+    write_atomically(_beside(path), json.dumps({**rows, "of": of}) + "\n")
+
+
+def kept_rows(path: Path) -> dict[str, Any] | None:
+    """The rows that :func:`keep_rows` wrote beside a file of numbers, where both are of the same weights and rows."""
+    from zoft.report.results import read_json
+
+    numbers, found = read_json(path) or {}, read_json(_beside(path)) or {}
+    same = bool(found.get("of")) and all(numbers.get(name) == sha for name, sha in found["of"].items())
+    return found if same else None
+
+
+def gain_of(before: Path, after: Path) -> tuple[float, float, float] | None:
+    """The gain between two files of numbers, where both have kept their rows and these are the same."""
+    one, two = kept_rows(before), kept_rows(after)
+    if one is None or two is None or one["of"].get("rows") != two["of"].get("rows"):
+        return None
+    return paired_gain(one, two)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_rows.json")
