@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox lint format constraints clean
+.PHONY: help install assets train test test-slow test-quant test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -31,6 +31,13 @@ test: install ## the default test suite; ARGS='-k name' narrows it
 
 test-slow: install ## the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
+
+test-quant: install ## quantised bases, in an environment of their own: bitsandbytes and torchao slow down every import
+	$(PYTHON) -m venv --system-site-packages build/quant
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$(build/quant/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zoft-env.pth"
+	build/quant/bin/python -m pip install --quiet --no-deps 'bitsandbytes==0.50.2' 'torchao==0.18.0'
+	$(ENV) build/quant/bin/python -m pytest tests/unit/lm/models/test_quantized.py $(ARGS)
 
 test-wheel: install ## build the wheel, install it in an empty environment, train from an empty folder
 	$(PYTEST) -m slow tests/cli/test_wheel.py $(ARGS)

@@ -10,6 +10,7 @@ from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
 from zoft.lm.models.load import DTYPES
 from zoft.lm.models.peft.base import Peft
+from zoft.lm.models.quantized import QUANTIZATIONS, require_package
 from zoft.lm.models.trainable.base import Trainable
 from zoft.lm.objectives.base import Objective
 from zoft.lm.tasks.base import Task
@@ -41,17 +42,22 @@ class ModelConfig:
         revision: branch, tag or commit on the hub; null takes the default branch.
         dtype: of the weights: float32, bfloat16 or float16.
         attn_implementation: eager, sdpa, flash_attention_2, ...; null lets transformers choose.
+        quantization: nf4 or int8 (bitsandbytes), int8_torchao, or null: the base's weights in few bits, frozen, below
+            an adapter (peft=lora trainable=adapter). A checkpoint that is quantised already is loaded as it is.
     """
 
     name: str
     revision: str | None = None
     dtype: str = "float32"
     attn_implementation: str | None = None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise UserError("model.name is empty: give a hub name, a folder, or zoft:<asset>")
         _one_of("model.dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            _one_of("model.quantization", self.quantization, QUANTIZATIONS)
 
 
 @dataclass(kw_only=True)
@@ -189,6 +195,7 @@ class ZoftConfig:
         self.composition.check_budget(self.budget.queries)
         self._check_engine()
         self._check_gradient()
+        self._check_quantization()
         if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or self.estimator.makes_factors):
             raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
 
@@ -236,6 +243,18 @@ class ZoftConfig:
         if self.subspace.takes_gradient(0):
             raise UserError(
                 f"objective={self.objective.name()} has no gradient, and subspace={self.subspace.name()} chooses by one"
+            )
+
+    def _check_quantization(self) -> None:
+        """Weights of few bits cannot take a step, and need their package."""
+        quantization = self.model.quantization
+        if quantization is None:
+            return
+        require_package(quantization)
+        if self.peft.name() == "none" or self.trainable.name() not in ("adapter", "auto"):
+            raise UserError(
+                f"model.quantization={quantization} leaves the base's weights in few bits, and a step is too small for "
+                "them: train an adapter on top (peft=lora trainable=adapter; prefix and prompt too)"
             )
 
     def _check_engine(self) -> None:

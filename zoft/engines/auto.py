@@ -22,8 +22,9 @@ _FEW = 0.05  # of the model's numbers: adapters, norms and biases
 class Auto(Engine):
     """Chooses the engine that fits the estimator, the directions and the share of the model that is trained.
 
-    nodes for layers' outputs, forward_mode for exact derivatives, in_place for noise=torch_sequential, side_path for
-    low-rank directions and where 5 % of the model or less moves (adapters, norms), and layerwise otherwise.
+    nodes for layers' outputs, forward_mode for exact derivatives, in_place for noise=torch_sequential and for a
+    quantised model (its kernels round by all rows of a call, so points do not go together), side_path for low-rank
+    directions and where 5 % of the model or less moves (adapters, norms), and layerwise otherwise.
     """
 
     def choose(self, estimator: Estimator, coordinates: BoundSubspace, model: nn.Module) -> Engine:
@@ -33,7 +34,7 @@ class Auto(Engine):
             return Nodes()
         if any(point.derivative for point in estimator.points([direction] * estimator.num_directions)):
             return ForwardMode()
-        if estimator.noise == "torch_sequential":
+        if estimator.noise == "torch_sequential" or getattr(model, "is_quantized", False):
             return InPlace()
         names = coordinates.weights.tensors
         moving = sum(tensor.numel() for name, tensor in names.items() if coordinates.ever_moves(name))

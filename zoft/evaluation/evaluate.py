@@ -205,6 +205,7 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
         revision=None if run and not adapter else cfg.model.revision,
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
+        quantization=cfg.model.quantization,
         num_labels=formats.num_labels(cfg.task),
         labels=formats.class_names(cfg.task),
         seed=cfg.seed,

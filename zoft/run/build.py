@@ -64,6 +64,7 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
     """
     from zoft.lm import formats
     from zoft.lm.models.load import load_model_as
+    from zoft.lm.models.quantized import require_adapter
 
     model = load_model_as(
         formats.model_kind(cfg.task),
@@ -71,12 +72,14 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
         revision=cfg.model.revision,
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
+        quantization=cfg.model.quantization,
         num_labels=formats.num_labels(cfg.task),
         labels=formats.class_names(cfg.task),
         seed=cfg.seed,
         tokenizer=tokenizer or tokenizer_of(cfg),
     )
     model = cfg.peft.wrap(model, cfg.seed)
+    require_adapter(model, cfg.model.name)
     _trainable_of(cfg).apply(model)
     return model
 

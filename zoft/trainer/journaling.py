@@ -26,6 +26,7 @@ from zoft.journal import snapshot, state
 from zoft.journal.file import Contents, Journal
 from zoft.journal.fingerprint import rows_digest, some_rows_digest
 from zoft.journal.records import Record
+from zoft.lm.models.quantized import is_quantized, stored_parts
 from zoft.optimizers.base import Term
 from zoft.step import replay
 from zoft.step.estimate import StepEstimate
@@ -248,14 +249,19 @@ class Journaled(_Base):
         """A fingerprint of what is not trained: some numbers of every tensor, and the sum of all of its bits."""
         if self.model is None:
             return None
+        if _BASE in vars(self.model):
+            return str(vars(self.model)[_BASE])
         digest, sums = hashlib.sha256(), hashlib.sha256()
         for name, tensor in sorted(self.model.named_parameters()):
-            if not tensor.requires_grad:
-                sums.update(f"{_sum_of_bits(tensor)},".encode())
-                some = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 8)][:8]
-                digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+            for part in () if tensor.requires_grad else stored_parts(tensor):
+                sums.update(f"{_sum_of_bits(part)},".encode())
+                some = part.detach().reshape(-1)[:: max(1, part.numel() // 8)][:8]
+                digest.update(f"{name}|{tuple(part.shape)}|{part.dtype}".encode())
                 digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return f"{digest.hexdigest()} {sums.hexdigest()[:16]}"
+        fingerprint = f"{digest.hexdigest()} {sums.hexdigest()[:16]}"
+        if is_quantized(self.model):  # bitsandbytes packs codes and moves scales in the first forward
+            setattr(self.model, _BASE, fingerprint)
+        return fingerprint
 
     def _model_name(self) -> str:
         return str(getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__)
@@ -416,6 +422,7 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
     return int(flat[:words].view(torch.int64).sum()) + int(flat[words:].sum())
 
 
+_BASE = "_zoft_base"  # attribute of a quantised model: the fingerprint of its frozen tensors as they were loaded
 _MARGIN = 1e5  # how much longer than a learning rate times coefficient an element of a step may be
 
 

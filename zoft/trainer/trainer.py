@@ -34,6 +34,7 @@ from zoft.lm.logits.packing import serves
 from zoft.lm.logits.support import no_trials
 from zoft.lm.metrics.order import LongestFirst, in_rows_order, lengths_of, metric_in_rows_order, order_of
 from zoft.lm.models.agreement import align
+from zoft.lm.models.quantized import is_quantized
 from zoft.lm.objectives.base import Objective
 from zoft.noise.direction import step_seed
 from zoft.optimizers.base import Optimizer
@@ -130,6 +131,8 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         align(self.model, self.processing_class)  # before an evaluation too, not only when training begins
         if self.objective is not None:
             self.model_accepts_loss_kwargs = False
+        if is_quantized(self.model):
+            self.frozen_fingerprint()  # before the first forward, which stores the same numbers otherwise
         weights = Weights(self.model)
         if self.method.estimator.radius:
             weights.check_eps(self.method.estimator.radius)

@@ -19,7 +19,7 @@ class Weights:
         model: any ``torch.nn.Module``; what has ``requires_grad`` is trained.
 
     Raises:
-        UserError: nothing is trainable.
+        UserError: nothing is trainable, or a trained tensor has no values in memory.
 
     Example:
         >>> Weights(torch.nn.Linear(3, 2)).num_elements
@@ -34,6 +34,13 @@ class Weights:
             raise UserError(
                 "nothing is trainable: every parameter has requires_grad=False; "
                 "choose what moves with trainable=all, peft=lora, trainable=last_blocks or trainable=regex"
+            )
+        away = next((name for name, tensor in self.tensors.items() if tensor.is_meta), None)
+        if away is not None:  # an addition to a tensor on meta does nothing, and says nothing
+            raise UserError(
+                f"{away} is to be trained and has no values in memory (it is on the meta device, as weights are that "
+                "accelerate has offloaded): load the model without offloading (no device_map=auto to a disk or the "
+                "CPU's memory), or train an adapter, whose weights stay in memory"
             )
         for tensor in self.tensors.values():
             if not tensor.is_contiguous():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
 from zoft.lm.models.agreement import agree, name_classes, require_classes
+from zoft.lm.models.quantized import is_quantized, keep_codes_as_loaded, loading_arguments
 from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     attn_implementation: str | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A model in a stated dtype, of the class its config names; no code from its repository is run.
 
@@ -43,16 +45,14 @@ def load_model(
         revision: branch, tag or commit on the hub.
         dtype: float32, bfloat16 or float16; transformers would take the checkpoint's own otherwise.
         attn_implementation: eager, sdpa, ...; None takes transformers' choice.
+        quantization: the weights in few bits: a member of :data:`zoft.lm.models.quantized.QUANTIZATIONS`, or None.
 
     Raises:
         UserError: no such folder or hub model, one without some of its weights, or an unknown dtype.
     """
     import transformers
 
-    _require_dtype(dtype)
-    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
-    if attn_implementation:
-        arguments["attn_implementation"] = attn_implementation
+    arguments = _arguments(revision, dtype, attn_implementation, quantization)
     return _load_whole(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
 
 
@@ -63,6 +63,7 @@ def load_model_as(
     revision: str | None = None,
     dtype: str = "float32",
     attn_implementation: str | None = None,
+    quantization: str | None = None,
     num_labels: int = 2,
     labels: Sequence[str] = (),
     seed: int = 0,
@@ -76,6 +77,7 @@ def load_model_as(
         revision: branch, tag or commit on the hub.
         dtype: float32, bfloat16 or float16.
         attn_implementation: eager, sdpa, ...; None takes transformers' choice.
+        quantization: as for :func:`load_model`.
         num_labels: classes of a classifier; a model that is none gets a fresh head for them.
         labels: their names, in the task's order.
         seed: of the fresh head; the global random state is left as it was.
@@ -84,7 +86,7 @@ def load_model_as(
     Raises:
         UserError: a model of another kind, a classifier with other classes, or a tokenizer that does not go with it.
     """
-    model = _load_as(kind, name, revision, dtype, attn_implementation, num_labels, labels, seed)
+    model = _load_as(kind, name, revision, dtype, attn_implementation, quantization, num_labels, labels, seed)
     if tokenizer is not None:
         agree(model, tokenizer, name)
     return model
@@ -96,11 +98,17 @@ def _load_as(
     revision: str | None,
     dtype: str,
     attn_implementation: str | None,
+    quantization: str | None,
     num_labels: int,
     labels: Sequence[str],
     seed: int,
 ) -> PreTrainedModel:
-    given: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
+    given: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "quantization": quantization,
+    }
     if kind == "classifier":
         return _load_classifier(name, num_labels, labels, seed, **given)
     if kind == "masked":
@@ -128,14 +136,12 @@ def _load_classifier(
     revision: str | None,
     dtype: str,
     attn_implementation: str | None,
+    quantization: str | None,
 ) -> PreTrainedModel:
     import transformers
 
-    _require_dtype(dtype)
     cls = _class_of(name, revision)
-    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision}
-    if attn_implementation:
-        arguments["attn_implementation"] = attn_implementation
+    arguments = _arguments(revision, dtype, attn_implementation, quantization)
     has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
     if has_head:
         said, _ = transformers.PretrainedConfig.get_config_dict(_place(name), revision=revision)
@@ -225,9 +231,16 @@ def _note_two_templates(name: str) -> None:
         log.warning("%s is the chat template that is read; tokenizer_config.json beside it has another", file)
 
 
-def _require_dtype(dtype: str) -> None:
+def _arguments(
+    revision: str | None, dtype: str, attn_implementation: str | None, quantization: str | None
+) -> dict[str, Any]:
+    """What ``from_pretrained`` is given beside the name."""
     if dtype not in DTYPES:
         raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    arguments = {"dtype": getattr(torch, dtype), "revision": revision, **loading_arguments(quantization, dtype)}
+    if attn_implementation:
+        arguments["attn_implementation"] = attn_implementation
+    return arguments
 
 
 def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
@@ -238,7 +251,7 @@ def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
     place = _place(name)
     try:  # False, not the default: that asks on the terminal whether to run the repository's code
         return loader.from_pretrained(place, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, UnpicklingError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"could not load model.name={name}: {first_line} "
@@ -261,6 +274,8 @@ def _load_whole(loader: Any, name: str, arguments: dict[str, Any], *, fresh_head
             f"model.name={name} lacks {len(lost)} of the tensors of a {type(model).__name__}, or has them in another "
             f"shape ({shown}), and they would be random: give a folder whose files are whole, or another model"
         )
+    if is_quantized(model):
+        keep_codes_as_loaded(model)
     return model
 
 

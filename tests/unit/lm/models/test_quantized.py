@@ -1,0 +1,140 @@
+"""Quantised bases: adapters train on them, resume and replay to the bit, and what cannot be is one sentence."""
+
+import json
+
+import pytest
+import torch
+
+from tests import runs
+from zoft.config import compose
+from zoft.errors import UserError
+from zoft.lm.models import quantized
+from zoft.lm.models.load import load_model
+from zoft.run.build import load_model_of
+from zoft.run.train import run
+from zoft.weights.tensors import Weights
+
+PACKAGE = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8_torchao": "torchao"}
+LORA = ("peft=lora", "peft.r=2", "trainable=adapter", "optimizer.learning_rate=1e-2")
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64, packed by 32 rows on a CPU
+
+
+def arguments(folder, output_dir, *more):
+    if not (folder / "model").exists():
+        runs.model_folder(folder / "model", **WIDE)
+        runs.data_file(folder / "data.jsonl")
+    return runs.arguments(folder, output_dir, *more)
+
+
+def words(folder, output_dir, quantization, *more):
+    return [*arguments(folder, output_dir, *LORA, f"model.quantization={quantization}"), *more]
+
+
+@pytest.mark.parametrize("quantization", quantized.QUANTIZATIONS)
+def test_lora_trains_on_it_and_goes_on_to_the_bit(quantization, tmp_path, monkeypatch):
+    pytest.importorskip(PACKAGE[quantization])
+    report = run(compose(words(tmp_path, tmp_path / "whole", quantization)))
+    model = load_model_of(compose(words(tmp_path, tmp_path / "whole", quantization)))
+    assert quantized.is_quantized(model)
+    assert {"lora_A", "lora_B"} == {name.split(".")[-3] for name in Weights(model).tensors}
+    assert report["peak_memory_mb"] > 0
+    cut = run(compose(words(tmp_path, tmp_path / "cut", quantization, "budget.queries=12")))
+    assert cut["num_queries"] == 12
+    longer = run(compose(words(tmp_path, tmp_path / "cut", quantization)))  # the same command with a larger budget
+    assert longer["weights_sha256"] == report["weights_sha256"]
+
+
+@pytest.mark.parametrize("quantization", quantized.QUANTIZATIONS)
+def test_replay_rebuilds_the_adapter_on_it(quantization, tmp_path, capsys):
+    pytest.importorskip(PACKAGE[quantization])
+    from zoft.cli import main
+
+    report = run(compose(words(tmp_path, tmp_path / "whole", quantization)))
+    capsys.readouterr()
+    assert main(["replay", str(tmp_path / "whole")]) == 0
+    assert report["weights_sha256"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantization", quantized.QUANTIZATIONS)
+def test_a_base_is_known_by_all_its_parts(quantization, tmp_path):
+    """Codes and scales: a base whose scales alone differ is another one."""
+    pytest.importorskip(PACKAGE[quantization])
+    arguments(tmp_path, tmp_path / "out")
+    model = load_model(str(tmp_path / "model"), quantization=quantization)
+    name, parameter = next((n, p) for n, p in model.named_parameters() if n.endswith("q_proj.weight"))
+    parts = quantized.stored_parts(parameter)
+    assert len(parts) >= 2, name
+    assert {part.dtype for part in parts} >= {torch.float32}
+    assert sum(part.numel() * part.element_size() for part in parts) < 2 * parameter.numel()
+
+
+@pytest.mark.parametrize("quantization", quantized.QUANTIZATIONS)
+def test_saving_leaves_the_base_as_it_is(quantization, tmp_path):
+    """bitsandbytes packs 4-bit codes for a CPU and unpacks them, rounded, for every state_dict()."""
+    pytest.importorskip(PACKAGE[quantization])
+    arguments(tmp_path, tmp_path / "out")
+    model = load_model(str(tmp_path / "model"), quantization=quantization).eval()
+    ids, losses = torch.arange(12).view(2, 6), []
+    for _ in range(3):
+        with torch.no_grad():
+            losses.append(float(model(ids, labels=ids).loss))
+        model.state_dict()
+    assert len(set(losses)) == 1
+
+
+def test_loss_stays_near_that_of_the_base(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    arguments(tmp_path, tmp_path / "out")
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        losses = [
+            float(load_model(str(tmp_path / "model"), quantization=kind)(ids, labels=ids).loss)
+            for kind in (None, "int8", "nf4")
+        ]
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert losses[2] == pytest.approx(losses[0], rel=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("model.quantization=nf3",), r"model\.quantization must be one of nf4, int8, int8_torchao, got 'nf3'"),
+        (("model.quantization=int8",), r"a step is too small for them: train an adapter on top"),
+        (("model.quantization=int8", "peft=lora", "trainable=all"), r"train an adapter on top"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(more, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match=sentence):
+        compose([*arguments(tmp_path, tmp_path / "out"), *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package bitsandbytes: pip install 'zoft\[quant\]'"):
+        compose(words(tmp_path, tmp_path / "out", "nf4"))
+
+
+def test_a_checkpoint_that_is_quantised_already_wants_an_adapter(tmp_path):
+    """Loaded as transformers loads it, whatever wrote it; without an adapter nothing could move."""
+    pytest.importorskip("bitsandbytes")
+    arguments(tmp_path, tmp_path / "out")
+    load_model(str(tmp_path / "model"), quantization="int8").save_pretrained(tmp_path / "few")
+    (tmp_path / "few" / "generation_config.json").unlink(missing_ok=True)
+    assert "quantization_config" in json.loads((tmp_path / "few" / "config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "few" / name).write_bytes((tmp_path / "model" / name).read_bytes())
+    given = [*arguments(tmp_path, tmp_path / "out")]
+    given[given.index(f"model.name={tmp_path / 'model'}")] = f"model.name={tmp_path / 'few'}"
+    with pytest.raises(UserError, match=r"is quantised, and a step is too small"):
+        load_model_of(compose(given))
+    assert quantized.is_quantized(load_model_of(compose([*given, *LORA])))
+
+
+def test_trained_tensors_on_meta_are_refused():
+    """accelerate's offloading leaves weights on meta, where a step would do nothing and say nothing."""
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 2)
+    with pytest.raises(UserError, match=r"^weight is to be trained and has no values in memory"):
+        Weights(model)
