@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
-from zoft.cli._words import parsed
+from zoft.utils.words import read_words
 
 KEYS: tuple[str, ...] = ()
 FLAGS = ("--quick", "--json")
@@ -35,7 +35,7 @@ def command(arguments: list[str]) -> int:
     from zoft.cli.doctor import Check, line
     from zoft.cli.train import _quiet, _require_a_start
 
-    _, overrides, flags = parsed("check", arguments, KEYS, FLAGS)
+    _, overrides, flags, _ = read_words("check", arguments, keys=KEYS, flags=FLAGS, bare=False)
     _require_a_start(overrides)
     from zoft.config import compose
     from zoft.plan.check import checked

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from zoft.cli._words import parsed
+from zoft.utils.words import read_words
 
 if TYPE_CHECKING:
     from zoft.plan.estimate import Estimate
@@ -39,7 +39,7 @@ def command(arguments: list[str]) -> int:
     """
     from zoft.cli.train import _quiet, _require_a_start
 
-    _, overrides, flags = parsed("estimate", arguments, KEYS, FLAGS)
+    _, overrides, flags, _ = read_words("estimate", arguments, keys=KEYS, flags=FLAGS, bare=False)
     _require_a_start(overrides)
     from zoft.config import compose
     from zoft.plan.estimate import estimate
