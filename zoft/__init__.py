@@ -16,6 +16,7 @@ _HOMES = {
     "ZOTrainer": "zoft.trainer.trainer",
     "ZOMixin": "zoft.trainer.trainer",
     "ZOConfig": "zoft.trainer.config",
+    "zo_config": "zoft.trainer.config",
     "Minimizer": "zoft.blackbox.minimizer",
     "minimize": "zoft.blackbox.minimize",
     "tune": "zoft.tuning.tune",
@@ -35,6 +36,7 @@ __all__ = [
     "create",
     "minimize",
     "tune",
+    "zo_config",
 ]
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from zoft.blackbox.minimizer import Minimizer
     from zoft.component import components, create
     from zoft.errors import UserError
-    from zoft.trainer.config import ZOConfig
+    from zoft.trainer.config import ZOConfig, zo_config
     from zoft.trainer.trainer import ZOMixin, ZOTrainer
     from zoft.tuning.tune import tune
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs import arguments, model_folder, zoft
+from tests.runs import arguments, environment, model_folder, zoft
 from tests.unit.run.test_formats import PAIRS, SUM, TEXTS
 from zoft.cli import main
 from zoft.config import compose
@@ -99,6 +101,19 @@ def test_a_long_run_says_so_before_it_begins(tmp_path: Path, capsys: Any, monkey
     plain = run(compose(arguments(tmp_path, tmp_path / "plain")))
     assert "time    about" not in capsys.readouterr().out
     assert facts["weights_sha256"] == plain["weights_sha256"]
+
+
+@pytest.mark.parametrize("verb", ["train", "data show"])
+def test_what_is_wrong_with_the_data_is_said_before_anything_heavy_is_imported(verb: str, tmp_path: Path):
+    (tmp_path / "broken.csv").write_text("text,label\na,b\nc\n")
+    code = (
+        "import sys\nfrom zoft.cli import main\n"
+        f"code = main([*{verb!r}.split(), 'config=classify', 'task.train=broken.csv'])\n"
+        "print(code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "2 []", done.stderr[-2000:]
+    assert "broken.csv:3: 1 cells, the header has 2" in done.stderr
 
 
 @pytest.fixture(scope="module")

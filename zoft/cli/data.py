@@ -58,9 +58,6 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
 
     _quiet()
     cfg = compose(overrides)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
     from zoft.lm.data import repeats
     from zoft.lm.data.preview import preview
     from zoft.lm.models.load import load_tokenizer
@@ -71,6 +68,9 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         splits = task.load()
         repeats.warn(splits)
     sentence = f"{task.train}: {reading.sentence()}" if reading else None
+    import transformers  # what is wrong with the data has been said by now
+
+    transformers.utils.logging.set_verbosity_error()
     tokenizer = load_tokenizer(
         cfg.model.name, revision=cfg.model.revision, as_mezo=cfg.estimator.noise == "torch_sequential"
     )

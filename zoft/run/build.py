@@ -12,6 +12,7 @@ from zoft.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
     from zoft.lm.models.trainable.base import Trainable
+    from zoft.lm.tasks.base import Splits
     from zoft.trainer.trainer import ZOTrainer
 
 
@@ -25,24 +26,34 @@ METRICS = {
 """What is reported -> all that an evaluation computes then."""
 
 
-def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
-    """The model with the weights chosen that are trained, its tokenizer, and the encoded rows (train, dev, test)."""
+def load(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, Any, dict[str, list[Any]]]:
+    """The model with the weights chosen that are trained, its tokenizer, and the encoded rows (train, dev, test).
+
+    Args:
+        cfg: the run's.
+        splits: its rows, where they have been read already.
+    """
     from zoft.lm.models.agreement import require_rows_fit
 
-    tokenizer, rows = load_rows(cfg)
+    tokenizer, rows = load_rows(cfg, splits)
     model = load_model_of(cfg, tokenizer)
     require_rows_fit(model, (row for part in rows.values() for row in part), tokenizer, cfg.model.name)
     return model, tokenizer, rows
 
 
-def load_rows(cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
-    """The tokenizer and the encoded rows (train, dev, test) of a run."""
+def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[str, list[Any]]]:
+    """The tokenizer and the encoded rows (train, dev, test) of a run.
+
+    Args:
+        cfg: the run's.
+        splits: its rows, where they have been read already.
+    """
     from zoft.lm import formats
     from zoft.lm.data import repeats
 
     if cfg.task.kind != "options" and cfg.objective.name() != "auto":  # of those, the user's own rows say what they are
         formats.require_fit(cfg.task, cfg.task.kind, cfg.objective)
-    splits = cfg.task.load()
+    splits = cfg.task.load() if splits is None else splits
     repeats.warn(splits)
     cfg.settle(formats.settled(cfg.task, splits.train, cfg.objective))
     form = formats.format_of(cfg.task, splits.train, cfg.objective)

@@ -125,6 +125,7 @@ def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
 
 def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
     """Everything up to the first query; nothing but the config has been written when this fails."""
+    splits = cfg.task.load()  # what is wrong with the data is said before anything heavy is imported
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -140,7 +141,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 
     args = arguments_of(cfg)
     base_mb = PeakMemory("cpu").current_mb() if args.device.type == "cpu" else 0.0
-    model, tokenizer, rows = load(cfg)
+    model, tokenizer, rows = load(cfg, splits)
     trainer = make_trainer(cfg, args, model, tokenizer, rows)
     trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
     trainer.remove_callback(transformers.PrinterCallback)

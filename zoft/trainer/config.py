@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
 from typing import Any
 
@@ -167,6 +167,36 @@ def _refuse_numbers(args: TrainingArguments) -> None:
 
 def _is_off(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})  # a number is a choice, 0 too
+
+
+def zo_config(cls: type) -> type:
+    """A config class with zoft's fields and defaults: what an SFTConfig or DPOConfig of TRL becomes for a `ZOMixin`.
+
+    What the class switches on for a backward pass (checkpointing) is off in it, and its 16-bit autocast is a choice.
+
+    Args:
+        cls: ``TrainingArguments`` or a dataclass that inherits from it.
+
+    Returns:
+        The class ``ZO<name>``, which takes the fields of both: ``zo_config(SFTConfig)(budget_queries=200, ...)``.
+
+    Raises:
+        UserError: a class of another kind.
+
+    Example:
+        >>> zo_config(TrainingArguments)(output_dir="out", budget_queries=8, report_to=[]).learning_rate
+        1e-06
+    """
+    if not (isinstance(cls, type) and issubclass(cls, TrainingArguments)):
+        raise UserError(f"zo_config takes a class of training arguments, e.g. trl.SFTConfig, got {cls!r}")
+    if issubclass(cls, ZOConfig):
+        return cls
+    if cls is TrainingArguments:
+        return ZOConfig
+    own = {f.name for f in fields(cls)}
+    off: list[Any] = [(name, bool, field(default=False)) for name in _CHECKPOINTING if name in own]
+    off += [("bf16", bool, field(default=False))]
+    return make_dataclass(f"ZO{cls.__name__}", off, bases=(ZOConfig, cls), kw_only=True)
 
 
 def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any:
