@@ -193,7 +193,8 @@ def zo_config(cls: type) -> type:
         return cls
     if cls is TrainingArguments:
         return ZOConfig
-    own = vars(cls)["__dataclass_fields__"]
+    known: Any = cls
+    own = {f.name for f in fields(known)}
     off: list[Any] = [(name, bool, field(default=False)) for name in _CHECKPOINTING if name in own]
     off += [("bf16", bool, field(default=False))]
     return make_dataclass(f"ZO{cls.__name__}", off, bases=(ZOConfig, cls), kw_only=True)
