@@ -181,7 +181,7 @@ def _kept(model: Any, rows: dict[str, list[Any]]) -> int:
     from zoft.engines._frozen_prefix import FrozenPrefix
     from zoft.weights.tensors import Weights
 
-    if FrozenPrefix.of(model, Weights(model), 1) is None:
+    if FrozenPrefix.of(model, Weights(model, shapes_only=True), 1) is None:
         return 0
     return sum(_length(row) for part in rows.values() for row in part)
 

@@ -71,7 +71,7 @@ def of_method(cfg: ZoftConfig, model: Any, size: Size, host_mb: float = 0.0) -> 
         size: what goes through it at a time.
         host_mb: of the interpreter and its libraries.
     """
-    weights = Weights(model)
+    weights = Weights(model, shapes_only=True)
     parts = {
         "weights": sum(t.numel() * t.element_size() for t in _unique(model)) / MB,
         "optimizer state": _state_mb(cfg, weights),

@@ -17,6 +17,7 @@ class Weights:
 
     Args:
         model: any ``torch.nn.Module``; what has ``requires_grad`` is trained.
+        shapes_only: whether tensors without values are fine, because nothing is going to be trained (an estimate).
 
     Raises:
         UserError: nothing is trainable, or a trained tensor has no values in memory.
@@ -26,7 +27,7 @@ class Weights:
         8
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, shapes_only: bool = False) -> None:
         self.tensors: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -36,7 +37,7 @@ class Weights:
                 "choose what moves with trainable=all, peft=lora, trainable=last_blocks or trainable=regex"
             )
         away = next((name for name, tensor in self.tensors.items() if tensor.is_meta), None)
-        if away is not None:  # an addition to a tensor on meta does nothing, and says nothing
+        if away is not None and not shapes_only:  # an addition to a tensor on meta does nothing, and says nothing
             raise UserError(
                 f"{away} is to be trained and has no values in memory (it is on the meta device, as weights are that "
                 "accelerate has offloaded): load the model without offloading (no device_map=auto to a disk or the "
