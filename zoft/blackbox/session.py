@@ -9,6 +9,7 @@ from typing import Any
 from zoft.blackbox.space import Space
 from zoft.engines.base import Session
 from zoft.errors import UserError
+from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators.base import Point
 from zoft.step.method import Method
 from zoft.subspaces.base import BoundSubspace
@@ -89,13 +90,13 @@ def check_method(method: Method) -> None:
     needs = None
     if estimator.backpropagates or any(p.derivative for p in estimator.points(estimator.directions(0, 0))):
         needs = f"estimator={estimator.name()} needs derivatives"
-    elif estimator.keeps_anchor:
+    elif isinstance(estimator, KeepsAnchor):
         needs = f"estimator={estimator.name()} needs batches of data"
     elif estimator.per_example:
         needs = f"estimator={estimator.name()} needs a loss for each example"
-    elif any(subspace.takes_gradient(step) for step in range(2)):
+    elif any(subspace.observes_at(step) == "gradient" for step in range(2)):
         needs = f"subspace={subspace.name()} as it is set needs a gradient"
-    elif any(subspace.looks_at_inputs(step) for step in range(2)):
+    elif any(subspace.observes_at(step) == "inputs" for step in range(2)):
         needs = f"subspace={subspace.name()} needs the inputs of linear layers"
     if needs:
         raise UserError(

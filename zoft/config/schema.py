@@ -240,7 +240,7 @@ class ZoftConfig:
                 f"objective={self.objective.name()} has no gradient, and estimator={estimator} computes one: choose an "
                 "estimator that only asks for losses, e.g. estimator=central"
             )
-        if self.subspace.takes_gradient(0):
+        if self.subspace.observes_at(0) == "gradient":
             raise UserError(
                 f"objective={self.objective.name()} has no gradient, and subspace={self.subspace.name()} chooses by one"
             )

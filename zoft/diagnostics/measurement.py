@@ -15,6 +15,8 @@ from zoft.diagnostics.probes import gram_summary, normalised, signal, true_slope
 from zoft.diagnostics.radius import exact_slopes, radius_table
 from zoft.diagnostics.variance import Law, variance_table
 from zoft.errors import OutOfMemoryError, UserError
+from zoft.estimators._anchor import KeepsAnchor, anchor_batches
+from zoft.estimators._backward import NeedsBackward
 from zoft.noise.direction import Direction
 from zoft.report.backprop import backprop_parts_mb, model_shape
 from zoft.step.method import memory_of
@@ -133,6 +135,7 @@ class Measurement:
         assert trainer.queries is not None
         if self.step.backward is None:
             return None
+        assert isinstance(estimator, NeedsBackward)
         select, dense = trainer.queries.select, {}
         queried = bool(estimator.points(self.probes)) and select(self.batch, estimator.queried_lengths) is not None
         share = estimator.share_of_backward(queried)
@@ -161,7 +164,7 @@ class Measurement:
     def _probes_tell(self) -> bool:
         """Whether more directions can be asked of this step's batch."""
         estimator = self.estimator
-        return not estimator.backpropagates and not estimator.batches_at(self.step.step)
+        return not estimator.backpropagates and not anchor_batches(estimator, self.step.step)
 
     def _num_probes(self, coordinates: BoundSubspace, direction: Direction) -> int:
         """A multiple of the step's own q; as many as wanted, as exist, and as are asked at once."""
@@ -218,7 +221,7 @@ class Measurement:
     def _law(self, gram: Tensor, slope_square: float) -> Law | None:
         """What theory needs; None where it says nothing of this method."""
         method, estimator = self.trainer.method, self.estimator
-        has_slopes = estimator.measures_slopes and not estimator.per_example and not estimator.keeps_anchor
+        has_slopes = estimator.measures_slopes and not estimator.per_example and not isinstance(estimator, KeepsAnchor)
         if not has_slopes or method.weighting.name() != "mean" or method.optimizer.shapes_directions:
             return None
         dimension = self.coordinates.dimension(self.probes[0])

@@ -24,7 +24,7 @@ class StepPrefix:
     Args:
         model: any module; without a stack of alike blocks that hand on a tensor, nothing is reused.
         state: a place for the forward that runs to count in (several may be under way, side by side).
-        begin: told whenever the model is called.
+        begin: called before every forward of the model.
         moved: whether a module that moves has been entered since.
     """
 

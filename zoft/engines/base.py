@@ -13,6 +13,7 @@ from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.noise.direction import Direction
 from zoft.noise.source import prepare
+from zoft.subspaces._observes import ObservesInputs
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.rounding import has_few_bits, round_stochastically
@@ -113,14 +114,16 @@ class Session:
 
     def observe(self, batch: Any, direction: Direction) -> Tensor:
         """The clean loss, from a forward in which the subspace sees the inputs of the linear layers it asks for."""
-        wanted = self.coordinates.inputs_wanted(direction)
+        coordinates = self.coordinates
+        assert isinstance(coordinates, ObservesInputs)
+        wanted = coordinates.inputs_wanted(direction)
 
         def see(name: str) -> Callable[[Any, Any], None]:
             def hook(module: nn.Module, inputs: Any) -> None:
                 del module
                 with torch.inference_mode(False), torch.no_grad():
                     seen = inputs[0].detach()
-                    self.coordinates.observe(direction, name, seen.reshape(-1, seen.shape[-1]).clone())
+                    coordinates.observe(direction, name, seen.reshape(-1, seen.shape[-1]).clone())
 
             return hook
 
@@ -212,7 +215,7 @@ class Session:
 
 
 def _run_backward(loss: Tensor, wanted: dict[str, nn.Parameter], take: Callable[[str, Tensor], None]) -> None:
-    """Gradients are freed as they come, and those that were there before come back."""
+    """Pass each gradient to ``take`` as autograd makes it, and free it; afterwards restore the earlier ``.grad``."""
 
     def hand_over(name: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None

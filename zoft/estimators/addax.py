@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from zoft.estimators._backward import check_parts
+from zoft.estimators._backward import NeedsBackward, check_parts
 from zoft.estimators.central import Central
 
 
 @dataclass
-class Addax(Central):
+class Addax(NeedsBackward, Central):
     """Central differences for rows above ``long_tokens``, a backward pass for the others: 2 q + 3 queries a step.
 
     g = zo_share g_queries + (1 - zo_share) g_backward, each the gradient of its own rows' mean loss. A batch of one
@@ -27,8 +27,6 @@ class Addax(Central):
     References: Li et al. 2024 (Addax, arXiv 2410.06441), Algorithm 1. It draws a batch of each kind from data divided
     by length; here every batch is divided.
     """
-
-    backpropagates: ClassVar[bool] = True
 
     long_tokens: int = 128
     zo_share: float = 1e-3

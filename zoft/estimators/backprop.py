@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from zoft.errors import UserError
-from zoft.estimators._backward import check_parts
+from zoft.estimators._backward import NeedsBackward, check_parts
 from zoft.estimators.base import Estimator, Point
 from zoft.noise.direction import Direction
 from zoft.utils.lazy import Tensor
 
 
 @dataclass
-class Backprop(Estimator):
+class Backprop(NeedsBackward, Estimator):
     """The gradient itself from one backward pass: no directions, 3 queries a step (a backward is two forwards).
 
     With ``optimizer=adam`` it is AdamW, with ``optimizer=sgd`` SGD. Each tensor's step is written as soon as its
@@ -25,8 +25,6 @@ class Backprop(Estimator):
 
     References: LOMO (Lv et al. 2023), Algorithm 1, for the step written inside the backward pass.
     """
-
-    backpropagates: ClassVar[bool] = True
 
     def check(self) -> None:
         """Refuse more than one direction: there is none."""

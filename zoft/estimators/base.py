@@ -19,10 +19,6 @@ EPS_SCHEDULES = ("constant", "linear", "cosine", "tied")
 """How eps goes on: ``tied`` follows the learning rate's schedule."""
 
 
-EVERY_LENGTH: tuple[int, float] = (0, math.inf)
-"""Rows of a batch of any length."""
-
-
 @dataclass(frozen=True)
 class Point:
     """One evaluation of the objective, at theta + scale * z(direction).
@@ -70,16 +66,13 @@ class Estimator(Component):
     """
 
     measures_curvature: ClassVar[bool] = False
-    """Whether :meth:`curvatures` gives something."""
+    """Whether :meth:`measure` gives second differences along the directions too."""
 
     per_example: ClassVar[bool] = False
     """Whether every example of the batch has directions of its own (``losses`` are then [P, B])."""
 
-    keeps_anchor: ClassVar[bool] = False
-    """Whether a copy of the trained weights is kept, from which some points start."""
-
     backpropagates: ClassVar[bool] = False
-    """Whether some of the gradient comes from a backward pass."""
+    """Whether some of the gradient comes from a backward pass (:class:`zoft.estimators._backward.NeedsBackward`)."""
 
     makes_factors: ClassVar[bool] = False
     """Whether the estimate comes as factors (gradients of layers' outputs, their inputs) and not along directions."""
@@ -144,35 +137,6 @@ class Estimator(Component):
         points = self.points(self.directions(0, 0))
         return any(point.direction is None and not point.anchor for point in points)
 
-    def batches_at(self, step: int) -> int:
-        """Over how many batches of the training data the losses of this step are averaged; 0: the step's own batch."""
-        del step
-        return 0
-
-    @property
-    def queried_lengths(self) -> tuple[int, float]:
-        """(shortest, longest) rows of a batch, in tokens, that are queried where others are backpropagated."""
-        return EVERY_LENGTH
-
-    @property
-    def backpropagated_lengths(self) -> tuple[int, float]:
-        """(shortest, longest) rows of a batch, in tokens, that go through a backward pass."""
-        return EVERY_LENGTH
-
-    def share_of_backward(self, queried: bool) -> float:
-        """The weight of the backward pass's gradient in the estimate; queries have the rest.
-
-        Args:
-            queried: whether there is an estimate from queries for the same tensors.
-        """
-        del queried
-        return 1.0
-
-    def still(self, names: list[str]) -> frozenset[str]:
-        """Which of the trained tensors queries do not move, because a backward pass gives their gradients."""
-        del names
-        return frozenset()
-
     def at(self: E, done: float, rate: float) -> E:
         """This estimator as it is at some place of the run.
 
@@ -209,7 +173,6 @@ class Estimator(Component):
             loss=self.loss(losses),
             losses=self.probe_losses(losses),
             eps=self.radius,
-            curvatures=self.curvatures(losses),
         )
 
     def terms(self, terms: list[tuple[Direction, float]], state: dict[str, Any]) -> list[tuple[Direction, float]]:
@@ -233,11 +196,6 @@ class Estimator(Component):
     def probe_losses(self, losses: Tensor) -> Tensor:
         """The losses at the perturbed points, [Q, S]; see :class:`Measured`."""
         return losses.new_empty(self.num_directions, 0)
-
-    def curvatures(self, losses: Tensor) -> Tensor | None:
-        """Second differences along each direction, [Q]; None where they are not measured."""
-        del losses
-        return None
 
 
 @dataclass

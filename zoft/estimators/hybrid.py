@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from zoft.errors import UserError
-from zoft.estimators._backward import check_parts
+from zoft.estimators._backward import NeedsBackward, check_parts
 from zoft.estimators.central import Central
 from zoft.weights.tensors import layer_of
 
 
 @dataclass
-class Hybrid(Central):
+class Hybrid(NeedsBackward, Central):
     """Backpropagation for the last ``backprop_blocks`` layers and what is behind them, central differences below.
 
     A layer is what ``subspace=blocks`` calls one: all that shares the first number in its tensors' names. Behind the
@@ -27,8 +27,6 @@ class Hybrid(Central):
     References: Hi-ZFO and ElasticZO (zeroth order below, first order above); ZO-Bench (arXiv 2402.11592), hybrid
     training.
     """
-
-    backpropagates: ClassVar[bool] = True
 
     backprop_blocks: int = 1
 
@@ -46,7 +44,7 @@ class Hybrid(Central):
         """Two a direction; a forward, and a backward that is counted as two more."""
         return 2 * self.num_directions + 3
 
-    def still(self, names: list[str]) -> frozenset[str]:
+    def backprop_names(self, names: list[str]) -> frozenset[str]:
         """The last layers, and what is behind them."""
         numbered = [i for i, name in enumerate(names) if layer_of(name) is not None]
         layers = list(dict.fromkeys(layer_of(names[i]) for i in numbered))

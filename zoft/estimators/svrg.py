@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from zoft.errors import UserError
+from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators.base import FiniteDifference, Measured, Point
 from zoft.estimators.central import projected_grad
 from zoft.noise.direction import Direction
@@ -15,7 +16,7 @@ Terms = list[tuple[Direction, float]]
 
 
 @dataclass
-class SVRG(FiniteDifference):
+class SVRG(KeepsAnchor, FiniteDifference):
     """Central differences with a control variate at anchor weights: 4 q queries a step, and a copy of the weights.
 
     Every ``interval`` steps the weights become the anchor, and the estimate G is made over ``anchor_batches`` batches
@@ -33,8 +34,6 @@ class SVRG(FiniteDifference):
 
     References: Gautam et al. 2024 (MeZO-SVRG, arXiv 2404.08080), Algorithm 2; one learning rate here, two there.
     """
-
-    keeps_anchor: ClassVar[bool] = True
 
     interval: int = 2
     anchor_batches: int = 4

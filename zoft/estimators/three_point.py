@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from zoft.estimators.base import FiniteDifference, Point
+from zoft.estimators.base import FiniteDifference, Measured, Point
 from zoft.estimators.central import projected_grad
 from zoft.noise.direction import Direction
 from zoft.utils.lazy import Tensor
@@ -36,6 +36,10 @@ class ThreePoint(FiniteDifference):
         """(L+ - L-) / 2 eps, [Q]."""
         pairs = self.probe_losses(losses)
         return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
+
+    def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
+        """Slopes, and second differences [Q]."""
+        return replace(super().measure(losses, state), curvatures=self.curvatures(losses))
 
     def curvatures(self, losses: Tensor) -> Tensor:
         """((L+ - L) + (L- - L)) / eps^2, [Q]: near numbers are subtracted first, which is exact."""

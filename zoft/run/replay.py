@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
+from zoft.estimators._anchor import anchor_batches
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -76,7 +77,7 @@ def replay(trainer: ZOTrainer, contents: Contents, steps: int, path: Path) -> in
             record,
             trainer.directions.at(record.step),
             contents.looks.get(record.step),
-            keeps_anchor=bool(trainer.method.estimator.batches_at(record.step)),
+            keeps_anchor=bool(anchor_batches(trainer.method.estimator, record.step)),
         )
         step_replay.begin(stepper, estimate)
         stepper.progress.steps = record.step + 1

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from zoft.component import create
 from zoft.errors import UserError
+from zoft.estimators._anchor import KeepsAnchor
+from zoft.estimators._backward import NeedsBackward
 from zoft.estimators.base import Estimator
 from zoft.noise.direction import Direction
 from zoft.optimizers.base import Optimizer
@@ -78,9 +80,9 @@ class Method:
     def queries_at(self, step: int) -> int:
         """Forward passes of the objective that a step costs: points, a look at the inputs, trials of the step."""
         queries = self.estimator.queries_at(step) + len(self.optimizer.line_search)
-        queries += BACKWARD * self.subspace.takes_gradient(step)
+        queries += BACKWARD * (self.subspace.observes_at(step) == "gradient")
         if not self.estimator.asks_clean_loss:  # what a clean forward gives comes with the clean loss
-            queries += self.subspace.looks_at_inputs(step) or bool(self.optimizer.line_search)
+            queries += self.subspace.observes_at(step) == "inputs" or bool(self.optimizer.line_search)
         return queries
 
     def steps_within(self, queries: int) -> int:
@@ -116,7 +118,7 @@ class Method:
 
     def extra_elements(self, coordinates: BoundSubspace) -> int:
         """Numbers that are kept from step to step: the optimizer's state, the subspace's bases, an anchor."""
-        anchor = coordinates.weights.num_elements if self.estimator.keeps_anchor else 0
+        anchor = coordinates.weights.num_elements if isinstance(self.estimator, KeepsAnchor) else 0
         return anchor + coordinates.basis_elements() + self.state_elements(coordinates)
 
     def state_elements(self, coordinates: BoundSubspace) -> int:
@@ -132,7 +134,8 @@ class Method:
         """The subspace for these weights, its directions hanging together as the estimator wants them."""
         coordinates = self.subspace.bind(weights, self.estimator.noise)
         estimator = self.estimator
-        coordinates.still = estimator.still(list(weights.tensors))
+        if isinstance(estimator, NeedsBackward):
+            coordinates.still = estimator.backprop_names(list(weights.tensors))
         coordinates.arrange(
             estimator.across,
             estimator.num_directions,

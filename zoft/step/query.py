@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from zoft.engines.base import Backward
+from zoft.estimators._anchor import anchor_batches
+from zoft.estimators._backward import NeedsBackward
 from zoft.estimators.base import Estimator, Point
 from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
@@ -18,6 +20,7 @@ from zoft.step.estimate import StepEstimate
 from zoft.step.method import BACKWARD, Method
 from zoft.step.nodes import NodeQueries
 from zoft.step.update import ZOOptimizer
+from zoft.subspaces._observes import ObservesGradients, ObservesInputs
 
 
 def _as_they_are(losses: Tensor, batch: Any) -> Tensor:
@@ -78,13 +81,13 @@ class StepQueries:
         )
         if estimator.makes_factors:
             found = self._of_nodes(blank, batch, estimator)
-        elif estimator.backpropagates:
+        elif isinstance(estimator, NeedsBackward):
             found = self._with_gradient(blank, batch, estimator)
         else:
             found = self._all(blank, batch, estimator, clean, lr)
         if not found.is_usable:  # a step that comes to nothing is not remembered either, and has no slope
             return replace(found, memory=self.optimizer.memory(), projected_grads=torch.tensor([torch.nan]))
-        return replace(found, keeps_anchor=bool(estimator.batches_at(found.step)))
+        return replace(found, keeps_anchor=bool(anchor_batches(estimator, found.step)))
 
     def _all(
         self, blank: StepEstimate, batch: Any, estimator: Estimator, clean: Tensor | None, lr: float
@@ -113,26 +116,25 @@ class StepQueries:
             The clean loss, where that took a forward; the queries of a backward pass that was made for it; and the
             state of the subspace, where it has looked.
         """
-        coordinates, clean, observations = self.session.coordinates, None, None
+        coordinates, clean, queries, observations = self.session.coordinates, None, 0, None
         coordinates.begin(direction)
-        scores, looks = coordinates.gradients_wanted(direction), coordinates.inputs_wanted(direction)
-        if scores:
+        if isinstance(coordinates, ObservesGradients) and coordinates.gradients_wanted(direction):
             _, run = self.session.graph(batch)
-            self._score(run, batch)
-        if looks:
+            self._score(coordinates, run, batch)
+            queries, observations = BACKWARD, coordinates.state_dict()
+        if isinstance(coordinates, ObservesInputs) and coordinates.inputs_wanted(direction):
             clean = self.average(self.session.observe(batch, direction).view(1), batch)[0]
-        if looks and self.gather is not None:
-            coordinates.join(direction, self.gather)
-        if (scores or looks) and self.agree is not None:
-            coordinates.load_state_dict(self.agree(coordinates.state_dict()))
-        if scores or looks:
+            if self.gather is not None:
+                coordinates.join(direction, self.gather)
+            observations = coordinates.state_dict()
+        if observations is not None and self.agree is not None:
+            coordinates.load_state_dict(self.agree(observations))
             observations = coordinates.state_dict()
         self.optimizer.begin(direction)
-        return clean, BACKWARD * bool(scores), observations
+        return clean, queries, observations
 
-    def _score(self, run: Backward, batch: Any) -> None:
+    def _score(self, coordinates: ObservesGradients, run: Backward, batch: Any) -> None:
         """The gradients of the step's batch, of all processes' rows where there are several."""
-        coordinates = self.session.coordinates
         if self.gather is None:
             run(coordinates.score)
         else:  # a process may lack some of them (an expert that none of its tokens reaches)
@@ -153,7 +155,7 @@ class StepQueries:
         queries = estimator.queries_at(directions[0].step) + (clean is not None and not estimator.asks_clean_loss)
         if estimator.per_example:
             return *self._per_example(batch, directions, points), queries
-        wide = estimator.batches_at(directions[0].step)
+        wide = anchor_batches(estimator, directions[0].step)
         if wide:
             over = [self._at(one, points) for one in self.batches(wide)]
             return directions, torch.stack(over).mean(0), queries - len(points) * (wide - len(over))
@@ -212,6 +214,7 @@ class StepQueries:
 
     def _with_gradient(self, blank: StepEstimate, batch: Any, estimator: Estimator) -> StepEstimate:
         """Part of the gradient from a backward pass, the rest from queries."""
+        assert isinstance(estimator, NeedsBackward)
         directions = list(blank.directions)
         found = replace(blank, terms=[], num_queries=blank.num_queries + estimator.queries_at(blank.step))
         far, points = self.select(batch, estimator.queried_lengths), estimator.points(directions)

@@ -9,6 +9,7 @@ from zoft.errors import UserError
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource, sample
 from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout, haar
+from zoft.subspaces._observes import ObservesInputs
 from zoft.subspaces.outer import outer_factors, outer_noise
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import Weights
@@ -32,7 +33,7 @@ class Activation(Factored):
 
     The inputs are looked at in one clean forward before the queries, which costs nothing where the estimator asks for
     the clean loss anyway. Until a layer's inputs have been seen its basis is random (Haar). Layers are
-    ``torch.nn.Linear``, and transformers' ``Conv1D``, whose matrix lies the other way round: z = s A R^T. Columns of
+    ``torch.nn.Linear``, and transformers' ``Conv1D``, whose matrix is stored transposed: z = s A R^T. Columns of
     padding count as inputs. What has no such inputs (embeddings and a head tied to one, norms, biases, experts in one
     tensor), and a layer with no more than ``rank`` inputs, moves in full. A tied tensor moves once, and its basis is of
     the inputs of all its layers. Where a layer is met several times before a step's queries (micro-batches, processes,
@@ -86,9 +87,9 @@ class Activation(Factored):
             self.require(self.basis_columns >= self.rank, "basis_columns", f"at least rank={self.rank}")
             self.require(self.shared_columns <= self.rank, "shared_columns", f"at most rank={self.rank}")
 
-    def looks_at_inputs(self, step: int) -> bool:
-        """Every step, or the first."""
-        return self.basis != "first" or step == 0
+    def observes_at(self, step: int) -> str:
+        """The inputs, in every step or the first."""
+        return "inputs" if self.basis != "first" or step == 0 else ""
 
     def bind(self, weights: Weights, noise: str = "counter") -> BoundActivation:
         """Coordinates are the elements of R, and the tensor's own where it moves in full."""
@@ -125,7 +126,7 @@ class Activation(Factored):
         return outer_noise(self.law, weights, {name: form.shape for name, form in self.forms(weights).items()})
 
 
-class BoundActivation(BoundFactored):
+class BoundActivation(ObservesInputs, BoundFactored):
     """Coordinates of a linear layer's matrix are R, row by row.
 
     The bases follow from what the layers have seen, so they are saved with the run.
@@ -274,7 +275,7 @@ class BoundActivation(BoundFactored):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The other way round; the basis of the step before stays known."""
+        """Take over saved bases; the basis of the step before stays known."""
         devices = {name: self.weights.tensors[name].device for name in self.forms}
         seen = {name: kept for name, kept in state.get("seen", {}).items() if name in self.forms}
         for name, (_, basis) in seen.items():
@@ -290,7 +291,7 @@ class BoundActivation(BoundFactored):
 
 
 def linear_layers(weights: Weights) -> dict[str, bool]:
-    """name -> whether it lies the other way round ([n_in, n_out]), of what is the weight of linear layers alone."""
+    """name -> whether it is stored transposed ([n_in, n_out]), of what is the weight of linear layers alone."""
     found: dict[str, bool] = {}
     others: set[str] = set()
     for module, held in weights.owners.items():

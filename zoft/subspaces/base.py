@@ -65,15 +65,14 @@ class Subspace(Component):
     def check_with(self, method: Any) -> None:
         """Refuse the other parts of a :class:`zoft.step.method.Method` that make no sense with this subspace."""
 
-    def takes_gradient(self, step: int) -> bool:
-        """Whether a backward pass is made before the queries of this step: three queries."""
-        del step
-        return False
+    def observes_at(self, step: int) -> str:
+        """What is looked at before the queries of this step.
 
-    def looks_at_inputs(self, step: int) -> bool:
-        """Whether the inputs of linear layers are looked at before the queries of this step: one clean forward."""
+        Returns:
+            "inputs" of linear layers (one clean forward), "gradient" (a backward pass: three queries), or "" for none.
+        """
         del step
-        return False
+        return ""
 
     def bind(self, weights: Weights, noise: str = "counter") -> BoundSubspace:
         """This subspace for these weights, drawing from ``noise`` (one of :data:`zoft.noise.source.SOURCES`)."""
@@ -118,40 +117,6 @@ class BoundSubspace:
         """A step begins, and the weights are clean: what depends on them is settled here and holds for the step."""
         del direction
 
-    def inputs_wanted(self, direction: Direction) -> frozenset[str]:
-        """Tensors whose linear layers' inputs this step's basis is built from; :meth:`observe` is given them."""
-        del direction
-        return frozenset()
-
-    def observe(self, direction: Direction, name: str, inputs: Tensor) -> None:
-        """The inputs of a linear layer in the clean forward before the queries of a step.
-
-        Args:
-            direction: a direction of the step.
-            name: the layer's weight.
-            inputs: [tokens, n], in the model's dtype; not to be kept or overwritten.
-        """
-
-    def join(self, direction: Direction, gather: Callable[[Any], list[Any]]) -> None:
-        """What the layers have seen in this process and in the others, put together.
-
-        Args:
-            direction: a direction of the step.
-            gather: something of this process -> that of all of them, by rank.
-        """
-        del direction, gather
-
-    def gradients_wanted(self, direction: Direction) -> bool:
-        """Whether :meth:`score` is to be given the gradients of a backward pass before the queries of this step."""
-        del direction
-        return False
-
-    def score(self, name: str, gradient: Tensor) -> None:
-        """The gradient of a tensor, in a step for which gradients were wanted; not to be kept."""
-
-    def scored(self) -> None:
-        """All gradients have been given."""
-
     def basis_elements(self) -> int:
         """Numbers (32 bits each) that bases and masks take, as long as they are in use."""
         return 0
@@ -161,7 +126,7 @@ class BoundSubspace:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The other way round."""
+        """Take over what :meth:`state_dict` gave."""
         del state
 
     def arrange(

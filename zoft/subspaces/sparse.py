@@ -10,6 +10,7 @@ from zoft.errors import UserError
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource
 from zoft.subspaces._masks import Mask, by_chance, check_file, read, smallest
+from zoft.subspaces._observes import ObservesGradients
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights, perturbed
@@ -73,9 +74,9 @@ class Sparse(Subspace):
         if self.mask is not None:
             check_file(self.mask)
 
-    def takes_gradient(self, step: int) -> bool:
-        """In the first step, for choose=gradient."""
-        return self.choose == "gradient" and step == 0
+    def observes_at(self, step: int) -> str:
+        """The gradient, in the first step and for choose=gradient."""
+        return "gradient" if self.choose == "gradient" and step == 0 else ""
 
     def bind(self, weights: Weights, noise: str = "counter") -> BoundSparse:
         """Coordinates are the tensors' elements; those that stand still are zero."""
@@ -91,7 +92,7 @@ class Sparse(Subspace):
         return super().source(weights, noise)
 
 
-class BoundSparse(BoundSubspace):
+class BoundSparse(ObservesGradients, BoundSubspace):
     """Coordinates are the tensor's elements times the mask; lifting multiplies by the mask (again) and 1 / sqrt(s).
 
     An optimizer's state has an element for every weight. Where one stands still for an interval its state goes on
@@ -179,7 +180,7 @@ class BoundSparse(BoundSubspace):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The other way round; without masks in the state they are made anew."""
+        """Take over saved masks; without any in the state they are made anew."""
         if self.sparse.choose in ("magnitude", "gradient") and state:
             made_for = state["made_for"]
             self._made_for = tuple(made_for)

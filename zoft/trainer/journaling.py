@@ -21,6 +21,7 @@ import torch
 from transformers import Trainer
 
 from zoft.errors import DiskFullError, NonFiniteLossError, UserError
+from zoft.estimators._anchor import anchor_batches
 from zoft.journal import file as files
 from zoft.journal import snapshot, state
 from zoft.journal.file import Contents, Journal
@@ -277,7 +278,7 @@ class Journaled(_Base):
         for group in self.stepper.param_groups:
             group["lr"] = record.lr
         look = None if self._contents is None else self._contents.looks.get(step)
-        makes_anchor = bool(self.method.estimator.batches_at(step))
+        makes_anchor = bool(anchor_batches(self.method.estimator, step))
         estimate = StepEstimate.from_record(record, self.directions.at(step), look, keeps_anchor=makes_anchor)
         replay.begin(self.stepper, estimate)
         progress = self.progress

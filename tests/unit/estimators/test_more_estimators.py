@@ -319,11 +319,11 @@ OPT = ["m.embed_tokens.weight", "m.final_layer_norm.weight", "m.layers.0.fc", "m
     ],
 )
 def test_hybrid_takes_the_last_layers_and_what_is_behind_them(names, blocks, above):
-    assert Hybrid(backprop_blocks=blocks).still(names) == above
+    assert Hybrid(backprop_blocks=blocks).backprop_names(names) == above
 
 
 def test_hybrid_refuses_a_model_without_layers_above_or_below():
     with pytest.raises(UserError, match="no trained tensor has a layer's number"):
-        Hybrid().still(["a.weight", "b.weight"])
+        Hybrid().backprop_names(["a.weight", "b.weight"])
     with pytest.raises(UserError, match=r"hybrid.backprop_blocks=3 leaves nothing below .* use estimator=backprop"):
-        Hybrid(backprop_blocks=3).still(["layers.0.a", "layers.1.a", "norm"])
+        Hybrid(backprop_blocks=3).backprop_names(["layers.0.a", "layers.1.a", "norm"])

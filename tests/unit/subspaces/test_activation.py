@@ -284,8 +284,8 @@ def test_the_basis_of_the_first_batch_stays():
     assert coordinates.bases(Direction(5, 999), name)[1] is basis
     assert coordinates.same_basis(name, Direction(5, 0), Direction(5, 999))
     coordinates.combination(name, 0, 5, [(Direction(5, 0), 1.0), (Direction(5, 1), 1.0)])
-    assert [Activation(basis="first").looks_at_inputs(step) for step in (0, 1, 2)] == [True, False, False]
-    assert [Activation(basis="oja", rank=64).looks_at_inputs(step) for step in (0, 1, 2)] == [True] * 3
+    assert [Activation(basis="first").observes_at(step) for step in (0, 1, 2)] == ["inputs", "", ""]
+    assert [Activation(basis="oja", rank=64).observes_at(step) for step in (0, 1, 2)] == ["inputs"] * 3
     assert not Activation(basis="first").changes_basis
     assert Activation().changes_basis
 
