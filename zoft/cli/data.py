@@ -75,9 +75,9 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         cfg.model.name, revision=cfg.model.revision, as_mezo=cfg.estimator.noise == "torch_sequential"
     )
     way, objective, refusal = _way(cfg, splits.train, tokenizer)
-    told = {name: preview(getattr(splits, name), way, tokenizer, num_rows) for name in _SPLITS}
+    split_rows = {name: preview(getattr(splits, name), way, tokenizer, num_rows) for name in _SPLITS}
     for name in ("dev", "test"):
-        told[name]["in_train"] = repeats.repeated(getattr(splits, name), splits.train)
+        split_rows[name]["in_train"] = repeats.repeated(getattr(splits, name), splits.train)
     return {
         "task": task.name(),
         "read_as": reading and {"format": reading.format, "columns": reading.columns, "unused": list(reading.unused)},
@@ -92,7 +92,7 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         "writes": way.writes,
         "refusal": refusal,
         "classes": list(getattr(task, "labels", ())) if task.kind == "head" else [],
-        "splits": told,
+        "splits": split_rows,
     }
 
 
@@ -151,30 +151,30 @@ def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> l
         width: columns of the terminal.
         colour: whether tokens that count are coloured too; they are always marked.
     """
-    told = [
+    printed = [
         f"task    {facts['task']}" + (f", {safe(facts['sentence'])}" if facts["sentence"] else ""),
         f"tokens  {facts['model']}, vocabulary {facts['vocabulary']:,}; of a row {facts['max_length']:,} are kept "
         "(task.max_length)" + (f", {facts['room']:,} of them free for an answer" if facts.get("room") else ""),
         f"loss    objective={facts['objective']} {_looks_at(facts)}",
     ]
     if facts.get("refusal"):
-        told += [f"note    zoft train refuses this: {safe(facts['refusal'])}"]
-    told += [f"note    {safe(note)}" for note in facts.get("notes", ())]
+        printed += [f"note    zoft train refuses this: {safe(facts['refusal'])}"]
+    printed += [f"note    {safe(note)}" for note in facts.get("notes", ())]
     if facts.get("classes"):
-        told += ["classes " + ", ".join(f"{place} {safe(name)}" for place, name in enumerate(facts["classes"][:12]))]
-    told += [f"{name:<7} {_summary(split)}" for name, split in facts["splits"].items()]
+        printed += ["classes " + ", ".join(f"{place} {safe(name)}" for place, name in enumerate(facts["classes"][:12]))]
+    printed += [f"{name:<7} {_summary(split)}" for name, split in facts["splits"].items()]
     for name, split in facts["splits"].items():
         for number, row in enumerate(split["first"], start=1):
-            told += ["", f"--- {name}, row {number} of {split['rows']:,}" + _origin(row)]
+            printed += ["", f"--- {name}, row {number} of {split['rows']:,}" + _origin(row)]
             for part in row["parts"]:
-                told += _part(part, width, colour)
+                printed += _part(part, width, colour)
             if row.get("options"):
-                told += [_options(row["options"])]
+                printed += [_options(row["options"])]
             if "answers" in row:
-                told += ["  answers  " + ", ".join(repr(safe(str(answer))) for answer in row["answers"][:12])]
+                printed += ["  answers  " + ", ".join(repr(safe(str(answer))) for answer in row["answers"][:12])]
             if "reward" in row:
-                told += [f"  reward   {safe(str(row['reward']))}"]
-    return told
+                printed += [f"  reward   {safe(str(row['reward']))}"]
+    return printed
 
 
 def _looks_at(facts: dict[str, Any]) -> str:
@@ -231,10 +231,10 @@ def _part(part: dict[str, Any], width: int, colour: bool) -> list[str]:
         f", cut: {' and '.join(cuts)}" if cuts else ""
     )
     text = part["text"] if len(part["text"]) <= _MAX_TEXT else part["text"][:_MAX_TEXT] + " ..."
-    told = [f"  {part['name']}: {head}"]
+    printed = [f"  {part['name']}: {head}"]
     lines = visible(text).replace(BREAK, f"{BREAK}\n").split("\n")
-    told += [f"  text     {line}" if not k else f"           {line}" for k, line in enumerate(lines)]
-    return told + _tokens(part["tokens"], part["counted"], width - 11, colour)
+    printed += [f"  text     {line}" if not k else f"           {line}" for k, line in enumerate(lines)]
+    return printed + _tokens(part["tokens"], part["counted"], width - 11, colour)
 
 
 def _tokens(tokens: list[str], counted: list[bool], width: int, colour: bool) -> list[str]:
@@ -243,31 +243,31 @@ def _tokens(tokens: list[str], counted: list[bool], width: int, colour: bool) ->
     if len(pairs) > _MAX_TOKENS:
         half = _MAX_TOKENS // 2
         pairs = [*pairs[:half], (f" ... {len(pairs) - 2 * half:,} more ... ", False), *pairs[-half:]]
-    told: list[str] = []
+    printed: list[str] = []
     text, marks, used = "", "", 0
     for token, counts in pairs:
         room = _columns(token) + 1
         if used and used + room > max(20, width):
-            told += _line(text, marks, first=not told)
+            printed += _line(text, marks, first=not printed)
             text, marks, used = "", "", 0
         text += (f"{_GREEN}{token}{_PLAIN}" if colour and counts else token) + "|"
         marks += ("^" if counts else " ") * (room - 1) + " "
         used += room
-    return told + _line(text, marks, first=not told)
+    return printed + _line(text, marks, first=not printed)
 
 
 def _line(text: str, marks: str, *, first: bool) -> list[str]:
-    told = [("  tokens   " if first else "           ") + text]
-    return [*told, "  counted  " + marks.rstrip()] if marks.strip() else told
+    printed = [("  tokens   " if first else "           ") + text]
+    return [*printed, "  counted  " + marks.rstrip()] if marks.strip() else printed
 
 
 def _options(options: list[dict[str, Any]]) -> str:
-    told = (
+    shown = (
         f"{safe(option['text'])!r} ({option['tokens']} token{'s' * (option['tokens'] != 1)})"
         + (" <- right" if option["right"] else "")
         for option in options[:12]
     )
-    return "  options  " + ", ".join(told)
+    return "  options  " + ", ".join(shown)
 
 
 def _columns(text: str) -> int:

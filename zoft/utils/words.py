@@ -92,9 +92,9 @@ def refuse_near_miss(verb: str, word: str, keys: Iterable[str], others: Iterable
         UserError: the name is none of the others, and near to one of ``keys`` or of the others.
 
     Example:
-        >>> refuse_near_miss("tune", "repets=3", ["repeats"], ["seed"])
+        >>> refuse_near_miss("tune", "repeat=3", ["repeats"], ["seed"])
         Traceback (most recent call last):
-        zoft.errors.UserError: zoft tune has no setting 'repets'. Did you mean repeats?
+        zoft.errors.UserError: zoft tune has no setting 'repeat'. Did you mean repeats?
     """
     name, known = word.partition("=")[0], set(others)
     near = did_you_mean(name, {*keys, *known})
