@@ -18,9 +18,7 @@ def command(arguments: list[str]) -> int:
     run, options = _parsed(arguments)
     from zoft.run import folder
 
-    config = Path(run) / folder.CONFIG
-    if not config.is_file():
-        raise UserError(f"{run} holds no {folder.CONFIG}: give the folder of a run of zoft train")
+    config = folder.config_of(run)
     journal_of(run)
     from zoft.config import compose
     from zoft.run.replay import replay_run

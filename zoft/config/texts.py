@@ -96,6 +96,7 @@ def load(text: str, where: Places, loader: Any) -> Any:
         >>> load("{words: {neg: No, 01: Yes}, count: 01}", {"words": Each(Text())}, yaml.SafeLoader)
         {'words': {'neg': 'No', '01': 'Yes'}, 'count': 1}
     """
+    refuse_bombs(text)
     reading = loader(text)
     try:
         node = reading.get_single_node()
@@ -103,6 +104,41 @@ def load(text: str, where: Places, loader: Any) -> Any:
         return None if node is None else reading.construct_document(node)
     finally:
         reading.dispose()
+
+
+_LARGEST, _DEEPEST, _MOST_NODES = 1 << 22, 100, 200_000  # bytes, levels, values once aliases are followed
+
+
+def refuse_bombs(text: str) -> None:
+    """Refuse a document that becomes much larger than it is: by aliases of aliases, or by nesting.
+
+    Raises:
+        yaml.YAMLError: it does, or is no YAML.
+    """
+    if len(text) > _LARGEST:
+        raise yaml.YAMLError(f"it has more than {_LARGEST:,} characters")
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []  # (anchor, values before it)
+    total = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in open_nodes]:
+                raise yaml.YAMLError(f"its value &{event.anchor} holds itself")
+            total += sizes.get(str(event.anchor), 0)
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, total))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = total - before
+        if total > _MOST_NODES:
+            raise yaml.YAMLError(f"its aliases make more than {_MOST_NODES:,} values of it")
+        if len(open_nodes) > _DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST} levels deep")
 
 
 def _keep(node: Any, where: Places) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zoft.report.results import read_json
 from zoft.report.text import finite
 from zoft.utils.files import write_atomically
 from zoft.utils.rows import RowFile, csv_line, whole_lines
@@ -52,15 +53,16 @@ class Record:
         self.folder, self.notes = folder, []
         kept = [row for row in read_rows(folder) if int(row["step"]) <= past]
         last = kept[-1] if kept else {}
-        self.num_queries = int(last.get("diagnostics_queries") or 0)
-        self.seconds = float(last.get("diagnostics_seconds") or 0.0)
+        self.num_queries = int(_number(last, "diagnostics_queries"))
+        self.seconds = _number(last, "diagnostics_seconds")
         lines = [csv_line(COLUMNS), *(csv_line([row[name] for name in COLUMNS]) for row in kept)]
         self._rows = RowFile(folder / CSV, lines)
         tables = read_tables(folder)
-        if tables.get("step", 0) > past:
+        if not isinstance(tables.get("step", 0), int) or tables.get("step", 0) > past:
             (folder / JSON).unlink()
         else:
-            self.notes += tables.get("notes", [])
+            notes = tables.get("notes")
+            self.notes += notes if isinstance(notes, list) else []
 
     def add(self, row: dict[str, Any], tables: dict[str, Any], seconds: float) -> None:
         """Write a measurement; it is on disk afterwards.
@@ -86,7 +88,7 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
         >>> read_rows(Path("no/such/run"))
         []
     """
-    rows = csv.reader(line.decode() for line in whole_lines(folder / CSV))
+    rows = csv.reader(line.decode(errors="replace") for line in whole_lines(folder / CSV))
     if tuple(next(rows, ())) != COLUMNS:
         return []
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal()]
@@ -95,7 +97,14 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 def read_tables(folder: Path) -> dict[str, Any]:
     """What diagnostics.json holds; empty where there is none."""
     path = folder / JSON
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_json(path) or {}
+
+
+def _number(row: dict[str, str], name: str) -> float:
+    try:
+        return float(row.get(name) or 0.0)
+    except ValueError:  # a damaged file
+        return 0.0
 
 
 def _cell(value: Any) -> Any:

@@ -329,9 +329,7 @@ def default_output_dir(cfg: ZoftConfig, request: Request, *, given: bool) -> str
 
 def config_of_run(run: str) -> str:
     """The config of a run's folder, which must hold its final model."""
-    path = Path(run) / folder.CONFIG
-    if not path.is_file():
-        raise UserError(f"run={run} holds no {folder.CONFIG}: give the folder of a run of zoft train")
+    path = folder.config_of(run)
     if not (path.parent / "model").is_dir():
         raise UserError(f"run={run} holds no final model: finish it with the command that began it")
     return str(path)

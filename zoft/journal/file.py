@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import uuid
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,16 @@ def read(path: Path) -> Contents:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     found: Contents | None = None
     end = 0
-    for chunk in chunks.decode(data):
-        if found is None:
-            found = Contents(_header(path, chunk))
-        else:
-            _take(found, chunk)
-        end = chunk.end
+    try:
+        for chunk in chunks.decode(data):
+            if found is None:
+                found = Contents(_header(path, chunk))
+            else:
+                _take(found, chunk)
+            end = chunk.end
+    except (ValueError, KeyError, TypeError, IndexError, struct.error, zlib.error, RecursionError) as error:
+        # Whole by its checksum, which anybody can compute: it was not written by zoft.
+        raise UserError(f"{path} holds what zoft does not write ({error}): start a new run in another folder") from None
     if found is None:
         raise UserError(
             f"{path} is not a journal of zoft, or its first bytes are damaged: move it away, and the run goes on from "
@@ -211,6 +216,10 @@ def _header(path: Path, chunk: chunks.Chunk) -> dict[str, Any]:
     if chunk.kind != chunks.HEADER:
         raise UserError(f"{path} does not begin with a header: it is not a journal of zoft")
     header = dict(json.loads(chunk.payload))
+    fine = isinstance(header.get("first"), int) and isinstance(header.get("settings", {}), dict) and "run" in header
+    if header.get("format") == FORMAT and not fine:
+        raise ValueError("its header does not say what the run is")
+    header.setdefault("weights", None)
     if header.get("format") != FORMAT:
         raise UserError(
             f"{path} has journal format {header.get('format')!r}, and this zoft reads format {FORMAT}: "

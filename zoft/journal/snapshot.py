@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import DiskFullError, UserError, os_error_of
+from zoft.utils.lazy import torch
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_LARGEST = 1 << 26  # bytes of a manifest
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGED = re.compile(r"\.checkpoint-\d+\.(saving|replaced)")
 
@@ -94,6 +96,33 @@ def verify(folder: Path, run: str | None = None) -> dict[str, Any]:
     return facts
 
 
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says beside its files, which are not looked at."""
+    return _manifest(folder)[0]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within this block a file of a whole checkpoint is taken in; what is not as zoft writes it is a sentence.
+
+    A manifest is no signature: anybody can write one for other files.
+
+    Raises:
+        UserError: naming ``path``.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{path} is not what zoft writes ({said}): remove the checkpoint, and the run goes on from the one before"
+        ) from error
+
+
 def newest(output_dir: Path, run: str | None = None) -> Path | None:
     """The checkpoint with the highest step that is whole and of this run; what is passed over is said.
 
@@ -135,6 +164,33 @@ def clear_unfinished(output_dir: Path) -> None:
                 folder.rename(target)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of ``target`` when the block ends well; it has no manifest.
+
+    Nothing is written into what is there: it may be a link to somewhere else.
+
+    Args:
+        target: the folder; its parent is made.
+    """
+    folder = target.with_name(f".{target.name}.saving")
+    _remove(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        _remove(target)
+        folder.rename(target)
+    finally:
+        _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 def rotate(written: Path, most: int, protected: Collection[str]) -> None:
@@ -190,16 +246,25 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
             "load its weights with from_pretrained and start a new run"
         )
     try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError
         first, text = path.read_bytes().split(b"\n", 1)
         whole = hashlib.sha256(text[:-1]).hexdigest().encode() == first and text.endswith(b"\n")
         said = dict(json.loads(text)) if whole else {}
-    except ValueError:
+    except (OSError, ValueError, TypeError, RecursionError):
         whole, said = False, {}
     if not whole:
         raise UserError(f"{path} is not what was written: it is damaged")
-    if said.pop("format") != FORMAT:
+    if said.pop("format", None) != FORMAT:
         raise UserError(f"{path} has a format that this zoft does not read: use the version of zoft that wrote it")
-    return said, said.pop("files")
+    files = said.pop("files", None)
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise UserError(f"{path} does not say which files there are: it was not written by zoft")
+    return said, files
+
+
+def _is_entry(said: Any) -> bool:
+    return isinstance(said, dict) and isinstance(said.get("size"), int) and isinstance(said.get("sha256"), str)
 
 
 def _sha256(file: Path) -> str:

@@ -55,9 +55,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     for line in whole_lines(Path(folder) / JSONL):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # a power cut can leave a torn block in the middle; the other rows are still good
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows
 

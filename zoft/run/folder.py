@@ -26,6 +26,7 @@ _held: dict[Path, int] = {}  # folder -> the open file of the lock that this pro
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_held.clear)  # a fork of this process is not the one that claimed it
 _ATTEMPTS = 20
+_LARGEST = 1 << 22  # bytes of a config.yaml
 
 
 def claim(output_dir: str, resolved: str) -> str:
@@ -64,8 +65,46 @@ def claim(output_dir: str, resolved: str) -> str:
     return standing
 
 
+def config_of(run: str) -> Path:
+    """The config of a run's folder, once it is one that zoft has written there.
+
+    Args:
+        run: the folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = Path(run) / CONFIG
+    if not path.is_file():
+        raise UserError(f"run={run} holds no {CONFIG}: give the folder of a run of zoft train")
+    keys = {key for key, _ in keys_of(_config_text(path))}
+    missing = [key for key in ("model.name", "budget.queries", "seed") if key not in keys]
+    if missing:
+        raise UserError(
+            f"{path} says nothing of {' and '.join(missing)}: it is damaged, or was not written by zoft train; put it "
+            "back, or repeat the run in another folder"
+        )
+    return path
+
+
+def _config_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST:,} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): it is damaged; choose another folder") from None
+
+
 def _standing(output_dir: str, resolved: str) -> str:
     folder = Path(output_dir)
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"output_dir={_short(output_dir)} cannot be a folder ({why}): choose another one") from None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir={output_dir} is a file: give a folder")
     held = _content(folder)
@@ -75,7 +114,7 @@ def _standing(output_dir: str, resolved: str) -> str:
             f"output_dir={output_dir} is not empty and holds no run of zoft ({shown}): choose another folder"
         )
     if CONFIG in held:
-        earlier = (folder / CONFIG).read_text(encoding="utf-8")
+        earlier = _config_text(folder / CONFIG)
         if _identity(earlier) != _identity(resolved):
             different = _difference(_identity(earlier), _identity(resolved))
             raise UserError(
@@ -107,7 +146,7 @@ def unlock(output_dir: str) -> None:
 def nearest(output_dir: str) -> Path:
     """The folder itself where it exists, else the nearest one above it that does."""
     folder = Path(output_dir)
-    return next(path for path in (folder, *folder.parents) if path.exists() or path == path.parent)
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path) or path == path.parent)
 
 
 def release(output_dir: str, there: Path) -> None:
@@ -164,6 +203,10 @@ def _write(output_dir: str, resolved: str) -> None:
 
 def _not_writable(output_dir: str, error: OSError) -> UserError:
     return UserError(f"output_dir={output_dir} is not writable ({error.strerror}): choose another folder")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"
 
 
 def _identity(resolved: str) -> str:

@@ -41,12 +41,29 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
     checked = replay(trainer, contents, steps, path)
     from zoft.weights.tensors import Weights
 
-    told = f"weights after step {steps:,} of {contents.end:,}: SHA-256 {Weights(trainer.model).digest()}"
+    sha = Weights(trainer.model).digest()
+    told = f"weights after step {steps:,} of {contents.end:,}: SHA-256 {sha}"
     told += f"\n{checked} hashes of the journal were compared and are equal" if checked else ""
+    if to is None and (why := _why_not_the_model(cfg, run, sha)):
+        told += f"\nthese are not the weights of model/: {why}"
     if output is not None:
-        trainer.save_model(output)
+        from zoft.run.train import save_model
+
+        save_model(trainer, Path(output))
         told += f"\nsaved to {output}"
     return told
+
+
+def _why_not_the_model(cfg: ZoftConfig, run: Path, sha: str) -> str:
+    """Why the run's report tells of other weights than its journal leads to; empty where it does not."""
+    from zoft.report.results import WEIGHTS, finished
+
+    facts = finished(run)
+    if facts is None or facts[WEIGHTS] == sha:
+        return ""
+    if cfg.trainer.get("load_best_model_at_end"):
+        return "those are of the run's best checkpoint (trainer.load_best_model_at_end=true)"
+    return f"those are of the run as it was reported, after {facts.get('num_steps', 'other')} steps"
 
 
 def replay(trainer: ZOTrainer, contents: Contents, steps: int, path: Path) -> int:

@@ -200,7 +200,7 @@ def _carry_out(
     final = _held_out(trainer, rows["test"], final_file, "final", memory, metric)
     if first:
         trainer._refuse_full_disk(Path(cfg.output_dir) / "model")
-    trainer.save_model(str(Path(cfg.output_dir) / "model"))
+    save_model(trainer, Path(cfg.output_dir) / "model")
     facts = _facts(cfg, trainer, len(rows["test"])) | _scores(metric, zero_shot, final)
     facts |= {
         "peak_memory_mb": peak,
@@ -263,6 +263,22 @@ def clean_query(trainer: ZOTrainer, rows: list[Any]) -> None:
         batch = trainer._prepare_inputs(trainer.data_collator(chosen))
         with torch.no_grad(), trainer.compute_loss_context_manager(), no_trials():
             trainer.compute_loss(trainer.model, batch)
+
+
+def save_model(trainer: ZOTrainer, target: Path) -> None:
+    """Save the model, whole or not at all; a folder or link that is there makes room.
+
+    Args:
+        trainer: holds it; all of its processes come here.
+        target: the model's folder.
+    """
+    from zoft.journal import snapshot
+
+    if not trainer.is_world_process_zero():
+        trainer.save_model(str(target))
+        return
+    with snapshot.replaced(target) as folder:
+        trainer.save_model(str(folder))
 
 
 def known_steps(output_dir: str) -> int | None:

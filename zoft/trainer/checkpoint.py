@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from zoft.errors import UserError
@@ -86,10 +86,20 @@ class Checkpoints(_Base):
         (folder / TRAINED).write_bytes(state.pack(dict(Weights(self.model).tensors)))
         self.model.config.save_pretrained(folder)
 
+    def _check_state(self, checkpoint: str | None) -> None:
+        """The Trainer's own state, which it reads before anything else, is of this step."""
+        file = Path(str(checkpoint)) / STATE
+        if checkpoint is not None and file.is_file():
+            with snapshot.reading(file):
+                step, said = TrainerState.load_from_json(str(file)).global_step, snapshot.facts_of(file.parent)["step"]
+                if step != said:
+                    raise ValueError(f"it is of step {step}, and the checkpoint of {said}")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer's own, where the checkpoint holds more than what is trained."""
-        if not self._load_trained(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with snapshot.reading(Path(resume_from_checkpoint)):
+            if not self._load_trained(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As the Trainer's own; the best model that is to be loaded at the end is saved when it is found."""
@@ -128,8 +138,9 @@ class Checkpoints(_Base):
         """As the Trainer's own, where the checkpoint holds more than what is trained; none but a whole one."""
         folder = Path(str(self.state.best_model_checkpoint))
         self._verify_best(folder)
-        if not self._load_trained(folder):
-            super()._load_best_model()
+        with snapshot.reading(folder):
+            if not self._load_trained(folder):
+                super()._load_best_model()
 
     def _load_trained(self, folder: Path) -> bool:
         """Put the trained tensors of a checkpoint back; whether it has them in a file of their own."""
@@ -196,8 +207,9 @@ class Checkpoints(_Base):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The global random states as they were; a process that was not there then takes the first one's."""
         if checkpoint is not None and (file := Path(checkpoint) / RANDOM).is_file():
-            kept = json.loads(file.read_text())
-            _put_random_state(kept[self.args.process_index if self.args.process_index < len(kept) else 0])
+            with snapshot.reading(file):
+                kept = json.loads(file.read_text())
+                _put_random_state(kept[self.args.process_index if self.args.process_index < len(kept) else 0])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The stepper's state and the schedule's position; the schedule itself is the one of this run."""
@@ -206,12 +218,16 @@ class Checkpoints(_Base):
         folder = Path(checkpoint)
         if not (folder / OPTIMIZER).is_file():
             raise UserError(f"{folder} holds a model alone (save_only_model): nothing can be resumed from it")
-        self.optimizer.load_state_dict(state.unpack((folder / OPTIMIZER).read_bytes()))
-        kept = json.loads((folder / SCHEDULER).read_text())
-        for own in ("base_lrs", "lr_lambdas", "_get_lr_called_within_step"):
-            kept.pop(own, None)
+        with snapshot.reading(folder / OPTIMIZER):
+            self.optimizer.load_state_dict(state.unpack((folder / OPTIMIZER).read_bytes()))
         scheduler = self.lr_scheduler
-        scheduler.load_state_dict({**scheduler.state_dict(), **kept})
+        with snapshot.reading(folder / SCHEDULER):
+            kept = dict(json.loads((folder / SCHEDULER).read_text()))
+            for own in ("base_lrs", "lr_lambdas", "_get_lr_called_within_step"):
+                kept.pop(own, None)
+            if not isinstance(kept.get("last_epoch"), int):
+                raise ValueError("it says no last_epoch")
+            scheduler.load_state_dict({**scheduler.state_dict(), **kept})
         if isinstance(scheduler, LambdaLR):  # the next step is of this run's schedule already
             rates = [
                 r * at(scheduler.last_epoch) for r, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)

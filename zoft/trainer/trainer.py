@@ -214,6 +214,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             if hasattr(callback, "watch"):  # one that measures the steps (zoft.diagnostics)
                 callback.watch(self)
         checkpoint, finished = self._begin_journal(resume), False
+        self._check_state(checkpoint)
         try:
             trained = super().train(checkpoint, *args, **kwargs)
             finished = self.state.global_step >= self.state.max_steps
@@ -250,10 +251,10 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own; when to log, evaluate and save is what is asked for now, not when the run began."""
-        told = super()._init_training_state(max_steps, *args, **kwargs)
+        epochs = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         self._find_best_checkpoint()
-        return told
+        return epochs
 
     def _run_epoch(self, **given: Any) -> None:
         """As the Trainer's own; a finished run that is resumed is finished (the Trainer would take one more step)."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
 from zoft.lm.models.agreement import agree, name_classes, require_classes
+from zoft.lm.models.files import check_files
 from zoft.lm.models.quantized import is_quantized, keep_codes_as_loaded, loading_arguments
 from zoft.utils.lazy import torch
 
@@ -175,13 +176,16 @@ def _class_of(name: str, revision: str | None) -> Any:
     """The class with a loss that the model's config names; None where it names none."""
     import transformers
 
+    place = _place(name)
+    if Path(place).is_dir():
+        check_files(name, Path(place))
     try:
-        config = transformers.AutoConfig.from_pretrained(_place(name), revision=revision, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     except UserError:
         raise
-    except (OSError, ValueError):  # an adapter's folder, or nothing at all: loading says which
+    except Exception:  # an adapter's folder, nothing at all, or a damaged one: loading says which
         return None
-    named: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    named: Any = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
     is_model = inspect.isclass(named) and issubclass(named, transformers.PreTrainedModel)
     return named if is_model and "labels" in inspect.signature(named.forward).parameters else None
 
@@ -244,15 +248,15 @@ def _arguments(
 
 
 def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-
     place = _place(name)
+    if Path(place).is_dir():
+        check_files(name, Path(place))
     try:  # False, not the default: that asks on the terminal whether to run the repository's code
         return loader.from_pretrained(place, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, ImportError, SafetensorError, UnpicklingError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+    except UserError:
+        raise
+    except Exception as error:  # the files are the user's: whatever they bring down is theirs to mend
+        first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"could not load model.name={name}: {first_line} "
             "Give a folder with config.json and model.safetensors, or a hub name this machine can reach or has cached"
