@@ -313,3 +313,77 @@ def _(place: Place) -> str:
 @check("30", "every README command, example and shipped YAML", "runs in the tests")
 def _(_: Place) -> str:
     return covered("tests/cli/test_readme.py", "tests/cli/test_cli_help.py", "tests/cli/test_cli_catalogue.py")
+
+
+# ---- what the field has met: 200 kills in all, and files of every kind -----------------------------------------------
+
+COMBINED = "0 failed resumes, ≤ 1 step lost, SHA-256 of the reported weights equal"
+
+
+def _combined(*variants: str) -> Callable[[Place], str]:
+    def carry_out(place: Place) -> str:
+        outcomes = []
+        for number, variant in enumerate(variants):
+            folder = place.folder / str(number)
+            folder.mkdir(parents=True)
+            outcomes.append(kills.kill_at_random(place.zygote, folder, variant, steps=60, kills=25))
+            assert outcomes[-1].same, f"{variant}: {outcomes[-1]}"
+            assert outcomes[-1].failed == 0, f"{variant}: {outcomes[-1]}"
+            assert outcomes[-1].lost <= 1, f"{variant}: {outcomes[-1]}"
+        count, lost = sum(each.kills for each in outcomes), max(each.lost for each in outcomes)
+        return f"{count} kills, 0 failed resumes, {lost} steps lost, SHA-256 equal"
+
+    return carry_out
+
+
+check("31a", "25 SIGKILLs at random in a run of 60 steps with guard=clip", COMBINED)(_combined("clip"))
+check("31b", "the same, guard=rollback that goes back, best checkpoint at the end", COMBINED)(
+    _combined("rollback, best")
+)
+check("32", "the same, best checkpoint at the end", COMBINED)(_combined("best"))
+check("33", "the same, two data workers that outlive their process", COMBINED)(_combined("data workers"))
+check("34a", "the same, one of two processes, zoft (a direction for each example)", COMBINED)(
+    _combined("two processes, zoft")
+)
+check("34b", "the same, one of two processes, grzo, guard=clip", COMBINED)(_combined("two processes, grzo, clip"))
+check("35a", "the same, guard=clip, best checkpoint and data workers together", COMBINED)(
+    _combined("clip, best, data workers")
+)
+check("35b", "the same, mezo_svrg", COMBINED)(_combined("mezo_svrg"))
+
+
+@check("36", "results of another state, run or damage beside the weights (16)", "measured anew, or of these weights")
+def _(_: Place) -> str:
+    return covered("tests/faults/test_fault_16_results.py")
+
+
+@check(
+    "37", "best checkpoints damaged, deleted, moved (19); rows that a batch leaves over (20)", "right, or a sentence"
+)
+def _(_: Place) -> str:
+    return covered("tests/faults/test_fault_19_best.py", "tests/faults/test_fault_20_drop_last.py")
+
+
+@check("38", "2 x 2 rows, 1 x 4, and from one to the other (21)", "apart by less than 10⁻³ of the step")
+def _(_: Place) -> str:
+    return covered("tests/invariant/test_fault_21_ranks.py")
+
+
+@check("39", "a weight read outside its module by a later batch (22), in 13 ways", "losses within 10⁻⁶ at once")
+def _(_: Place) -> str:
+    return covered("tests/unit/engines/test_engines.py")
+
+
+@check("40", "rows and frozen weights edited between a kill and a resume (23)", "refused, whichever row")
+def _(_: Place) -> str:
+    return covered("tests/faults/test_fault_23_data.py")
+
+
+@check("41", "death in the first write, races, forks that outlive their process, links (24)", "claimed, or the reason")
+def _(_: Place) -> str:
+    return covered("tests/faults/test_fault_24_claims.py")
+
+
+@check("42", "files of runs, checkpoints and models damaged and forged; bombs; steps too long (25)", "a sentence")
+def _(_: Place) -> str:
+    return covered("tests/faults/test_fault_25_files.py", "tests/faults/test_fault_25_steps.py")

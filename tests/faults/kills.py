@@ -15,12 +15,32 @@ from tests.faults.zygote import Run, Zygote
 from tests.runs import arguments, report
 from zoft.journal import file as journal
 
+CLIP = ["trainer.guard=clip", "trainer.guard_factor=1.5", "trainer.guard_steps=20"]
+ROLLBACK = [
+    "trainer.guard=rollback",
+    "trainer.guard_factor=20",
+    "trainer.guard_steps=20",
+    "optimizer.learning_rate=2e-2",
+]
+BEST = ["trainer.load_best_model_at_end=true", "trainer.metric_for_best_model=loss", "trainer.eval_steps=10"]
+BEST += ["trainer.greater_is_better=true"]  # the best of falling losses would be the last
+WORKERS = ["trainer.dataloader_num_workers=2"]
+
 VARIANTS: dict[str, list[str]] = {
     "float32": [],
     "bfloat16": ["model.dtype=bfloat16", "estimator.eps=2e-2", "optimizer=adam"],
     "LoRA": ["peft=lora"],
     "two processes": ["trainer.per_device_train_batch_size=2"],
     "in_place": ["engine=in_place"],
+    "clip": CLIP,
+    "rollback": ROLLBACK,
+    "best": BEST,
+    "data workers": WORKERS,
+    "clip, best, data workers": [*CLIP, *BEST, *WORKERS],
+    "rollback, best": [*ROLLBACK, *BEST],
+    "mezo_svrg": ["method=mezo_svrg", "estimator.anchor_batches=2"],
+    "two processes, zoft": ["trainer.per_device_train_batch_size=2", "method=zoft"],
+    "two processes, grzo, clip": ["trainer.per_device_train_batch_size=2", "method=grzo", *CLIP],
 }
 """What differs from the plain run."""
 
@@ -68,7 +88,11 @@ def whole(zygote: Zygote, folder: Path, steps: int, variant: str = "float32", *m
 
 def started(zygote: Zygote, line: list[str], told: Path, variant: str, **given: Any) -> list[Run]:
     """The process or processes of a run."""
-    return zygote.ranks(line, told, 2, **given) if variant == "two processes" else [zygote.run(line, told, **given)]
+    return (
+        zygote.ranks(line, told, 2, **given)
+        if variant.startswith("two processes")
+        else [zygote.run(line, told, **given)]
+    )
 
 
 def kill_at_random(zygote: Zygote, folder: Path, variant: str, *, steps: int, kills: int, seed: int = 0) -> Outcome:
