@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from zoft.cli.journal import as_row, journal_of
 from zoft.errors import UserError
+from zoft.run.folder import CONFIG
 
 SAME, DIFFERENT = 0, 1
+_NAMES = ("config", "defaults", "output_dir")
 
 
 def command(arguments: list[str]) -> int:
@@ -28,7 +32,13 @@ def command(arguments: list[str]) -> int:
     for key in ("model", "weights", "frozen"):
         if a.header.get(key) != b.header.get(key):
             settings.append(f"  {key}: {str(a.header.get(key))[:40]} | {str(b.header.get(key))[:40]}")
-    print("settings: " + ("the same" if not settings else "they differ in\n" + "\n".join(settings)))
+    config_a, config_b = (_config_of(run) for run in arguments)
+    same = "the same, as far as a journal has them (no learning rate, budget or model's name)"
+    if config_a is not None and config_b is not None:
+        same = "the same"
+        told = {line.split(":")[0].strip() for line in settings}
+        settings += [line for line in _differing(config_a, config_b) if line.split(":")[0].strip() not in told]
+    print("settings: " + (same if not settings else "they differ in\n" + "\n".join(settings)))
     steps = {record.step: record for record in b.records}
     for record in a.records:
         other = steps.get(record.step)
@@ -44,6 +54,23 @@ def command(arguments: list[str]) -> int:
         return DIFFERENT
     print(f"steps: all {shared:,} are the same")
     return DIFFERENT if settings else SAME
+
+
+def _config_of(run: str) -> dict[str, Any] | None:
+    """The values of a run's config by their full names, but for those that name the run; None for a journal alone."""
+    file = Path(run) / CONFIG
+    if not file.is_file():
+        return None
+    from zoft.config.experiments import read
+
+    values: Any = read(file, str(file))
+    return {key: value for key, value in _flat(dict(values)).items() if key.split(".")[0] not in _NAMES}
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        return {name: values}
+    return {key: value for part in values for key, value in _flat(values[part], f"{name}.{part}".lstrip(".")).items()}
 
 
 def _compared(row: dict[str, Any]) -> dict[str, Any]:

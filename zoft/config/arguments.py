@@ -28,6 +28,9 @@ def parse(parser: OverridesParser, text: str) -> Override:
         UserError: it is not ``key=value`` in Hydra's grammar.
     """
     if "=" not in text and not text.startswith("~"):
+        if Path(text).is_dir():
+            meant = f"config={text}/config.yaml" if (Path(text) / "config.yaml").is_file() else f"model.name={text}"
+            raise UserError(f"{text!r} is a folder, not an argument: write key=value, e.g. {meant}")
         hint = f" Did you mean config={text}?" if re.fullmatch(r"[\w./-]+", text) and not text.startswith("-") else ""
         raise UserError(f"{text!r} is not an argument: write key=value or group=choice.{hint}")
     try:
@@ -156,6 +159,9 @@ def _choice(override: Override, experiments: Experiments) -> list[str]:
     known = choices(group)
     if value not in known:
         homes = [f"{other}={value}" for other in ORDER if value in choices(other)]  # `optimizer=lozo`: a method's name
+        if Path(text).is_dir():
+            meant = f"config={text}/config.yaml" if (Path(text) / "config.yaml").is_file() else f"model.name={text}"
+            raise UserError(f"{text!r} is a folder, not an argument: write key=value, e.g. {meant}")
         hint = f" Did you mean {' or '.join(homes)}?" if homes else did_you_mean(value, known)
         raise UserError(f"there is no {group} called {value!r}.{hint}")
     # An argument's method comes after the experiment: it takes the second slot, and empties the first.

@@ -16,7 +16,7 @@ _UNTOLD = {
     "tracker",
     "diagnostics",
 }  # in the name already, or no part of what is run
-_LONGEST = 180  # characters of a folder's name; file systems stop at 255
+_LONGEST = 64  # characters of a folder's name beyond the experiment's; what is longer nobody reads
 
 
 def named_after(arguments: list[str], keys: list[str]) -> str:
@@ -40,7 +40,7 @@ def named_after(arguments: list[str], keys: list[str]) -> str:
         parts.append(f"{key.lstrip('+')}={readable}")
     name = re.sub(r"[^\w.=,+-]+", "-", ",".join(parts)).strip("-")
     if len(name) > _LONGEST:
-        name = f"{name[:_LONGEST]}-{zlib.crc32(name.encode()):08x}"
+        name = f"{name[: _LONGEST - 9]}-{zlib.crc32(name.encode()):08x}"
     return name
 
 

@@ -214,7 +214,10 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
     if adapter:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, str(kept))
+        from zoft.lm.models.peft.base import without_old_names
+
+        with without_old_names():
+            return PeftModel.from_pretrained(model, str(kept))
     return model if run else cfg.peft.wrap(model, cfg.seed)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from zoft.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +36,8 @@ class TrackerAxisCallback(TrainerCallback):
         self._run_id: str | None = None  # of the wandb run whose axis is already set
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Send wandb's files into the run's own folder, before anything starts a wandb run."""
-        if _wanted(args) and os.environ.get("WANDB_DIR", _Folder.ours) == _Folder.ours:
-            folder = os.path.abspath(str(args.output_dir))
-            os.makedirs(folder, exist_ok=True)  # wandb falls back to a temporary folder when it is not there
-            os.environ["WANDB_DIR"] = _Folder.ours = folder
+        """Send the trackers' files into the run's own folder, before anything starts one of their runs."""
+        keep_in_folder(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,6 +58,38 @@ class TrackerAxisCallback(TrainerCallback):
         run.define_metric(QUERIES)
         run.define_metric("*", step_metric=QUERIES, step_sync=True)
         self._run_id = run.id
+
+
+def require_packages(trackers: Iterable[str]) -> None:
+    """Refuse a tracker whose package is not there.
+
+    Args:
+        trackers: as ``report_to`` has them.
+
+    Raises:
+        UserError: saying what to install.
+    """
+    for tracker in trackers:
+        packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if not any(importlib.util.find_spec(package) for package in packages):
+            raise UserError(
+                f"tracker={tracker} needs a package that is not there: pip install {packages[0]}, or leave it out "
+                "(metrics.csv and metrics.jsonl in the run's folder are always written)"
+            )
+
+
+def keep_in_folder(args: TrainingArguments) -> None:
+    """Have trackers write into the run's folder, unless the user chose a place by their own variables.
+
+    Args:
+        args: of the run, before its trainer is made.
+    """
+    folder = os.path.abspath(str(args.output_dir))
+    for tracker, (variable, place) in _PLACES.items():
+        ours = os.environ.get(variable, _Folder.ours.get(variable)) == _Folder.ours.get(variable)
+        if _wanted(args, tracker) and ours:
+            os.makedirs(folder, exist_ok=True)  # wandb falls back to a temporary folder when it is not there
+            os.environ[variable] = _Folder.ours[variable] = place.format(folder)
 
 
 def forgive_trackers(callbacks: Iterable[TrainerCallback]) -> None:
@@ -94,8 +126,17 @@ def _forgive(callback: TrainerCallback) -> None:
         setattr(callback, event, forgiving(getattr(callback, event)))
 
 
+_PLACES = {
+    "wandb": ("WANDB_DIR", "{}"),
+    "tensorboard": ("TENSORBOARD_LOGGING_DIR", "{}/tensorboard"),
+    "trackio": ("TRACKIO_DIR", "{}/trackio"),
+    "mlflow": ("MLFLOW_TRACKING_URI", "file:{}/mlruns"),
+}
+"""Tracker -> (the variable that says where it writes, its value for a run's folder)."""
+
+
 class _Folder:
-    ours: str | None = None  # the WANDB_DIR this file has set; any other is the user's
+    ours: ClassVar[dict[str, str]] = {}  # variable -> what this file has set it to; any other value is the user's
 
 
 def close_trackers() -> None:
@@ -110,15 +151,16 @@ def close_trackers() -> None:
     if run is not None:
         sys.modules["wandb"].finish()
         sys.modules["wandb"].teardown()
-    if _Folder.ours is not None and os.environ.get("WANDB_DIR") == _Folder.ours:
-        del os.environ["WANDB_DIR"]
-    _Folder.ours = None
+    for variable, value in _Folder.ours.items():
+        if os.environ.get(variable) == value:
+            del os.environ[variable]
+    _Folder.ours.clear()
 
 
-def _wanted(args: TrainingArguments) -> bool:
+def _wanted(args: TrainingArguments, tracker: str = "wandb") -> bool:
     report_to = args.report_to or []
     names = [report_to] if isinstance(report_to, str) else report_to
-    return "wandb" in names or "all" in names
+    return tracker in names or "all" in names
 
 
 def _current_run() -> Any:

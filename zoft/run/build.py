@@ -173,6 +173,9 @@ def arguments_of(cfg: ZoftConfig) -> Any:
     if str(values.get("metric_for_best_model")).removeprefix("eval_") in METRICS["loss"]:
         values.setdefault("greater_is_better", False)
     if cfg.tracker.report_to:
+        from zoft.report.trackers import require_packages
+
+        require_packages(cfg.tracker.report_to)
         os.environ["WANDB_PROJECT"] = cfg.tracker.project
         os.environ["WANDB_MODE"] = cfg.tracker.mode
     try:

@@ -136,11 +136,12 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     from zoft.report.memory import PeakMemory
     from zoft.report.metrics import MetricsCallback
     from zoft.report.text import say
-    from zoft.report.trackers import TrackerAxisCallback, forgive_trackers
+    from zoft.report.trackers import TrackerAxisCallback, forgive_trackers, keep_in_folder
     from zoft.trainer.signals import StopOnInterrupt
 
     args = arguments_of(cfg)
     base_mb = PeakMemory("cpu").current_mb() if args.device.type == "cpu" else 0.0
+    keep_in_folder(args)
     model, tokenizer, rows = load(cfg, splits)
     trainer = make_trainer(cfg, args, model, tokenizer, rows)
     trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here

@@ -688,6 +688,9 @@ def _as_model(model: Any, peft_config: Any, seed: int) -> Any:
             raise UserError("prefix_projection=True cannot be resumed (peft saves the projected prefix): leave it off")
         from peft import get_peft_model
 
+        from zoft.lm.models.peft.base import without_old_names
+
         torch.manual_seed(seed)
-        model = get_peft_model(model, peft_config)
+        with without_old_names():
+            model = get_peft_model(model, peft_config)
     return model

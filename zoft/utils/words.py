@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from zoft.errors import UserError, did_you_mean
@@ -71,6 +72,10 @@ def read_words(
             raise UserError(f"zoft {verb} has no flag {word!r}.{near} See zoft {verb} --help")
         elif equals and name in keys:
             _set(words.own, name, value)
+        elif not equals and "run" in keys and Path(word).is_dir():
+            raise UserError(
+                f"{word!r} is a folder: write run={word} for a run of zoft train, or model.name={word} for a model"
+            )
         elif not equals and not bare:
             hint = f" Did you mean {keys[0]}={word}?" if keys else ""
             raise UserError(f"{word!r} is not an argument of zoft {verb}: write key=value.{hint}")

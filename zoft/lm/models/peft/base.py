@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +42,7 @@ class Peft(Component):
 
         from zoft.utils.lazy import torch
 
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), without_old_names():
             torch.manual_seed(seed)
             try:
                 wrapped = get_peft_model(model, config)
@@ -51,6 +54,14 @@ class Peft(Component):
         for own in wrapped.peft_config.values():  # what loads the adapter asks for its base by this name
             own.base_model_name_or_path = portable_name(own.base_model_name_or_path or "") or None
         return wrapped
+
+
+@contextmanager
+def without_old_names() -> Iterator[None]:
+    """Keep from the user that peft still asks transformers by a name that goes: nothing of theirs is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`?is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def task_type_of(model: nn.Module) -> str:
