@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import has_length
 
 from zoft.component import create
@@ -51,6 +51,7 @@ from zoft.trainer.batch_splitter import BatchSplitter
 from zoft.trainer.checkpoint import Checkpoints
 from zoft.trainer.config import as_zo_config
 from zoft.trainer.epochs import WholeSteps
+from zoft.trainer.foreign import by_name, refuse_generating
 from zoft.trainer.guard import RolledBack, guard
 from zoft.trainer.journaling import Journaled
 from zoft.trainer.loss import LossAveraging, with_float32_losses
@@ -77,6 +78,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         objective: name or component that replaces the model's own loss (default: the model's own loss).
         peft_config: a ``peft.PeftConfig``; the adapter alone is then trained.
         direction_seeds: the seed of each step's directions, for replaying a recorded run (MeZO's step seeds).
+        *positional: what the Trainer subclass takes, in its own order.
         **kwargs: everything the Trainer subclass takes.
     """
 
@@ -85,8 +87,6 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
 
     def __init__(
         self,
-        model: Any = None,
-        args: TrainingArguments | None = None,
         *positional: Any,
         estimator: str | Estimator | None = None,
         weighting: str | Weighting | None = None,
@@ -98,6 +98,9 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         direction_seeds: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_generating(type(self))
+        kwargs = by_name(type(self), positional, kwargs)
+        model, args = kwargs.pop("model", None), kwargs.pop("args", None)
         self.method = Method.of(subspace, estimator, weighting, optimizer)
         self.engine: Engine = create("engine", engine, "auto")
         self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
@@ -127,7 +130,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         self._settle(args)
         with global_random_state_kept():
             model = _as_model(model, peft_config, args.seed)
-            super().__init__(model, args, *positional, **kwargs)
+            super().__init__(model=model, args=args, **kwargs)
         align(self.model, self.processing_class)  # before an evaluation too, not only when training begins
         if self.objective is not None:
             self.model_accepts_loss_kwargs = False

@@ -87,3 +87,100 @@ def test_the_clean_loss_is_sfts_own(tmp_path: Path):
 
 def test_a_chosen_gradient_norm_is_kept(tmp_path: Path):
     assert sft(tmp_path, fields={"max_grad_norm": 0.5}).args.max_grad_norm == 0.5
+
+
+# ---------------------------------------------------------------------------- fault 11: every trainer that TRL exports
+
+PAIRS = [
+    {"prompt": "is it spam", "chosen": " yes", "rejected": " no"},
+    {"prompt": "win a prize", "chosen": " claim it", "rejected": " later you"},
+]
+ROWS = {
+    "SFTTrainer": [{"text": "win a free prize"}, {"text": "meet you later home"}],
+    "DPOTrainer": PAIRS,
+    "KTOTrainer": [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in PAIRS
+        for name in ("chosen", "rejected")
+    ],
+    "RewardTrainer": PAIRS,
+}
+WRITE_TEXTS = ("GRPOTrainer", "RLOOTrainer", "DistillationTrainer")
+
+
+def classifier() -> Any:
+    import transformers
+
+    config = models.tiny_llama().config
+    config.num_labels = 1
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def made(name: str, folder: Path, how: str, *mixin: type, **given: Any) -> Any:
+    import transformers
+    from datasets import Dataset
+
+    cls = type(f"ZO{name}", (*mixin, getattr(trl, name)), {})
+    config = getattr(trl, name.replace("Trainer", "Config"))(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True, bf16=False, max_length=16, seed=7,
+        data_seed=7,
+    )  # fmt: skip
+    model = classifier()
+    if name != "RewardTrainer":  # TRL loads the reference model from where this one came from
+        models.tiny_llama().save_pretrained(folder / "model")
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    rows = Dataset.from_list(ROWS[name] * 4)
+    if how == "name":
+        return cls(model=model, args=config, train_dataset=rows, processing_class=tiny_tokenizer(), **given)
+    first = (model, None, config) if name in ("DPOTrainer", "KTOTrainer") else (model, config)
+    return cls(*first, None, rows, processing_class=tiny_tokenizer(), **given)
+
+
+def test_fault_11_what_trl_exports_is_tested_or_refused():
+    assert {name for name in dir(trl) if name.endswith("Trainer")} == {*ROWS, *WRITE_TEXTS}
+
+
+@pytest.mark.parametrize("how", ["name", "place"])
+@pytest.mark.parametrize("name", ROWS)
+def test_fault_11_every_trainer_with_a_loss_of_its_own_is_trained(name: str, how: str, tmp_path: Path):
+    from zoft.trainer.trainer import ZOMixin
+
+    trainer = made(name, tmp_path, how, ZOMixin, estimator="one_sided")
+    assert trainer.args.seed == 7
+    assert trainer.args.max_steps == 3
+    before = Weights(trainer.model).digest()
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 3
+    assert all(math.isfinite(line["loss"]) and line["projected_grad"] for line in lines)
+    assert Weights(trainer.model).digest() != before
+
+
+@pytest.mark.parametrize("name", ["DPOTrainer", "KTOTrainer"])
+def test_fault_11_the_first_loss_is_trls_own(name: str, tmp_path: Path):
+    from zoft.trainer.trainer import ZOMixin
+
+    losses = []
+    for mixin, given in (((ZOMixin,), {"estimator": "one_sided"}), ((), {})):
+        trainer = made(name, tmp_path / str(len(mixin)), "place", *mixin, **given)
+        trainer.train()
+        losses.append(next(line["loss"] for line in trainer.state.log_history if "loss" in line))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+@pytest.mark.parametrize("name", WRITE_TEXTS)
+def test_fault_11_those_that_write_their_texts_are_refused_by_name(name: str):
+    from zoft.errors import UserError
+    from zoft.trainer.trainer import ZOMixin
+
+    with pytest.raises(UserError, match=f"{name} writes the texts"):
+        type(f"ZO{name}", (ZOMixin, getattr(trl, name)), {})(model=models.tiny_llama())
+
+
+def test_fault_11_an_argument_is_given_once(tmp_path: Path):
+    from zoft import ZOConfig, ZOTrainer
+    from zoft.errors import UserError
+
+    with pytest.raises(UserError, match="given args twice"):
+        ZOTrainer(models.tiny_llama(), ZOConfig(output_dir=str(tmp_path)), args=ZOConfig(output_dir=str(tmp_path)))
