@@ -224,3 +224,96 @@ def test_the_recorded_rows_come_out_of_the_task_the_tokenizer_and_the_collator(t
         ours = collate(first_rows)
         for key, tensor in batch.items():
             assert torch.equal(ours[key], tensor), key
+
+
+# ------------------------------------------------------------------------------------ fault 12: from the command line
+
+
+@pytest.fixture(scope="module")
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded run by `zoft train`, stopped half-way and gone on with."""
+    from zoft.config import compose
+    from zoft.run.train import run
+
+    folder = tmp_path_factory.mktemp("cli")
+    rows = json.loads((HERE / "rows.json").read_text())["sst2"]
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
+    words = [
+        f"model.name={HERE / 'model'}", "model.attn_implementation=eager", "task=sst2", "method=mezo", "protocol=mezo",
+        f"task.train={folder / 'train.jsonl'}", f"task.validation={folder / 'validation.jsonl'}", "seed=42",
+        "task.num_train=64", "task.num_dev=16", "task.num_test=32", "optimizer.learning_rate=1e-4",
+        "objective=options", "trainer.per_device_train_batch_size=8", "trainer.lr_scheduler_type=constant",
+        "trainer.logging_steps=1", f"output_dir={folder / 'run'}",
+    ]  # fmt: skip
+    for queries in (20, 40):
+        run(compose([*words, f"budget.queries={queries}"]))
+    return folder / "run"
+
+
+def test_fault_12_the_recorded_run_is_repeated_from_the_command_line(command_line: Path):
+    lines = [json.loads(line) for line in (command_line / "metrics.jsonl").read_text().splitlines()]
+    grads = [line["projected_grad"] for line in lines if "projected_grad" in line]
+    assert len(grads) == 20
+    for number, (found, step) in enumerate(zip(grads, recorded()["steps"], strict=True)):
+        assert found == pytest.approx(abs(step["g"]), abs=1e-3), f"step {number}"
+    final, saved = (
+        load_file(HERE / "sst2_full" / "final.safetensors"),
+        load_file(command_line / "model" / "model.safetensors"),
+    )
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, final[name], rtol=0, atol=1e-6)
+
+
+def test_fault_12_seeds_and_rows_are_the_recorded_ones():
+    from zoft.trainer.mezo import MezoRowOrder, step_seeds
+
+    assert step_seeds(42, 20) == [step["seed"] for step in recorded()["steps"]]
+    order = MezoRowOrder(64, 42)
+    first = list(order)
+    order.set_epoch(1)
+    assert sorted(order) == sorted(first) == list(range(64))
+    assert list(order) != first
+
+
+def test_fault_12_llamas_last_norm_decays_as_in_mezo(tmp_path: Path):
+    from tests.models import tiny_llama
+
+    rows = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 2
+    decayed = {}
+    for mezo in (True, False):
+        config = ZOConfig(output_dir=str(tmp_path), weight_decay=0.1, report_to=[])
+        trainer = ZOTrainer(tiny_llama(), config, train_dataset=rows, mezo_protocol=mezo)
+        decayed[mezo] = set(trainer.get_decay_parameter_names(trainer.model))
+    assert decayed[True] - decayed[False] == {"model.norm.weight"}
+    assert not any("layernorm" in name for name in decayed[True])
+
+
+@pytest.mark.parametrize("length", [40, 60])
+def test_fault_12_a_long_prompt_is_cut_with_its_answer(length: int):
+    from tests.runs import tiny_tokenizer
+    from zoft.lm.data.examples import Example
+    from zoft.lm.data.generated import encode_generated
+
+    text = " ".join(["win free prize claim lunch home meet later"] * 12)
+    example = Example(text, (" it is spam",), 0, answers=("it is spam",), max_new_tokens=8)
+    ours, mezos = (
+        encode_generated([example], tiny_tokenizer(), length, 8, as_mezo=as_mezo)[0] for as_mezo in (False, True)
+    )
+    assert len(ours["prompt_ids"]) - len(mezos["prompt_ids"]) == mezos["lengths"][0] == 3
+    assert mezos["prompt_ids"] == mezos["sequences"][0][:-3]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method=fzoo"], "protocol=mezo is MeZO's own step"),
+        (["method=mezo", "peft=prefix"], "is not MeZO's prefix tuning"),
+    ],
+)
+def test_fault_12_what_is_not_mezos_is_refused(words: list[str], said: str):
+    from zoft.config import compose
+    from zoft.errors import UserError
+
+    with pytest.raises(UserError, match=said):
+        compose(["config=smoke", "protocol=mezo", *words])

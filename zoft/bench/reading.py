@@ -77,7 +77,7 @@ def fill_in(plan: Plan) -> None:
     """Compose every method with one task and every task with one method, so that a mistake is found now.
 
     A bench without tasks is of its base's; one without ``queries`` has its base's budget; a method without a learning
-    rate has its own.
+    rate has its own, and the forward gradient as a reference that of the method it is compared with.
 
     Raises:
         UserError: what `zoft train` would say, and of which part of the bench.
@@ -100,7 +100,20 @@ def fill_in(plan: Plan) -> None:
         cfg.composition.steps_within(plan.queries)
         plan.digests[method] = _digest(cfg, _OF_METHOD)
         entry = plan.methods[method]
-        entry.learning_rate = entry.learning_rate or cfg.optimizer.learning_rate
+        entry.learning_rate = entry.learning_rate or _rate_of_compared(plan, method) or cfg.optimizer.learning_rate
+
+
+_EXACT = "forward_gradient"
+"""The reference that takes the steps of a finite-difference method without its error: at the same learning rate."""
+
+
+def _rate_of_compared(plan: Plan, method: str) -> float | None:
+    """For the exact reference without a rate of its own, that of the method it is compared with."""
+    if method != _EXACT or method not in plan.references:
+        return None
+    own = [name for name in plan.runs if name not in plan.references]  # filled in before the references
+    compared = next((name for name in (plan.baseline, "mezo") if name in own), own[0] if own else None)
+    return plan.methods[compared].learning_rate if compared else None
 
 
 def _composed(plan: Plan, cell: Cell) -> ZoftConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zoft.engines.base import Engine
@@ -20,6 +20,7 @@ from zoft.subspaces.base import Subspace
 from zoft.weightings.base import Weighting
 from zoft.weights.rounding import ROUNDINGS
 
+PROTOCOLS = ("default", "mezo")
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
 TRACKER_MODES = ("online", "offline")
 FEW_FOR_ADAM = 10
@@ -148,6 +149,7 @@ class ZoftConfig:
     Args:
         config: name of the experiment, for the record; chosen by ``config=NAME_OR_PATH``.
         method: name of the method preset that was chosen, for the record.
+        protocol: default, or mezo: everything that decides a run's numbers as in MeZO's published code (docs/tasks.md).
         seed: of the directions, the order of the rows and the adapter's first weights.
         output_dir: the run's folder; a run writes there and nowhere else.
         model: which pretrained model.
@@ -169,6 +171,7 @@ class ZoftConfig:
 
     config: str = "run"
     method: str | None = None
+    protocol: str = "default"
     seed: int = 0
     output_dir: str = "runs/${config}-seed${seed}"
     model: ModelConfig
@@ -192,12 +195,32 @@ class ZoftConfig:
             raise UserError("output_dir is empty: give a folder for the run")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be 0 or more and below 2**32 (numpy takes no more), got {self.seed}")
+        _one_of("protocol", self.protocol, PROTOCOLS)
+        if self.protocol == "mezo":
+            self._follow_mezo()
         self.composition.check_budget(self.budget.queries)
         self._check_engine()
         self._check_gradient()
         self._check_quantization()
         if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or self.estimator.makes_factors):
             raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
+
+    def _follow_mezo(self) -> None:
+        """One switch for MeZO's numbers: its stream of z, its rows and batches."""
+        central = self.estimator.name() == "central" and self.estimator.num_directions == 1
+        if not central or self.subspace.name() != "full":
+            raise UserError(
+                "protocol=mezo is MeZO's own step: take method=mezo (estimator=central, one direction, subspace=full), "
+                f"not estimator={self.estimator.name()} in subspace={self.subspace.name()}"
+            )
+        if self.peft.name() == "prefix":
+            raise UserError(
+                "protocol=mezo with peft=prefix is not MeZO's prefix tuning: peft lays the prefix out otherwise and "
+                "counts the text's positions behind it; leave protocol=mezo off, or use peft=lora or none"
+            )
+        self.estimator = replace(self.estimator, noise="torch_sequential")
+        if hasattr(self.task, "protocol"):
+            self.task.protocol = "mezo"
 
     @property
     def composition(self) -> Method:

@@ -183,7 +183,13 @@ def metric_function(form: str) -> Callable[[Any], dict[str, float]]:
 
 
 def encode_rows(
-    form: str, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, room: int = ROOM
+    form: str,
+    examples: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    room: int = ROOM,
+    *,
+    as_mezo: bool = False,
 ) -> list[Row]:
     """Token rows of one split's examples.
 
@@ -193,6 +199,7 @@ def encode_rows(
         tokenizer: the model's.
         max_length: tokens kept of a row.
         room: tokens kept free for a generated text where the examples do not say.
+        as_mezo: cut prompts whose answers are generated as MeZO's published code does.
     """
     from zoft.lm.data.encoding import encode_examples
     from zoft.lm.data.generated import encode_generated
@@ -201,7 +208,7 @@ def encode_rows(
     from zoft.lm.data.tokens import encode_prompts
 
     if form in ("generate", "rated"):
-        return encode_generated(examples, tokenizer, max_length, room)
+        return encode_generated(examples, tokenizer, max_length, room, as_mezo=as_mezo)
     if form == "pairs":
         return encode_pairs(examples, tokenizer, max_length)
     if form == "mask" or (form == "head" and examples[0].pieces):

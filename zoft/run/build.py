@@ -60,7 +60,7 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
     tokenizer = tokenizer_of(cfg)
     length, room = cfg.task.max_length, formats.room_of(cfg.task, cfg.objective)
     rows = {
-        name: formats.encode_rows(form, getattr(splits, name), tokenizer, length, room)
+        name: formats.encode_rows(form, getattr(splits, name), tokenizer, length, room, as_mezo=_as_mezo(cfg))
         for name in ("train", "dev", "test")
     }
     return tokenizer, rows
@@ -124,8 +124,10 @@ def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: d
     """The trainer of a run, with the parts that its config chooses."""
     from zoft.engines.in_place import InPlace
     from zoft.lm import formats
+    from zoft.trainer.mezo import step_seeds
     from zoft.trainer.trainer import ZOTrainer
 
+    mezo = cfg.protocol == "mezo"
     form = formats.format_of_row(rows["train"][0])
     _check_best_metric(args, METRICS[_metric_of(cfg, rows)])
     # A text takes a forward for every token: directions are made once a query, and not once in each of those.
@@ -146,6 +148,8 @@ def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: d
         subspace=cfg.subspace,
         engine=InPlace() if once else cfg.engine,
         objective=cfg.objective,
+        direction_seeds=step_seeds(cfg.seed, max(args.max_steps, cfg.budget.queries)) if mezo else None,
+        mezo_protocol=mezo,
     )
     trainer.held_out = {"test_data": rows["test"]}
     return trainer

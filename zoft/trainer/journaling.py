@@ -182,7 +182,10 @@ class Journaled(_Base):
         chosen["precision_update"] = args.precision_update
         chosen["weight_decay"] = args.weight_decay
         chosen["max_grad_norm"] = args.max_grad_norm
-        chosen["direction_seeds"] = None if self.direction_seeds is None else _short(self.direction_seeds)
+        if self.mezo_protocol:
+            chosen["protocol"] = "mezo"
+        derived = self.direction_seeds is None or self.mezo_protocol  # of the run's seed: a longer run has more of them
+        chosen["direction_seeds"] = None if derived else _short(self.direction_seeds)
         chosen["data"] = rows_digest(self.train_dataset)
         for name, rows in {"eval_data": self.eval_dataset, **self.held_out}.items():
             chosen[name] = None if rows is None else rows_digest(rows)

@@ -55,6 +55,7 @@ from zoft.trainer.foreign import by_name, refuse_generating
 from zoft.trainer.guard import RolledBack, guard
 from zoft.trainer.journaling import Journaled
 from zoft.trainer.loss import LossAveraging, with_float32_losses
+from zoft.trainer.mezo import MezoRowOrder, decays
 from zoft.trainer.readout import TrainerReader
 from zoft.utils.random_state import global_random_state_kept
 from zoft.weightings.base import Weighting
@@ -78,6 +79,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         objective: name or component that replaces the model's own loss (default: the model's own loss).
         peft_config: a ``peft.PeftConfig``; the adapter alone is then trained.
         direction_seeds: the seed of each step's directions, for replaying a recorded run (MeZO's step seeds).
+        mezo_protocol: rows in the order of MeZO's published code, and weight decay where it has it.
         *positional: what the Trainer subclass takes, in its own order.
         **kwargs: everything the Trainer subclass takes.
     """
@@ -96,6 +98,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         objective: str | Objective | None = None,
         peft_config: Any = None,
         direction_seeds: Sequence[int] | None = None,
+        mezo_protocol: bool = False,
         **kwargs: Any,
     ) -> None:
         refuse_generating(type(self))
@@ -111,6 +114,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
                 f"direction_seeds gives every step a seed of its own, and subspace={chosen.name()} keeps "
                 "what the seed chose for several steps: use subspace=full"
             )
+        self.mezo_protocol = mezo_protocol
         self.held_out: dict[str, Any] = {}
         self.session: Session | None = None
         self.engine_name = self.engine.name()  # the one that serves, once there is a session
@@ -574,6 +578,19 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             return super()._get_dataloader(*pos, **kwargs)
         finally:
             args.dataloader_drop_last, args.dataloader_in_order = chosen
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As the Trainer's own, or MeZO's order."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.mezo_protocol and has_length(rows):
+            return MezoRowOrder(len(rows), self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the Trainer's own, or MeZO's."""
+        if self.mezo_protocol:
+            return [name for name, _ in model.named_parameters() if decays(name)]
+        return list(super().get_decay_parameter_names(model))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """An objective's rows are evaluated longest first, where everything is told of all rows at the end."""

@@ -164,3 +164,14 @@ def test_a_task_that_cannot_be_composed_is_named_before_anything_runs(file):
     plan = read_plan([f"config={file}", "tasks={a: [task=sms_spam, task.num_trainn=3]}"])
     with pytest.raises(UserError, match=r"num_trainn.*\(in the cell a, prompt aligned, mezo\)"):
         fill_in(plan)
+
+
+def test_fault_10_the_exact_reference_begins_at_the_rate_of_the_method_it_is_compared_with():
+    words = ["config=smoke", "references=[forward_gradient, adamw]"]
+    rates = {}
+    for methods in ("{mezo: 1e-3, fzoo: 1e-2}", "{fzoo: 1e-2}", "[mezo]", "{mezo: 1e-3, forward_gradient: 4e-3}"):
+        plan = read_plan([*words, f"methods={methods}"])
+        fill_in(plan)
+        rates[methods] = plan.methods["forward_gradient"].learning_rate
+    assert list(rates.values()) == [1e-3, 1e-2, 1e-6, 4e-3]
+    assert plan.methods["adamw"].learning_rate != 1e-3  # not a step of the same kind: a rate of its own

@@ -21,6 +21,8 @@ def encode_generated(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     max_new_tokens: int,
+    *,
+    as_mezo: bool = False,
 ) -> list[Row]:
     """Token ids of the prompt alone, and of the prompt with the gold answer where there is one.
 
@@ -29,6 +31,8 @@ def encode_generated(
         tokenizer: the model's.
         max_length: tokens kept, with room for the answer.
         max_new_tokens: that room.
+        as_mezo: a prompt is what is left of it when it is cut together with its gold answer, as MeZO's published code
+            does, and not what fits alone.
 
     Returns:
         Rows with ``prompt_ids``, ``prompt`` (the text), ``answers`` (what a score is computed from) and ``input_ids``;
@@ -41,6 +45,8 @@ def encode_generated(
         if isinstance(examples[0], Rated)
         else encode(plain, tokenizer, max_length)
     )
+    if as_mezo and "sequences" in rows[0]:
+        prompts = [{"input_ids": row["sequences"][0][: -row["lengths"][0]]} for row in rows]
     return [
         row | {"prompt_ids": _never_empty(prompt["input_ids"], tokenizer), "prompt": made.prompt, "answers": answers}
         for row, prompt, made, answers in zip(rows, prompts, plain, map(_answers, examples), strict=True)
