@@ -126,6 +126,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
         tokenizer=tokenizer,
         max_length=cfg.task.max_length,
         room=formats.room_of(cfg.task, objective),
+        as_mezo=cfg.protocol == "mezo",
     )
     rows = encode(examples)
     scoring = scoring_of(cfg, request.run, form, rows, tokenizer, objective)

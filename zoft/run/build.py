@@ -60,7 +60,7 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
     tokenizer = tokenizer_of(cfg)
     length, room = cfg.task.max_length, formats.room_of(cfg.task, cfg.objective)
     rows = {
-        name: formats.encode_rows(form, getattr(splits, name), tokenizer, length, room, as_mezo=_as_mezo(cfg))
+        name: formats.encode_rows(form, getattr(splits, name), tokenizer, length, room, as_mezo=cfg.protocol == "mezo")
         for name in ("train", "dev", "test")
     }
     return tokenizer, rows
