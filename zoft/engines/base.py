@@ -76,6 +76,18 @@ class Session:
         """
         raise NotImplementedError
 
+    def pass_over(self, points: Sequence[Point]) -> None:
+        """Leave in the weights what queries at these points leave: nothing, where they come back exactly.
+
+        Args:
+            points: of a step that is taken from a journal.
+        """
+        del points
+
+    def take_path(self) -> list[Point] | None:
+        """The points that queries have left a trace of since the last call; None where they leave none."""
+        return None
+
     def losses_per_example(
         self, examples: Sequence[Any], points: Sequence[Point], numbers: Sequence[int] | None = None
     ) -> Tensor:

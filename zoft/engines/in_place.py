@@ -81,6 +81,7 @@ class _SubtractSession(Session):
     def __init__(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> None:
         super().__init__(model, coordinates, objective)
         self._here = Point()  # where the weights are
+        self._path: list[Point] = []  # where they have been: each addition was rounded
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         refuse_derivatives(points, "in_place")
@@ -89,12 +90,22 @@ class _SubtractSession(Session):
             with memory_errors_say("task.max_length"):
                 for point in points:
                     self._walk(point)
+                    self._path.append(point)
                     results.append(self.evaluate(batch))
             self._walk(Point())
         except BaseException:
             self._walk(Point())  # also where a signal came on the way back: that walk has undone what it did
             raise
         return torch.stack(results)
+
+    def pass_over(self, points: Sequence[Point]) -> None:
+        for point in points:
+            self._walk(point)
+        self._walk(Point())
+
+    def take_path(self) -> list[Point]:
+        path, self._path = self._path, []
+        return path
 
     def _walk(self, target: Point) -> None:
         """Move every tensor to ``target``; when something interrupts, move none."""

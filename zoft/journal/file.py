@@ -126,20 +126,30 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path, end: int) -> Journal:
-        """Continue a journal behind its first ``steps`` steps; what comes after them is cut off.
+        """Continue a journal behind its first steps; what comes after them is cut off.
+
+        Notes are kept, whenever they were made: what is learnt from a step that is taken back holds for those to come.
 
         Args:
             path: the file.
             end: number of steps to keep; larger than there are keeps all.
         """
-        journal = cls(path)
-        step = -1
+        journal, step = cls(path), -1
+        cut: list[chunks.Chunk] = []
         for chunk in chunks.decode(path.read_bytes()):
             step = max(step, _last_step(chunk))
-            if step >= end:
-                break
-            journal._end, journal._check = chunk.end, chunk.check
+            if step < end:
+                journal._end, journal._check = chunk.end, chunk.check
+            else:
+                cut.append(chunk)
         os.ftruncate(journal._file, journal._end)
+        for chunk in cut:
+            if chunk.kind == chunks.BLOCK:  # sealed steps, of which some may be kept
+                kept = [record for record in records.unseal(chunk.payload) if record.step < end]
+                if kept:
+                    journal._write(chunks.BLOCK, records.seal(kept, with_losses=True))
+            elif chunk.kind == chunks.NOTE:
+                journal.note(end, json.loads(chunk.payload[_NUMBER.size :]))
         return journal
 
     def append(self, record: Record) -> None:
@@ -162,8 +172,12 @@ class Journal:
         """Something that happened after ``step`` steps and that the steps after it depend on."""
         self._write(chunks.NOTE, _NUMBER.pack(step) + json.dumps(note).encode())
 
-    def seal(self) -> None:
-        """Write the file anew with all steps in blocks: a finished run's journal is small (see `records.seal`)."""
+    def seal(self, *, with_losses: bool = False) -> None:
+        """Write the file anew with all steps in blocks: a finished run's journal is small (see `records.seal`).
+
+        Args:
+            with_losses: keep losses and slopes, by which a guard judges the steps of a longer run.
+        """
         data, check = b"", 0
         waiting: list[Record] = []
 
@@ -174,7 +188,8 @@ class Journal:
 
         def put_waiting() -> None:
             for first in range(0, len(waiting), records.BLOCK_STEPS):
-                put(chunks.BLOCK, records.seal(waiting[first : first + records.BLOCK_STEPS]))
+                block = waiting[first : first + records.BLOCK_STEPS]
+                put(chunks.BLOCK, records.seal(block, with_losses=with_losses))
             waiting.clear()
 
         for chunk in chunks.decode(self.path.read_bytes()):

@@ -12,8 +12,9 @@ from typing import Any
 
 from zoft.errors import UserError
 
-SKIPPED, COMPUTED = 1, 2
-"""Flags: nothing was written to the weights; part of the step was a gradient, which is not in the journal."""
+SKIPPED, COMPUTED, GUARDED = 1, 2, 4
+"""Flags: nothing was written to the weights; the record does not suffice to repeat the step (part of it was a gradient,
+or the queries have left something in the weights); a guard took the step for one outside the running range."""
 
 BLOCK_STEPS = 4096
 """The most steps in a sealed block."""
@@ -37,7 +38,7 @@ class Record:
         slope: root mean square of the projected gradients.
         coefficients: one a direction, as they were handed to the optimizer.
         curvatures: along the directions, where they were measured.
-        flags: sum of :data:`SKIPPED` and :data:`COMPUTED`.
+        flags: sum of :data:`SKIPPED`, :data:`COMPUTED` and :data:`GUARDED`.
         extra: what is rarely there: ``directions`` (seed, step, probe, example), ``scalars`` (what parts remember).
     """
 
@@ -61,8 +62,13 @@ class Record:
 
     @property
     def computed(self) -> bool:
-        """Whether a backward pass was part of the step."""
+        """Whether the step cannot be repeated from its record."""
         return bool(self.flags & COMPUTED)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the step was outside the running range of a guard, which does not count it."""
+        return bool(self.flags & GUARDED)
 
 
 def encode(record: Record) -> bytes:
@@ -110,13 +116,15 @@ def _doubles(values: Sequence[float]) -> bytes:
 # ---- sealed ----------------------------------------------------------------------------------------------------------
 
 
-def seal(records: Sequence[Record]) -> bytes:
+def seal(records: Sequence[Record], *, with_losses: bool = False) -> bytes:
     """Consecutive steps as one block: what their weights need, by columns, and what parts remember after the last.
 
-    A step of one direction takes four bytes or less; losses, tokens and slopes are left out (metrics.csv has them).
+    A step of one direction takes four bytes or less; losses, tokens and slopes are left out (metrics.csv has them),
+    where no later step depends on them.
 
     Args:
         records: of consecutive steps.
+        with_losses: keep losses and slopes: a guard judges later steps by them.
     """
     coefficients = [c for record in records for c in record.coefficients]
     bends = [c for record in records for c in record.curvatures]
@@ -143,6 +151,9 @@ def seal(records: Sequence[Record]) -> bytes:
         "tokens": last.tokens,
         "directions": extras,
         "scalars": last.extra.get("scalars"),
+        "parts": last.extra.get("parts"),
+        "losses": [r.loss for r in records] if with_losses else None,
+        "slopes": [r.slope for r in records] if with_losses else None,
         "sizes": [len(_shuffled(column)) for column in columns.values()],
     }
     front = json.dumps({k: v for k, v in header.items() if v}, separators=(",", ":")).encode()
@@ -151,7 +162,7 @@ def seal(records: Sequence[Record]) -> bytes:
 
 
 def unseal(data: bytes) -> list[Record]:
-    """The steps of a block; their losses and slopes are NaN, and only the last says tokens and what parts remember."""
+    """The steps of a block; only the last says tokens and what parts remember, losses may have been left out (NaN)."""
     whole = _inflated(data)
     (length,) = struct.unpack_from("<I", whole)
     header = json.loads(whole[4 : 4 + length])
@@ -161,19 +172,20 @@ def unseal(data: bytes) -> list[Record]:
         columns.append(_unshuffled(kind, whole[at : at + size]))
         at += size
     flags, terms, bends, seeds, rates, eps, gaps, coefficients, curvatures = columns
-    queries, c, b, records, nan = header["queries"], 0, 0, [], float("nan")
+    queries, c, b, records = header["queries"], 0, 0, []
+    losses, slopes = (header.get(name) or [float("nan")] * count for name in ("losses", "slopes"))
     directions = {int(i): which for i, which in header.get("directions", {}).items()}
     for i in range(count):
         queries += gaps[i]
         records.append(
             Record(
-                header.get("first", 0) + i, seeds[i], rates[i], eps[i], queries, 0, nan, nan,
+                header.get("first", 0) + i, seeds[i], rates[i], eps[i], queries, 0, losses[i], slopes[i],
                 tuple(coefficients[c : c + terms[i]]), tuple(curvatures[b : b + bends[i]]), flags[i],
                 {"directions": directions[i]} if i in directions else {},
             )
         )  # fmt: skip
         c, b = c + terms[i], b + bends[i]
-    remembered = {"scalars": header["scalars"]} if "scalars" in header else {}
+    remembered = {key: header[key] for key in ("scalars", "parts") if key in header}
     last = records[-1]
     records[-1] = replace(last, tokens=header.get("tokens", 0), extra=last.extra | remembered)
     return records

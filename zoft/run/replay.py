@@ -96,7 +96,7 @@ def replay(trainer: ZOTrainer, contents: Contents, steps: int, path: Path) -> in
             contents.looks.get(record.step),
             keeps_anchor=bool(anchor_batches(trainer.method.estimator, record.step)),
         )
-        step_replay.begin(stepper, estimate)
+        step_replay.begin(stepper, estimate, trainer.method.estimator)
         stepper.progress.steps = record.step + 1
         stepper.apply(estimate)
         known = contents.digests.get(record.step + 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from zoft.engines.base import Backward
 from zoft.errors import UserError
 from zoft.journal import state
-from zoft.journal.records import COMPUTED, SKIPPED, Record
+from zoft.journal.records import COMPUTED, GUARDED, SKIPPED, Record
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors
 from zoft.optimizers.base import Term
@@ -38,6 +38,9 @@ class StepEstimate:
         factors: tensor -> its gradient as factors (errors at outputs, inputs), where it comes as that.
         outlier: why a guard has taken this step for one outside the running range; None where it has not.
         share: of the step's length, what a guard has left.
+        leaves_no_trace: whether the weights are after the queries what they were before, or what the estimator's points
+            alone make of them (:meth:`zoft.engines.base.Session.pass_over`).
+        num_parts: into how many the micro-batches were cut, where memory did not suffice.
         keeps_anchor: whether the weights before this step become the anchor of the next ones.
         from_journal: whether it was read from a journal instead of being queried.
 
@@ -60,6 +63,8 @@ class StepEstimate:
     factors: Mapping[str, Factors] | None = None
     outlier: str | None = None
     share: float = 1.0
+    leaves_no_trace: bool = True
+    num_parts: int = 1
     keeps_anchor: bool = False
     from_journal: bool = False
 
@@ -82,6 +87,11 @@ class StepEstimate:
     def is_usable(self) -> bool:
         """Whether there is an estimate; without one the step must move nothing."""
         return self.terms is not None
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether a record is enough to take the step again."""
+        return self.backward is None and self.factors is None and self.leaves_no_trace
 
     @property
     def slope(self) -> float:
@@ -113,6 +123,8 @@ class StepEstimate:
             extra["directions"] = [[d.seed, d.step, d.index, d.example] for d, _ in terms]
         if scalars := {part: memory for part, memory in self.memory.items() if memory}:
             extra["scalars"] = scalars
+        if self.num_parts > 1:
+            extra["parts"] = self.num_parts
         return Record(
             step=self.step,
             seed=self.directions[0].seed,
@@ -124,7 +136,7 @@ class StepEstimate:
             slope=self.slope,
             coefficients=tuple(float(c) for _, c in terms),
             curvatures=tuple(map(float, self.curvatures or ())),
-            flags=SKIPPED * (self.terms is None) + COMPUTED * (self.backward is not None or self.factors is not None),
+            flags=SKIPPED * (self.terms is None) + COMPUTED * (not self.is_repeatable) + GUARDED * bool(self.outlier),
             extra=extra,
         )
 
@@ -150,7 +162,8 @@ class StepEstimate:
             )
         if record.computed:
             raise UserError(
-                f"step {record.step} was made with a gradient, which is not in the journal: resume from a checkpoint"
+                f"step {record.step} was made with a gradient, or its queries have left errors in the weights, and "
+                "neither is in the journal: resume from a checkpoint"
             )
         named = [Direction(*which) for which in record.extra.get("directions", ())] or directions
         return cls(
@@ -162,6 +175,8 @@ class StepEstimate:
             eps=record.eps,
             observations=None if look is None else state.unpack(look),
             memory=record.extra.get("scalars", {}),
+            outlier="outside the running range" if record.guarded else None,
+            num_parts=record.extra.get("parts", 1),
             keeps_anchor=keeps_anchor and not record.skipped,
             from_journal=True,
         )

@@ -23,8 +23,9 @@ class Progress:
         seconds: wall time of training steps.
         seconds_forward: wall time spent querying the objective.
         losses: training losses since the last log line, whose mean the next one says.
-        num_guarded: steps that were far outside the running range.
+        num_guarded: steps that were far outside the running range and were shortened.
         recent: (loss, slope) of the last steps inside it, as many as ``guard_steps``.
+        num_parts: into how many micro-batches were cut in the last step, where memory did not suffice.
     """
 
     steps: int = 0
@@ -38,6 +39,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     num_guarded: int = 0
     recent: list[list[float]] = field(default_factory=list)
+    num_parts: int = 1
 
 
 @dataclass

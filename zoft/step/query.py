@@ -75,6 +75,7 @@ class StepQueries:
         """
         estimator = estimator or self.method.estimator
         memory = self.optimizer.memory()
+        self.session.take_path()
         clean, scored, observations = self._begin(batch, directions[0])
         blank = StepEstimate(
             directions, eps=estimator.radius, num_queries=scored, observations=observations, memory=memory
@@ -85,6 +86,8 @@ class StepQueries:
             found = self._with_gradient(blank, batch, estimator)
         else:
             found = self._all(blank, batch, estimator, clean, lr)
+        path = self.session.take_path()
+        found = replace(found, leaves_no_trace=path is None or path == estimator.points(directions))
         if not found.is_usable:  # a step that comes to nothing is not remembered either, and has no slope
             return replace(found, memory=self.optimizer.memory(), projected_grads=torch.tensor([torch.nan]))
         return replace(found, keeps_anchor=bool(anchor_batches(estimator, found.step)))

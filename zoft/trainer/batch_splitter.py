@@ -17,14 +17,17 @@ T = TypeVar("T")
 class BatchSplitter:
     """Asks again with micro-batches of half the size when memory does not suffice; the smaller size stays.
 
+    Args:
+        parts: into how many micro-batches are cut to begin with.
+
     Example:
         >>> splitter = BatchSplitter()
         >>> splitter(lambda batch: len(batch.micro_batches), StepBatch([{"input_ids": [[1], [2]]}]))
         1
     """
 
-    def __init__(self) -> None:
-        self.parts = 1
+    def __init__(self, parts: int = 1) -> None:
+        self.parts = parts
 
     def __call__(self, ask: Callable[[StepBatch], T], batch: StepBatch) -> T:
         """The answer, from the largest micro-batches that fit.

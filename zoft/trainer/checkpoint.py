@@ -39,6 +39,7 @@ class Checkpoints(_Base):
     optimizer: Any
     lr_scheduler: Any
     _run: str | None  # identifier of the run
+    lr_factor: float
     settings: Callable[[], dict[str, Any]]  # what must be the same when the run is resumed
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -55,6 +56,7 @@ class Checkpoints(_Base):
         if self.args.should_save:
             self._refuse_full_disk(target)
             facts = {"run": self._run, "step": self.state.global_step, "settings": self.settings()}
+            facts["lr_factor"] = self.lr_factor
             with snapshot.staged(target, facts) as staged:
                 self._save_weights(staged)
                 if not self.args.save_only_model:

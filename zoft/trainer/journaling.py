@@ -15,7 +15,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import Trainer
@@ -43,6 +43,22 @@ _MOST_RETURNS = 5
 _Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
 
 
+class _Beginning(NamedTuple):
+    """Where a run begins.
+
+    Args:
+        checkpoint: to load, or None.
+        contents: what the journal knows.
+        run: the run's identifier; None without a journal.
+        lr_factor: what is left of the learning rate after the run's returns to earlier steps.
+    """
+
+    checkpoint: Path | None
+    contents: Contents | None
+    run: str | None
+    lr_factor: float
+
+
 class Journaled(_Base):
     """Journal, snapshots and resuming; mixed into :class:`zoft.trainer.trainer.ZOMixin`."""
 
@@ -58,6 +74,7 @@ class Journaled(_Base):
     lr_scheduler: Any
     queries: Any
     last_step: StepEstimate | None
+    lr_factor = 1.0  # what is left of the learning rate after returns to earlier steps
     _begun_rate: float | None = None  # the learning rate that was given
     _hashed = -1  # the step of the last hash
     _is_huge = False  # whether the step at hand is so long that weights may become infinite
@@ -79,19 +96,30 @@ class Journaled(_Base):
             told = broadcast_object_list(told)
         if isinstance(told[0], UserError):
             raise told[0]
-        checkpoint, self._contents, self._run = told[0]
+        checkpoint, self._contents, self._run, self.lr_factor = told[0]
         self._known, self.journal_end = {}, 0
         if self._begun_rate is None:
             self._begun_rate = self.args.learning_rate
-        notes = [] if self._contents is None else self._contents.notes
-        self.args.learning_rate = self._begun_rate * math.prod(note.get("lr_factor", 1.0) for note in notes)
+        self._set_rate(self._begun_rate * self.lr_factor)
         if self._contents is not None:
             self._known = {record.step: record for record in self._contents.records}
             self.journal_end = max(self._known, default=-1) + 1
         return None if checkpoint is None else str(checkpoint)
 
-    def _decide(self, resume: str | bool | None) -> tuple[Path | None, Contents | None, str | None]:
-        """(checkpoint, what the journal knows, the run's identifier); the journal is open behind what is kept of it."""
+    def _set_rate(self, rate: float) -> None:
+        """The learning rate that the schedule begins with, also where the optimizer was made before it was known."""
+        self.args.learning_rate = rate
+        for group in self.stepper.param_groups if self.optimizer is not None else ():
+            group["lr"] = rate
+            group.pop("initial_lr", None)  # a schedule's own note of the rate before
+
+    @property
+    def num_returns(self) -> int:
+        """How often a guard has sent the run back to an earlier step; each time its learning rate was halved."""
+        return round(-math.log2(self.lr_factor))
+
+    def _decide(self, resume: str | bool | None) -> _Beginning:
+        """Where the run begins; the journal is open behind what is kept of it."""
         folder = Path(str(self.args.output_dir))
         path = folder / files.NAME
         snapshot.clear_unfinished(folder)
@@ -111,19 +139,20 @@ class Journaled(_Base):
             )
         if checkpoint is None:
             self._check_base(contents, path)
-        if contents.end < start:  # the snapshot knows more than what is left of the journal
-            self.journal = Journal.create(path, {**contents.header, "first": start, "weights": None})
+        lr_factor = _lr_factor(contents)
+        if checkpoint is not None and contents.end < start:  # the snapshot knows more than what is left of the journal
+            lr_factor = float(snapshot.verify(checkpoint, run).get("lr_factor", lr_factor))
+            header = {**contents.header, "first": start, "weights": None, "lr_factor": lr_factor}
+            self.journal = Journal.create(path, header)
             contents.records, contents.looks, contents.evaluations = [], {}, {}
-            return checkpoint, contents, run
+            return _Beginning(checkpoint, contents, run, lr_factor)
         stop = next((r.step for r in contents.records if r.step >= start and r.computed), contents.end)
         self.journal = Journal.open(path, stop)
         contents.records = [record for record in contents.records if start <= record.step < stop]
         contents.evaluations = {step: made for step, made in contents.evaluations.items() if step <= stop}
-        return checkpoint, contents, run
+        return _Beginning(checkpoint, contents, run, lr_factor)
 
-    def _without_journal(
-        self, folder: Path, resume: str | bool | None
-    ) -> tuple[Path | None, Contents | None, str | None]:
+    def _without_journal(self, folder: Path, resume: str | bool | None) -> _Beginning:
         """A new run, or one that goes on from a checkpoint alone."""
         checkpoint = None
         if resume is True:
@@ -139,12 +168,14 @@ class Journaled(_Base):
         elif resume:
             checkpoint = Path(str(resume))
             snapshot.verify(checkpoint)
+        known = {} if checkpoint is None else snapshot.verify(checkpoint)
+        lr_factor = float(known.get("lr_factor", 1.0))
         if not self.args.journal:
-            return checkpoint, None, None
+            return _Beginning(checkpoint, None, None, lr_factor)
         header: dict[str, Any] = {"settings": self.settings(), "frozen": self.frozen_fingerprint(), "weights": None}
         header["model"] = self._model_name()
         if checkpoint is not None:
-            header["first"] = int(snapshot.verify(checkpoint)["step"])
+            header |= {"first": int(known["step"]), "lr_factor": lr_factor}
         elif self.model is not None:
             header["weights"] = Weights(self.model).digest()
         try:
@@ -155,7 +186,7 @@ class Journaled(_Base):
         if self.args.guard == "rollback":
             begun = {name: tensor.detach() for name, tensor in Weights(self.model).tensors.items()}
             write_atomically(folder / _FIRST, state.pack(begun))
-        return checkpoint, None, str(files.read(folder / files.NAME).header["run"])
+        return _Beginning(checkpoint, None, str(files.read(folder / files.NAME).header["run"]), lr_factor)
 
     def _end_journal(self, *, finished: bool) -> None:
         """Seal what is complete, and let go of the file."""
@@ -163,7 +194,7 @@ class Journaled(_Base):
         if journal is not None:
             try:
                 if finished:
-                    journal.seal()
+                    journal.seal(with_losses=self.args.guard != "none")
             finally:
                 journal.close()
 
@@ -283,26 +314,27 @@ class Journaled(_Base):
         look = None if self._contents is None else self._contents.looks.get(step)
         makes_anchor = bool(anchor_batches(self.method.estimator, step))
         estimate = StepEstimate.from_record(record, self.directions.at(step), look, keeps_anchor=makes_anchor)
-        replay.begin(self.stepper, estimate)
+        replay.begin(self.stepper, estimate, self.method.estimator)
         progress = self.progress
         progress.steps, progress.num_queries = step + 1, record.queries
         progress.num_tokens = record.tokens or progress.num_tokens
         progress.num_skipped += record.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record.skipped else 0
         progress.losses.append(record.loss)
+        progress.num_guarded += record.guarded
+        progress.num_parts = estimate.num_parts
         self._remember(estimate)
         return estimate
 
     def _remember(self, estimate: StepEstimate) -> None:
         """A step inside the running range becomes part of it."""
-        if self.args.guard != "none" and estimate.projected_grads is not None:
+        if self.args.guard != "none" and estimate.projected_grads is not None and estimate.outlier is None:
             self.progress.recent = [*self.progress.recent, [estimate.loss, estimate.slope]][-self.args.guard_steps :]
 
     def _go_back(self, back: RolledBack) -> None:
         """Cut journal and checkpoints off behind the step, put the first weights back, and lower the learning rate."""
         folder, path = Path(str(self.args.output_dir)), Path(str(self.args.output_dir)) / files.NAME
-        contents = files.read(path)
-        times = len(contents.notes) + 1
+        times = self.num_returns + 1
         if times > _MOST_RETURNS:
             raise NonFiniteLossError(
                 f"{back.reason}: the run has gone back {_MOST_RETURNS} times and left its range again; "
@@ -413,6 +445,12 @@ class Journaled(_Base):
 
 
 # ---- plain values ----------------------------------------------------------------------------------------------------
+
+
+def _lr_factor(contents: Contents) -> float:
+    """What is left of the learning rate: halved at every return, those before the journal's first step included."""
+    before = float(contents.header.get("lr_factor", 1.0))
+    return before * math.prod(note.get("lr_factor", 1.0) for note in contents.notes)
 
 
 def _plain(value: Any) -> Any:

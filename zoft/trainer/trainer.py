@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -28,6 +29,7 @@ from zoft.engines.base import Engine, Session
 from zoft.engines.nodes import NodeSession
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.base import Estimator
+from zoft.lm.data.packing import one_of_each_size
 from zoft.lm.data.rows import examples_of, groups_of, of_lengths
 from zoft.lm.logits.own_loss import is_known, own_loss
 from zoft.lm.logits.packing import serves
@@ -123,8 +125,8 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         self.last_batch: StepBatch | None = None  # the rows of the last step
         self.last_step: StepEstimate | None = None  # what its queries found, or the journal said
         self.peak_memory_mb: Callable[[], float] | None = None
-        self._splitter = BatchSplitter()
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
+        self._has_probed_sizes = False
         self._micro_batches: list[Inputs] = []  # of the step that is being collected
         self._waiting: list[Inputs] = []
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
@@ -238,9 +240,9 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         if found.outlier is None:
             self._remember(found)
             return found
-        progress.num_guarded += 1
         if args.guard == "rollback":
             raise RolledBack(max(0, progress.steps - 1 - args.guard_back), f"step {progress.steps}: {found.outlier}")
+        progress.num_guarded += 1
         said = "step %d: %s; the step is shortened to %.2g of its length"
         log.warning(said, progress.steps, found.outlier, found.share)
         return found
@@ -374,8 +376,13 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         """The estimate of the next step, clipped and guarded; the counters of the run have it."""
         if self._probe_loss_scaling:
             batch = self._settle_loss_scaling(model, batch)
+        progress = self.progress
+        self._probe_sizes()
         self._probe(batch)
-        progress, started = self.progress, time.perf_counter()
+        if count := self.method.estimator.batches_at(progress.steps):
+            for other in self._batches(count, like=batch):
+                self._probe(other)
+        started = time.perf_counter()
         with no_trials():
             estimate = self._ask(batch)
         progress.seconds_forward += time.perf_counter() - started
@@ -399,7 +406,12 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             self.last_batch = micro_batches
             return queries.estimate(micro_batches, directions, estimator, lr=lr)
 
-        return self._splitter(ask, batch) if self.accelerator.num_processes == 1 else ask(batch)
+        if self.accelerator.num_processes > 1:
+            return ask(batch)
+        splitter = BatchSplitter(self.progress.num_parts)
+        estimate = splitter(ask, batch)
+        self.progress.num_parts = splitter.parts
+        return replace(estimate, num_parts=splitter.parts)
 
     def _queries(self, stepper: ZOOptimizer) -> StepQueries:
         """What asks the model, with what the method may want of the data and of the other processes."""
@@ -439,9 +451,10 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         rows = [some for inputs in batch.micro_batches if (some := of_lengths(inputs, *lengths))]
         return self._batch_of(rows, batch) if rows else None
 
-    def _batches(self, count: int) -> Iterator[StepBatch]:
+    def _batches(self, count: int, like: StepBatch | None = None) -> Iterator[StepBatch]:
         """So many batches of the training rows, in an order of their own."""
-        assert self.last_batch is not None
+        like = like or self.last_batch
+        assert like is not None
         size, rows = self.args.per_device_train_batch_size, self.train_dataset
         of_step = size * self.args.gradient_accumulation_steps  # rows of this process in a step, however they are cut
         drawn = torch.Generator().manual_seed(step_seed(self.args.seed, self.progress.steps))
@@ -451,7 +464,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         for first in range(0, len(share), of_step):
             ours = share[first : first + of_step]
             parts = [[rows[index] for index in ours[start : start + size]] for start in range(0, len(ours), size)]
-            yield self._batch_of([self._prepare_inputs(self.data_collator(part)) for part in parts], self.last_batch)
+            yield self._batch_of([self._prepare_inputs(self.data_collator(part)) for part in parts], like)
 
     def _places(self, batch: StepBatch, count: int) -> list[list[int]]:
         """For every process, the places of its examples in the step's batch as one process would have it.
@@ -552,6 +565,19 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
                     given = {**inputs, "num_items_in_batch": batch.num_items} if counted else inputs
                     if not is_known(self._called, given):
                         own_loss(self._called, **given)
+
+    def _probe_sizes(self) -> None:
+        """The same once for all rows that the run knows of: what a process finds out must not depend on where it began.
+
+        A resumed run has not seen the batches, and has not made the evaluations, that the run before it has.
+        """
+        if self._has_probed_sizes or self.objective is None:
+            return
+        self._has_probed_sizes = True
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        known = [self.train_dataset, *evaluated.values(), *self.held_out.values()]
+        for row in one_of_each_size(row for rows in known if hasattr(rows, "__len__") for row in rows):
+            self._probe(StepBatch([self._prepare_inputs(self.data_collator([row]))]))
 
     def _as_served(self, inputs: Inputs) -> Inputs:
         """The batch without packed rows where they are not used: kept hidden states are those of separate rows."""
@@ -670,7 +696,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             logs["seconds_other"] = progress.seconds - progress.seconds_forward
             logs["num_skipped_steps"] = progress.num_skipped
             if self.args.guard != "none":
-                logs["num_guarded_steps"] = progress.num_guarded
+                logs["num_guarded_steps"] = progress.num_guarded + self.num_returns
             if self.peak_memory_mb is not None:
                 logs["peak_memory_mb"] = self.peak_memory_mb()
         logs |= {"num_queries": progress.num_queries, "num_tokens": progress.num_tokens, "seconds": progress.seconds}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,3 +97,26 @@ def _common(sequences: list[list[int]]) -> int:
         if any(place >= len(other) or other[place] != token for other in others):
             return place
     return len(first)
+
+
+def one_of_each_size(rows: Iterable[Any]) -> list[Any]:
+    """The first row of every size that packed rows have, in powers of two; rows without options have none.
+
+    Whether a model can be served packed rows is found out size by size (:mod:`zoft.lm.logits.packing`).
+
+    Args:
+        rows: of a data set.
+
+    Example:
+        >>> row = {"sequences": [[5, 6, 7, 8], [5, 6, 9, 3, 2]], "lengths": [2, 3]}
+        >>> len(one_of_each_size([row, row]))
+        1
+    """
+    found: dict[int, Any] = {}
+    for row in rows:
+        if not isinstance(row, Mapping) or "sequences" not in row:
+            break
+        tree = _tree(row["sequences"], row["lengths"])
+        if tree.num_branches > 1:
+            found.setdefault(len(tree.tokens).bit_length(), row)
+    return list(found.values())
