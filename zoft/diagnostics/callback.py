@@ -116,14 +116,13 @@ class DiagnosticsCallback(TrainerCallback):
         if estimate is None or estimate.from_journal or not estimate.is_usable:
             return
         began, num_notes = time.perf_counter(), len(record.notes)
-        with global_random_state_kept(), trainer._querying(trainer.model_wrapped), no_trials():
+        with global_random_state_kept(), trainer.querying(trainer.model_wrapped), no_trials():
             row, tables = Measurement(trainer, self.wanted, self._remembered, record.notes)()
         took = time.perf_counter() - began
         record.add(row, tables, took)
         for note in record.notes[num_notes:]:
             log.warning("diagnostics: %s", note)
-        if trainer._began is not None:
-            trainer._began += took  # the run's clock
+        trainer.pause_clock(took)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -119,8 +119,8 @@ class Measurement:
     def _gradient_over(self, batch: StepBatch) -> Gradient:
         """Of the micro-batches one by one, weighted as their losses are."""
         trainer = self.trainer
-        counts = [trainer._num_terms(inputs) for inputs in batch.micro_batches]
-        adds_up = len(counts) == 1 or trainer._loss_is_a_share(batch)
+        counts = [trainer.num_terms(inputs) for inputs in batch.micro_batches]
+        adds_up = len(counts) == 1 or trainer.loss_is_a_share(batch)
         return gradient_of(
             self.session,
             (

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
 from zoft.estimators._anchor import anchor_batches
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from zoft.config.schema import ZoftConfig
     from zoft.journal.file import Contents
-    from zoft.trainer.trainer import ZOTrainer
+    from zoft.step.directions import StepDirections
+    from zoft.step.update import ZOOptimizer
 
 
 def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | None = None) -> str:
@@ -31,25 +34,25 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
             step; the output folder is not empty.
     """
     from zoft.journal import file as journal
+    from zoft.run.build import tokenizer_of
 
     path = run / journal.NAME
     contents = journal.read(path)
     steps = _steps(contents, path, to)
     if output is not None and Path(output).exists() and any(Path(output).iterdir()):
         raise UserError(f"--output {output} is not empty: give a new folder")
-    trainer = _trainer_of(cfg)
-    checked = replay(trainer, contents, steps, path)
-    from zoft.weights.tensors import Weights
-
-    sha = Weights(trainer.model).digest()
+    optimizer, directions = begin(cfg)
+    checked = replay(optimizer, directions, contents, steps, path)
+    session = optimizer.session
+    sha = session.weights.digest()
     told = f"weights after step {steps:,} of {contents.end:,}: SHA-256 {sha}"
     told += f"\n{checked} hashes of the journal were compared and are equal" if checked else ""
     if to is None and (why := _why_not_the_model(cfg, run, sha)):
         told += f"\nthese are not the weights of model/: {why}"
     if output is not None:
-        from zoft.run.train import save_model
-
-        save_model(trainer, Path(output))
+        model: Any = session.model
+        model.save_pretrained(output)
+        tokenizer_of(cfg).save_pretrained(output)
         told += f"\nsaved to {output}"
     return told
 
@@ -66,39 +69,37 @@ def _why_not_the_model(cfg: ZoftConfig, run: Path, sha: str) -> str:
     return f"those are of the run as it was reported, after {facts.get('num_steps', 'other')} steps"
 
 
-def replay(trainer: ZOTrainer, contents: Contents, steps: int, path: Path) -> int:
-    """Take a fresh trainer's model through the first steps of a journal; how many hashes were compared on the way.
+def replay(optimizer: ZOOptimizer, directions: StepDirections, contents: Contents, steps: int, path: Path) -> int:
+    """Take a model through the first steps of a journal; how many hashes were compared on the way.
 
     Args:
-        trainer: with the base model, and the method of the run.
+        optimizer: of the run's method, around the base model.
+        directions: of the run's steps.
         contents: what `zoft.journal.file.read` gave.
         steps: how many.
         path: the journal's file, for messages.
     """
     from zoft.step import replay as step_replay
     from zoft.step.estimate import StepEstimate
-    from zoft.weights.tensors import Weights
 
-    weights = Weights(trainer.model)
+    weights, estimator, checked = optimizer.session.weights, directions.estimator, 0
     if contents.header["weights"] not in (None, weights.digest()):
+        name = getattr(getattr(optimizer.session.model, "config", None), "name_or_path", "")
         raise UserError(
-            f"{path} does not belong to this base model ({trainer.model.config.name_or_path}): the trained weights it "
-            "began with have another hash"
+            f"{path} does not belong to this base model ({name}): the trained weights it began with have another hash"
         )
-    trainer.create_optimizer()
-    stepper, checked = trainer.stepper, 0
     for record in contents.records[:steps]:
-        for group in stepper.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = record.lr
         estimate = StepEstimate.from_record(
             record,
-            trainer.directions.at(record.step),
+            directions.at(record.step),
             contents.looks.get(record.step),
-            keeps_anchor=bool(anchor_batches(trainer.method.estimator, record.step)),
+            keeps_anchor=bool(anchor_batches(estimator, record.step)),
         )
-        step_replay.begin(stepper, estimate, trainer.method.estimator)
-        stepper.progress.steps = record.step + 1
-        stepper.apply(estimate)
+        step_replay.begin(optimizer, estimate, estimator)
+        optimizer.progress.steps = record.step + 1
+        optimizer.apply(estimate)
         known = contents.digests.get(record.step + 1)
         if known is not None:
             checked += 1
@@ -123,27 +124,34 @@ def _steps(contents: Contents, path: Path, to: str | None) -> int:
     return int(to)
 
 
-def _trainer_of(cfg: ZoftConfig) -> ZOTrainer:
-    """A trainer with the run's base model and method, without data."""
+def begin(cfg: ZoftConfig) -> tuple[ZOOptimizer, StepDirections]:
+    """The run's base model, with its method bound to it, and the directions of its steps; no data, no Trainer.
+
+    Args:
+        cfg: the run's own config.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from zoft.run.build import arguments_of, load_model_of, tokenizer_of
-    from zoft.trainer.trainer import ZOTrainer
+    from zoft.run.build import arguments_of, load_model_of
+    from zoft.step.directions import StepDirections
+    from zoft.step.update import ZOOptimizer, decay_groups
+    from zoft.weights.rounding import Rounding
+    from zoft.weights.tensors import Weights
 
     cfg.tracker.report_to = []
-    for key in ("eval_strategy", "save_strategy"):
-        cfg.trainer[key] = "no"
-    cfg.trainer["load_best_model_at_end"] = False
-    return ZOTrainer(
-        model=load_model_of(cfg),
-        args=arguments_of(cfg),
-        processing_class=tokenizer_of(cfg),
-        estimator=cfg.estimator,
-        weighting=cfg.weighting,
-        optimizer=cfg.optimizer,
-        subspace=cfg.subspace,
-        engine=cfg.engine,
-        objective=cfg.objective,
-    )
+    cfg.trainer |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    args, model, method = arguments_of(cfg), load_model_of(cfg), cfg.composition
+    rule, estimator, weights = method.optimizer, method.estimator, Weights(model)
+    coordinates = method.bind(weights)
+    session = cfg.engine.choose(estimator, coordinates, model).bind(model, coordinates, _never_queried)
+    decay = args.weight_decay if rule.weight_decay is None else rule.weight_decay
+    names = transformers.Trainer.get_decay_parameter_names(None, model)  # the rule reads nothing but the model
+    rounding = Rounding.chosen(args.precision_update, args.seed, estimator.noise)
+    optimizer = ZOOptimizer(decay_groups(weights, names, decay), rule, session, args.learning_rate, rounding)
+    return optimizer, StepDirections(estimator, args.seed)
+
+
+def _never_queried(batch: Any) -> Tensor:
+    raise AssertionError("a replay queries nothing")

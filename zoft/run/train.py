@@ -200,7 +200,7 @@ def _carry_out(
     peak = memory.peak_mb()
     final = _held_out(trainer, rows["test"], final_file, "final", memory, metric)
     if first:
-        trainer._refuse_full_disk(Path(cfg.output_dir) / "model")
+        trainer.refuse_full_disk(Path(cfg.output_dir) / "model")
     save_model(trainer, Path(cfg.output_dir) / "model")
     facts = _facts(cfg, trainer, len(rows["test"])) | _scores(metric, zero_shot, final)
     facts |= {
@@ -261,7 +261,7 @@ def clean_query(trainer: ZOTrainer, rows: list[Any]) -> None:
     trainer.model.eval()
     for number in range(args.gradient_accumulation_steps):
         chosen = rows[number * args.per_device_train_batch_size :][: args.per_device_train_batch_size] or rows[:1]
-        batch = trainer._prepare_inputs(trainer.data_collator(chosen))
+        batch = trainer.collated(chosen)
         with torch.no_grad(), trainer.compute_loss_context_manager(), no_trials():
             trainer.compute_loss(trainer.model, batch)
 

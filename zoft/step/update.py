@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +25,22 @@ from zoft.step.estimate import StepEstimate
 from zoft.step.progress import Progress, Sum
 from zoft.subspaces.base import BoundSubspace
 from zoft.weights.rounding import Rounding, follow_, round_sum
+from zoft.weights.tensors import Weights
+
+
+def decay_groups(weights: Weights, decayed: Iterable[str], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: the tensors that decay, and those that do not.
+
+    Args:
+        weights: what is trained.
+        decayed: names of tensors that decay.
+        weight_decay: per unit of learning rate.
+    """
+    names = set(decayed)
+    return [
+        {"params": [p for n, p in weights.tensors.items() if n in names], "weight_decay": weight_decay},
+        {"params": [p for n, p in weights.tensors.items() if n not in names], "weight_decay": 0.0},
+    ]
 
 
 class ZOOptimizer(torch.optim.Optimizer):

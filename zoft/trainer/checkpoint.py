@@ -54,7 +54,7 @@ class Checkpoints(_Base):
             self.state.best_model_checkpoint = str(best)
         randoms = self._random_states()
         if self.args.should_save:
-            self._refuse_full_disk(target)
+            self.refuse_full_disk(target)
             facts = {"run": self._run, "step": self.state.global_step, "settings": self.settings()}
             facts["lr_factor"] = self.lr_factor
             with snapshot.staged(target, facts) as staged:
@@ -159,7 +159,7 @@ class Checkpoints(_Base):
                 tensor.copy_(kept[name])
         return True
 
-    def _refuse_full_disk(self, target: Path) -> None:
+    def refuse_full_disk(self, target: Path) -> None:
         """Before anything is written: what a checkpoint takes, as far as it is known, must be free."""
         tensors: Iterable[Tensor] = [*self.model.parameters(), *self.model.buffers()]
         if hasattr(self.model, "peft_config") or self._trains_a_part():

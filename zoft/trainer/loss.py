@@ -33,10 +33,10 @@ class LossAveraging(_Base):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(self._called, dict(inputs), num_items_in_batch=batch.num_items)
             losses.append(loss.float())
-            counts.append(self._num_terms(inputs))
+            counts.append(self.num_terms(inputs))
         if len(losses) == 1:
             return losses[0]
-        if self._loss_is_a_share(batch):
+        if self.loss_is_a_share(batch):
             return torch.stack(losses).sum()
         return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))
 
@@ -47,7 +47,7 @@ class LossAveraging(_Base):
             micro_batches, self._get_num_items_in_batch(micro_batches, self.args.device) if counted else None
         )
 
-    def _loss_is_a_share(self, batch: StepBatch) -> bool:
+    def loss_is_a_share(self, batch: StepBatch) -> bool:
         """Whether micro-batch losses were already divided by the step's token count, so that they add up."""
         if getattr(self, "loss_is_scaled_for_ga", None) is not None:
             return bool(self.loss_is_scaled_for_ga)
@@ -80,7 +80,8 @@ class LossAveraging(_Base):
             return StepBatch(batch.micro_batches)
         return batch
 
-    def _num_terms(self, inputs: Inputs) -> int:
+    def num_terms(self, inputs: Inputs) -> int:
+        """Over how many terms the loss of a micro-batch is a mean: its weight among the others."""
         if self.objective is not None:
             return self.objective.num_terms(inputs)
         return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
@@ -89,7 +90,7 @@ class LossAveraging(_Base):
         """One all-reduce: losses weighted by examples, or already shares of one mean."""
         if self.accelerator.num_processes == 1:
             return losses
-        weight = 1.0 if self._loss_is_a_share(batch) else float(sum(map(self._num_terms, batch.micro_batches)))
+        weight = 1.0 if self.loss_is_a_share(batch) else float(sum(map(self.num_terms, batch.micro_batches)))
         mine = torch.cat((losses.double() * weight, torch.tensor([weight], dtype=torch.float64)))
         total = self.accelerator.reduce(mine.to(self.args.device), reduction="sum").cpu()
         return (total[:-1] / total[-1]).float()

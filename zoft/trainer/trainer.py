@@ -28,6 +28,7 @@ from zoft.engines._lockstep import alone
 from zoft.engines.base import Engine, Session
 from zoft.engines.nodes import NodeSession
 from zoft.errors import NonFiniteLossError, UserError
+from zoft.estimators._anchor import anchor_batches
 from zoft.estimators.base import Estimator
 from zoft.lm.data.packing import one_of_each_size
 from zoft.lm.data.rows import examples_of, groups_of, of_lengths
@@ -46,7 +47,7 @@ from zoft.step.method import NOTHING_TO_CLIP, Method
 from zoft.step.nodes import NodeQueries
 from zoft.step.progress import Progress
 from zoft.step.query import StepQueries
-from zoft.step.update import ZOOptimizer
+from zoft.step.update import ZOOptimizer, decay_groups
 from zoft.subspaces.base import Subspace
 from zoft.trainer.batch import Inputs, StepBatch
 from zoft.trainer.batch_splitter import BatchSplitter
@@ -291,7 +292,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         self.model.eval()
         for rows in (by_length[length] for length in sorted(by_length)):
             for start in range(0, len(rows), group):
-                batch = self._prepare_inputs(self.data_collator(rows[start : start + group]))
+                batch = self.collated(rows[start : start + group])
                 with torch.no_grad(), self.compute_loss_context_manager(), no_trials():  # one call, of this batch
                     self.frozen_prefix.fill(functools.partial(self.compute_loss, self.model, batch))
                 done += len(rows[start : start + group])
@@ -308,14 +309,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             self.engine_name = engine.name()
             self.session = engine.bind(model, coordinates, with_float32_losses(self._objective_of_batch))
             self._keep_frozen_prefix(weights)
-            decayed = set(self.get_decay_parameter_names(model))
-            groups = [
-                {
-                    "params": [p for n, p in weights.tensors.items() if n in decayed],
-                    "weight_decay": self.args.weight_decay,
-                },
-                {"params": [p for n, p in weights.tensors.items() if n not in decayed], "weight_decay": 0.0},
-            ]
+            groups = decay_groups(weights, self.get_decay_parameter_names(model), self.args.weight_decay)
             rounding = Rounding.chosen(self.args.precision_update, self.args.seed, estimator.noise)
             rate, rule = self.args.learning_rate, self.method.optimizer
             self.optimizer = ZOOptimizer(groups, rule, self.session, rate, rounding, self._estimate_to_apply)
@@ -356,7 +350,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batch, self._micro_batches = StepBatch(self._micro_batches, num_items_in_batch), []
-        with self._querying(model):
+        with self.querying(model):
             self.last_step = self._replayed() or self._queried(model, batch)
         self._read_clock()
         return torch.tensor(self.last_step.loss, device=self.args.device)
@@ -366,6 +360,15 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         assert self.last_step is not None
         self._journal_step(self.last_step)
         return self.last_step
+
+    def pause_clock(self, seconds: float) -> None:
+        """Time that was no part of the run (a diagnosis) does not count as its own."""
+        if self._began is not None:
+            self._began += seconds
+
+    def collated(self, rows: Sequence[Any]) -> Inputs:
+        """One batch of these rows, on the device."""
+        return self._prepare_inputs(self.data_collator(rows))
 
     def _read_clock(self) -> None:
         """Bring the run's wall time up to now: everything since training began, over all resumes."""
@@ -379,7 +382,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         progress = self.progress
         self._probe_sizes()
         self._probe(batch)
-        if count := self.method.estimator.batches_at(progress.steps):
+        if count := anchor_batches(self.method.estimator, progress.steps):
             for other in self._batches(count, like=batch):
                 self._probe(other)
         started = time.perf_counter()
@@ -464,7 +467,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         for first in range(0, len(share), of_step):
             ours = share[first : first + of_step]
             parts = [[rows[index] for index in ours[start : start + size]] for start in range(0, len(ours), size)]
-            yield self._batch_of([self._prepare_inputs(self.data_collator(part)) for part in parts], like)
+            yield self._batch_of([self.collated(part) for part in parts], like)
 
     def _places(self, batch: StepBatch, count: int) -> list[list[int]]:
         """For every process, the places of its examples in the step's batch as one process would have it.
@@ -577,7 +580,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         known = [self.train_dataset, *evaluated.values(), *self.held_out.values()]
         for row in one_of_each_size(row for rows in known if hasattr(rows, "__len__") for row in rows):
-            self._probe(StepBatch([self._prepare_inputs(self.data_collator([row]))]))
+            self._probe(StepBatch([self.collated([row])]))
 
     def _as_served(self, inputs: Inputs) -> Inputs:
         """The batch without packed rows where they are not used: kept hidden states are those of separate rows."""
@@ -642,7 +645,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             self.compute_metrics = metric
 
     @contextmanager
-    def _querying(self, model: nn.Module) -> Iterator[None]:
+    def querying(self, model: nn.Module) -> Iterator[None]:
         """Evaluation mode (no dropout), the frozen prefix reused, and the model that compute_loss is called with."""
         self._called = model
         model.eval()

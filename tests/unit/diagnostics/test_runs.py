@@ -189,14 +189,14 @@ def test_an_objective_without_gradient_says_so_once_and_has_the_rest(tmp_path: P
 def test_weights_are_whole_when_a_measurement_fails(tmp_path: Path):
     callback = quick(num_probes=4)
     trainer = trainer_of(tmp_path, callback, engine="in_place")
-    start, ask = Weights(trainer.model).digest(), trainer._num_terms
+    start, ask = Weights(trainer.model).digest(), trainer.num_terms
 
     def fails(inputs: Any) -> int:
         if callback._remembered is not None and trainer.last_step.is_usable:
             raise RuntimeError("broken")
         return ask(inputs)
 
-    trainer._num_terms = fails  # type: ignore[method-assign]
+    trainer.num_terms = fails  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="broken"):
         trainer.train()
     assert Weights(trainer.model).digest() == start
