@@ -133,7 +133,8 @@ def test_the_estimate_measured_is_the_update_written(subspace: str, tmp_path: Pa
     trainer._objective_of_batch = lambda window: (batches.append(window), ask(window))[1]  # type: ignore[method-assign]
     before = Net()
     trainer.train()
-    loss = sum(before(**batch)["loss"] for batch in batches[-1]) / len(batches[-1])
+    rows = batches[-1].micro_batches
+    loss = sum(before(**batch)["loss"] for batch in rows) / len(rows)
     loss.backward()
     gradient = torch.cat([p.grad.view(-1) for p in before.parameters()])
     step = torch.cat(
