@@ -193,7 +193,7 @@ def test_weights_are_whole_when_a_measurement_fails(tmp_path: Path):
     start, ask = Weights(trainer.model).digest(), trainer.num_terms
 
     def fails(inputs: Any) -> int:
-        if callback._remembered is not None and trainer.last_step.is_usable:
+        if callback._remembered is not None and trainer.last_step is not None:
             raise RuntimeError("broken")
         return ask(inputs)
 
