@@ -34,6 +34,7 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
             step; the output folder is not empty.
     """
     from zoft.journal import file as journal
+    from zoft.journal import snapshot
     from zoft.run.build import tokenizer_of
 
     path = run / journal.NAME
@@ -51,8 +52,9 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
         told += f"\nthese are not the weights of model/: {why}"
     if output is not None:
         model: Any = session.model
-        model.save_pretrained(output)
-        tokenizer_of(cfg).save_pretrained(output)
+        with snapshot.replaced(Path(output)) as folder:
+            model.save_pretrained(folder)
+            tokenizer_of(cfg).save_pretrained(folder)
         told += f"\nsaved to {output}"
     return told
 
