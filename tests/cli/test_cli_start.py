@@ -161,7 +161,7 @@ def test_every_key_of_a_ready_config_is_explained(name: str):
 )
 def test_the_objective_follows_from_the_rows(name: str, objective: str, own: Path):
     given = [f"task.train={own / name}.jsonl", f"model.name={own / 'model'}", "task.template='{text} is it'"]
-    cfg = compose(["config=quickstart", "task=custom", *given[: 2 + (name == "classify")]])
+    cfg = compose(["config=smoke", "task=custom", *given[: 2 + (name == "classify")]])
     assert cfg.objective.name() == "auto"
     load_rows(cfg)
     assert cfg.objective.name() == objective
@@ -171,7 +171,7 @@ def test_a_reward_refuses_a_method_with_a_gradient_once_it_is_known(own: Path):
     from zoft.errors import UserError
 
     given = [f"task.train={own / 'reward'}.jsonl", f"model.name={own / 'model'}"]
-    cfg = compose(["config=quickstart", "task=custom", *given, "method=forward_gradient"])
+    cfg = compose(["config=smoke", "task=custom", *given, "method=forward_gradient"])
     with pytest.raises(UserError, match="has no gradient"):
         load_rows(cfg)
 
@@ -179,4 +179,4 @@ def test_a_reward_refuses_a_method_with_a_gradient_once_it_is_known(own: Path):
 def test_an_adapter_that_is_chosen_is_what_is_trained():
     assert compose(["config=quickstart", "peft=lora"]).trainable.name() == "adapter"
     assert compose(["config=quickstart", "peft=lora", "trainable=all"]).trainable.name() == "all"
-    assert compose(["config=quickstart", "peft=none"]).trainable.name() == "norms_and_biases"
+    assert compose(["config=quickstart", "peft=none"]).trainable.name() == "last_blocks"

@@ -16,7 +16,7 @@ usage: zoft <command> [arguments]
 {verbs}
 
 Start here:
-  zoft train config=quickstart            a real model learns a real task, about 5 minutes on 2 CPU cores
+  zoft train config=quickstart            a real model learns a real task, two minutes on 2 CPU cores
   zoft train config=classify task.train=reviews.csv    your own rows (also instruct, chat, preference, reward)
   zoft train --help                       the grammar, every choice, examples
 
@@ -53,7 +53,7 @@ Flags:
 
 Examples:
   zoft train config=quickstart                                  the demo
-  zoft train config=quickstart seed=1 budget.queries=1400       twice the training, another seed
+  zoft train config=quickstart seed=1 budget.queries=120        twice the training, another seed
   zoft train config=quickstart peft=lora                        train a LoRA adapter instead
   zoft train config=classify task.train=mail.csv                your own rows; also instruct, chat, preference, reward
   zoft train model.name=Qwen/Qwen3-0.6B task=sst2 method=mezo optimizer.learning_rate=1e-6

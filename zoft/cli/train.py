@@ -21,7 +21,7 @@ COLUMNS = ("zero_shot", "final", "num_queries", "seconds", "peak_memory_mb")
 
 START = """\
 zoft train needs something to train on: an experiment, config=NAME, or data of yours, task.train=FILE. To start:
-  zoft train config=quickstart                       the demo: a real model on real text, five minutes
+  zoft train config=quickstart                       the demo: a real model on real text, two minutes
   zoft train config=classify task.train=reviews.csv  your own rows; also config=instruct, chat, preference, reward
   zoft data show config=classify task.train=reviews.csv   what the model would see of them; zoft train --help"""
 

@@ -202,6 +202,7 @@ class ZoftConfig:
         self._check_engine()
         self._check_gradient()
         self._check_quantization()
+        self._check_outputs()
         if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or self.estimator.makes_factors):
             raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
 
@@ -231,6 +232,7 @@ class ZoftConfig:
         """Take the objective that ``auto`` has become; refuses it where the method needs a gradient that it lacks."""
         self.objective = objective
         self._check_gradient()
+        self._check_outputs()
 
     def doubts(self) -> list[str]:
         """What can be run and is hardly meant, a sentence each."""
@@ -278,6 +280,28 @@ class ZoftConfig:
             raise UserError(
                 f"model.quantization={quantization} leaves the base's weights in few bits, and a step is too small for "
                 "them: train an adapter on top (peft=lora trainable=adapter; prefix and prompt too)"
+            )
+
+    def _check_outputs(self) -> None:
+        """Where layers' outputs move, the objective must be read position by position, as the estimator asks."""
+        there, name = self.objective.feedbacks, self.objective.name()
+        if not self.subspace.moves_outputs or name == "auto":
+            return
+        if not there:
+            raise UserError(
+                f"objective={name} does not say which positions its loss is read from, and subspace=nodes moves those "
+                "alone: use objective=options or cross_entropy, or method=mezo"
+            )
+        wanted = str(getattr(self.estimator, "feedback", "auto"))
+        if wanted not in ("auto", "exact", *there):
+            raise UserError(
+                f"estimator.feedback={wanted} is not what objective={name} has: choose one of {', '.join(there)}, or "
+                "auto"
+            )
+        if self.engine.name() not in ("auto", "nodes"):
+            raise UserError(
+                f"engine={self.engine.name()} perturbs weights, and subspace=nodes moves layers' outputs: choose "
+                "engine=auto"
             )
 
     def _check_engine(self) -> None:

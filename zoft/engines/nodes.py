@@ -36,6 +36,8 @@ class Nodes(Engine):
 class NodeSession(Session):
     """Clean losses, and forwards with hooks on the nodes' layers."""
 
+    _asking = False
+
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         """The clean loss; there are no points in the weights."""
         if any(point.direction is not None for point in points):
@@ -59,9 +61,13 @@ class NodeSession(Session):
 
         def look(key: str, node: Node) -> Callable[..., None]:
             def hook(_module: nn.Module, args: Any) -> None:
-                name = _call(seen, key)
+                if self._asking:
+                    return
+                self._asking = True  # a scale's node calls its own layer, to see what is multiplied with it
                 with torch.inference_mode(False), torch.no_grad():
-                    seen[name] = node.seen(_rows(args[0].detach(), rows, column, num_rows, node).clone())
+                    x = _rows(args[0].detach(), rows, column, num_rows, node).clone()
+                    seen[_call(seen, key)] = node.seen(x)
+                self._asking = False
 
             return hook
 
@@ -94,6 +100,8 @@ class NodeSession(Session):
 
         def move(key: str, node: Node) -> Callable[..., Tensor]:
             def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+                if self._asking:
+                    return output
                 name = _call(calls, key)
                 calls[name] = None
                 flat, index = _places(output, rows, column, num_rows, node)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from zoft.utils.lazy import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,43 @@ class Factors:
             return float((self.dense().double() * other.dense().double()).sum())
         return float(((self.e @ other.e.T).double() * (self.x @ other.x.T).double()).sum())
 
+    def to(self, device: torch.device) -> Factors:
+        """The same on a device."""
+        return replace(self, e=self.e.to(device), x=self.x.to(device))
+
     def scaled(self, factor: float) -> Factors:
         """``factor`` times this."""
         return replace(self, e=self.e * factor)
+
+
+def to_state(factors: Mapping[str, Factors]) -> dict[str, Any]:
+    """The factors as tensors and plain values; inputs that several tensors share are kept once.
+
+    Example:
+        >>> one = Factors(torch.ones(2, 3), torch.zeros(2, 4))
+        >>> state = to_state({"gate": one, "up": one})
+        >>> len(state["x"]), of_state(state, "cpu")["up"].dense().shape
+        (1, torch.Size([3, 4]))
+    """
+    inputs: list[Tensor] = []
+    tensors = {}
+    for name, one in factors.items():
+        same = (number for number, x in enumerate(inputs) if x.shape == one.x.shape and torch.equal(x, one.x))
+        number = next(same, len(inputs))
+        if number == len(inputs):
+            inputs.append(one.x)
+        tensors[name] = [one.e, number, one.layout]
+    return {"x": inputs, "tensors": tensors}
+
+
+def of_state(state: Mapping[str, Any], device: torch.device | str) -> dict[str, Factors]:
+    """What :func:`to_state` was given.
+
+    Args:
+        state: what it made.
+        device: where the factors are to be.
+    """
+    inputs = [x.to(device) for x in state["x"]]
+    return {
+        name: Factors(e.to(device), inputs[number], layout) for name, (e, number, layout) in state["tensors"].items()
+    }

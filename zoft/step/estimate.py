@@ -15,7 +15,7 @@ from zoft.errors import UserError
 from zoft.journal import state
 from zoft.journal.records import COMPUTED, GUARDED, SKIPPED, Record
 from zoft.noise.direction import Direction
-from zoft.optimizers._factors import Factors
+from zoft.optimizers._factors import Factors, of_state, to_state
 from zoft.optimizers.base import Term
 
 
@@ -101,7 +101,8 @@ class StepEstimate:
     def scaled(self, share: float) -> StepEstimate:
         """The same step, of another length: every coefficient times ``share``."""
         assert self.terms is not None
-        return replace(self, terms=[(direction, c * share) for direction, c in self.terms])
+        factors = self.factors and {name: one.scaled(share) for name, one in self.factors.items()}
+        return replace(self, terms=[(direction, c * share) for direction, c in self.terms], factors=factors)
 
     def applied(self) -> StepEstimate:
         """What is worth keeping once the step is written: not the tensors of a backward pass or an observation."""
@@ -109,13 +110,21 @@ class StepEstimate:
 
     # ---- written down ------------------------------------------------------------------------------------------------
 
-    def to_record(self, lr: float, queries: int, tokens: int) -> Record:
+    def to_look(self) -> bytes | None:
+        """What the journal keeps in front of the record: what the subspace has seen, and factors; None for nothing."""
+        seen = dict(self.observations or {})
+        if self.factors is not None:
+            seen |= {"factors": to_state(self.factors), "loss": self.loss}
+        return state.pack(seen) if seen else None
+
+    def to_record(self, lr: float, queries: int, tokens: int, *, has_factors: bool = False) -> Record:
         """The step as the journal has it.
 
         Args:
             lr: learning rate that it is written with.
             queries: forward passes of the run, this step's included.
             tokens: tokens that went through the model, this step's included.
+            has_factors: whether the journal has the step's factors (:meth:`to_look`).
         """
         terms = list(self.terms or [])
         extra: dict[str, Any] = {}
@@ -136,7 +145,9 @@ class StepEstimate:
             slope=self.slope,
             coefficients=tuple(float(c) for _, c in terms),
             curvatures=tuple(map(float, self.curvatures or ())),
-            flags=SKIPPED * (self.terms is None) + COMPUTED * (not self.is_repeatable) + GUARDED * bool(self.outlier),
+            flags=SKIPPED * (self.terms is None)
+            + COMPUTED * (not (self.is_repeatable or (has_factors and self.backward is None)))
+            + GUARDED * bool(self.outlier),
             extra=extra,
         )
 
@@ -149,7 +160,7 @@ class StepEstimate:
         Args:
             record: what the journal says of the step.
             directions: the step's, as the run draws them.
-            look: what the subspace saw before it, where it looked.
+            look: what the subspace saw before it, and the step's factors, where there are such (:meth:`to_look`).
             keeps_anchor: whether the method makes an anchor in this step.
 
         Raises:
@@ -166,14 +177,18 @@ class StepEstimate:
                 "neither is in the journal: resume from a checkpoint"
             )
         named = [Direction(*which) for which in record.extra.get("directions", ())] or directions
+        seen = {} if look is None else state.unpack(look)
+        factors, loss = seen.pop("factors", None), seen.pop("loss", record.loss)
+        terms = [] if factors else list(zip(named, record.coefficients, strict=True))
         return cls(
             directions,
-            None if record.skipped else list(zip(named, record.coefficients, strict=True)),
+            None if record.skipped else terms,
             list(record.curvatures) or None,
-            projected_grads=torch.tensor([record.slope], dtype=torch.float64),
-            loss=record.loss,
+            projected_grads=None if factors else torch.tensor([record.slope], dtype=torch.float64),
+            loss=loss,
             eps=record.eps,
-            observations=None if look is None else state.unpack(look),
+            observations=seen or None,
+            factors=of_state(factors, "cpu") if factors else None,
             memory=record.extra.get("scalars", {}),
             outlier="outside the running range" if record.guarded else None,
             num_parts=record.extra.get("parts", 1),

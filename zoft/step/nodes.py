@@ -160,10 +160,7 @@ class NodeQueries:
         """
         space = self._space()
         parts = [_Part(one, expand(self.reader.places(one), space)) for one in self.reader.parts(batch)]
-        counts = self._all(torch.tensor([sum(len(part.places.rows) for part in parts)]))
-        total, offset = int(sum(counts)), int(sum(counts[: self.rank]))
-        for part in parts:
-            part.offset, offset = offset, offset + len(part.places.rows)
+        total = self._number(parts)
         probes, exact = estimator.probes_at(direction.step), estimator.feedback == "exact"
         for part in parts:
             (self._exactly if exact else self._cleanly)(part)
@@ -183,6 +180,18 @@ class NodeQueries:
         factors = self._factors(parts, num_terms)
         usable = all(bool(torch.isfinite(one.e).all()) for one in factors.values())
         return NodeEstimate(factors if usable else {}, loss, queries, usable)
+
+    def _number(self, parts: list[_Part]) -> int:
+        """Number the positions by micro-batch, process and row, as one process would have them; how many there are."""
+        counts = [each.tolist() for each in self._all(torch.tensor([len(part.places.rows) for part in parts]))]
+        first = 0
+        for micro_batch in range(max(map(len, counts))):
+            for rank, of_rank in enumerate(counts):
+                if micro_batch < len(of_rank):
+                    if rank == self.rank:
+                        parts[micro_batch].offset = first
+                    first += of_rank[micro_batch]
+        return first
 
     def _space(self) -> NodeSpace:
         space = self.session.coordinates

@@ -110,7 +110,8 @@ class StepQueries:
         nodes = self.nodes(batch, blank.directions[0], estimator)
         found = replace(blank, losses=torch.tensor([nodes.loss]), loss=nodes.loss)
         found = replace(found, num_queries=blank.num_queries + nodes.num_queries)
-        return replace(found, terms=[], factors=nodes.factors) if nodes.usable else found
+        learnt = self.session.coordinates.state_dict() if estimator.probes_at(found.step) else None
+        return replace(found, terms=[], factors=nodes.factors, observations=learnt) if nodes.usable else found
 
     def _begin(self, batch: Any, direction: Direction) -> tuple[Tensor | None, int, dict[str, Any] | None]:
         """Settle what the directions of the step depend on.

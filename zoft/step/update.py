@@ -182,7 +182,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _steps_of(self, estimate: StepEstimate, lr: float) -> Mapping[str, Factors]:
         """What the rule makes of all factors together; themselves where it works on tensors."""
-        factors = estimate.factors or {}
+        tensors = self.session.weights.tensors
+        factors = {name: factor.to(tensors[name].device) for name, factor in (estimate.factors or {}).items()}
         if not factors or not self.rule.reads_factors:
             return factors
         with torch.no_grad():

@@ -201,6 +201,8 @@ class NodeSpace(BoundSubspace):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved response."""
+        if "response" not in state:  # a step of the journal without probes
+            return
         device = {key: self.weights.tensors[node.name].device for key, node in self.nodes.items()}
         there = state.get("response", {})
         self.response = {key: there[key].to(device.get(key.partition("@")[0], "cpu")).clone() for key in there}

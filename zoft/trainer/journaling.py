@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _FIRST = "first.safetensors"  # the trained weights before the first step, where the run may have to go back
 _MOST_RETURNS = 5
+_FACTOR_BYTES = 1 << 28  # of a run's factors (node directions) in the journal; beyond it, checkpoints alone are resumed
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
 
@@ -364,9 +365,14 @@ class Journaled(_Base):
         self._is_huge = _may_overflow(self.stepper.session.weights, lr, estimate.terms or ())
         if self.journal is None or estimate.from_journal:
             return
-        if estimate.observations is not None:
-            self.journal.look(estimate.step, state.pack(estimate.observations))
-        self.journal.append(estimate.to_record(lr, self.progress.num_queries, self.progress.num_tokens))
+        look = estimate.to_look()
+        has_factors = look is not None and estimate.factors is not None
+        if has_factors and len(look or b"") * self.state.max_steps > _FACTOR_BYTES:
+            look, has_factors = None, False
+        if look is not None:
+            self.journal.look(estimate.step, look)
+        queries, tokens = self.progress.num_queries, self.progress.num_tokens
+        self.journal.append(estimate.to_record(lr, queries, tokens, has_factors=has_factors))
 
     def _journal_digest(self) -> None:
         """Every so many steps, the hash of the trained weights: a run, its replay and all processes must agree."""

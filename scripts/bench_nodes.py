@@ -1,0 +1,150 @@
+"""The tables of docs/nodes.md: what node directions learn in tens of queries, and what a step of theirs costs.
+
+    python scripts/bench_nodes.py learn sms rt trec --method zoft --seeds 0 1 2 --marks 30 60
+    python scripts/bench_nodes.py learn sms --method mezo --rate 1e-3 --marks 60 240
+    python scripts/bench_nodes.py cost
+
+``learn`` trains the last block of the demo's model as `zoft train config=last_block` does, and prints dev and test loss
+and accuracy whenever so many queries are spent. ``cost`` times one step of the methods on the same batch, in turn, and
+prints medians and their ratios to the bare clean forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+import transformers
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from zoft.config import compose
+from zoft.run.build import arguments_of, load_model_of, load_rows, make_trainer
+
+TASKS = {
+    "sms": ["task=sms_spam"],
+    "rt": [
+        "task=custom",
+        "task.train=zoft:rotten-tomatoes",
+        'task.template="{text} It was"',
+        "task.words={negative: terrible, positive: great}",
+    ],
+    "trec": [
+        "task=custom",
+        "task.train=zoft:trec-questions",
+        'task.template="{text} This question asks for:"',
+        "task.words={ABBR: Expression, DESC: Description, ENTY: Entity, HUM: Human, LOC: Location, NUM: Number}",
+    ],
+}
+
+
+class AtMarks(TrainerCallback):
+    """Evaluates whenever the queries spent reach a mark.
+
+    Args:
+        rows: by split.
+        marks: numbers of queries, in order.
+    """
+
+    def __init__(self, rows: dict[str, list[Any]], marks: list[int]) -> None:
+        self.rows = rows
+        self.marks = marks
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prints a line at a mark."""
+        spent = self.trainer.progress.num_queries
+        if self.marks and spent >= self.marks[0]:
+            self.marks = [mark for mark in self.marks if mark > spent]
+            told = []
+            for split in ("dev", "test"):
+                found = self.trainer.evaluate(self.rows[split], metric_key_prefix=split)
+                told.append(f"{split} {found[f'{split}_loss']:.3f} {100 * found[f'{split}_accuracy']:.1f} %")
+            print(f"  {spent:>4} queries: {', '.join(told)}", flush=True)
+
+
+def trainer_of(words: list[str]) -> tuple[Any, dict[str, list[Any]]]:
+    """A trainer as `zoft train` makes it, with nothing printed."""
+    folder = tempfile.mkdtemp(prefix="bench_nodes_")
+    cfg = compose(["config=last_block", *words, "trainer.save_strategy=no", f"output_dir={folder}/run"])
+    tokenizer, rows = load_rows(cfg)
+    made = make_trainer(cfg, arguments_of(cfg), load_model_of(cfg), tokenizer, rows)
+    made.create_optimizer()
+    made.remove_callback(PrinterCallback)
+    made.remove_callback(ProgressCallback)
+    return made, rows
+
+
+def learn(options: argparse.Namespace) -> None:
+    """Train on each task and seed, and print what was reached at each mark."""
+    for task in options.tasks:
+        for seed in options.seeds:
+            words = [*TASKS[task], f"method={options.method}", f"seed={seed}", f"budget.queries={max(options.marks)}"]
+            words += [f"optimizer.learning_rate={options.rate}"] if options.rate else []
+            made, rows = trainer_of([*words, "trainer.eval_steps=1000000", *options.set])
+            for _ in made.fill_frozen_prefix(*rows.values()):
+                pass
+            at = AtMarks(rows, list(options.marks))
+            at.trainer = made
+            made.add_callback(at)
+            print(f"{task}, {options.method}, seed {seed}", flush=True)
+            made.train()
+
+
+def cost(options: argparse.Namespace) -> None:
+    """Time single steps of the methods in turn, behind the frozen prefix, and the bare clean forward."""
+    steps = {
+        "clean forward": [],
+        "zoft, a step without probes": ["method=zoft"],
+        "nodes, a step with a probe": ["method=nodes"],
+        "mezo": ["method=mezo"],
+        "adamw": ["method=adamw"],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    runs = {}
+    for name, words in steps.items():
+        made, rows = trainer_of([*TASKS["sms"], *(words or ["method=mezo"]), "trainer.per_device_train_batch_size=16"])
+        made.model.eval()
+        runs[name] = (made, made._prepare_inputs(made.data_collator(rows["train"][:16])))
+    for turn in range(options.rounds + 2):
+        for name, (made, batch) in runs.items():
+            began = time.perf_counter()
+            if name == "clean forward":
+                with torch.inference_mode(), made._reusing_prefix():
+                    made.objective.loss(made.model, batch)
+            else:
+                made.training_step(made.model, dict(batch))
+                made.optimizer.step()
+            if turn > 1:  # the first one probes, and both keep hidden states
+                seconds[name].append(time.perf_counter() - began)
+    bare = statistics.median(seconds["clean forward"])
+    for name, taken in seconds.items():
+        print(f"{name:<28} {1000 * statistics.median(taken):7.1f} ms  {statistics.median(taken) / bare:5.2f} x")
+
+
+def main() -> None:
+    """Read the command line."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    one = verbs.add_parser("learn")
+    one.add_argument("tasks", nargs="+", choices=TASKS)
+    one.add_argument("--method", default="zoft")
+    one.add_argument("--rate", help="learning rate; the method's own if left out")
+    one.add_argument("--seeds", type=int, nargs="+", default=[0])
+    one.add_argument("--marks", type=int, nargs="+", default=[30, 60])
+    one.add_argument("--set", nargs="*", default=[], help="further arguments of zoft train")
+    one.set_defaults(run=learn)
+    two = verbs.add_parser("cost")
+    two.add_argument("--rounds", type=int, default=10)
+    two.set_defaults(run=cost)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""Node directions: the gradient of outputs is autograd's, what is applied is what was measured, whatever the layer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests import models
+from tests.node_reader import ModelReader
+from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes as Estimator
+from zoft.noise.direction import Direction
+from zoft.optimizers._factors import Factors
+from zoft.optimizers.whiten import Whiten
+from zoft.step.method import Method
+from zoft.step.nodes import NodeQueries
+from zoft.step.query import StepQueries
+from zoft.step.update import ZOOptimizer
+from zoft.subspaces.nodes import Nodes as Subspace
+from zoft.weights.tensors import Weights
+
+FAMILIES = ["tiny_llama", "tiny_qwen", "tiny_opt", "tiny_gpt2", "tiny_gemma", "tiny_bert_classifier"]
+
+
+def only(model, *words):
+    """The model, of which tensors with one of these words in their names are trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(word in name for word in words))
+    return model
+
+
+def lora(model, targets=("q_proj", "v_proj"), **more):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    made = get_peft_model(model, LoraConfig(r=2, target_modules=list(targets), **more))
+    for name, parameter in made.named_parameters():  # B starts at zero, and A would have no gradient
+        if "lora_" in name:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def queries(model, feedback="hidden", gather=None, rank=0, **fields):
+    method = Method(Subspace(**fields), Estimator(), Method.of().weighting, Whiten())
+    space = method.bind(Weights(model))
+    session = method_engine(method, space, model)
+    return NodeQueries(session, ModelReader(model, feedback), gather, rank)
+
+
+def method_engine(method, space, model):
+    from zoft.engines.auto import Auto
+
+    engine = Auto().choose(method.estimator, space, model)
+    return engine.bind(model, space, lambda batch: model(**batch).loss)
+
+
+def gradients(model, batch):
+    """Autograd's, by name."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+EXACT = Estimator(feedback="exact")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_node_gradients_at_all_positions_are_the_gradient_of_the_weights(family):
+    model = getattr(models, family)()
+    batch = models.batch_for(model, rows=3, length=7)
+    ask = queries(model, "loss", positions="all", layers="linear" if "bert" not in family else "mlp")
+    found = ask(batch, Direction(0, 0), EXACT)
+    wanted = gradients(model, batch)
+    assert len(found.factors) >= 6
+    if "bert" in family:  # its classifier reads the first position alone, and all others by attention
+        assert set(found.factors) >= {"bert.pooler.dense.weight", "classifier.weight"}
+        torch.testing.assert_close(found.factors["classifier.weight"].dense(), wanted["classifier.weight"])
+        return
+    assert found.loss == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+    for name, one in found.factors.items():
+        torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_normalisations_are_nodes_too():
+    for family in ("tiny_llama", "tiny_opt", "tiny_gemma"):
+        model = only(getattr(models, family)(), "norm")
+        batch = models.batch_for(model, rows=3, length=7)
+        found = queries(model, "loss", positions="all")(batch, Direction(0, 0), EXACT)
+        wanted = gradients(model, batch)
+        assert set(found.factors) == set(wanted)
+        for name, one in found.factors.items():
+            torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_lora_gets_its_gradients_by_the_chain_rule():
+    model = lora(models.tiny_llama())
+    batch = models.batch_for(model, rows=3, length=7)
+    ask = queries(model, "loss", positions="all")
+    assert all(".lora_B." in key for key in ask.session.coordinates.perturbed())
+    found, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
+    assert set(found.factors) == set(wanted)
+    for name, one in found.factors.items():
+        torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_layer_that_runs_twice_has_the_sum_of_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return self.shared(torch.tanh(self.shared(x)))
+
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(5, 1, 4)
+    ask = queries(model, layers="linear")
+    order = torch.arange(5)
+
+    class Reader:
+        def parts(self, batch):
+            return [batch]
+
+        def places(self, part):
+            from zoft.step.nodes import at_loss
+
+            return at_loss(order, torch.full_like(order, -1), torch.full_like(order, -1))
+
+        def read(self, part):
+            from zoft.lm.objectives._readout import of_losses
+
+            return of_losses(model(part).square().sum((1, 2)), order)
+
+    ask.reader = Reader()
+    found = ask(x, Direction(0, 0), EXACT)
+    loss = model(x).square().sum((1, 2)).mean()
+    (wanted,) = torch.autograd.grad(loss, model.shared.weight)
+    torch.testing.assert_close(found.factors["shared.weight"].dense(), wanted)
+
+
+@pytest.mark.parametrize("directions", ["orthogonal", "iid"])
+@pytest.mark.parametrize("positions", ["loss", "all"])
+def test_raw_losses_give_an_unbiased_estimate(directions, positions):
+    model = only(models.tiny_llama(), "layers.2.mlp")
+    batch = models.batch_for(model, rows=3, length=7)
+    ask = queries(model, "loss", positions=positions, directions=directions)
+    exact = ask(batch, Direction(0, 0), EXACT)
+    many = Estimator(feedback="loss", every=1, first=1, num_directions=64, eps=1e-2)
+    found = [ask(batch, Direction(0, step), many) for step in range(1, 6)]
+    for name, one in exact.factors.items():
+        estimates = torch.stack([each.factors[name].e for each in found])
+        along = (estimates * one.e).sum((1, 2)) / one.e.square().sum()
+        # Own loss of each token, 64 probes and 5 draws: the share of the gradient is 1 within four standard errors.
+        assert abs(float(along.mean()) - 1) < 4 * float(along.std() / 5**0.5) + 0.02, name
+        off = estimates.mean(0) - one.e
+        noise = (estimates.std(0) / 5**0.5).square().sum().sqrt()
+        assert float(off.norm()) < 2.5 * float(noise) + 0.05 * float(one.e.norm()), name
+
+
+def test_the_response_of_the_last_residual_is_the_identity_and_its_gradient_exact():
+    """down_proj of the last block adds to the last hidden state: R = I, and e = dL/dh."""
+    model = only(models.tiny_llama(), "layers.2.mlp.down_proj")
+    batch = models.batch_for(model, rows=4, length=9)
+    ask = queries(model, "hidden")
+    exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)
+    found = ask(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
+    space = ask.session.coordinates
+    (key, response), counts = next(iter(space.response.items())), space.tables["counts"]
+    torch.testing.assert_close(response[0] / counts[0], torch.eye(16), rtol=0, atol=0.15)
+    e, wanted = found.factors[key].e, exact.factors[key].e
+    assert float(nn.functional.cosine_similarity(e.flatten(), wanted.flatten(), dim=0)) > 0.98
+
+
+def test_the_response_of_scores_comes_near_the_gradient():
+    model = models.tiny_bert_classifier()
+    batch = models.batch_for(model, rows=12, length=7)
+    exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)
+    found = queries(model, "scores")(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
+    for name in ("bert.pooler.dense.weight", "classifier.weight"):
+        cosine = nn.functional.cosine_similarity(
+            found.factors[name].e.flatten(), exact.factors[name].e.flatten(), dim=0
+        )
+        assert float(cosine) > 0.8, name
+    assert found.num_queries == 65
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2", "tiny_opt"])
+def test_what_is_applied_is_what_was_measured(family):
+    """Outputs moved by dW x at every position are those of the weights W + dW: the same loss."""
+    model = getattr(models, family)()
+    batch = models.batch_for(model, rows=3, length=7)
+    ask = queries(model, "loss", positions="all")
+    space, at = ask.session.coordinates, None
+    from zoft.step.nodes import expand
+
+    at = expand(ask.reader.places(batch), space)
+    key, node = list(space.perturbed().items())[-1]
+    with torch.no_grad(), ask.session.seeing({key: node}, at.rows, at.columns, len(at.starts)) as seen:
+        before = ask.reader.read(batch).losses.mean()
+    torch.manual_seed(0)
+    x, delta = seen[key], 0.1 * torch.randn(node.size, seen[key].shape[1])
+    with (
+        torch.no_grad(),
+        ask.session.moved({key: node}, at.rows, at.columns, len(at.starts), lambda _key, _size: x @ delta.T),
+    ):
+        moved = ask.reader.read(batch).losses.mean()
+    weight = space.weights.tensors[node.name]
+    weight.data += delta.T if node.kind == "conv1d" else delta
+    with torch.no_grad():
+        applied = ask.reader.read(batch).losses.mean()
+    torch.testing.assert_close(moved, applied, rtol=1e-5, atol=1e-6)
+    assert abs(float(moved - before)) > 1e-4
+
+
+def test_only_the_named_positions_are_moved():
+    model = only(models.tiny_llama(), "layers.2.mlp.down_proj")
+    batch = models.batch_for(model, rows=2, length=7)
+    ask = queries(model)
+    node = ask.session.coordinates.nodes
+    rows, column = torch.tensor([0, 1]), torch.tensor([-1, -3])
+    plain = model(**batch).logits
+    with torch.no_grad(), ask.session.moved(node, rows, column, 2, lambda _k, size: torch.ones(2, size)):
+        moved = model(**batch).logits
+    changed = (plain - moved).abs().amax(-1) > 1e-4
+    assert changed.nonzero().tolist() == [[0, 6], [1, 4]]
+    assert torch.equal(model(**batch).logits, plain), "nothing stays behind"
+
+
+@pytest.mark.parametrize("feedback", ["hidden", "loss"])
+def test_micro_batches_and_processes_are_one_batch(feedback):
+    """The same directions, the same estimate, however the rows are cut."""
+    model = models.tiny_llama()
+    batch = models.batch_for(model, rows=6, length=7)
+    cut = [{name: value[:2] for name, value in batch.items()}, {name: value[2:] for name, value in batch.items()}]
+    estimator = Estimator(feedback="loss", every=1, first=3) if feedback == "loss" else Estimator(first=3)
+    whole = queries(model, feedback)(batch, Direction(0, 0), estimator)
+    parts = queries(model, feedback)(cut, Direction(0, 0), estimator)
+    same(whole, parts)
+    same(whole, together(model, feedback, cut, estimator)[0])
+
+
+def same(one, other):
+    assert one.loss == pytest.approx(other.loss, rel=1e-6)
+    assert one.num_queries == other.num_queries
+    assert one.factors.keys() == other.factors.keys()
+    for name, factor in one.factors.items():
+        torch.testing.assert_close(factor.dense(), other.factors[name].dense(), rtol=1e-3, atol=1e-6)
+
+
+def together(model, feedback, cut, estimator):
+    """Two processes, as two threads that meet where they gather."""
+    import threading
+
+    barrier, board, results = threading.Barrier(2, timeout=60), [None, None], [None, None]
+
+    def process(rank):
+        def gather(mine):
+            barrier.wait()
+            board[rank] = mine
+            barrier.wait()
+            return list(board)
+
+        own = copy.deepcopy(model)
+        results[rank] = queries(own, feedback, gather, rank)(cut[rank], Direction(0, 0), estimator)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, factor in results[0].factors.items():
+        assert torch.equal(factor.dense(), results[1].factors[name].dense()), "the processes would part"
+    return results
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("batches", [1, 4])
+def test_the_whitened_step_is_the_momentum_times_the_inverse_second_moment(rows, batches):
+    torch.manual_seed(0)
+    rule = Whiten(window=3, beta=0.9, decay=0.8, ridge=0.2, trust=1e9)
+    state, seen = {"w": {}}, []
+    for _ in range(batches):
+        seen.append(Factors(torch.randn(rows, 6), torch.randn(rows, 12)))
+        step = rule.steps({"w": seen[-1]}, state, 1.0, 1.0)["w"].dense()
+    kept = seen[-3:][::-1]
+    weights = torch.tensor([0.8**age for age in range(len(kept))])
+    weights = weights / weights.sum()
+    second = sum(w * one.x.T @ one.x / rows for w, one in zip(weights, kept, strict=True))
+    momentum = sum(0.1 * 0.9**age * one.dense() for age, one in enumerate(kept))
+    ridge = 0.2 * second.diagonal().mean()
+    torch.testing.assert_close(step, momentum @ torch.linalg.inv(second + ridge * torch.eye(12)), rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_promises_no_more_than_the_trust_allows():
+    torch.manual_seed(0)
+    one = {
+        "a": Factors(torch.randn(5, 6), torch.randn(5, 12)),
+        "b": Factors(torch.randn(5, 3), torch.randn(5, 3), "vector"),
+    }
+    free = Whiten(trust=1e9).steps(one, {"a": {}, "b": {}}, 0.5, 2.0)
+    bound = Whiten(trust=0.1).steps(one, {"a": {}, "b": {}}, 0.5, 2.0)
+    promised = sum(2.0 * float((bound[n].dense() * one[n].dense()).sum()) for n in one)
+    assert promised == pytest.approx(0.1 * 0.5, rel=1e-4)
+    for name in one:
+        ratio = bound[name].dense() / free[name].dense()
+        torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio.flatten()[0])), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["whiten", "sgd", "momentum", "adam", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_optimizer_of_gradients_takes_it_downhill(optimizer, dtype):
+    rates = {"whiten": 1.0, "sgd": 0.3, "momentum": 1.0, "adam": 3e-3, "muon": 3e-2}
+    torch.manual_seed(0)
+    model = models.tiny_llama().to(dtype)
+    batch = models.batch_for(model, rows=6, length=7)
+    method = Method.of(Subspace(), Estimator(first=16), "mean", optimizer)
+    session = method_engine(method, method.bind(Weights(model)), model)
+    groups = [{"params": list(session.weights.tensors.values()), "weight_decay": 0.0}]
+    stepper = ZOOptimizer(groups, method.optimizer, session, rates[optimizer])
+    ask = StepQueries(method, stepper, nodes=NodeQueries(session, ModelReader(model)))
+    losses = []
+    for step in range(8):
+        found = ask.estimate(batch, method.estimator.directions(0, step))
+        assert found.num_queries == method.queries_at(step) == (17 if step == 0 else 1)
+        losses.append(found.loss)
+        stepper.progress.steps += 1
+        stepper.apply(found)
+    assert losses[-1] < losses[0] - 0.02, losses
+    names = session.coordinates.names
+    untouched = models.tiny_llama().to(dtype).state_dict()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, untouched[n])}
+    assert moved == set(names), "the nodes' tensors move and no other"
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "said"),
+    [
+        (lambda: only(models.tiny_llama(), "embed_tokens"), {}, "does not follow from a layer's inputs"),
+        (lambda: only(models.tiny_llama(), "norm"), {"layers": "mlp"}, "use subspace.layers=auto"),
+        (lambda: models.tiny_mixtral(), {}, "experts of this mixture"),
+        (lambda: lora(models.tiny_llama(), use_dora=True), {}, "DoRA"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_a_sentence(model, fields, said):
+    with pytest.raises(UserError, match=said):
+        Subspace(**fields).bind(Weights(model()))
+
+
+def test_a_mixture_trains_its_attention_where_that_is_asked_for():
+    model = models.tiny_mixtral()
+    batch = models.batch_for(model, rows=3, length=7)
+    ask = queries(model, "hidden", layers="linear")
+    names = {node.name for node in ask.session.coordinates.nodes.values()}
+    assert names
+    assert all("self_attn" in name for name in names)
+    assert ask(batch, Direction(0, 0), Estimator()).usable
+
+
+def test_an_encoder_decoder_is_refused_with_a_sentence():
+    model = models.tiny_t5()
+    batch = models.batch_for(model, rows=3, length=7)
+    with pytest.raises(UserError, match="does not know which positions"):
+        queries(model)(batch, Direction(0, 0), Estimator())
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (("nodes", "central", "mean", "sgd"), "use estimator=nodes"),
+        (("full", "nodes", "mean", "whiten"), "use subspace=nodes"),
+        (("nodes", "nodes", "sign", "whiten"), "use weighting=mean"),
+        (("nodes", "nodes", "mean", "conservative"), "use optimizer=whiten"),
+        (("full", "backprop", "mean", "whiten"), "estimator.feedback=exact"),
+        (("full", "central", "mean", "whiten"), "optimizer=adam"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(parts, said):
+    with pytest.raises(UserError, match=said):
+        Method.of(*parts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"feedback": "loss"}, "every=1"),
+        ({"feedback": "words"}, "one of auto"),
+        ({"first": 0}, "at least 1"),
+        ({"eps": 0.0}, "> 0"),
+        ({"every": -1}, "or more"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(fields, said):
+    with pytest.raises(UserError, match=said):
+        Estimator(**fields)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective=reward", "objective.function=rewards:length"], "which positions"),
+        (["objective=preference"], "which positions"),
+        (["objective=cross_entropy", "estimator.feedback=scores"], "hidden, loss, or auto"),
+        (["objective=options", "engine=layerwise"], "engine=auto"),
+        (["objective=options", "trainer.max_grad_norm=1"], "max_grad_norm"),
+        (["objective=options", "estimator.eps=-1"], "eps"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_anything_is_loaded(words, said):
+    from zoft.config import compose
+
+    with pytest.raises(UserError, match=said):
+        compose(["method=zoft", "task=sst2", "model.name=none", *words])
