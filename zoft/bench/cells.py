@@ -32,6 +32,7 @@ class Shared:
     key: str = ""
     tokenizer: Any = None
     rows: dict[str, list[Any]] = field(default_factory=dict)
+    objective: Any = None  # what objective=auto is for these rows
     prefixes: dict[str, FrozenPrefix] = field(default_factory=dict)
 
     def of(self, cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
@@ -42,7 +43,8 @@ class Shared:
         if key != self.key:
             self.prefixes.clear()
             self.tokenizer, self.rows = load_rows(cfg)
-            self.key = key
+            self.key, self.objective = key, cfg.objective
+        cfg.settle(self.objective)
         return self.tokenizer, self.rows
 
     def prefix(self, trainer: ZOTrainer) -> None:

@@ -89,7 +89,8 @@ def _curves(results: Results, file: Path) -> Path:
         for mode, dashes in zip(plan.modes, _DASHES, strict=False):
             row = results.untrained.get((group, mode))
             if row is not None:
-                handles[mode] = panel.axhline(scale * row["test"][metric], color="#8a8f98", lw=1.2, ls=dashes)
+                score = row["test"][row["metric"]] * (100.0 if row["metric"] == "accuracy" else 1.0)
+                handles[mode] = panel.axhline(score, color="#8a8f98", lw=1.2, ls=dashes)
         unit = ", %" if metric == "accuracy" else ""
         panel.set_title(f"{group[0]}, prompt {group[1]}: dev {metric}{unit}", loc="left", fontsize=10, color=_INK)
     for panel in panels[-1]:

@@ -220,10 +220,16 @@ def test_a_task_trains_end_to_end_from_local_files(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["task=squad"], "task=squad has answers that the model writes, and objective=options is computed from"),
-        (["task=masked_trec"], "task=masked_trec has a word at a mask.*set objective=label_words or metric"),
-        (["task=rte", "task.prompt=head"], "classes for a head.*set objective=classes or metric"),
-        (["task=sms_spam", "task.prompt=head"], "classes for a head"),
+        (
+            ["task=squad", "objective=options"],
+            "task=squad has answers that the model writes, and objective=options is computed from",
+        ),
+        (
+            ["task=masked_trec", "objective=options"],
+            "task=masked_trec has a word at a mask.*set objective=label_words or metric",
+        ),
+        (["task=rte", "task.prompt=head", "objective=options"], "classes for a head.*set objective=classes or metric"),
+        (["task=sms_spam", "task.prompt=head", "objective=options"], "classes for a head"),
         (["task=squad", "objective=reward"], "needs objective.function"),
     ],
 )
