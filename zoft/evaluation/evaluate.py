@@ -215,10 +215,11 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
     if adapter:
         from peft import PeftModel
 
+        from zoft.lm.models.peft._positions import count_by_mask
         from zoft.lm.models.peft.base import without_old_names
 
         with without_old_names():
-            return PeftModel.from_pretrained(model, str(kept))
+            return count_by_mask(PeftModel.from_pretrained(model, str(kept)))
     return model if run else cfg.peft.wrap(model, cfg.seed)
 
 

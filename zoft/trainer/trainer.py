@@ -37,6 +37,7 @@ from zoft.lm.logits.packing import serves
 from zoft.lm.logits.support import no_trials
 from zoft.lm.metrics.order import LongestFirst, in_rows_order, lengths_of, metric_in_rows_order, order_of
 from zoft.lm.models.agreement import align
+from zoft.lm.models.peft._positions import count_by_mask
 from zoft.lm.models.quantized import is_quantized
 from zoft.lm.objectives.base import Objective
 from zoft.noise.direction import step_seed
@@ -141,6 +142,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         align(self.model, self.processing_class)  # before an evaluation too, not only when training begins
         if self.objective is not None:
             self.model_accepts_loss_kwargs = False
+        count_by_mask(self.model)
         if is_quantized(self.model):
             self.frozen_fingerprint()  # before the first forward, which stores the same numbers otherwise
         weights = Weights(self.model)

@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 
+from tests import models
 from tests.models import CAUSAL, EVERY, batch_for, tiny_bert_classifier, tiny_llama, tiny_roberta_mlm, tiny_t5
 from zoft.component import components, create
 from zoft.errors import UserError
@@ -166,3 +167,19 @@ def test_bad_values_name_their_field():
 def test_lora_on_modules_that_are_not_there_is_a_sentence():
     with pytest.raises(UserError, match=r"nowhere"):
         Lora(target_modules=["nowhere"]).wrap(tiny_llama(), 0)
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen", "tiny_opt"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_fault_1_a_prompt_is_as_far_from_a_padded_row_as_from_a_row_alone(family, side):
+    """peft numbers positions over the padding between prompt and text."""
+    model = Prompt(num_virtual_tokens=3).wrap(getattr(models, family)(), 0).eval()
+    ids = torch.arange(4, 10).view(1, 6)
+    pad = torch.zeros(1, 4, dtype=torch.int64)
+    parts = [(pad, torch.zeros_like(pad)), (ids, torch.ones_like(ids))]
+    row, mask = (torch.cat(columns, 1) for columns in zip(*(parts if side == "left" else parts[::-1]), strict=True))
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 3:]
+        padded = model(input_ids=row, attention_mask=mask).logits[0, 3:]
+    found = padded[4:] if side == "left" else padded[:6]
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)

@@ -50,10 +50,11 @@ class Peft(Component):
                 first_line = next(iter(str(error).splitlines()), type(error).__name__)
                 raise UserError(f"peft={self.name()} does not fit {type(model).__name__}: {first_line}") from error
         from zoft.lm.models.names import portable_name
+        from zoft.lm.models.peft._positions import count_by_mask
 
         for own in wrapped.peft_config.values():  # what loads the adapter asks for its base by this name
             own.base_model_name_or_path = portable_name(own.base_model_name_or_path or "") or None
-        return wrapped
+        return count_by_mask(wrapped)
 
 
 @contextmanager
