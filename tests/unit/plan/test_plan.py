@@ -127,7 +127,7 @@ def test_a_run_in_order_has_ticks_alone(tmp_path: Path, capsys: Any):
             "rows are cut at task.max_length=8",
         ),
         (["task.template='{text} unheard'"], "tokenizer", "note", "do not come back from their tokens"),
-        ([], "leaks", "note", "stand"),
+        ([], "leaks", "note", "repeats another"),
     ],
 )
 def test_what_is_wrong_is_a_line(more: list[str], name: str, state: str, text: str, tmp_path: Path, capsys: Any):
