@@ -301,7 +301,7 @@ FIGURES = [
     Figure("calls from one file into another", lambda: traced_step().changes, 400),
     Figure("circles of imports", circles, 0, 0),
     Figure("imports that point up", upward_imports, 0, 0),
-    Figure("entries in the root of zoft/", root_entries, 25, 29),
+    Figure("entries in the root of zoft/", root_entries, 25, 26),
     Figure("hooks of base classes with one user", one_user_hooks, 8, 25),
     Figure("reads of trainer._x from outside", private_reads, 0, 0),
     Figure("files of zoft/", lambda: len(num_lines()), 260, 400),

@@ -31,9 +31,9 @@ def command(arguments: list[str]) -> int:
     if compare and asked.get("model"):
         raise UserError("--compare shows a run's model beside the one before training: give run=DIR, not model=")
     how = writing_of(asked)
-    from zoft.inference.chat import Talk
-    from zoft.inference.generate import require_template
     from zoft.report.text import columns
+    from zoft.use.inference.chat import Talk
+    from zoft.use.inference.generate import require_template
 
     loaded = loaded_of("chat", asked, overrides, with_base=compare)
     require_template(loaded)

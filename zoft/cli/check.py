@@ -38,7 +38,7 @@ def command(arguments: list[str]) -> int:
     _, overrides, flags, _ = read_words("check", arguments, keys=KEYS, flags=FLAGS, bare=False)
     _require_a_start(overrides)
     from zoft.config import compose
-    from zoft.plan.check import checked
+    from zoft.use.plan.check import checked
 
     _quiet()
     cfg = compose(overrides)

@@ -35,9 +35,9 @@ def command(arguments: list[str]) -> int:
 
 
 def _carry_out(places: list[str], asked: dict[str, str], *, as_json: bool) -> int:
-    from zoft.compare.picture import AXES, picture
-    from zoft.compare.runs import grouped, read_runs
-    from zoft.compare.table import plain, table, write
+    from zoft.use.compare.picture import AXES, picture
+    from zoft.use.compare.runs import grouped, read_runs
+    from zoft.use.compare.table import plain, table, write
 
     axis = asked.get("axis", "queries")
     if axis not in AXES:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from zoft.utils.words import read_words
 
 if TYPE_CHECKING:
-    from zoft.plan.estimate import Estimate
+    from zoft.use.plan.estimate import Estimate
 
 KEYS: tuple[str, ...] = ()
 FLAGS = ("--time", "--json")
@@ -42,7 +42,7 @@ def command(arguments: list[str]) -> int:
     _, overrides, flags, _ = read_words("estimate", arguments, keys=KEYS, flags=FLAGS, bare=False)
     _require_a_start(overrides)
     from zoft.config import compose
-    from zoft.plan.estimate import estimate
+    from zoft.use.plan.estimate import estimate
 
     _quiet()
     found = estimate(compose(overrides), probe="--time" in flags)

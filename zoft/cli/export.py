@@ -45,8 +45,8 @@ def command(arguments: list[str]) -> int:
     )
     _check(asked, flags)
     from zoft.cli.train import _quiet
-    from zoft.export.push import push, require_name
-    from zoft.inference.load import config_of
+    from zoft.use.export.push import push, require_name
+    from zoft.use.inference.load import config_of
 
     _quiet()
     cfg = config_of(asked["run"], overrides)
@@ -55,11 +55,11 @@ def command(arguments: list[str]) -> int:
     output = asked.get("output") or str(Path(asked["run"]) / "export")
     name = asked.get("push", "")
     if "--gguf" in flags:
-        from zoft.export.gguf_folder import export_gguf
+        from zoft.use.export.gguf_folder import export_gguf
 
         folder, what = export_gguf(cfg, asked["run"], output, asked.get("quantize", "f16"), name=name), "gguf"
     else:
-        from zoft.export.folder import export_folder
+        from zoft.use.export.folder import export_folder
 
         folder, what = export_folder(cfg, asked["run"], output, merge="--merge" in flags, name=name)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
@@ -71,7 +71,7 @@ def command(arguments: list[str]) -> int:
 
 def _check(asked: dict[str, str], flags: set[str]) -> None:
     from zoft.errors import did_you_mean
-    from zoft.export.gguf_file import QUANTIZATIONS
+    from zoft.use.export.gguf_file import QUANTIZATIONS
 
     if not asked.get("run"):
         raise UserError("run= is missing: give the folder of a finished run, zoft export run=runs/mine")

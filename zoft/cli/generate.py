@@ -37,7 +37,7 @@ def command(arguments: list[str]) -> int:
             'give prompt="..." or data=FILE with a column called prompt: zoft generate run=runs/mine prompt="Once"'
         )
     how = writing_of(asked)
-    from zoft.inference.generate import chat_ids, plain_ids, written
+    from zoft.use.inference.generate import chat_ids, plain_ids, written
 
     prompts = [asked["prompt"]] if "prompt" in asked else _prompts(asked["data"])
     loaded = loaded_of("generate", asked, overrides)
@@ -61,7 +61,7 @@ def command(arguments: list[str]) -> int:
 
 def writing_of(asked: dict[str, str]) -> Any:
     """Length, temperature and seed, as typed."""
-    from zoft.inference.generate import Writing
+    from zoft.use.inference.generate import Writing
 
     given: dict[str, Any] = {}
     for key, kind, what in (
@@ -81,7 +81,7 @@ def loaded_of(verb: str, asked: dict[str, str], overrides: list[str], *, with_ba
     """The run's model, or the one that is named; it writes text."""
     if bool(asked.get("run")) == bool(asked.get("model")):
         raise UserError(f"give run=DIR (a finished run) or model=NAME: zoft {verb} run=runs/mine")
-    from zoft.inference.load import load_named, load_run, require_writer
+    from zoft.use.inference.load import load_named, load_run, require_writer
 
     if asked.get("model"):
         if overrides:

@@ -23,9 +23,9 @@ def command(arguments: list[str]) -> int:
     """
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise UserError("say which run: zoft plot RUN")
-    from zoft.compare.runs import read_runs
     from zoft.report.plots import learning_curve
     from zoft.report.results import ZERO_SHOT, read_json
+    from zoft.use.compare.runs import read_runs
 
     (run, *more) = read_runs(arguments)
     if more:

@@ -39,7 +39,7 @@ def command(arguments: list[str]) -> int:
         if not asked.get(key):
             raise UserError(f"{key}= is missing: give {what}, zoft predict run=runs/mine data=new.csv")
     from zoft.cli.train import _quiet
-    from zoft.inference.predict import predict
+    from zoft.use.inference.predict import predict
 
     _quiet()
     data = Path(asked["data"].removeprefix("zoft:"))

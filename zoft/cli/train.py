@@ -146,10 +146,10 @@ def _sweep(overrides: list[str]) -> int:
 
 def _compared(results: list[CellResult]) -> None:
     """The sweep's cells as `zoft compare` has them, in the sweep's folder; nothing where no cell became a run."""
-    from zoft.compare.picture import picture
-    from zoft.compare.runs import grouped, read_runs
-    from zoft.compare.table import table as compared
-    from zoft.compare.table import write
+    from zoft.use.compare.picture import picture
+    from zoft.use.compare.runs import grouped, read_runs
+    from zoft.use.compare.table import table as compared
+    from zoft.use.compare.table import write
 
     runs = [result.output_dir for result in results if os.path.isfile(os.path.join(result.output_dir, "report.json"))]
     if len(runs) < 2:

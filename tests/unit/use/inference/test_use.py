@@ -14,9 +14,9 @@ from tests.cli.test_cli_start import ROWS, words_of
 from tests.runs import model_folder, zoft
 from zoft.cli import main
 from zoft.config import compose
-from zoft.inference.chat import beside
-from zoft.inference.load import load_run
 from zoft.run.train import run
+from zoft.use.inference.chat import beside
+from zoft.use.inference.load import load_run
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}is {% endif %}"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
-from zoft.export.card import write_card
-from zoft.export.folder import facts_of, merged_model, new_folder
-from zoft.export.gguf_file import require, write_gguf
+from zoft.use.export.card import write_card
+from zoft.use.export.folder import facts_of, merged_model, new_folder
+from zoft.use.export.gguf_file import require, write_gguf
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig

@@ -46,8 +46,8 @@ def predict(run: str, data: str, output: str, overrides: list[str]) -> Predicted
     Raises:
         UserError: a row that lacks a column, a run whose model neither chooses nor writes, or a file that is there.
     """
-    from zoft.inference.load import config_of
     from zoft.lm.data.files import read_placed
+    from zoft.use.inference.load import config_of
 
     cfg = config_of(run, overrides)
     _check_output(output, data)

@@ -13,7 +13,7 @@ from tests.runs import WORDS, arguments, data_file, report, tiny_tokenizer, zoft
 from zoft.cli import main
 from zoft.lm.models.load import load_model_as
 from zoft.lm.models.meta import meta_model
-from zoft.plan.memory import Size, of_backprop
+from zoft.use.plan.memory import Size, of_backprop
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
 

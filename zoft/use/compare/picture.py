@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft.compare.runs import Group
-from zoft.compare.table import NAME
 from zoft.lm.metrics.intervals import mean_of_seeds
+from zoft.use.compare.runs import Group
+from zoft.use.compare.table import NAME
 
 AXES = {"queries": "queries (forward passes)", "seconds": "seconds", "tokens": "tokens read"}
 """What a run costs -> the words at the axis."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.errors import UserError
 
 if TYPE_CHECKING:
-    from zoft.inference.load import Loaded
+    from zoft.use.inference.load import Loaded
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from tests.runs import environment
 from zoft.cli import main
 from zoft.config import compose
 from zoft.evaluation.evaluate import model_of
-from zoft.export import push as pushing
-from zoft.inference.load import config_of
 from zoft.lm.models.names import portable_name
 from zoft.run.train import run
+from zoft.use.export import push as pushing
+from zoft.use.inference.load import config_of
 
 IDS = [[5, 6, 7, 8, 9, 10, 11]]
 
@@ -218,7 +218,7 @@ def test_wrong_requests_are_one_sentence(
 def test_a_vocabulary_without_pairs_is_refused(tmp_path: Path):
     from tests.runs import tiny_tokenizer
     from zoft.errors import UserError
-    from zoft.export.gguf_file import require
+    from zoft.use.export.gguf_file import require
 
     with pytest.raises(UserError, match="byte-level pairs"):
         require(tiny_llama().config, tiny_tokenizer())

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from zoft.inference.generate import Writing, chat_ids, written
+from zoft.use.inference.generate import Writing, chat_ids, written
 
 if TYPE_CHECKING:
-    from zoft.inference.load import Loaded
+    from zoft.use.inference.load import Loaded
 
 Message = dict[str, str]
 GAP = " │ "

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoft.plan.memory import Memory, Size, of_backprop, of_method
+from zoft.use.plan.memory import Memory, Size, of_backprop, of_method
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from zoft.cli import main
-from zoft.compare.picture import curves
-from zoft.compare.runs import grouped, read_runs
-from zoft.compare.table import plain, table
 from zoft.lm.metrics.intervals import mean_of_seeds
+from zoft.use.compare.picture import curves
+from zoft.use.compare.runs import grouped, read_runs
+from zoft.use.compare.table import plain, table
 
 CONFIG = """\
 # @package _global_

@@ -88,8 +88,8 @@ def _data(cfg: ZoftConfig, splits: Any) -> Iterator[Finding]:
 
 def _rows(cfg: ZoftConfig, splits: Any, rehearse: bool) -> Iterator[Finding]:
     from zoft.lm import formats
-    from zoft.plan.estimate import of_rows
     from zoft.run.build import tokenizer_of
+    from zoft.use.plan.estimate import of_rows
 
     cfg.settle(formats.settled(cfg.task, splits.train, cfg.objective))
     form = formats.format_of(cfg.task, splits.train, cfg.objective)
@@ -142,7 +142,7 @@ def _options(rows: Any, examples: Any) -> Iterator[Finding]:
 
 
 def _cut(cfg: ZoftConfig, examples: Any, rows: Any, encoded: Callable[[Any, int], list[Any]]) -> Finding:
-    from zoft.plan.estimate import _length
+    from zoft.use.plan.estimate import _length
 
     longest, limit = max(map(_length, rows)), cfg.task.max_length
     if longest < limit:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
-from zoft.export.card import write_card
+from zoft.use.export.card import write_card
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig

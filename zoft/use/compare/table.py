@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft.compare.runs import Group
 from zoft.lm.metrics.intervals import mean_of_seeds
 from zoft.report.report import complete_facts
+from zoft.use.compare.runs import Group
 from zoft.utils.files import write_atomically
 
 COLUMNS = (
