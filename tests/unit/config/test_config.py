@@ -24,6 +24,9 @@ NEEDS = {
     "optimizer=hessian": ["estimator=three_point"],
     "trainable=regex": ["trainable.pattern=norm"],
     "engine=forward_mode": ["estimator=forward_gradient"],
+    "subspace=nodes": ["estimator=nodes"],
+    "estimator=nodes": ["subspace=nodes"],
+    "optimizer=whiten": ["subspace=nodes", "estimator=nodes"],
 }
 EVERY_CHOICE = [f"{group}={name}" for group in ORDER if group != "launcher" for name in choices(group)]
 
