@@ -68,9 +68,14 @@ def test_fault_14_a_reward_function_needs_no_reward_column(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "own_rewards", module)
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": f"free win {i}"}) + "\n" for i in range(16)))
     words = ["config=quickstart", f"model.name={model_folder(tmp_path / 'model')}", "task=custom", "objective=reward"]
-    words += [f"task.train={tmp_path / 'own.jsonl'}", "objective.function=own_rewards:length", "estimator=central"]
+    words += [f"task.train={tmp_path / 'own.jsonl'}", "objective.function=own_rewards:length", "method=mezo"]
     words += ["task.num_train=8", "task.num_dev=4", "task.num_test=4", "budget.queries=8", "optimizer=sgd"]
-    words += ["trainer.per_device_train_batch_size=2", "objective.max_new_tokens=4", f"output_dir={tmp_path / 'out'}"]
+    words += [
+        "estimator=central",
+        "trainer.per_device_train_batch_size=2",
+        "objective.max_new_tokens=4",
+        f"output_dir={tmp_path / 'out'}",
+    ]
     assert main(["train", *words]) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "report.json").read_text())["metric"] == "reward"
 

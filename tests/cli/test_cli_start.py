@@ -161,7 +161,8 @@ def test_every_key_of_a_ready_config_is_explained(name: str):
 )
 def test_the_objective_follows_from_the_rows(name: str, objective: str, own: Path):
     given = [f"task.train={own / name}.jsonl", f"model.name={own / 'model'}", "task.template='{text} is it'"]
-    cfg = compose(["config=smoke", "task=custom", *given[: 2 + (name == "classify")]])
+    rows = ["task.num_train=8", "task.num_dev=2", "task.num_test=2"]  # of twelve
+    cfg = compose(["config=smoke", "task=custom", *rows, *given[: 2 + (name == "classify")]])
     assert cfg.objective.name() == "auto"
     load_rows(cfg)
     assert cfg.objective.name() == objective
@@ -171,6 +172,7 @@ def test_a_reward_refuses_a_method_with_a_gradient_once_it_is_known(own: Path):
     from zoft.errors import UserError
 
     given = [f"task.train={own / 'reward'}.jsonl", f"model.name={own / 'model'}"]
+    given += ["task.num_train=8", "task.num_dev=2", "task.num_test=2"]
     cfg = compose(["config=smoke", "task=custom", *given, "method=forward_gradient"])
     with pytest.raises(UserError, match="has no gradient"):
         load_rows(cfg)

@@ -230,7 +230,9 @@ def test_what_the_harness_cannot_do_is_one_sentence(more, message, made, fake, c
 
 def test_a_model_that_does_not_continue_texts(fake, capsys, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text("# @package _global_\ndefaults: [{override /task: masked_sst2}]\n")
+    settings = "# @package _global_\ndefaults: [{override /task: masked_sst2}]\nmodel:\n  name: some\n"
+    settings += "budget:\n  queries: 8\nseed: 0\n"
+    (tmp_path / "run" / "config.yaml").write_text(settings)
     assert main(["eval", f"run={tmp_path / 'run'}", "harness=one"]) == 2
     assert "harness= is for causal language models, and with task=masked_sst2" in capsys.readouterr().err
 

@@ -126,6 +126,7 @@ def test_fault_8_repeated_preference_pairs_are_noted_in_train(tmp_path, capsys):
     words = ["config=quickstart", f"model.name={folder}", "task=custom", f"task.train={tmp_path / 'pairs.jsonl'}"]
     words += [
         "objective=preference",
+        "method=mezo",
         "estimator=central",
         "task.num_train=8",
         "task.num_dev=4",

@@ -51,8 +51,8 @@ def edit(file: Path, **fields: Any) -> None:
 
 def head(model: Path, data: Path, *more: str) -> list[str]:
     words = ["config=quickstart", f"model.name={model}", "task=custom", f"task.train={data}", "task.prompt=head"]
-    words += ["task.num_train=24", "task.num_dev=8", "task.num_test=16", "objective=classes", "estimator=central"]
-    return [*words, "estimator.num_directions=1", *more]
+    words += ["task.num_train=24", "task.num_dev=8", "task.num_test=16", "objective=classes", "method=mezo"]
+    return [*words, "estimator=central", "estimator.num_directions=1", *more]
 
 
 @pytest.mark.parametrize("pad", [0, 2, None])
@@ -143,7 +143,12 @@ def test_fault_1_a_padding_token_that_the_embeddings_lack_is_a_sentence(tmp_path
     words = (
         head(place, data)
         if kind == "classifier"
-        else [*head(place, data)[:4], "task.template='{text} is it spam'", "task.words={ham: 'no', spam: 'yes'}"]
+        else [
+            *head(place, data)[:4],
+            *head(place, data)[5:8],
+            "task.template='{text} is it spam'",
+            "task.words={ham: 'no', spam: 'yes'}",
+        ]
     )
     for verb in ("train", "eval"):
         assert main([verb, *words, f"output_dir={tmp_path / 'out'}"]) == 2
@@ -271,8 +276,9 @@ def test_fault_13_an_adapter_knows_where_its_model_lies(tmp_path, monkeypatch):
         f"task.train={tmp_path / 'data.jsonl'}",
         "peft=lora",
     ]
-    words += ["task.num_train=24", "task.num_dev=8", "task.num_test=16", "budget.queries=10", "estimator=central"]
+    words += ["task.num_train=24", "task.num_dev=8", "task.num_test=16", "budget.queries=10", "method=mezo"]
     words += [
+        "estimator=central",
         "task.template='{text} is it spam'",
         "task.words={ham: 'no', spam: 'yes'}",
         f"output_dir={tmp_path / 'run'}",

@@ -244,7 +244,7 @@ def test_fault_7_train_and_data_show_both_say_it(tmp_path, capsys, verb):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"model.name={model_folder(tmp_path / 'model')}", "task=custom", f"task.train={tmp_path / 'own.jsonl'}"]
     words += ["config=quickstart", "objective=cross_entropy", "task.num_train=8", "task.num_dev=4", "task.num_test=4"]
-    words += ["estimator=central", "budget.queries=8", "trainer.per_device_train_batch_size=2"]
+    words += ["method=mezo", "estimator=central", "budget.queries=8", "trainer.per_device_train_batch_size=2"]
     assert main([*verb.split(), *words, f"output_dir={tmp_path / 'out'}"]) == 0
     out, err = capsys.readouterr()
     assert "NOT READ: the column 'history'" in (err if verb == "train" else out)
