@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ WORDS = [
 ]
 
 
-def tiny_tokenizer() -> Any:
-    """One token a word; the special tokens are those of :mod:`tests.models`."""
+def tiny_tokenizer(more: Sequence[str] = ()) -> Any:
+    """One token for each of :data:`WORDS` and of ``more``; the special tokens are those of :mod:`tests.models`."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers import models as kinds
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(["<bos>", "<pad>", "<eos>", "<unk>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["<bos>", "<pad>", "<eos>", "<unk>", *WORDS, *more])}
     tokenizer = Tokenizer(kinds.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -46,10 +47,10 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def model_folder(folder: Path, **fields: Any) -> Path:
-    """A tiny Llama and its tokenizer, saved."""
+def model_folder(folder: Path, more: Sequence[str] = (), **fields: Any) -> Path:
+    """A tiny Llama and its tokenizer, which knows the words ``more`` too, saved."""
     models.tiny_llama(**fields).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(more).save_pretrained(folder)
     return folder
 
 

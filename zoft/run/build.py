@@ -41,6 +41,18 @@ def load(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, Any, dict[
     return model, tokenizer, rows
 
 
+def require_fit(cfg: ZoftConfig) -> None:
+    """Refuse an objective that does not go with the task, where that is known before its rows are read.
+
+    Raises:
+        UserError: saying which objectives do.
+    """
+    from zoft.lm import formats
+
+    if cfg.task.kind != "options" and cfg.objective.name() != "auto":  # of those, the user's own rows say what they are
+        formats.require_fit(cfg.task, cfg.task.kind, cfg.objective)
+
+
 def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[str, list[Any]]]:
     """The tokenizer and the encoded rows (train, dev, test) of a run.
 
@@ -51,8 +63,7 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
     from zoft.lm import formats
     from zoft.lm.data import repeats
 
-    if cfg.task.kind != "options" and cfg.objective.name() != "auto":  # of those, the user's own rows say what they are
-        formats.require_fit(cfg.task, cfg.task.kind, cfg.objective)
+    require_fit(cfg)
     splits = cfg.task.load() if splits is None else splits
     repeats.warn(splits)
     cfg.settle(formats.settled(cfg.task, splits.train, cfg.objective))

@@ -17,6 +17,7 @@ from zoft.run.build import (
     arguments_of,
     load,
     make_trainer,
+    require_fit,
 )
 from zoft.run.facts import _costs, _facts, _opening_lines, _scores, _scores_text
 from zoft.run.verdict import gain_of, keep_rows, next_lines, row_values, verdict_line
@@ -125,6 +126,7 @@ def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
 
 def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
     """Everything up to the first query; nothing but the config has been written when this fails."""
+    require_fit(cfg)  # before a row is read, which may have to be fetched
     splits = cfg.task.load()  # what is wrong with the data is said before anything heavy is imported
     import transformers
 

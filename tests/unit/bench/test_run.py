@@ -99,13 +99,13 @@ def test_a_row_is_what_zoft_train_does(bench, tmp_path):
 def test_the_test_rows_are_scored_by_the_best_checkpoint(bench, tmp_path):
     """A rate that first helps and then hurts: the test scores are those of the run cut off at its best point."""
     folder, _, _plan, _ = bench
-    line = words(folder, tmp_path / "a", "methods=[mezo]", "references=[]")
-    line += ["prompts=[none]", "rates=[3]", "seeds=[0]", "queries=48"]
+    search = ["methods=[mezo]", "references=[]", "prompts=[none]", "rates=[3]", "seeds=[0]"]
+    line = words(folder, tmp_path / "a", *search, "queries=48")
     assert main(["bench", *line]) == 0
     (row,) = found(line)[1].values()
     best = best_point(row, "loss")
     assert best["queries"] < 48, "this rate was meant to overshoot"
-    again = [*line[:-1], f"queries={best['queries']}", f"output_dir={tmp_path / 'b'}", "evaluations=1"]
+    again = words(folder, tmp_path / "b", *search, f"queries={best['queries']}", "evaluations=1")
     assert main(["bench", *again]) == 0
     (cut,) = found(again)[1].values()
     assert cut["test"]["loss"] == row["test"]["loss"]

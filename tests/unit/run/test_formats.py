@@ -104,7 +104,12 @@ def test_every_form_trains(folder: Path, tmp_path: Path, task: str, model: str, 
             ["task.prompt=head", "objective=classes"],
             "has a head for 3 classes, and the task has 2",
         ),
-        ("pairs", "causal", [], "task=custom has preference pairs, and objective=options.*set objective=preference"),
+        (
+            "pairs",
+            "causal",
+            ["objective=options"],
+            "task=custom has preference pairs, and objective=options.*set objective=preference",
+        ),
         ("rated", "causal", ["objective=cross_entropy"], "has prompts with what a reward judges by.*objective=reward"),
         ("squad", "causal", ["objective=metric", "objective.max_new_tokens=60"], "raise task.max_new_tokens"),
         (

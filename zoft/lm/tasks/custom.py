@@ -11,7 +11,7 @@ from typing import Any, cast
 from zoft.errors import UserError, did_you_mean
 from zoft.lm.data.choosing import choose
 from zoft.lm.data.examples import Completion, Preference
-from zoft.lm.data.files import located, read_placed
+from zoft.lm.data.files import ASSET, located, read_placed
 from zoft.lm.tasks import _custom_rows as rows
 from zoft.lm.tasks._custom_formats import FORMATS, Reading, listed, reading
 from zoft.lm.tasks._labels import in_order, label_key, spelled
@@ -162,11 +162,11 @@ class Custom(Task):
 
     def load(self) -> Splits:
         """Read, check every row, and cut."""
+        self._need(not self._held_out_in_train(), "validation", "another file than task.train, or empty")
         found = self.reading()
         if found.found:
             log.warning("task.train=%s is read as %s", self.train, found.sentence())
         made = self._maker(found)
-        self._need(not self._held_out_in_train(), "validation", "another file than task.train, or empty")
         held = self.num_test if not self.validation else 0
         pool = self._chosen(self.train, "train", made, held + self.num_dev + self.num_train)
         held, num_dev = self._counts(held, len(pool))
@@ -246,7 +246,9 @@ class Custom(Task):
         return found
 
     def _held_out_in_train(self) -> bool:
-        """Whether both sources are one file; a hub name has splits of its own."""
+        """Whether both sources are one file; a hub name has splits of its own, an asset need not be there to say so."""
+        if self.train.startswith(ASSET) and self.train == self.validation:
+            return True
         train, validation = located(self.train), located(self.validation or ".")
         return validation.is_file() and train.is_file() and validation.samefile(train)
 

