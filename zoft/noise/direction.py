@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,18 @@ class Direction:
     index: int = 0
     example: int | None = None
     mix: tuple[tuple[Direction, float], ...] = ()
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Direction:
+        """The direction that `dataclasses.asdict` made this of; earlier releases named its index ``probe``.
+
+        Example:
+            >>> Direction.from_dict({"seed": 0, "step": 3, "probe": 2})
+            Direction(seed=0, step=3, index=2, example=None, mix=())
+        """
+        named = {"index" if key == "probe" else key: value for key, value in saved.items()}
+        mix = tuple((cls.from_dict(one), factor) for one, factor in named.pop("mix", ()))
+        return cls(**named, mix=mix)
 
 
 def key_of(direction: Direction, name: str, role: str = "z") -> int:

@@ -327,15 +327,17 @@ class ZOOptimizer(torch.optim.Optimizer):
             if self.rounding.way(tensors[name]) == "master"
         }
         self.sums = {  # without one the sum begins anew: what went before it has been written
-            name: Sum(kept["total"].to(tensors[name].device).clone(), kept["first"], Direction(**kept["direction"]))
+            name: Sum(
+                kept["total"].to(tensors[name].device).clone(), kept["first"], Direction.from_dict(kept["direction"])
+            )
             for name, kept in state_dict.get("sums", {}).items()
             if self.rounding.sums(tensors[name], kept["total"].numel())
         }
         self.history = {
-            name: (count, Direction(**last)) for name, (count, last) in state_dict.get("history", {}).items()
+            name: (count, Direction.from_dict(last)) for name, (count, last) in state_dict.get("history", {}).items()
         }
         self.records = [
-            [(Direction(**direction), coefficient) for direction, coefficient in record]
+            [(Direction.from_dict(direction), coefficient) for direction, coefficient in record]
             for record in state_dict.get("records", [])
         ]
         self.scalars |= copy.deepcopy(state_dict.get("scalars", {}))
