@@ -20,8 +20,9 @@ class StepBatch:
         num_items: labels that count in all of them, over all processes; None where it is unknown, or no model asks.
 
     Example:
-        >>> StepBatch([{"input_ids": [[1], [2]]}]).cut(2).micro_batches
-        [{'input_ids': [[1]]}, {'input_ids': [[2]]}]
+        >>> import torch
+        >>> StepBatch([{"input_ids": torch.tensor([[1], [2]])}]).cut(2).micro_batches
+        [{'input_ids': tensor([[1]])}, {'input_ids': tensor([[2]])}]
     """
 
     micro_batches: Sequence[Inputs]
