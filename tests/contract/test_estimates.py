@@ -25,7 +25,8 @@ from zoft.subspaces.base import BoundSubspace
 from zoft.weights.tensors import Weights
 
 MANY = 10_000
-ESTIMATORS = list(components("estimator"))
+ESTIMATORS = [name for name, cls in components("estimator").items() if not cls.makes_factors]
+"""Those of directions in the weights; for those in layers' outputs see test_nodes.py."""
 WEIGHTINGS = list(components("weighting"))
 
 
