@@ -142,10 +142,24 @@ def test_a_step_writes_every_element_of_what_moves_once_and_no_other(subspace, q
     monkeypatch.setattr(base, "_CHUNK", 100)
     run = Run("sgd", subspace=subspace, interval=1, q=q)
     written, moved = [], set()
-    monkeypatch.setattr(run.session, "arrive", lambda *piece: written.append(piece))
+    subtract, add = run.session.apply_, run.session.coordinates.add_
+
+    def subtracted(name, start, stop, *args):
+        written.append((name, start, stop))
+        subtract(name, start, stop, *args)
+
+    def added(out, direction, name, start, scale):  # a step that is made while it is added
+        written.append((name, start, start + out.numel()))
+        add(out, direction, name, start, scale)
+
     for _ in range(8):  # more than it has layers
+        asked = run.ask()
         written.clear()
-        terms = run.step()
+        with monkeypatch.context() as writing:  # queries move weights too, and back
+            writing.setattr(run.session, "apply_", subtracted)
+            writing.setattr(run.session.coordinates, "add_", added)
+            run.stepper.apply(asked)
+        terms = list(asked.terms)
         for name, tensor in run.weights.tensors.items():
             elements = [i for n, start, stop in written if n == name for i in range(start, stop)]
             moves = any(run.session.coordinates.moves(direction, name) for direction, _ in terms)
