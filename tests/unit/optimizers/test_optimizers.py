@@ -167,19 +167,31 @@ def test_a_skipped_step_moves_nothing_and_is_not_an_update():
     stepper = stepper_of(model, Adam())
     run(stepper, range(2))
     digest, moments = Weights(model).digest(), stepper.moments["0.weight"]["moment1"].clone()
+    stepper.next_estimate = lambda: StepEstimate([Direction(0, 2)])
     stepper.step()
+    stepper.apply(StepEstimate([Direction(0, 3)]))
     assert Weights(model).digest() == digest
     assert torch.equal(stepper.moments["0.weight"]["moment1"], moments)
     assert stepper.progress.updates == 2
 
 
 def test_an_estimate_is_used_once():
-    model = model_of()
+    """A loop's `step` takes a new one each time, applies it as `apply` does, and moves nothing where there is none."""
+    model, applied = model_of(), model_of()
     stepper = stepper_of(model, SGD())
-    run(stepper, range(1))
-    digest = Weights(model).digest()
-    stepper.step()
-    assert Weights(model).digest() == digest
+    given = iter([StepEstimate.of(terms_of(step)) for step in range(2)])
+    stepper.next_estimate = lambda: next(given)
+    for step in range(2):
+        stepper.step()
+        run(stepper_of(applied, SGD()), range(step, step + 1))
+        assert Weights(model).digest() == Weights(applied).digest()
+    with pytest.raises(StopIteration):
+        stepper.step()
+    stepper.next_estimate = None
+    with pytest.raises(AssertionError, match="nothing was given to take estimates from"):
+        stepper.step()
+    assert Weights(model).digest() == Weights(applied).digest()
+    assert stepper.progress.updates == 2
 
 
 def test_a_closure_is_refused():
