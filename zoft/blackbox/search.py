@@ -65,7 +65,7 @@ def fixed(settings: Settings, learning_rate: float, walk: Walk, host: Host) -> N
 
 # ---- Which composition and which pace a search takes where the user leaves them open ---------------------------------
 
-_SWEEPS = 2  # a budget of so many sweeps over the coordinates is spent on sweeps
+_SWEEPS = 2  # a budget that pays for this number of sweeps over the coordinates is spent on sweeps
 _FEW = 64  # random directions of a step where it is not, or fewer, so that there are some steps
 _STEPS = 30
 _ORTHOGONAL_TO = 50  # times as many dimensions as directions: beyond it random ones are nearly at right angles

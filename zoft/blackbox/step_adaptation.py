@@ -12,7 +12,7 @@ from zoft.utils.lazy import Tensor
 if TYPE_CHECKING:
     from zoft.blackbox.host import Host
 
-_REACH = 4.0  # queries are so many times as far away as the step is long
+_REACH = 4.0  # distance of the queries, in lengths of the step
 _FAILED = 0.3  # times the radius, after a step at all of whose points f failed; at half of them its root
 _SMALLEST = 1e-10  # length of a step, relative to x, that is believed to be one
 

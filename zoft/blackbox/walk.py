@@ -99,7 +99,7 @@ class Walk:
         return estimator.queries_at(self.step) + trials - known
 
     def fitting(self, estimator: Estimator, queries: int) -> Estimator | None:
-        """The estimator with as many of its directions as so many queries pay for; None for none of them."""
+        """The estimator with as many of its directions as ``queries`` pay for; None where they pay for none."""
         if self.cost(estimator) <= queries:
             return estimator
         remembers = bool(estimator.init()) or bool(self.method.weighting.init())

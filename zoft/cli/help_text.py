@@ -192,7 +192,7 @@ OTHER = {
     ),
     "replay": (
         "usage: zoft replay RUN [--to STEP] [--output DIR]\n\n"
-        "Rebuilds the weights after so many steps (all of them if left out) from the base model and RUN/journal.bin,\n"
+        "Rebuilds the weights after STEP steps (all if left out) from the base model and RUN/journal.bin,\n"
         "without data and without a forward pass, compares them with the hashes in the journal, and prints theirs.\n"
         "With --output the model or adapter is saved. RUN needs config.yaml and journal.bin, nothing else: they are\n"
         "all that one has to send to share a fine-tuned model."

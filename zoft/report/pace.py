@@ -18,7 +18,7 @@ def seconds_per_query(query: Callable[[], Any], timed: int = 2, longest: float =
     Args:
         query: makes one.
         timed: how many are timed.
-        longest: a first query that takes longer than so many seconds is the measurement itself.
+        longest: seconds; a first query that takes longer is the measurement itself.
 
     Example:
         >>> seconds_per_query(lambda: None) < 1

@@ -36,7 +36,7 @@ class StepQueries:
         method: the composition.
         optimizer: holds the session, and what parts remember from step to step; it is told that a step begins.
         examples: a batch as batches of one example each; for estimators with directions for each example.
-        select: (batch, (shortest, longest)) -> the rows of so many tokens, or None if there are none.
+        select: (batch, (shortest, longest)) -> the rows of that many tokens, or None if there are none.
         batches: (how many) -> batches of the training data, for estimators that ask about more than the step's own.
         average: (losses of this process, batch) -> those of all processes.
         agree: what the subspace has seen in the first process, for all of them.

@@ -29,7 +29,7 @@ class StepBatch:
     num_items: Any = None
 
     def cut(self, parts: int) -> StepBatch:
-        """Every micro-batch cut into so many, or into as many as it has examples.
+        """Every micro-batch cut into ``parts``, or into single examples where it has fewer.
 
         Args:
             parts: 1 leaves the batch as it is.

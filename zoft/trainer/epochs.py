@@ -29,7 +29,7 @@ class WholeSteps(_Base):
     _num_steps_in_pass = 0
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """As the Trainer's own, of so many micro-batches or of none."""
+        """As the Trainer's own: ``num_batches`` micro-batches, or none."""
         samples = self._waiting
         if not self._num_steps_in_pass:
             self._stream = epoch_iterator
@@ -45,7 +45,7 @@ class WholeSteps(_Base):
         return samples, self._get_num_items_in_batch(samples, device)
 
     def _fetch(self, num_batches: int) -> int:
-        """Let micro-batches wait until there are so many; returns how many came."""
+        """Take micro-batches from the stream until ``num_batches`` wait; returns how many came."""
         before = len(self._waiting)
         while len(self._waiting) < num_batches:
             batch = next(self._stream, None)
@@ -76,7 +76,7 @@ class WholeSteps(_Base):
         super()._run_epoch(**given)
 
     def _skip(self, num_batches: int) -> Any:
-        """The loader behind so many micro-batches, which may lie several passes back."""
+        """The loader behind its first ``num_batches`` micro-batches, which may lie several passes back."""
         while True:
             if hasattr(self._loader, "set_epoch"):
                 self._loader.set_epoch(self._passes_before)

@@ -375,7 +375,7 @@ class Journaled(_Base):
         self.journal.append(estimate.to_record(lr, queries, tokens, has_factors=has_factors))
 
     def _journal_digest(self) -> None:
-        """Every so many steps, the hash of the trained weights: a run, its replay and all processes must agree."""
+        """Every ``journal_hash_steps`` steps the hash of the weights: run, replay and all processes must agree."""
         every, step = self.args.journal_hash_steps, self.state.global_step
         alone = self.journal is None and self.args.world_size == 1
         if not every or step % every or step == self._hashed or alone:
