@@ -1,8 +1,8 @@
 """What a component is, and how it is found by its file's name.
 
 A component is a dataclass whose fields are hyper-parameters. It is at once the thing that runs, the Hydra schema of
-its group, an entry of `zoft ls`, and a row of the contract tests. Adding one is adding one file to its group's folder
-(or an entry point `zoft.<group>` in another package): no registry to edit.
+its group, an entry of `zoft ls`, and a row of the contract tests. Adding one is adding one file to its group's folder,
+no registry to edit; from outside it is an entry point `zoft.<group>`, or a file of one's own, `./my_file.py:Class`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import inspect
 import pkgutil
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from zoft.errors import UserError, did_you_mean
+from zoft.utils import own_files
 
 GROUPS: dict[str, str] = {
     "subspace": "zoft.subspaces",
@@ -44,6 +46,15 @@ class Component:
     escapes: ClassVar[tuple[str, ...]] = ()
     r"""Fields of text that a model reads: in an argument of the command line, ``\n`` in them is a line break."""
 
+    own_name: ClassVar[str] = ""
+    """What a part from outside is called: ``my_est.py:Wide``, or its entry point's name."""
+
+    own_sha256: ClassVar[str] = ""
+    """Of the file that such a part comes from: a run does not go on with another one."""
+
+    own_file: ClassVar[str] = ""
+    """Where that is, as ``/abs/my_est.py:Wide``; empty for an entry point."""
+
     def __post_init__(self) -> None:
         self.check()
 
@@ -53,7 +64,11 @@ class Component:
     @classmethod
     def name(cls) -> str:
         """The name it is chosen by: its file's name, e.g. ``one_sided``."""
-        return cls.__module__.rpartition(".")[2]
+        return str(vars(cls).get("own_name") or cls.__module__.rpartition(".")[2])
+
+    def own_code(self) -> dict[str, str]:
+        """Code from outside that it runs: name -> SHA-256 of the file. A run does not go on with another one."""
+        return {self.name(): self.own_sha256} if self.own_sha256 else {}
 
     def require(self, ok: bool, field: str, rule: str, hint: str = "") -> None:
         """Raise a :class:`UserError` that names ``field`` unless ``ok``; ``hint`` says what was probably meant."""
@@ -84,8 +99,84 @@ def components(group: str) -> dict[str, type[Component]]:
         module = importlib.import_module(f"{package.__name__}.{module_info.name}")
         found.update({cls.name(): cls for cls in vars(module).values() if _is_component_of(cls, module.__name__)})
     for entry in importlib.metadata.entry_points(group=f"zoft.{group}"):
-        found[entry.name] = entry.load()
+        cls = entry.load()
+        file = inspect.getsourcefile(cls)
+        found[entry.name] = _from_outside(cls, entry.name, own_files.digest(file) if file else "")
     return dict(sorted(found.items()))
+
+
+def find(group: str, choice: str) -> type[Component] | None:
+    """The component of a name, or of a file of one's own; None where there is none of that name.
+
+    Args:
+        group: a key of :data:`GROUPS`.
+        choice: a name, or ``FILE.py:Class``, whose file is then imported.
+
+    Raises:
+        UserError: the file has no such component.
+    """
+    return components(group).get(choice) if own_files.split(choice) is None else from_file(group, choice)
+
+
+def from_file(group: str, choice: str) -> type[Component]:
+    """A component that a file of one's own defines.
+
+    Args:
+        group: a key of :data:`GROUPS`.
+        choice: ``FILE.py:Class``.
+
+    Returns:
+        The class, which knows its ``own_file`` and the SHA-256 of that from now on.
+
+    Raises:
+        UserError: no such file or class, or it is no component of that group, saying what it lacks.
+    """
+    path, _, name = choice.rpartition(":")
+    where, base, known = f"{group}={choice}", base_of(group), parts_in(path, f"{group}={choice}")
+    cls = known.get(name)
+    if cls is None:
+        what = "defines no part" if known else "defines no part at all, no dataclass that inherits from one,"
+        raise UserError(f"{where}: {path} {what} called {name!r}.{did_you_mean(name, known)}")
+    if not issubclass(cls, base):
+        raise UserError(f"{where}: {name} must inherit from {base.__module__}.{base.__name__}, or from one below it")
+    if "__dataclass_fields__" not in vars(cls) and vars(cls).get("__annotations__"):
+        raise UserError(f"{where}: put @dataclass above class {name}: its fields are its settings")
+    return cls
+
+
+def parts_in(path: str, where: str) -> dict[str, type[Component]]:
+    """The components that a file of one's own defines, by their class's name; they know their file from now on.
+
+    Args:
+        path: the file.
+        where: what names it, for messages.
+    """
+    module, sha = own_files.module_of(path, where)
+    found = {name: cls for name, cls in vars(module).items() if _is_component_of(cls, module.__name__)}
+    for name, cls in found.items():
+        _from_outside(cls, f"{Path(path).name}:{name}", sha).own_file = own_files.absolute(f"{path}:{name}")
+    return found
+
+
+def group_of(cls: type[Component]) -> str:
+    """The group that a class is a component of."""
+    return next(group for group in GROUPS if issubclass(cls, base_of(group)))
+
+
+def base_of(group: str) -> type[Component]:
+    """The class that every component of a group inherits from."""
+    module = importlib.import_module(f"{GROUPS[group]}.base")
+    return next(
+        value
+        for value in vars(module).values()
+        if _is_component_of(value, module.__name__) and value.__name__.lower() == group
+    )
+
+
+def _from_outside(cls: type[Component], name: str, sha: str) -> type[Component]:
+    if not cls.__module__.startswith("zoft."):  # another name for a part of ours leaves it as it is
+        cls.own_name, cls.own_sha256 = name, sha
+    return cls
 
 
 def _is_component_of(value: Any, module_name: str) -> bool:
@@ -102,7 +193,7 @@ def create(group: str, choice: str | Component | None, default: str, **fields: A
 
     Args:
         group: a key of :data:`GROUPS`.
-        choice: a name, an instance, or None for the default.
+        choice: a name, ``FILE.py:Class``, an instance, or None for the default.
         default: the name used for None.
         fields: hyper-parameters for a component made from a name.
 
@@ -119,10 +210,10 @@ def create(group: str, choice: str | Component | None, default: str, **fields: A
     if isinstance(choice, Component):
         return choice
     name = default if choice is None else choice
-    known = components(group)
-    if not isinstance(name, str) or name not in known:
-        raise UserError(f"there is no {group} called {name!r}.{did_you_mean(str(name), known)}")
-    return known[name](**fields)
+    cls = find(group, name) if isinstance(name, str) else None
+    if cls is None:
+        raise UserError(f"there is no {group} called {name!r}.{did_you_mean(str(name), components(group))}")
+    return cls(**fields)
 
 
 def describe(cls: type[Component]) -> list[tuple[str, str, str, str]]:
@@ -140,5 +231,8 @@ def describe(cls: type[Component]) -> list[tuple[str, str, str, str]]:
         default = field.default if field.default is not dataclasses.MISSING else "(required)"
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        rows.append((field.name, str(field.type), repr(default), re.sub(r"\s+", " ", meanings.get(field.name, ""))))
+        kind = getattr(field.type, "__name__", "") if isinstance(field.type, type) else ""
+        rows.append(
+            (field.name, kind or str(field.type), repr(default), re.sub(r"\s+", " ", meanings.get(field.name, "")))
+        )
     return rows

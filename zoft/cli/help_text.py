@@ -176,11 +176,14 @@ OTHER = {
         "  zoft data show config=chat task.train=chats.jsonl --rows 1"
     ),
     "ls": (
-        "usage: zoft ls [group]\n\n"
-        "Lists groups and their choices, with what each is for; also those of ./configs and of plugins."
+        "usage: zoft ls [group]\n"
+        "       zoft ls FILE.py\n\n"
+        "Lists groups and their choices, with what each is for; also those of ./configs and of plugins. A Python\n"
+        "file of your own: the parts that it defines, as they are chosen."
     ),
     "show": (
-        "usage: zoft show GROUP/CHOICE   (or CHOICE alone where it is unambiguous, GROUP, or a config's section)\n\n"
+        "usage: zoft show GROUP/CHOICE   (or CHOICE alone where it is unambiguous, GROUP, or a config's section)\n"
+        "       zoft show FILE.py:Class\n\n"
         "What a part does, its settings with type, default and meaning, and where it was published; a preset's file.\n"
         "zoft show trainer, precision, budget, tracker, diagnostics, model: every key, its type, default and meaning."
     ),
@@ -191,11 +194,11 @@ OTHER = {
         "object a line. A finished run's journal is sealed: losses and slopes are then in metrics.csv alone."
     ),
     "replay": (
-        "usage: zoft replay RUN [--to STEP] [--output DIR]\n\n"
+        "usage: zoft replay RUN [GROUP=FILE.py:Class]... [--to STEP] [--output DIR]\n\n"
         "Rebuilds the weights after STEP steps (all if left out) from the base model and RUN/journal.bin,\n"
         "without data and without a forward pass, compares them with the hashes in the journal, and prints theirs.\n"
         "With --output the model or adapter is saved. RUN needs config.yaml and journal.bin, nothing else: they are\n"
-        "all that one has to send to share a fine-tuned model."
+        "all that one has to send to share a fine-tuned model. A part from a file of one's own is named here too."
     ),
     "diff": (
         "usage: zoft diff RUN_A RUN_B\n\n"

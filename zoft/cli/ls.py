@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 
-from zoft.component import GROUPS, components
+from zoft.component import GROUPS, components, group_of, parts_in
 from zoft.config.catalog import ORDER, first_comment, preset_files
 from zoft.errors import UserError, did_you_mean
 
@@ -33,14 +33,26 @@ def command(arguments: list[str]) -> int:
     """List one group, or all.
 
     Args:
-        arguments: group names, singular or plural; none for all.
+        arguments: group names, singular or plural; none for all; a Python file, for the parts that it defines.
     """
+    files = [name for name in arguments if name.endswith(".py")]
+    if files:
+        print("\n".join(line for file in files for line in _of_file(file)))
+        return 0
     arguments = [name.removesuffix("s") if name.removesuffix("s") in ORDER else name for name in arguments]
     for group in arguments:
         if group not in ORDER:
             raise UserError(f"there is no group called {group!r}.{did_you_mean(group, ORDER)}")
     print("\n\n".join(listing(group) for group in arguments or ORDER))
     return 0
+
+
+def _of_file(file: str) -> list[str]:
+    """A line for each part of a file of one's own, as it is chosen."""
+    parts = parts_in(file, file)
+    if not parts:
+        raise UserError(f"{file} defines no part: a dataclass that inherits from one of zoft's (docs/own_part.md)")
+    return [f"{group_of(cls)}={file}:{name}  {first_line(cls)}" for name, cls in parts.items()]
 
 
 def listing(group: str) -> str:

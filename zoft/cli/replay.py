@@ -6,6 +6,7 @@ from pathlib import Path
 
 from zoft.cli.journal import journal_of
 from zoft.errors import UserError
+from zoft.utils import own_files
 from zoft.utils.words import read_words
 
 
@@ -13,9 +14,9 @@ def command(arguments: list[str]) -> int:
     """Rebuild weights and say their hash, or save them.
 
     Args:
-        arguments: ``RUN [--to STEP] [--output DIR]``.
+        arguments: ``RUN [GROUP=FILE.py:Class]... [--to STEP] [--output DIR]``.
     """
-    run, options = _parsed(arguments)
+    run, own, options = _parsed(arguments)
     from zoft.run import folder
 
     config = folder.config_of(run)
@@ -24,7 +25,7 @@ def command(arguments: list[str]) -> int:
     from zoft.run.replay import replay_run
 
     text = replay_run(
-        compose([f"config={config}"], runs_code=False),
+        compose([f"config={config}", *own], runs_code=False),
         Path(run),
         to=options.get("--to"),
         output=options.get("--output"),
@@ -33,8 +34,10 @@ def command(arguments: list[str]) -> int:
     return 0
 
 
-def _parsed(arguments: list[str]) -> tuple[str, dict[str, str]]:
+def _parsed(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     words = read_words("replay", arguments, options=["--to", "--output"])
-    if len(words.rest) != 1:
+    own = [word for word in words.rest if own_files.split(word.partition("=")[2])]
+    runs = [word for word in words.rest if word not in own]
+    if len(runs) != 1:
         raise UserError("say which run: zoft replay RUN [--to STEP] [--output DIR]")
-    return words.rest[0], words.options
+    return runs[0], own, words.options

@@ -7,10 +7,11 @@ import re
 import textwrap
 
 from zoft.cli.ls import listing
-from zoft.component import GROUPS, Component, components, describe
+from zoft.component import GROUPS, Component, describe, find, group_of, parts_in
 from zoft.config.catalog import ORDER, choices, preset_files
 from zoft.config.training_arguments import explained
 from zoft.errors import UserError, did_you_mean
+from zoft.utils import own_files
 
 _SECTIONS = {
     "trainer": "",
@@ -42,9 +43,10 @@ def shown(text: str) -> str:
         return "\n\n".join([listing(text), *own])
     if text in _SECTIONS:
         return section(text)
-    group, name = _find(text.replace("=", "/"))
-    if group in GROUPS and name in components(group):
-        return _component(group, name, components(group)[name])
+    group, name = _find(text.replace("=", "/", 1))
+    part = find(group, name) if group in GROUPS else None
+    if part is not None:
+        return _component(group, name, part)
     file = preset_files(group)[name]
     return f"{group}={name}  ({file})\n\n{file.read_text(encoding='utf-8').rstrip()}"
 
@@ -75,9 +77,12 @@ def _find(text: str) -> tuple[str, str]:
     if slash:
         if group not in ORDER:
             raise UserError(f"there is no group called {group!r}.{did_you_mean(group, ORDER)}")
-        if name not in choices(group):
+        if name not in choices(group) and own_files.split(name) is None:
             raise UserError(f"there is no {group} called {name!r}.{did_you_mean(name, choices(group))}")
         return group, name
+    if (named := own_files.split(text)) is not None:
+        part = parts_in(named[0], text).get(named[1])
+        return (group_of(part) if part else "estimator"), text
     homes = [group for group in ORDER if text in choices(group)]
     if len(homes) > 1:
         ways = " or ".join(f"zoft show {home}/{text}" for home in homes)

@@ -10,10 +10,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from zoft.component import GROUPS
+from zoft.config import own
 from zoft.config.catalog import ORDER, choices
 from zoft.config.check import refuse_targets
 from zoft.config.experiments import Experiments
 from zoft.errors import UserError, did_you_mean
+from zoft.utils import own_files
 
 METHOD_SLOT = "method@_global_"
 """The second place for a method in train.yaml's defaults list, after the experiment's."""
@@ -156,6 +159,8 @@ def _choice(override: Override, experiments: Experiments) -> list[str]:
         raise UserError(f"{text}: {group} takes a name, e.g. {group}={choices(group)[0]}")
     if group == "config":
         return [f"config={experiments.register(value)}"]
+    if group in GROUPS and own_files.split(value):
+        return [f"{group}={own.register(group, value)}"]
     known = choices(group)
     if value not in known:
         homes = [f"{other}={value}" for other in ORDER if value in choices(other)]  # `optimizer=lozo`: a method's name

@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from zoft.config import texts
+from zoft.config import own, texts
 from zoft.config.catalog import ORDER, choices, preset_files
 from zoft.errors import UserError, did_you_mean
 
@@ -23,6 +23,7 @@ class Experiments:
         self.contents: dict[str, DictConfig] = {}  # as named by the user -> content
         self.files: dict[str, str] = {}  # registered name -> file, as the user would write it
         self.labels: dict[str, str | None] = {"config": None, "method": None}
+        self.trusted: set[tuple[str, str]] = set()  # parts of own files that the command line names
 
     def register(self, choice: str) -> str:
         """Make an experiment known to Hydra.
@@ -35,8 +36,10 @@ class Experiments:
         """
         file = find(choice)
         if choice not in self.contents:
-            self.contents[choice] = read(file, str(file))
-            check_defaults(self.contents[choice], str(file))
+            content = read(file, str(file))
+            self._with_own_parts(content, str(file))
+            check_defaults(content, str(file))
+            self.contents[choice] = content
         name = "_" + re.sub(r"\W", "_", str(file.with_suffix("")).lstrip("./"))
         self.files[name] = str(file)
         self.labels["config"] = file.stem
@@ -44,6 +47,15 @@ class Experiments:
             group="config", name=name, node=self.contents[choice].copy(), package="_global_", provider="zoft"
         )
         return name
+
+    def _with_own_parts(self, content: DictConfig, where: str) -> None:
+        """Parts of own files in ``defaults:`` by Hydra's names for them."""
+        entries: Any = OmegaConf.to_container(content, resolve=False)
+        if isinstance(entries.get("defaults"), list):
+            content.defaults = [
+                own.resolve(entry, self.trusted, where) if isinstance(entry, dict) else entry
+                for entry in entries["defaults"]
+            ]
 
     def file_of(self, config_path: str) -> str | None:
         """The file behind a path of the defaults list, when it is an experiment's."""
@@ -125,7 +137,7 @@ def _check_choice(key: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: defaults: there is no group {group!r}.{did_you_mean(group, ORDER)}")
     if not re.match(r"override\s+/", key):
         raise UserError(f"{where}: defaults: write `- override /{group}: {value}` (with `override` and the slash)")
-    if value is not None and str(value) not in choices(group):
+    if value is not None and str(value) not in choices(group) and not own.is_registered(group, str(value)):
         near = did_you_mean(str(value), choices(group))
         raise UserError(f"{where}: defaults: there is no {group} called {value!r}.{near}")
 

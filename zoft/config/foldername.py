@@ -7,6 +7,7 @@ import re
 import zlib
 
 from zoft.config.experiments import is_path
+from zoft.utils import own_files
 
 _UNTOLD = {
     "config",
@@ -36,6 +37,8 @@ def named_after(arguments: list[str], keys: list[str]) -> str:
         value = values[key].strip("'")
         if key == "config" and is_path(value):
             value = os.path.splitext(os.path.basename(value))[0]
+        if own_files.split(value):
+            value = os.path.basename(value)
         readable = re.sub(r"[^\w.+-]+", "-", value).strip("-")
         parts.append(f"{key.lstrip('+')}={readable}")
     name = re.sub(r"[^\w.=,+-]+", "-", ",".join(parts)).strip("-")

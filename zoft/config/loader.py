@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zoft.component import GROUPS, Component, components
-from zoft.config import arguments, experiments, texts
+from zoft.config import arguments, experiments, own, texts
 from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir
 from zoft.config.check import Checker, refuse_code, translated
 from zoft.config.foldername import suffix
@@ -58,6 +58,7 @@ def compose(overrides: list[str], *, runs_code: bool = True) -> ZoftConfig:
     """
     loader = Loader()
     loader.runs_code = runs_code
+    own.register_named(overrides)
     cfg = loader.load([texts.argument(override) for override in overrides])
     if OmegaConf.to_container(cfg)["output_dir"] == DEFAULT_DIR:
         cfg.output_dir = DEFAULT_DIR + suffix(overrides)
@@ -156,6 +157,7 @@ class Loader(ConfigLoaderImpl):
         del from_shell
         with translated(self.experiments):
             self.experiments.labels = {"config": None, "method": None}
+            self.experiments.trusted = own.register_named(overrides)  # in a sweep's worker for the first time
             complete = arguments.with_adapter(overrides)
             self._implied = len(complete) > len(overrides)
             parsed = self.parse(complete)
@@ -198,7 +200,7 @@ class Loader(ConfigLoaderImpl):
     def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
         # Every part is known here, and nothing is merged yet: the moment to check what arguments and files set.
         chosen = dict(default.config_path.split("/", 1) for default in defaults if _is_component(default))
-        self._checker = Checker({group: components(group)[name] for group, name in chosen.items()})
+        self._checker = Checker({group: own.known(group)[name] for group, name in chosen.items()})
         for override in self._values:
             self._checker.check(arguments.nested(override), override.input_line or "")
         self._replaced = self._replaced_parts(defaults, repo, chosen)
@@ -257,7 +259,7 @@ class Loader(ConfigLoaderImpl):
 def _is_component(default: ResultDefault) -> bool:
     """Whether a file of the defaults list is a component's own schema (and not a YAML preset of its group)."""
     group, _, name = (default.config_path or "").partition("/")
-    return group in GROUPS and name in components(group)
+    return group in GROUPS and name in own.known(group)
 
 
 _PREPARED: list[bool] = []

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from zoft.component import GROUPS, Component, components
 from zoft.config.loader import compose
+from zoft.config.own import words
 from zoft.config.schema import ZoftConfig
 
 
@@ -24,12 +25,16 @@ def resolved_yaml(source: ZoftConfig | list[str]) -> str:
     parts = {group: _choice(group, getattr(cfg, group)) for group in GROUPS}
     defaults = ["_self_", *({f"override /{group}": name} for group, name in parts.items())]
     header = "# @package _global_\n"
-    header += "# Everything this run was made of. Again: zoft train config=<this file> output_dir=<a new folder>\n"
+    again = " ".join(["zoft train config=<this file> output_dir=<a new folder>", *words(cfg)])
+    header += f"# Everything this run was made of. Again: {again}\n"
+    for group in GROUPS:
+        for name, sha in getattr(cfg, group).own_code().items():  # a line like any other: it must stay the same
+            header += f"# {group}: {name} has the SHA-256 {sha}\n"
     return header + OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **_plain(cfg)}))
 
 
 def _choice(group: str, part: Component) -> str:
-    return next(name for name, cls in components(group).items() if cls is type(part))
+    return part.own_file or next(name for name, cls in components(group).items() if cls is type(part))
 
 
 def _plain(cfg: ZoftConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from zoft.config import texts
+from zoft.config import own, texts
 from zoft.config.foldername import named_after, suffix
 from zoft.config.loader import DEFAULT_DIR, PRIMARY, Loader, to_config
 from zoft.config.schema import ZoftConfig
@@ -85,6 +85,7 @@ def multirun(overrides: list[str], run: Callable[[ZoftConfig], dict[str, Any] | 
     """
     loader = Loader()
     loader.sweeping = True
+    own.register_named(overrides)
     overrides = [texts.argument(override) for override in overrides]
     cells = expand(loader, overrides)
     base = _base(loader, list(cells))

@@ -59,6 +59,16 @@ def places() -> dict[str, Places]:
     return found | {"defaults": Each(Text())}
 
 
+def own_places(group: str, cls: type) -> None:
+    """Add those of a part that is not among the components of its group.
+
+    Args:
+        group: of the part.
+        cls: the part.
+    """
+    places()[group] |= _places_of(cls, getattr(cls, "escapes", ()))
+
+
 def _places_of(cls: type, escapes: tuple[str, ...] = ()) -> dict[str, Places]:
     hints = typing.get_type_hints(cls)
     found = {field.name: _place_of(hints[field.name], field.name in escapes) for field in dataclasses.fields(cls)}

@@ -86,6 +86,7 @@ def _settings(cfg: ZoftConfig, trainer: ZOTrainer) -> dict[str, Any]:
 
 def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]:
     """What the report says, as numbers."""
+    from zoft.config import own
     from zoft.report.backprop import backprop_estimate_mb, model_shape
     from zoft.weights.tensors import Weights
 
@@ -121,6 +122,10 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
             for name in ("torch", "transformers", "peft", "datasets", "accelerate")
         },
         "command": shlex.join(
-            ["zoft", "train", f"config={Path(cfg.output_dir) / folder.CONFIG}", f"output_dir={cfg.output_dir}-again"]
+            [
+                *("zoft", "train", f"config={Path(cfg.output_dir) / folder.CONFIG}"),
+                *own.words(cfg),
+                f"output_dir={cfg.output_dir}-again",
+            ]
         ),
     }

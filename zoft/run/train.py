@@ -173,6 +173,7 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 def _carry_out(
     cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], memory: PeakMemory, *, resuming: bool
 ) -> dict[str, Any]:
+    from zoft.config import own
     from zoft.lm import formats
     from zoft.report import results
     from zoft.report.health import warn_unmoved
@@ -232,7 +233,8 @@ def _carry_out(
             say(verdict_line(metric, gain, len(rows["test"])))
         say(f"run     {cfg.output_dir}: report.md, curve.png, metrics.csv, model/")
         form = formats.format_of_row(rows["train"][0])
-        for line in next_lines(cfg.output_dir, chats=_chats(cfg), chooses=form in ("options", "mask", "head")):
+        chooses = form in ("options", "mask", "head")
+        for line in next_lines(cfg.output_dir, chats=_chats(cfg), chooses=chooses, own=own.words(cfg)):
             say(line)
     return facts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +78,19 @@ def verdict_line(metric: str, gain: tuple[float, float, float], num_rows: int) -
     return f"{told}: {'better' if (middle > 0) != (metric in _DOWN) else 'WORSE'} than before"
 
 
-def next_lines(output_dir: str, *, chats: bool, chooses: bool) -> list[str]:
+def next_lines(output_dir: str, *, chats: bool, chooses: bool, own: Sequence[str] = ()) -> list[str]:
     """The next three commands.
 
     Args:
         output_dir: the run's folder.
         chats: whether its rows are conversations.
         chooses: whether it chooses between labels.
+        own: arguments that name parts of the user's own files.
     """
-    use = f"zoft predict run={output_dir} data=new.csv" if chooses else f"zoft generate run={output_dir} prompt='...'"
-    use = f"zoft chat run={output_dir} --compare" if chats else use
-    return [f"next    {use}", f"        zoft export run={output_dir}", f"        zoft journal show {output_dir}"]
+    run = " ".join([f"run={output_dir}", *own])
+    use = f"zoft predict {run} data=new.csv" if chooses else f"zoft generate {run} prompt='...'"
+    use = f"zoft chat {run} --compare" if chats else use
+    return [f"next    {use}", f"        zoft export {run}", f"        zoft journal show {output_dir}"]
 
 
 def keep_rows(path: Path, rows: dict[str, list[float]], of: dict[str, str | None]) -> None:

@@ -227,6 +227,8 @@ class Journaled(_Base):
             for field in dataclasses.fields(part):
                 if field.name not in ("learning_rate", "weight_decay"):
                     chosen[f"{group}.{field.name}"] = getattr(part, field.name)
+        for part in (method.subspace, method.estimator, method.weighting, method.optimizer, self.objective):
+            chosen |= {f"code of {name}": sha for name, sha in (part.own_code() if part else {}).items()}
         return dict(json.loads(json.dumps(chosen, default=str)))
 
     def _check_same(self, contents: Contents, path: Path) -> None:

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
 from zoft.lm.metrics.libraries import number_of
 from zoft.lm.objectives._written import Writing
 from zoft.lm.objectives.base import Batch
+from zoft.utils import own_files
 from zoft.utils.lazy import Tensor, nn, torch
 
 Function = Callable[..., Sequence[float]]
@@ -32,7 +34,7 @@ class Reward(Writing):
     The name of a function is code to run: it is taken from the command line or from Python, never from a file.
 
     Args:
-        function: ``module:function``; a module of the working directory is found too.
+        function: ``module:function``, where a module of the working directory is found too, or ``FILE.py:function``.
     """
 
     function: str = ""
@@ -43,7 +45,7 @@ class Reward(Writing):
         module, _, name = self.function.partition(":") if isinstance(self.function, str) else ("", "", "")
         parts = [*module.split("."), name]
         fine = callable(self.function) or not self.function or all(part.isidentifier() for part in parts)
-        self.require(fine, "function", "module:function")
+        self.require(fine or own_files.split(self.function) is not None, "function", "module:function")
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -53,6 +55,13 @@ class Reward(Writing):
     def prepare(self) -> None:
         """The function has to be there."""
         self.loaded()
+
+    def own_code(self) -> dict[str, str]:
+        """The function's file, where it is named by one."""
+        named = own_files.split(self.function)
+        file = Path(named[0]).expanduser() if named else None
+        own = {f"{file.name}:{named[1]}": own_files.digest(str(file))} if named and file and file.is_file() else {}
+        return super().own_code() | own
 
     def loaded(self) -> Function:
         """The function, imported.
@@ -99,7 +108,10 @@ class Reward(Writing):
 
 @lru_cache
 def _loaded(path: str) -> Function:
-    module_name, _, name = path.partition(":")
+    module_name, _, name = path.rpartition(":")
+    if own_files.split(path) is not None:
+        module, _ = own_files.module_of(module_name, f"objective.function={path}")
+        return _checked(getattr(module, name, None), path, name)
     sys.path.insert(0, os.getcwd())  # the `zoft` command does not look there by itself
     try:
         found = getattr(importlib.import_module(module_name), name, None)
@@ -107,6 +119,11 @@ def _loaded(path: str) -> Function:
         raise UserError(f"objective.function={path}: {error}; give module:function that Python can import") from error
     finally:
         sys.path.remove(os.getcwd())
+    return _checked(found, path, name)
+
+
+def _checked(found: Any, path: str, name: str) -> Function:
+    """The function, which must take prompts and generations."""
     if not callable(found):
         raise UserError(f"objective.function={path}: the module has no function called {name}")
     takes = inspect.signature(found).parameters
@@ -115,7 +132,8 @@ def _loaded(path: str) -> Function:
             f"objective.function={path} must take prompts and generations by these names, it takes "
             f"{', '.join(takes) or 'nothing'}"
         )
-    return found
+    function: Function = found
+    return function
 
 
 def _takes_any(function: Function) -> bool:
