@@ -304,7 +304,7 @@ FIGURES = [
     Figure("circles of imports", circles, 0, 0),
     Figure("imports that point up", upward_imports, 0, 0),
     Figure("entries in the root of zoft/", root_entries, 25, 26),
-    Figure("hooks of base classes with one user", one_user_hooks, 8, 26),
+    Figure("hooks of base classes with one user", one_user_hooks, 8, 8),
     Figure("reads of trainer._x from outside", private_reads, 0, 0),
     Figure("files of zoft/", lambda: len(num_lines()), 260, 400),
     Figure("lines of zoft/", lambda: sum(num_lines()), 34_000, 46_000),

@@ -14,6 +14,9 @@ from torch import bfloat16, float16, float32, nn, ones
 from zoft.component import GROUPS, Component, components
 from zoft.engines.base import Session
 from zoft.errors import UserError
+from zoft.estimators._curvature import MeasuresCurvature
+from zoft.estimators.nodes import Nodes
+from zoft.optimizers._optional import ReadsFactors
 from zoft.step.method import Method
 from zoft.subspaces.base import BoundSubspace
 from zoft.weights.tensors import Weights
@@ -21,7 +24,7 @@ from zoft.weights.tensors import Weights
 NEEDS: dict[tuple[str, str], dict[str, Any]] = {("trainable", "regex"): {"pattern": "norm"}}
 """Fields without which a component cannot be made: (group, name) -> fields."""
 
-OPTIMIZERS = [name for name, cls in components("optimizer").items() if not cls.reads_factors]
+OPTIMIZERS = [name for name, cls in components("optimizer").items() if not issubclass(cls, ReadsFactors)]
 """Those that work on a tensor's estimate; the others see factors of node gradients."""
 
 DTYPES = {"fp32": float32, "bf16": bfloat16, "fp16": float16}
@@ -31,7 +34,9 @@ EVERY = [(group, name) for group in GROUPS for name in components(group)]
 SUBSPACES = [name for name, cls in components("subspace").items() if not cls.moves_outputs]
 """Those with directions in the weights; node directions have tests of their own (test_nodes.py)."""
 
-QUERYING = [name for name, cls in components("estimator").items() if not (cls.backpropagates or cls.makes_factors)]
+QUERYING = [
+    name for name, cls in components("estimator").items() if not cls.backpropagates and not issubclass(cls, Nodes)
+]
 """Estimators for which losses at points are all there is: every engine is asked for them."""
 
 
@@ -72,8 +77,8 @@ def method(
     noise="counter",
 ) -> Method:
     """A composition of discovered parts, with the settings of a test; it makes up for what its optimizer needs."""
-    if components("optimizer")[optimizer].needs_curvature and not components("estimator")[estimator].measures_curvature:
-        estimator = next(n for n, cls in components("estimator").items() if cls.measures_curvature)
+    if optimizer == "hessian" and not issubclass(components("estimator")[estimator], MeasuresCurvature):
+        estimator = next(n for n, cls in components("estimator").items() if issubclass(cls, MeasuresCurvature))
     return Method(
         small_subspace(subspace, law, interval),
         with_fields(example("estimator", estimator), num_directions=q, eps=eps, noise=noise),

@@ -14,6 +14,8 @@ from tests.contract.discovered import SUBSPACES, coordinates_of, example, small_
 from zoft.component import components
 from zoft.engines.base import Session
 from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes
+from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.joint import ACROSS
 from zoft.noise.source import LAWS
@@ -25,7 +27,7 @@ from zoft.subspaces.base import BoundSubspace
 from zoft.weights.tensors import Weights
 
 MANY = 10_000
-ESTIMATORS = [name for name, cls in components("estimator").items() if not cls.makes_factors]
+ESTIMATORS = [name for name, cls in components("estimator").items() if not issubclass(cls, Nodes)]
 """Those of directions in the weights; for those in layers' outputs see test_nodes.py."""
 WEIGHTINGS = list(components("weighting"))
 
@@ -409,7 +411,7 @@ def test_the_mean_estimate_of_every_estimator_is_the_gradient(estimator):
     """10^4 directions on a quadratic, through queries and steps: the gradient within 3 standard errors."""
     asks = Estimates(composed(estimator, num_directions=20, eps=0.1), spread=0.5)
     asks.take(4)  # what it remembers of the steps before is there then
-    samples = asks.take(MANY // (40 if asks.method.estimator.per_example else 20), first=4)
+    samples = asks.take(MANY // (40 if isinstance(asks.method.estimator, PerExample) else 20), first=4)
     gradient = asks.model.gradient()
     exact = samples.std(0) < 1e-9 * gradient.norm()
     torch.testing.assert_close(samples.mean(0)[exact], gradient[exact], rtol=1e-4, atol=1e-4)

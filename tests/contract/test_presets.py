@@ -15,7 +15,9 @@ from tests.models import batch_for, tiny_opt
 from tests.node_reader import ModelReader
 from zoft.config import compose
 from zoft.config.catalog import first_comment, preset_files
+from zoft.estimators.nodes import Nodes
 from zoft.lm.data.rows import examples_of, of_lengths
+from zoft.optimizers._optional import ReadsFactors
 from zoft.step.nodes import NodeQueries
 from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
@@ -151,14 +153,18 @@ class Steps:
             examples=examples_of,
             select=lambda batch, lengths: of_lengths(batch, *lengths),
             batches=lambda count: [self.batch] * count,
-            nodes=NodeQueries(self.session, ModelReader(self.model)) if self.method.estimator.makes_factors else None,
+            nodes=NodeQueries(self.session, ModelReader(self.model))
+            if isinstance(self.method.estimator, Nodes)
+            else None,
         )
 
     def bytes_kept(self):
         """Of all tensors that are kept from step to step: the optimizer's state, an anchor, bases and masks."""
         of_a_step = ("weights", "source", "_kept", "_drawn", "_overlap", "_last_basis")
         subspace = [value for key, value in vars(self.session.coordinates).items() if key not in of_a_step]
-        moments = {} if self.method.optimizer.reads_factors else self.stepper.moments  # of the batches' size
+        moments = (
+            {} if isinstance(self.method.optimizer, ReadsFactors) else self.stepper.moments
+        )  # of the batches' size
         kept = tensors_in([moments, self.session.anchor, subspace])
         return sum({(t.data_ptr(), t.numel() * t.element_size()): t.numel() * t.element_size() for t in kept}.values())
 

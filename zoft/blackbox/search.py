@@ -11,6 +11,7 @@ from zoft.blackbox.settings import Settings
 from zoft.blackbox.space import Space
 from zoft.blackbox.step_adaptation import StepSizeAdaptation
 from zoft.blackbox.walk import Walk
+from zoft.estimators.base import scheduled
 from zoft.estimators.central import Central
 from zoft.estimators.one_sided import OneSided
 from zoft.step.method import Method
@@ -49,7 +50,7 @@ def fixed(settings: Settings, learning_rate: float, walk: Walk, host: Host) -> N
     while True:
         done = 1 - host.left / settings.budget
         share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[settings.schedule]
-        estimator = walk.fitting(walk.method.estimator.at(done, share), host.left - kept_for_the_end(host))
+        estimator = walk.fitting(scheduled(walk.method.estimator, done, share), host.left - kept_for_the_end(host))
         if estimator is None:
             finish(walk, host)
         rate = learning_rate * share * (estimator.num_directions if rule.scale_with_directions else 1)

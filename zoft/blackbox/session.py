@@ -11,6 +11,7 @@ from zoft.engines.base import Session
 from zoft.errors import UserError
 from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators.base import Point
+from zoft.estimators.per_example import PerExample
 from zoft.step.method import Method
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, torch
@@ -92,7 +93,7 @@ def check_method(method: Method) -> None:
         needs = f"estimator={estimator.name()} needs derivatives"
     elif isinstance(estimator, KeepsAnchor):
         needs = f"estimator={estimator.name()} needs batches of data"
-    elif estimator.per_example:
+    elif isinstance(estimator, PerExample):
         needs = f"estimator={estimator.name()} needs a loss for each example"
     elif any(subspace.observes_at(step) == "gradient" for step in range(2)):
         needs = f"subspace={subspace.name()} as it is set needs a gradient"

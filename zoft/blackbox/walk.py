@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from zoft.blackbox.session import Ask, FunctionSession, check_method
 from zoft.blackbox.space import Space
+from zoft.errors import UserError
 from zoft.estimators.base import Estimator
 from zoft.step.estimate import StepEstimate
 from zoft.step.method import Method
@@ -105,12 +106,13 @@ class Walk:
         remembers = bool(estimator.init()) or bool(self.method.weighting.init())
         if remembers or estimator.across == "antithetic" or estimator.num_directions == 1:
             return None
-        one = replace(estimator, num_directions=max(2, estimator.min_directions), across="iid")
+        one = replace(estimator, num_directions=2, across="iid")
         each = one.queries_at(self.step) // one.num_directions
         count = estimator.num_directions - -(-(self.cost(estimator) - queries) // each)
-        if count < estimator.min_directions or (estimator.across == "orthogonal" and count < 2):
+        try:
+            return replace(estimator, num_directions=count)
+        except UserError:  # it takes more directions than that
             return None
-        return replace(estimator, num_directions=count)
 
     def ask(self, estimator: Estimator, lr: float = 0.0, *, penalises: bool = True) -> StepEstimate:
         """The queries of a step; :meth:`write` takes it.

@@ -8,6 +8,7 @@ from typing import Any
 from zoft.engines.base import Engine
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
+from zoft.estimators.nodes import Nodes
 from zoft.lm.models.load import DTYPES
 from zoft.lm.models.peft.base import Peft
 from zoft.lm.models.quantized import QUANTIZATIONS, require_package
@@ -203,7 +204,7 @@ class ZoftConfig:
         self._check_gradient()
         self._check_quantization()
         self._check_outputs()
-        if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or self.estimator.makes_factors):
+        if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or isinstance(self.estimator, Nodes)):
             raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
 
     def _follow_mezo(self) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from zoft.diagnostics.bystander import Bystander
 from zoft.errors import UserError
+from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction, step_seed
+from zoft.optimizers._optional import trials
 from zoft.optimizers.base import Term
 from zoft.optimizers.sgd import SGD
 from zoft.step.query import StepQueries
@@ -67,10 +69,10 @@ class Asking:
 
     def __post_init__(self) -> None:
         method = self.queries.method
-        if method.optimizer.line_search:
+        if trials(method.optimizer):
             method = replace(method, optimizer=SGD())  # the estimate is wanted, not how far the step goes
         given = {one.name: getattr(self.queries, one.name) for one in fields(StepQueries)}
-        examples = list(self.queries.examples(self.batch)) if self.estimator.per_example else []
+        examples = list(self.queries.examples(self.batch)) if isinstance(self.estimator, PerExample) else []
         beside = _Remembering(self.session, self.remembered)
         given |= {"method": method, "optimizer": beside, "agree": None, "examples": lambda _: examples}
         self._queries = _InTheStep(**given)

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoft.engines.base import Backward, Objective, Session
+from zoft.engines.base import Objective, Session
 from zoft.engines.forward_mode import ForwardMode
 from zoft.engines.layerwise import Layerwise
 from zoft.estimators.base import Point
 from zoft.noise.joint import Orthogonal, Transformed
 from zoft.noise.source import NoiseSource
-from zoft.step.method import BACKWARD
 from zoft.subspaces.base import BoundSubspace
 
 
@@ -76,14 +75,6 @@ class Bystander(Session):
         losses = super().losses_per_example(examples, points, numbers)
         self.num_queries = before + -(-(self.num_queries - before) // max(1, len(examples)))
         return losses
-
-    def graph(self, batch: Any, names: frozenset[str] | None = None) -> tuple[Tensor, Backward]:
-        """As the base class's; a backward pass counts as in a run."""
-        self.num_queries += BACKWARD
-        return super().graph(batch, names)
-
-    def keep_anchor(self) -> None:
-        """The run keeps its own."""
 
 
 def mirrored(coordinates: BoundSubspace, num_directions: int) -> BoundSubspace:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoft.engines._backward import loss_with_graph
 from zoft.engines.base import Session, memory_errors_say
 
 Gradient = dict[str, Tensor]
@@ -51,7 +52,7 @@ def gradient_of(session: Session, parts: Iterable[tuple[Any, float]]) -> Gradien
 
     with memory_errors_say("leave the true gradient out: diagnostics.gradient=false"):
         for batch, weight in parts:
-            _, run = session.graph(batch)
+            _, run = loss_with_graph(session, batch)
             run(add(weight))
     return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ from zoft.diagnostics.gradient import Gradient, gradient_of
 from zoft.diagnostics.probes import gram_summary, normalised, signal, true_slopes
 from zoft.diagnostics.radius import exact_slopes, radius_table
 from zoft.diagnostics.variance import Law, variance_table
+from zoft.engines._backward import loss_with_graph
 from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators._anchor import KeepsAnchor, anchor_batches
 from zoft.estimators._backward import NeedsBackward
+from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction
 from zoft.report.backprop import backprop_parts_mb, model_shape
-from zoft.step.method import memory_of
+from zoft.step.method import BACKWARD, memory_of
 from zoft.subspaces.base import BoundSubspace
 from zoft.subspaces.full import Full
 from zoft.trainer.batch import StepBatch
@@ -121,13 +124,13 @@ class Measurement:
         trainer = self.trainer
         counts = [trainer.num_terms(inputs) for inputs in batch.micro_batches]
         adds_up = len(counts) == 1 or trainer.loss_is_a_share(batch)
-        return gradient_of(
-            self.session,
-            (
-                (StepBatch([inputs], batch.num_items), 1.0 if adds_up else count / sum(counts))
-                for inputs, count in zip(batch.micro_batches, counts, strict=True)
-            ),
-        )
+
+        def parts() -> Iterator[tuple[StepBatch, float]]:
+            for inputs, count in zip(batch.micro_batches, counts, strict=True):
+                self.session.num_queries += BACKWARD
+                yield StepBatch([inputs], batch.num_items), 1.0 if adds_up else count / sum(counts)
+
+        return gradient_of(self.session, parts())
 
     def _dense(self) -> Gradient | None:
         """What a backward pass of the estimator's own adds to the estimate, computed as in the step."""
@@ -140,7 +143,8 @@ class Measurement:
         queried = bool(estimator.points(self.probes)) and select(self.batch, estimator.queried_lengths) is not None
         share = estimator.share_of_backward(queried)
         near = select(self.batch, estimator.backpropagated_lengths)
-        _, run = self.session.graph(near, frozenset(self.coordinates.still) or None)
+        _, run = loss_with_graph(self.session, near, frozenset(self.coordinates.still) or None)
+        self.session.num_queries += BACKWARD
 
         def take(name: str, gradient: Tensor) -> None:
             dense[name] = gradient.mul(share).reshape(-1).float()
@@ -175,12 +179,12 @@ class Measurement:
             return q
         if self.estimator.across == "orthogonal":
             wanted = min(wanted, coordinates.dimension(direction))
-        if self.estimator.per_example:
+        if isinstance(self.estimator, PerExample):
             wanted = min(wanted, _MOST * q // max(1, len(self.terms)))
         return max(1, -(-wanted // q) if self.estimator.across != "orthogonal" else wanted // q) * q
 
     def _gram(self) -> Tensor:
-        own = self.estimator.per_example or not self._probes_tell
+        own = isinstance(self.estimator, PerExample) or not self._probes_tell
         directions = [direction for direction, _ in self.terms] if own else self.probes
         return self.coordinates.gram(directions[:_MOST])
 
@@ -221,7 +225,7 @@ class Measurement:
     def _law(self, gram: Tensor, slope_square: float) -> Law | None:
         """What theory needs; None where it says nothing of this method."""
         method, estimator = self.trainer.method, self.estimator
-        has_slopes = estimator.measures_slopes and not estimator.per_example and not isinstance(estimator, KeepsAnchor)
+        has_slopes = estimator.measures_slopes and not isinstance(estimator, (PerExample, KeepsAnchor))
         if not has_slopes or method.weighting.name() != "mean" or method.optimizer.shapes_directions:
             return None
         dimension = self.coordinates.dimension(self.probes[0])

@@ -14,6 +14,7 @@ from zoft.errors import UserError
 from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators.base import Estimator, FiniteDifference, Point
 from zoft.estimators.central import Central
+from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction
 
 
@@ -30,7 +31,7 @@ def differences(
 ) -> Tensor:
     """The slopes that the estimator's formula gives at another radius; central differences where it has no slopes."""
     own = isinstance(estimator, FiniteDifference) and estimator.measures_slopes
-    own = own and not estimator.per_example and not isinstance(estimator, KeepsAnchor) and not estimator.backpropagates
+    own = own and not isinstance(estimator, (PerExample, KeepsAnchor)) and not estimator.backpropagates
     like = estimator if own else Central()
     chosen = replace(like, num_directions=len(directions), eps=eps, across="iid")  # type: ignore[call-arg]
     return chosen.projected_grads(session.losses(batch, chosen.points(list(directions))))

@@ -11,6 +11,7 @@ from zoft.engines.layerwise import Layerwise
 from zoft.engines.nodes import Nodes
 from zoft.engines.side_path import SidePath
 from zoft.estimators.base import Estimator
+from zoft.estimators.nodes import Nodes as NodeEstimator
 from zoft.noise.direction import Direction
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import nn
@@ -30,7 +31,7 @@ class Auto(Engine):
     def choose(self, estimator: Estimator, coordinates: BoundSubspace, model: nn.Module) -> Engine:
         """The engine for this estimator, these coordinates and this model."""
         direction = Direction(0, 0)
-        if estimator.makes_factors:
+        if isinstance(estimator, NodeEstimator):
             return Nodes()
         if any(point.derivative for point in estimator.points([direction] * estimator.num_directions)):
             return ForwardMode()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from zoft.component import Component
 from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators.base import Estimator, Point
+from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
 from zoft.noise.source import prepare
 from zoft.subspaces._observes import ObservesInputs
@@ -20,10 +20,6 @@ from zoft.weights.rounding import has_few_bits, round_stochastically
 
 Objective = Callable[[Any], "Tensor"]
 """batch -> a scalar to minimise, at whatever the weights are while it runs."""
-
-
-Backward = Callable[[Callable[[str, "Tensor"], None]], None]
-"""Runs a backward pass and hands over (tensor name, gradient), one by one."""
 
 
 @dataclass
@@ -75,18 +71,6 @@ class Session:
             float32 [P] on the CPU, in the order of ``points``.
         """
         raise NotImplementedError
-
-    def pass_over(self, points: Sequence[Point]) -> None:
-        """Leave in the weights what queries at these points leave: nothing, where they come back exactly.
-
-        Args:
-            points: of a step that is taken from a journal.
-        """
-        del points
-
-    def take_path(self) -> list[Point] | None:
-        """The points that queries have left a trace of since the last call; None where they leave none."""
-        return None
 
     def losses_per_example(
         self, examples: Sequence[Any], points: Sequence[Point], numbers: Sequence[int] | None = None
@@ -151,37 +135,6 @@ class Session:
             for handle in handles:
                 handle.remove()
 
-    def graph(self, batch: Any, names: frozenset[str] | None = None) -> tuple[Tensor, Backward]:
-        """The loss with its graph, and the backward pass to be run later.
-
-        Args:
-            batch: handed to the objective as it is.
-            names: tensors whose gradient is wanted; all trained ones if left out. No graph is kept below them.
-
-        Returns:
-            The clean loss, float32 scalar on the CPU; and a function that runs the backward pass, and hands over name
-            and gradient of each tensor as soon as it is there: what it is handed to may write the tensor.
-
-        Raises:
-            UserError: the objective has no gradient.
-        """
-        wanted = {n: t for n, t in self.weights.tensors.items() if names is None or n in names}
-        others = [t for n, t in self.weights.tensors.items() if n not in wanted]
-        try:
-            for tensor in others:
-                tensor.requires_grad_(False)
-            with torch.enable_grad():
-                loss = self.objective(batch)
-        finally:
-            for tensor in others:
-                tensor.requires_grad_(True)
-        if not loss.requires_grad:
-            raise UserError(
-                "the objective has no gradient along the trained weights: a backward pass needs a differentiable "
-                "objective; use estimator=central"
-            )
-        return loss.detach().to("cpu", torch.float32), partial(_run_backward, loss, wanted)
-
     def apply_(
         self,
         name: str,
@@ -226,27 +179,6 @@ class Session:
             return self.objective(batch).detach().to("cpu", torch.float32)
 
 
-def _run_backward(loss: Tensor, wanted: dict[str, nn.Parameter], take: Callable[[str, Tensor], None]) -> None:
-    """Pass each gradient to ``take`` as autograd makes it, and free it; afterwards restore the earlier ``.grad``."""
-
-    def hand_over(name: str, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        take(name, gradient.detach())
-
-    before = {name: tensor.grad for name, tensor in wanted.items()}
-    handles = [tensor.register_post_accumulate_grad_hook(partial(hand_over, name)) for name, tensor in wanted.items()]
-    try:
-        for tensor in wanted.values():
-            tensor.grad = None
-        loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, tensor in wanted.items():
-            tensor.grad = before[name]
-
-
 @contextmanager
 def memory_errors_say(mend: str) -> Iterator[None]:
     """An error for want of memory goes on with ``mend`` behind it: what to lower."""
@@ -266,12 +198,12 @@ def memory_errors_say(mend: str) -> Iterator[None]:
 
 def check_outputs(engine: str, estimator: Estimator) -> None:
     """Refuse an engine that perturbs weights where layers' outputs are perturbed, and the other one elsewhere."""
-    if estimator.makes_factors and engine not in ("auto", "nodes"):
+    if isinstance(estimator, Nodes) and engine not in ("auto", "nodes"):
         raise UserError(
             f"engine={engine} perturbs weights, and estimator={estimator.name()} perturbs layers' outputs: choose "
             "engine=auto"
         )
-    if engine == "nodes" and not estimator.makes_factors:
+    if engine == "nodes" and not isinstance(estimator, Nodes):
         raise UserError(
             f"engine=nodes perturbs layers' outputs, and estimator={estimator.name()} moves weights: choose engine=auto"
         )

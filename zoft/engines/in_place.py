@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zoft.engines._trace import LeavesTrace
 from zoft.engines.base import Engine, Objective, Session, memory_errors_say, refuse_derivatives
 from zoft.errors import UserError
 from zoft.estimators.base import Point
@@ -75,7 +76,7 @@ class _CopySession(Session):
         return torch.stack(results)
 
 
-class _SubtractSession(Session):
+class _SubtractSession(LeavesTrace, Session):
     """The weights walk from point to point by arithmetic: theta + eps z - 2 eps z + eps z, each addition rounded."""
 
     def __init__(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> None:

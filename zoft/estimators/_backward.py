@@ -56,11 +56,5 @@ def check_parts(estimator: Estimator, method: Any) -> None:
     reason = f"estimator={estimator.name()} takes gradients from a backward pass, and "
     if subspace.name() != "full":
         raise UserError(f"{reason}subspace={subspace.name()} has no coordinates for them: use subspace=full")
-    if optimizer.line_search:
-        raise UserError(f"{reason}optimizer={optimizer.name()} tries steps along directions: use optimizer=sgd")
-    if optimizer.shapes_directions:
-        raise UserError(f"{reason}optimizer={optimizer.name()} shapes the directions of queries: use optimizer=sgd")
-    if optimizer.history_length or type(optimizer).coefficients.__qualname__ != "Optimizer.coefficients":
-        raise UserError(
-            f"{reason}optimizer={optimizer.name()} goes by the directions' coefficients: use optimizer=adam"
-        )
+    if optimizer.uses_directions:
+        raise UserError(f"{reason}optimizer={optimizer.name()} {optimizer.uses_directions}: use optimizer=sgd or adam")

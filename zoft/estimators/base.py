@@ -65,23 +65,11 @@ class Estimator(Component):
         across: how a step's directions hang together: iid, antithetic (pairs z, -z) or orthogonal.
     """
 
-    measures_curvature: ClassVar[bool] = False
-    """Whether :meth:`measure` gives second differences along the directions too."""
-
-    per_example: ClassVar[bool] = False
-    """Whether every example of the batch has directions of its own (``losses`` are then [P, B])."""
-
     backpropagates: ClassVar[bool] = False
     """Whether some of the gradient comes from a backward pass (:class:`zoft.estimators._backward.NeedsBackward`)."""
 
-    makes_factors: ClassVar[bool] = False
-    """Whether the estimate comes as factors (gradients of layers' outputs, their inputs) and not along directions."""
-
     measures_slopes: ClassVar[bool] = True
     """Whether each projected gradient is the slope along its own direction, and not only right on average."""
-
-    min_directions: ClassVar[int] = 1
-    """The fewest directions that say anything."""
 
     num_directions: int = 1
     noise: str = "counter"
@@ -89,7 +77,7 @@ class Estimator(Component):
 
     def check(self) -> None:
         """Refuse too few directions, an unknown source of noise, and directions that cannot hang together so."""
-        self.require(self.num_directions >= self.min_directions, "num_directions", f"at least {self.min_directions}")
+        self.require(self.num_directions >= 1, "num_directions", "at least 1")
         self.require(self.noise in SOURCES, "noise", f"one of {', '.join(SOURCES)}")
         self.require(self.across in ACROSS, "across", f"one of {', '.join(ACROSS)}")
         if self.across == "antithetic" and self.num_directions % 2:
@@ -128,24 +116,13 @@ class Estimator(Component):
         Args:
             eps: in units of the weights.
         """
-        del eps
-        return self
+        return replace(self, eps=eps) if hasattr(self, "eps") else self  # type: ignore[call-arg]
 
     @property
     def asks_clean_loss(self) -> bool:
         """Whether one of the points is the clean one."""
         points = self.points(self.directions(0, 0))
         return any(point.direction is None and not point.anchor for point in points)
-
-    def at(self: E, done: float, rate: float) -> E:
-        """This estimator as it is at some place of the run.
-
-        Args:
-            done: share of the run's steps that have been taken, in [0, 1).
-            rate: the learning rate divided by what it was at the start.
-        """
-        del done, rate
-        return self
 
     def directions(self, seed: int, step: int) -> list[Direction]:
         """The names of this step's directions."""
@@ -220,19 +197,24 @@ class FiniteDifference(Estimator):
         self.require(self.eps_schedule in EPS_SCHEDULES, "eps_schedule", f"one of {', '.join(EPS_SCHEDULES)}")
         self.require(0 < self.eps_end <= 1, "eps_end", "above 0 and at most 1")
 
-    def with_radius(self: E, eps: float) -> E:
-        """With this eps."""
-        return replace(self, eps=eps)  # type: ignore[call-arg]
 
-    def at(self: E, done: float, rate: float) -> E:
-        """With the eps of that place."""
-        schedule, end = self.eps_schedule, self.eps_end  # type: ignore[attr-defined]
-        if schedule == "constant" or (schedule == "tied" and not rate):
-            return self
-        shares = {
-            # shares of eps: 1 at the start (done = 0), ``end`` at the end (done = 1)
-            "linear": 1 - (1 - end) * done,
-            "cosine": end + (1 - end) * (1 + math.cos(math.pi * done)) / 2,
-            "tied": rate,
-        }
-        return replace(self, eps=self.eps * shares[schedule])  # type: ignore[attr-defined, call-arg]
+def scheduled(estimator: E, done: float, rate: float) -> E:
+    """The estimator as it is at some place of the run: with the eps of that place, where eps has a schedule.
+
+    Args:
+        estimator: as it was made.
+        done: share of the run's steps that have been taken, in [0, 1).
+        rate: the learning rate divided by what it was at the start.
+    """
+    if not isinstance(estimator, FiniteDifference):
+        return estimator
+    schedule, end = estimator.eps_schedule, estimator.eps_end
+    if schedule == "constant" or (schedule == "tied" and not rate):
+        return estimator
+    shares = {
+        # shares of eps: 1 at the start (done = 0), ``end`` at the end (done = 1)
+        "linear": 1 - (1 - end) * done,
+        "cosine": end + (1 - end) * (1 + math.cos(math.pi * done)) / 2,
+        "tied": rate,
+    }
+    return replace(estimator, eps=estimator.eps * shares[schedule])

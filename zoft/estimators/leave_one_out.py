@@ -27,10 +27,14 @@ class LeaveOneOut(FiniteDifference):
     References: Kool et al. 2019 (REINFORCE leave-one-out), equation (3); LOREN (arXiv 2511.07971) for fine-tuning.
     """
 
-    min_directions: ClassVar[int] = 2
     measures_slopes: ClassVar[bool] = False
 
     num_directions: int = 4
+
+    def check(self) -> None:
+        """Refuse a single direction: it has no others."""
+        self.require(self.num_directions >= 2, "num_directions", "at least 2")
+        super().check()
 
     @property
     def num_queries(self) -> int:

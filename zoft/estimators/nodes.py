@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator, Point
@@ -44,8 +44,6 @@ class Nodes(Estimator):
     PseuZO (2025).
     """
 
-    makes_factors: ClassVar[bool] = True
-
     eps: float = 0.1
     feedback: str = "auto"
     first: int = 4
@@ -74,15 +72,9 @@ class Nodes(Estimator):
         if method.weighting.name() != "mean":
             raise UserError(f"{told}has no directions for weighting={method.weighting.name()}: use weighting=mean")
         optimizer = method.optimizer
-        by_terms = (
-            optimizer.history_length
-            or optimizer.needs_curvature
-            or optimizer.shapes_directions
-            or optimizer.line_search
-        )
-        if by_terms or type(optimizer).coefficients.__qualname__ != "Optimizer.coefficients":
+        if optimizer.uses_directions:
             raise UserError(
-                f"{told}optimizer={optimizer.name()} goes by directions in the weights: use optimizer=whiten"
+                f"{told}optimizer={optimizer.name()} {optimizer.uses_directions} in the weights: use optimizer=whiten"
             )
         if self.across != "iid":
             raise UserError(f"{told}estimator.across is of directions in the weights: use subspace.directions")

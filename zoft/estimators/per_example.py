@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
+from zoft.errors import UserError
 from zoft.estimators.base import FiniteDifference, Point
 from zoft.estimators.central import projected_grad
 from zoft.noise.direction import Direction
@@ -28,7 +29,13 @@ class PerExample(FiniteDifference):
     References: GRZO (arXiv 2606.02857); Wen et al. 2018 (Flipout), section 3.1.
     """
 
-    per_example: ClassVar[bool] = True
+    def check_with(self, method: Any) -> None:
+        """Refuse directions of one element, which have no rows and columns whose signs an example could turn."""
+        if method.subspace.name() == "coordinate":
+            raise UserError(
+                f"estimator={self.name()} turns the signs of a direction for each example, and subspace=coordinate"
+                " moves one weight for all of them: use subspace=full"
+            )
 
     @property
     def num_queries(self) -> int:

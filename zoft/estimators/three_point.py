@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
+from zoft.estimators._curvature import MeasuresCurvature
 from zoft.estimators.base import FiniteDifference, Measured, Point
 from zoft.estimators.central import projected_grad
 from zoft.noise.direction import Direction
@@ -12,7 +13,7 @@ from zoft.utils.lazy import Tensor
 
 
 @dataclass
-class ThreePoint(FiniteDifference):
+class ThreePoint(MeasuresCurvature, FiniteDifference):
     """Central differences and second differences, with one clean query for all directions: 2 q + 1 queries a step.
 
     g_j = (L+_j - L-_j) / (2 eps) as in ``central``, and k_j = (L+_j - 2 L(theta) + L-_j) / eps^2, which is
@@ -20,8 +21,6 @@ class ThreePoint(FiniteDifference):
 
     References: Zhao et al. 2024 (HiZOO), equation (5); 1.5-SPSA (arXiv 2609.38095).
     """
-
-    measures_curvature: ClassVar[bool] = True
 
     @property
     def num_queries(self) -> int:

@@ -42,9 +42,9 @@ class Adam(Optimizer):
 
     linear_state: ClassVar[tuple[str, ...]] = ("moment1",)
 
-    def state_names(self) -> tuple[str, ...]:
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """First and second moment."""
-        return ("moment1", "moment2")
+        return {"moment1": shape, "moment2": shape}
 
     def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The bias-corrected ratio of the moments."""

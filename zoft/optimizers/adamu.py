@@ -41,6 +41,7 @@ class AdaMU(Optimizer):
     """
 
     shapes_directions: ClassVar[bool] = True
+    uses_directions: ClassVar[str] = "shapes directions"
     linear_state: ClassVar[tuple[str, ...]] = ("momentum",)
     start_values: ClassVar[dict[str, float]] = {"squares": 1.0}  # what random directions have
 
@@ -61,9 +62,9 @@ class AdaMU(Optimizer):
             self.require(0 <= getattr(self, field) < 1, field, "in [0, 1)")
         self.require(0 < self.adam_epsilon < float("inf"), "adam_epsilon", "> 0 and finite")
 
-    def state_names(self) -> tuple[str, ...]:
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Running means of the estimates, and of the squares of the directions."""
-        return ("momentum", "squares")
+        return {"momentum": shape, "squares": shape}
 
     def alpha_at(self, step: int) -> float:
         """The uncertainty in a step.

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from zoft.component import Component
 from zoft.noise.direction import Direction
-from zoft.optimizers._factors import Factors
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, torch
 
@@ -98,11 +97,8 @@ class Optimizer(Component):
     shapes_directions: ClassVar[bool] = False
     """Whether :meth:`shape` makes something of the directions before they are used."""
 
-    reads_factors: ClassVar[bool] = False
-    """Whether :meth:`steps` makes the steps of all tensors from factors of their gradients."""
-
-    needs_curvature: ClassVar[bool] = False
-    """Whether it needs an estimator that measures curvature along the directions."""
+    uses_directions: ClassVar[str] = ""
+    """What it does with directions, so that a gradient without them will not do (of a backward pass, of nodes)."""
 
     start_values: ClassVar[Mapping[str, float]] = {}
     """What a state tensor is filled with at the start, where that is not zero."""
@@ -127,37 +123,20 @@ class Optimizer(Component):
         """How many earlier steps' directions and coefficients it looks back at."""
         return 0
 
-    def state_names(self) -> tuple[str, ...]:
-        """Names of the float32 state tensors that have the coordinates' shape."""
-        return ()
-
     def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shapes of all float32 state tensors of a tensor whose coordinates have ``shape``."""
-        return dict.fromkeys(self.state_names(), shape)
-
-    def init(self) -> dict[str, Any]:
-        """What it remembers besides, for all tensors together: plain numbers."""
+        """Name and shape of each float32 state tensor of a tensor whose coordinates have ``shape``."""
+        del shape
         return {}
 
     # ---- a step ------------------------------------------------------------------------------------------------------
-
-    def coefficients(self, coefficients: list[float], scalars: dict[str, Any]) -> list[float]:
-        """What the rule makes of the coefficients themselves, once a step.
-
-        Args:
-            coefficients: of the step's directions.
-            scalars: what :meth:`init` gave; updated in place.
-        """
-        del scalars
-        return coefficients
 
     def update_from(self, estimate: Estimate, state: State, step: int) -> Tensor:
         """The step's direction (before learning rate) for a piece of the coordinates.
 
         Args:
-            estimate: what is known of the piece; with :attr:`whole`, all coordinates of a tensor.
-            state: the same piece of each state tensor, flat (with :attr:`whole`, the tensors as they are); updated in
-                place.
+            estimate: what is known of the piece; with :attr:`per_matrix`, all coordinates of a tensor.
+            state: the same piece of each state tensor, flat (with :attr:`per_matrix`, the tensors as they are);
+                updated in place.
             step: number of this update of this tensor, from 1.
 
         Returns:
@@ -167,19 +146,6 @@ class Optimizer(Component):
 
     def update(self, gradient: Tensor, state: State, step: int) -> Tensor:
         """The same for rules that need no more than the estimate itself, flat; it may be overwritten."""
-        raise NotImplementedError
-
-    def steps(
-        self, factors: Mapping[str, Factors], states: Mapping[str, State], loss: float, lr: float
-    ) -> dict[str, Factors]:
-        """The steps of all tensors from the factors of their gradients, where :attr:`reads_factors`.
-
-        Args:
-            factors: by tensor.
-            states: of the same tensors; updated in place.
-            loss: the clean loss.
-            lr: the learning rate.
-        """
         raise NotImplementedError
 
     # ---- directions shaped by the state ------------------------------------------------------------------------------
@@ -204,22 +170,6 @@ class Optimizer(Component):
         """
         del state, context
         return z
-
-    # ---- looking before the step -------------------------------------------------------------------------------------
-
-    @property
-    def line_search(self) -> tuple[float, ...]:
-        """Multiples of the step at which the objective is to be asked before it is taken; empty for most."""
-        return ()
-
-    def choose(self, losses: Mapping[float, float]) -> float:
-        """The multiple of the step to take.
-
-        Args:
-            losses: the objective at the clean weights (0.0) and at each of :attr:`trials`.
-        """
-        del losses
-        return 1.0
 
 
 def norm_of(states: Mapping[str, State], key: str) -> float:

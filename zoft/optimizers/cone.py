@@ -32,6 +32,7 @@ class Cone(Optimizer):
     """
 
     shapes_directions: ClassVar[bool] = True
+    uses_directions: ClassVar[str] = "shapes directions"
     linear_state: ClassVar[tuple[str, ...]] = ("momentum",)
 
     beta: float = 0.99
@@ -43,9 +44,9 @@ class Cone(Optimizer):
         self.require(0 <= self.beta < 1, "beta", "in [0, 1)")
         self.require(0 < self.angle <= math.pi / 2, "angle", "above 0 and at most pi / 2")
 
-    def state_names(self) -> tuple[str, ...]:
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The running mean of the estimates."""
-        return ("momentum",)
+        return {"momentum": shape}
 
     def shape_context(self, states: Mapping[str, State], step: int) -> dict[str, Any]:
         """What the momentum and the random part are multiplied with."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+from zoft.optimizers._optional import TriesSteps
 from zoft.optimizers.sgd import SGD
 
 
 @dataclass
-class Conservative(SGD):
+class Conservative(TriesSteps, SGD):
     """The loss is asked at theta, theta - lr g and theta + lr g, and the lowest of the three is where the step leads.
 
     Two more queries a step, and a third for the clean loss where the estimator does not ask for it. Where losses tie,
@@ -20,10 +22,8 @@ class Conservative(SGD):
     References: Zhang et al. 2024 (ZO-Bench, arXiv 2402.11592), ZO-SGD-Cons.
     """
 
-    @property
-    def line_search(self) -> tuple[float, ...]:
-        """The step and its opposite."""
-        return (1.0, -1.0)
+    uses_directions: ClassVar[str] = "tries steps along directions"
+    line_search: ClassVar[tuple[float, ...]] = (1.0, -1.0)  # the step and its opposite
 
     def choose(self, losses: Mapping[float, float]) -> float:
         """Where the loss is lowest: none, the step, or its opposite, in this order where they tie."""

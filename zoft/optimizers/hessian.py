@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from zoft.estimators._curvature import require_curvature
 from zoft.optimizers.base import Estimate, Optimizer, State
 from zoft.utils.lazy import Tensor
 
@@ -34,7 +35,7 @@ class Hessian(Optimizer):
     """
 
     shapes_directions: ClassVar[bool] = True
-    needs_curvature: ClassVar[bool] = True
+    uses_directions: ClassVar[str] = "shapes directions"
     start_values: ClassVar[dict[str, float]] = {"hessian": 1.0}
 
     smooth: float = 1e-6
@@ -44,9 +45,13 @@ class Hessian(Optimizer):
         super().check()
         self.require(0 < self.smooth < 1, "smooth", "above 0 and below 1")
 
-    def state_names(self) -> tuple[str, ...]:
+    def check_with(self, method: Any) -> None:
+        """Refuse estimators that measure no curvature."""
+        require_curvature(f"optimizer={self.name()}", method)
+
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The diagonal."""
-        return ("hessian",)
+        return {"hessian": shape}
 
     def shape(self, z: Tensor, state: State, context: dict[str, float]) -> Tensor:
         """z / sqrt(H)."""

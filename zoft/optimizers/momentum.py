@@ -30,9 +30,9 @@ class Momentum(Optimizer):
 
     linear_state: ClassVar[tuple[str, ...]] = ("momentum",)
 
-    def state_names(self) -> tuple[str, ...]:
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The running mean."""
-        return ("momentum",)
+        return {"momentum": shape}
 
     def update(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The running mean of the estimates."""

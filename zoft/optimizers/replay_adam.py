@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zoft.optimizers.base import Estimate, Optimizer, State
 from zoft.utils.lazy import Tensor
@@ -29,6 +30,8 @@ class ReplayAdam(Optimizer):
 
     References: Cai et al. 2026 (AdaMeZO, arXiv 2605.00650).
     """
+
+    uses_directions: ClassVar[str] = "goes by the coefficients of directions"
 
     history: int = 10
     adam_beta1: float = 0.7

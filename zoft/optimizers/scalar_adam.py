@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from zoft.optimizers._optional import RescalesCoefficients
 from zoft.optimizers.base import Optimizer
 from zoft.utils.lazy import Tensor
 
 
 @dataclass
-class ScalarAdam(Optimizer):
+class ScalarAdam(RescalesCoefficients, Optimizer):
     """The estimate divided by the running root mean square of its coefficients; no memory.
 
     v <- beta2 v + (1 - beta2) sum_j a_j^2;  step = (sum_j a_j z_j) / (sqrt(v_hat) + adam_epsilon).
@@ -31,6 +32,7 @@ class ScalarAdam(Optimizer):
     """
 
     is_identity: ClassVar[bool] = True
+    uses_directions: ClassVar[str] = "goes by the coefficients of directions"
 
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes
 from zoft.optimizers._factors import Factors
+from zoft.optimizers._optional import ReadsFactors
 from zoft.optimizers.base import Optimizer, State
 from zoft.utils.lazy import Tensor, torch
 
 
 @dataclass
-class Whiten(Optimizer):
+class Whiten(ReadsFactors, Optimizer):
     """W <- W - lr * (E diag(mu))^T (X X^T diag(omega) + lambda I)^-1 X over a window of the last batches.
 
     X [N, n] are the inputs and E [N, m] the node gradients of all positions in the window, omega their weights in the
@@ -38,8 +40,6 @@ class Whiten(Optimizer):
     bound.
     """
 
-    reads_factors: ClassVar[bool] = True
-
     beta: float = 0.9
     decay: float = 0.95
     window: int = 10
@@ -57,7 +57,7 @@ class Whiten(Optimizer):
 
     def check_with(self, method: Any) -> None:
         """Refuse estimators that do not know the layers' inputs."""
-        if not method.estimator.makes_factors:
+        if not isinstance(method.estimator, Nodes):
             hint = " estimator.feedback=exact" if method.estimator.backpropagates else ""
             raise UserError(
                 f"optimizer=whiten needs the inputs of layers beside the gradients of their outputs, and "

@@ -11,7 +11,9 @@ from zoft.errors import UserError
 from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators._backward import NeedsBackward
 from zoft.estimators.base import Estimator
+from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction
+from zoft.optimizers._optional import trials
 from zoft.optimizers.base import Optimizer
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import torch
@@ -53,11 +55,6 @@ class Method:
     def __post_init__(self) -> None:
         for part in (self.subspace, self.estimator, self.weighting, self.optimizer):
             part.check_with(self)
-        if self.optimizer.needs_curvature and not self.estimator.measures_curvature:
-            raise UserError(
-                f"optimizer={self.optimizer.name()} needs the curvature along the directions, and "
-                f"estimator={self.estimator.name()} does not measure it: use estimator=three_point"
-            )
 
     @classmethod
     def of(
@@ -79,10 +76,10 @@ class Method:
 
     def queries_at(self, step: int) -> int:
         """Forward passes of the objective that a step costs: points, a look at the inputs, trials of the step."""
-        queries = self.estimator.queries_at(step) + len(self.optimizer.line_search)
+        queries = self.estimator.queries_at(step) + len(trials(self.optimizer))
         queries += BACKWARD * (self.subspace.observes_at(step) == "gradient")
         if not self.estimator.asks_clean_loss:  # what a clean forward gives comes with the clean loss
-            queries += self.subspace.observes_at(step) == "inputs" or bool(self.optimizer.line_search)
+            queries += self.subspace.observes_at(step) == "inputs" or bool(trials(self.optimizer))
         return queries
 
     def steps_within(self, queries: int) -> int:
@@ -139,8 +136,8 @@ class Method:
         coordinates.arrange(
             estimator.across,
             estimator.num_directions,
-            per_example=estimator.per_example,
-            mixes=bool(self.optimizer.line_search),
+            per_example=isinstance(estimator, PerExample),
+            mixes=bool(trials(self.optimizer)),
         )
         if estimator.across == "orthogonal":
             self._check_dimension(coordinates.dimension(Direction(0, 0)))

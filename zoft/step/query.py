@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft.engines.base import Backward
+from zoft.engines._backward import Backward, loss_with_graph
+from zoft.engines._trace import take_path
 from zoft.estimators._anchor import anchor_batches
 from zoft.estimators._backward import NeedsBackward
 from zoft.estimators.base import Estimator, Point
 from zoft.estimators.nodes import Nodes
+from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction
+from zoft.optimizers._optional import TriesSteps, trials
 from zoft.step.estimate import StepEstimate
 from zoft.step.method import BACKWARD, Method
 from zoft.step.nodes import NodeQueries
@@ -75,18 +78,18 @@ class StepQueries:
         """
         estimator = estimator or self.method.estimator
         memory = self.optimizer.memory()
-        self.session.take_path()
+        take_path(self.session)
         clean, scored, observations = self._begin(batch, directions[0])
         blank = StepEstimate(
             directions, eps=estimator.radius, num_queries=scored, observations=observations, memory=memory
         )
-        if estimator.makes_factors:
+        if isinstance(estimator, Nodes):
             found = self._of_nodes(blank, batch, estimator)
         elif isinstance(estimator, NeedsBackward):
             found = self._with_gradient(blank, batch, estimator)
         else:
             found = self._all(blank, batch, estimator, clean, lr)
-        path = self.session.take_path()
+        path = take_path(self.session)
         found = replace(found, leaves_no_trace=path is None or path == estimator.points(directions))
         if not found.is_usable:  # a step that comes to nothing is not remembered either, and has no slope
             return replace(found, memory=self.optimizer.memory(), projected_grads=torch.tensor([torch.nan]))
@@ -99,7 +102,7 @@ class StepQueries:
         directions, losses, queries = self._losses(batch, list(blank.directions), estimator, clean)
         found = self._measured(blank, directions, losses, estimator)
         found = replace(found, num_queries=blank.num_queries + queries)
-        if found.is_usable and self.method.optimizer.line_search:
+        if found.is_usable and trials(self.method.optimizer):
             return self._try_the_step(found, batch, found.loss if estimator.asks_clean_loss else None, lr)
         return found
 
@@ -123,7 +126,7 @@ class StepQueries:
         coordinates, clean, queries, observations = self.session.coordinates, None, 0, None
         coordinates.begin(direction)
         if isinstance(coordinates, ObservesGradients) and coordinates.gradients_wanted(direction):
-            _, run = self.session.graph(batch)
+            _, run = loss_with_graph(self.session, batch)
             self._score(coordinates, run, batch)
             queries, observations = BACKWARD, coordinates.state_dict()
         if isinstance(coordinates, ObservesInputs) and coordinates.inputs_wanted(direction):
@@ -157,7 +160,7 @@ class StepQueries:
         """(directions, losses in the points' order, queries made)."""
         points = estimator.points(directions)
         queries = estimator.queries_at(directions[0].step) + (clean is not None and not estimator.asks_clean_loss)
-        if estimator.per_example:
+        if isinstance(estimator, PerExample):
             return *self._per_example(batch, directions, points), queries
         wide = anchor_batches(estimator, directions[0].step)
         if wide:
@@ -231,7 +234,7 @@ class StepQueries:
         if near is None:
             return found
         names = frozenset(self.session.coordinates.still) or None
-        loss, run = self.session.graph(near, names)
+        loss, run = loss_with_graph(self.session, near, names)
         value = float(self.average(loss.view(1), near)[0])
         if not math.isfinite(value):
             return replace(found, terms=None, losses=loss.view(1), loss=value)
@@ -249,6 +252,7 @@ class StepQueries:
         """Ask the objective where the step would lead, and let the optimizer choose."""
         assert found.terms is not None
         rule = self.method.optimizer
+        assert isinstance(rule, TriesSteps)
         first = found.terms[0][0]
         step = Direction(first.seed, first.step, -1, mix=tuple(found.terms))
         points = [Point(step, -lr * multiple) for multiple in rule.line_search]

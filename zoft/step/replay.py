@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zoft.engines._trace import pass_over
 from zoft.estimators.base import Estimator
 from zoft.step.estimate import StepEstimate
 from zoft.step.update import ZOOptimizer
@@ -21,4 +22,4 @@ def begin(optimizer: ZOOptimizer, estimate: StepEstimate, estimator: Estimator) 
         optimizer.coordinates.load_state_dict(estimate.observations)
     optimizer.begin(direction)
     if estimate.eps:  # what walking to the points and back leaves in the weights, where that is not exact
-        optimizer.session.pass_over(estimator.with_radius(estimate.eps).points(list(estimate.directions)))
+        pass_over(optimizer.session, estimator.with_radius(estimate.eps).points(list(estimate.directions)))

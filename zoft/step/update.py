@@ -20,6 +20,7 @@ from zoft.errors import UserError
 from zoft.noise.direction import Direction
 from zoft.noise.source import CounterNoise
 from zoft.optimizers._factors import Factors
+from zoft.optimizers._optional import ReadsFactors, RescalesCoefficients
 from zoft.optimizers.base import Estimate, Optimizer, Term
 from zoft.step.estimate import StepEstimate
 from zoft.step.progress import Progress, Sum
@@ -77,7 +78,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.sums: dict[str, Sum] = {}
         self.history: dict[str, tuple[int, Direction]] = {}  # name -> number of its updates, a direction of the last
         self.records: list[list[Term]] = []  # the last steps, as many as the rule looks back at
-        self.scalars: dict[str, dict[str, Any]] = {"optimizer": rule.init()}  # what parts of the method remember
+        remembered = rule.init() if isinstance(rule, RescalesCoefficients) else {}
+        self.scalars: dict[str, dict[str, Any]] = {"optimizer": remembered}  # what parts of the method remember
         self.direction: Direction | None = None  # one of the step in progress
         self._context: dict[str, Any] = {}
         self._bends: dict[Direction, float] = {}  # the curvature along each direction of the step in progress
@@ -158,8 +160,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.direction = terms[0][0] if terms else estimate.directions[0]
         curvatures = estimate.curvatures or ()
         self._bends = dict(zip((d for d, _ in terms), curvatures, strict=bool(curvatures)))
-        scaled = self.rule.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
-        terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
+        if isinstance(self.rule, RescalesCoefficients):
+            scaled = self.rule.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
+            terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
         self.progress.updates += 1
         left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
 
@@ -184,7 +187,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """What the rule makes of all factors together; themselves where it works on tensors."""
         tensors = self.session.weights.tensors
         factors = {name: factor.to(tensors[name].device) for name, factor in (estimate.factors or {}).items()}
-        if not factors or not self.rule.reads_factors:
+        if not factors or not isinstance(self.rule, ReadsFactors):
             return factors
         with torch.no_grad():
             return self.rule.steps(factors, {name: self._moments(name) for name in factors}, estimate.loss, lr)

@@ -55,11 +55,6 @@ class Coordinate(Subspace):
                 f"estimator.across={estimator.across} has no meaning with subspace=coordinate, whose directions are at "
                 "right angles as they are: leave it at iid"
             )
-        if estimator.per_example:
-            raise UserError(
-                f"estimator={estimator.name()} turns the signs of a direction for each example, and subspace=coordinate"
-                " moves one weight for all of them: use subspace=full"
-            )
         if optimizer.shapes_directions:
             raise UserError(
                 f"optimizer={optimizer.name()} shapes its directions, and those of subspace=coordinate are single "

@@ -63,7 +63,7 @@ class Nodes(Subspace):
 
     def check_with(self, method: Any) -> None:
         """Refuse estimators that perturb weights."""
-        if not method.estimator.makes_factors:
+        if method.estimator.name() != "nodes":
             raise UserError(
                 f"subspace=nodes moves layers' outputs, and estimator={method.estimator.name()} moves weights: use "
                 "estimator=nodes, or subspace=full"

@@ -29,7 +29,8 @@ from zoft.engines.base import Engine, Session
 from zoft.engines.nodes import NodeSession
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators._anchor import anchor_batches
-from zoft.estimators.base import Estimator
+from zoft.estimators.base import Estimator, scheduled
+from zoft.estimators.nodes import Nodes
 from zoft.lm.data.packing import one_of_each_size
 from zoft.lm.data.rows import examples_of, groups_of, of_lengths
 from zoft.lm.logits.own_loss import is_known, own_loss
@@ -163,7 +164,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             setattr(args, name, chosen)
         if self.method.optimizer.scale_with_directions:
             args.learning_rate *= self.method.estimator.num_directions
-        if args.max_grad_norm and (self.method.estimator.backpropagates or self.method.estimator.makes_factors):
+        if args.max_grad_norm and (self.method.estimator.backpropagates or isinstance(self.method.estimator, Nodes)):
             raise UserError(NOTHING_TO_CLIP.format(self.method.estimator.name()))
         queries = getattr(args, "budget_queries", None)
         if queries is not None and args.max_steps <= 0:
@@ -505,7 +506,8 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         """The estimator as it is at this step: eps has a schedule."""
         done = self.state.global_step / max(1, self.state.max_steps)
         start = self.args.learning_rate
-        return self.method.estimator.at(min(done, 1.0), self.stepper.param_groups[0]["lr"] / start if start else 1.0)
+        rate = self.stepper.param_groups[0]["lr"] / start if start else 1.0
+        return scheduled(self.method.estimator, min(done, 1.0), rate)
 
     def _count_skipped(self, estimate: StepEstimate) -> None:
         """A step whose losses are not finite does not reach the weights; many in a row end the run."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from zoft.errors import UserError
 from zoft.estimators.base import Measured
+from zoft.estimators.per_example import PerExample
 from zoft.utils.lazy import Tensor
 
 
@@ -14,7 +15,7 @@ def refuse_one_loss(weighting: Any, method: Any) -> None:
     estimator = method.estimator
     points = [] if estimator.backpropagates else estimator.points(estimator.directions(0, 1))
     losses = [p for p in points if p.direction is not None and not p.derivative and not p.anchor]
-    if estimator.num_directions == 1 and len(losses) == 1 and not estimator.per_example:
+    if estimator.num_directions == 1 and len(losses) == 1 and not isinstance(estimator, PerExample):
         raise UserError(
             f"weighting={weighting.name()} divides by the spread of the losses, and estimator={estimator.name()} with "
             "num_directions=1 asks for one: raise estimator.num_directions, or use estimator=central"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.errors import UserError
+from zoft.estimators._curvature import require_curvature
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor
 from zoft.weightings.base import Gram, Weighting
@@ -35,11 +35,7 @@ class Curvature(Weighting):
 
     def check_with(self, method: Any) -> None:
         """Refuse estimators that measure no curvature."""
-        if not method.estimator.measures_curvature:
-            raise UserError(
-                f"weighting={self.name()} needs the curvature along the directions, and "
-                f"estimator={method.estimator.name()} does not measure it: use estimator=three_point"
-            )
+        require_curvature(f"weighting={self.name()}", method)
 
     def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
         """w p / q."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from zoft.errors import UserError
 from zoft.estimators.base import Measured
+from zoft.estimators.per_example import PerExample
 from zoft.utils.lazy import Tensor, torch
 from zoft.weightings._spread import refuse_one_loss, rms
 from zoft.weightings.base import Gram, Weighting
@@ -36,7 +37,7 @@ class ZScore(Weighting):
     def check_with(self, method: Any) -> None:
         """Refuse losses that are not of the same rows."""
         refuse_one_loss(self, method)
-        if method.estimator.per_example:
+        if isinstance(method.estimator, PerExample):
             raise UserError(
                 f"weighting={self.name()} compares losses of the same rows, and estimator={method.estimator.name()} "
                 "has those of different ones: use weighting=loss_std"

@@ -125,10 +125,10 @@ def test_decay_equals_adamw():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_state_names():
-    assert SGD().state_names() == ()
-    assert Momentum().state_names() == ("momentum",)
-    assert Adam().state_names() == ("moment1", "moment2")
+def test_state_shapes():
+    assert SGD().state_shapes((2, 3)) == {}
+    assert Momentum().state_shapes((2, 3)) == {"momentum": (2, 3)}
+    assert Adam().state_shapes((2, 3)) == {"moment1": (2, 3), "moment2": (2, 3)}
 
 
 def test_state_is_float32_for_low_precision_weights():

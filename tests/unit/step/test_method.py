@@ -10,7 +10,7 @@ from torch import nn
 
 from zoft.component import components
 from zoft.errors import UserError
-from zoft.estimators.base import FiniteDifference
+from zoft.estimators.base import FiniteDifference, scheduled
 from zoft.estimators.central import Central
 from zoft.optimizers.adam import Adam
 from zoft.optimizers.sgd import SGD
@@ -91,7 +91,7 @@ def test_more_orthogonal_directions_than_dimensions_are_refused(subspace, dimens
 def test_eps_at_the_beginning_in_the_middle_and_at_the_end(name, schedule, shares):
     estimator = components("estimator")[name](eps=2e-3, eps_schedule=schedule, eps_end=0.4)
     for done, share in zip((0.0, 0.25, 0.5, 1.0), shares, strict=True):
-        there = estimator.at(done, rate=0.5)
+        there = scheduled(estimator, done, rate=0.5)
         assert there.radius == pytest.approx(2e-3 * share, rel=1e-12)
         assert type(there) is type(estimator)
     assert estimator.radius == 2e-3
@@ -99,4 +99,4 @@ def test_eps_at_the_beginning_in_the_middle_and_at_the_end(name, schedule, share
 
 def test_tied_to_a_rate_of_zero_eps_stays():
     """A step that moves nothing is queried all the same: warm-up begins with one."""
-    assert Central(eps=1e-3, eps_schedule="tied").at(0.0, rate=0.0).radius == 1e-3
+    assert scheduled(Central(eps=1e-3, eps_schedule="tied"), 0.0, rate=0.0).radius == 1e-3

@@ -15,6 +15,7 @@ from zoft.component import components, create
 from zoft.engines.base import Engine
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator
+from zoft.estimators.nodes import Nodes
 from zoft.lm.data.rows import examples_of, of_lengths
 from zoft.noise.direction import Direction
 from zoft.step.method import Method
@@ -22,7 +23,9 @@ from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer
 from zoft.weights.tensors import Weights
 
-QUERYING = [name for name, cls in components("estimator").items() if not (cls.backpropagates or cls.makes_factors)]
+QUERYING = [
+    name for name, cls in components("estimator").items() if not cls.backpropagates and not issubclass(cls, Nodes)
+]
 
 
 class Bowl(nn.Module):
@@ -144,7 +147,11 @@ def test_trials_of_the_step_are_counted_too():
 
 @pytest.mark.parametrize(
     ("estimator", "weighting"),
-    [(n, "mean") for n, cls in components("estimator").items() if n != "forward_gradient" and not cls.makes_factors]
+    [
+        (n, "mean")
+        for n, cls in components("estimator").items()
+        if n != "forward_gradient" and not issubclass(cls, Nodes)
+    ]
     + [("central", "kalman"), ("three_point", "curvature"), ("central", "loss_std")],
 )
 @pytest.mark.parametrize("last", [False, True])

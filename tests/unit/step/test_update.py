@@ -14,6 +14,7 @@ from torch import nn
 from zoft.component import components, create
 from zoft.engines.layerwise import Layerwise
 from zoft.noise.direction import Direction
+from zoft.optimizers._optional import ReadsFactors, RescalesCoefficients
 from zoft.optimizers.base import Optimizer
 from zoft.optimizers.momentum import Momentum
 from zoft.optimizers.muon import Muon
@@ -28,7 +29,7 @@ from zoft.subspaces.full import Full
 from zoft.subspaces.low_rank import LowRank
 from zoft.weights.tensors import Weights
 
-RULES = [name for name, cls in components("optimizer").items() if not cls.reads_factors]
+RULES = [name for name, cls in components("optimizer").items() if not issubclass(cls, ReadsFactors)]
 SHAPING = [name for name, cls in components("optimizer").items() if cls.shapes_directions]
 
 
@@ -41,7 +42,7 @@ class Run:
         self.weights = Weights(self.model)
         inputs, targets = torch.randn(4, 6), torch.randn(4, 5)
         rule = create("optimizer", optimizer, "sgd")
-        estimator = create("estimator", "three_point" if rule.needs_curvature else "central", "", num_directions=q)
+        estimator = create("estimator", "three_point" if rule.name() == "hessian" else "central", "", num_directions=q)
         self.method = Method.of(subspace, estimator, "mean", rule)
         coordinates = self.method.bind(self.weights)
         self.queried: list[torch.Tensor] = []
@@ -331,7 +332,7 @@ def test_the_numbers_of_a_context_are_those_of_the_tensors_that_move():
 
 def test_a_rule_may_change_the_coefficients_once_a_step():
     @dataclass
-    class Halved(SGD):
+    class Halved(RescalesCoefficients, SGD):
         def init(self):
             return {"calls": 0}
 

@@ -1,0 +1,35 @@
+"""What a session promises whose queries leave a trace in the weights: MeZO's arithmetic does not come back exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zoft.engines.base import Session
+from zoft.estimators.base import Point
+
+
+class LeavesTrace:
+    """A session that brings the weights back by arithmetic, each addition rounded."""
+
+    def pass_over(self, points: Sequence[Point]) -> None:
+        """Leave in the weights what queries at these points leave.
+
+        Args:
+            points: of a step that is taken from a journal.
+        """
+        raise NotImplementedError
+
+    def take_path(self) -> list[Point]:
+        """The points that queries have left a trace of since the last call."""
+        raise NotImplementedError
+
+
+def pass_over(session: Session, points: Sequence[Point]) -> None:
+    """What :meth:`LeavesTrace.pass_over` does; nothing where weights come back exactly."""
+    if isinstance(session, LeavesTrace):
+        session.pass_over(points)
+
+
+def take_path(session: Session) -> list[Point] | None:
+    """What :meth:`LeavesTrace.take_path` says; None where queries leave no trace."""
+    return session.take_path() if isinstance(session, LeavesTrace) else None
