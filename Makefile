@@ -7,7 +7,7 @@ BENCH ?= small
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := dev,sweeps
+EXTRAS := dev,sweeps,tune
 # Tests and runs share the cores between processes, not between threads of one process.
 ENV := OMP_NUM_THREADS=1
 PYTEST = $(ENV) $(BIN)/python -m pytest

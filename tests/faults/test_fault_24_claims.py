@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from zoft.tuning.journal import TuneJournal
 
 from tests.runs import arguments, environment, zoft
 from zoft.errors import UserError
 from zoft.journal.file import Journal
 from zoft.run import folder
-from zoft.tuning.journal import TuneJournal
 from zoft.utils.files import is_unfinished, write_atomically
 
 DIES_IN_FIRST_WRITE = """

@@ -320,7 +320,7 @@ def attacked() -> Row:
 
 
 def tuned(search: str) -> Row:
-    """`zoft.tune` on a function: the points it was asked at, and its journal."""
+    """`zoft.tune` on a function: the points it was asked at, and what its record holds of them."""
     import zoft
 
     space = {"rate": "log(1e-5,1e-1)", "share": "uniform(0,1)", "depth": "int(1,8)", "kind": "choice(a,b,c)"}
@@ -333,12 +333,12 @@ def tuned(search: str) -> Row:
 
     with tempfile.TemporaryDirectory() as folder:
         result = zoft.tune(f, space, budget=12, search=search, output_dir=folder, seed=1)
-        lines = [json.loads(line) for path in sorted(Path(folder).rglob("*.jsonl")) for line in path.open()]
-    kept = [(line["number"], line["repeat"], line["point"], line["value"]) for line in lines if "point" in line]
+        again = zoft.tune(f, space, budget=12, search=search, output_dir=folder, seed=1)
+    kept = [(evaluation.number, evaluation.values, evaluation.value) for evaluation in again.evaluations]
     return Row(
         f"tune {search}",
         sha_of(points, kept, result.x, result.fun),
-        {"points": len(points), "journal": len(kept)},
+        {"points": len(points), "journal": again.num_resumed},
         {"fun": rounded([result.fun])},
     )
 

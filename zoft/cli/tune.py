@@ -31,8 +31,8 @@ def command(arguments: list[str]) -> int:
     space, own, training = split(arguments)
     from zoft.cli.train import _quiet
     from zoft.tuning.jobs import tune_training
-    from zoft.tuning.parameters import SearchSpace
-    from zoft.tuning.search import Settings
+    from zoft.tuning.settings import Settings
+    from zoft.tuning.space import SearchSpace
 
     _quiet()
     metric = own.get("metric", "eval_loss")
@@ -123,7 +123,7 @@ class Progress:
     def __call__(self, evaluation: Evaluation, result: TuneResult) -> None:
         """Print it."""
         from zoft.tuning.evaluation import value_text
-        from zoft.tuning.parameters import as_arguments
+        from zoft.tuning.space import as_arguments
 
         if result.num_resumed and not self.said_resumed:
             print(f"resume  {result.num_resumed} points are in the journal")
@@ -142,7 +142,7 @@ def summary(tuned: Tuned, metric: str) -> str:
         tuned: what was found, and where it is.
         metric: what a value is called.
     """
-    from zoft.tuning.parameters import as_arguments
+    from zoft.tuning.space import as_arguments
 
     result = tuned.result
     lines = ["", result.table(metric=metric), ""]

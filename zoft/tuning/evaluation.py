@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from zoft.tuning.parameters import Values, written
+from zoft.tuning.space import Values, written
 
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 
@@ -19,13 +19,13 @@ class Job:
         number: of the point, from 0.
         repeat: of the point, from 0.
         values: the point.
-        limit: the metric at half of the job beyond which it is to be stopped; None for never.
+        trial_id: the storage's number of its trial.
     """
 
     number: int
     repeat: int
     values: Values
-    limit: float | None = None
+    trial_id: int = -1
 
 
 @dataclass
@@ -48,11 +48,11 @@ class Outcome:
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Outcome:
-        """From a row of the journal."""
+        """From the record."""
         return cls(**{name: row.get(name) for name in cls.__dataclass_fields__})  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, Any]:
-        """For a row of the journal."""
+        """For the record."""
         return asdict(self)
 
 
@@ -113,7 +113,7 @@ class TuneResult:
         direction: minimize or maximize.
         repeats: evaluations of each point.
         evaluations: in the order of the search.
-        num_resumed: how many of them came from the journal.
+        num_resumed: how many of them came from the record.
         message: how it ended; empty while it goes on.
     """
 

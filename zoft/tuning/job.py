@@ -7,6 +7,7 @@ import gc
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from zoft.errors import UserError
 from zoft.report.metrics import read_metrics
 from zoft.tuning.evaluation import DONE, FAILED, STOPPED, Job, Outcome
-from zoft.tuning.parameters import Values, written
+from zoft.tuning.space import Values, written
 from zoft.utils import shared
 
 
@@ -28,17 +29,17 @@ class Training:
         arguments: of ``zoft train``, without those of the point.
         output_dir: of the search; a job's folder in it is its number.
         metric: that is logged.
-        sign: -1 where more of it is better.
         seed: of the first repeat; the others count up.
         repeats: of each point.
+        record: the search's file, by which Optuna's pruner compares jobs at half; None to let all go on.
     """
 
     arguments: list[str]
     output_dir: str
     metric: str
-    sign: float = 1.0
     seed: int = 0
     repeats: int = 1
+    record: str | None = None
 
     def __call__(self, job: Job) -> Outcome:
         """Train, and read the metric from the run's own log; whatever goes wrong in the run is the point's failure."""
@@ -84,7 +85,12 @@ class Training:
         from zoft.run.train import run
         from zoft.tuning.job import HalfWayError, Watch, read
 
-        watch = Watch(self.metric, job.limit, self.sign)
+        halfway = None
+        if self.record is not None:
+            from zoft.tuning.record import Halfway
+
+            halfway = Halfway(self.record, job.trial_id, job.repeat)
+        watch = Watch(self.metric, halfway.is_bad if halfway else None)
         status = DONE
         try:
             run(compose(self.arguments_of(job.values, job.repeat, folder)), [watch])
@@ -96,7 +102,10 @@ class Training:
             raise NeverLoggedError(
                 f"metric={self.metric} is never logged by this job, which logs {', '.join(known)}: choose one of these"
             )
-        return Outcome(status, half if status == STOPPED else value, half)
+        value = half if status == STOPPED else value
+        if value is None or not math.isfinite(value):
+            return Outcome(FAILED, error=f"{self.metric} is {value}")
+        return Outcome(status, value, half)
 
 
 class NeverLoggedError(UserError):
@@ -112,20 +121,19 @@ def overrides(values: Values) -> list[str]:
 
 
 class HalfWayError(Exception):
-    """The job is worse at half than the limit; what it has done is in its folder, and `zoft train` would go on."""
+    """The job is worse at half than the median of the others; `zoft train` would go on from its folder."""
 
 
 class Watch(TrainerCallback):
-    """Asks for an evaluation at half of the steps and at the end, and ends the job at half if it is beyond the limit.
+    """Asks for an evaluation at half of the steps and at the end, and ends the job at half if it is a bad one.
 
     Args:
         metric: as it is logged.
-        limit: of the metric at half; None for none.
-        sign: -1 where more of it is better.
+        is_bad: the metric at half -> whether the job shall end there; None lets it go on.
     """
 
-    def __init__(self, metric: str, limit: float | None, sign: float) -> None:
-        self.metric, self.limit, self.sign = metric, limit, sign
+    def __init__(self, metric: str, is_bad: Callable[[float], bool] | None) -> None:
+        self.metric, self.is_bad = metric, is_bad
         self.steps: int | None = None  # of the whole job, once it has begun
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -147,10 +155,9 @@ class Watch(TrainerCallback):
     ) -> None:
         """Judge it."""
         at_half = half_of(state.max_steps) == state.global_step < state.max_steps
-        if self.limit is None or not logs or self.metric not in logs or not at_half:
+        if self.is_bad is None or not logs or self.metric not in logs or not at_half:
             return
-        value = float(logs[self.metric])
-        if math.isnan(value) or self.sign * value > self.sign * self.limit:
+        if self.is_bad(float(logs[self.metric])):
             raise HalfWayError
 
 

@@ -13,9 +13,8 @@ from zoft.errors import UserError, did_you_mean
 from zoft.run.build import METRICS
 from zoft.tuning.evaluation import Evaluation, TuneResult
 from zoft.tuning.job import Training, overrides
-from zoft.tuning.journal import TuneJournal
-from zoft.tuning.parameters import Choice, Parameter, SearchSpace, Values, written
-from zoft.tuning.search import Search, Settings, journal_at
+from zoft.tuning.settings import Settings, record_at
+from zoft.tuning.space import Choice, Range, SearchSpace, Values, text_of, written
 from zoft.tuning.workers import Workers
 from zoft.utils.files import write_atomically
 
@@ -73,11 +72,14 @@ def tune_training(
     start, config, seed = check_space(arguments, where)
     folder = output_dir or f"runs/{config}-tune-seed{seed}"
     settings.seed, settings.about = seed, {"arguments": arguments, "metric": metric}
-    sign = 1.0 if settings.direction == "minimize" else -1.0
+    path = str(record_at(folder))
     others = [argument for argument in arguments if argument.partition("=")[0] not in space]
-    work = Training(others, folder, metric, sign, seed, settings.repeats)
+    work = Training(others, folder, metric, seed, settings.repeats, path if settings.stop_early else None)
     refuse_other_things(Path(folder))
-    journal = TuneJournal(journal_at(folder), settings.header(where, start))
+    from zoft.tuning.record import Record
+    from zoft.tuning.search import Search
+
+    record = Record(record_at(folder), settings.header(where, start), where)
 
     def keep(evaluation: Evaluation, result: TuneResult) -> Any:
         for other in result.evaluations:
@@ -87,10 +89,10 @@ def tune_training(
 
     try:
         with Workers(work, settings.workers, isolated=isolated) as pool:
-            search = Search(where, settings, pool, journal, start)
+            search = Search(where, settings, pool, record, start)
             result = search.run(keep)
     finally:
-        journal.close()
+        record.close()
     best = result.x
     command = shlex.join(["zoft", "train", *work.arguments_of(best, 0, f"{folder}-best")]) if best else ""
     _write(Path(folder), result, metric, command)
@@ -127,20 +129,22 @@ def check_space(arguments: list[str], space: SearchSpace) -> tuple[Values, str, 
             try:
                 compose([*arguments, *overrides({**middle, name: value})])
             except UserError as error:
-                raise UserError(f"space.{name}={parameter} at {written(value)}: {error}") from error
+                raise UserError(
+                    f"space.{name}={text_of(space.distributions[name])} at {written(value)}: {error}"
+                ) from error
     return start, base.config, base.seed
 
 
 def refuse_other_things(folder: Path) -> None:
-    """A search's folder is empty, absent, or holds its journal."""
-    path = journal_at(folder)
+    """A search's folder is empty, absent, or holds its record."""
+    path = record_at(folder)
     if folder.is_file():
         raise UserError(f"output_dir={folder} is a file: give a folder")
     if folder.is_dir() and any(folder.iterdir()) and path is not None and not path.exists():
         raise UserError(f"output_dir={folder} is not empty and holds no search: choose another folder")
 
 
-def _option(parameter: Parameter, value: Any) -> Any:
+def _option(parameter: Range | Choice, value: Any) -> Any:
     """A choice's own option that is written like the value; another parameter's value as it is."""
     options = parameter.options if isinstance(parameter, Choice) else ()
     return next((option for option in options if written(option) == written(value)), value)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoft.tuning.evaluation import DONE, FAILED, Job, Outcome, TuneResult
-from zoft.tuning.journal import TuneJournal
-from zoft.tuning.parameters import SearchSpace, Values
-from zoft.tuning.search import Callback, Search, Settings, finite, journal_at
+from zoft.tuning.settings import Settings, record_at
+from zoft.tuning.space import SearchSpace, Values
 from zoft.tuning.workers import Workers
+
+if TYPE_CHECKING:
+    from zoft.tuning.search import Callback
 
 
 @dataclass
@@ -29,10 +32,21 @@ class Call:
         """Call it; whatever it raises is a failure of the point."""
         began = time.monotonic()
         try:
-            value, error = finite(self.f(dict(job.values))), None
+            value, error = _finite(self.f(dict(job.values))), None
         except Exception as failure:
             value, error = None, f"{type(failure).__name__}: {failure}"
         return Outcome(FAILED if error else DONE, value, error=error, seconds=time.monotonic() - began)
+
+
+def _finite(value: Any) -> float:
+    """A finite float, or a ValueError that says what it is instead."""
+    from zoft.blackbox.calls import number
+
+    found = number(value)
+    if isinstance(found, BaseException):
+        raise ValueError(f"f returned {found}")
+    assert math.isfinite(found)
+    return found
 
 
 def tune(
@@ -51,24 +65,25 @@ def tune(
 ) -> TuneResult:
     """Search for the parameters at which a function is best, by its values alone.
 
-    Every parameter lies in the unit cube (docs/tune.md says how), which is searched by :class:`zoft.Minimizer` as a
-    noisy function: two-point differences along random directions. Where most parameters are choices there is no slope
+    A study of Optuna (``pip install 'zoft[tune]'``) keeps the trials, and the search is one of its samplers. By default
+    that is :class:`zoft.tuning.sampler.ZOSampler`: every parameter lies in the unit cube (docs/tune.md says how), which
+    is searched by two-point differences along random directions. Where most parameters are choices there is no slope
     to follow, and ``search="tpe"`` is the better tool.
 
     Args:
         f: point (a dict of values by name) -> one finite number. What raises is a failed point: it is counted, and
             stays in the result with its error.
         space: name -> ``"log(1e-5,1e-1)"``, ``"uniform(0,1)"``, ``"int(1,8)"``, ``"logint(1,64)"``,
-            ``"choice(a,b,c)"``, or an object of :mod:`zoft.tuning.parameters`.
+            ``"choice(a,b,c)"``, or one of Optuna's distributions.
         budget: most calls of f.
         x0: where to begin: values of some parameters or all; the middle of the others.
         repeats: calls at each point, against noise; the mean counts.
         workers: processes that call f at the same time (f must then be importable); half as many directions are asked
             along in a step. What a search began with, it keeps when it goes on.
-        search: ``zo``, ``random``, or ``tpe`` (Optuna's, which must be installed).
+        search: ``zo`` (ours), ``random`` or ``tpe`` (Optuna's).
         direction: ``minimize`` or ``maximize``.
-        output_dir: folder of the journal; a search that was killed goes on from there when it is called again. A larger
-            budget goes on as well.
+        output_dir: folder of the record (``journal.jsonl``, kept by Optuna's JournalStorage); a search that was killed
+            goes on from there when it is called again. A larger budget goes on as well.
         callback: called with each new :class:`zoft.tuning.evaluation.Evaluation` and the result so far; it ends
             the search by returning True.
         seed: of the search.
@@ -78,7 +93,7 @@ def tune(
         evaluated again, so rounding to whole numbers costs nothing.
 
     Raises:
-        UserError: a space or settings that make no sense, a journal of another search, or a function that fails
+        UserError: a space or settings that make no sense, the record of another search, or a function that fails
             everywhere.
 
     Example:
@@ -91,9 +106,12 @@ def tune(
     where, settings = SearchSpace(space), Settings(budget, repeats, workers, search, direction, seed)
     if x0 is not None:
         where.check(x0)
-    journal = TuneJournal(journal_at(output_dir), settings.header(where, x0))
-    try:
-        with Workers(Call(f), workers) as pool:
-            return Search(where, settings, pool, journal, x0).run(callback)
-    finally:
-        journal.close()
+    from zoft.tuning.record import Record
+    from zoft.tuning.search import Search
+
+    with Workers(Call(f), workers) as pool:
+        record = Record(record_at(output_dir), settings.header(where, x0), where)
+        try:
+            return Search(where, settings, pool, record, x0).run(callback)
+        finally:
+            record.close()

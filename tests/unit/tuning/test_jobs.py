@@ -16,7 +16,9 @@ from zoft.errors import UserError
 from zoft.tuning.evaluation import Job
 from zoft.tuning.job import Training
 from zoft.tuning.jobs import tune_training
-from zoft.tuning.search import Settings
+from zoft.tuning.record import Record
+from zoft.tuning.settings import Settings, record_at
+from zoft.tuning.space import SearchSpace
 
 BASE = ["model.name=none", "task=sms_spam", "budget.queries=24", "optimizer.learning_rate=1e-2"]
 SPACE = {"optimizer.learning_rate": "log(1e-4,1)", "estimator.num_directions": "int(1,4)"}
@@ -157,7 +159,16 @@ def test_a_real_job_and_one_that_is_stopped_at_half(tmp_path):
     assert (tmp_path / "t" / "0000" / "model").is_dir()
     again = work(Job(0, 0, {"optimizer.learning_rate": 1e-3}))  # a search that was killed before it noted it
     assert (again.value, again.half) == (done.value, done.half)
-    stopped = work(Job(1, 0, {"optimizer.learning_rate": 1e-3}, limit=done.half - 0.01))
+    space = SearchSpace({"optimizer.learning_rate": "log(1e-4,1)"})
+    record = Record(record_at(tmp_path / "t"), {"direction": "minimize"}, space)
+    for _ in range(4):  # others, each a little better at half
+        trial = record.study.ask(space.distributions)
+        trial.report(done.half - 0.01, step=0)
+        record.study.tell(trial, done.value)
+    trial = record.study.ask(space.distributions)
+    work.record = str(record.path)
+    stopped = work(Job(1, 0, {"optimizer.learning_rate": 1e-3}, trial._trial_id))
+    record.close()
     assert stopped.status == "stopped"
     assert stopped.value == stopped.half == done.half
     assert not (tmp_path / "t" / "0001" / "report.json").exists()

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 import zoft
 from zoft.errors import UserError
 from zoft.tuning.evaluation import Job, Outcome
-from zoft.tuning.parameters import Choice, Int, LogInt, SearchSpace, parsed
-from zoft.tuning.proposals import SEARCHES, ZerothOrder
+from zoft.tuning.sampler import ZOSampler
+from zoft.tuning.settings import NAME, SEARCHES
+from zoft.tuning.space import SearchSpace, key, parsed, text_of
 from zoft.tuning.workers import Workers
 
 SPACE = {"rate": "log(1e-5,1)", "width": "int(1,8)", "kind": "choice(a,b,c)", "drop": "uniform(0,0.5)"}
@@ -49,23 +54,27 @@ class Counted:
     ],
 )
 def test_ranges(text, at_ends, at_middle):
-    parameter = parsed("p", text)
+    distribution = parsed("p", text)
+    parameter = SearchSpace({"p": text}).parameters["p"]
     assert parameter.ends == at_ends
     assert parameter.value([0.5] * parameter.width) == at_middle
     for value in at_ends:  # a value's own place gives it back
         assert parameter.value(parameter.units(value)) == value
-    assert str(parsed("p", str(parameter))) == str(parameter)
+    assert parsed("p", text_of(distribution)) == distribution
     assert parameter.units("elsewhere") is None
 
 
 def test_whole_numbers_have_equal_shares():
     grid = [(i + 0.5) / 1000 for i in range(1000)]
-    shares = [sum(Int(1, 4).value([u]) == k for u in grid) for k in (1, 2, 3, 4)]
-    assert shares == [250] * 4
-    logs = [LogInt(1, 8).value([u]) for u in grid]
+
+    def values(text):
+        return [SearchSpace({"p": text}).values([u])["p"] for u in grid]
+
+    assert [values("int(1,4)").count(k) for k in (1, 2, 3, 4)] == [250] * 4
+    logs = values("logint(1,8)")
     assert sorted(set(logs)) == list(range(1, 9))
     assert logs.count(1) > logs.count(2) > logs.count(8)
-    halves = [Choice(("a", "b")).value([u]) for u in grid]
+    halves = values("choice(a,b)")
     assert halves.count("a") == halves.count("b")
 
 
@@ -124,8 +133,6 @@ def test_settings_that_make_no_sense_are_refused(given, words):
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_search_finds_its_way(search):
-    if search == "tpe":
-        pytest.importorskip("optuna")
     f = Counted()
     found = zoft.tune(f, SPACE, budget=60, search=search, seed=1)
     assert found.num_evaluations == len(f.asked) == 60
@@ -199,8 +206,6 @@ def test_a_function_that_fails_everywhere_is_the_users_to_mend():
 
 @pytest.mark.parametrize("search", ["zo", "tpe"])
 def test_a_killed_search_goes_on_as_if_it_had_not_been(tmp_path, search):
-    if search == "tpe":
-        pytest.importorskip("optuna")
     whole = zoft.tune(bowl, SPACE, budget=20, search=search)
     f = Counted()
 
@@ -252,9 +257,11 @@ def test_another_searchs_journal_is_refused(tmp_path, given, words):
 
 
 def test_a_file_that_is_no_journal_and_one_in_use(tmp_path):
-    (tmp_path / "journal.jsonl").write_text("hello\n")
-    with pytest.raises(UserError, match="line 1"):
-        zoft.tune(bowl, SPACE, budget=2, output_dir=tmp_path)
+    for text, words in (("hello\n", "line 1"), ('{"journal": "zoft tune 1"}\n', "older zoft")):
+        (tmp_path / NAME).write_text(text)
+        with pytest.raises(UserError, match=words):
+            zoft.tune(bowl, SPACE, budget=2, output_dir=tmp_path)
+        assert (tmp_path / NAME).read_text() == text
 
     def inner(point):
         with pytest.raises(UserError, match="in use"):
@@ -285,17 +292,49 @@ def test_a_job_that_kills_its_process_fails_alone():
     assert all(not process.is_alive() for process in processes)
 
 
-def test_directions_follow_the_workers_and_stay_with_the_journal(tmp_path: Path):
-    space = SearchSpace({"a": "uniform(0,1)", "b": "uniform(0,1)"})
-    search = ZerothOrder(space, 0, 4)
-    search.ask()
-    search.tell([1.0, 2.0, 3.0, 4.0])
-    sizes = []
-    for _ in range(2):
-        points = search.ask()
+def test_directions_follow_the_workers_and_stay_with_the_record(tmp_path: Path):
+    search, known, sizes = ZOSampler({"a": "uniform(0,1)", "b": "uniform(0,1)"}, batch=4), {}, []
+    for values in ([1.0, 2.0, 3.0, 4.0], [5.0] * 4, [6.0] * 4):
+        points = search.points(known)
         sizes.append(len(points))
-        search.tell([5.0] * len(points))
-    assert sizes == [1, 4]  # where the search stands, and both ends of two directions
-    zoft.tune(Counted(lambda p: p["a"] + p["b"]), space.texts(), budget=6, output_dir=tmp_path)
-    header = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
-    assert header["batch"] == 1
+        known |= dict(zip(map(key, points), values, strict=True))
+    assert sizes == [4, 4, 4]  # the first points, then both ends of two directions
+    space = {"a": "uniform(0,1)", "b": "uniform(0,1)"}
+    zoft.tune(Counted(lambda p: p["a"] + p["b"]), space, budget=6, output_dir=tmp_path)
+    study = optuna.load_study(study_name="zoft", storage=JournalStorage(JournalFileBackend(str(tmp_path / NAME))))
+    assert study.user_attrs["search"]["batch"] == 1
+    assert len(study.trials) == 6
+
+
+# ------------------------------------------------------------------------------------------------------------- optuna
+
+
+def test_the_sampler_serves_a_study_of_optunas_own():
+    def objective(trial):
+        rate, width = trial.suggest_float("rate", 1e-5, 1, log=True), trial.suggest_int("width", 1, 8)
+        return bowl(
+            {"rate": rate, "width": width, "kind": trial.suggest_categorical("kind", ["a", "b", "c"]), "drop": 0.1}
+        )
+
+    space = {name: SPACE[name] for name in ("rate", "width", "kind")}
+    study = optuna.create_study(sampler=ZOSampler(space, seed=1))
+    study.optimize(objective, n_trials=60)
+    found = zoft.tune(lambda point: bowl({**point, "drop": 0.1}), space, budget=60, seed=1)
+    assert study.best_value == found.fun < 0.9
+    several = optuna.create_study(sampler=ZOSampler(space, seed=1, batch=4))
+    several.optimize(objective, n_trials=20, n_jobs=4)
+    assert len(several.trials) == 20
+
+
+def test_optunas_distributions_are_ranges_too():
+    distributions = optuna.distributions
+    space = {"rate": distributions.FloatDistribution(1e-5, 1, log=True), "width": distributions.IntDistribution(1, 8)}
+    assert SearchSpace(space).texts() == {"rate": "log(1e-05,1)", "width": "int(1,8)"}
+    with pytest.raises(UserError, match="a step is not served"):
+        SearchSpace({"rate": distributions.FloatDistribution(0, 1, step=0.25)})
+
+
+def test_without_optuna_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install 'zoft\[tune\]'"):
+        zoft.tune(bowl, SPACE, budget=4)
