@@ -285,7 +285,7 @@ def together(model, feedback, cut, estimator):
 @pytest.mark.parametrize("batches", [1, 4])
 def test_the_whitened_step_is_the_momentum_times_the_inverse_second_moment(rows, batches):
     torch.manual_seed(0)
-    rule = Whiten(window=3, beta=0.9, decay=0.8, ridge=0.2, trust=1e9)
+    rule = Whiten(window=3, beta=0.9, decay=0.8, ridge=0.2, cooling=2.0, trust=1e9)
     state, seen = {"w": {}}, []
     for _ in range(batches):
         seen.append(Factors(torch.randn(rows, 6), torch.randn(rows, 12)))
@@ -296,7 +296,25 @@ def test_the_whitened_step_is_the_momentum_times_the_inverse_second_moment(rows,
     second = sum(w * one.x.T @ one.x / rows for w, one in zip(weights, kept, strict=True))
     momentum = sum(0.1 * 0.9**age * one.dense() for age, one in enumerate(kept))
     ridge = 0.2 * second.diagonal().mean()
-    torch.testing.assert_close(step, momentum @ torch.linalg.inv(second + ridge * torch.eye(12)), rtol=1e-3, atol=1e-5)
+    wanted = momentum @ torch.linalg.inv(second + ridge * torch.eye(12)) / (1 + (batches - 1) / 2) ** 0.5
+    torch.testing.assert_close(step, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_steps_stay_as_long_as_they_are_without_cooling():
+    torch.manual_seed(0)
+    warm, cool, rate = {"w": {}}, {"w": {}}, []
+    for _ in range(3):
+        one = {"w": Factors(torch.randn(5, 6), torch.randn(5, 12))}
+        steps = [Whiten(cooling=c, trust=1e9).steps(one, s, 1.0, 1.0)["w"].dense() for c, s in ((0, warm), (4, cool))]
+        rate.append(float(steps[1].norm() / steps[0].norm()))
+    assert rate == pytest.approx([1, 0.8**0.5, (2 / 3) ** 0.5], rel=1e-5)
+
+
+def test_a_loss_of_zero_or_less_bounds_nothing():
+    torch.manual_seed(0)
+    one = {"w": Factors(torch.randn(5, 6), torch.randn(5, 12))}
+    free, below = (Whiten(trust=t).steps(one, {"w": {}}, loss, 1.0)["w"] for t, loss in ((1e9, 1.0), (0.1, -0.5)))
+    assert torch.equal(free.dense(), below.dense())
 
 
 def test_a_step_promises_no_more_than_the_trust_allows():
@@ -408,8 +426,7 @@ def test_settings_that_cannot_work_are_refused(fields, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["objective=reward", "objective.function=rewards:length"], "which positions"),
-        (["objective=preference"], "which positions"),
+        (["objective=expression", "objective.formula=options + 0.5*metric"], "which positions"),
         (["objective=cross_entropy", "estimator.feedback=scores"], "hidden, loss, or auto"),
         (["objective=options", "engine=layerwise"], "engine=auto"),
         (["objective=options", "trainer.max_grad_norm=1"], "max_grad_norm"),

@@ -13,6 +13,7 @@ from zoft.lm.models.load import DTYPES
 from zoft.lm.models.peft.base import Peft
 from zoft.lm.models.quantized import QUANTIZATIONS, require_package
 from zoft.lm.models.trainable.base import Trainable
+from zoft.lm.objectives._written import ONE_SAMPLE
 from zoft.lm.objectives.base import Objective
 from zoft.lm.tasks.base import Task
 from zoft.optimizers.base import Optimizer
@@ -288,6 +289,11 @@ class ZoftConfig:
         there, name = self.objective.feedbacks, self.objective.name()
         if not self.subspace.moves_outputs or name == "auto":
             return
+        if self.engine.name() not in ("auto", "nodes"):
+            raise UserError(
+                f"engine={self.engine.name()} perturbs weights, and subspace=nodes moves layers' outputs: choose "
+                "engine=auto"
+            )
         if not there:
             raise UserError(
                 f"objective={name} does not say which positions its loss is read from, and subspace=nodes moves those "
@@ -299,11 +305,24 @@ class ZoftConfig:
                 f"estimator.feedback={wanted} is not what objective={name} has: choose one of {', '.join(there)}, or "
                 "auto"
             )
-        if self.engine.name() not in ("auto", "nodes"):
+        if there == ("loss",):
+            self._take_losses_alone(name)
+
+    def _take_losses_alone(self, name: str) -> None:
+        """Node directions of an objective that tells each example's loss and nothing else (a reward)."""
+        if getattr(self.estimator, "every", 1) != 1:
             raise UserError(
-                f"engine={self.engine.name()} perturbs weights, and subspace=nodes moves layers' outputs: choose "
-                "engine=auto"
+                f"objective={name} tells each example's loss and nothing else, and that needs a probe in every step: "
+                "use method=nodes (estimator.every=1)"
             )
+        if getattr(self.subspace, "positions", "loss") != "loss":
+            raise UserError(
+                f"subspace.positions={getattr(self.subspace, 'positions', '')}: where texts are written "
+                f"(objective={name}), outputs move where their tokens are chosen: use positions=loss"
+            )
+        if getattr(self.objective, "num_samples", 1) > 1:
+            raise UserError(f"objective.num_samples={getattr(self.objective, 'num_samples', 1)}: {ONE_SAMPLE}")
+        self.estimator = replace(self.estimator, feedback="loss")
 
     def _check_engine(self) -> None:
         """Losses and exact derivatives are computed by different engines."""

@@ -22,10 +22,12 @@ class Whiten(ReadsFactors, Optimizer):
     inputs' second moment (decay^age, of sum 1) and mu those in the momentum ((1 - beta) beta^age). It is the step
     M A^-1 with the momentum M of E^T X and A = X^T diag(omega) X + lambda I [n, n], solved for N or n unknowns,
     whichever are fewer; one-sided K-FAC. A = I would be momentum. The step has the units of least squares: lr = 1 is
-    near the best.
+    near the best for the first steps, and later ones average over more examples: step t is divided by
+    sqrt(1 + t / cooling), whatever the trainer's own schedule of lr.
 
     The step is shortened where it promises too much: with p = <E^T X, step> the decrease of the loss that the last
-    batch's own gradient predicts, summed over all layers, lr p is at most ``trust`` times the loss (Polyak's step).
+    batch's own gradient predicts, summed over all layers, lr p is at most ``trust`` times the loss (Polyak's step). A loss of
+    0 or less (minus a reward) has no such bound.
 
     Scales and shifts of normalisations have a second moment for each element: w <- w - lr * M / (mean x^2 + lambda).
 
@@ -34,6 +36,7 @@ class Whiten(ReadsFactors, Optimizer):
         decay: of the second moment, a batch, above 0 and at most 1.
         window: how many of the last batches are kept, at least 1: N (n + m) float32 numbers a layer.
         ridge: lambda as a share of the mean of X's squared elements, > 0.
+        cooling: steps after which steps begin to become shorter, above 0; 0: they never do.
         trust: bound on the predicted decrease of the loss in one step, as a share of the loss, > 0.
 
     References: Benzing 2022 (FOOF, arXiv 2201.12250), section 3; Martens & Grosse 2015 (K-FAC); Polyak 1987 for the
@@ -44,6 +47,7 @@ class Whiten(ReadsFactors, Optimizer):
     decay: float = 0.95
     window: int = 10
     ridge: float = 0.1
+    cooling: float = 8.0
     trust: float = 50.0
 
     def check(self) -> None:
@@ -53,6 +57,7 @@ class Whiten(ReadsFactors, Optimizer):
         self.require(0 < self.decay <= 1, "decay", "above 0 and at most 1")
         self.require(self.window >= 1, "window", "at least 1")
         self.require(0 < self.ridge < float("inf"), "ridge", "> 0 and finite")
+        self.require(0 <= self.cooling < float("inf"), "cooling", "above 0 and finite, or 0 for none")
         self.require(0 < self.trust < float("inf"), "trust", "> 0 and finite")
 
     def check_with(self, method: Any) -> None:
@@ -77,7 +82,8 @@ class Whiten(ReadsFactors, Optimizer):
 
         Args:
             factors: of the gradient estimate, by tensor.
-            states: the windows: ``x`` [N, n], ``e`` [N, m], ``age`` [N] in batches, ``share`` [N]; updated.
+            states: the windows: ``x`` [N, n], ``e`` [N, m], ``age`` [N] in batches, ``share`` [N]; and ``count``, of
+                the tensor's steps; updated.
             loss: the clean loss of the batch.
             lr: the learning rate.
         """
@@ -85,12 +91,17 @@ class Whiten(ReadsFactors, Optimizer):
         promised = 0.0
         for name, mine in factors.items():
             _take_in(mine, states[name], self.window)
-            steps[name] = self._step(mine, states[name])
+            steps[name] = self._step(mine, states[name]).scaled(self._share(states[name]))
             promised += steps[name].inner(mine)
-        bound = self.trust * max(loss, 0.0)
-        if lr * promised > bound:
+        bound = self.trust * loss
+        if 0 < bound < lr * promised:
             steps = {name: one.scaled(bound / (lr * promised)) for name, one in steps.items()}
         return steps
+
+    def _share(self, state: State) -> float:
+        """1 / sqrt(1 + t / cooling), with t the steps that this tensor has taken before."""
+        before = float(state["count"]) - 1
+        return (1 + before / self.cooling) ** -0.5 if self.cooling else 1.0
 
     def _step(self, mine: Factors, state: State) -> Factors:
         x, e, age = state["x"], state["e"], state["age"]
@@ -124,4 +135,5 @@ def _take_in(mine: Factors, state: State, window: int) -> None:
         older = {key: state[key][kept] for key in ("x", "e", "age", "share")}
         older["age"] = older["age"] + 1
         fresh = {key: torch.cat((older[key], fresh[key])) for key in fresh}
-    state.update(fresh)
+    count = state["count"] + 1 if "count" in state else torch.ones((), device=mine.x.device)
+    state.update(fresh, count=count)

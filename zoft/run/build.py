@@ -142,7 +142,8 @@ def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: d
     form = formats.format_of_row(rows["train"][0])
     _check_best_metric(args, METRICS[_metric_of(cfg, rows)])
     # A text takes a forward for every token: directions are made once a query, and not once in each of those.
-    once = cfg.objective.generates and form in ("generate", "rated") and cfg.engine.name() == "auto"
+    writes = cfg.objective.generates and form in ("generate", "rated") and not cfg.subspace.moves_outputs
+    once = writes and cfg.engine.name() == "auto"
     trainer = ZOTrainer(
         model=model,
         args=args,

@@ -38,6 +38,8 @@ class Readout(Protocol):
     def columns(self) -> Tensor: ...  # noqa: D102
     @property
     def losses(self) -> Tensor: ...  # noqa: D102
+    @property
+    def calls(self) -> Tensor | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ class _Part:
     seen: dict[str, Tensor] = field(default_factory=dict)
     e: dict[str, Tensor] = field(default_factory=dict)
     offset: int = 0  # number of its first position in the step, over all processes
+
+    def takes_part(self, call: str) -> Tensor | None:
+        """[P] whose text is not complete at this call, where texts are written token by token; None for all."""
+        calls = self.clean.calls
+        return None if calls is None else calls[self.places.anchor] > int(call.partition("@")[2] or 0)
 
 
 @dataclass
@@ -329,9 +336,11 @@ class NodeQueries:
         for key, node in nodes.items():
             for part in parts:
                 for call in [name for name in part.seen if name.partition("@")[0] == key]:
-                    e = self._e(part, call, node)
+                    e, x = self._e(part, call, node), part.seen[call]
                     if e is not None:
-                        pairs.setdefault(node.name, []).append((e / num_terms, part.seen[call], _LAYOUTS[node.kind]))
+                        mine = part.takes_part(call)
+                        e, x = (e, x) if mine is None else (e[mine], x[mine])
+                        pairs.setdefault(node.name, []).append((e / num_terms, x, _LAYOUTS[node.kind]))
         factors = {}
         for name, mine in pairs.items():
             e = torch.cat(self._all(torch.cat([pair[0] for pair in mine])))

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from zoft.errors import UserError
 from zoft.lm.objectives._own_readout import own_feedbacks, own_places, own_readout
@@ -51,8 +52,7 @@ class TrainerReader:
         """The positions that the loss is read from."""
         objective, model = self.trainer.objective, self.trainer._called
         found: Positions = own_places(model, part) if objective is None else objective.places(model, part)
-        mask = part.get("attention_mask", torch.ones_like(part["input_ids"]))
-        return at_loss(found.row, found.column, mask.int().argmax(1) - mask.shape[1])
+        return at_loss(found.row, found.column, _starts(part))
 
     def read(self, part: Any) -> Readout:
         """One forward, as the estimator's feedback asks."""
@@ -76,6 +76,11 @@ class TrainerReader:
         there = own_feedbacks(trainer._called, part) if objective is None else objective.feedbacks
         if wanted == "exact" or wanted in there:
             return str(wanted)
+        if wanted == "auto" and there == ("loss",):
+            raise UserError(
+                f"objective={objective.name()} tells each example's loss and nothing else: give "
+                "estimator=Nodes(feedback='loss', every=1)"
+            )
         if wanted != "auto":
             name = "the model's own loss" if objective is None else f"objective={objective.name()}"
             has = ", ".join(there) or "none"
@@ -83,6 +88,14 @@ class TrainerReader:
         if "scores" in there and "hidden" in there and _num_options(trainer.train_dataset) > _MOST_OPTIONS:
             return "hidden"
         return there[0]
+
+
+def _starts(part: Any) -> Tensor:
+    """Each row's first token, counted from the right end."""
+    if "prompt_ids" in part:  # texts are written behind these
+        return -torch.tensor([len(prompt) for prompt in part["prompt_ids"]], device=part["input_ids"].device)
+    mask = part.get("attention_mask", torch.ones_like(part["input_ids"]))
+    return mask.int().argmax(1) - mask.shape[1]
 
 
 def _num_options(rows: Any) -> int:

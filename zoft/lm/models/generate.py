@@ -39,10 +39,12 @@ class Written:
     Args:
         texts: one a prompt, without the prompt and without special tokens.
         margins: of each, by how much the likeliest token led the next at the closest of its choices, in logits.
+        lengths: of each, how many tokens were chosen, the one that ends it included.
     """
 
     texts: list[str]
     margins: list[float]
+    lengths: list[int]
 
 
 def write(
@@ -97,7 +99,8 @@ def write(
         logits_processor=transformers.LogitsProcessorList([watch.choose]),
         stopping_criteria=transformers.StoppingCriteriaList([watch.finished]),
     )
-    return Written([watch.text(row) for row in out[:, ids.shape[1] :].tolist()], watch.margins.tolist())
+    texts = [watch.text(row) for row in out[:, ids.shape[1] :].tolist()]
+    return Written(texts, watch.margins.tolist(), watch.lengths.tolist())
 
 
 def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -120,6 +123,7 @@ class _Watch:
         self.generators = generators
         self.done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         self.margins = torch.full((len(ids),), torch.inf, device=ids.device)
+        self.lengths = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
 
     def choose(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Logits [B, V] -> what the largest is taken of."""
@@ -137,6 +141,7 @@ class _Watch:
     def finished(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """[B] whether an answer is complete."""
         del scores
+        self.lengths += ~self.done
         self.done = self.done | torch.isin(ids[:, -1], torch.tensor(self.ends, device=ids.device, dtype=ids.dtype))
         if self.answering.stop:
             rows = [

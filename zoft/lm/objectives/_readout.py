@@ -32,6 +32,8 @@ class Readout:
         columns: [C] int64: which values these are, the same from batch to batch.
         losses: the terms whose mean is the loss, [U]; differentiable where gradients are on.
         unit: [P] int64, the term that each position belongs to.
+        calls: [P] int64, in how many calls of the model each position's row takes part, where a text is written token
+            by token; None where there is one.
     """
 
     values: Tensor
@@ -40,6 +42,7 @@ class Readout:
     columns: Tensor
     losses: Tensor
     unit: Tensor
+    calls: Tensor | None = None
 
 
 def of_scores(scores: Tensor, gold: Tensor, columns: Tensor, index: Tensor | None = None) -> Readout:

@@ -6,9 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 
 from zoft.lm.metrics.answers import SCORES
-from zoft.lm.models.generate import write
+from zoft.errors import UserError
+from zoft.lm.logits.head import Positions
+from zoft.lm.models.generate import Written, write
+from zoft.lm.objectives._readout import Readout, of_losses
 from zoft.lm.objectives.base import Batch, Objective
 from zoft.utils.lazy import Tensor, nn, torch
+
+ONE_SAMPLE = "subspace=nodes moves what the layers of one text give: set it to 1, or use method=mezo"
 
 
 @dataclass
@@ -56,13 +61,42 @@ class Writing(Objective):
 
     def texts(self, model: nn.Module, batch: Batch) -> list[list[str]]:
         """``num_samples`` lists of texts, one text a prompt."""
+        return [one.texts for one in self.written(model, batch)]
+
+    def written(self, model: nn.Module, batch: Batch) -> list[Written]:
+        """``num_samples`` times what the model writes, a text a prompt."""
         answering = batch["answering"]
         if self.max_new_tokens:
             answering = dataclasses.replace(answering, max_new_tokens=self.max_new_tokens)
         return [
-            write(model, batch["prompt_ids"], answering, temperature=self.temperature, seed=self.seed + number).texts
+            write(model, batch["prompt_ids"], answering, temperature=self.temperature, seed=self.seed + number)
             for number in range(self.num_samples)
         ]
+
+    @property
+    def feedbacks(self) -> tuple[str, ...]:
+        """What each text is worth, and nothing but that."""
+        return ("loss",)
+
+    def places(self, model: nn.Module, batch: Batch) -> Positions:
+        """Where each prompt's first token is chosen; the others are chosen in calls of their own."""
+        del model
+        rows = torch.arange(len(batch["prompt_ids"]), device=batch["input_ids"].device)
+        return Positions(rows, torch.full_like(rows, -1))
+
+    def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
+        """One term a prompt, seen in all calls that its text took."""
+        del feedback
+        if self.num_samples > 1:
+            raise UserError(f"objective.num_samples={self.num_samples}: {ONE_SAMPLE}")
+        (written,) = self.written(model, batch)
+        losses = self.losses_of(written.texts, batch)
+        read = of_losses(losses, torch.arange(len(losses), device=losses.device))
+        return dataclasses.replace(read, calls=torch.tensor(written.lengths, device=losses.device))
+
+    def losses_of(self, texts: list[str], batch: Batch) -> Tensor:
+        """What each text adds to the mean that is minimised, float32 [B]."""
+        raise NotImplementedError
 
 
 def is_written(batch: Batch) -> bool:

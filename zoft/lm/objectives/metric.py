@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from zoft.errors import UserError
+from zoft.lm.logits.head import Positions
 from zoft.lm.metrics import libraries
 from zoft.lm.objectives._written import Writing, is_written, scores_of
 from zoft.lm.objectives.base import Batch, Objective
@@ -101,6 +103,25 @@ class Metric(Writing):
             return self._of_library(found, batch["answers"]).to(scores.device), scores, labels
         name = batch["answering"].metric if self.metric == "auto" else self.metric
         return 1 - scores[:, _GENERATED.index(name)].mean(), scores, labels
+
+    def losses_of(self, texts: list[str], batch: Batch) -> Tensor:
+        """1 - each text's F1 or exact match, [B]."""
+        if self.library:
+            raise UserError(
+                f"objective.metric={self.metric} is one number for all texts, and subspace=nodes needs one for each: "
+                "set objective.metric=f1 or exact_match, or use method=mezo"
+            )
+        name = batch["answering"].metric if self.metric == "auto" else self.metric
+        return 1 - scores_of(texts, batch)[:, _GENERATED.index(name)].to(batch["input_ids"].device)
+
+    def places(self, model: nn.Module, batch: Batch) -> Positions:
+        """As for whatever is written."""
+        if not is_written(batch):
+            raise UserError(
+                "objective=metric of what is chosen moves in jumps, and says little of each example: subspace=nodes "
+                "takes objective=options (classes, label_words), or use method=mezo"
+            )
+        return super().places(model, batch)
 
     def _of_library(self, samples: list[list[Any]], references: list[Any]) -> Tensor:
         """What is minimised of the `evaluate` metric, its mean over samples; float32."""

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.lm.logits.call import arguments
+from zoft.lm.logits.head import Positions
+from zoft.lm.logits.logits import log_probs_at
 from zoft.lm.logits.support import is_known
-from zoft.lm.objectives._counted import log_probs_of_counted
+from zoft.lm.objectives._counted import log_probs_of_counted, predicted
+from zoft.lm.objectives._readout import Readout, of_hidden, of_losses
 from zoft.lm.objectives.base import Batch, Objective
 from zoft.utils.lazy import Tensor, nn, torch
 
@@ -51,16 +55,41 @@ class Preference(Objective):
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, log-probabilities of both answers [B, 2], zeros [B]: the first one is right)."""
+        found = sums(model, batch)
+        losses = self._losses(found, batch)
+        return losses.mean(), found.view(-1, 2), torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
+
+    @property
+    def feedbacks(self) -> tuple[str, ...]:
+        """The last hidden state; losses alone."""
+        return ("hidden", "loss")
+
+    def places(self, model: nn.Module, batch: Batch) -> Positions:
+        """Where tokens of both answers are predicted."""
+        del model
+        return predicted(batch)[0]
+
+    def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
+        """Every token of both answers has its position; the loss of a pair is one term."""
+        places, targets = predicted(batch)
+        inputs = arguments(model, batch["input_ids"], batch["attention_mask"])
+
+        def terms(log_probs: Tensor) -> Tensor:
+            return self._losses(log_probs.new_zeros(len(batch["labels"])).index_add(0, places.row, log_probs), batch)
+
+        if feedback == "hidden":
+            return of_hidden(model, inputs, places, places.row // 2, terms=terms, targets=targets)
+        return of_losses(terms(log_probs_at(model, inputs, places, targets)), places.row // 2)
+
+    def _losses(self, sums: Tensor, batch: Batch) -> Tensor:
+        """Each pair's loss [B] from the log-probabilities of all answers [2 B]."""
         if "reference" not in batch:
             raise UserError(
                 "objective=preference needs each row's log-probabilities under the model before training: call "
                 "zoft.lm.objectives.preference.keep_reference(model, rows, collator) before you train"
             )
-        found = sums(model, batch)
-        gains = (found - batch["reference"]).view(-1, 2)
-        loss = -torch.nn.functional.logsigmoid(self.beta * (gains[:, 0] - gains[:, 1])).mean()
-        labels = torch.zeros(len(gains), dtype=torch.int64, device=gains.device)
-        return loss, found.view(-1, 2), labels
+        gains = (sums - batch["reference"]).view(-1, 2)
+        return -torch.nn.functional.logsigmoid(self.beta * (gains[:, 0] - gains[:, 1]))
 
 
 def sums(model: nn.Module, batch: Batch) -> Tensor:

@@ -100,10 +100,13 @@ class Reward(Writing):
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(minus the mean reward, each prompt's reward [B], zeros [B] in place of labels)."""
-        answers = [own[0] if len(own) == 1 else own for own in batch["answers"]]
-        of_samples = [self.rewards(batch["prompts"], texts, answers) for texts in self.texts(model, batch)]
-        rewards = torch.tensor(of_samples, device=batch["input_ids"].device).mean(0)
+        rewards = -torch.stack([self.losses_of(texts, batch) for texts in self.texts(model, batch)]).mean(0)
         return -rewards.mean(), rewards, torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device)
+
+    def losses_of(self, texts: list[str], batch: Batch) -> Tensor:
+        """Minus each text's reward, [B]."""
+        answers = [own[0] if len(own) == 1 else own for own in batch["answers"]]
+        return -torch.tensor(self.rewards(batch["prompts"], texts, answers), device=batch["input_ids"].device)
 
 
 @lru_cache

@@ -1,0 +1,190 @@
+"""Node directions of objectives that tell each example's loss and no more: rewards of texts, and preferences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import PAD, tiny_llama
+from tests.runs import WORDS, tiny_tokenizer
+from zoft import ZOConfig, ZOTrainer
+from zoft.config import compose
+from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes
+from zoft.lm.data.completions import counted
+from zoft.lm.data.examples import Rated
+from zoft.lm.data.generated import GeneratedCollator, encode_generated
+from zoft.lm.data.pairs import PairCollator
+from zoft.lm.models.generate import Answering, write
+from zoft.lm.objectives.preference import Preference, keep_reference
+from zoft.lm.objectives.reward import Reward
+from zoft.noise.direction import Direction
+from zoft.optimizers.whiten import Whiten
+from zoft.trainer.batch import StepBatch
+
+LIKED = WORDS[:6]
+ANSWERING = Answering(tiny_tokenizer(), 3)
+STEPS, PROBES = 10, 8
+
+
+def liked(prompts, generations):
+    """The share of three words that are liked."""
+    return [sum(word in LIKED for word in text.split()) / 3 for text in generations]
+
+
+def last_block():
+    model = tiny_llama(vocab_size=4 + len(WORDS))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.2." in name)
+    return model
+
+
+def rewarded(folder, *, estimator=None, rate=1.0, **given):
+    rows = encode_generated([Rated(f"call {word}", 0.0, str(k)) for k, word in enumerate(WORDS[:8])], *room())
+    settings = {"save_strategy": "no", "max_steps": STEPS} | given
+    return ZOTrainer(
+        last_block(),
+        ZOConfig(
+            output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1000,
+            per_device_train_batch_size=8, dataloader_pin_memory=False, learning_rate=rate, seed=1, **settings,
+        ),
+        train_dataset=rows,
+        data_collator=GeneratedCollator(PAD, ANSWERING),
+        subspace="nodes",
+        estimator=estimator or Nodes(feedback="loss", every=1, first=PROBES, num_directions=PROBES, eps=0.5),
+        optimizer=Whiten(),
+        objective=Reward(function=liked, temperature=0.1),
+    )  # fmt: skip
+
+
+def room():
+    return ANSWERING.tokenizer, 60, 3
+
+
+def reward_of(trainer):
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    with torch.no_grad():
+        return -float(trainer.objective.loss(trainer.model.eval(), batch))
+
+
+def test_a_reward_rises_by_what_each_text_is_worth(tmp_path):
+    trainer = rewarded(tmp_path)
+    before = reward_of(trainer)
+    trainer.train()
+    assert trainer.progress.num_queries == (1 + PROBES) * STEPS
+    assert reward_of(trainer) > before + 0.2
+
+
+def test_a_killed_run_of_rewards_ends_at_the_same_bits(tmp_path):
+    whole = rewarded(tmp_path / "whole", max_steps=6)
+    whole.train()
+    first = rewarded(tmp_path / "killed", max_steps=6)
+    first.create_optimizer()
+    read = first.queries.nodes.reader.read
+
+    def killing(part):
+        if first.progress.steps == 4:
+            raise KeyboardInterrupt
+        return read(part)
+
+    first.queries.nodes.reader.read = killing
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    resumed = rewarded(tmp_path / "killed", max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_text_has_a_direction_at_each_of_its_tokens_and_none_behind_them(tmp_path):
+    """Rows whose text is complete take no part in the calls that others still need."""
+    trainer = rewarded(tmp_path)
+    trainer.create_optimizer()
+    rows = trainer.data_collator(list(trainer.train_dataset))
+    ends = ANSWERING.tokenizer.eos_token_id
+    with torch.no_grad():
+        trainer.model.lm_head.weight[ends] *= 6  # so that some texts end early
+        lengths = write(trainer.model.eval(), rows["prompt_ids"], ANSWERING, temperature=0.1).lengths
+    assert 1 in lengths or 2 in lengths
+    with trainer.querying(trainer.model):
+        found = trainer.queries.nodes(StepBatch([rows]), Direction(0, 0), trainer.method.estimator)
+    assert {len(one.e) for one in found.factors.values()} == {sum(lengths)}
+
+
+# ---- preferences -----------------------------------------------------------------------------------------------------
+
+
+def pairs():
+    def row(prompt, better, worse):
+        def answer(ids):
+            return counted([*prompt, *ids], range(len(prompt), len(prompt) + len(ids)))
+
+        return {"chosen": answer(better), "rejected": answer(worse), "input_ids": [*prompt, *better]}
+
+    return [row([4 + k, 9], [12, 13], [14]) if k % 2 else row([4 + k], [12], [15, 16]) for k in range(8)]
+
+
+@pytest.mark.parametrize(("feedback", "every", "share"), [("auto", 0, 0.75), ("loss", 1, 0.95)])
+def test_preferences_are_learnt(feedback, every, share, tmp_path):
+    model, rows, collate = last_block(), pairs(), PairCollator(PAD)
+    list(keep_reference(model, rows, collate))
+    objective = Preference(beta=0.3)
+    trainer = ZOTrainer(
+        model,
+        ZOConfig(
+            output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", max_steps=20,
+            per_device_train_batch_size=8, dataloader_pin_memory=False, learning_rate=1.0, logging_steps=1000,
+        ),
+        train_dataset=rows, data_collator=collate, subspace="nodes", optimizer="whiten", objective=objective,
+        estimator=Nodes(feedback=feedback, every=every),
+    )  # fmt: skip
+    trainer.train()
+    with torch.no_grad():
+        assert float(objective.loss(model.eval(), collate(rows))) < share * 0.693
+
+
+def test_the_readout_of_pairs_is_the_loss_and_its_slope_autograds():
+    model, rows, collate = last_block(), pairs(), PairCollator(PAD)
+    list(keep_reference(tiny_llama(1, vocab_size=4 + len(WORDS)), rows, collate))
+    batch, objective = collate(rows), Preference(beta=0.3)
+    objective.probe(model, batch)
+    places = objective.places(model, batch)
+    found = {name: objective.readout(model, batch, name) for name in objective.feedbacks}
+    for one in found.values():
+        torch.testing.assert_close(one.losses.mean(), objective.loss(model, batch))
+        assert one.unit.tolist() == (places.row // 2).tolist()
+    below: list = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _m, args: below.append(args[0]))
+    loss = objective.loss(model, batch)
+    handle.remove()
+    (wanted,) = torch.autograd.grad(loss * len(rows), below)
+    torch.testing.assert_close(found["hidden"].slopes, places.of(wanted), rtol=1e-3, atol=1e-6)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+JUDGED = ["objective=reward", "objective.function=zoft.lm.rewards:countdown"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method=zoft", *JUDGED], "a probe in every step: use method=nodes"),
+        (["method=nodes", *JUDGED, "subspace.positions=all"], "use positions=loss"),
+        (["method=nodes", *JUDGED, "objective.temperature=1", "objective.num_samples=2"], "set it to 1"),
+        (["method=nodes", *JUDGED, "estimator.feedback=hidden"], "choose one of loss, or auto"),
+    ],
+)
+def test_a_run_of_losses_alone_that_cannot_work_is_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        compose(["task=sst2", "model.name=none", *words])
+
+
+def test_a_trainer_says_what_a_reward_needs(tmp_path):
+    with pytest.raises(UserError, match="every=1"):
+        rewarded(tmp_path, estimator=Nodes()).train()
+
+
+def test_losses_alone_are_composed_for_a_reward():
+    cfg = compose(["task=sst2", "model.name=none", "method=nodes", *JUDGED])
+    assert cfg.estimator.feedback == "loss"
