@@ -26,8 +26,8 @@ class Whiten(ReadsFactors, Optimizer):
     sqrt(1 + t / cooling), whatever the trainer's own schedule of lr.
 
     The step is shortened where it promises too much: with p = <E^T X, step> the decrease of the loss that the last
-    batch's own gradient predicts, summed over all layers, lr p is at most ``trust`` times the loss (Polyak's step). A loss of
-    0 or less (minus a reward) has no such bound.
+    batch's own gradient predicts, summed over all layers, lr p is at most ``trust`` times the loss (Polyak's step). A
+    loss of 0 or less (minus a reward) has no such bound.
 
     Scales and shifts of normalisations have a second moment for each element: w <- w - lr * M / (mean x^2 + lambda).
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from zoft.lm.metrics.answers import SCORES
 from zoft.errors import UserError
 from zoft.lm.logits.head import Positions
+from zoft.lm.metrics.answers import SCORES
 from zoft.lm.models.generate import Written, write
 from zoft.lm.objectives._readout import Readout, of_losses
 from zoft.lm.objectives.base import Batch, Objective
