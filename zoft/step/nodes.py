@@ -338,8 +338,8 @@ class NodeQueries:
                 for call in [name for name in part.seen if name.partition("@")[0] == key]:
                     e, x = self._e(part, call, node), part.seen[call]
                     if e is not None:
-                        mine = part.takes_part(call)
-                        e, x = (e, x) if mine is None else (e[mine], x[mine])
+                        there = part.takes_part(call)
+                        e, x = (e, x) if there is None else (e[there], x[there])
                         pairs.setdefault(node.name, []).append((e / num_terms, x, _LAYOUTS[node.kind]))
         factors = {}
         for name, mine in pairs.items():
