@@ -322,7 +322,8 @@ class ZoftConfig:
             )
         if getattr(self.objective, "num_samples", 1) > 1:
             raise UserError(f"objective.num_samples={getattr(self.objective, 'num_samples', 1)}: {ONE_SAMPLE}")
-        self.estimator = replace(self.estimator, **{"feedback": "loss"})
+        if isinstance(self.estimator, Nodes):
+            self.estimator = replace(self.estimator, feedback="loss")
 
     def _check_engine(self) -> None:
         """Losses and exact derivatives are computed by different engines."""
