@@ -136,7 +136,9 @@ CELLS = [
     for engine in components("engine")
     for estimator in QUERYING
     for subspace in SUBSPACES
-    if (subspace == "full" or estimator in ENGINES_SEE) and serves(engine, estimator, subspace)
+    if (subspace == "full" or estimator in ENGINES_SEE)
+    and (engine != "offload" or subspace in ("full", "low_rank"))  # it reads a subspace as layerwise does
+    and serves(engine, estimator, subspace)
 ]
 """(engine, estimator, subspace) where the engine serves both."""
 

@@ -80,6 +80,11 @@ class DiagnosticsCallback(TrainerCallback):
                 "diagnostics measure a run of one process: start it without torchrun, or leave them out "
                 "(diagnostics=none)"
             )
+        if trainer.engine.name() == "offload":
+            raise UserError(
+                "diagnostics perturb the whole model, and engine=offload has two blocks of it at hand: leave them out "
+                "(diagnostics=none), or use engine=auto"
+            )
         self.trainer = trainer
 
     @property

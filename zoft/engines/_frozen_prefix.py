@@ -141,9 +141,9 @@ class FrozenPrefix:
                     return
         self._serving = self._batch[1]
         for block in self.blocks[: self.first]:
-            if block.__dict__.get("forward") is not _passes_through:  # another forward, side by side, may have come by
+            if block.__dict__.get("forward") is not passes_through:  # another forward, side by side, may have come by
                 self._own_forwards[block] = block.__dict__.get("forward")
-            block.forward = _passes_through
+            block.forward = passes_through
 
     def _inject(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._serving is None:
@@ -288,7 +288,8 @@ def _stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     raise _Stopped(args[0] if args else kwargs["hidden_states"])
 
 
-def _passes_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+def passes_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What a block below the first trained one does while its states are known."""
     return hidden_states
 
 

@@ -39,6 +39,17 @@ Work = Callable[[list[Any]], Sequence[Any]]
 """What each one brought -> what each one gets."""
 
 
+@dataclass(frozen=True)
+class Barrier:
+    """A place that nobody leaves before all have come to one: what is done there ends what was before it.
+
+    Args:
+        place: which.
+    """
+
+    place: Hashable
+
+
 @dataclass
 class _Meeting:
     place: Hashable
@@ -103,9 +114,10 @@ class Lockstep:
         while waiting:
             # Where they have parted (experts of a mixture), few wait for many, and who has come less far goes first.
             together = Counter(meeting.place for meeting in waiting.values())
-            first = min(waiting, key=lambda runner: (together[waiting[runner].place], meetings[runner]))
-            place = waiting[first].place
-            group = [runner for runner in runners if runner in waiting and waiting[runner].place == place]
+            places = {runner: meeting.place for runner, meeting in waiting.items()}
+            first = min(waiting, key=lambda r: (isinstance(places[r], Barrier), together[places[r]], meetings[r]))
+            place = places[first]
+            group = [runner for runner in runners if places.get(runner, self) == place]
             met = [waiting.pop(runner) for runner in group]
             _set_thread_state(met[0].state)
             answers = met[0].work([meeting.brought for meeting in met])

@@ -25,7 +25,7 @@ class Lease:
             for tensor in like:
                 stop = start + tensor.numel() * tensor.element_size()
                 self.tensors.append(buffer[start:stop].view(tensor.dtype).view(tensor.shape))
-                start = _aligned(stop)
+                start = aligned(stop)
 
     def appears_in(self, values: object) -> bool:
         """Whether a tensor in ``values`` (also inside tuples, lists, dicts) is a view of this memory."""
@@ -47,7 +47,7 @@ class Scratch:
 
     def lease(self, like: Sequence[Tensor]) -> Lease:
         """Memory for tensors of these shapes and dtypes, on the first one's device; its contents are arbitrary."""
-        size = sum(_aligned(tensor.numel() * tensor.element_size()) for tensor in like)
+        size = sum(aligned(tensor.numel() * tensor.element_size()) for tensor in like)
         free = self._free.setdefault(like[0].device, [])
         fitting = [i for i, buffer in enumerate(free) if buffer.numel() >= size]
         if fitting:
@@ -64,5 +64,6 @@ class Scratch:
         self._free[lease.buffer.device].append(lease.buffer)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The bytes that a tensor of ``size`` bytes takes in a buffer."""
     return -(-size // _ALIGN) * _ALIGN

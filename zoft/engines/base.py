@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zoft.component import Component
+from zoft.engines._away import device_of
 from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.estimators.nodes import Nodes
@@ -57,7 +58,7 @@ class Session:
         self.objective = objective
         self.anchor: dict[str, Tensor] | None = None  # earlier weights, for points that start from there
         self._evaluated = False
-        for device in {tensor.device for tensor in self.weights.tensors.values()}:
+        for device in {device_of(self, name) for name in self.weights.tensors}:
             prepare(self.weights.num_elements, device)
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
+from zoft.engines._away import device_of
 from zoft.engines._lockstep import Lockstep
 from zoft.engines._pieces import LinearCall, Reads, asks_no_values, watching
 from zoft.engines._reads import unwatched, watched
@@ -83,7 +84,7 @@ class LayerwiseSession(Session):
 
     def __init__(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective, piece_mb: int = 0) -> None:
         super().__init__(model, coordinates, objective)
-        device = next(iter(self.weights.tensors.values())).device
+        device = device_of(self, next(iter(self.weights.tensors)))
         self.piece_bytes = (piece_mb or (16 if device.type == "cpu" else 256)) << 20
         self.together = Lockstep()
         self.scratch = Scratch()

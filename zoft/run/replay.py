@@ -33,6 +33,7 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
         UserError: the journal does not belong to this base model, does not begin at its first step, or has no such
             step; the output folder is not empty.
     """
+    from zoft.engines._away import settle
     from zoft.journal import file as journal
     from zoft.journal import snapshot
     from zoft.run.build import tokenizer_of
@@ -45,6 +46,7 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
     optimizer, directions = begin(cfg)
     checked = replay(optimizer, directions, contents, steps, path)
     session = optimizer.session
+    settle(session)
     sha = session.weights.digest()
     told = f"weights after step {steps:,} of {contents.end:,}: SHA-256 {sha}"
     told += f"\n{checked} hashes of the journal were compared and are equal" if checked else ""
@@ -81,6 +83,7 @@ def replay(optimizer: ZOOptimizer, directions: StepDirections, contents: Content
         steps: how many.
         path: the journal's file, for messages.
     """
+    from zoft.engines._away import settle
     from zoft.step import replay as step_replay
     from zoft.step.estimate import StepEstimate
 
@@ -105,6 +108,7 @@ def replay(optimizer: ZOOptimizer, directions: StepDirections, contents: Content
         known = contents.digests.get(record.step + 1)
         if known is not None:
             checked += 1
+            settle(optimizer.session)
             if known != weights.digest():
                 raise UserError(
                     f"the weights after step {record.step + 1} are not those of the run: another device or version of "

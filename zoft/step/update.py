@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoft.engines._away import device_of, settle
+from zoft.engines._away import write as write_away
 from zoft.engines.base import Session
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
@@ -42,6 +45,16 @@ def decay_groups(weights: Weights, decayed: Iterable[str], weight_decay: float) 
         {"params": [p for n, p in weights.tensors.items() if n in names], "weight_decay": weight_decay},
         {"params": [p for n, p in weights.tensors.items() if n not in names], "weight_decay": 0.0},
     ]
+
+
+@dataclass(frozen=True)
+class _Now:
+    """What the writing of a step depends on beside its terms, so that it may be carried out later."""
+
+    direction: Direction  # one of the step's
+    number: int  # of the update
+    bends: dict[Direction, float]  # the curvature along each of its directions
+    records: list[list[Term]]  # the steps before it
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -82,7 +95,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.scalars: dict[str, dict[str, Any]] = {"optimizer": remembered}  # what parts of the method remember
         self.direction: Direction | None = None  # one of the step in progress
         self._context: dict[str, Any] = {}
-        self._bends: dict[Direction, float] = {}  # the curvature along each direction of the step in progress
         if rule.shapes_directions:
             self.coordinates.arrange(shape=self._shape)
 
@@ -119,7 +131,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _moments(self, name: str) -> dict[str, Tensor]:
         """The state of a tensor; made when it is first asked for."""
         if name not in self.moments:
-            device = self.session.weights.tensors[name].device
+            device = device_of(self.session, name)
             self.moments[name] = {
                 key: torch.full(shape, self.rule.start_values.get(key, 0.0), dtype=torch.float32, device=device)
                 for key, shape in self.rule.state_shapes(self.coordinates.shape(name)).items()
@@ -159,20 +171,22 @@ class ZOOptimizer(torch.optim.Optimizer):
         terms = list(estimate.terms)
         self.direction = terms[0][0] if terms else estimate.directions[0]
         curvatures = estimate.curvatures or ()
-        self._bends = dict(zip((d for d, _ in terms), curvatures, strict=bool(curvatures)))
+        bends = dict(zip((d for d, _ in terms), curvatures, strict=bool(curvatures)))
         if isinstance(self.rule, RescalesCoefficients):
             scaled = self.rule.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
             terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
         self.progress.updates += 1
+        now = _Now(self.direction, self.progress.updates, bends, list(self.records))
+        can_wait = self._can_wait and estimate.backward is None and not estimate.factors
         left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
 
         def write(name: str, dense: Tensor | None = None) -> None:
             group, mine = left.pop(name), [term for term in terms if self.coordinates.moves(term[0], name)]
             if mine or dense is not None:
+                parameter, lr, decay = self.session.weights.tensors[name], group["lr"], group["weight_decay"]
+                move = partial(self._move, now, name, parameter, mine, lr, decay, dense)
                 with torch.no_grad():
-                    self._move(
-                        name, self.session.weights.tensors[name], mine, group["lr"], group["weight_decay"], dense
-                    )
+                    write_away(self.session, name, move, can_wait=can_wait)
 
         if estimate.backward is not None:
             estimate.backward(write)
@@ -185,15 +199,25 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _steps_of(self, estimate: StepEstimate, lr: float) -> Mapping[str, Factors]:
         """What the rule makes of all factors together; themselves where it works on tensors."""
-        tensors = self.session.weights.tensors
-        factors = {name: factor.to(tensors[name].device) for name, factor in (estimate.factors or {}).items()}
+        factors = {name: factor.to(device_of(self.session, name)) for name, factor in (estimate.factors or {}).items()}
         if not factors or not isinstance(self.rule, ReadsFactors):
             return factors
         with torch.no_grad():
             return self.rule.steps(factors, {name: self._moments(name) for name in factors}, estimate.loss, lr)
 
+    @property
+    def _can_wait(self) -> bool:
+        """Whether a step may be written later: nothing of the next step's queries reads what it changes.
+
+        The coordinates are the tensors' own in every step, each draws by itself, and no rule shapes directions.
+        """
+        source = self.coordinates.source
+        own = type(self.coordinates) is BoundSubspace and isinstance(source, CounterNoise) and source.law != "sphere"
+        return own and not self.rule.shapes_directions
+
     def _move(
         self,
+        now: _Now,
         name: str,
         parameter: nn.Parameter,
         terms: list[Term],
@@ -201,18 +225,17 @@ class ZOOptimizer(torch.optim.Optimizer):
         decay: float,
         dense: Tensor | None = None,
     ) -> None:
-        direction = self.direction
-        assert direction is not None
+        direction = now.direction
         count, state = self._state_of(name, direction)
         way = self.rounding.way(parameter)
         if dense is None and self._is_one_addition(parameter, terms, decay):
             self._add_direction(name, parameter, *terms[0], lr)
             return
-        kept = self._sum_of(name, parameter, direction)
+        kept = self._sum_of(name, parameter, now)
         sum_bits = 0 if kept is None else self.rounding.key(kept.first, name, role="sum")
         rounds = way == "stochastic" and (kept is None or decay)  # what a sum says can be written as it is
-        bits = self.rounding.key(self.progress.updates, name) if rounds else None
-        for start, stop, update in self._updates(name, terms, state, count, dense):
+        bits = self.rounding.key(now.number, name) if rounds else None
+        for start, stop, update in self._updates(now, name, terms, state, count, dense):
             if not lr:  # subtracting zero would turn a weight of -0.0 into +0.0
                 continue
             ends = None if kept is None else kept.add_(start, stop, update, lr)
@@ -232,34 +255,34 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self.session.apply_(name, first, last, step, bits, master)
 
     def _updates(
-        self, name: str, terms: list[Term], state: dict[str, Tensor], count: int, dense: Tensor | None
+        self, now: _Now, name: str, terms: list[Term], state: dict[str, Tensor], count: int, dense: Tensor | None
     ) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, what the rule makes of the estimate) for every chunk of the coordinates."""
         whole = [(0, math.prod(self.coordinates.shape(name)))]
-        records = [mine for record in self.records if (mine := self._record_of(name, record))]
-        curvatures = [self._bends[direction] for direction, _ in terms] if self._bends else None
+        records = [mine for record in now.records if (mine := self._record_of(now.direction, name, record))]
+        curvatures = [now.bends[direction] for direction, _ in terms] if now.bends else None
         for start, stop in whole if self.rule.per_matrix else self.coordinates.chunks(name):
             piece = None if dense is None else dense.view(-1)[start:stop]
             estimate = Estimate(self.coordinates, name, start, stop, terms, curvatures, records, piece)
             of_piece = state if self.rule.per_matrix else {key: t.view(-1)[start:stop] for key, t in state.items()}
             yield start, stop, self.rule.update_from(estimate, of_piece, count).view(-1)
 
-    def _record_of(self, name: str, record: list[Term]) -> list[Term]:
+    def _record_of(self, now: Direction, name: str, record: list[Term]) -> list[Term]:
         """The terms of an earlier step that moved this tensor; none where its basis was another one."""
-        now, coordinates = self.direction, self.coordinates
-        assert now is not None
+        coordinates = self.coordinates
         mine = [term for term in record if coordinates.moves(term[0], name)]
         return mine if all(coordinates.same_basis(name, direction, now) for direction, _ in mine) else []
 
-    def _sum_of(self, name: str, parameter: nn.Parameter, direction: Direction) -> Sum | None:
+    def _sum_of(self, name: str, parameter: nn.Parameter, now: _Now) -> Sum | None:
         """The sum of the steps in the basis of this direction, where one is kept."""
+        direction = now.direction
         shape = self.coordinates.shape(name)
         if not self.rounding.sums(parameter, math.prod(shape)):
             return None
         kept = self.sums.get(name)
         if kept is None or not self.coordinates.same_basis(name, kept.direction, direction):
             total = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-            kept = self.sums[name] = Sum(total, self.progress.updates, direction)
+            kept = self.sums[name] = Sum(total, now.number, direction)
         kept.direction = direction
         return kept
 
@@ -295,6 +318,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, state tensors by name, and the groups without their parameters: tensors and plain numbers only."""
+        settle(self.session)
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         moments = {name: dict(tensors) for name, tensors in self.moments.items() if tensors}
         return {
@@ -318,21 +342,20 @@ class ZOOptimizer(torch.optim.Optimizer):
                 f"the checkpoint was made with optimizer={state_dict['rule']}, this run has "
                 f"optimizer={self.rule.name()}: resume with the same one, or start a new run"
             )
+        settle(self.session)
         self.progress = Progress(**state_dict["progress"])
-        tensors = self.session.weights.tensors
+        tensors, device = self.session.weights.tensors, partial(device_of, self.session)
         self.moments = {
-            name: {key: value.to(tensors[name].device, torch.float32).clone() for key, value in state.items()}
+            name: {key: value.to(device(name), torch.float32).clone() for key, value in state.items()}
             for name, state in state_dict["state"].items()
         }
         self.masters = {  # without one, or with another setting, the master begins at the weight
-            name: master.to(tensors[name].device, torch.float32).clone()
+            name: master.to(device(name), torch.float32).clone()
             for name, master in state_dict.get("masters", {}).items()
             if self.rounding.way(tensors[name]) == "master"
         }
         self.sums = {  # without one the sum begins anew: what went before it has been written
-            name: Sum(
-                kept["total"].to(tensors[name].device).clone(), kept["first"], Direction.from_dict(kept["direction"])
-            )
+            name: Sum(kept["total"].to(device(name)).clone(), kept["first"], Direction.from_dict(kept["direction"]))
             for name, kept in state_dict.get("sums", {}).items()
             if self.rounding.sums(tensors[name], kept["total"].numel())
         }

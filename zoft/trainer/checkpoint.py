@@ -41,10 +41,12 @@ class Checkpoints(_Base):
     _run: str | None  # identifier of the run
     lr_factor: float
     settings: Callable[[], dict[str, Any]]  # what must be the same when the run is resumed
+    settle_weights: Callable[[], None]  # before weights are read or written from outside
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the Trainer's own, without pickles, and whole or not at all."""
         del model
+        self.settle_weights()
         if trial is None:
             self.store_flos()
         folder = Path(self._get_output_dir(trial=trial))
@@ -99,6 +101,7 @@ class Checkpoints(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer's own, where the checkpoint holds more than what is trained."""
+        self.settle_weights()
         with snapshot.reading(Path(resume_from_checkpoint)):
             if not self._load_trained(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -140,6 +143,7 @@ class Checkpoints(_Base):
         """As the Trainer's own, where the checkpoint holds more than what is trained; none but a whole one."""
         folder = Path(str(self.state.best_model_checkpoint))
         self._verify_best(folder)
+        self.settle_weights()
         with snapshot.reading(folder):
             if not self._load_trained(folder):
                 super()._load_best_model()
@@ -180,6 +184,7 @@ class Checkpoints(_Base):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """What the Trainer's own writes, without the pickle of the arguments at its end: they are JSON here."""
+        self.settle_weights()
         folder, first = Path(str(self.args.output_dir if output_dir is None else output_dir)), self.args.should_save
         if not first and not self.is_distributed_loading_by_transformers:
             return

@@ -350,6 +350,7 @@ class Journaled(_Base):
         journal = Journal.open(path, back.step)
         journal.note(back.step, {"lr_factor": 0.5})
         journal.close()
+        self.settle_weights()
         with torch.no_grad():
             begun = state.unpack((folder / _FIRST).read_bytes())
             for name, tensor in Weights(self.model).tensors.items():
@@ -383,6 +384,7 @@ class Journaled(_Base):
         if not every or step % every or step == self._hashed or alone:
             return
         self._hashed = step
+        self.settle_weights()
         sha = Weights(self.model).digest()
         self._check_digest(step, sha)
         if self.journal is not None and not self._is_replaying:
@@ -396,6 +398,7 @@ class Journaled(_Base):
         huge, self._is_huge = self._is_huge, False
         if not huge or self._is_replaying:
             return
+        self.settle_weights()
         if all(bool(torch.isfinite(tensor).all()) for tensor in Weights(self.model).tensors.values()):
             return
         step = self.progress.steps - 1

@@ -61,6 +61,7 @@ from zoft.trainer.guard import RolledBack, guard
 from zoft.trainer.journaling import Journaled
 from zoft.trainer.loss import LossAveraging, with_float32_losses
 from zoft.trainer.mezo import MezoRowOrder, decays
+from zoft.trainer.placing import Placing
 from zoft.trainer.readout import TrainerReader
 from zoft.utils.random_state import global_random_state_kept
 from zoft.weightings.base import Weighting
@@ -70,7 +71,7 @@ from zoft.weights.tensors import Weights
 log = logging.getLogger(__name__)
 
 
-class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
+class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, LossAveraging):
     """Replaces the backward pass of a Trainer by zeroth-order queries.
 
     Args:
@@ -139,6 +140,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         self._settle(args)
         with global_random_state_kept():
             model = _as_model(model, peft_config, args.seed)
+            self._let_blocks_rest(model, args.device)
             super().__init__(model=model, args=args, **kwargs)
         align(self.model, self.processing_class)  # before an evaluation too, not only when training begins
         if self.objective is not None:
@@ -201,7 +203,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
                 "guard=rollback goes back in one process: start the run without torchrun, or use guard=clip"
             )
         self.accelerator.scaler = None
-        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self._prepare_model_in_place()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -232,6 +234,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
             trained = super().train(checkpoint, *args, **kwargs)
             finished = self.state.global_step >= self.state.max_steps
         finally:
+            self.settle_weights()
             self._end_journal(finished=finished)
         return trained
 
@@ -325,10 +328,7 @@ class ZOMixin(Journaled, Checkpoints, WholeSteps, LossAveraging):
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._micro_batches, self._waiting, self._passes_before = [], [], 0
         self._began = time.perf_counter() - self.progress.seconds
-        if self.accelerator.num_processes > 1:
-            with torch.no_grad():
-                for tensor in [*self.model.parameters(), *self.model.buffers()]:
-                    torch.distributed.broadcast(tensor.data, src=0)
+        self._share_weights()
         self._probe_loss_scaling = self.accelerator.num_processes > 1 or self.args.gradient_accumulation_steps > 1
         return prepared
 

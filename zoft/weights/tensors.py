@@ -8,6 +8,7 @@ import logging
 from zoft.errors import UserError
 from zoft.noise.counter import perturb_with
 from zoft.utils.lazy import Tensor, nn, torch
+from zoft.weights.mapped import release
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Weights:
         for name, tensor in self.tensors.items():
             sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
             sha.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+            release(tensor)  # what rests in a file need not stay in memory for having been looked at
         return sha.hexdigest()
 
     def check_eps(self, eps: float) -> None:
@@ -75,6 +77,7 @@ class Weights:
         lost: dict[str, float] = {}  # name -> half a unit in the last place
         for name, tensor in self.tensors.items():
             smallest = torch.finfo(tensor.dtype).eps * float(tensor.detach().float().abs().mean()) / 2
+            release(tensor)
             if eps < smallest:
                 lost[name] = smallest
         if not lost:

@@ -1,0 +1,85 @@
+"""The one module that knows of streams: order and counts are the same with a card (stood in for here) and without."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from zoft.engines import _transfer
+from zoft.engines._transfer import CudaTransfer, Transfer, transfer_for
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """torch.cuda's names with nothing behind them; the list says what was called, in order."""
+    told = []
+
+    class Event:
+        def record(self, stream):
+            told.append(("record", stream.name))
+
+        def synchronize(self):
+            told.append(("synchronize",))
+
+    class Stream:
+        def __init__(self, device, name="copies"):
+            self.name = name
+
+        def wait_event(self, event):
+            told.append(("wait", self.name))
+
+    @contextmanager
+    def nothing(*_):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "computes"))
+    monkeypatch.setattr(torch.cuda, "stream", nothing)
+    monkeypatch.setattr(torch.cuda, "device", nothing)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    return told
+
+
+def use(transfer):
+    """Up, compute, down."""
+    resting, here, released = torch.arange(4.0), transfer.buffer(16).view(torch.float32), []
+    transfer.wait(transfer.up([(resting, here)], lambda: released.append("up")))
+    here.mul_(2)
+    transfer.drain([transfer.down([(here, resting)], lambda: released.append("down"))])
+    transfer.close()
+    assert resting.tolist() == [0, 2, 4, 6]
+    assert released == ["up", "down"]
+    return transfer.counts
+
+
+def test_the_stand_in_counts_what_the_card_would(card):
+    assert use(Transfer(torch.device("cpu"))) == use(CudaTransfer(torch.device("cpu")))
+    assert transfer_for(torch.device("cpu")).counts == {}
+
+
+def test_copies_wait_for_what_computes_and_what_computes_waits_for_copies(card):
+    transfer = CudaTransfer(torch.device("cpu"))
+    here = transfer.buffer(16).view(torch.float32)
+    transfer.wait(transfer.up([(torch.ones(4), here)]))
+    assert card == [("record", "computes"), ("wait", "copies"), ("record", "copies"), ("wait", "computes")]
+    transfer.close()
+
+
+def test_an_error_of_a_copy_is_raised_where_it_is_waited_for():
+    transfer = Transfer(torch.device("cpu"))
+    ticket = transfer.up([(torch.ones(4), torch.ones(3))])
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        transfer.wait(ticket)
+    transfer.close()
+
+
+def test_nothing_else_names_streams():
+    """What cannot be tested without a card is in one file."""
+    from pathlib import Path
+
+    package = Path(_transfer.__file__).parents[1]
+    users = [path.name for path in package.rglob("*.py") if "cuda.Stream" in path.read_text()]
+    assert users == ["_transfer.py"]
