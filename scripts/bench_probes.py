@@ -70,12 +70,12 @@ class Clock:
         self.tick()
         self._parts[greenlet.getcurrent()][-1] = "head"
 
-    def meeting(self, meet: Callable[..., Any]) -> Callable[..., Any]:
-        """``Lockstep.meet``, where work that is done once for several forwards stays on the account they were on."""
+    def syncing(self, sync: Callable[..., Any]) -> Callable[..., Any]:
+        """``Lockstep.sync``, where work that is done once for several forwards stays on the account they were on."""
 
-        def inner(together: Any, place: Any, brought: Any, work: Callable[..., Any]) -> Any:
+        def inner(lockstep: Any, key: Any, item: Any, batch_fn: Callable[..., Any]) -> Any:
             part = self._parts[greenlet.getcurrent()][-1]
-            return meet(together, place, brought, self.timed(part, work))
+            return sync(lockstep, key, item, self.timed(part, batch_fn))
 
         return inner
 
@@ -92,7 +92,7 @@ def clock_in(model: Any, device: str, objective: tuple[Any, str], noise: list[tu
     with ExitStack() as stack:
         for part, (host, name) in [("forward", objective), *(("noise", place) for place in noise)]:
             stack.enter_context(mock.patch.object(host, name, clock.timed(part, getattr(host, name))))
-        stack.enter_context(mock.patch.object(Lockstep, "meet", clock.meeting(Lockstep.meet)))
+        stack.enter_context(mock.patch.object(Lockstep, "sync", clock.syncing(Lockstep.sync)))
         stack.callback(model.get_output_embeddings().register_forward_pre_hook(clock.head).remove)
         stack.callback(greenlet.settrace, greenlet.settrace(lambda _, coroutines: clock.tick(coroutines[0])))
         yield clock

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zoft.engines._lockstep import alone
+from zoft.engines._lockstep import sequential
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import Weights
 from zoft.weights.wider import TOLERANCE, widened
@@ -210,7 +210,7 @@ class FrozenPrefix:
         handles.append(self.blocks[self.first].register_forward_pre_hook(_stop, with_kwargs=True))
         self._capturing = True  # the hooks of `reused` stay out of this forward
         try:
-            with torch.no_grad(), alone():
+            with torch.no_grad(), sequential():
                 self.model(**kwargs, use_cache=False)
         except _Stopped as stopped:
             if early:

@@ -1,7 +1,7 @@
 """Several forwards side by side: each runs until the others are where it is, and what they share is done once.
 
 The forwards are coroutines of one thread (greenlets), so nothing runs at the same time and any Python code may take
-part: an objective is called as often as without it and need not know. A forward calls :meth:`Lockstep.meet` where the
+part: an objective is called as often as without it and need not know. A forward calls :meth:`Lockstep.sync` where the
 work is the same for all of them; it is suspended there until every other one has arrived, or has arrived elsewhere.
 """
 
@@ -17,44 +17,44 @@ from typing import Any
 
 from zoft.utils.lazy import torch
 
-_ALONE = contextvars.ContextVar("_ALONE", default=False)
+_SEQUENTIAL = contextvars.ContextVar("_SEQUENTIAL", default=False)
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def sequential() -> Iterator[None]:
     """Within this block a forward waits for nobody: for what must not be left halfway."""
-    token = _ALONE.set(True)
+    token = _SEQUENTIAL.set(True)
     try:
         yield
     finally:
-        _ALONE.reset(token)
+        _SEQUENTIAL.reset(token)
 
 
-def is_alone() -> bool:
-    """Whether this is inside :func:`alone`."""
-    return _ALONE.get()
+def is_sequential() -> bool:
+    """Whether this is inside :func:`sequential`."""
+    return _SEQUENTIAL.get()
 
 
-Work = Callable[[list[Any]], Sequence[Any]]
-"""What each one brought -> what each one gets."""
+BatchFn = Callable[[list[Any]], Sequence[Any]]
+"""The items of all that have come -> what each one gets."""
 
 
 @dataclass(frozen=True)
 class Barrier:
-    """A place that nobody leaves before all have come to one: what is done there ends what was before it.
+    """A key that nobody goes past before all have come to one: what is done there ends what was before it.
 
     Args:
-        place: which.
+        key: which.
     """
 
-    place: Hashable
+    key: Hashable
 
 
 @dataclass
-class _Meeting:
-    place: Hashable
-    brought: Any
-    work: Work
+class _Arrival:
+    key: Hashable
+    item: Any
+    batch_fn: BatchFn
     state: tuple[Any, ...]
 
 
@@ -62,10 +62,10 @@ class Lockstep:
     """Runs calls side by side.
 
     Example:
-        >>> together = Lockstep()
+        >>> lockstep = Lockstep()
         >>> def forward(x):
-        ...     return together.meet("layer", x, lambda xs: [sum(xs)] * len(xs)) + x
-        >>> together.run([lambda: forward(1), lambda: forward(10)])
+        ...     return lockstep.sync("layer", x, lambda xs: [sum(xs)] * len(xs)) + x
+        >>> lockstep.run([lambda: forward(1), lambda: forward(10)])
         [12, 21]
         >>> forward(1)  # alone, outside a run
         2
@@ -99,8 +99,8 @@ class Lockstep:
 
     def _schedule(self, runners: list[Any]) -> list[Any]:
         results: dict[Any, Any] = {}
-        waiting: dict[Any, _Meeting] = {}
-        meetings = dict.fromkeys(runners, 0)
+        waiting: dict[Any, _Arrival] = {}
+        num_syncs = dict.fromkeys(runners, 0)
 
         def resume(runner: Any, *answer: Any) -> None:
             got = runner.switch(*answer)
@@ -113,31 +113,39 @@ class Lockstep:
             resume(runner)
         while waiting:
             # Where they have parted (experts of a mixture), few wait for many, and who has come less far goes first.
-            together = Counter(meeting.place for meeting in waiting.values())
-            places = {runner: meeting.place for runner, meeting in waiting.items()}
-            first = min(waiting, key=lambda r: (isinstance(places[r], Barrier), together[places[r]], meetings[r]))
-            place = places[first]
-            group = [runner for runner in runners if places.get(runner, self) == place]
-            met = [waiting.pop(runner) for runner in group]
-            _set_thread_state(met[0].state)
-            answers = met[0].work([meeting.brought for meeting in met])
+            num_at = Counter(arrival.key for arrival in waiting.values())
+            keys = {runner: arrival.key for runner, arrival in waiting.items()}
+            first = min(waiting, key=lambda r: (isinstance(keys[r], Barrier), num_at[keys[r]], num_syncs[r]))
+            key = keys[first]
+            group = [runner for runner in runners if keys.get(runner, self) == key]
+            arrivals = [waiting.pop(runner) for runner in group]
+            _set_thread_state(arrivals[0].state)
+            answers = arrivals[0].batch_fn([arrival.item for arrival in arrivals])
             _set_thread_state(self._ambient)
             for runner, answer in zip(group, answers, strict=True):
-                meetings[runner] += 1
+                num_syncs[runner] += 1
                 resume(runner, answer)
         return [results[runner] for runner in runners]
 
-    def meet(self, place: Hashable, brought: Any, work: Work) -> Any:
-        """Do ``work`` once for everybody who comes to ``place``; returns this forward's share.
+    def sync(self, key: Hashable, item: Any, batch_fn: BatchFn) -> Any:
+        """Do the work once for all forwards that come to ``key``.
 
-        Outside :meth:`run`, and inside a context that cannot be interleaved, the work is done for this one alone.
+        Outside :meth:`run`, and inside a context that cannot be interleaved, it is done for this one alone.
+
+        Args:
+            key: names the place in the forward.
+            item: what this forward gives to the work.
+            batch_fn: the items of all that have come -> what each of them gets.
+
+        Returns:
+            This forward's share.
         """
-        if self._scheduler is None or _ALONE.get() or _modes() != self._ambient[0]:
-            return work([brought])[0]
-        mine = _thread_state()
+        if self._scheduler is None or _SEQUENTIAL.get() or _modes() != self._ambient[0]:
+            return batch_fn([item])[0]
+        state = _thread_state()
         _set_thread_state(self._ambient)
-        answer = self._scheduler.switch(_Meeting(place, brought, work, mine))
-        _set_thread_state(mine)
+        answer = self._scheduler.switch(_Arrival(key, item, batch_fn, state))
+        _set_thread_state(state)
         return answer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zoft.estimators.base import Point
 from zoft.subspaces.base import BoundSubspace
@@ -14,12 +14,22 @@ if TYPE_CHECKING:
     from zoft.engines._scratch import Scratch
 
 
-LinearCall = tuple[Any, Any, Point]
-"""What a forward brings to a linear layer: inputs [..., n], bias [m] or None, and where it is."""
+class LinearCall(NamedTuple):
+    """What a forward asks of a linear layer.
+
+    Args:
+        x: inputs, [..., n].
+        bias: [m], or None.
+        point: where the forward is.
+    """
+
+    x: Any
+    bias: Any
+    point: Point
 
 
 class Reader(Protocol):
-    """What of a session is needed here."""
+    """What of a swapper is needed here."""
 
     coordinates: BoundSubspace
     scratch: Scratch
@@ -29,29 +39,29 @@ class Reader(Protocol):
     def point(self) -> Point:
         """Where the running forward is."""
 
-    def meet(self, place: Any, brought: Any, work: Any) -> Any:
-        """Do ``work`` once for all forwards that come to ``place``."""
+    def sync(self, key: Any, item: Any, batch_fn: Any) -> Any:
+        """Do the work once for all forwards that come to ``key``."""
 
     def perturb(self, name: str, start: int, points: Sequence[Point], outs: Sequence[Tensor]) -> None:
         """Make a piece of a tensor at each point."""
 
-    def linears(self, name: str, weight: Tensor, brought: Sequence[LinearCall]) -> list[Tensor] | None:
-        """Another way to compute the layer for those who came, or None."""
+    def linears(self, name: str, weight: Tensor, calls: Sequence[LinearCall]) -> list[Tensor] | None:
+        """Another way to compute the layer for these calls, or None."""
 
 
 class Reads:
     """Within :meth:`mode`, torch functions that are handed one of ``tensors`` compute with the perturbed one.
 
     Args:
-        session: whose point the perturbation is at.
+        swapper: whose point the perturbation is at.
         tensors: name -> the parameter, a matrix.
-        place: names this visit of the module, for the forwards that run side by side.
+        visit: names this visit of the module, for the forwards that run side by side.
     """
 
-    def __init__(self, session: Reader, tensors: dict[str, Tensor], place: Any) -> None:
-        self.session = session
+    def __init__(self, swapper: Reader, tensors: dict[str, Tensor], visit: Any) -> None:
+        self.swapper = swapper
         self.names = {id(tensor): name for name, tensor in tensors.items()}
-        self.place = place
+        self.visit = visit
         self.num_reads = 0
 
     def mode(self) -> Any:
@@ -73,41 +83,42 @@ class Reads:
 
     def _embedding(self, ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The rows in use, once each; what else a lookup can be asked for concerns its gradient."""
-        point, name = self.session.point, self.names[id(weight)]
+        point, name = self.swapper.point, self.names[id(weight)]
         assert point.direction is not None
         rows, places = ids.unique(return_inverse=True)
-        moved = self.session.coordinates.perturbed_rows(point.direction, name, rows, point.scale)
+        moved = self.swapper.coordinates.perturbed_rows(point.direction, name, rows, point.scale)
         return torch.nn.functional.embedding(places, moved)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b with W made piece by piece, each piece for all forwards that have come here."""
         self.num_reads += 1
         name = self.names[id(weight)]
-        place = ("linear", self.place, self.num_reads)
+        key = ("linear", self.visit, self.num_reads)
         b = None if bias is None else bias.data  # this forward's own; the others are shown the clean one meanwhile
-        return self.session.meet(place, (x, b, self.session.point), lambda met: self._linears(name, weight, met))
+        call = LinearCall(x, b, self.swapper.point)
+        return self.swapper.sync(key, call, lambda calls: self._linears(name, weight, calls))
 
-    def _linears(self, name: str, weight: Tensor, brought: list[LinearCall]) -> list[Tensor]:
-        by_side_path = self.session.linears(name, weight, brought)
+    def _linears(self, name: str, weight: Tensor, calls: list[LinearCall]) -> list[Tensor]:
+        by_side_path = self.swapper.linears(name, weight, calls)
         if by_side_path is not None:
             return by_side_path
-        session, (outputs, inputs) = self.session, weight.shape
-        rows = max(1, session.piece_bytes // (inputs * weight.element_size()))
+        swapper, (outputs, inputs) = self.swapper, weight.shape
+        rows = max(1, swapper.piece_bytes // (inputs * weight.element_size()))
         count = -(-outputs // rows)
         rows = -(-outputs // count)  # alike: a narrow last product would take nearly as long as a wide one
-        leases = [session.scratch.lease([weight.data[:rows]]) for _ in brought]
+        leases = [swapper.scratch.lease([weight.data[:rows]]) for _ in calls]
         results: list[Tensor] = []
         for first in range(0, outputs, rows):
             last = min(outputs, first + rows)
             pieces = [lease.tensors[0][: last - first] for lease in leases]
-            session.perturb(name, first * inputs, [point for _, _, point in brought], [p.view(-1) for p in pieces])
-            for index, ((x, bias, _), piece) in enumerate(zip(brought, pieces, strict=True)):
+            swapper.perturb(name, first * inputs, [call.point for call in calls], [p.view(-1) for p in pieces])
+            for index, ((x, bias, _), piece) in enumerate(zip(calls, pieces, strict=True)):
                 y = torch.nn.functional.linear(x, piece, None if bias is None else bias[first:last])
                 if not first:
                     results.append(y.new_empty((*y.shape[:-1], outputs)))
                 results[index][..., first:last] = y
         for lease in leases:
-            session.scratch.give_back(lease)
+            swapper.scratch.give_back(lease)
         return results
 
     def _whole(self, value: Any) -> Any:
@@ -115,7 +126,7 @@ class Reads:
         if name is None:
             return value
         moved = torch.empty_like(value.data)
-        self.session.perturb(name, 0, [self.session.point], [moved.view(-1)])
+        self.swapper.perturb(name, 0, [self.swapper.point], [moved.view(-1)])
         return moved
 
 

@@ -1,8 +1,8 @@
-"""Noticing, at the price of a call a use, which trained tensors torch is handed: a class of their own for a while."""
+"""Noticing which trained tensors torch is handed, by a class of their own for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -37,30 +37,28 @@ def _watched_class() -> Any:
 
 
 @contextmanager
-def watched(parameters: Iterable[nn.Parameter], note: Note) -> Iterator[None]:
+def watched(parameters: Mapping[str, nn.Parameter], note: Note) -> Iterator[dict[str, type]]:
     """Within this block ``note`` is told the arguments of every torch function that gets one of the parameters.
 
-    Only these functions are looked at, so a forward costs some microseconds a parameter more. A tensor of another class
-    than ``torch.nn.Parameter`` is left alone: it has a meaning of its own for torch.
+    Only these functions are looked at. Whoever knows that a parameter may be read for a while gives it its own class
+    back for that time. A tensor of another class than ``torch.nn.Parameter`` is left alone: it has a meaning of its own
+    for torch.
 
     Args:
-        parameters: what is watched.
+        parameters: what is watched, by name.
         note: gets a list of arguments.
+
+    Yields:
+        name -> the class by which a parameter is watched.
     """
-    watched_class, changed = _watched_class(), []
+    changed = {name: parameter for name, parameter in parameters.items() if type(parameter) is torch.nn.Parameter}
+    watched_class = _watched_class()
     _notes.append(note)
     try:
-        for parameter in parameters:
-            if type(parameter) is torch.nn.Parameter:
-                parameter.__class__ = watched_class
-                changed.append(parameter)
-        yield
+        for parameter in changed.values():
+            parameter.__class__ = watched_class
+        yield dict.fromkeys(changed, watched_class)
     finally:
-        for parameter in changed:
+        for parameter in changed.values():
             parameter.__class__ = torch.nn.Parameter
         _notes.pop()
-
-
-def unwatched() -> Any:
-    """A context in which nothing is noted: for what an engine does with the tensors."""
-    return torch._C.DisableTorchFunctionSubclass()

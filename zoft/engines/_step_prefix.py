@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from zoft.engines._frozen_prefix import longest_stack, put_back_forward
-from zoft.engines._lockstep import is_alone
+from zoft.engines._lockstep import is_sequential
 from zoft.utils.lazy import Tensor, nn, torch
 
 
@@ -66,7 +66,7 @@ class StepPrefix:
 
     def _passing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if is_alone():  # kept for other purposes (engines/_frozen_prefix.py)
+            if is_sequential():  # kept for other purposes (engines/_frozen_prefix.py)
                 return forward(hidden_states, *args, **kwargs)
             state = self.state()
             call = state["call"]
@@ -83,7 +83,7 @@ class StepPrefix:
         return passing
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if is_alone():
+        if is_sequential():
             return None
         state = self.state()
         call, looked, same = state["call"], state["looked"], state["same"]

@@ -127,8 +127,9 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
             if module.__dict__.get("forward") is passes_through:
                 return
             visit = ("block", index)
-            self._side.visits[visit] += 1
-            self.meet(Barrier((*visit, self._side.visits[visit])), None, partial(self._enter_block, index))
+            visits = self.swapper.state.visits
+            visits[visit] += 1
+            self.swapper.sync(Barrier((*visit, visits[visit])), None, partial(self._enter_block, index))
 
         def leave(module: nn.Module, *_: Any) -> None:
             if module.__dict__.get("forward") is not passes_through:
@@ -154,19 +155,19 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
 
     # ---- queries -----------------------------------------------------------------------------------------------------
 
-    def _asked(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
-        if self._whole_forward is None:
+    def evaluate_all(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
+        if not self.survey.is_done:
             self.stream.settle()  # every read of a tensor is looked at now, and a step would be one
         self._is_asked = True
         try:
-            return super()._asked(pairs)
+            return super().evaluate_all(pairs)
         finally:
             self._is_asked = False
             self.stream.rest()
 
     def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:
         """All points of a step, or as many as may be in flight."""
-        apart = self._compiled or self._sets_global_state
+        apart = self.swapper.compiled or self.survey.sets_global_state
         size = 1 if apart else self.points_in_flight or len(points)
         for start in range(0, len(points), size):
             yield list(points[start : start + size])
@@ -175,22 +176,22 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
         """The settings of this engine that bound its memory."""
         return f"engine.points_in_flight (now {self.points_in_flight or 'all'}), or {super().what_to_lower()}"
 
-    def _find_read_outside(self) -> bool:
-        super()._find_read_outside()
-        assert self._whole_forward is not None
-        for name in list(self._whole_forward):
+    def _conclude(self) -> bool:
+        super()._conclude()
+        survey, visits = self.survey, self.swapper.state.visits
+        for name in list(survey.whole_forward):
             index = self.stream.of.get(name)
             if index is None:
                 continue
-            if name in self._read_outside or not self._side.visits["block", index]:
+            if name in survey.read_outside or not visits["block", index]:
                 self.stream.keep(name)
             else:  # not reached in a block that was: where another row reaches it, its module perturbs it
-                self._whole_forward.remove(name)
-        return bool(self._whole_forward)
+                survey.whole_forward.remove(name)
+        return bool(survey.whole_forward)
 
     def _find_new_reads(self) -> bool:
         again = super()._find_new_reads()
-        for name in self._whole_forward or ():
+        for name in self.survey.whole_forward:
             if name in self.stream.of:
                 self.stream.keep(name)
         return again

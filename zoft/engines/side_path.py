@@ -11,6 +11,7 @@ from typing import Any
 
 from zoft.engines._frozen_prefix import put_back_forward
 from zoft.engines._pieces import LinearCall
+from zoft.engines._swapper import Swapper
 from zoft.engines.base import Engine, Objective, Session
 from zoft.engines.layerwise import LayerwiseSession
 from zoft.estimators.base import Point
@@ -54,8 +55,52 @@ class SidePath(Engine):
         return _SidePathSession(model, coordinates, objective, self.piece_mb, self.tokens_in_flight)
 
 
+class _SidePathSwapper(Swapper):
+    """Multiplies with U V^T beside the clean matrix, where a direction has that form."""
+
+    def __init__(self, coordinates: BoundSubspace, piece_bytes: int) -> None:
+        super().__init__(coordinates, piece_bytes)
+        self.tokens = 0  # of one forward, as its largest linear layer sees them
+        self.factors: dict[tuple[Direction, str], tuple[Tensor, Tensor] | None] = {}  # of the points in flight
+
+    def see(self, output: Tensor) -> None:
+        super().see(output)
+        if output.dim() > 1:
+            self.tokens = max(self.tokens, output.numel() // output.shape[-1])
+
+    def in_pieces(self, module: nn.Module, name: str) -> bool:
+        direction = self.point.direction
+        assert direction is not None
+        served = isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not self.compiled
+        return (served and self._factors_of(direction, name) is not None) or super().in_pieces(module, name)
+
+    def _factors_of(self, direction: Direction, name: str) -> tuple[Tensor, Tensor] | None:
+        """(U, V) of a direction, made once for the points in flight."""
+        if (direction, name) not in self.factors:
+            with torch.inference_mode(False), torch.no_grad():
+                self.factors[direction, name] = self.coordinates.factors(direction, name)
+        return self.factors[direction, name]
+
+    def linears(self, name: str, weight: Tensor, calls: Sequence[LinearCall]) -> list[Tensor] | None:
+        """x W^T + s (x V) U^T + b for everybody who is here."""
+        factors = {c.point.direction: self._factors_of(c.point.direction, name) for c in calls if c.point.direction}
+        if any(pair is None for pair in factors.values()):
+            return None
+        # x W^T for all of them in one product
+        outputs = _in_one_product([c.x for c in calls], lambda x: torch.nn.functional.linear(x, weight.data))
+        for y, (x, bias, point) in zip(outputs, calls, strict=True):
+            u, v = factors[point.direction]  # type: ignore[index, misc]
+            # + s (x V) U^T + b, each forward's own
+            y.add_(((x @ v.to(x.dtype)) @ (point.scale * u).to(x.dtype).T).to(y.dtype))
+            if bias is not None:
+                y.add_(bias)
+        return outputs
+
+
 class _SidePathSession(LayerwiseSession):
     name = "side_path"
+    swapper_class = _SidePathSwapper
+    swapper: _SidePathSwapper
 
     def __init__(
         self, model: nn.Module, coordinates: BoundSubspace, objective: Objective, piece_mb: int, tokens_in_flight: int
@@ -63,15 +108,14 @@ class _SidePathSession(LayerwiseSession):
         super().__init__(model, coordinates, objective, piece_mb)
         device = next(iter(self.weights.tensors.values())).device
         self.tokens_in_flight = tokens_in_flight or (1024 if device.type == "cpu" else 32768)
-        self._tokens = self._tokens_before = 0  # of one forward, as its largest linear layer sees them
+        self._tokens_before = 0
         self._in_flight = 1
-        self._told_chunks = False
-        self._factors: dict[tuple[Direction, str], tuple[Tensor, Tensor] | None] = {}  # of the points in flight
+        self._has_said_size = False
 
-    def _asked(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
-        self._tokens_before, self._tokens = self._tokens, 0
-        self._factors.clear()
-        return super()._asked(pairs)
+    def evaluate_all(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
+        self._tokens_before, self.swapper.tokens = self.swapper.tokens, 0
+        self.swapper.factors.clear()
+        return super().evaluate_all(pairs)
 
     def what_to_lower(self) -> str:
         return f"engine.tokens_in_flight (now {self.tokens_in_flight}), or {super().what_to_lower()}"
@@ -80,62 +124,28 @@ class _SidePathSession(LayerwiseSession):
 
     def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:
         """As many points as the tokens in flight allow; the clean point goes alone."""
+        swapper = self.swapper
         for clean, group in groupby(points, key=lambda point: point.direction is None):
             members = list(group)
             while members:
-                tokens = max(1, self._tokens or self._tokens_before)
-                size = (
-                    1 if clean or self._compiled or self._sets_global_state else max(1, self.tokens_in_flight // tokens)
-                )
+                tokens = max(1, swapper.tokens or self._tokens_before)
+                one_by_one = clean or swapper.compiled or self.survey.sets_global_state
+                size = 1 if one_by_one else max(1, self.tokens_in_flight // tokens)
                 if size < len(members) and not clean:
                     self._say(size, len(members))
                 self._in_flight = min(size, len(members))
-                self._factors.clear()
+                swapper.factors.clear()
                 yield members[:size]
                 members = members[size:]
 
     def _say(self, size: int, of: int) -> None:
-        if not self._told_chunks:
+        if not self._has_said_size:
             log.info(
                 "engine=side_path: %d tokens a forward: %d of %d points go through the model together, to keep within "
                 "engine.tokens_in_flight=%d",
-                *(self._tokens or self._tokens_before, size, of, self.tokens_in_flight),
+                *(self.swapper.tokens or self._tokens_before, size, of, self.tokens_in_flight),
             )
-            self._told_chunks = True
-
-    def _see(self, output: Tensor) -> None:
-        super()._see(output)
-        if output.dim() > 1:
-            self._tokens = max(self._tokens, output.numel() // output.shape[-1])
-
-    # ---- linear layers that move along U V^T -------------------------------------------------------------------------
-
-    def _in_pieces(self, module: nn.Module, name: str) -> bool:
-        direction = self.point.direction
-        assert direction is not None
-        served = isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not self._compiled
-        return (served and self._factors_of(direction, name) is not None) or super()._in_pieces(module, name)
-
-    def _factors_of(self, direction: Direction, name: str) -> tuple[Tensor, Tensor] | None:
-        """(U, V) of a direction, made once for the points in flight."""
-        if (direction, name) not in self._factors:
-            with torch.inference_mode(False), torch.no_grad():
-                self._factors[direction, name] = self.coordinates.factors(direction, name)
-        return self._factors[direction, name]
-
-    def linears(self, name: str, weight: Tensor, brought: Sequence[LinearCall]) -> list[Tensor] | None:
-        """x W^T + s (x V) U^T + b for everybody who is here."""
-        directions = [point.direction for _, _, point in brought]
-        factors = {d: self._factors_of(d, name) for d in directions if d is not None}
-        if any(pair is None for pair in factors.values()):
-            return None
-        outputs = self._together([x for x, _, _ in brought], lambda x: torch.nn.functional.linear(x, weight.data))
-        for y, (x, bias, point) in zip(outputs, brought, strict=True):
-            u, v = factors[point.direction]  # type: ignore[index, misc]
-            y.add_(((x @ v.to(x.dtype)) @ (point.scale * u).to(x.dtype).T).to(y.dtype))
-            if bias is not None:
-                y.add_(bias)
-        return outputs
+            self._has_said_size = True
 
     # ---- linear layers that do not move ------------------------------------------------------------------------------
 
@@ -144,7 +154,7 @@ class _SidePathSession(LayerwiseSession):
         """Besides the hooks: frozen linear layers are computed for all forwards at once."""
         changed: list[tuple[nn.Module, Any]] = []
         try:
-            if not self._compiled:
+            if not self.swapper.compiled:
                 for module in self.model.modules():
                     held = [name for _, name in self.weights.owners.get(module, [])]
                     if _is_linear(module) and not any(map(self.coordinates.ever_moves, held)):
@@ -158,32 +168,34 @@ class _SidePathSession(LayerwiseSession):
 
     def _shared(self, module: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         outputs = int(module.out_features if isinstance(module, torch.nn.Linear) else module.nf)  # type: ignore[arg-type]
+        swapper = self.swapper
 
         def shared(*args: Any, **kwargs: Any) -> Tensor:
             if len(args) != 1 or kwargs:
                 return forward(*args, **kwargs)
             (x,) = args
-            side = self._side
-            side.visits[id(module)] += 1
-            if side.point.direction is None or not side.entered:
+            state = swapper.state
+            state.visits[id(module)] += 1
+            if state.point.direction is None or not state.entered:
                 return forward(x)  # nothing trained has run yet: the same for every point
             tokens = x.numel() // x.shape[-1]
-            self._tokens = max(self._tokens, tokens)
+            swapper.tokens = max(swapper.tokens, tokens)
             if tokens * outputs * x.element_size() * self._in_flight > _MAX_OUTPUT:
                 return forward(x)
-            place = ("frozen", id(module), side.visits[id(module)])
-            return self.meet(place, x, lambda xs: self._together(xs, forward))
+            key = ("frozen", id(module), state.visits[id(module)])
+            return swapper.sync(key, x, lambda xs: _in_one_product(xs, forward))
 
         return shared
 
-    def _together(self, xs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """One product for all inputs [..., n]."""
-        if len(xs) == 1:
-            return [forward(xs[0])]
-        rows = [x.reshape(-1, x.shape[-1]) for x in xs]
-        y = forward(torch.cat(rows))
-        pieces = y.split([len(r) for r in rows])
-        return [piece.view(*x.shape[:-1], y.shape[-1]) for piece, x in zip(pieces, xs, strict=True)]
+
+def _in_one_product(xs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """A layer's outputs for several inputs [..., n], from one call with all their rows."""
+    if len(xs) == 1:
+        return [forward(xs[0])]
+    rows = [x.reshape(-1, x.shape[-1]) for x in xs]
+    y = forward(torch.cat(rows))
+    pieces = y.split([len(r) for r in rows])
+    return [piece.view(*x.shape[:-1], y.shape[-1]) for piece, x in zip(pieces, xs, strict=True)]
 
 
 def _is_linear(module: nn.Module) -> bool:

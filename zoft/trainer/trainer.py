@@ -24,7 +24,7 @@ from transformers.trainer_utils import has_length
 
 from zoft.component import create
 from zoft.engines._frozen_prefix import FrozenPrefix
-from zoft.engines._lockstep import alone
+from zoft.engines._lockstep import sequential
 from zoft.engines.base import Engine, Session
 from zoft.engines.nodes import NodeSession
 from zoft.errors import NonFiniteLossError, UserError
@@ -534,7 +534,7 @@ class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, LossAveraging):
         inputs = self._as_served(inputs)
         if not return_outputs:
             # What is written parts sooner or later: no waiting for others, and nothing of a step's first query reused.
-            with alone() if self.objective.generates else nullcontext():
+            with sequential() if self.objective.generates else nullcontext():
                 return self.objective.loss(model, inputs)
         loss, predictions, _ = self.objective.predict(model, inputs)
         return loss, {"logits": predictions}

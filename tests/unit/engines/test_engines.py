@@ -166,7 +166,7 @@ def test_layerwise_never_writes_the_weights_and_perturbs_one_module_at_a_time():
 
     def look(_module, _inputs, _output):
         nonlocal most
-        most = max(most, len(session._side.clean))
+        most = max(most, len(session.swapper.state.clean))
 
     handles = [module.register_forward_hook(look) for module in model.modules()]
     session.losses(batch_for(model), POINTS)
@@ -267,7 +267,7 @@ def test_a_tensor_read_both_by_its_module_and_beside_it_is_perturbed_for_both(wa
     assert torch.equal(losses, again)
     assert Weights(model).digest() == digest
     assert [record.message.count("(e.weight)") for record in caplog.records] == [1]
-    assert session._whole_forward == ["e.weight"]
+    assert session.survey.whole_forward == ["e.weight"]
 
 
 @pytest.mark.parametrize(
@@ -285,9 +285,9 @@ def test_fault_22_a_read_that_only_a_later_batch_causes(way, engine, caplog):
             losses = session.losses(x, POINTS)
         torch.testing.assert_close(losses, wanted_losses(session, lambda: model(x).square().mean()), rtol=1e-6, atol=0)
         assert Weights(model).digest() == digest
-        assert [r.message.count("(e.weight)") for r in caplog.records] == [1] * (session._whole_forward != [])
+        assert [r.message.count("(e.weight)") for r in caplog.records] == [1] * (session.survey.whole_forward != [])
         assert type(model.e.weight) is nn.Parameter
-    assert session._whole_forward == ["e.weight"]
+    assert session.survey.whole_forward == ["e.weight"]
 
 
 def test_fault_22_a_module_that_a_later_batch_passes_by():
@@ -307,7 +307,7 @@ def test_fault_22_a_module_that_a_later_batch_passes_by():
     for x in (torch.ones(2, 4), -torch.ones(2, 4)):
         losses = session.losses(x, POINTS)
         assert torch.equal(losses, wanted_losses(session, lambda x=x: model(x).square().mean()))
-    assert set(session._whole_forward) == {"b.weight", "b.bias"}
+    assert set(session.survey.whole_forward) == {"b.weight", "b.bias"}
 
 
 def test_shapes_and_dtypes_read_beside_the_forward_are_no_reads(caplog):
@@ -320,7 +320,7 @@ def test_shapes_and_dtypes_read_beside_the_forward_are_no_reads(caplog):
     session = bind(Layerwise(), model, lambda batch: calls.append(1) or model(batch).square().mean())
     session.losses(torch.arange(3), POINTS)
     assert not caplog.records
-    assert session._whole_forward == []
+    assert session.survey.whole_forward == []
     assert len(calls) == len(POINTS)
 
 
@@ -357,7 +357,7 @@ def test_a_compiled_model_gives_the_same_losses_and_its_reads_are_found(caplog):
     with caplog.at_level(logging.WARNING):
         assert torch.equal(session.losses(x, POINTS), wanted)
         assert torch.equal(session.losses(x, POINTS), wanted)
-    assert session._whole_forward == ["e.weight"]
+    assert session.survey.whole_forward == ["e.weight"]
     assert not [record for record in caplog.records if "recompile_limit" in record.getMessage()]
 
 
@@ -372,7 +372,7 @@ def test_deberta_reads_its_embeddings_again_in_its_head():
     session = bind(Layerwise(), model)
     losses = session.losses(batch, POINTS)
     torch.testing.assert_close(losses, wanted_losses(session, lambda: model(**batch).loss), rtol=1e-6, atol=0)
-    assert any("word_embeddings" in name for name in session._whole_forward)
+    assert any("word_embeddings" in name for name in session.survey.whole_forward)
 
 
 def test_a_forward_cut_short_inside_the_objective_leaves_nothing_perturbed():
@@ -389,7 +389,7 @@ def test_a_forward_cut_short_inside_the_objective_leaves_nothing_perturbed():
         with pytest.raises(InterruptedError):
             model(**inputs)
         handle.remove()
-        assert not session._side.clean
+        assert not session.swapper.state.clean
         return model(**inputs).loss
 
     session = bind(Layerwise(), model, objective)
@@ -677,7 +677,7 @@ def test_forwards_that_would_take_too_much_memory_side_by_side_go_apart_and_say_
 
 
 def test_fault_22_a_compiled_model_is_looked_at_now_and_then(monkeypatch):
-    monkeypatch.setattr("zoft.engines.layerwise._EVERY", 3)
+    monkeypatch.setattr("zoft.engines._survey._EVERY", 3)
     taken = [False]
     model, x = ReadTwice(lambda h, w: h @ w if taken[0] else h), torch.arange(3)
     model.body.compile(backend="eager")
@@ -686,5 +686,5 @@ def test_fault_22_a_compiled_model_is_looked_at_now_and_then(monkeypatch):
     taken[0] = True
     for _ in range(3):
         losses = session.losses(x, POINTS)
-    assert session._whole_forward == ["e.weight"]
+    assert session.survey.whole_forward == ["e.weight"]
     torch.testing.assert_close(losses, wanted_losses(session, lambda: model(x).square().mean()), rtol=1e-6, atol=0)

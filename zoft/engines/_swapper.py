@@ -1,0 +1,234 @@
+"""A module's tensors at another point while its own forward runs: swapped on the way in, and back on the way out."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoft.engines._lockstep import Lockstep
+from zoft.engines._pieces import LinearCall, Reads
+from zoft.engines._scratch import Lease, Scratch
+from zoft.estimators.base import Point
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import Tensor, nn, torch
+
+
+@dataclass
+class ForwardState:
+    """One forward in progress.
+
+    Args:
+        point: where in the weights' space it is.
+        clean: name -> storage of a tensor that is swapped right now.
+        perturbed: name -> what it is swapped for.
+        depth: name -> how many of the modules that hold it run; a tied tensor can be inside two at once.
+        entered: tensors whose modules have run or are running.
+        entered_since: the same, since the model was called.
+        visits: how often each module was entered.
+        modes: contexts that are open.
+        undo: what leaving a module does, for each time that it was entered.
+    """
+
+    point: Point = field(default_factory=Point)
+    clean: dict[str, Tensor] = field(default_factory=dict)
+    perturbed: dict[str, Tensor] = field(default_factory=dict)
+    depth: Counter[str] = field(default_factory=Counter)
+    entered: set[str] = field(default_factory=set)
+    entered_since: set[str] = field(default_factory=set)
+    visits: Counter[Any] = field(default_factory=Counter)
+    modes: list[Any] = field(default_factory=list)
+    undo: dict[int, list[list[Callable[[Any], None]]]] = field(default_factory=dict)
+
+
+class Swapper:
+    """Gives modules W + scale * z to compute with, for the forwards that run side by side.
+
+    Args:
+        coordinates: the subspace bound to the weights.
+        piece_bytes: matrices larger than this are perturbed in pieces of this size.
+    """
+
+    def __init__(self, coordinates: BoundSubspace, piece_bytes: int) -> None:
+        self.coordinates = coordinates
+        self.weights = coordinates.weights
+        self.piece_bytes = piece_bytes
+        self.lockstep = Lockstep()
+        self.scratch = Scratch()
+        self.state = ForwardState()
+        self.compiled = False  # the model: a large matrix cannot be read in pieces there
+        self.largest_output = 0  # bytes: of a module that holds trained weights, in the last call of losses
+        self.watched: dict[str, type] = {}  # name -> class by which a read outside of the tensor's module is noticed
+
+    @property
+    def point(self) -> Point:
+        """Where the running forward is."""
+        return self.state.point
+
+    # ---- one forward -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def forward(self, point: Point, whole_forward: Sequence[str]) -> Iterator[ForwardState]:
+        """Within this block the objective is evaluated at a point; afterwards nothing is swapped.
+
+        Args:
+            point: where.
+            whole_forward: tensors that are perturbed all along, since their own module's forward does not cover them.
+        """
+        state = self.state = ForwardState(point)
+        try:
+            if point.direction is not None:
+                moving = [name for name in whole_forward if self.coordinates.moves(point.direction, name)]
+                if moving:
+                    self._swap(state, moving)
+                state.depth.update(whole_forward)
+            yield state
+        finally:  # torch calls no hook of a forward that a signal ends
+            for name, clean in state.clean.items():
+                self.weights.tensors[name].data = clean
+            while state.modes:
+                state.modes.pop().__exit__(None, None, None)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Within this block modules that hold trained tensors call :meth:`_enter` and :meth:`_leave`."""
+        handles = []
+        try:
+            for module, held in self.weights.owners.items():
+                names = [name for _, name in held]
+                enter = uncompiled(lambda m, _i, names=names: self._enter(m, names))
+                leave = uncompiled(lambda m, _i, output, names=names: self._leave(m, names, output))
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, names: list[str]) -> None:
+        state = self.state
+        # What a module does with its own tensors is no read outside of it, and a watched one costs a call each time.
+        if self.watched:
+            self._look_away(names)
+        state.entered.update(names)
+        state.entered_since.update(names)
+        state.visits[id(module)] += 1
+        undo: list[Callable[[Any], None]] = [lambda _: state.depth.subtract(names)]
+        state.undo.setdefault(id(module), []).append(undo)
+        direction = state.point.direction
+        fresh = [n for n in names if direction and not state.depth[n] and self.coordinates.moves(direction, n)]
+        state.depth.update(names)
+        pieces = [name for name in fresh if self.in_pieces(module, name)]
+        visit = id(module), state.visits[id(module)]
+        if pieces:
+            mode = Reads(self, {name: self.weights.tensors[name] for name in pieces}, visit).mode()
+            mode.__enter__()
+            state.modes.append(mode)
+            undo.append(lambda _: state.modes.pop().__exit__(None, None, None))
+        whole = [name for name in fresh if name not in pieces]
+        if whole:
+            lease = self._swap(state, whole, visit)
+            undo.append(lambda output: self._swap_back(state, whole, lease, output))
+
+    def _leave(self, module: nn.Module, names: list[str], output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            self.see(output)
+        visits = self.state.undo.get(id(module), [])
+        for undo in reversed(visits.pop() if visits else []):
+            undo(output)
+        for name in names if self.watched else ():
+            if name in self.watched and not self.state.depth[name]:
+                self.weights.tensors[name].__class__ = self.watched[name]
+
+    def see(self, output: Tensor) -> None:
+        """Note how large a forward is."""
+        self.largest_output = max(self.largest_output, output.numel() * output.element_size())
+
+    def _look_away(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self.watched:
+                self.weights.tensors[name].__class__ = torch.nn.Parameter
+
+    # ---- storage -----------------------------------------------------------------------------------------------------
+
+    def _swap(self, state: ForwardState, names: list[str], visit: Any = None) -> Lease:
+        """Replace the storage of some tensors by perturbed ones."""
+        like = [self.weights.tensors[name].data for name in names]
+        lease: Lease = self.sync(("whole", visit), state.point, lambda points: self._perturbed(names, like, points))
+        for name, clean, perturbed in zip(names, like, lease.tensors, strict=True):
+            state.clean[name], state.perturbed[name] = clean, perturbed
+            self.weights.tensors[name].data = perturbed
+        return lease
+
+    def _swap_back(self, state: ForwardState, names: list[str], lease: Lease, output: Any) -> None:
+        for name in names:
+            self.weights.tensors[name].data = state.clean[name]
+            del state.clean[name], state.perturbed[name]  # after the assignment: whatever interrupts, nothing is lost
+        if not lease.appears_in(output):
+            self.scratch.give_back(lease)
+
+    def sync(self, key: Any, item: Any, batch_fn: Callable[[list[Any]], Sequence[Any]]) -> Any:
+        """:meth:`Lockstep.sync`; while this forward waits, the weights are clean for the others."""
+        state = self.state
+        for name, clean in state.clean.items():
+            self.weights.tensors[name].data = clean
+
+        def unseen(items: list[Any]) -> Sequence[Any]:
+            with torch._C.DisableTorchFunctionSubclass():  # what the engine itself reads is no read of the model's
+                return batch_fn(items)
+
+        answer = self.lockstep.sync(key, item, unseen)
+        self.state = state
+        if self.watched:
+            self._look_away(list(state.perturbed))
+        for name, perturbed in state.perturbed.items():
+            self.weights.tensors[name].data = perturbed
+        return answer
+
+    def _perturbed(self, names: list[str], like: list[Tensor], points: list[Point]) -> list[Lease]:
+        leases = [self.scratch.lease(like) for _ in points]
+        for index, name in enumerate(names):
+            self.perturb(name, 0, points, [lease.tensors[index].view(-1) for lease in leases])
+        return leases
+
+    def perturb(self, name: str, start: int, points: Sequence[Point], outs: Sequence[Tensor]) -> None:
+        """``outs[i]`` = the flat piece from ``start`` on of tensor ``name`` at ``points[i]``; z once a direction."""
+        with torch.inference_mode(False), torch.no_grad():  # what is kept of z is used outside of this query too
+            for direction in dict.fromkeys(point.direction for point in points):
+                same = [i for i, point in enumerate(points) if point.direction == direction]
+                assert direction is not None
+                # outs[i] = W + s_i z: the same z for every point along this direction
+                self.coordinates.perturb(
+                    direction, name, start, [points[i].scale for i in same], [outs[i] for i in same]
+                )
+
+    # ---- large matrices ----------------------------------------------------------------------------------------------
+
+    def in_pieces(self, module: nn.Module, name: str) -> bool:
+        """Whether a tensor is perturbed in pieces, as it is read (:class:`zoft.engines._pieces.Reads`)."""
+        tensor = self.weights.tensors[name]
+        large = tensor.dim() == 2 and tensor.numel() * tensor.element_size() > self.piece_bytes
+        return (
+            large
+            and isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+            and getattr(module, "max_norm", None) is None
+            and not self.compiled
+        )
+
+    def linears(self, name: str, weight: Tensor, calls: Sequence[LinearCall]) -> list[Tensor] | None:
+        """Another way to compute a perturbed linear layer for several forwards, where this engine has one."""
+        del name, weight, calls
+        return None
+
+
+def may_be_compiled() -> bool:
+    """Whether anything in this process can be compiled code of torch."""
+    return "torch._dynamo" in sys.modules  # torch.compile imports it; importing it for nothing takes seconds
+
+
+def uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that torch.compile does not trace: it would compile it again for every module, up to its limit."""
+    return torch.compiler.disable(hook) if may_be_compiled() else hook
