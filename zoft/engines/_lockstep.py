@@ -72,6 +72,7 @@ class Lockstep:
     """
 
     def __init__(self) -> None:
+        self.is_running = False
         self._scheduler: Any = None
         self._ambient: tuple[Any, ...] = ()
 
@@ -82,19 +83,19 @@ class Lockstep:
         """
         import greenlet
 
-        if len(calls) == 1 or self._scheduler is not None:
+        if len(calls) == 1 or self.is_running:
             return [call() for call in calls]
         runners = [greenlet.greenlet(call) for call in calls]
         for runner in runners:
             runner.gr_context = contextvars.copy_context()
-        self._scheduler, self._ambient = greenlet.getcurrent(), _thread_state()
+        self._scheduler, self._ambient, self.is_running = greenlet.getcurrent(), _thread_state(), True
         try:
             return self._schedule(runners)
         finally:
             for runner in runners:
                 while runner:  # alive: something was raised
                     runner.throw()
-            self._scheduler = None
+            self.is_running = False
             _set_thread_state(self._ambient)
 
     def _schedule(self, runners: list[Any]) -> list[Any]:
@@ -140,7 +141,7 @@ class Lockstep:
         Returns:
             This forward's share.
         """
-        if self._scheduler is None or _SEQUENTIAL.get() or _modes() != self._ambient[0]:
+        if not self.is_running or _SEQUENTIAL.get() or _modes() != self._ambient[0]:
             return batch_fn([item])[0]
         state = _thread_state()
         _set_thread_state(self._ambient)
