@@ -156,6 +156,7 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
     # ---- queries -----------------------------------------------------------------------------------------------------
 
     def evaluate_all(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
+        """The objective of each batch at its point; the blocks rest afterwards."""
         if not self.survey.is_done:
             self.stream.settle()  # every read of a tensor is looked at now, and a step would be one
         self._is_asked = True
