@@ -327,6 +327,7 @@ def _combined(*variants: str) -> Callable[[Place], str]:
             folder = place.folder / str(number)
             folder.mkdir(parents=True)
             outcomes.append(kills.kill_at_random(place.zygote, folder, variant, steps=60, kills=25))
+            assert outcomes[-1].kills == 25, f"{variant}: the run was done after {outcomes[-1].kills} kills"
             assert outcomes[-1].same, f"{variant}: {outcomes[-1]}"
             assert outcomes[-1].failed == 0, f"{variant}: {outcomes[-1]}"
             assert outcomes[-1].lost <= 1, f"{variant}: {outcomes[-1]}"

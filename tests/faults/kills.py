@@ -43,6 +43,8 @@ VARIANTS: dict[str, list[str]] = {
     "two processes, grzo, clip": ["trainer.per_device_train_batch_size=2", "method=grzo", *CLIP],
 }
 """What differs from the plain run."""
+QUERIES = {"mezo_svrg": 4}
+"""Forward passes a step, on the mean, where they are not two: an anchor over two batches, then a step of four."""
 
 
 @dataclass
@@ -66,7 +68,7 @@ def words(folder: Path, name: str, steps: int, variant: str = "float32", *more: 
     return arguments(
         folder,
         folder / name,
-        f"budget.queries={2 * steps}",
+        f"budget.queries={QUERIES.get(variant, 2) * steps}",
         "optimizer.learning_rate=1e-4" if variant == "bfloat16" else "optimizer.learning_rate=1e-3",
         "trainer.save_steps=10",
         "trainer.eval_steps=50",
