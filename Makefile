@@ -45,7 +45,7 @@ test-wheel: install ## build the wheel, install it in an empty environment, trai
 fingerprint: $(INSTALLED) ## does this tree compute what it did? BASE=COMMIT: bit by bit against that commit, 6 minutes
 	$(ENV) $(BIN)/python tests/invariant/fingerprint.py $(if $(BASE),--base $(BASE)) $(ARGS)
 
-faults: install ## kill, cut, fill and forge: the thirty faults of docs/reliability.md, about an hour; ARGS="1a 17" some
+faults: install ## kill, cut, fill and forge: the faults of docs/reliability.md, about two hours; ARGS="1a 17" some
 	$(ENV) $(BIN)/python scripts/faults.py $(ARGS)
 
 bench: $(INSTALLED) ## time one step against MeZO's and against bare forwards: 5 minutes, BENCH=full 40

@@ -1,6 +1,6 @@
 """The faults of docs/reliability.md: carried out with the numbers stated there, and written into its table.
 
-    python scripts/faults.py             all of them, one after the other: about an hour on two cores
+    python scripts/faults.py             all of them, one after the other: about two hours on two cores
     python scripts/faults.py 1 17 26     some; the others' figures in the table are those of the last time
 
 Ends with 1 where a pass line was missed.

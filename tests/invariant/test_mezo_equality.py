@@ -231,20 +231,23 @@ def test_the_recorded_rows_come_out_of_the_task_the_tokenizer_and_the_collator(t
 
 @pytest.fixture(scope="module")
 def command_line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return by_command_line(tmp_path_factory.mktemp("cli"))
+
+
+def by_command_line(folder: Path, *more: str, learning_rate: float = LR) -> Path:
     """The recorded run by `zoft train`, stopped half-way and gone on with."""
     from zoft.config import compose
     from zoft.run.train import run
 
-    folder = tmp_path_factory.mktemp("cli")
     rows = json.loads((HERE / "rows.json").read_text())["sst2"]
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
     words = [
         f"model.name={HERE / 'model'}", "model.attn_implementation=eager", "task=sst2", "method=mezo", "protocol=mezo",
         f"task.train={folder / 'train.jsonl'}", f"task.validation={folder / 'validation.jsonl'}", "seed=42",
-        "task.num_train=64", "task.num_dev=16", "task.num_test=32", "optimizer.learning_rate=1e-4",
+        "task.num_train=64", "task.num_dev=16", "task.num_test=32", f"optimizer.learning_rate={learning_rate}",
         "objective=options", "trainer.per_device_train_batch_size=8", "trainer.lr_scheduler_type=constant",
-        "trainer.logging_steps=1", f"output_dir={folder / 'run'}",
+        "trainer.logging_steps=1", f"output_dir={folder / 'run'}", *more,
     ]  # fmt: skip
     for queries in (20, 40):
         run(compose([*words, f"budget.queries={queries}"]))
@@ -308,7 +311,6 @@ def test_fault_12_a_long_prompt_is_cut_with_its_answer(length: int):
     ("words", "said"),
     [
         (["method=fzoo"], "protocol=mezo is MeZO's own step"),
-        (["method=mezo", "peft=prefix"], "is not MeZO's prefix tuning"),
     ],
 )
 def test_fault_12_what_is_not_mezos_is_refused(words: list[str], said: str):
@@ -317,3 +319,94 @@ def test_fault_12_what_is_not_mezos_is_refused(words: list[str], said: str):
 
     with pytest.raises(UserError, match=said):
         compose(["config=smoke", "protocol=mezo", *words])
+
+
+@pytest.mark.parametrize("protocol", ["default", "mezo"])
+def test_fault_12_the_f1_of_no_answer(protocol: str):
+    """By the objective and by an evaluation alike; a word in common is no half of "there is none"."""
+    from tests.runs import tiny_tokenizer
+    from zoft.lm import formats
+    from zoft.lm.objectives._written import scores_of
+    from zoft.lm.objectives.metric import Metric
+    from zoft.lm.tasks.drop import DROP
+
+    task = DROP(protocol=protocol)
+    collate = formats.collator_for("generate", [], tiny_tokenizer(), task, Metric())
+    batch = {"answering": collate.answering, "answers": [["no answer"]] * 2 + [["CANNOTANSWER", "x"], ["no", "a"]]}
+    found = scores_of(["no idea", "No answer.", "x", "no"], batch)[:, 0].tolist()
+    assert found == ([0.0, 1.0, 0.0, 1.0] if protocol == "mezo" else [0.5, 1.0, 1.0, 1.0])
+
+
+# ------------------------------------------------------------------------------------------- fault 12: prefix tuning
+
+
+def prefixed_opt(length: int, seed: int) -> tuple[Any, list[tuple[str, torch.nn.Parameter]]]:
+    """MeZO's prefix, plainly: each attention puts its own keys and values in front of those of the text.
+
+    The text's positions are those of a model without a prefix.
+    """
+    from transformers.models.opt.modeling_opt import eager_attention_forward
+
+    model = micro_opt()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    named = []
+    for number, layer in enumerate(model.model.decoder.layers):
+        both = [cache.layers[number].keys, cache.layers[number].values]
+        pair = [torch.nn.Parameter(one[0].transpose(0, 1).reshape(length, -1).clone()) for one in both]
+        layer.self_attn.prefix = pair
+        named += [(f"{number}.keys", pair[0]), (f"{number}.values", pair[1])]
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **given: Any) -> Any:
+        rows, heads = key.shape[:2]
+        before = [one.view(length, heads, -1).transpose(0, 1).expand(rows, -1, -1, -1) for one in module.prefix]
+        key, value = (torch.cat((first, rest), dim=2) for first, rest in zip(before, (key, value), strict=True))
+        open_to_all = torch.zeros(*attention_mask.shape[:-1], length)
+        mask = torch.cat((open_to_all, attention_mask), dim=-1)
+        return eager_attention_forward(module, query, key, value, mask, **given)
+
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("mezo_prefix_of_a_test", attend)
+    AttentionMaskInterface.register("mezo_prefix_of_a_test", eager_mask)
+    model.config._attn_implementation = "mezo_prefix_of_a_test"
+    return model, named
+
+
+def test_fault_12_a_prefix_is_mezos_under_its_protocol(command_line_of_a_prefix: Path):
+    """Losses and the trained prefix of `protocol=mezo peft=prefix`, against the plain one, to the bit."""
+    eps, lr = 1e-1, 1e-2
+    model, named = prefixed_opt(5, 42)
+    begun = [parameter.data.clone() for _, parameter in named]
+    losses = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for step, batch in zip(recorded()["steps"], batches(), strict=True):
+            batch = with_mask(batch)
+            pair = []
+            for scale in (1, -2, 1):
+                torch.manual_seed(step["seed"])
+                for _, p in named:
+                    p.data += scale * torch.normal(mean=0, std=1, size=p.data.size()) * eps
+                if len(pair) < 2:
+                    pair.append(plain_loss(model, batch))
+            grad = ((pair[0] - pair[1]) / (2 * eps)).item()
+            torch.manual_seed(step["seed"])
+            for _, p in named:
+                p.data -= lr * (grad * torch.normal(mean=0, std=1, size=p.data.size()))
+            losses.append(abs(grad))
+    lines = [json.loads(line) for line in (command_line_of_a_prefix / "metrics.jsonl").read_text().splitlines()]
+    found = [line["projected_grad"] for line in lines if "projected_grad" in line]
+    assert found == losses
+    kept = load_file(command_line_of_a_prefix / "model" / "adapter_model.safetensors")["prompt_embeddings"]
+    wanted = torch.stack([parameter.data for _, parameter in named], dim=1).flatten(1)  # [P, 2 L W]
+    assert torch.equal(kept, wanted)
+    assert not torch.allclose(torch.stack(begun, dim=1).flatten(1), wanted, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def command_line_of_a_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return by_command_line(tmp_path_factory.mktemp("prefix"), "peft=prefix", "estimator.eps=1e-1", learning_rate=1e-2)

@@ -217,10 +217,7 @@ class ZoftConfig:
                 f"not estimator={self.estimator.name()} in subspace={self.subspace.name()}"
             )
         if self.peft.name() == "prefix":
-            raise UserError(
-                "protocol=mezo with peft=prefix is not MeZO's prefix tuning: peft lays the prefix out otherwise and "
-                "counts the text's positions behind it; leave protocol=mezo off, or use peft=lora or none"
-            )
+            self.peft = replace(self.peft, layout="mezo")  # type: ignore[call-arg]
         self.estimator = replace(self.estimator, noise="torch_sequential")
         if hasattr(self.task, "protocol"):
             self.task.protocol = "mezo"

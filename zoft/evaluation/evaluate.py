@@ -213,13 +213,9 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
         tokenizer=tokenizer or tokenizer_of(cfg, run),
     )
     if adapter:
-        from peft import PeftModel
+        from zoft.lm.models.peft import load_adapter
 
-        from zoft.lm.models.peft._positions import count_by_mask
-        from zoft.lm.models.peft.base import without_old_names
-
-        with without_old_names():
-            return count_by_mask(PeftModel.from_pretrained(model, str(kept)))
+        return load_adapter(model, kept)
     return model if run else cfg.peft.wrap(model, cfg.seed)
 
 

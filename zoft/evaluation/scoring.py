@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.evaluation.calibration import Calibrated
 from zoft.evaluation.choices import CLOSE, Choice, Scorer, choose, cross_entropy, in_batches
-from zoft.lm.metrics.answers import SCORES
+from zoft.lm.metrics.answers import SCORES, scored
 from zoft.lm.metrics.intervals import mean_of_numbers, mean_of_scores, wilson
 from zoft.lm.models.generate import Written, write
 from zoft.utils.lazy import Tensor, nn, torch
@@ -142,12 +142,13 @@ class Scoring:
         samples, num_alone = self.texts(rows)
         if isinstance(self.objective, Reward):
             return self._rewarded(rows, samples, num_alone)
-        read = self.collate(rows[:1])["answering"].answer_in
+        answering = self.collate(rows[:1])["answering"]
         predictions = []
         for number, row in enumerate(rows):
             texts = [texts[number] for texts in samples]
-            found = [read(text) for text in texts]
-            scores = {name: _mean([SCORES[name](one, row["answers"]) for one in found]) for name in SCORES}
+            found = [answering.answer_in(text) for text in texts]
+            all_scores = [scored(one, row["answers"], as_mezo=answering.as_mezo) for one in found]
+            scores = {name: _mean([own[name] for own in all_scores]) for name in SCORES}
             predictions.append(_texts(row, texts) | {"answer": found[0], "answers": row["answers"]} | scores)
         metrics: dict[str, float] = {}
         for name in SCORES:

@@ -254,7 +254,8 @@ def collator_for(
         metric = task.metric if task.metric in SCORES else "f1"
         read = getattr(task, "answer_in", str.strip)
         stop = getattr(task, "stop", "")
-        answering = Answering(tokenizer, room_of(task, objective), stop, read, metric)
+        published = getattr(task, "protocol", "") == "mezo"
+        answering = Answering(tokenizer, room_of(task, objective), stop, read, metric, published)
         return GeneratedCollator(pad, answering, as_mezo)
     if form == "pairs":
         return PairCollator(pad)

@@ -76,3 +76,32 @@ def _same(answer: str, right: str) -> bool:
 
 SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {"f1": f1, "exact_match": exact_match}
 """How an answer is scored, by the metric's name."""
+_NO_ANSWER = ("no answer", "CANNOTANSWER")
+
+
+def f1_of_mezo(answer: str, gold: Sequence[str]) -> float:
+    """As :func:`f1`; but where the first gold answer says that there is none, an answer is that or it is wrong.
+
+    Args:
+        answer: what was generated.
+        gold: right answers, at least one.
+
+    Example:
+        >>> f1("no idea", ["no answer"]), f1_of_mezo("no idea", ["no answer"]), f1_of_mezo("No answer.", ["no answer"])
+        (0.5, 0.0, 1.0)
+
+    References: MeZO's published code.
+    """
+    return float(normalised(answer) == normalised(gold[0])) if gold[0] in _NO_ANSWER else f1(answer, gold)
+
+
+def scored(answer: str, gold: Sequence[str], *, as_mezo: bool = False) -> dict[str, float]:
+    """All of :data:`SCORES` of one answer.
+
+    Args:
+        answer: what was generated.
+        gold: right answers, at least one.
+        as_mezo: with :func:`f1_of_mezo`.
+    """
+    scores = SCORES | {"f1": f1_of_mezo} if as_mezo else SCORES
+    return {name: score(answer, gold) for name, score in scores.items()}

@@ -23,6 +23,7 @@ class Answering:
         stop: text that ends an answer, beside the tokenizer's end-of-text mark; empty for none.
         answer_in: the answer in a text that was generated.
         metric: f1 or exact_match.
+        as_mezo: F1 as MeZO's published code has it (:func:`zoft.lm.metrics.answers.f1_of_mezo`).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ class Answering:
     stop: str = ""
     answer_in: Callable[[str], str] = str.strip
     metric: str = "f1"
+    as_mezo: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zoft.errors import UserError
 from zoft.lm.logits.head import Positions
-from zoft.lm.metrics.answers import SCORES
+from zoft.lm.metrics.answers import scored
 from zoft.lm.models.generate import Written, write
 from zoft.lm.objectives._readout import Readout, of_losses
 from zoft.lm.objectives.base import Batch, Objective
@@ -106,9 +106,10 @@ def is_written(batch: Batch) -> bool:
 
 def scores_of(texts: list[str], batch: Batch) -> Tensor:
     """F1 and exact match of each text, float32 [B, 2]."""
-    read = batch["answering"].answer_in
-    pairs = list(zip(map(read, texts), batch["answers"], strict=True))
-    return torch.tensor([[SCORES[name](answer, gold) for name in ("f1", "exact_match")] for answer, gold in pairs])
+    answering = batch["answering"]
+    pairs = zip(map(answering.answer_in, texts), batch["answers"], strict=True)
+    found = [scored(answer, gold, as_mezo=answering.as_mezo) for answer, gold in pairs]
+    return torch.tensor([[one["f1"], one["exact_match"]] for one in found])
 
 
 def predictions_of_written(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

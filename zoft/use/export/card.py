@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.lm.models.names import is_local, portable_name
+from zoft.lm.models.peft._positions import counts_from_zero
 from zoft.report.report import complete_facts
 from zoft.report.text import fact_rows
 
@@ -16,6 +17,12 @@ from transformers import AutoModelFor{head}, AutoTokenizer
 
 base = AutoModelFor{head}.from_pretrained("{base}"{more})
 model = PeftModel.from_pretrained(base, "{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")""",
+    "from 0": """from transformers import AutoModelFor{head}, AutoTokenizer
+from zoft.lm.models.peft import load_adapter
+
+# The text begins at position 0, in front of its prefix (MeZO's layout). Plain peft would count it behind the prefix.
+model = load_adapter(AutoModelFor{head}.from_pretrained("{base}"), "{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")""",
     "model": """from transformers import AutoModelFor{head}, AutoTokenizer
 
@@ -56,18 +63,21 @@ def write_card(
         pipeline_tag={"causal": "text-generation", "masked": "fill-mask"}.get(head, "text-classification"),
         tags=["zoft", "zeroth-order", "forward-only", *([str(known["method"])] if known.get("method") else [])],
     )
-    text = "\n\n".join(_parts(known, base, kind, head, name, files))
+    loads = "from 0" if kind == "adapter" and counts_from_zero(folder) else kind
+    text = "\n\n".join(_parts(known, base, kind, loads, head, name, files))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
     path = folder / "README.md"
     card.save(path)
     return path
 
 
-def _parts(known: dict[str, Any], base: str, kind: str, head: str, name: str, files: Sequence[str]) -> list[str]:
+def _parts(
+    known: dict[str, Any], base: str, kind: str, loads: str, head: str, name: str, files: Sequence[str]
+) -> list[str]:
     what = {"adapter": "An adapter for", "model": "A fine-tune of", "gguf": "A fine-tune (GGUF) of"}[kind]
     title = str(known.get("run_name", "a run of zoft"))
     more = ", num_labels=..." * (head == "classifier")
-    load = _LOADS[kind].format(head=HEADS[head], base=base, name=name, more=more, file=files[0] if files else "")
+    load = _LOADS[loads].format(head=HEADS[head], base=base, name=name, more=more, file=files[0] if files else "")
     fence = "sh" if kind == "gguf" else "python"
     return [
         f"# {title}",
@@ -99,9 +109,10 @@ def _results(known: dict[str, Any]) -> list[tuple[str, str]]:
     rows = dict(fact_rows(known))
     names = {"zero-shot": "before training", "final": "after training", "difference": "difference"}
     metric = known["metric"]
-    return [(f"{metric}, {told}", rows[name]) for name, told in names.items() if name in rows] + [
-        ("rows", f"{rows['evaluated on']}, held out; intervals are 95 %")
-    ] * ("evaluated on" in rows)
+    found = [(f"{metric}, {told}", rows[name]) for name, told in names.items() if name in rows]
+    if "evaluated on" in rows:
+        found.append(("rows", f"{rows['evaluated on']}, held out; intervals are 95 %"))
+    return found
 
 
 def _settings(known: dict[str, Any]) -> list[tuple[str, str]]:

@@ -183,3 +183,54 @@ def test_fault_1_a_prompt_is_as_far_from_a_padded_row_as_from_a_row_alone(family
         padded = model(input_ids=row, attention_mask=mask).logits[0, 3:]
     found = padded[4:] if side == "left" else padded[:6]
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen", "tiny_opt"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("layout", ["peft", "mezo"])
+def test_fault_1_a_prefix_is_as_far_from_a_padded_row_as_from_a_row_alone(family, side, layout):
+    model = Prefix(num_virtual_tokens=3, layout=layout).wrap(getattr(models, family)(), 0).eval()
+    ids = torch.arange(4, 10).view(1, 6)
+    pad = torch.zeros(1, 4, dtype=torch.int64)
+    parts = [(pad, torch.zeros_like(pad)), (ids, torch.ones_like(ids))]
+    row, mask = (torch.cat(columns, 1) for columns in zip(*(parts if side == "left" else parts[::-1]), strict=True))
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        padded = model(input_ids=row, attention_mask=mask).logits[0]
+        written = model.generate(input_ids=row, attention_mask=mask, max_new_tokens=3, do_sample=False)[0, 10:]
+        so_far = ids
+        for _ in range(3):
+            logits = model(input_ids=so_far, attention_mask=torch.ones_like(so_far)).logits
+            so_far = torch.cat((so_far, logits[:, -1:].argmax(-1)), 1)
+    found = padded[4:] if side == "left" else padded[:6]
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+    assert side == "right" or written.tolist() == so_far[0, 6 : 6 + len(written)].tolist()
+
+
+def test_mezos_prefix_is_a_parameter_for_keys_and_one_for_values_of_each_layer(tmp_path):
+    """And its text begins at position 0, in training, where it is loaded again, and beside plain peft's layout."""
+    from zoft.lm.models.peft import load_adapter
+
+    model, ids = tiny_llama(), torch.arange(4, 10).view(1, 6)
+    wrapped = Prefix(num_virtual_tokens=3, layout="mezo").wrap(model, 0).eval()
+    assert [name.rpartition("default.")[2] for name in trained(wrapped)] == [
+        f"layers.{layer}.prefix_{kind}" for layer in range(3) for kind in ("keys", "values")
+    ]
+    with torch.no_grad():
+        logits = wrapped(input_ids=ids).logits
+        keys = wrapped.get_prompt(batch_size=1)
+        plain = tiny_llama()(input_ids=ids, past_key_values=keys, position_ids=torch.arange(6).view(1, 6)).logits
+        assert torch.equal(logits, plain)
+        wrapped.save_pretrained(tmp_path)
+        assert torch.equal(load_adapter(tiny_llama(), tmp_path)(input_ids=ids).logits, logits)
+        for parameter in trained(wrapped).values():
+            parameter.zero_()
+        wrapped.load_adapter(str(tmp_path), "default", is_trainable=True)
+        assert torch.equal(wrapped(input_ids=ids).logits, logits)
+        assert not torch.allclose(Prefix(num_virtual_tokens=3).wrap(tiny_llama(), 0)(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize("make", [tiny_bert_classifier, tiny_t5])
+def test_mezos_prefix_is_for_causal_models(make):
+    with pytest.raises(UserError, match=r"peft.layout=mezo has the text begin at position 0"):
+        Prefix(layout="mezo").wrap(make(), 0)

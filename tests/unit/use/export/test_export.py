@@ -226,3 +226,27 @@ def test_a_vocabulary_without_pairs_is_refused(tmp_path: Path):
 
     with pytest.raises(UserError, match="this one is of type opt: export with --merge"):
         require(tiny_opt().config, pairs_tokenizer())
+
+
+def test_fault_12_the_card_of_a_prefix_in_mezos_layout_loads_it_as_it_was_trained(tmp_path: Path):
+    from tests.runs import model_folder
+    from zoft.lm.models.load import load_model
+    from zoft.lm.models.peft.prefix import Prefix
+    from zoft.use.export.card import write_card
+
+    base = model_folder(tmp_path / "base")
+    wrapped = Prefix(layout="mezo").wrap(load_model(str(base)), 0)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    (tmp_path / "adapter" / "tokenizer_config.json").write_bytes((base / "tokenizer_config.json").read_bytes())
+    facts = {"model": str(base), "metric": "accuracy"}
+    card = write_card(tmp_path / "adapter", facts, kind="adapter", head="causal", name=str(tmp_path / "adapter"))
+    names: dict[str, Any] = {}
+    exec(card.read_text().split("```python\n")[1].split("```")[0], names)
+    assert torch_equal(logits(names["model"]), logits(wrapped))
+
+
+def torch_equal(one: Any, other: Any) -> bool:
+    import torch
+
+    return bool(torch.equal(one, other))

@@ -1,19 +1,24 @@
-"""Positions behind a trained prompt, counted by the attention mask: padding between prompt and text counts for none."""
+"""Positions of a text behind a trained prompt or prefix, counted by the attention mask: padding counts for none."""
 
 from __future__ import annotations
 
 import inspect
+import json
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from zoft.utils.lazy import nn, torch
 
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING")
+
 
 def count_by_mask(model: nn.Module) -> nn.Module:
-    """Number the positions of a prompt-tuned model by its attention mask; other models are left as they are.
+    """Number the positions of a model with a prompt or prefix by its attention mask; other models are left as they are.
 
-    peft puts the prompt in front of padded rows and drops ``position_ids``, so that a class which numbers positions
-    from 0 (rotary ones) sees the text at another distance from the prompt in every batch: a row's logits would depend
-    on how far it is padded. By the mask they are those of the row alone.
+    peft puts the prompt in front of padded rows, and a class that numbers positions from 0 (rotary ones) sees the text
+    at another distance from the prompt in every batch: a row's logits would depend on how far it is padded. By the mask
+    they are those of the row alone. A prefix whose config says ``positions_from_zero`` takes none of them.
 
     Args:
         model: a peft model, or any other; calling this twice changes nothing more.
@@ -23,19 +28,40 @@ def count_by_mask(model: nn.Module) -> nn.Module:
     """
     config = getattr(model, "active_peft_config", None)
     kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
-    base = model.get_base_model() if kind in ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING") else None  # type: ignore[operator]
-    if base is None or "position_ids" not in inspect.signature(base.forward).parameters:
+    base = model.get_base_model() if kind in PROMPTS else None  # type: ignore[operator]
+    if base is None or not takes_positions(base):
         return model
-    if not any(hook is _with_positions for hook in base._forward_pre_hooks.values()):
-        base.register_forward_pre_hook(_with_positions, with_kwargs=True)
+    behind = config.num_virtual_tokens if getattr(config, "positions_from_zero", False) else 0  # type: ignore[union-attr]
+    if not any(getattr(hook, "func", None) is _with_positions for hook in base._forward_pre_hooks.values()):
+        base.register_forward_pre_hook(partial(_with_positions, behind), with_kwargs=True)
     return model
 
 
-def _with_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def counts_from_zero(folder: str | Path) -> bool:
+    """Whether an adapter's folder says that the text's first token stands at position 0."""
+    file = Path(folder) / "adapter_config.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("positions_from_zero"))
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model's forward can be told where each token stands."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _with_positions(
+    behind: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """``behind``: tokens of a prefix that the text's positions, and those peft has added, are not to count."""
     del module
-    mask = kwargs.get("attention_mask")
+    mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
     tokens = next((kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None), None)
-    if mask is None or mask.dim() != 2 or tokens is None or kwargs.get("position_ids") is not None:
+    if given is not None:  # while a text is written
+        return (args, kwargs | {"position_ids": given - behind}) if behind else None
+    if tokens is None or (mask is None and not behind) or (mask is not None and mask.dim() != 2):
         return None
-    positions = mask.to(torch.int64).cumsum(-1).sub(1).clamp_min(0)  # [B, prompt + T]
-    return args, kwargs | {"position_ids": positions[:, -tokens.shape[1] :]}
+    rows, length = tokens.shape[:2]
+    if mask is None:  # nothing is padded: positions go on where the cache ends
+        past = kwargs.get("past_key_values")
+        mask = torch.ones(rows, length + (0 if past is None else past.get_seq_length()), device=tokens.device)
+    positions = mask.to(torch.int64).cumsum(-1).sub(1 + behind).clamp_min(0)  # [B, prompt + T]
+    return args, kwargs | {"position_ids": positions[:, -length:]}
