@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _NOISE_CHECK_FROM = 10  # queries left, of which one may find out whether f is noisy
+_SHORTER, _LONGER = 0.5, 0.9  # times a given learning rate, after a step into a place where f fails; back, step by step
 
 
 def search(settings: Settings, space: Space, host: Host) -> None:
@@ -45,22 +46,26 @@ def search(settings: Settings, space: Space, host: Host) -> None:
 
 
 def fixed(settings: Settings, learning_rate: float, walk: Walk, host: Host) -> None:
-    """x <- x - learning_rate * estimate, to the end of the budget."""
-    rule, failed = walk.method.optimizer, 0
+    """x <- x - learning_rate * estimate, to the end of the budget; back from where f fails at every point, and shorter."""
+    rule, failed, shortened = walk.method.optimizer, 0, 1.0
+    good = walk.vector()  # where f does not fail at most points around
     while True:
         done = 1 - host.left / settings.budget
         share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[settings.schedule]
         estimator = walk.fitting(scheduled(walk.method.estimator, done, share), host.left - kept_for_the_end(host))
         if estimator is None:
             finish(walk, host)
-        rate = learning_rate * share * (estimator.num_directions if rule.scale_with_directions else 1)
+        rate = learning_rate * share * (estimator.num_directions if rule.scale_with_directions else 1) * shortened
         estimate = walk.ask(estimator, rate)
         if estimate.is_usable:
-            length, failed = float(walk.write(estimate, rate).norm()), 0
+            if 2 * walk.session.num_failed <= len(estimate.losses):
+                good = walk.vector()
+            length, failed, shortened = float(walk.write(estimate, rate).norm()), 0, min(1.0, shortened / _LONGER)
             loss = math.nan if walk.session.num_failed else estimate.loss
             host.note_step(walk.session.at(), loss, rate, estimator.radius, length)
         else:
-            failed = one_more_failed(failed)
+            walk.put(good)
+            failed, shortened = one_more_failed(failed), shortened * _SHORTER
             host.note_step(walk.session.at(), math.nan, 0.0, estimator.radius, 0.0)
 
 

@@ -52,6 +52,25 @@ def test_fault_9_the_example_ends_at_the_optimum(seed):
     assert found.num_queries <= 300
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_fault_9_five_times_the_noise(seed):
+    found = zoft.minimize(Failing(noise=0.05, seed=seed), np.zeros(2), budget=300, seed=seed)
+    assert off(found) < 0.05
+    assert found.fun == pytest.approx(true(found.x), abs=0.03)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "sign"])
+def test_fault_9_a_given_rate_that_is_too_long_comes_back_from_where_f_fails(optimizer):
+    """It stayed there, and ended as failed after twenty steps at all of whose points f fails."""
+    for seed in range(4):
+        found = zoft.minimize(
+            Failing("near", 0.01, "nan", seed), np.zeros(2), budget=600, seed=seed, estimator="central", eps=0.1,
+            num_directions=4, optimizer=optimizer, learning_rate=0.3, schedule="linear",
+        )  # fmt: skip
+        assert found.status == "budget"
+        assert off(found) < 0.1
+
+
 @pytest.mark.parametrize("how", ["raise", "nan", "inf", "-inf"])
 @pytest.mark.parametrize("noise", [0.0, 1e-3, 0.01])
 @pytest.mark.parametrize("region", REGIONS)
