@@ -46,7 +46,7 @@ def search(settings: Settings, space: Space, host: Host) -> None:
 
 
 def fixed(settings: Settings, learning_rate: float, walk: Walk, host: Host) -> None:
-    """x <- x - learning_rate * estimate, to the end of the budget; back from where f fails at every point, and shorter."""
+    """x <- x - learning_rate * estimate, to the end of the budget; back, and shorter, where f fails everywhere."""
     rule, failed, shortened = walk.method.optimizer, 0, 1.0
     good = walk.vector()  # where f does not fail at most points around
     while True:
