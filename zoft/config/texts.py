@@ -16,6 +16,7 @@ import yaml
 from zoft.component import GROUPS, components
 from zoft.config import training_arguments
 from zoft.config.schema import ZoftConfig
+from zoft.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,7 @@ def load(text: str, where: Places, loader: Any) -> Any:
         reading.dispose()
 
 
+_MERGE = "tag:yaml.org,2002:merge"
 _LARGEST, _DEEPEST, _MOST_NODES = 1 << 22, 100, 200_000  # bytes, levels, values once aliases are followed
 
 
@@ -163,14 +165,14 @@ def _keep(node: Any, where: Places) -> None:
         elif isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 _tag(key, nulls=True)
-                _keep(value, where.value)
+                _keep(value, where if key.tag == _MERGE else where.value)
     elif where and isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            _keep(value, where if key.tag == "tag:yaml.org,2002:merge" else where.get(key.value))
+            _keep(value, where if key.tag == _MERGE else where.get(key.value))
 
 
 def _tag(node: Any, *, nulls: bool) -> None:
-    merges, is_null = node.tag == "tag:yaml.org,2002:merge", node.tag == "tag:yaml.org,2002:null"
+    merges, is_null = node.tag == _MERGE, node.tag == "tag:yaml.org,2002:null"
     nothing = is_null and (not nulls or not node.value)
     if isinstance(node, yaml.ScalarNode) and node.style is None and not merges and not nothing:
         node.tag = yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG
@@ -181,6 +183,8 @@ def _tag(node: Any, *, nulls: bool) -> None:
 _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[{}\[\](),]|[^'"{}\[\](),]+""", re.S)
 _TYPED = re.compile(r"(?i)true|false|null|[+-]?(?:nan|inf|infinity)|[+-]?[\d._]*\d[\d._]*(?:e[+-]?\d+)?")
 _FUNCTION = re.compile(r"\w+\(")
+_LOST_AS_NAME = re.compile(r"(?i)null|[+-]?(?:nan|inf|infinity|[\d.]+e[+-]?\d+|\d[\d.]*_[\d._]*)|'[^']*'|\"[^\"]*\"")
+"""Names in a mapping that Hydra reads as another number or as nothing, or does not read: it has no quotes for names."""
 _ESCAPE = re.compile(r"\\\\(?=[nt])|\\[nt]")
 _ESCAPES = {r"\\": "\\", r"\n": "\n", r"\t": "\t"}
 
@@ -193,6 +197,9 @@ def argument(text: str) -> str:
     Args:
         text: ``key=value``.
 
+    Raises:
+        UserError: a name in a mapping that an argument cannot say.
+
     Example:
         >>> argument("task.words={neg: no, pos: true}"), argument("task.template='{text}\\nSpam?'")
         ("task.words={neg: no, pos: 'true'}", "task.template='{text}\nSpam?'")
@@ -203,7 +210,30 @@ def argument(text: str) -> str:
         where = where.value if isinstance(where, Each) else where.get(part) if isinstance(where, dict) else None
     if not equals or not isinstance(where, Text | Each) or _FUNCTION.match(value):
         return text
+    if isinstance(where, Each):
+        for name in _names(value):
+            if _LOST_AS_NAME.fullmatch(name):
+                raise UserError(
+                    f"{text}: an argument cannot hold the name {name}, which is read as a number or as nothing: write "
+                    "it in a file (config=FILE), where names are text"
+                )
     return f"{key}={_quoted(value, where.value if isinstance(where, Each) else where)}"
+
+
+def _names(value: str) -> list[str]:
+    """The keys of a mapping in an argument, as they are written."""
+    names, opened, before = [], "", ""
+    for token in _TOKEN.findall(value):
+        if token in tuple("{[("):
+            opened += token
+        elif token in tuple("}])"):
+            opened = opened[:-1]
+        elif opened == "{" and before in ("{", ",") and token[0] not in "'\"":
+            names.append(token.partition(":")[0].strip())
+        elif opened == "{" and before in ("{", ","):
+            names.append(token)
+        before = token
+    return names
 
 
 def _quoted(value: str, where: Text) -> str:

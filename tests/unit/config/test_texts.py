@@ -177,3 +177,16 @@ def test_fault_6_in_a_sweep_too(tmp_path):
 def test_fault_6_other_arguments_are_left_alone():
     for text in (r"trainable.pattern='a\nb'", "seed=01", "estimator.eps=1e-2", "task=custom", "task.label=choice(a,b)"):
         assert argument(text) == text
+
+
+@pytest.mark.parametrize("name", ["1e3", "1_000", "null", "nan", "-inf", "'12:30'"])
+def test_fault_2_a_name_that_an_argument_cannot_say_is_refused(name):
+    """Hydra has no quotes for names: 1e3 became 1000.0, which is another label."""
+    with pytest.raises(UserError, match="an argument cannot hold the name"):
+        compose(["config=quickstart", "task=custom", "task.train=a.csv", f"task.words={{{name}: yes, x: no}}"])
+
+
+def test_fault_2_words_that_a_file_merges_in_are_the_words(tmp_path):
+    body = "task: {train: a.csv, words: {<<: {a: yes, 2020-01-01: no}, 12:30: off}}\n"
+    words = compose(experiment(tmp_path, body)).task.words
+    assert dict(words) == {"12:30": "off", "a": "yes", "2020-01-01": "no"}

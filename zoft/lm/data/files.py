@@ -143,11 +143,13 @@ def _separated(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
             reason = f"a cell of more than {csv.field_size_limit():,} characters; is a quotation mark missing?"
         elif "expected after" in reason or "unexpected end" in reason:
             reason = f"a quotation mark that does not fit ({error}); inside a quoted cell it is written twice"
+        elif "new-line character" in reason:
+            reason = "a line end of old Macs (a carriage return alone): write it with line feeds"
         raise UserError(f"{path}:{max(began + 1, reader.line_num)}: {reason}") from None
 
 
 def _cells(path: Path, reader: Any) -> Iterator[tuple[int, Row]]:
-    header = next(reader, None)
+    header = [name.strip() for name in next(reader, [])]
     if not header:
         return
     if len(set(header)) < len(header):

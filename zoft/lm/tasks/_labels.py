@@ -17,8 +17,9 @@ _KINDS: dict[type, str] = {list: "a list", dict: "a mapping", bytes: "bytes"}
 def label_key(value: Any) -> str | None:
     """A label as the text it is compared by; None where there is no label.
 
-    Blanks at the ends are left out and those inside count as one; a number, or a text that is written as one, loses the
-    zeros that say nothing; true and false are labels whatever their case. Null, NaN and a text of blanks are no label.
+    Blanks and marks that are not seen (a zero-width space) are left out at the ends, and blanks inside count as one; a
+    number, or a text that is written as one, loses the zeros that say nothing; true and false are labels whatever their
+    case. Null, NaN and a text of blanks are no label.
 
     Raises:
         UserError: a list, a mapping, or another value that is neither text nor a number.
@@ -42,8 +43,33 @@ def label_key(value: Any) -> str | None:
 
 
 def spelled(value: Any) -> str:
-    """A label as it is shown, and as its own word: in one spelling of its characters, with single blanks."""
-    return " ".join(unicodedata.normalize("NFC", str(value)).split())
+    """A label as it is shown, and as its own word: in one spelling of its characters, with single blanks.
+
+    Example:
+        >>> spelled(" very  good\u200b")
+        'very good'
+    """
+    text = " ".join(unicodedata.normalize("NFC", str(value)).split())
+    start, end = 0, len(text)
+    while start < end and _is_unseen(text[start]):
+        start += 1
+    while start < end and _is_unseen(text[end - 1]):
+        end -= 1
+    return text[start:end]
+
+
+def look(label: str) -> str:
+    """What a reader sees of a label, whatever its case: labels that share it are one that was misspelt.
+
+    Example:
+        >>> look("Pos") == look("pos"), look("\\uff11") == look("1"), look("po\\u200bs") == look("pos")
+        (True, True, True)
+    """
+    return "".join(c for c in unicodedata.normalize("NFKC", label).casefold() if not _is_unseen(c))
+
+
+def _is_unseen(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character) == "Cf"
 
 
 def in_order(label: str) -> tuple[bool, Decimal, str]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, cast
 
 from zoft.errors import UserError, did_you_mean
@@ -14,7 +15,7 @@ from zoft.lm.data.examples import Completion, Preference
 from zoft.lm.data.files import ASSET, located, read_placed
 from zoft.lm.tasks import _custom_rows as rows
 from zoft.lm.tasks._custom_formats import FORMATS, Reading, listed, reading
-from zoft.lm.tasks._labels import in_order, label_key, spelled
+from zoft.lm.tasks._labels import in_order, label_key, look, spelled
 from zoft.lm.tasks._layouts import unread_content
 from zoft.lm.tasks.base import PROMPTS, NewRow, Splits, Task
 
@@ -30,6 +31,9 @@ _ANSWERS = {"text_label": "label", "multiple_choice": "answer", "completion": "c
 
 _MOST_HELD_OUT, _TEST, _DEV = 0.5, 0.2, 0.1
 """Of a file: the most that is held out as it is set; beyond that, these shares are for test and dev."""
+
+_LOOKED_AT = 100
+"""Rows whose columns say what the data are: the first may lack some that others have."""
 
 MAX_CLASSES = 1000
 """Labels that can be classes of a head."""
@@ -225,7 +229,10 @@ class Custom(Task):
         if self.words:
             self._check_words()
         template = rows.Template.of(self.template).columns if self.template else ()
-        where, row = next(read_placed(self.train, "train"))
+        placed = read_placed(self.train, "train")
+        where, row = next(placed)
+        for _, later in islice(placed, _LOOKED_AT - 1):  # the first row may lack what others have
+            row = row | {name: value for name, value in later.items() if row.get(name) is None}
         found = reading(
             row,
             where,
@@ -306,14 +313,16 @@ class Custom(Task):
         return {label: seen[label] for label in sorted(seen, key=in_order)}
 
     def _refuse_alike(self, seen: dict[str, _Label]) -> None:
-        """Labels that differ in their case alone are one that was misspelt, or need words of their own."""
+        """Labels that look alike, whatever their case, are one that was misspelt, or need words of their own."""
         first: dict[str, _Label] = {}
         for one in seen.values():
-            other = first.setdefault(one.spelling.casefold(), one)
+            other = first.setdefault(look(one.spelling), one)
             if other is not one:
+                in_case = one.spelling.casefold() == other.spelling.casefold()
+                how = "its case" if in_case else "characters that look the same or are not seen"
                 both = f"the label {one.spelling[:40]!r} differs from {other.spelling[:40]!r} ({other.where})"
                 mend = "write them alike, or give each its word, 'task.words={LABEL: WORD, ...}'"
-                raise UserError(f"{one.where}: {both} in its case alone: {mend}")
+                raise UserError(f"{one.where}: {both} in {how} alone: {mend}")
 
     def _check_words(self) -> None:
         self._need(len(self.words) >= 2, "words", "a word for each label, e.g. '{0: terrible, 1: great}'")

@@ -170,3 +170,42 @@ def test_fault_3_what_looks_like_a_number_and_is_a_name_stays_one():
     assert label_key("caf\u0065\u0301") == label_key("caf\u00e9")
     with pytest.raises(UserError, match="a label must be a word or a number, got a list"):
         label_key(["a"])
+
+
+@pytest.mark.parametrize("unseen", ["\u200b", "\ufeff", "\u00a0", "\u2003", "\u2060"])
+@pytest.mark.parametrize("prompt", ["aligned", "head"])
+def test_fault_3_what_is_not_seen_at_a_labels_ends_makes_no_other(tmp_path, unseen, prompt):
+    labels = ["pos", f"pos{unseen}", "neg", f"{unseen}neg"] * 3
+    made = task(tmp_path / "own.csv", labels, prompt=prompt, template=TEMPLATE if prompt == "aligned" else "")
+    assert {example.label for example in all_of(made)} == {0, 1}
+
+
+@pytest.mark.parametrize("other", ["po\u200bs", "\uff50os", "po\u00ads"])
+def test_fault_3_labels_that_look_the_same_are_refused_with_their_rows(tmp_path, other):
+    made = task(tmp_path / "own.csv", ["pos", "neg", other, *"abcde"])
+    with pytest.raises(UserError, match=r"own\.csv:4: the label .* differs from 'pos' .* look the same or are not seen"):
+        made.load()
+
+
+def test_fault_3_the_first_row_may_lack_what_others_have(tmp_path):
+    """It is the row without a label, and not a file without labels."""
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"text": "a"}\n' + "".join(f'{{"text": "b{i}", "label": "{"xy"[i % 2]}"}}\n' for i in range(9)))
+    with pytest.raises(UserError, match=r"own\.jsonl:1: no label: 'label' is not there"):
+        Custom(train=str(file), template="{text} is").load()
+
+
+def test_fault_3_names_of_columns_may_have_blanks_around_them(tmp_path):
+    file = tmp_path / "own.csv"
+    file.write_text("text , label\n" + "".join(f"b{i},{'xy'[i % 2]}\n" for i in range(9)))
+    assert len(all_of(Custom(train=str(file), template="{text} is"))) == 9
+    file.write_text("text, text\na,b\n")
+    with pytest.raises(UserError, match=r"own\.csv:1: two columns are called 'text'"):
+        Custom(train=str(file), template="{text} is").load()
+
+
+def test_fault_3_line_ends_of_old_macs_are_a_sentence(tmp_path):
+    file = tmp_path / "own.csv"
+    file.write_bytes(b"text,label\ra,x\rb,y\r")
+    with pytest.raises(UserError, match=r"own\.csv:1: a line end of old Macs"):
+        Custom(train=str(file), template="{text} is").load()
