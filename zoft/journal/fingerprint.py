@@ -61,7 +61,7 @@ def _plain(value: Any) -> Any:
 def _feed_rows(digest: Feed, rows: Any) -> int:
     count = len(rows)
     in_memory = isinstance(rows, list | tuple) or type(rows).__module__.split(".")[0] == "datasets"
-    for index in range(0, count, 1 if in_memory else -(-count // _MOST)):
+    for index in range(0, count, 1 if in_memory else max(1, -(-count // _MOST))):
         row = rows[index]
         if isinstance(row, Mapping):
             row = {key: value for key, value in row.items() if key not in _COMPUTED}

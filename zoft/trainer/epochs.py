@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from zoft.errors import UserError
+
 _Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
 
 
@@ -34,6 +36,8 @@ class WholeSteps(_Base):
         if not self._num_steps_in_pass:
             self._stream = epoch_iterator
         came = self._fetch(num_batches)
+        if not came and not self._num_steps_in_pass:
+            self._refuse_empty_pass()
         # A pass that is shorter than a step: a pass without any step would end the run.
         while came and len(samples) < num_batches and not self._num_steps_in_pass:
             self._stream = self._next_pass()
@@ -48,11 +52,27 @@ class WholeSteps(_Base):
         """Take micro-batches from the stream until ``num_batches`` wait; returns how many came."""
         before = len(self._waiting)
         while len(self._waiting) < num_batches:
-            batch = next(self._stream, None)
+            try:
+                batch = next(self._stream, None)
+            except ValueError as error:
+                if "does not contain any data" not in str(error):  # what accelerate says of a stream without rows
+                    raise
+                batch = None
             if batch is None:
                 break
             self._waiting.append(batch)
         return len(self._waiting) - before
+
+    def _refuse_empty_pass(self) -> None:
+        """The loop would take it for the end of the run, and say that all went well."""
+        raise UserError(
+            f"pass {self._pass + 1} over the training rows found none: "
+            + (
+                "train_dataset gives its rows only once: make a new iterator in its __iter__, or ask for fewer steps"
+                if self._pass
+                else "train_dataset is empty"
+            )
+        )
 
     def _next_pass(self) -> Iterator[Any]:
         self._pass += 1

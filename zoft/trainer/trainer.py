@@ -19,6 +19,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import has_length
 
@@ -598,6 +599,13 @@ class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, LossAveraging):
         """As the Trainer's own, whose settings for training rows let no row of an evaluation fall and none move."""
         args = self.args
         if is_training:
+            if args.dataloader_drop_last and isinstance(self.train_dataset, IterableDataset):
+                raise UserError(
+                    "dataloader_drop_last=true is not for a stream (IterableDataset), whose loader keeps the rows that "
+                    "fill no batch: give a stream of whole batches, or set it to false"
+                )
+            if has_length(self.train_dataset) and not len(self.train_dataset):
+                raise UserError("there are no training rows: train_dataset is empty")
             made = super()._get_dataloader(*pos, is_training=True, **kwargs)
             if args.dataloader_drop_last and has_length(made) and not len(made):
                 raise UserError(

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from tests.models import VOCAB, tiny_bert_classifier, tiny_llama
 from zoft import ZOConfig, ZOTrainer
+from zoft.errors import UserError
 
 IDS = torch.randint(4, VOCAB, (40, 9), generator=torch.Generator().manual_seed(0))
 
@@ -123,3 +124,30 @@ def test_fault_5_a_resumed_run_goes_on_behind_the_last_row(kind, count, tmp_path
     assert list(map(int, last[3:])) == list(map(int, wanted[3:]))  # passes
     for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [Stream, Counted, Overstated])
+def test_fault_20_a_stream_keeps_the_rows_that_fill_no_batch(kind, tmp_path):
+    """The Trainer passes dataloader_drop_last over for them, without a word."""
+    with pytest.raises(UserError, match=r"dataloader_drop_last=true is not for a stream"):
+        run(tmp_path, kind(10), dataloader_drop_last=True, num_train_epochs=20)
+
+
+@pytest.mark.parametrize("kind", [Stream, Counted, Overstated, Table])
+def test_fault_5_rows_of_nothing_are_a_sentence(kind, tmp_path):
+    with pytest.raises(UserError, match="is empty"):
+        run(tmp_path, kind(0), num_train_epochs=20)
+
+
+def test_fault_5_a_stream_that_can_be_read_once_is_told_so(tmp_path):
+    class Once(IterableDataset):
+        def __init__(self) -> None:
+            self.rows = (row(index, False) for index in range(10))
+
+        def __iter__(self):
+            return self.rows
+
+    with pytest.raises(UserError, match=r"pass 2 .* found none: train_dataset gives its rows only once"):
+        run(tmp_path, Once(), num_train_epochs=20)
+    with pytest.raises(UserError, match="gives its rows only once"):
+        run(tmp_path / "one", Once(), num_train_epochs=20, gradient_accumulation_steps=1)

@@ -43,7 +43,7 @@ def label_key(value: Any) -> str | None:
 
 
 def spelled(value: Any) -> str:
-    """A label as it is shown, and as its own word: in one spelling of its characters, with single blanks.
+    r"""A label as it is shown, and as its own word: in one spelling of its characters, with single blanks.
 
     Example:
         >>> spelled(" very  good\u200b")
@@ -59,10 +59,10 @@ def spelled(value: Any) -> str:
 
 
 def look(label: str) -> str:
-    """What a reader sees of a label, whatever its case: labels that share it are one that was misspelt.
+    r"""What a reader sees of a label, whatever its case: labels that share it are one that was misspelt.
 
     Example:
-        >>> look("Pos") == look("pos"), look("\\uff11") == look("1"), look("po\\u200bs") == look("pos")
+        >>> look("Pos") == look("pos"), look("\uff11") == look("1"), look("po\u200bs") == look("pos")
         (True, True, True)
     """
     return "".join(c for c in unicodedata.normalize("NFKC", label).casefold() if not _is_unseen(c))

@@ -68,5 +68,5 @@ class MezoPrefix(BasePromptEncoder):
         pairs = self._pairs(state_dict["prompt_embeddings"], len(self.layers))
         with torch.no_grad():
             for layer, (keys, values) in zip(self.layers, pairs, strict=True):
-                layer.prefix_keys.copy_(keys)  # type: ignore[operator,union-attr]
-                layer.prefix_values.copy_(values)  # type: ignore[operator,union-attr]
+                layer.prefix_keys.copy_(keys)  # type: ignore[operator]
+                layer.prefix_values.copy_(values)  # type: ignore[operator]

@@ -58,9 +58,9 @@ class Prefix(Peft):
         if self.layout == "mezo":
             from zoft.lm.models.peft._mezo_prefix import MezoPrefix
 
-            config, encoders = wrapped.peft_config["default"], wrapped.prompt_encoder  # type: ignore[index]
-            flat = encoders["default"].embedding.weight  # type: ignore[index,union-attr]
-            encoders["default"] = MezoPrefix(flat, config.num_layers, model.dtype)  # type: ignore[index,operator]
+            outer: Any = wrapped
+            encoders, num_layers = outer.prompt_encoder, outer.peft_config["default"].num_layers
+            encoders["default"] = MezoPrefix(encoders["default"].embedding.weight, num_layers, outer.dtype)
         return wrapped
 
 
