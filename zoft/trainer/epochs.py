@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -62,6 +63,25 @@ class WholeSteps(_Base):
                 break
             self._waiting.append(batch)
         return len(self._waiting) - before
+
+    def _refuse_training_rows(self) -> None:
+        """No rows, or a stream that is to drop what fills no batch: the Trainer passes that setting over."""
+        rows = self.train_dataset
+        if self.args.dataloader_drop_last and isinstance(rows, IterableDataset):
+            raise UserError(
+                "dataloader_drop_last=true is not for a stream (IterableDataset), whose loader keeps the rows that "
+                "fill no batch: give a stream of whole batches, or set it to false"
+            )
+        if has_length(rows) and not len(rows):
+            raise UserError("there are no training rows: train_dataset is empty")
+
+    def _refuse_no_batch(self, loader: Any) -> None:
+        """Rows that are dropped because they fill no batch, all of them."""
+        if self.args.dataloader_drop_last and has_length(loader) and not len(loader):
+            raise UserError(
+                f"trainer.dataloader_drop_last=true leaves nothing of {len(self.train_dataset)} training rows, "
+                "which are less than one batch: lower trainer.per_device_train_batch_size, or set it to false"
+            )
 
     def _refuse_empty_pass(self) -> None:
         """The loop would take it for the end of the run, and say that all went well."""

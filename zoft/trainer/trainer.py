@@ -19,7 +19,6 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import has_length
 
@@ -599,19 +598,9 @@ class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, LossAveraging):
         """As the Trainer's own, whose settings for training rows let no row of an evaluation fall and none move."""
         args = self.args
         if is_training:
-            if args.dataloader_drop_last and isinstance(self.train_dataset, IterableDataset):
-                raise UserError(
-                    "dataloader_drop_last=true is not for a stream (IterableDataset), whose loader keeps the rows that "
-                    "fill no batch: give a stream of whole batches, or set it to false"
-                )
-            if has_length(self.train_dataset) and not len(self.train_dataset):
-                raise UserError("there are no training rows: train_dataset is empty")
+            self._refuse_training_rows()
             made = super()._get_dataloader(*pos, is_training=True, **kwargs)
-            if args.dataloader_drop_last and has_length(made) and not len(made):
-                raise UserError(
-                    f"trainer.dataloader_drop_last=true leaves nothing of {len(self.train_dataset)} training rows, "
-                    "which are less than one batch: lower trainer.per_device_train_batch_size, or set it to false"
-                )
+            self._refuse_no_batch(made)
             return made
         chosen = args.dataloader_drop_last, args.dataloader_in_order
         args.dataloader_drop_last, args.dataloader_in_order = False, True
