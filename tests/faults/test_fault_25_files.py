@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import struct
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +173,61 @@ def test_fault_25_a_forged_journal(payload: bytes, tmp_path: Path):
 
     (tmp_path / journal.NAME).write_bytes(chunks.encode(chunks.HEADER, payload, 0)[0])
     with pytest.raises(UserError, match=r"journal\.bin"):
+        journal.read(tmp_path / journal.NAME)
+
+
+FORGED_STEPS: dict[str, Any] = {
+    "another number": {"step": 5},
+    "fewer queries": {"queries": 0},
+    "more queries than can be": {"queries": 2**40},
+    "extra list": {"extra": [1]},
+    "no directions": {"extra": {"directions": [[1]]}},
+    "directions of text": {"extra": {"directions": "abc"}},
+    "scalars": {"extra": {"scalars": [1]}},
+    "parts": {"extra": {"parts": "x"}},
+}
+FORGED_CHUNKS: dict[str, Any] = {
+    "note list": (b"N", b"\0\0\0\0[1]"),
+    "note of a rate of text": (b"N", b'\0\0\0\0{"lr_factor": "x"}'),
+    "note of no rate": (b"N", b'\0\0\0\0{"lr_factor": 0}'),
+    "evaluation list": (b"E", b"\0\0\0\0[1]"),
+    "second header": (b"H", b'{"format": 1, "first": 0, "run": "x"}'),
+    "look": (b"L", b"x"),
+    **{
+        f"block {place}": (b"B", zlib.compress(struct.pack("<I", len(text)) + text))
+        for place, text in enumerate(
+            (
+                b'{"count": 10000000000000, "code": "f", "queries": 0, "sizes": [0, 0, 0, 0, 0, 0, 0, 0, 0]}',
+                b'{"count": 0, "code": "f", "queries": 0, "sizes": [0, 0, 0, 0, 0, 0, 0, 0, 0]}',
+                b'{"count": 1, "code": "f", "queries": 0, "sizes": [0, 0, 0, 0, 0, 0, 0, 0, 0], "directions": [1]}',
+                b'{"count": 1, "code": "f", "queries": 0, "sizes": "abcdefghi"}',
+                b"[1]",
+            )
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", [*FORGED_STEPS, *FORGED_CHUNKS, "left out"])
+def test_fault_25_forged_chunks_of_a_journal(name: str, tmp_path: Path):
+    """Whole by their checksums, which anybody can compute."""
+    from zoft.journal import chunks, records
+
+    parts = [(chunks.HEADER, json.dumps({"format": 1, "first": 0, "run": "x"}).encode())]
+    for step in range(3):
+        record = records.Record(step, 7, 1e-3, 1e-3, 2 * step + 2, 64, 0.5, 1.5, (0.25,))
+        forged = FORGED_STEPS.get(name, {}) if step == 2 else {}
+        parts.append((chunks.STEP, records.encode(dataclasses.replace(record, **forged))))
+    if name in FORGED_CHUNKS:
+        parts.append(FORGED_CHUNKS[name])
+    if name == "left out":
+        del parts[2]
+    data, check = b"", 0
+    for kind, payload in parts:
+        encoded, check = chunks.encode(kind, payload, check)
+        data += encoded
+    (tmp_path / journal.NAME).write_bytes(data)
+    with pytest.raises(UserError, match=r"journal\.bin holds what zoft does not write"):
         journal.read(tmp_path / journal.NAME)
 
 

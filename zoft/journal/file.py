@@ -21,6 +21,7 @@ NAME = "journal.bin"
 FORMAT = 1
 _DIGEST = struct.Struct("<I32s")
 _NUMBER = struct.Struct("<I")
+_BROKEN = (MemoryError, RecursionError, struct.error, zlib.error)
 
 
 @dataclass
@@ -74,7 +75,9 @@ def read(path: Path) -> Contents:
             else:
                 _take(found, chunk)
             end = chunk.end
-    except (ValueError, KeyError, TypeError, IndexError, struct.error, zlib.error, RecursionError) as error:
+        if found is not None:
+            records.require_consecutive(found.records, found.header["first"])
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, *_BROKEN) as error:
         # Whole by its checksum, which anybody can compute: it was not written by zoft.
         raise UserError(f"{path} holds what zoft does not write ({error}): start a new run in another folder") from None
     if found is None:
@@ -231,7 +234,9 @@ def _header(path: Path, chunk: chunks.Chunk) -> dict[str, Any]:
     if chunk.kind != chunks.HEADER:
         raise UserError(f"{path} does not begin with a header: it is not a journal of zoft")
     header = dict(json.loads(chunk.payload))
-    fine = isinstance(header.get("first"), int) and isinstance(header.get("settings", {}), dict) and "run" in header
+    fine = isinstance(header.get("settings", {}), dict) and "run" in header and _is_factor(header.get("lr_factor", 1.0))
+    fine = fine and type(header.get("first")) is int and 0 <= header["first"] < 1 << 32
+    fine = fine and isinstance(header.get("weights"), str | None)
     if header.get("format") == FORMAT and not fine:
         raise ValueError("its header does not say what the run is")
     header.setdefault("weights", None)
@@ -255,9 +260,26 @@ def _take(found: Contents, chunk: chunks.Chunk) -> None:
         step, sha = _DIGEST.unpack(payload)
         found.digests[step] = sha.hex()
     elif kind == chunks.NOTE:
-        found.notes.append(json.loads(payload[_NUMBER.size :]))
+        found.notes.append(_mapping(payload))
+        if not _is_factor(found.notes[-1].get("lr_factor", 1.0)):
+            raise ValueError("a note that makes no learning rate")
     elif kind == chunks.EVALUATION:
-        found.evaluations.setdefault(_NUMBER.unpack_from(payload)[0], []).append(json.loads(payload[_NUMBER.size :]))
+        found.evaluations.setdefault(_NUMBER.unpack_from(payload)[0], []).append(_mapping(payload))
+    else:
+        raise ValueError("a second header")
+
+
+def _mapping(payload: bytes) -> dict[str, Any]:
+    """What stands behind a chunk's number of steps."""
+    found = json.loads(payload[_NUMBER.size :])
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__} where a mapping belongs")
+    return found
+
+
+def _is_factor(value: Any) -> bool:
+    """Of a learning rate: it becomes smaller at a return, and never nothing."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _last_step(chunk: chunks.Chunk) -> int:

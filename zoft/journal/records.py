@@ -105,8 +105,48 @@ def decode(data: bytes) -> Record:
     at += 8 * (terms + bends)
     more = json.loads(data[at : at + extra]) if extra else {}
     return Record(
-        step, seed, lr, eps, queries, tokens, loss, slope, values[:terms], values[terms:], flags, more
+        step, seed, lr, eps, queries, tokens, loss, slope, values[:terms], values[terms:], flags, _fitting(more)
     )  # fmt: skip
+
+
+def _fitting(extra: Any) -> dict[str, Any]:
+    """What is rarely there, in its shape.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    fine = isinstance(extra, dict) and isinstance(extra.get("scalars", {}), dict)
+    directions, parts = (extra.get("directions", []), extra.get("parts", 1)) if fine else ([], 0)
+    fine = fine and isinstance(directions, list) and all(_is_direction(which) for which in directions)
+    if not fine or not isinstance(parts, int) or parts < 1:
+        raise ValueError("a step says more than a step can say")
+    return dict(extra)
+
+
+def _is_direction(which: Any) -> bool:
+    """(seed, step, index, example), of which the last two may be left out."""
+    if not isinstance(which, list) or not 2 <= len(which) <= 4:
+        return False
+    return all(isinstance(number, int) or (place == 3 and number is None) for place, number in enumerate(which))
+
+
+def require_consecutive(records: Sequence[Record], first: int) -> None:
+    """Refuse steps that do not follow each other, and queries that do not add up.
+
+    Args:
+        records: all of a journal.
+        first: number of the first one.
+
+    Raises:
+        ValueError: naming the step.
+    """
+    queries = 0
+    for number, record in enumerate(records, start=first):
+        if record.step != number:
+            raise ValueError(f"step {record.step} stands where step {number} belongs")
+        if not 0 <= record.queries - queries < 1 << 32 and number > first:
+            raise ValueError(f"step {number} has used {record.queries - queries} queries")
+        queries = record.queries
 
 
 def _doubles(values: Sequence[float]) -> bytes:
@@ -168,6 +208,8 @@ def unseal(data: bytes) -> list[Record]:
     header = json.loads(whole[4 : 4 + length])
     at, columns = 4 + length, []
     count, code = header["count"], header["code"]
+    if not (isinstance(count, int) and 1 <= count <= BLOCK_STEPS) or code not in ("f", "d"):
+        raise ValueError(f"a block of {count} steps")
     for kind, size in zip(("H", "H", "H", "Q", "d", "d", "I", code, code), header["sizes"], strict=True):
         columns.append(_unshuffled(kind, whole[at : at + size]))
         at += size
@@ -181,13 +223,13 @@ def unseal(data: bytes) -> list[Record]:
             Record(
                 header.get("first", 0) + i, seeds[i], rates[i], eps[i], queries, 0, losses[i], slopes[i],
                 tuple(coefficients[c : c + terms[i]]), tuple(curvatures[b : b + bends[i]]), flags[i],
-                {"directions": directions[i]} if i in directions else {},
+                _fitting({"directions": directions[i]}) if i in directions else {},
             )
         )  # fmt: skip
         c, b = c + terms[i], b + bends[i]
     remembered = {key: header[key] for key in ("scalars", "parts") if key in header}
     last = records[-1]
-    records[-1] = replace(last, tokens=header.get("tokens", 0), extra=last.extra | remembered)
+    records[-1] = replace(last, tokens=header.get("tokens", 0), extra=_fitting(last.extra | remembered))
     return records
 
 

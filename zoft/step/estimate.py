@@ -178,6 +178,11 @@ class StepEstimate:
             )
         named = [Direction(*which) for which in record.extra.get("directions", ())] or directions
         seen = {} if look is None else state.unpack(look)
+        if "factors" not in seen and len(named) != len(record.coefficients):
+            raise UserError(
+                f"the journal's step {record.step} has {len(record.coefficients)} coefficients for {len(named)} "
+                "directions: it was not written by zoft, or by a run with other settings"
+            )
         factors, loss = seen.pop("factors", None), seen.pop("loss", record.loss)
         terms = [] if factors else list(zip(named, record.coefficients, strict=True))
         return cls(
