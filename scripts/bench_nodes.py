@@ -6,7 +6,7 @@
 
 ``learn`` trains the last block of the demo's model as `zoft train config=last_block` does, and prints dev and test loss
 and accuracy whenever so many queries are spent. ``cost`` times one step of the methods on the same batch, in turn, and
-prints medians and their ratios to the bare clean forward.
+prints medians, their ratios to the bare clean forward and to the steps of MeZO and AdamW, and the memory they take.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from zoft.config import compose
+from zoft.report.memory import PeakMemory
 from zoft.run.build import arguments_of, load_model_of, load_rows, make_trainer
+from zoft.trainer.batch import StepBatch
 
 TASKS = {
     "sms": ["task=sms_spam"],
@@ -66,12 +68,12 @@ class AtMarks(TrainerCallback):
             print(f"  {spent:>4} queries: {', '.join(told)}", flush=True)
 
 
-def trainer_of(words: list[str]) -> tuple[Any, dict[str, list[Any]]]:
-    """A trainer as `zoft train` makes it, with nothing printed."""
+def trainer_of(words: list[str], model: Any = None) -> tuple[Any, dict[str, list[Any]]]:
+    """A trainer as `zoft train` makes it, with nothing printed; of a model that is there, or of the config's."""
     folder = tempfile.mkdtemp(prefix="bench_nodes_")
     cfg = compose(["config=last_block", *words, "trainer.save_strategy=no", f"output_dir={folder}/run"])
     tokenizer, rows = load_rows(cfg)
-    made = make_trainer(cfg, arguments_of(cfg), load_model_of(cfg), tokenizer, rows)
+    made = make_trainer(cfg, arguments_of(cfg), model or load_model_of(cfg), tokenizer, rows)
     made.create_optimizer()
     made.remove_callback(PrinterCallback)
     made.remove_callback(ProgressCallback)
@@ -81,10 +83,14 @@ def trainer_of(words: list[str]) -> tuple[Any, dict[str, list[Any]]]:
 def learn(options: argparse.Namespace) -> None:
     """Train on each task and seed, and print what was reached at each mark."""
     for task in options.tasks:
+        prefix: Any = None  # hidden states below what is trained, of this task's rows, which no seed changes
         for seed in options.seeds:
             words = [*TASKS[task], f"method={options.method}", f"seed={seed}", f"budget.queries={max(options.marks)}"]
             words += [f"optimizer.learning_rate={options.rate}"] if options.rate else []
             made, rows = trainer_of([*words, "trainer.eval_steps=1000000", *options.set])
+            if made.frozen_prefix is not None and prefix is not None:
+                made.frozen_prefix.share(prefix)
+            prefix = made.frozen_prefix
             for _ in made.fill_frozen_prefix(*rows.values()):
                 pass
             at = AtMarks(rows, list(options.marks))
@@ -97,32 +103,44 @@ def learn(options: argparse.Namespace) -> None:
 def cost(options: argparse.Namespace) -> None:
     """Time single steps of the methods in turn, behind the frozen prefix, and the bare clean forward."""
     steps = {
-        "clean forward": [],
+        "clean forward": ["method=mezo"],
         "zoft, a step without probes": ["method=zoft"],
         "nodes, a step with a probe": ["method=nodes"],
         "mezo": ["method=mezo"],
         "adamw": ["method=adamw"],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    runs = {}
+    runs: dict[str, tuple[Any, Any]] = {}
+    model: Any = None
+    small = ["task.num_train=32", "task.num_dev=2", "task.num_test=2", "trainer.per_device_train_batch_size=16"]
     for name, words in steps.items():
-        made, rows = trainer_of([*TASKS["sms"], *(words or ["method=mezo"]), "trainer.per_device_train_batch_size=16"])
-        made.model.eval()
+        made, rows = trainer_of([*TASKS["sms"], *words, *small, *options.set], model)
+        model = made.model.eval()
         runs[name] = (made, made._prepare_inputs(made.data_collator(rows["train"][:16])))
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps}
+    memory = PeakMemory("cpu")
     for turn in range(options.rounds + 2):
         for name, (made, batch) in runs.items():
-            began = time.perf_counter()
+            memory.reset()
+            held, began = memory.current_mb(), time.perf_counter()
             if name == "clean forward":
                 with torch.inference_mode(), made._reusing_prefix():
                     made.objective.loss(made.model, batch)
             else:
-                made.training_step(made.model, dict(batch))
-                made.optimizer.step()
+                with made.querying(made.model):
+                    estimate = made._queried(made.model, StepBatch([dict(batch)]))
+            asked = time.perf_counter()
+            if name != "clean forward":
+                made.stepper.apply(estimate)
             if turn > 1:  # the first one probes, and both keep hidden states
-                seconds[name].append(time.perf_counter() - began)
-    bare = statistics.median(seconds["clean forward"])
-    for name, taken in seconds.items():
-        print(f"{name:<28} {1000 * statistics.median(taken):7.1f} ms  {statistics.median(taken) / bare:5.2f} x")
+                found[name].append((asked - began, time.perf_counter() - began, memory.peak_mb() - held))
+    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+    bare, mezo, adamw = (medians[name][1] for name in ("clean forward", "mezo", "adamw"))
+    print(f"{'':<28} {'queries':>10} {'step':>10} {'queries / clean':>16} {'/ mezo':>7} {'/ adamw':>8} {'peak':>9}")
+    for name, (asking, taken, peak) in medians.items():
+        print(
+            f"{name:<28} {1000 * asking:7.1f} ms {1000 * taken:7.1f} ms {asking / bare:16.2f} {taken / mezo:7.2f} "
+            f"{taken / adamw:8.2f} {peak:6.0f} MB"
+        )
 
 
 def main() -> None:
@@ -141,6 +159,7 @@ def main() -> None:
     one.set_defaults(run=learn)
     two = verbs.add_parser("cost")
     two.add_argument("--rounds", type=int, default=10)
+    two.add_argument("--set", nargs="*", default=[], help="further arguments of zoft train")
     two.set_defaults(run=cost)
     options = parser.parse_args()
     options.run(options)

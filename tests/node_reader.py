@@ -9,6 +9,7 @@ import torch
 from zoft.lm.logits.own_loss import own_loss
 from zoft.lm.objectives._own_readout import own_places, own_readout
 from zoft.step.nodes import NodePositions, at_loss
+from zoft.trainer.readout import last_tokens
 
 
 class ModelReader:
@@ -33,6 +34,10 @@ class ModelReader:
             own_loss(self.model, **part)  # what the head can be asked for is tried here, as by the trainer
         found = own_places(self.model, part)
         return at_loss(found.row, found.column, torch.full((len(part["input_ids"]),), -part["input_ids"].shape[1]))
+
+    def tail(self, part: Any, last: int) -> Any:
+        """The last tokens of each row alone."""
+        return last_tokens(part, last)
 
     def read(self, part: Any) -> Any:
         """One forward."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -438,3 +439,64 @@ def test_a_run_that_cannot_work_is_refused_before_anything_is_loaded(words, said
 
     with pytest.raises(UserError, match=said):
         compose(["method=zoft", "task=sst2", "model.name=none", *words])
+
+
+# ---- probes behind a kept context ------------------------------------------------------------------------------------
+
+
+def padded_batch(model, answer=1):
+    """Left-padded rows, labelled at their last tokens only."""
+    batch = models.batch_for(model, rows=4, length=12)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, :5] = 0
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][:, -answer:] = batch["input_ids"][:, -answer:]
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return batch
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen", "tiny_gpt2", "tiny_gemma2", "tiny_opt", "tiny_mixtral"])
+@pytest.mark.parametrize(("words", "answer"), [("1.mlp|h.1.|1.fc|1.self_attn", 1), ("", 3)])
+def test_a_probe_behind_a_kept_context_is_that_of_whole_rows(family, words, answer):
+    model = getattr(models, family)()
+    if words:
+        only(model, *words.split("|"))
+    batch = padded_batch(model, answer)
+    estimator, found, lengths = Estimator(first=3), [], []
+    entered = model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for behind in (True, False):
+        ask = queries(model, "hidden", layers="linear" if "mixtral" in family else "auto")
+        if not behind:
+            ask.reader.tail = lambda part, last: None
+        lengths.clear()
+        found.append(ask(batch, Direction(0, 0), estimator))
+        assert ask.session.contexts(ask.session.coordinates.perturbed()).usable
+        assert lengths[-3:] == [answer + 1 if behind else 12] * 3
+    entered.remove()
+    assert found[0].factors.keys() == found[1].factors.keys()
+    for name, one in found[0].factors.items():
+        torch.testing.assert_close(one.dense(), found[1].factors[name].dense(), rtol=1e-2, atol=1e-5, msg=name)
+    assert found[0].num_queries == found[1].num_queries == 4
+
+
+def test_a_context_that_does_not_serve_is_given_up_and_whole_rows_go_through():
+    model = only(models.tiny_llama(), "2.mlp")
+    batch, ask = padded_batch(model), queries(model)
+    whole = ask(batch, Direction(0, 0), Estimator(first=2))
+    ask = queries(model)
+    contexts = ask.session.contexts(ask.session.coordinates.perturbed())
+    kept = contexts.kept
+
+    @contextmanager
+    def wrongly(last):
+        with kept(last) as context:
+            yield context
+        context.hidden = context.hidden + 1
+
+    contexts.kept = wrongly
+    found = ask(batch, Direction(0, 0), Estimator(first=2))
+    assert not contexts.usable
+    for name, one in found.factors.items():
+        torch.testing.assert_close(one.dense(), whole.factors[name].dense(), rtol=1e-2, atol=1e-5)

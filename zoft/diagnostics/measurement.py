@@ -136,6 +136,8 @@ class Measurement:
         """What a backward pass of the estimator's own adds to the estimate, computed as in the step."""
         trainer, estimator = self.trainer, self.estimator
         assert trainer.queries is not None
+        if self.step.factors is not None:
+            return {name: factor.dense().reshape(-1) for name, factor in self.step.factors.items()}
         if self.step.backward is None:
             return None
         assert isinstance(estimator, NeedsBackward)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from zoft.engines._context import ContextCache
 from zoft.engines.base import Engine, Objective, Session, check_outputs, memory_errors_say
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator, Point
@@ -37,6 +38,13 @@ class NodeSession(Session):
     """Clean losses, and forwards with hooks on the nodes' layers."""
 
     _asking = False
+    _contexts: ContextCache | None = None
+
+    def contexts(self, nodes: dict[str, Node]) -> ContextCache:
+        """Keeps what a batch's forwards have in common, where outputs of these nodes move."""
+        if self._contexts is None:
+            self._contexts = ContextCache(self.model, {node.module for node in nodes.values()})
+        return self._contexts
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         """The clean loss; there are no points in the weights."""

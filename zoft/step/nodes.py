@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from zoft.engines._context import Context
 from zoft.engines.nodes import NodeSession
 from zoft.errors import UserError
 from zoft.estimators._response import answers, index_of, node_gradients, taken_in, widened
@@ -83,6 +85,9 @@ class Reader(Protocol):
     def read(self, part: Any) -> Readout:
         """One forward."""
 
+    def tail(self, part: Any, last: int) -> Any:
+        """The last tokens of each row alone, as a micro-batch; None where whole rows have to go through."""
+
 
 @dataclass(frozen=True)
 class NodeEstimate:
@@ -108,6 +113,8 @@ class _Part:
     batch: Any
     places: NodePositions
     clean: Any = None
+    tail: Any = None  # the last tokens of each row, where a probe computes those alone
+    context: Context | None = None  # what is in front of them
     seen: dict[str, Tensor] = field(default_factory=dict)
     e: dict[str, Tensor] = field(default_factory=dict)
     offset: int = 0  # number of its first position in the step, over all processes
@@ -170,7 +177,11 @@ class NodeQueries:
         total = self._number(parts)
         probes, exact = estimator.probes_at(direction.step), estimator.feedback == "exact"
         for part in parts:
-            (self._exactly if exact else self._cleanly)(part)
+            if exact:
+                self._exactly(part)
+            else:
+                with self._keeping_context(part, wanted=probes > 0):
+                    self._cleanly(part)
         mine = [sum(float(part.clean.losses.detach().double().sum()) for part in parts)]
         mine.append(sum(len(part.clean.losses) for part in parts))
         whole, num_terms = torch.stack(self._all(torch.tensor(mine, dtype=torch.float64))).sum(0).tolist()
@@ -217,6 +228,42 @@ class NodeQueries:
             part.clean = self.reader.read(part.batch)
         part.seen = seen
 
+    @contextmanager
+    def _keeping_context(self, part: _Part, *, wanted: bool) -> Iterator[None]:
+        """A clean forward in here keeps what probes have in common with it, if they move some last positions alone."""
+        contexts = self.session.contexts(self._space().perturbed())
+        last = -int(part.places.columns.min()) if wanted and contexts.usable and len(part.places.columns) else 0
+        tail = self.reader.tail(part.batch, last) if last else None
+        if tail is None:
+            yield
+            return
+        with contexts.kept(last) as context:
+            yield
+        if not context.is_whole:
+            contexts.give_up("the model is not called once, with a mask and positions")
+            return
+        part.tail, part.context = tail, context
+        if not contexts.checked:
+            self._check(part, context)
+
+    def _check(self, part: _Part, context: Context) -> None:
+        """The first one: what is read behind a context is what whole rows give."""
+        contexts = self.session.contexts(self._space().perturbed())
+        contexts.checked = True
+        wanted = part.clean.values
+        try:
+            with torch.no_grad(), contexts.reused(context):
+                found = self.reader.read(part.tail).values
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            found, why = None, f"{type(error).__name__}: {error}"
+        else:
+            off = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)) if len(wanted) else 0.0
+            few_bits = next(iter(self.session.weights.tensors.values())).element_size() < 4
+            found, why = (found if off < (5e-2 if few_bits else 1e-3) else None), f"off by {off:.2g}"
+        if found is None:
+            contexts.give_up(why)
+            part.tail = part.context = None
+
     def _exactly(self, part: _Part) -> None:
         """The same, and the node gradients by backpropagation to the nodes."""
         at, zeros = part.places, dict[str, Any]()
@@ -262,8 +309,13 @@ class NodeQueries:
             drawn.draw(key, size, at.rows.device)
             return eps * drawn.rows(key, part, probe)
 
-        with torch.no_grad(), self.session.moved(nodes, at.rows, at.columns, len(at.starts), shift):
-            found = self.reader.read(part.batch)
+        behind = part.context and self.session.contexts(nodes).reused(part.context)
+        with (
+            torch.no_grad(),
+            behind or nullcontext(),
+            self.session.moved(nodes, at.rows, at.columns, len(at.starts), shift),
+        ):
+            found = self.reader.read(part.tail if behind else part.batch)
         change: Tensor = (found.values - part.clean.values) / eps
         return change
 

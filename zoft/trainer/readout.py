@@ -54,6 +54,10 @@ class TrainerReader:
         found: Positions = own_places(model, part) if objective is None else objective.places(model, part)
         return at_loss(found.row, found.column, _starts(part))
 
+    def tail(self, part: Any, last: int) -> Any:
+        """The last tokens of each row alone; None where they are not much less, or texts are written."""
+        return None if "prompt_ids" in part else last_tokens(part, last)
+
     def read(self, part: Any) -> Readout:
         """One forward, as the estimator's feedback asks."""
         objective, model = self.trainer.objective, self.trainer._called
@@ -88,6 +92,22 @@ class TrainerReader:
         if "scores" in there and "hidden" in there and _num_options(trainer.train_dataset) > _MOST_OPTIONS:
             return "hidden"
         return there[0]
+
+
+def last_tokens(part: Any, last: int) -> Any:
+    """The last tokens of each row, of all [B, T] tensors; None where they are more than half of them.
+
+    Example:
+        >>> last_tokens({"input_ids": torch.tensor([[1, 2, 3, 4]]), "labels": torch.tensor([0])}, 2)["input_ids"]
+        tensor([[3, 4]])
+    """
+    shape = part["input_ids"].shape
+    if 2 * last > shape[1]:
+        return None
+    return {
+        name: value[:, -last:] if isinstance(value, Tensor) and value.shape[:2] == shape else value
+        for name, value in part.items()
+    }
 
 
 def _starts(part: Any) -> Tensor:

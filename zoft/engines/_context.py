@@ -1,0 +1,162 @@
+"""A batch's context, kept from the clean forward: a probe then computes the last few tokens of each row and no others.
+
+Where only some last positions of each row are moved, everything in front of them is the same with and without: their
+keys and values, and what enters the lowest block that holds a node.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoft.engines._frozen_prefix import longest_stack, passes_through, put_back_forward
+from zoft.engines._lockstep import is_alone
+from zoft.utils.lazy import Tensor, nn, torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Context:
+    """What one clean forward has left.
+
+    Args:
+        last: tokens of each row that a probe computes.
+        mask: the attention mask of all tokens, [B, T].
+        positions: of the last tokens, [B, last].
+        hidden: what enters the lowest block, of the last tokens, [B, last, H].
+        keys: of the others, by layer, from the lowest block on.
+        values: the same.
+    """
+
+    last: int
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    hidden: Tensor | None = None
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a probe can begin from it."""
+        return self.mask is not None and self.positions is not None and self.hidden is not None and bool(self.keys)
+
+
+class ContextCache:
+    """Keeps contexts of one model's forwards and begins forwards from them.
+
+    Args:
+        model: what the objective calls with keyword arguments.
+        moving: the modules whose outputs move.
+    """
+
+    def __init__(self, model: nn.Module, moving: set[nn.Module]) -> None:
+        self.model = model
+        self.blocks = longest_stack(model)
+        inside = [any(module in moving for module in block.modules()) for block in self.blocks]
+        in_blocks = {module for block in self.blocks for module in block.modules()}
+        first = next((i for i, moves in enumerate(inside) if moves), len(self.blocks))
+        self.first = 0 if any(isinstance(one, torch.nn.Linear) for one in moving - in_blocks) else first
+        self.usable = bool(self.blocks) and self.first < len(self.blocks) and _takes_cache(model)
+        self.checked = False
+
+    def give_up(self, why: Any) -> None:
+        """Compute whole rows from now on."""
+        self.usable = False
+        log.info("probes compute whole rows, and not the last tokens behind kept keys and values: %s", why)
+
+    @contextmanager
+    def kept(self, last: int) -> Iterator[Context]:
+        """Within this block the model is called once, on whole rows; what it leaves is in the context afterwards.
+
+        Args:
+            last: tokens of each row that a probe will compute.
+        """
+        from transformers import DynamicCache
+
+        context, cache, calls = Context(last), DynamicCache(), []
+
+        def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            if is_alone():  # a row of the frozen prefix, on the way
+                return None
+            calls.append(1)
+            context.mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            context.positions = None if positions is None else positions[:, -last:]
+            return args, {**kwargs, "past_key_values": cache, "use_cache": True}
+
+        def entering(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if is_alone():
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            context.hidden = hidden[:, -last:].clone()
+
+        handles = [  # behind what serves the frozen prefix, which must see the call as it is
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.blocks[self.first].register_forward_pre_hook(entering, with_kwargs=True),
+        ]
+        try:
+            yield context
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(calls) != 1:
+            return
+        for number, layer in enumerate(cache.layers[self.first :], self.first):
+            if layer.keys is not None and layer.values is not None:
+                context.keys[number] = layer.keys[..., :-last, :]
+                context.values[number] = layer.values[..., :-last, :]
+
+    @contextmanager
+    def reused(self, context: Context) -> Iterator[None]:
+        """Within this block the model is called on the last tokens alone.
+
+        Args:
+            context: a whole one.
+        """
+        assert context.mask is not None
+        assert context.hidden is not None
+        from transformers import DynamicCache
+
+        cache, hidden = DynamicCache(), context.hidden
+        batch, length = context.mask.shape
+        nothing = hidden.new_zeros(batch, 1, length - context.last, 1)  # of layers that are left out: its length counts
+        for number in range(self.first):
+            cache.update(nothing, nothing, number)
+        for number, keys in context.keys.items():
+            cache.update(keys, context.values[number], number)
+
+        def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            more = {"attention_mask": context.mask, "position_ids": context.positions}
+            return args, {**kwargs, **more, "past_key_values": cache, "use_cache": True}
+
+        def entering(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            given = hidden.clone()  # a block may write into its input
+            return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+
+        below = {block: block.__dict__.get("forward") for block in self.blocks[: self.first]}
+        handles = [  # in front of what serves the frozen prefix, whose rows are whole ones
+            self.model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            self.blocks[self.first].register_forward_pre_hook(entering, with_kwargs=True),
+        ]
+        for block in below:
+            block.forward = passes_through
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for block, own in below.items():
+                put_back_forward(block, own)
+
+
+def _takes_cache(model: Any) -> bool:
+    """Whether the class is a decoder that goes on behind keys and values, at positions that it is told."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(bare, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or hasattr(bare, "_orig_mod"):
+        return False
+    return {"past_key_values", "position_ids", "use_cache"} <= inspect.signature(type(bare).forward).parameters.keys()
