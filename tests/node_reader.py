@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from zoft.lm.logits.own_loss import own_loss
-from zoft.lm.objectives._own_readout import own_places, own_readout
+from zoft.lm.objectives._own_readout import is_seq2seq, own_places, own_readout
 from zoft.step.nodes import NodePositions, at_loss
 from zoft.trainer.readout import last_tokens
 
@@ -33,7 +33,8 @@ class ModelReader:
         with torch.no_grad():
             own_loss(self.model, **part)  # what the head can be asked for is tried here, as by the trainer
         found = own_places(self.model, part)
-        return at_loss(found.row, found.column, torch.full((len(part["input_ids"]),), -part["input_ids"].shape[1]))
+        seen = part["labels" if is_seq2seq(self.model, part) else "input_ids"]
+        return at_loss(found.row, found.column, torch.full((len(seen),), -seen.shape[1]))
 
     def tail(self, part: Any, last: int) -> Any:
         """The last tokens of each row alone."""

@@ -384,13 +384,49 @@ def test_a_mixture_trains_its_attention_where_that_is_asked_for():
     assert names
     assert all("self_attn" in name for name in names)
     assert ask(batch, Direction(0, 0), Estimator()).usable
+    model.config.output_router_logits = False
+    ask = queries(model, "loss", layers="linear", positions="all")
+    found, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
+    for name, one in found.factors.items():
+        torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_an_encoder_decoder_is_refused_with_a_sentence():
+def seq2seq_batch(model):
+    batch = models.batch_for(model, rows=3, length=9)
+    batch["labels"] = batch["input_ids"][:, :5].clone()
+    batch["labels"][0, 3:] = -100
+    return batch
+
+
+@pytest.mark.parametrize("layers", ["mlp", "linear"])
+def test_the_decoder_of_an_encoder_decoder_has_exact_node_gradients(layers):
     model = models.tiny_t5()
-    batch = models.batch_for(model, rows=3, length=7)
-    with pytest.raises(UserError, match="does not know which positions"):
-        queries(model)(batch, Direction(0, 0), Estimator())
+    batch = seq2seq_batch(model)
+    ask = queries(model, "loss", positions="all", layers=layers)
+    batch["labels"][0, 3:] = batch["input_ids"][0, 3:5]  # with all labels, the positions are all of the decoder's
+    found, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
+    assert found.loss == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+    assert len(found.factors) == {"mlp": 4, "linear": 12}[layers]
+    for name, one in found.factors.items():
+        assert "decoder." in name
+        torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_hidden_state_of_a_decoder_teaches_it():
+    """wo of the last block adds to what the head is given, but for a norm: the estimate is near the exact one."""
+    model = only(models.tiny_t5(), "decoder.block.1.layer.2")
+    batch = seq2seq_batch(model)
+    exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)
+    found = queries(model, "hidden")(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
+    (name,) = [one for one in found.factors if ".wo." in one]
+    cosine = nn.functional.cosine_similarity(found.factors[name].e.flatten(), exact.factors[name].e.flatten(), dim=0)
+    assert float(cosine) > 0.8
+
+
+def test_the_encoder_alone_is_refused_with_a_sentence():
+    model = only(models.tiny_t5(), "encoder.block")
+    with pytest.raises(UserError, match="nothing of that is trained"):
+        queries(model)
 
 
 @pytest.mark.parametrize(

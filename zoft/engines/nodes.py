@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from zoft.errors import UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.subspaces._node_layers import Node
 from zoft.subspaces.base import BoundSubspace
+from zoft.subspaces.nodes import NodeSpace
 from zoft.utils.lazy import Tensor, nn, torch
+
+_CROSS = re.compile(r"EncDecAttention|encoder_attn|cross_?attn|cross_?attention", re.IGNORECASE)
 
 
 @dataclass
@@ -30,7 +34,9 @@ class Nodes(Engine):
         return self
 
     def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> NodeSession:
-        """A session for the nodes of the subspace."""
+        """A session for the nodes of the subspace; of an encoder-decoder, those at positions of the decoder."""
+        if isinstance(coordinates, NodeSpace) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            coordinates.leave_out(lambda name: "decoder." not in name or _CROSS.search(name) is not None)
         return NodeSession(model, coordinates, objective)
 
 

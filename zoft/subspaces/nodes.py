@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -162,6 +163,20 @@ class NodeSpace(BoundSubspace):
     def ever_moves(self, name: str) -> bool:
         """Whether the tensor is a node's."""
         return name in self.names
+
+    def leave_out(self, which: Callable[[str], bool]) -> None:
+        """Let the tensors stand still whose names ``which`` is true of.
+
+        Raises:
+            UserError: nothing would move.
+        """
+        self.nodes = {key: node for key, node in self.nodes.items() if not which(node.name)}
+        self.names = frozenset(node.name for node in self.nodes.values())
+        if not self.nodes:
+            raise UserError(
+                "subspace=nodes moves the decoder of an encoder-decoder outside of its cross-attention, and nothing of "
+                "that is trained: train it, or use method=mezo"
+            )
 
     def perturbed(self) -> dict[str, Node]:
         """The nodes whose own output is perturbed."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoft.errors import UserError
-from zoft.lm.objectives._own_readout import own_feedbacks, own_places, own_readout
+from zoft.lm.objectives._own_readout import is_seq2seq, own_feedbacks, own_places, own_readout
 from zoft.step.nodes import NodePositions, at_loss
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ class TrainerReader:
         """The positions that the loss is read from."""
         objective, model = self.trainer.objective, self.trainer._called
         found: Positions = own_places(model, part) if objective is None else objective.places(model, part)
+        if objective is None and is_seq2seq(model, part):  # of what the decoder says
+            labels = part["labels"]
+            return at_loss(found.row, found.column, torch.full((len(labels),), -labels.shape[1], device=labels.device))
         return at_loss(found.row, found.column, _starts(part))
 
     def tail(self, part: Any, last: int) -> Any:

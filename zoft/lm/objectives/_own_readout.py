@@ -1,4 +1,4 @@
-"""The model's own loss, told position by position: of causal models with labels, and of sequence classifiers."""
+"""The model's own loss, told position by position: with labels for tokens, and of sequence classifiers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from zoft.lm.logits.call import Inputs, inner
 from zoft.lm.logits.head import Positions
 from zoft.lm.logits.own_loss import could_be_served, predictions
 from zoft.lm.objectives._counted import readout_of_tokens
-from zoft.lm.objectives._readout import Readout
+from zoft.lm.objectives._readout import Readout, of_losses
 from zoft.lm.objectives.classes import of_classes, read_by_head
-from zoft.utils.lazy import nn, torch
+from zoft.utils.lazy import Tensor, nn, torch
 
 
 def own_feedbacks(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     """What :func:`own_readout` can be asked for; empty for a loss that it does not know position by position."""
     if could_be_served(model, inputs):
+        return ("hidden", "loss")
+    if is_seq2seq(model, inputs):
         return ("hidden", "loss")
     return ("scores", "log_odds", "loss") if _is_classified(model, inputs) else ()
 
@@ -23,6 +25,8 @@ def own_places(model: nn.Module, inputs: Inputs) -> Positions:
     """The positions that the model's own loss is read from."""
     if could_be_served(model, inputs):
         return predictions(inputs["labels"])[0]
+    if is_seq2seq(model, inputs):
+        return _labelled(inputs["labels"])
     if not _is_classified(model, inputs):
         raise UserError(
             f"subspace=nodes does not know which positions the loss of {type(inner(model)).__name__} is read from: "
@@ -36,7 +40,52 @@ def own_readout(model: nn.Module, inputs: Inputs, feedback: str) -> Readout:
     rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
     if could_be_served(model, inputs):
         return readout_of_tokens(model, rest, *predictions(inputs["labels"]), feedback)
+    if is_seq2seq(model, inputs):
+        return _of_seq2seq(model, rest | {"labels": inputs["labels"]}, feedback)
     return of_classes(model(**rest).logits.float(), inputs["labels"], feedback)
+
+
+def is_seq2seq(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether this is an encoder-decoder with labels for what its decoder says, [B, L]."""
+    labels, name = inputs.get("labels"), type(inner(model)).__name__
+    whole = isinstance(labels, torch.Tensor) and labels.dim() == 2
+    return whole and name.endswith("ForConditionalGeneration") and bool(inner(model).config.is_encoder_decoder)
+
+
+def _labelled(labels: Tensor) -> Positions:
+    """A decoder's position predicts the label in the same column."""
+    row, column = (labels != -100).nonzero(as_tuple=True)
+    return Positions(row, column - labels.shape[1])
+
+
+def _of_seq2seq(model: nn.Module, inputs: Inputs, feedback: str) -> Readout:
+    """The loss of each label is a term of its own; seen in what its decoder hands to the head, or in itself."""
+    head, given = inner(model).get_output_embeddings(), list[Tensor]()
+    handle = head.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
+    try:
+        output = model(**inputs)
+    finally:
+        handle.remove()
+    places = _labelled(inputs["labels"])
+    targets = inputs["labels"][inputs["labels"] != -100]
+    logits = places.of(output.logits).float()
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    if len(losses) and not torch.isclose(losses.mean(), output.loss.float(), rtol=2e-2, atol=1e-4):
+        raise UserError(
+            f"the loss of {type(inner(model)).__name__} is more than the cross-entropy of its labels, and "
+            "subspace=nodes does not know where the rest is read from: use method=mezo"
+        )
+    unit = torch.arange(len(targets), device=targets.device)
+    if feedback == "loss":
+        return of_losses(losses, unit)
+    with torch.inference_mode(False), torch.enable_grad():
+        h = places.of(given[0]).detach().clone().requires_grad_()
+        told = head(h).float()
+        told = told + (logits - told).detach()  # what the class does behind its head (a bias) does not depend on h
+        found = torch.nn.functional.cross_entropy(told, targets, reduction="sum")
+        (slopes,) = torch.autograd.grad(found, h)
+    columns = torch.arange(h.shape[1], device=h.device)
+    return Readout(h.detach().float(), slopes.float(), torch.zeros_like(unit), columns, losses.detach(), unit)
 
 
 def _is_classified(model: nn.Module, inputs: Inputs) -> bool:
