@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from zoft.lm.logits.own_loss import own_loss
 from zoft.lm.objectives._own_readout import is_seq2seq, own_places, own_readout
@@ -35,6 +36,10 @@ class ModelReader:
         found = own_places(self.model, part)
         seen = part["labels" if is_seq2seq(self.model, part) else "input_ids"]
         return at_loss(found.row, found.column, torch.full((len(seen),), -seen.shape[1]))
+
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values."""
+        return DynamicCache()
 
     def tail(self, part: Any, last: int) -> Any:
         """The last tokens of each row alone."""

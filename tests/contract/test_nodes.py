@@ -508,7 +508,7 @@ def test_a_probe_behind_a_kept_context_is_that_of_whole_rows(family, words, answ
             ask.reader.tail = lambda part, last: None
         lengths.clear()
         found.append(ask(batch, Direction(0, 0), estimator))
-        assert ask.session.contexts(ask.session.coordinates.perturbed()).usable
+        assert ask._contexts().usable
         assert lengths[-3:] == [answer + 1 if behind else 12] * 3
     entered.remove()
     assert found[0].factors.keys() == found[1].factors.keys()
@@ -522,7 +522,7 @@ def test_a_context_that_does_not_serve_is_given_up_and_whole_rows_go_through():
     batch, ask = padded_batch(model), queries(model)
     whole = ask(batch, Direction(0, 0), Estimator(first=2))
     ask = queries(model)
-    contexts = ask.session.contexts(ask.session.coordinates.perturbed())
+    contexts = ask._contexts()
     kept = contexts.kept
 
     @contextmanager

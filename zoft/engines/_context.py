@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from zoft.engines._frozen_prefix import longest_stack, passes_through, put_back_forward
-from zoft.engines._lockstep import is_alone
+from zoft.engines._lockstep import is_sequential
 from zoft.utils.lazy import Tensor, nn, torch
 
 log = logging.getLogger(__name__)
@@ -52,10 +52,12 @@ class ContextCache:
     Args:
         model: what the objective calls with keyword arguments.
         moving: the modules whose outputs move.
+        new_cache: makes an empty cache of keys and values, as the model takes it.
     """
 
-    def __init__(self, model: nn.Module, moving: set[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, moving: set[nn.Module], new_cache: Callable[[], Any]) -> None:
         self.model = model
+        self.new_cache = new_cache
         self.blocks = longest_stack(model)
         inside = [any(module in moving for module in block.modules()) for block in self.blocks]
         in_blocks = {module for block in self.blocks for module in block.modules()}
@@ -76,12 +78,10 @@ class ContextCache:
         Args:
             last: tokens of each row that a probe will compute.
         """
-        from transformers import DynamicCache
-
-        context, cache, calls = Context(last), DynamicCache(), []
+        context, cache, calls = Context(last), self.new_cache(), list[int]()
 
         def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            if is_alone():  # a row of the frozen prefix, on the way
+            if is_sequential():  # a row of the frozen prefix, on the way
                 return None
             calls.append(1)
             context.mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -89,7 +89,7 @@ class ContextCache:
             return args, {**kwargs, "past_key_values": cache, "use_cache": True}
 
         def entering(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if is_alone():
+            if is_sequential():
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
             context.hidden = hidden[:, -last:].clone()
@@ -119,9 +119,7 @@ class ContextCache:
         """
         assert context.mask is not None
         assert context.hidden is not None
-        from transformers import DynamicCache
-
-        cache, hidden = DynamicCache(), context.hidden
+        cache, hidden = self.new_cache(), context.hidden
         batch, length = context.mask.shape
         nothing = hidden.new_zeros(batch, 1, length - context.last, 1)  # of layers that are left out: its length counts
         for number in range(self.first):

@@ -46,10 +46,10 @@ class NodeSession(Session):
     _asking = False
     _contexts: ContextCache | None = None
 
-    def contexts(self, nodes: dict[str, Node]) -> ContextCache:
+    def contexts(self, nodes: dict[str, Node], new_cache: Callable[[], Any]) -> ContextCache:
         """Keeps what a batch's forwards have in common, where outputs of these nodes move."""
         if self._contexts is None:
-            self._contexts = ContextCache(self.model, {node.module for node in nodes.values()})
+            self._contexts = ContextCache(self.model, {node.module for node in nodes.values()}, new_cache)
         return self._contexts
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:

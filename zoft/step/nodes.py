@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zoft.engines._context import Context
+from zoft.engines._context import Context, ContextCache
 from zoft.engines.nodes import NodeSession
 from zoft.errors import UserError
 from zoft.estimators._response import answers, index_of, node_gradients, taken_in, widened
@@ -84,6 +84,9 @@ class Reader(Protocol):
 
     def read(self, part: Any) -> Readout:
         """One forward."""
+
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values, as the model takes it."""
 
     def tail(self, part: Any, last: int) -> Any:
         """The last tokens of each row alone, as a micro-batch; None where whole rows have to go through."""
@@ -216,6 +219,9 @@ class NodeQueries:
         assert isinstance(space, NodeSpace)
         return space
 
+    def _contexts(self) -> ContextCache:
+        return self.session.contexts(self._space().perturbed(), self.reader.new_cache)
+
     def _all(self, mine: Tensor) -> list[Tensor]:
         return [mine] if self.gather is None else self.gather(mine)
 
@@ -231,7 +237,7 @@ class NodeQueries:
     @contextmanager
     def _keeping_context(self, part: _Part, *, wanted: bool) -> Iterator[None]:
         """A clean forward in here keeps what probes have in common with it, if they move some last positions alone."""
-        contexts = self.session.contexts(self._space().perturbed())
+        contexts = self._contexts()
         last = -int(part.places.columns.min()) if wanted and contexts.usable and len(part.places.columns) else 0
         tail = self.reader.tail(part.batch, last) if last else None
         if tail is None:
@@ -248,7 +254,7 @@ class NodeQueries:
 
     def _check(self, part: _Part, context: Context) -> None:
         """The first one: what is read behind a context is what whole rows give."""
-        contexts = self.session.contexts(self._space().perturbed())
+        contexts = self._contexts()
         contexts.checked = True
         wanted = part.clean.values
         try:
@@ -309,7 +315,7 @@ class NodeQueries:
             drawn.draw(key, size, at.rows.device)
             return eps * drawn.rows(key, part, probe)
 
-        behind = part.context and self.session.contexts(nodes).reused(part.context)
+        behind = part.context and self._contexts().reused(part.context)
         with (
             torch.no_grad(),
             behind or nullcontext(),

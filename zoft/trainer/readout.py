@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from zoft.errors import UserError
 from zoft.lm.objectives._own_readout import is_seq2seq, own_feedbacks, own_places, own_readout
@@ -56,6 +57,10 @@ class TrainerReader:
             labels = part["labels"]
             return at_loss(found.row, found.column, torch.full((len(labels),), -labels.shape[1], device=labels.device))
         return at_loss(found.row, found.column, _starts(part))
+
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values."""
+        return DynamicCache()
 
     def tail(self, part: Any, last: int) -> Any:
         """The last tokens of each row alone; None where they are not much less, or texts are written."""
