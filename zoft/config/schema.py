@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from zoft.engines._elsewhere import Elsewhere
 from zoft.engines.base import Engine
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
@@ -202,6 +203,7 @@ class ZoftConfig:
             self._follow_mezo()
         self.composition.check_budget(self.budget.queries)
         self._check_engine()
+        self._check_elsewhere()
         self._check_gradient()
         self._check_quantization()
         self._check_outputs()
@@ -230,6 +232,7 @@ class ZoftConfig:
     def settle(self, objective: Objective) -> None:
         """Take the objective that ``auto`` has become; refuses it where the method needs a gradient that it lacks."""
         self.objective = objective
+        self._check_elsewhere()
         self._check_gradient()
         self._check_outputs()
 
@@ -321,6 +324,30 @@ class ZoftConfig:
             raise UserError(f"objective.num_samples={getattr(self.objective, 'num_samples', 1)}: {ONE_SAMPLE}")
         if isinstance(self.estimator, Nodes):
             self.estimator = replace(self.estimator, feedback="loss")
+
+    def _check_elsewhere(self) -> None:
+        """Another runtime is handed an adapter's tensors, and scores tokens of a base that it holds."""
+        engine = self.engine
+        if not isinstance(engine, Elsewhere):
+            return
+        engine.check_method(self.composition)
+        engine.check_objective(self.objective)
+        if self.peft.name() != "lora" or self.trainable.name() not in ("auto", "adapter"):
+            raise UserError(
+                f"engine={engine.name()} hands adapters to another runtime, and peft={self.peft.name()} "
+                f"trainable={self.trainable.name()} trains something else: use peft=lora trainable=adapter, or "
+                "engine=auto"
+            )
+        if self.model.quantization is not None:
+            raise UserError(
+                f"model.quantization={self.model.quantization} is about weights of this process, and engine="
+                f"{engine.name()} runs forwards elsewhere: leave it out ({engine.about_quantization})"
+            )
+        if self.model.dtype != "float32":
+            raise UserError(
+                f"model.dtype={self.model.dtype} is about weights of this process, and engine={engine.name()} runs "
+                "forwards elsewhere: leave it out, and the adapter is trained in float32"
+            )
 
     def _check_engine(self) -> None:
         """Losses and exact derivatives are computed by different engines."""

@@ -30,6 +30,16 @@ def sequential() -> Iterator[None]:
         _SEQUENTIAL.reset(token)
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Within this block a forward waits for the others again, inside :func:`sequential` too."""
+    token = _SEQUENTIAL.set(False)
+    try:
+        yield
+    finally:
+        _SEQUENTIAL.reset(token)
+
+
 def is_sequential() -> bool:
     """Whether this is inside :func:`sequential`."""
     return _SEQUENTIAL.get()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoft.engines._elsewhere import Elsewhere
 from zoft.errors import DiskFullError, Requeued, UserError, os_error_of
 from zoft.run import folder
 from zoft.run.build import (
@@ -127,6 +128,8 @@ def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
 def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
     """Everything up to the first query; nothing but the config has been written when this fails."""
     require_fit(cfg)  # before a row is read, which may have to be fetched
+    if isinstance(cfg.engine, Elsewhere):
+        cfg.engine.prepare()
     splits = cfg.task.load()  # what is wrong with the data is said before anything heavy is imported
     import transformers
 

@@ -55,6 +55,7 @@ from zoft.trainer.batch import Inputs, StepBatch
 from zoft.trainer.batch_splitter import BatchSplitter
 from zoft.trainer.checkpoint import Checkpoints
 from zoft.trainer.config import as_zo_config
+from zoft.trainer.elsewhere import AskedElsewhere
 from zoft.trainer.epochs import WholeSteps
 from zoft.trainer.foreign import by_name, refuse_generating
 from zoft.trainer.guard import RolledBack, guard
@@ -71,7 +72,7 @@ from zoft.weights.tensors import Weights
 log = logging.getLogger(__name__)
 
 
-class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, LossAveraging):
+class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, AskedElsewhere, LossAveraging):
     """Replaces the backward pass of a Trainer by zeroth-order queries.
 
     Args:
@@ -138,6 +139,7 @@ class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, LossAveraging):
                 raise UserError(f"{name}= is for first-order optimizers: pass optimizer= (sgd, momentum, adam)")
         args = copy.copy(as_zo_config(args, "zoft_run"))  # what is settled here must not reach the user's next trainer
         self._settle(args)
+        self._settle_elsewhere(args)
         with global_random_state_kept():
             model = _as_model(model, peft_config, args.seed)
             self._let_blocks_rest(model, args.device)
@@ -171,8 +173,7 @@ class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, LossAveraging):
         queries = getattr(args, "budget_queries", None)
         if queries is not None and args.max_steps <= 0:
             args.max_steps = self.method.steps_within(queries)
-        if self.objective is not None:
-            args.remove_unused_columns = False  # the objective reads columns that the model's forward does not name
+        args.remove_unused_columns &= self.objective is None  # it reads columns that the model's forward does not name
 
     def _keep_frozen_prefix(self, weights: Weights) -> None:
         """Find what lies below the trained weights, anew when ``model_init`` has made another model."""

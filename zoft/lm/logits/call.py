@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from zoft.errors import UserError
 from zoft.utils.lazy import Tensor, nn
+from zoft.weights.elsewhere import runtime_of
 
 Inputs = dict[str, Any]
 """Keyword arguments of a model's forward; ``input_ids`` [B, T] is among them."""
@@ -46,7 +48,16 @@ def arguments(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> In
 
 
 def called(model: nn.Module, inputs: Mapping[str, Any], **more: Any) -> Tensor:
-    """The logits of one call, [B, T, V] or what the head was made to give; no key-value cache is built."""
+    """The logits of one call, [B, T, V] or what the head was made to give; no key-value cache is built.
+
+    Raises:
+        UserError: the model's forward runs elsewhere, where log-probabilities of tokens are all there is.
+    """
+    if runtime_of(model) is not None:
+        raise UserError(
+            "the model's forward runs elsewhere, where tokens are scored and nothing else of it can be had: choose an "
+            "objective that scores tokens (objective=options, cross_entropy), or engine=auto"
+        )
     parameters = _parameters(inner(model))
     if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         more["use_cache"] = False

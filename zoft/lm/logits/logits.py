@@ -9,6 +9,7 @@ from zoft.lm.logits.call import Inputs, called, takes
 from zoft.lm.logits.head import Forward, Positions, logits_of_rows, with_rows
 from zoft.lm.logits.support import HeadSupport, say_once, served
 from zoft.utils.lazy import Tensor, nn, torch
+from zoft.weights.elsewhere import runtime_of
 
 MAX_LOGITS = 2**24
 """Elements of logits that are alive at once, 64 MiB of float32; what would be more is computed in chunks."""
@@ -24,8 +25,12 @@ def logits_at(model: nn.Module, inputs: Inputs, places: Positions, tokens: Tenso
         tokens: [C] vocabulary indices; of a linear head only their rows are read.
 
     Returns:
-        [N, V], or [N, C] with ``tokens``; float32.
+        [N, V], or [N, C] with ``tokens``; float32. Where the forward runs elsewhere they are log-probabilities, which
+        differ from logits by a number for each position.
     """
+    runtime = runtime_of(model)
+    if runtime is not None and tokens is not None:
+        return runtime.log_probs(inputs, places.row, places.column, tokens.expand(len(places), -1))
     known = served(model, inputs, places)
     if not known.rows:
         logits = _plainly(model, inputs, places, known)
@@ -50,6 +55,9 @@ def log_probs_at(model: nn.Module, inputs: Inputs, places: Positions, targets: T
     Returns:
         float32 [N].
     """
+    runtime = runtime_of(model)
+    if runtime is not None:
+        return runtime.log_probs(inputs, places.row, places.column, targets.unsqueeze(1)).squeeze(1)
     known = served(model, inputs, places)
     if known.rows and len(places) * known.vocabulary <= MAX_LOGITS:
         return _log_probs(logits_at(model, inputs, places), targets)
@@ -57,6 +65,24 @@ def log_probs_at(model: nn.Module, inputs: Inputs, places: Positions, targets: T
         return _in_chunks(model, inputs, places, targets, known)
     parts = _by_sequences(model, inputs, places, known)
     return torch.cat([_log_probs(logits_at(model, part, within), targets[which]) for part, within, which in parts])
+
+
+def log_probs_of(model: nn.Module, inputs: Inputs, places: Positions, tokens: Tensor) -> Tensor:
+    """Log-probabilities of several tokens at each position, over the whole vocabulary.
+
+    Args:
+        model: any causal language model of transformers.
+        inputs: its keyword arguments.
+        places: N positions.
+        tokens: [N, C] the tokens.
+
+    Returns:
+        float32 [N, C].
+    """
+    runtime = runtime_of(model)
+    if runtime is not None:
+        return runtime.log_probs(inputs, places.row, places.column, tokens)
+    return torch.log_softmax(logits_at(model, inputs, places), dim=-1).gather(1, tokens)
 
 
 def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:

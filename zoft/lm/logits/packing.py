@@ -11,6 +11,7 @@ from zoft.lm.logits.head import CannotServeError, Positions
 from zoft.lm.logits.logits import log_probs_at
 from zoft.lm.logits.support import FAILURES, close, refuse, tolerance_of, trials_allowed
 from zoft.utils.lazy import Tensor, nn, torch
+from zoft.weights.elsewhere import runtime_of
 from zoft.weights.wider import TOLERANCE, widened
 
 _WHAT = "the options of an example are not packed behind one context"
@@ -25,7 +26,7 @@ def serves(model: nn.Module, packed: Mapping[str, Any]) -> bool:
     """Whether option tokens are scored in these packed rows, as far as is known so far."""
     if "segments" not in packed:  # nothing stands behind another option: ordinary rows
         return True
-    if model in _refused:
+    if model in _refused or runtime_of(model) is not None:
         return False
     if is_compiled(model) or not takes(model, "position_ids"):
         _refuse(model, "it runs compiled" if is_compiled(model) else "its forward takes no position_ids")

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from zoft.lm.logits.call import Inputs, inner, is_compiled
 from zoft.lm.logits.head import CannotServeError, HeadCall, Positions, head_of, logits_of_rows, recorded_call, with_rows
 from zoft.utils.lazy import Tensor, nn, torch
+from zoft.weights.elsewhere import runtime_of
 from zoft.weights.wider import TOLERANCE
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ def trials_allowed() -> bool:
 
 
 def is_known(model: nn.Module) -> bool:
-    """Whether a trial of this model's head has told something."""
+    """Whether a trial of this model's head has told something; elsewhere there is none to try."""
+    if runtime_of(model) is not None:
+        return True
     return model in _known and _known[model].head is head_of(model)  # another one: resized, an adapter put on it
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.utils.lazy import Tensor, nn, torch
+from zoft.weights.elsewhere import Runtime, runtime_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,6 +74,9 @@ def write(
 
     References: Gumbel 1954; Maddison et al. 2014 (A* sampling) for the maximum.
     """
+    runtime = runtime_of(model)
+    if runtime is not None and runtime.writes:
+        return _written_elsewhere(runtime, model, prompts, answering, temperature, seed)
     import transformers
 
     tokenizer = answering.tokenizer
@@ -103,6 +108,35 @@ def write(
     )
     texts = [watch.text(row) for row in out[:, ids.shape[1] :].tolist()]
     return Written(texts, watch.margins.tolist(), watch.lengths.tolist())
+
+
+def _written_elsewhere(
+    runtime: Runtime, model: nn.Module, prompts: Sequence[Sequence[int]], answering: Answering, temperature: float,
+    seed: int,
+) -> Written:  # fmt: skip
+    """As another runtime writes, whose margins are not known."""
+    ends = _ends(model, answering.tokenizer)
+    rows = runtime.write(
+        prompts, max_new_tokens=answering.max_new_tokens, stop=answering.stop, ends=ends, temperature=temperature,
+        seed=seed,
+    )  # fmt: skip
+    return Written([text_of(row, answering, ends) for row in rows], [math.nan] * len(rows), list(map(len, rows)))
+
+
+def text_of(row: Sequence[int], answering: Answering, ends: Sequence[int]) -> str:
+    """What was written, up to the end-of-text mark; padding behind it is no part of it.
+
+    Args:
+        row: tokens behind a prompt.
+        answering: how answers end.
+        ends: tokens that end a text.
+    """
+    end = next((place for place, token in enumerate(row) if token in ends), len(row))
+    text: str = answering.tokenizer.decode(row[:end], skip_special_tokens=True)
+    if not answering.stop:
+        return text
+    before, stop, _ = text.partition(answering.stop)
+    return before + stop
 
 
 def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -154,13 +188,8 @@ class _Watch:
         return self.done
 
     def text(self, row: list[int]) -> str:
-        """What was written, up to the end-of-text mark; padding behind it is no part of it."""
-        end = next((place for place, token in enumerate(row) if token in self.ends), len(row))
-        text: str = self.answering.tokenizer.decode(row[:end], skip_special_tokens=True)
-        if not self.answering.stop:
-            return text
-        before, stop, _ = text.partition(self.answering.stop)
-        return before + stop
+        """What was written."""
+        return text_of(row, self.answering, self.ends)
 
 
 def _generator(seed: int, prompt: Sequence[int]) -> Any:

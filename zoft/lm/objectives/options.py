@@ -8,7 +8,7 @@ from zoft.lm.logits import packing as packing
 from zoft.lm.logits import support as heads
 from zoft.lm.logits.call import arguments
 from zoft.lm.logits.head import Positions
-from zoft.lm.logits.logits import log_probs_at, logits_at
+from zoft.lm.logits.logits import log_probs_at, log_probs_of, logits_at
 from zoft.lm.objectives._readout import Readout, of_hidden, of_log_odds, of_losses, of_scores, of_sequences
 from zoft.lm.objectives.base import Batch, Objective
 from zoft.utils.lazy import Tensor, nn, torch
@@ -147,8 +147,7 @@ def option_log_probs(model: nn.Module, batch: Batch) -> Tensor:
         float32: [B, O] where every option is one token, else [N], row by row, N the sum of ``option_len``.
     """
     if "option_tokens" in batch:
-        logits = logits_at(model, _inputs(model, batch), ends(batch))
-        return torch.log_softmax(logits, dim=-1).gather(1, batch["option_tokens"])
+        return log_probs_of(model, _inputs(model, batch), ends(batch), batch["option_tokens"])
     places, targets = answers(batch["input_ids"], batch["option_len"])
 
     def separately() -> Tensor:
