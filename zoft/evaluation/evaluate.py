@@ -216,7 +216,7 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
         from zoft.lm.models.peft import load_adapter
 
         return load_adapter(model, kept)
-    return model if run else cfg.peft.wrap(model, cfg.seed)
+    return model if run else cfg.peft.wrap(model, cfg.seed, cfg.model.revision)
 
 
 def _base_of(adapter: Path, name: str) -> str:

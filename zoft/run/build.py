@@ -100,7 +100,7 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
         seed=cfg.seed,
         tokenizer=tokenizer or tokenizer_of(cfg),
     )
-    model = cfg.peft.wrap(model, cfg.seed)
+    model = cfg.peft.wrap(model, cfg.seed, cfg.model.revision)
     require_adapter(model, cfg.model.name)
     _trainable_of(cfg).apply(model)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")""",
 from zoft.lm.models.peft import load_adapter
 
 # The text begins at position 0, in front of its prefix (MeZO's layout). Plain peft would count it behind the prefix.
-model = load_adapter(AutoModelFor{head}.from_pretrained("{base}"), "{name}")
+model = load_adapter(AutoModelFor{head}.from_pretrained("{base}"{more}), "{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")""",
     "model": """from transformers import AutoModelFor{head}, AutoTokenizer
 
@@ -64,7 +65,7 @@ def write_card(
         tags=["zoft", "zeroth-order", "forward-only", *([str(known["method"])] if known.get("method") else [])],
     )
     loads = "from 0" if kind == "adapter" and counts_from_zero(folder) else kind
-    text = "\n\n".join(_parts(known, base, kind, loads, head, name, files))
+    text = "\n\n".join(_parts(known, base, _revision(folder), kind, loads, head, name, files))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
     path = folder / "README.md"
     card.save(path)
@@ -72,11 +73,18 @@ def write_card(
 
 
 def _parts(
-    known: dict[str, Any], base: str, kind: str, loads: str, head: str, name: str, files: Sequence[str]
+    known: dict[str, Any],
+    base: str,
+    revision: str | None,
+    kind: str,
+    loads: str,
+    head: str,
+    name: str,
+    files: Sequence[str],
 ) -> list[str]:
     what = {"adapter": "An adapter for", "model": "A fine-tune of", "gguf": "A fine-tune (GGUF) of"}[kind]
     title = str(known.get("run_name", "a run of zoft"))
-    more = ", num_labels=..." * (head == "classifier")
+    more = ", num_labels=..." * (head == "classifier") + (f', revision="{revision}"' if revision else "")
     load = _LOADS[loads].format(head=HEADS[head], base=base, name=name, more=more, file=files[0] if files else "")
     fence = "sh" if kind == "gguf" else "python"
     return [
@@ -89,6 +97,13 @@ def _parts(
         f"## What it cost\n\n{_table(_costs(known))}",
         f"Again, exactly: `{known['command']}`" if "command" in known else "",
     ]
+
+
+def _revision(folder: Path) -> str | None:
+    """Of the base that an adapter was trained on."""
+    file = folder / "adapter_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("revision") if file.is_file() else None
+    return None if found is None else str(found)
 
 
 def _warnings(known: dict[str, Any], base: str) -> list[str]:

@@ -87,12 +87,21 @@ def load_named(name: str, dtype: str = "float32") -> Loaded:
     """A model as it is.
 
     Args:
-        name: hub name, folder, or ``zoft:<asset>``.
+        name: hub name, folder, or ``zoft:<asset>``; a folder may be an adapter's.
         dtype: of its weights.
     """
     from zoft.lm.models.load import load_model_as, load_tokenizer
+    from zoft.lm.models.peft import load_adapter
+    from zoft.lm.models.peft._load import base_of
 
     _quiet()
+    folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        base, revision = base_of(folder)
+        kept = name if (folder / "tokenizer_config.json").is_file() else base
+        tokenizer = load_tokenizer(kept, revision=revision if kept == base else None)
+        model = load_model_as("causal", base, revision=revision, dtype=dtype, tokenizer=tokenizer)
+        return Loaded(load_adapter(model, folder).to(device()).eval(), tokenizer, name)
     tokenizer = load_tokenizer(name)
     return Loaded(load_model_as("causal", name, dtype=dtype, tokenizer=tokenizer).to(device()).eval(), tokenizer, name)
 

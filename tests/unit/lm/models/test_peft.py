@@ -234,3 +234,9 @@ def test_mezos_prefix_is_a_parameter_for_keys_and_one_for_values_of_each_layer(t
 def test_mezos_prefix_is_for_causal_models(make):
     with pytest.raises(UserError, match=r"peft.layout=mezo has the text begin at position 0"):
         Prefix(layout="mezo").wrap(make(), 0)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_fault_13_an_adapter_names_the_revision_of_its_base(adapter):
+    wrapped = create("peft", adapter, adapter).wrap(tiny_llama(), 0, "v1")
+    assert wrapped.peft_config["default"].revision == "v1"

@@ -235,12 +235,15 @@ def test_fault_12_the_card_of_a_prefix_in_mezos_layout_loads_it_as_it_was_traine
     from zoft.use.export.card import write_card
 
     base = model_folder(tmp_path / "base")
-    wrapped = Prefix(layout="mezo").wrap(load_model(str(base)), 0)
+    wrapped = Prefix(layout="mezo").wrap(
+        load_model(str(base)), 0, "v1"
+    )  # fault 13: an adapter knows which base it is of
     wrapped.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
     (tmp_path / "adapter" / "tokenizer_config.json").write_bytes((base / "tokenizer_config.json").read_bytes())
     facts = {"model": str(base), "metric": "accuracy"}
     card = write_card(tmp_path / "adapter", facts, kind="adapter", head="causal", name=str(tmp_path / "adapter"))
+    assert 'revision="v1"' in card.read_text()
     names: dict[str, Any] = {}
     exec(card.read_text().split("```python\n")[1].split("```")[0], names)
     assert torch_equal(logits(names["model"]), logits(wrapped))

@@ -14,6 +14,7 @@ from tests.cli.test_cli_start import ROWS, words_of
 from tests.runs import model_folder, zoft
 from zoft.cli import main
 from zoft.config import compose
+from zoft.errors import UserError
 from zoft.run.train import run
 from zoft.use.inference.chat import beside
 from zoft.use.inference.load import load_run
@@ -177,3 +178,31 @@ def test_a_house_task_labels_new_rows(tmp_path: Path):
     made, labels = SST2().for_new_rows()
     assert made({"sentence": "a dull film "}, "x.csv:2").prompt == "a dull film It was"
     assert labels == ("negative", "positive")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prefix", "prompt"])
+def test_fault_13_an_adapter_by_its_folder_finds_its_base_from_anywhere(adapter, tmp_path, monkeypatch):
+    """As plain peft writes it: the base's relative path, of the folder that it was trained in."""
+    import torch
+
+    from tests.runs import model_folder
+    from zoft.component import create
+    from zoft.lm.models.load import load_model
+    from zoft.use.inference.load import load_named
+
+    base = model_folder(tmp_path / "tiny")
+    wrapped = create("peft", adapter, adapter).wrap(load_model(str(base)), 0).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(file.read_text())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ids = torch.arange(4, 10).view(1, 6)
+    for name in ("tiny", "../tiny"):
+        file.write_text(json.dumps(said | {"base_model_name_or_path": name}))
+        with torch.no_grad():
+            assert torch.equal(load_named(str(tmp_path / "adapter")).model(input_ids=ids).logits, wrapped(ids).logits)
+    for name, told in (("./gone", "there is no model folder ./gone"), (None, "names no base_model_name_or_path")):
+        file.write_text(json.dumps(said | {"base_model_name_or_path": name}))
+        with pytest.raises(UserError, match=told):
+            load_named(str(tmp_path / "adapter"))

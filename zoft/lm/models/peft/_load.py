@@ -6,8 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zoft.errors import UserError
 from zoft.lm.models.peft._positions import count_by_mask, counts_from_zero
 from zoft.lm.models.peft.base import without_old_names
+
+
+def base_of(folder: str | Path) -> tuple[str, str | None]:
+    """Name and revision of the model that an adapter's folder is for.
+
+    A relative path is looked for from here and from the folder: on the hub its name would be a stranger's model.
+
+    Raises:
+        UserError: the folder does not say, or names a path at which nothing lies.
+    """
+    file = Path(folder) / "adapter_config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        name, revision = said.get("base_model_name_or_path"), said.get("revision")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{file} names no base_model_name_or_path: write the model there that the adapter is for")
+    places = [Path(name), *(above / name for above in (Path(folder), *Path(folder).absolute().parents[:2]))]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None and name.startswith((".", "/", "~")):
+        raise UserError(f"{file}: there is no model folder {name}: write where the adapter's base lies")
+    return str(found or name), revision
 
 
 def load_adapter(model: Any, folder: str | Path) -> Any:

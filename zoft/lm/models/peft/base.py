@@ -25,12 +25,13 @@ class Peft(Component):
         """
         raise NotImplementedError
 
-    def wrap(self, model: nn.Module, seed: int) -> nn.Module:
+    def wrap(self, model: nn.Module, seed: int, revision: str | None = None) -> nn.Module:
         """The model with the adapter on it; the global random state is left as it was.
 
         Args:
             model: a transformers model.
             seed: seeds the adapter's random initial weights.
+            revision: of the model on the hub: what loads the adapter asks for its base by it.
 
         Raises:
             UserError: peft refuses the model, for instance because no module has the asked name.
@@ -54,6 +55,7 @@ class Peft(Component):
 
         for own in wrapped.peft_config.values():  # what loads the adapter asks for its base by this name
             own.base_model_name_or_path = portable_name(own.base_model_name_or_path or "") or None
+            own.revision = revision
         return count_by_mask(wrapped)
 
 

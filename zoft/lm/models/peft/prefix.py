@@ -45,12 +45,12 @@ class Prefix(Peft):
 
         return PrefixTuningConfig(task_type=task_type, num_virtual_tokens=self.num_virtual_tokens)
 
-    def wrap(self, model: nn.Module, seed: int) -> nn.Module:
+    def wrap(self, model: nn.Module, seed: int, revision: str | None = None) -> nn.Module:
         """The model with a prefix; from activations where the model is a decoder that returns its cache."""
         if self.layout == "mezo":
             _require_positions(model)
         cache = _real_keys_and_values(model, self.num_virtual_tokens, seed) if self.init == "activations" else None
-        wrapped = super().wrap(model, seed)
+        wrapped = super().wrap(model, seed, revision)
         if cache is not None:
             weight = wrapped.prompt_encoder["default"].embedding.weight  # type: ignore[union-attr,index]
             if weight.shape == cache.shape:
