@@ -79,12 +79,14 @@ class FrozenPrefix:
         """Keep the rows that another prefix keeps too: of the same weights below the same block, in another model.
 
         Whether they are what enters this model's block is checked at its first batch, as ever: what is trained outside
-        the blocks may be another part here.
+        the blocks may be another part here. It has been checked where model and trained parts are the same ones.
 
         Args:
             other: whose rows.
         """
         self._rows = other._rows
+        same = self.model is other.model and self.first == other.first and self.outside == other.outside
+        self._checked = self._checked or (same and other._checked)
 
     @contextmanager
     def reused(self) -> Iterator[None]:

@@ -148,6 +148,13 @@ class Checkpoints(_Base):
             if not self._load_trained(folder):
                 super()._load_best_model()
 
+    def put_back(self, step: int) -> None:
+        """Put the weights of this run's checkpoint of a step back, where it is kept."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        if folder.is_dir():
+            self.state.best_model_checkpoint = str(folder)
+            self._load_best_model()
+
     def _load_trained(self, folder: Path) -> bool:
         """Put the trained tensors of a checkpoint back; whether it has them in a file of their own."""
         if not (folder / TRAINED).is_file():

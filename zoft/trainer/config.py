@@ -59,6 +59,9 @@ class ZOConfig(TrainingArguments):
         max_skipped_steps: steps in a row with a non-finite loss before the run stops; their weights stay untouched.
         keep_frozen_prefix: compute hidden states below the lowest trained block once per example and keep them.
         frozen_prefix_mb: memory bound of those hidden states, MiB; those beyond it are computed again.
+        narrow_last_block: compute the feed-forward part of the last block only where the loss is read from (one token
+            of each row, in classification): the same numbers but for the last bits, in a third of the time where that
+            block alone is trained.
         journal: write every step to ``output_dir/journal.bin``: a killed run goes on from there (docs/journal.md).
         journal_hash_steps: steps between hashes of the trained weights, by which a replay and other processes are
             checked; 0 makes none.
@@ -89,6 +92,10 @@ class ZOConfig(TrainingArguments):
         metadata={"help": "Keep the hidden states below the lowest trained block, computed once per example."},
     )
     frozen_prefix_mb: int = field(default=2048, metadata={"help": "Memory bound of the kept hidden states, MiB."})
+    narrow_last_block: bool = field(
+        default=False,
+        metadata={"help": "Compute the last block's feed-forward part only at the positions that the loss reads."},
+    )
     journal: bool = field(default=True, metadata={"help": "Write a journal of every step to output_dir/journal.bin."})
     journal_hash_steps: int = field(
         default=1000, metadata={"help": "Steps between hashes of the trained weights in the journal; 0: none."}

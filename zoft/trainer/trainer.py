@@ -33,6 +33,7 @@ from zoft.estimators.base import Estimator, scheduled
 from zoft.estimators.nodes import Nodes
 from zoft.lm.data.packing import one_of_each_size
 from zoft.lm.data.rows import examples_of, groups_of, of_lengths
+from zoft.lm.logits.head import narrowed
 from zoft.lm.logits.own_loss import is_known, own_loss
 from zoft.lm.logits.packing import serves
 from zoft.lm.logits.support import no_trials
@@ -62,6 +63,7 @@ from zoft.trainer.guard import RolledBack, guard
 from zoft.trainer.journaling import Journaled
 from zoft.trainer.loss import LossAveraging, with_float32_losses
 from zoft.trainer.mezo import MezoRowOrder, decays
+from zoft.trainer.narrow import NarrowLastBlock
 from zoft.trainer.placing import Placing
 from zoft.trainer.readout import TrainerReader
 from zoft.utils.random_state import global_random_state_kept
@@ -72,7 +74,7 @@ from zoft.weights.tensors import Weights
 log = logging.getLogger(__name__)
 
 
-class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, AskedElsewhere, LossAveraging):
+class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, AskedElsewhere, LossAveraging, NarrowLastBlock):
     """Replaces the backward pass of a Trainer by zeroth-order queries.
 
     Args:
@@ -154,6 +156,7 @@ class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, AskedElsewhere, LossA
         if self.method.estimator.radius:
             weights.check_eps(self.method.estimator.radius)
         self._keep_frozen_prefix(weights)
+        self._narrow(chosen)
 
     # ---- settings ----------------------------------------------------------------------------------------------------
 
@@ -386,6 +389,7 @@ class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, AskedElsewhere, LossA
         progress = self.progress
         self._probe_sizes()
         self._probe(batch)
+        self._check_narrow(batch)
         if count := anchor_batches(self.method.estimator, progress.steps):
             for other in self._batches(count, like=batch):
                 self._probe(other)
@@ -661,11 +665,9 @@ class ZOMixin(Journaled, Checkpoints, Placing, WholeSteps, AskedElsewhere, LossA
 
     @contextmanager
     def _reusing_prefix(self) -> Iterator[None]:
-        if self.frozen_prefix is None:
+        prefix = nullcontext() if self.frozen_prefix is None else self.frozen_prefix.reused()
+        with prefix, narrowed(self.narrow_layer):
             yield
-        else:
-            with self.frozen_prefix.reused():
-                yield
 
     # ---- what the Trainer's loop asks about gradients ----------------------------------------------------------------
 

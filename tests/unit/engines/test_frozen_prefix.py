@@ -309,6 +309,12 @@ def test_shared_rows_serve_the_same_part_and_are_found_out_by_another():
     assert counter.rows == 2  # the check of the first batch, and nothing to find its rows' states
     inside = batch["attention_mask"].bool()
     torch.testing.assert_close(reused[inside], outputs(same.model, batch)[inside])
+    again = FrozenPrefix.of(first.model, Weights(first.model), 64)
+    again.share(first)  # the very model: nothing is computed below the block, not even to check
+    counter = Counter(again)
+    with again.reused():
+        outputs(again.model, batch)
+    assert counter.rows == 0
     other = prefix_of(tiny_llama(), Regex(r"embed_tokens|layers\.2\."))
     other.share(first)
     with torch.no_grad():

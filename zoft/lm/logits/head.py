@@ -5,10 +5,11 @@ The head's weight is read inside the head's own ``__call__`` only, as always: en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from zoft.lm.logits.call import Inputs, called, inner
@@ -102,11 +103,43 @@ def with_rows(
             raise CannotServeError(f"its head is given {list(hidden.shape)} for a batch of [{batch}, {length}]")
         return compute(forward, places.of(hidden))
 
-    with _replaced_forward(head, of_hidden):
+    replaced: dict[nn.Module, Callable[..., Tensor]] = {head: of_hidden}
+    narrowed = _narrowed.get()
+    if narrowed is not None and len(places):
+        replaced[narrowed] = _at_the_end(-int(places.column.min()))
+    with _replaced_forwards(replaced):
         logits = called(model, inputs)
     if len(calls) != 1:
         raise CannotServeError(f"its head is called {len(calls)} times in a forward")
     return logits
+
+
+_narrowed: ContextVar[nn.Module | None] = ContextVar("narrowed", default=None)
+
+
+@contextmanager
+def narrowed(module: nn.Module | None) -> Iterator[None]:
+    """Within this block a layer behind which no position is mixed with others sees only those that the head will see.
+
+    From the first position that is wanted to the right end: of rows with one answer token the last one alone. At the
+    others its output is zero, which nobody reads.
+
+    Args:
+        module: of [B, T, H] to [B, T, H], position by position: the feed-forward part of the last block; None: nothing.
+    """
+    token = _narrowed.set(module)
+    try:
+        yield
+    finally:
+        _narrowed.reset(token)
+
+
+def _at_the_end(count: int) -> Callable[..., Tensor]:
+    def of_end(forward: Forward, hidden: Tensor) -> Tensor:
+        output = forward(hidden[:, -count:])  # [B, count, H]
+        return torch.nn.functional.pad(output, (0, 0, hidden.shape[1] - output.shape[1], 0))
+
+    return of_end
 
 
 @dataclass(frozen=True)
@@ -128,41 +161,43 @@ def recorded_call(model: nn.Module, inputs: Inputs) -> tuple[Tensor, HeadCall]:
         calls.append(HeadCall(args[0], output) if args else calls[0])
         return output
 
-    with _replaced_forward(head, recording):
+    with _replaced_forwards({head: recording}):
         logits = called(model, inputs)
     return logits, calls[-1]
 
 
 # Several calls of one model can be in progress at once, each in a context of its own (zoft.engines._lockstep): the
 # replaced forward is therefore one for all of them, and asks its context what is wanted.
-_wanted: ContextVar[Callable[..., Tensor] | None] = ContextVar("wanted", default=None)
-_replaced: dict[nn.Module, list[Any]] = {}  # head -> [calls in progress, its instance's own forward if it had one]
+_wanted: ContextVar[Mapping[nn.Module, Callable[..., Tensor]]] = ContextVar("wanted", default=MappingProxyType({}))
+_replaced: dict[nn.Module, list[Any]] = {}  # module -> [calls in progress, its instance's own forward if it had one]
 
 
 @contextmanager
-def _replaced_forward(head: nn.Module, compute: Callable[..., Tensor]) -> Iterator[None]:
-    token = _wanted.set(compute)
-    if head in _replaced:
-        _replaced[head][0] += 1
-    else:
-        _replaced[head] = [1, vars(head).get("forward")]
-        head.forward = _asking(head.forward)
+def _replaced_forwards(computed: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    token = _wanted.set(computed)
+    for module in computed:
+        if module in _replaced:
+            _replaced[module][0] += 1
+        else:
+            _replaced[module] = [1, vars(module).get("forward")]
+            module.forward = _asking(module, module.forward)
     try:
         yield
     finally:
         _wanted.reset(token)
-        _replaced[head][0] -= 1
-        if not _replaced[head][0]:
-            _, own = _replaced.pop(head)
-            if own is None:
-                del head.forward
-            else:
-                head.forward = own
+        for module in computed:
+            _replaced[module][0] -= 1
+            if not _replaced[module][0]:
+                _, own = _replaced.pop(module)
+                if own is None:
+                    del module.forward
+                else:
+                    module.forward = own
 
 
-def _asking(forward: Forward) -> Forward:
+def _asking(module: nn.Module, forward: Forward) -> Forward:
     def asking(*args: Any, **kwargs: Any) -> Tensor:
-        compute = _wanted.get()
+        compute = _wanted.get().get(module)
         return forward(*args, **kwargs) if compute is None else compute(forward, *args, **kwargs)
 
     return asking

@@ -1,0 +1,90 @@
+"""``narrow_last_block``: the last block's feed-forward part, only at the positions that the loss is read from."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from zoft.engines._frozen_prefix import longest_stack
+from zoft.engines._lockstep import sequential
+from zoft.errors import UserError
+from zoft.lm.logits.head import narrowed
+from zoft.lm.logits.support import no_trials
+from zoft.subspaces.base import Subspace
+from zoft.trainer.batch import StepBatch
+
+_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+class NarrowLastBlock(_Base):
+    """What the setting does; mixed into :class:`zoft.trainer.trainer.ZOMixin`."""
+
+    narrow_layer: nn.Module | None = None  # computed only where the loss looks
+    _has_checked_narrow = False
+    _called: Any  # the model that compute_loss is called with, while a step's queries are asked
+
+    def _narrow(self, subspace: Subspace) -> None:
+        """Find the part that is narrowed, where that is asked for."""
+        if self.args.narrow_last_block:
+            self.narrow_layer = feed_forward_of(self.model, subspace)
+
+    def _check_narrow(self, batch: StepBatch) -> None:
+        """The first batch's loss is computed with the last block whole, too."""
+        if self.narrow_layer is None or self._has_checked_narrow:
+            return
+        self._has_checked_narrow = True  # a run that is resumed checks again
+        with torch.no_grad(), self.compute_loss_context_manager(), sequential(), no_trials():
+            check_narrow(functools.partial(self.compute_loss, self._called, batch.micro_batches[0]))
+
+
+def feed_forward_of(model: nn.Module, subspace: Subspace) -> nn.Module:
+    """The module of the last block that works position by position: the one with several matrices outside of attention.
+
+    Raises:
+        UserError: there is none, or there are several; or the subspace looks at other positions too.
+    """
+    if subspace.observes_at(0) == "inputs" or getattr(subspace, "positions", "loss") != "loss":
+        raise UserError(
+            f"trainer.narrow_last_block=true: subspace={subspace.name()} looks at positions that the loss is not read "
+            "from: leave it false"
+        )
+    blocks = longest_stack(model)
+    children = blocks[-1].named_children() if blocks else ()
+    found = [
+        child
+        for name, child in children
+        if not _ATTENTION.search(name) and sum(p.dim() == 2 for p in child.parameters()) > 1
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"trainer.narrow_last_block=true: {type(model).__name__} has {len(found)} feed-forward modules in its last "
+            "block where one is needed: leave it false"
+        )
+    return found[0]
+
+
+def check_narrow(loss: Callable[[], Tensor]) -> None:
+    """Refuse a model whose loss depends on what the feed-forward part of the last block gives at other positions.
+
+    Args:
+        loss: of one batch, computed anew by each call, in a context in which that part is narrowed.
+
+    Raises:
+        UserError: with both losses.
+    """
+    narrow = loss()
+    with narrowed(None):
+        whole = loss()
+    if not torch.allclose(narrow.float(), whole.float(), rtol=1e-2 if whole.element_size() < 4 else 1e-4):
+        raise UserError(
+            f"trainer.narrow_last_block=true: the loss is {float(narrow):.6g} where the last block's feed-forward part "
+            f"sees the positions of the loss alone, and {float(whole):.6g} where it sees all: leave it false"
+        )
