@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from zoft.bench.choosing import best_of
 from zoft.bench.ledger import Row
 from zoft.bench.plan import MODES, Cell, Plan
 from zoft.diagnostics import DiagnosticsCallback
@@ -27,13 +31,14 @@ DIAGNOSED = ("cosine", "cosine_by_chance", "norm_ratio", "snr", "gram_effective_
 
 @dataclass
 class Shared:
-    """What a process keeps from cell to cell: a task's rows, and their hidden states below the trained blocks."""
+    """What a process keeps from cell to cell: a model, a task's rows, their hidden states below the trained blocks."""
 
     key: str = ""
     tokenizer: Any = None
     rows: dict[str, list[Any]] = field(default_factory=dict)
     objective: Any = None  # what objective=auto is for these rows
     prefixes: dict[str, FrozenPrefix] = field(default_factory=dict)
+    models: dict[str, tuple[Any, dict[str, Tensor]]] = field(default_factory=dict)  # and its trained weights as loaded
 
     def of(self, cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
         """(tokenizer, rows) of a run."""
@@ -46,6 +51,30 @@ class Shared:
             self.key, self.objective = key, cfg.objective
         cfg.settle(self.objective)
         return self.tokenizer, self.rows
+
+    def model(self, cfg: ZoftConfig) -> Any:
+        """The model of a run as it was loaded: the last cell's with its trained weights put back, where that is one.
+
+        What a run adds to a model goes with it: one with an adapter, a fresh head, autocast or codes is loaded anew.
+        """
+        from zoft.lm import formats
+        from zoft.run.build import load_model_of
+        from zoft.weights.tensors import Weights
+
+        plain = cfg.peft.name() == "none" and formats.model_kind(cfg.task) != "classifier"
+        if not plain or cfg.model.quantization or cfg.trainer.get("bf16") or cfg.trainer.get("fp16"):
+            self.models.clear()
+            return load_model_of(cfg, self.tokenizer)
+        key = repr((cfg.model, cfg.trainable, cfg.subspace.moves_outputs, formats.model_kind(cfg.task)))
+        if key not in self.models:
+            self.models.clear()  # one at a time: two may not fit
+            model = load_model_of(cfg, self.tokenizer)
+            self.models[key] = model, {name: own.detach().clone() for name, own in Weights(model).tensors.items()}
+        model, loaded = self.models[key]
+        with torch.no_grad():
+            for name, own in Weights(model).tensors.items():
+                own.copy_(loaded[name])
+        return model
 
     def prefix(self, trainer: ZOTrainer) -> None:
         """Fill the trainer's hidden states, with those of an earlier cell where the same blocks are frozen."""
@@ -106,14 +135,13 @@ def _trained(plan: Plan, arguments: list[str], work: Path, shared: Shared) -> Ro
     from zoft.config import compose
     from zoft.lm import formats
     from zoft.report.memory import PeakMemory
-    from zoft.run.build import load_model_of
     from zoft.run.train import known_steps
 
     cfg = compose([*arguments, f"output_dir={work}"])
     tokenizer, rows = shared.of(cfg)
     metric = formats.reported(formats.format_of_row(rows["test"][0]), cfg.task)
     steps = cfg.composition.steps_within(plan.queries)
-    trainer = _trainer(cfg, plan, metric, steps, tokenizer, rows, load_model_of(cfg))
+    trainer = _trainer(cfg, plan, metric, steps, tokenizer, rows, shared.model(cfg))
     trainer.create_optimizer()
     shared.prefix(trainer)
     memory = PeakMemory(str(trainer.args.device))
@@ -142,10 +170,46 @@ def _trained(plan: Plan, arguments: list[str], work: Path, shared: Shared) -> Ro
     }
     if cfg.diagnostics.every:
         row["diagnostics"] = _diagnosed(work)
-    if not failed:  # the Trainer has put the best checkpoint's weights back
-        scores = trainer.predict(rows["test"], metric_key_prefix="test").metrics
-        row["test"] = {name.removeprefix("test_"): value for name, value in scores.items()}
+    scores = _Tests(trainer, plan.select, rows["test"])
+    if not failed:
+        row["test"] = scores.within(row, plan.queries)
+    if plan.budgets:
+        row["at_budgets"] = {str(budget): _at_budget(row, budget, scores) for budget in sorted(plan.budgets)}
     return row
+
+
+def _at_budget(row: Row, budget: int, scores: _Tests) -> Row:
+    """What a row says where the run would have ended earlier; one that diverged later has not done so."""
+    reached = any(point["queries"] > 0 for point in row["curve"] if point["queries"] <= budget)
+    own = row | {"failed": "" if row["queries"] >= budget else row["failed"]}
+    if own["failed"] or not reached:
+        return {"failed": own["failed"] or "was not evaluated", "test": None}
+    return {"failed": "", "test": scores.within(own, budget)}
+
+
+class _Tests:
+    """Test scores of a run's checkpoints, each computed once.
+
+    Args:
+        trainer: after training; its weights become the checkpoint's.
+        select: what the best point is chosen by on the dev rows.
+        test: the rows.
+    """
+
+    def __init__(self, trainer: ZOTrainer, select: str, test: list[Any]) -> None:
+        self.trainer, self.select, self.test = trainer, select, test
+        self._of: dict[float, dict[str, float]] = {}
+
+    def within(self, row: Row, budget: int) -> dict[str, float]:
+        """The test scores of the best point within a budget."""
+        curve = [point for point in row["curve"] if point["queries"] <= budget]
+        best = best_of(curve, row["metric"], self.select)
+        assert best is not None
+        if best["queries"] not in self._of:
+            self.trainer.put_back(int(best["step"]))
+            scores = self.trainer.predict(self.test, metric_key_prefix="test").metrics
+            self._of[best["queries"]] = {name.removeprefix("test_"): value for name, value in scores.items()}
+        return dict(self._of[best["queries"]])
 
 
 def _trainer(
@@ -162,7 +226,7 @@ def _trainer(
         "eval_on_start": True,
         "save_strategy": "steps",
         "save_steps": steps,
-        "save_total_limit": 1,
+        "save_total_limit": None if plan.budgets else 1,
         "logging_steps": steps,
         "load_best_model_at_end": True,
         "metric_for_best_model": select,
@@ -171,7 +235,8 @@ def _trainer(
     trainer = make_trainer(cfg, arguments_of(cfg), model, tokenizer, rows)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Milestones(steps, plan.evaluations))
+    ends = [cfg.composition.steps_within(budget) for budget in plan.budgets]
+    trainer.add_callback(Milestones(steps, plan.evaluations, ends))
     if cfg.diagnostics.every:
         trainer.add_callback(DiagnosticsCallback(**vars(cfg.diagnostics), draw=False))
     keep_reference(trainer, rows)
@@ -184,14 +249,15 @@ class Milestones(TrainerCallback):
     Args:
         steps: of the run.
         number: of points; fewer where there are fewer steps.
+        also: further steps to do it at.
 
     Example:
         >>> sorted(Milestones(10, 4).at)
         [2, 5, 8, 10]
     """
 
-    def __init__(self, steps: int, number: int) -> None:
-        self.at = {max(1, round(steps * i / number)) for i in range(1, number + 1)}
+    def __init__(self, steps: int, number: int, also: Iterable[int] = ()) -> None:
+        self.at = {max(1, round(steps * i / number)) for i in range(1, number + 1)} | set(also)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """At one of the points?"""
@@ -213,7 +279,12 @@ def _diagnosed(work: Path) -> dict[str, float]:
 def _curve(history: list[dict[str, Any]], metric: str) -> list[dict[str, float]]:
     """Dev scores along a run: queries, loss and metric; a point that was computed again counts once."""
     points = {
-        line["num_queries"]: {"queries": line["num_queries"], "loss": line["eval_loss"], metric: line[f"eval_{metric}"]}
+        line["num_queries"]: {
+            "queries": line["num_queries"],
+            "step": line["step"],
+            "loss": line["eval_loss"],
+            metric: line[f"eval_{metric}"],
+        }
         for line in history
         if "eval_loss" in line
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from zoft.bench.ledger import Row
 from zoft.bench.plan import Cell, Plan, RateSearch
@@ -33,18 +33,42 @@ def dev_score(point: Mapping[str, float], metric: str, select: str) -> float:
 
 def best_point(row: Row, select: str) -> Point | None:
     """The point of a run that its test scores are of; None where it broke. The untrained model is not one."""
-    points = [point for point in row["curve"] if point["queries"] > 0]
-    if row["failed"] or not points:
-        return None
-    best: Point = min(points, key=lambda point: dev_score(point, row["metric"], select))
-    return best
+    return None if row["failed"] else best_of(row["curve"], row["metric"], select)
+
+
+def best_of(curve: Iterable[Point], metric: str, select: str) -> Point | None:
+    """The point of a curve with the best dev score, the first of equals; the untrained model is none.
+
+    Example:
+        >>> best_of([{"queries": 0, "loss": 0.1}, {"queries": 2, "loss": 0.7}], "f1", "loss")
+        {'queries': 2, 'loss': 0.7}
+    """
+    points = [point for point in curve if point["queries"] > 0]
+    return min(points, key=lambda point: dev_score(point, metric, select), default=None)
+
+
+def within(row: Row, queries: int) -> Row:
+    """A run's row as if its budget had been one of the smaller ones of the bench, or itself where that is its own.
+
+    One that diverged later had not done so yet.
+
+    Args:
+        row: of a run.
+        queries: one of the plan's budgets.
+    """
+    at = row.get("at_budgets", {}).get(str(queries))
+    if at is None:
+        return row
+    curve = [point for point in row["curve"] if point["queries"] <= queries]
+    return row | at | {"curve": curve}
 
 
 def rate_searches(plan: Plan, rows: Mapping[Cell, Row]) -> dict[tuple[str, str, str], RateSearch]:
     """(task, prompt, method) -> its search.
 
-    First the plan's rates are tried; while the best is the smallest or the largest, one more is tried beyond it,
-    ``plan.grow`` times at most. Where all break, smaller ones are tried. Of equals the factor nearest to 1 is taken.
+    First the plan's rates are tried; while the best at one of the budgets is the smallest or the largest, one more is
+    tried beyond it, ``plan.grow`` times at most at each end, or in all where there is one budget. Where all break,
+    smaller ones are tried. Of equals the factor nearest to 1 is taken.
     """
     keys = [(task, prompt, method) for task in plan.tasks for prompt in plan.prompts for method in plan.runs]
     return {key: _search(plan, rows, key) for key in keys}
@@ -52,19 +76,35 @@ def rate_searches(plan: Plan, rows: Mapping[Cell, Row]) -> dict[tuple[str, str, 
 
 def _search(plan: Plan, rows: Mapping[Cell, Row], key: tuple[str, str, str]) -> RateSearch:
     factors = sorted(plan.rates)
+    below = above = 0
     while True:
         cells = [Cell(*key, factor, plan.seeds[0]) for factor in factors]
         if any(cell not in rows for cell in cells):
-            return RateSearch(tuple(factors), None)
-        best = min(cells, key=lambda cell: (score(rows[cell], plan), abs(math.log(cell.factor or 1.0))))
-        broke = math.isinf(score(rows[best], plan))
-        more = len(factors) - len(plan.rates) < plan.grow and len(factors) > 1
-        if more and (broke or best is cells[0]):
+            return RateSearch(tuple(factors), {})
+        chosen = {budget: _best(plan, cells, rows, budget) for budget in plan.all_budgets}
+        spent = 0 if plan.budgets else below + above
+        wanted = [math.nan if cell is None else cell.factor for cell in chosen.values()]
+        more = len(factors) > 1
+        smaller = None in chosen.values() or factors[0] in wanted
+        if more and max(below, spent) < plan.grow and smaller:
             factors.insert(0, factors[0] ** 2 / factors[1])
-        elif more and best is cells[-1]:
+            below += 1
+        elif more and max(above, spent) < plan.grow and factors[-1] in wanted:
             factors.append(factors[-1] ** 2 / factors[-2])
+            above += 1
         else:
-            return RateSearch(tuple(factors), None if broke else best.factor)
+            found = {budget: cell.factor for budget, cell in chosen.items() if cell is not None and cell.factor}
+            return RateSearch(tuple(factors), found)
+
+
+def _best(plan: Plan, cells: list[Cell], rows: Mapping[Cell, Row], budget: int) -> Cell | None:
+    """The cell with the best dev score within a budget; None where all have broken by then."""
+
+    def badness_of(cell: Cell) -> float:
+        return score(within(rows[cell], budget), plan)
+
+    best = min(cells, key=lambda cell: (badness_of(cell), abs(math.log(cell.factor or 1.0))))
+    return None if math.isinf(badness_of(best)) else best
 
 
 def score(row: Row, plan: Plan) -> float:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CURVES, RANKS, RATES, GAPS = "curves.png", "ranks.png", "rates.png", "gaps.png"
+CURVES, RANKS, RATES, GAPS, BUDGETS = "curves.png", "ranks.png", "rates.png", "gaps.png", "budgets.png"
 
 _INK, _PALE, _GRID = "#2b2f36", "#6b7079", "#e6e8ec"
 _DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (1, 3)))
@@ -51,6 +51,8 @@ def draw(plan: Plan, rows: Mapping[Cell, Row]) -> list[Path]:
     drawn = []
     if any(results.of(group) for group in results.groups):
         drawn += [_curves(results, folder / CURVES), _rates(results, folder / RATES)]
+        if plan.budgets:
+            drawn.append(_budgets(plan, rows, folder / BUDGETS))
     if measured := _distances(results):
         drawn.append(_gaps(results, measured, folder / GAPS))
     if len(plan.prompts) > 1 and any(map(results.ranks, plan.prompts)):
@@ -98,6 +100,49 @@ def _curves(results: Results, file: Path) -> Path:
     order = [name for name in (*plan.runs, *plan.modes) if name in handles]
     labels = [f"{name} (test rows)" if name in plan.modes else name for name in order]
     figure.legend([handles[name] for name in order], labels, loc="outside right upper", frameon=False, fontsize=9)
+    return _save(figure, file)
+
+
+def _budgets(plan: Plan, rows: Mapping[Cell, Row], file: Path) -> Path:
+    """Tasks across, prompts down: the test metric at each budget, a learning rate for each; bars from seed to seed."""
+    found = {budget: Results(plan, rows, budget) for budget in plan.all_budgets}
+    colour, last = colours(plan), found[plan.queries]
+    prompts = [prompt for prompt in plan.prompts if any(last.of((task, prompt)) for task in plan.tasks)]
+    tasks = [task for task in plan.tasks if any(last.of((task, prompt)) for prompt in prompts)]
+    figure = _figure(4.1 * len(tasks) + 1.8, 3.2 * len(prompts) + 0.5)
+    panels = figure.subplots(len(prompts), len(tasks), squeeze=False, sharex=True)
+    handles: dict[str, Any] = {}
+    for panel, group in zip(panels.flat, [(task, prompt) for prompt in prompts for task in tasks], strict=True):
+        _dress(panel)
+        metric = "metric"
+        for place, method in enumerate(plan.runs):
+            own = {b: r.results[group, method] for b, r in found.items() if (group, method) in r.results}
+            own = {budget: result for budget, result in own.items() if result.finished}
+            if not own:
+                continue
+            metric = next(iter(own.values())).metric
+            scale = 100.0 if metric == "accuracy" else 1.0
+            middle = [scale * mean(result.test()) for result in own.values()]
+            below = [m - scale * min(result.test()) for m, result in zip(middle, own.values(), strict=True)]
+            above = [scale * max(result.test()) - m for m, result in zip(middle, own.values(), strict=True)]
+            at = [budget * (1 + 0.012 * (place - len(plan.runs) / 2)) for budget in own]  # bars beside each other
+            style: Any = (0, (4, 2)) if method in plan.references else "-"
+            look = {"color": colour[method], "lw": 1.6, "ls": style, "marker": "o", "ms": 3.5, "elinewidth": 0.8}
+            handles[method] = panel.errorbar(at, middle, [below, above], **look)
+        for mode, dashes in zip(plan.modes, _DASHES, strict=False):
+            row = last.untrained.get((group, mode))
+            if row is not None:
+                score = row["test"][row["metric"]] * (100.0 if row["metric"] == "accuracy" else 1.0)
+                handles[mode] = panel.axhline(score, color="#8a8f98", lw=1.2, ls=dashes)
+        unit = ", %" if metric == "accuracy" else ""
+        panel.set_title(f"{group[0]}, prompt {group[1]}: test {metric}{unit}", loc="left", fontsize=10, color=_INK)
+        panel.set_xscale("log")
+        panel.set_xticks(plan.all_budgets, [str(budget) for budget in plan.all_budgets])
+        panel.minorticks_off()
+    for panel in panels[-1]:
+        panel.set_xlabel("queries (forward passes)", color=_INK)
+    order = [name for name in (*plan.runs, *plan.modes) if name in handles]
+    figure.legend([handles[name] for name in order], order, loc="outside right upper", frameon=False, fontsize=9)
     return _save(figure, file)
 
 

@@ -71,6 +71,8 @@ class Plan:
         prompts: values of ``task.prompt``.
         seeds: of the runs; the first one also chooses the learning rate.
         queries: budget of every run, forward passes of the objective.
+        budgets: smaller budgets that every run is judged at too, as if it had ended there: its best point so far, the
+            test rows scored once with those weights, and a learning rate of their own among those tried.
         rates: factors of a method's learning rate. All are run with the first seed; the one with the best dev score is
             then run with the other seeds.
         grow: how many more factors are tried beyond an edge of ``rates`` while the best one lies there.
@@ -93,6 +95,7 @@ class Plan:
     prompts: list[str] = field(default_factory=lambda: ["aligned", "none"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     queries: int = 0
+    budgets: list[int] = field(default_factory=list)
     rates: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0])
     grow: int = 2
     demonstrations: int = 8
@@ -133,12 +136,19 @@ class Plan:
                     factors = self.rates if search is None else search.factors
                     yield from (Cell(task, prompt, method, factor, self.seeds[0]) for factor in factors)
                 for method, search in found.items():
-                    if search is not None and search.chosen is not None:
-                        yield from (Cell(task, prompt, method, search.chosen, seed) for seed in self.seeds[1:])
+                    chosen = [] if search is None else sorted(set(search.chosen.values()))
+                    yield from (
+                        Cell(task, prompt, method, factor, seed) for factor in chosen for seed in self.seeds[1:]
+                    )
+
+    @property
+    def all_budgets(self) -> list[int]:
+        """The smaller budgets and that of the runs, ascending."""
+        return [*sorted(self.budgets), self.queries]
 
     @property
     def num_cells(self) -> int:
-        """How many cells there are in all, without those of learning rates that are tried beyond the plan's."""
+        """How many cells there are in all, with one learning rate for all budgets, and none beyond the plan's."""
         runs = len(self.runs) * (len(self.rates) + len(self.seeds) - 1)
         return len(self.tasks) * len(self.prompts) * (len(self.modes) + runs) - len(self.unfit)
 
@@ -162,7 +172,10 @@ class Plan:
         """What a cell's row depends on: arguments, what files say, and for a run how its best point is found."""
         digests = [self.digests[key] for key in (f"{cell.task}/{cell.prompt}", cell.method) if key in self.digests]
         made = [*self.arguments(cell), f"digest={'-'.join(digests)}"]
-        return made if cell.method in MODES else [*made, f"evaluations={self.evaluations}", f"select={self.select}"]
+        if cell.method in MODES:
+            return made
+        made += [f"evaluations={self.evaluations}", f"select={self.select}"]
+        return [*made, f"budgets={sorted(self.budgets)}"] if self.budgets else made
 
     def shared_arguments(self, cell: Cell) -> list[str]:
         """Those of the model and the data: the same for all methods of a task and prompt."""
@@ -182,8 +195,9 @@ class RateSearch:
 
     Args:
         factors: of the learning rate, tried or to be tried, ascending.
-        chosen: the one with the best dev score under the first seed; None while cells are missing, and where all break.
+        chosen: budget -> the one with the best dev score under the first seed within so many queries; empty while cells
+            are missing, without a budget at which all break.
     """
 
     factors: tuple[float, ...]
-    chosen: float | None
+    chosen: Mapping[int, float]

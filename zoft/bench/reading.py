@@ -63,8 +63,12 @@ def read_plan(words: list[str]) -> Plan:
         raise UserError("zoft bench needs config=: a file of configs/bench (config=demo), a path, or an experiment")
     name = own.pop("config")
     content, about = _content(name)
+    of_file = content.get("methods")
     for key, text in own.items():
         content[key] = _value(key, text, content)
+    if isinstance(content.get("methods"), dict) and isinstance(of_file, dict):  # references keep what the file says
+        kept = {name: of_file[name] for name in _list(content.get("references", [])) if name in of_file}
+        content["methods"] = kept | content["methods"]
     plan = _made(content)
     plan.about = about
     plan.base += training
@@ -88,6 +92,8 @@ def fill_in(plan: Plan) -> None:
     if not plan.tasks:
         plan.tasks = {compose(plan.base).task.name(): []}
     plan.queries = plan.queries or compose([*plan.base, *next(iter(plan.tasks.values()))]).budget.queries
+    if plan.budgets and max(plan.budgets) >= plan.queries:
+        raise UserError(f"budgets must be below queries={plan.queries}, got {plan.budgets}")
     first = (next(iter(plan.tasks)), plan.prompts[0])
     for task in plan.tasks:
         for prompt in plan.prompts:
@@ -97,7 +103,8 @@ def fill_in(plan: Plan) -> None:
             plan.unfit |= {(task, prompt, mode) for mode in unfit}
     for method in plan.runs:
         cfg = _composed(plan, Cell(*first, method, 1.0, plan.seeds[0]))
-        cfg.composition.steps_within(plan.queries)
+        for budget in plan.all_budgets:
+            cfg.composition.steps_within(budget)
         plan.digests[method] = _digest(cfg, _OF_METHOD)
         entry = plan.methods[method]
         entry.learning_rate = entry.learning_rate or _rate_of_compared(plan, method) or cfg.optimizer.learning_rate
@@ -187,7 +194,7 @@ def _made(content: dict[str, Any]) -> Plan:
             made[key] = {str(name): _entry(settings, str(name)) for name, settings in methods.items()}
         elif key in ("base", "references", "prompts"):
             made[key] = _words(value, key)
-        elif key == "seeds":
+        elif key in ("seeds", "budgets"):
             made[key] = [_number(one, key, int) for one in _list(value)]
         elif key == "rates":
             made[key] = [_number(one, key, float) for one in _list(value)]
@@ -268,6 +275,8 @@ def _check(plan: Plan) -> None:
         need(len(set(values)) == len(values), key, "a list without repeated values")
     need(all(rate > 0 for rate in plan.rates), "rates", "factors above 0")
     need(all(seed >= 0 for seed in plan.seeds), "seeds", "0 or more")
+    need(len(set(plan.budgets)) == len(plan.budgets), "budgets", "a list without repeated values")
+    need(all(one >= 1 for one in plan.budgets), "budgets", "1 or more")
     need(plan.jobs >= 1, "jobs", "at least 1")
     need(plan.evaluations >= 1, "evaluations", "at least 1")
     need(plan.demonstrations >= 1, "demonstrations", "at least 1")

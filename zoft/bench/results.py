@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, median
 
-from zoft.bench.choosing import Point, badness, best_point, rate_searches, score
+from zoft.bench.choosing import Point, badness, best_point, rate_searches, score, within
 from zoft.bench.ledger import Row
 from zoft.bench.plan import Cell, Plan, RateSearch
 from zoft.lm.metrics.intervals import mean_of_seeds
@@ -27,6 +27,7 @@ class Result:
         rates: factor of the learning rate -> the first seed's row.
         search: for its learning rate.
         plan: the bench.
+        budget: queries of a run.
     """
 
     method: str
@@ -34,6 +35,7 @@ class Result:
     rates: dict[float, Row]
     search: RateSearch
     plan: Plan
+    budget: int
 
     @property
     def metric(self) -> str:
@@ -137,11 +139,14 @@ class Results:
     Args:
         plan: the bench.
         rows: of the cells that are there.
+        budget: queries of a run, one of the plan's; its own budget if left out.
     """
 
-    def __init__(self, plan: Plan, rows: Mapping[Cell, Row]) -> None:
+    def __init__(self, plan: Plan, rows: Mapping[Cell, Row], budget: int | None = None) -> None:
         self.plan = plan
+        self.budget = plan.queries if budget is None else budget
         searches = rate_searches(plan, rows)
+        rows = {cell: within(row, self.budget) for cell, row in rows.items()}
         self.groups: list[Group] = [(task, prompt) for task in plan.tasks for prompt in plan.prompts]
         self.untrained = {
             (group, mode): row
@@ -155,10 +160,11 @@ class Results:
                 search = searches[(*group, method)]
                 cells = {factor: Cell(*group, method, factor, plan.seeds[0]) for factor in search.factors}
                 rates = {factor: rows[cell] for factor, cell in cells.items() if cell in rows}
-                seeds = [] if search.chosen is None else [Cell(*group, method, search.chosen, s) for s in plan.seeds]
+                chosen = search.chosen.get(self.budget)
+                seeds = [] if chosen is None else [Cell(*group, method, chosen, s) for s in plan.seeds]
                 if rates:
                     there = [rows[cell] for cell in seeds if cell in rows]
-                    self.results[group, method] = Result(method, there, rates, search, plan)
+                    self.results[group, method] = Result(method, there, rates, search, plan, self.budget)
 
     def of(self, group: Group) -> list[Result]:
         """The methods of a task and prompt, the best test metric first."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from zoft.bench.choosing import best_point
+from zoft.bench.choosing import badness, best_point
 from zoft.bench.ledger import Row
 from zoft.bench.plan import MODES, Cell, Plan
 from zoft.bench.results import Result, Results, agreement, interval
@@ -36,7 +36,7 @@ def write(plan: Plan, rows: Mapping[Cell, Row]) -> str:
         The text of bench.md.
     """
     folder = Path(plan.output_dir)
-    text = markdown(plan, Results(plan, rows))
+    text = "\n\n".join([*at_budgets(plan, rows), markdown(plan, Results(plan, rows))])
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TABLE, text + "\n")
     write_atomically(folder / ROWS, _csv(plan, rows))
@@ -46,6 +46,50 @@ def write(plan: Plan, rows: Mapping[Cell, Row]) -> str:
 def markdown(plan: Plan, results: Results) -> str:
     """Test scores of all methods side by side, then what each cost and how far it is from the references."""
     return "\n\n".join([_overview(plan, results), _details(plan, results), _notes(plan, results)])
+
+
+def at_budgets(plan: Plan, rows: Mapping[Cell, Row]) -> list[str]:
+    """Where the plan has smaller budgets, a table a prompt: test metric and dev loss at each of them.
+
+    Args:
+        plan: the bench.
+        rows: of its cells.
+    """
+    if not plan.budgets:
+        return []
+    found = {budget: Results(plan, rows, budget) for budget in plan.all_budgets}
+    parts = []
+    for prompt in plan.prompts:
+        tasks = [task for task in plan.tasks if any(results.of((task, prompt)) for results in found.values())]
+        methods = [m for m in plan.runs if any(((t, prompt), m) in r.results for t in tasks for r in found.values())]
+        head = [f"prompt {prompt}", *(f"{task}, {budget}" for task in tasks for budget in plan.all_budgets)]
+        lines = [_line(head), "|:--|" + "--:|" * (len(head) - 1)]
+        for method in methods:
+            label = f"*{method}*" if method in plan.references else method
+            cells = [_brief(r.results.get(((task, prompt), method))) for task in tasks for r in found.values()]
+            lines.append(_line([label, *cells]))
+        parts += ["\n".join(lines)] if methods else []
+    if parts:
+        parts.append(
+            "At each budget: mean test score over the seeds, the worst seed's in brackets, mean dev loss, of the best "
+            "point within so many queries at the learning rate that is best there by the dev rows of seed "
+            f"{plan.seeds[0]}; `*`: that rate is at the edge of those tried; `!` and a number: seeds that diverged."
+        )
+    return parts
+
+
+def _brief(result: Result | None) -> str:
+    """A method's score at a budget."""
+    if result is None or (not result.finished and not result.diverges):
+        return ""
+    if not result.finished:
+        return "diverges"
+    scale, digits = _scale(result.metric)
+    scores = [scale * value for value in result.test()]
+    worst = min(scores) if badness(1.0, result.metric) < 0 else max(scores)
+    text = f"{mean(scores):.{digits}f} ({worst:.{digits}f}), {mean(point['loss'] for point in result.dev()):.3f}"
+    text += " *" if result.at_edge else ""
+    return text + (f" !{result.broken}" if result.broken else "") + (" ..." if result.pending else "")
 
 
 def _overview(plan: Plan, results: Results) -> str:

@@ -144,6 +144,7 @@ OTHER = {
         "  prompts=[aligned,none] task.prompt: the template, the raw text and the answers, or head\n"
         "  seeds=[0,1,2]          the first one chooses the learning rate\n"
         "  queries=N              budget of each run (default: the experiment's)\n"
+        "  budgets=[30,60]        smaller ones that every run is judged at, too, with a rate of its own for each\n"
         "  rates=[0.25,0.5,1,2,4] times a method's learning rate; the dev rows choose, the other seeds run\n"
         "  grow=2                 how many more rates are tried beyond the edge where the best one lies\n"
         "  references=[zero_shot,icl,forward_gradient,adamw,lora]   also calibrated, linear_probe, other methods\n"

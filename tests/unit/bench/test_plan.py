@@ -32,7 +32,7 @@ def test_cells_are_all_combinations(file):
     assert len(first) == 2 * 2 * (2 + 3 * 2)
     assert len(set(first)) == len(first)
     assert {cell.seed for cell in first} == {None, 3}
-    ended = RateSearch((0.5, 2.0), 2.0)
+    ended = RateSearch((0.5, 2.0), {plan.queries: 2.0})
     chosen = {(task, prompt, m): ended for task in "ab" for prompt in plan.prompts for m in plan.runs}
     cells = list(plan.cells(chosen))
     assert len(cells) == plan.num_cells == 2 * 2 * (2 + 3 * 3)
@@ -93,6 +93,18 @@ def test_an_experiment_is_a_bench_of_its_own_task():
     assert "peft=lora" in plan.arguments(Cell("sms_spam", "none", "lora", 1.0, 0))
 
 
+def test_references_keep_what_the_file_says_of_them():
+    plan = read_plan(["config=demo", "methods=[mezo]"])
+    assert plan.methods["backprop_whiten"].arguments == ["method=zoft", "estimator.feedback=exact"]
+    assert plan.methods["lora"].learning_rate == 1e-2
+    assert [name for name in plan.runs if name not in plan.references] == ["mezo"]
+
+
+def test_budgets_are_below_that_of_the_runs():
+    with pytest.raises(UserError, match="budgets must be below queries=60"):
+        fill_in(read_plan(["config=demo", "queries=60"]))
+
+
 def test_every_shipped_bench_can_be_read():
     from zoft.config.catalog import preset_files
 
@@ -113,6 +125,8 @@ def test_every_shipped_bench_can_be_read():
         (["config=demo", "seeds=[0,x]"], "seeds must be whole numbers, got 'x'"),
         (["config=demo", "seeds=[0,0]"], "seeds must be a list without repeated values"),
         (["config=demo", "rates=[0,1]"], "rates must be factors above 0"),
+        (["config=demo", "budgets=[0,30]"], "budgets must be 1 or more"),
+        (["config=demo", "budgets=[30,30]"], "budgets must be a list without repeated values"),
         (["config=demo", "queries=1.5"], "queries must be whole numbers, got 1.5"),
         (["config=demo", "select=dev"], "select must be loss or metric, got 'dev'"),
         (["config=demo", "methods=[mezzo]"], "there is no method called 'mezzo'. Did you mean mezo"),

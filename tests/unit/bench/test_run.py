@@ -14,6 +14,7 @@ import pytest
 
 from tests import runs
 from zoft.bench import worker
+from zoft.bench.cells import Shared, run_cell
 from zoft.bench.choosing import best_point, rate_searches
 from zoft.bench.ledger import Ledger
 from zoft.bench.plan import MODES, Cell
@@ -66,7 +67,7 @@ def test_every_cell_has_a_row_and_nothing_else_is_left(bench):
     assert len(rows) == 2 * (2 + 2 * 3 + 2)  # what diverges at every rate is not run with the other seed
     assert all(rows[cell]["failed"] and rows[cell]["test"] is None for cell in broken)
     assert len(broken) == 4
-    assert {key for key, search in rate_searches(plan, rows).items() if search.chosen is not None} == {
+    assert {key for key, search in rate_searches(plan, rows).items() if search.chosen} == {
         ("words", p, m) for p in plan.prompts for m in plan.runs if m != "broken"
     }
     assert {file.name for file in (folder / "out").iterdir()} == {
@@ -150,6 +151,41 @@ def _work(line):
     plan = read_plan(line)
     fill_in(plan)
     worker.work(plan)
+
+
+def test_a_smaller_budget_is_judged_as_a_run_of_its_own_would_be(bench, tmp_path):
+    """Dev and test scores of a run of 24 queries after 12 are those of a run of 12, to the last bit."""
+    folder, _, _, _ = bench
+    few = ["methods=[mezo]", "references=[]", "prompts=[none]", "rates=[1]", "seeds=[0]", "evaluations=1"]
+    assert main(["bench", *words(folder, tmp_path / "long", *few, "budgets=[12]")]) == 0
+    assert main(["bench", *words(folder, tmp_path / "short", *few, "queries=12")]) == 0
+    (long,), (short,) = (
+        found(words(folder, tmp_path / name, *few, more))[1].values()
+        for name, more in (("long", "budgets=[12]"), ("short", "queries=12"))
+    )
+    assert long["curve"][:-1] == short["curve"]
+    assert len(long["curve"]) == 3
+    for name in ("loss", "accuracy"):
+        assert long["at_budgets"]["12"]["test"][name] == short["test"][name]
+    assert "none | words, 12 | words, 24 |" in (tmp_path / "long" / "bench.md").read_text()
+    assert (tmp_path / "long" / "budgets.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_share_one_model_and_find_the_same(bench, tmp_path):
+    """A cell behind one that has left infinite weights in the shared model is the cell alone; no hook stays behind."""
+    _, _, plan, rows = bench
+    shared = Shared()
+    cells = [Cell("words", "none", *one) for one in (("mezo", 1.0, 0), ("broken", 1.0, 0), ("mezo", 1.0, 0))]
+    hooks, found_rows = [], []
+    for number, cell in enumerate(cells):
+        found_rows.append(run_cell(plan, cell, tmp_path / str(number), shared))
+        ((model, _),) = shared.models.values()
+        hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()))
+    assert len(set(hooks)) == 1
+    for row in found_rows[::2]:
+        assert row["curve"] == rows[cells[0]]["curve"]
+        assert row["test"]["loss"] == rows[cells[0]]["test"]["loss"]
+    assert found_rows[1]["failed"]
 
 
 def test_a_killed_process_leaves_a_cell_that_goes_on(bench, tmp_path):
