@@ -3,15 +3,19 @@
     python scripts/bench_nodes.py learn sms rt trec --method zoft --seeds 0 1 2 --marks 30 60
     python scripts/bench_nodes.py learn sms --method mezo --rate 1e-3 --marks 60 240
     python scripts/bench_nodes.py cost
+    python scripts/bench_nodes.py memory
 
 ``learn`` trains the last block of the demo's model as `zoft train config=last_block` does, and prints dev and test loss
 and accuracy whenever so many queries are spent. ``cost`` times one step of the methods on the same batch, in turn, and
 prints medians, their ratios to the bare clean forward and to the steps of MeZO and AdamW, and the memory they take.
+``memory`` prints the most that a step of each takes, in a process of its own and through the whole model, beside
+inference on the same batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -143,6 +147,56 @@ def cost(options: argparse.Namespace) -> None:
         )
 
 
+MEMORY = {"inference": 0, "zoft": 7, "nodes": 6, "mezo": 6, "adamw": 9}
+"""What is measured -> queries of three steps of it."""
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Peak resident memory of a few steps of each method, in processes of their own."""
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for name in MEMORY:
+        with context.Pool(1) as pool:
+            peaks[name] = pool.apply(_peak, (name, options.blocks))
+        print(f"{name:<10} {peaks[name]:8.1f} MiB  {peaks[name] / peaks['inference']:6.3f} x inference", flush=True)
+
+
+def _peak(name: str, blocks: int) -> float:
+    """Three steps, or forwards, and the peak of the last two: the first one loads what the others have."""
+    words = ["trainer.per_device_train_batch_size=16", "trainer.keep_frozen_prefix=false"]
+    words += [f"trainable.num_blocks={blocks}", "trainer.eval_steps=1000000"]
+    words += [f"method={name}", f"budget.queries={MEMORY[name]}"] if MEMORY[name] else ["method=mezo"]
+    made, rows = trainer_of([*TASKS["sms"], *words])
+    peak = FromSecond()
+    if MEMORY[name]:
+        made.add_callback(peak)
+        made.train()
+        return peak.found
+    batch = made.collated(rows["train"][:16])
+    for step in range(3):
+        with torch.inference_mode():
+            made.objective.loss(made.model.eval(), batch)
+        peak.at(step + 1)
+    return peak.found
+
+
+class FromSecond(TrainerCallback):
+    """The most memory from the second step on."""
+
+    def __init__(self) -> None:
+        self.memory, self.found = PeakMemory("cpu"), 0.0
+
+    def at(self, step: int) -> None:
+        """A step has ended."""
+        self.found = self.memory.peak_mb()
+        if step == 1:
+            self.memory.reset()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As :meth:`at`."""
+        self.at(state.global_step)
+
+
 def main() -> None:
     """Read the command line."""
     transformers.utils.logging.set_verbosity_error()
@@ -161,6 +215,9 @@ def main() -> None:
     two.add_argument("--rounds", type=int, default=10)
     two.add_argument("--set", nargs="*", default=[], help="further arguments of zoft train")
     two.set_defaults(run=cost)
+    three = verbs.add_parser("memory")
+    three.add_argument("--blocks", type=int, default=1, help="how many last blocks are trained")
+    three.set_defaults(run=memory)
     options = parser.parse_args()
     options.run(options)
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from zoft.bench.pictures import CURVES, GAPS, RANKS, RATES
+from zoft.bench.pictures import BUDGETS, RATES
 from zoft.bench.table import TABLE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
     table = (folder / TABLE).read_text(encoding="utf-8")
     page.write_text(before + BEGIN + "\n" + table + END + rest.split(END, 1)[1], encoding="utf-8")
-    for name in (CURVES, RANKS, RATES, GAPS):
+    for name in (BUDGETS, RATES):
         shutil.copyfile(folder / name, DOCS / f"bench_{name}")
 
 
