@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from zoft.tuning.journal import TuneJournal
 
 from tests.runs import arguments, environment, zoft
 from zoft.errors import UserError
 from zoft.journal.file import Journal
 from zoft.run import folder
+from zoft.tuning.record import Record
+from zoft.tuning.space import SearchSpace
 from zoft.utils.files import is_unfinished, write_atomically
 
 DIES_IN_FIRST_WRITE = """
@@ -29,12 +30,13 @@ DIES_WITH_A_CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 from zoft.run import folder
-from zoft.tuning.journal import TuneJournal
+from zoft.tuning.record import Record
+from zoft.tuning.space import SearchSpace
 from zoft.journal.file import Journal
 place = Path(sys.argv[1])
 folder.claim(str(place), "seed: 0\\n")
 journal = Journal.create(place / "journal.bin", {})
-search = TuneJournal(place / "journal.jsonl", {"seed": 0})
+search = Record(place / "journal.jsonl", {"direction": "minimize"}, SearchSpace({"lr": "log(1e-4,1)"}))
 child = os.fork()
 if child == 0:
     time.sleep(60)
@@ -86,7 +88,9 @@ def test_fault_24_a_fork_that_outlives_its_process_holds_no_lock(tmp_path: Path)
     try:
         assert folder.claim(str(tmp_path / "run"), "seed: 0\n") == "resume"
         Journal.open(tmp_path / "run" / "journal.bin", 0).close()
-        TuneJournal(tmp_path / "run" / "journal.jsonl", {"seed": 0}).close()
+        Record(
+            tmp_path / "run" / "journal.jsonl", {"direction": "minimize"}, SearchSpace({"lr": "log(1e-4,1)"})
+        ).close()
     finally:
         os.kill(begun, signal.SIGKILL)
         folder.unlock(str(tmp_path / "run"))
@@ -131,6 +135,25 @@ def test_fault_25_a_link_is_not_written_through(name: str, tmp_path: Path):
     (place / name).symlink_to(tmp_path / "precious")
     writes = {".lock": lambda: folder.claim(str(place), "seed: 0\n"), "journal.bin": lambda: Journal(place / name)}
     with pytest.raises(UserError, match=f"{name} is a symbolic link to .*precious, which is not written to: remove"):
+        writes[name]()
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".lock", "journal.bin", "own.txt"])
+def test_fault_25_a_file_with_another_name_is_not_written(name: str, tmp_path: Path):
+    """A hard link, as a backup by `cp -al` makes them."""
+    from zoft.utils.shared import open_own
+
+    (tmp_path / "precious").write_text("mine")
+    place = tmp_path / "run"
+    place.mkdir()
+    os.link(tmp_path / "precious", place / name)
+    writes = {
+        ".lock": lambda: folder.claim(str(place), "seed: 0\n"),
+        "journal.bin": lambda: Journal(place / name),
+        "own.txt": lambda: open_own(place / name, "w"),
+    }
+    with pytest.raises(UserError, match=f"{name} is a hard link"):
         writes[name]()
     assert (tmp_path / "precious").read_text() == "mine"
 

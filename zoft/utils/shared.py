@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,24 +14,34 @@ _locked: set[int] = set()  # open files whose lock this process holds
 
 
 def no_link(path: str, flags: int) -> int:
-    """An opener for :func:`open` that refuses a symbolic link: writing through one would change another file.
+    """An opener for :func:`open` that refuses links of both kinds: writing through one would change another file.
 
     Args:
         path: the file.
         flags: of ``os.open``.
 
     Raises:
-        UserError: it is a symbolic link.
+        UserError: it is a symbolic link, or a file that has another name too.
         OSError: as the system says.
     """
     try:
-        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
+        file = os.open(path, flags & ~os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK) and os.path.islink(path):
             raise UserError(
                 f"{path} is a symbolic link to {os.readlink(path)}, which is not written to: remove the link"
             ) from None
         raise
+    about = os.fstat(file)
+    if stat.S_ISREG(about.st_mode) and about.st_nlink > 1:
+        os.close(file)
+        raise UserError(
+            f"{path} is a hard link: the same file has another name, which would change with it: put a copy in its "
+            "place, or remove it"
+        )
+    if flags & os.O_TRUNC:
+        os.ftruncate(file, 0)
+    return file
 
 
 def open_own(path: Path, mode: str, **given: Any) -> IO[Any]:
