@@ -221,10 +221,12 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
 
 def _base_of(adapter: Path, name: str) -> str:
     """The model under an adapter: the config's, or where that was a folder of another place, the one it lies in."""
+    from zoft.lm.models.peft._positions import adapter_config
+
     if Path(name).expanduser().is_dir():
         return name
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return base if base and Path(base).is_absolute() and Path(base).is_dir() else name
+    base = adapter_config(adapter).get("base_model_name_or_path")
+    return base if isinstance(base, str) and Path(base).is_absolute() and Path(base).is_dir() else name
 
 
 def _scored(scoring: Scoring, form: str, rows: Any, examples: Any, request: Request, encode: Any) -> Scored:

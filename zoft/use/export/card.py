@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from zoft.lm.models.names import is_local, portable_name
-from zoft.lm.models.peft._positions import counts_from_zero
+from zoft.lm.models.peft._positions import adapter_config, counts_from_zero
 from zoft.report.report import complete_facts
 from zoft.report.text import fact_rows
 
@@ -101,8 +100,7 @@ def _parts(
 
 def _revision(folder: Path) -> str | None:
     """Of the base that an adapter was trained on."""
-    file = folder / "adapter_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")).get("revision") if file.is_file() else None
+    found = adapter_config(folder).get("revision")
     return None if found is None else str(found)
 
 

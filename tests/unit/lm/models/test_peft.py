@@ -240,3 +240,26 @@ def test_mezos_prefix_is_for_causal_models(make):
 def test_fault_13_an_adapter_names_the_revision_of_its_base(adapter):
     wrapped = create("peft", adapter, adapter).wrap(tiny_llama(), 0, "v1")
     assert wrapped.peft_config["default"].revision == "v1"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[" * 100_000, bytes(range(256)), b"7"])
+def test_fault_25_a_damaged_config_of_an_adapter_is_a_sentence(content, tmp_path):
+    from zoft.evaluation.evaluate import _base_of
+    from zoft.lm.models.peft import load_adapter
+    from zoft.lm.models.peft._load import base_of
+
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    for read in (base_of, lambda folder: load_adapter(tiny_llama(), folder), lambda folder: _base_of(folder, "gone")):
+        with pytest.raises(UserError, match=r"adapter_config\.json (cannot be read|is no adapter's config)"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [b"{}", b"", b"\0" * 100], ids=["brace", "empty", "zeros"])
+def test_fault_25_damaged_files_of_an_adapter_are_a_sentence(name, content, tmp_path):
+    from zoft.lm.models.peft import load_adapter
+
+    Lora().wrap(tiny_llama(), 0).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be (loaded|read)"):
+        load_adapter(tiny_llama(), tmp_path)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.lm.models.peft._positions import count_by_mask, counts_from_zero
+from zoft.lm.models.peft._positions import adapter_config, count_by_mask, counts_from_zero
 from zoft.lm.models.peft.base import without_old_names
 
 
@@ -19,12 +18,8 @@ def base_of(folder: str | Path) -> tuple[str, str | None]:
     Raises:
         UserError: the folder does not say, or names a path at which nothing lies.
     """
-    file = Path(folder) / "adapter_config.json"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        name, revision = said.get("base_model_name_or_path"), said.get("revision")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    file, said = Path(folder) / "adapter_config.json", adapter_config(folder)
+    name, revision = said.get("base_model_name_or_path"), said.get("revision")
     if not isinstance(name, str) or not name:
         raise UserError(f"{file} names no base_model_name_or_path: write the model there that the adapter is for")
     places = [Path(name), *(above / name for above in (Path(folder), *Path(folder).absolute().parents[:2]))]
@@ -43,6 +38,9 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     Args:
         model: a transformers model, the adapter's base.
         folder: with ``adapter_config.json``.
+
+    Raises:
+        UserError: its files are damaged, or for another model.
     """
     from peft import PeftModel
 
@@ -51,7 +49,11 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
         from zoft.lm.models.peft._mezo_prefix import MezoPrefixConfig
 
         known = MezoPrefixConfig.__dataclass_fields__
-        said = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        said = adapter_config(folder)
         config = MezoPrefixConfig(**{name: value for name, value in said.items() if name in known})
-    with without_old_names():
-        return count_by_mask(PeftModel.from_pretrained(model, str(folder), config=config))
+    try:
+        with without_old_names():
+            return count_by_mask(PeftModel.from_pretrained(model, str(folder), config=config))
+    except Exception as error:  # the files are the user's: whatever they bring down is theirs to mend
+        first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"the adapter in {folder} cannot be loaded: {first_line}") from error

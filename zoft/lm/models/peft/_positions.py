@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zoft.errors import UserError
 from zoft.utils.lazy import nn, torch
 
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING")
@@ -37,10 +38,27 @@ def count_by_mask(model: nn.Module) -> nn.Module:
     return model
 
 
+def adapter_config(folder: str | Path) -> dict[str, Any]:
+    """What an adapter's folder says of itself; nothing where the folder is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(said, dict):
+        raise UserError(f"{file} is no adapter's config: it holds no mapping")
+    return said
+
+
 def counts_from_zero(folder: str | Path) -> bool:
     """Whether an adapter's folder says that the text's first token stands at position 0."""
-    file = Path(folder) / "adapter_config.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("positions_from_zero"))
+    return bool(adapter_config(folder).get("positions_from_zero"))
 
 
 def takes_positions(model: nn.Module) -> bool:
