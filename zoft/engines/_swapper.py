@@ -160,6 +160,8 @@ class Swapper:
         """Replace the storage of some tensors by perturbed ones."""
         like = [self.weights.tensors[name].data for name in names]
         lease: Lease = self.sync(("whole", visit), state.point, lambda points: self._perturbed(names, like, points))
+        if self.watched:  # another forward may have left the module meanwhile
+            self._look_away(names)
         for name, clean, perturbed in zip(names, like, lease.tensors, strict=True):
             state.clean[name], state.perturbed[name] = clean, perturbed
             self.weights.tensors[name].data = perturbed

@@ -290,6 +290,32 @@ def test_fault_22_a_read_that_only_a_later_batch_causes(way, engine, caplog):
     assert session.survey.whole_forward == ["e.weight"]
 
 
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_fault_22_what_a_module_reads_of_its_own_is_not_looked_at(side_by_side, monkeypatch):
+    """Watching costs a call for each function that gets a tensor, so a module's own tensors are not watched in it."""
+    if side_by_side:
+        monkeypatch.setattr(base, "_KEEP_MODELS", 0)
+    model = tiny_llama()
+    session, batch, looked = bind(Layerwise(), model), batch_for(model), []
+    session.losses(batch, POINTS)
+    monkeypatch.setattr("zoft.engines._reads.asks_no_values", lambda func, result: looked.append(func) or True)
+    session.losses(batch, POINTS)
+    assert not [func for func in looked if func.__name__ != "__get__"]
+
+
+@pytest.mark.parametrize("way", ["linear", "data", "number"])
+def test_fault_22_a_later_read_is_found_where_forwards_run_side_by_side(way, monkeypatch):
+    monkeypatch.setattr(base, "_KEEP_MODELS", 0)
+    taken = [False]
+    model, x = ReadTwice(lambda h, w: WAYS[way](h, w) if taken[0] else h), torch.arange(3)
+    session = bind(Layerwise(), model, lambda batch: model(batch).square().mean())
+    for taken[0] in (False, True, True):
+        losses = session.losses(x, POINTS)
+        torch.testing.assert_close(losses, wanted_losses(session, lambda: model(x).square().mean()), rtol=1e-6, atol=0)
+        assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}
+    assert session.survey.whole_forward == ["e.weight"]
+
+
 def test_fault_22_a_module_that_a_later_batch_passes_by():
     """Its weight is used without it: a mixture's expert that is called by hand, for one."""
 
