@@ -32,8 +32,8 @@ class Positions:
             adapter puts in front do not move it.
 
     Example:
-        >>> places = Positions(torch.tensor([0, 1]), torch.tensor([-1, -2]))
-        >>> places.of(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+        >>> positions = Positions(torch.tensor([0, 1]), torch.tensor([-1, -2]))
+        >>> positions.of(torch.tensor([[1, 2, 3], [4, 5, 6]]))
         tensor([3, 5])
     """
 
@@ -44,11 +44,11 @@ class Positions:
         return len(self.row)
 
     def of(self, values: Tensor) -> Tensor:
-        """``values`` [B, T, ...] at the places, [N, ...]: contiguous, so that one matrix product follows."""
+        """``values`` [B, T, ...] at the positions, [N, ...]: contiguous, so that one matrix product follows."""
         return values.flatten(0, 1).index_select(0, self.row * values.shape[1] + values.shape[1] + self.column)
 
     def chosen(self, which: Tensor) -> Positions:
-        """The places where the mask ``which`` [N] is true."""
+        """The positions where the mask ``which`` [N] is true."""
         return Positions(self.row[which], self.column[which])
 
 
@@ -59,13 +59,13 @@ def head_of(model: nn.Module) -> nn.Module | None:
     return head
 
 
-def logits_of_rows(model: nn.Module, inputs: Inputs, places: Positions, tokens: Tensor | None = None) -> Tensor:
-    """Logits at the places, [N, V], or of some tokens only, [N, C]; what the class does behind its head is done.
+def logits_of_rows(model: nn.Module, inputs: Inputs, positions: Positions, tokens: Tensor | None = None) -> Tensor:
+    """Logits at the positions, [N, V], or of some tokens only, [N, C]; what the class does behind its head is done.
 
     Args:
         model: what is called.
         inputs: its keyword arguments.
-        places: N positions.
+        positions: N positions.
         tokens: [C] the tokens that are wanted, where the head is a plain ``torch.nn.Linear``.
 
     Raises:
@@ -82,14 +82,14 @@ def logits_of_rows(model: nn.Module, inputs: Inputs, places: Positions, tokens: 
         wide = None if bias is None else bias.float()
         return torch.nn.functional.linear(rows.float(), weight.float(), wide).unsqueeze(0)
 
-    logits = with_rows(model, inputs, places, of_rows)
-    if logits.dim() != 3 or logits.shape[:2] != (1, len(places)):
+    logits = with_rows(model, inputs, positions, of_rows)
+    if logits.dim() != 3 or logits.shape[:2] != (1, len(positions)):
         raise CannotServeError(f"its logits come as {list(logits.shape)}")
     return logits[0]
 
 
 def with_rows(
-    model: nn.Module, inputs: Inputs, places: Positions, compute: Callable[[Forward, Tensor], Tensor]
+    model: nn.Module, inputs: Inputs, positions: Positions, compute: Callable[[Forward, Tensor], Tensor]
 ) -> Tensor:
     """One call of the model whose head returns ``compute(forward, rows)``, with rows [N, H] of the hidden states."""
     head = head_of(model)
@@ -101,7 +101,7 @@ def with_rows(
         batch, length = inputs["input_ids"].shape
         if hidden.dim() != 3 or hidden.shape[0] != batch or hidden.shape[1] < length:
             raise CannotServeError(f"its head is given {list(hidden.shape)} for a batch of [{batch}, {length}]")
-        return compute(forward, places.of(hidden))
+        return compute(forward, positions.of(hidden))
 
     replaced: dict[nn.Module, Callable[..., Tensor]] = {head: of_hidden}
     narrowed = _narrowed.get()

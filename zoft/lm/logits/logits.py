@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from zoft.lm.logits.call import Inputs, called, takes
 from zoft.lm.logits.head import Forward, Positions, logits_of_rows, with_rows
-from zoft.lm.logits.support import HeadSupport, say_once, served
+from zoft.lm.logits.support import HeadSupport, probe, say_once
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.elsewhere import runtime_of
 
@@ -15,13 +15,13 @@ MAX_LOGITS = 2**24
 """Elements of logits that are alive at once, 64 MiB of float32; what would be more is computed in chunks."""
 
 
-def logits_at(model: nn.Module, inputs: Inputs, places: Positions, tokens: Tensor | None = None) -> Tensor:
+def logits_at(model: nn.Module, inputs: Inputs, positions: Positions, tokens: Tensor | None = None) -> Tensor:
     """Logits at some positions of a batch; the head is applied to those positions only.
 
     Args:
         model: any causal language model of transformers, also inside an adapter or compiled.
         inputs: its keyword arguments, as :func:`zoft.lm.logits.call.arguments` makes them.
-        places: N positions.
+        positions: N positions.
         tokens: [C] vocabulary indices; of a linear head only their rows are read.
 
     Returns:
@@ -30,18 +30,18 @@ def logits_at(model: nn.Module, inputs: Inputs, places: Positions, tokens: Tenso
     """
     runtime = runtime_of(model)
     if runtime is not None and tokens is not None:
-        return runtime.log_probs(inputs, places.row, places.column, tokens.expand(len(places), -1))
-    known = served(model, inputs, places)
+        return runtime.log_probs(inputs, positions.row, positions.column, tokens.expand(len(positions), -1))
+    known = probe(model, inputs, positions)
     if not known.rows:
-        logits = _plainly(model, inputs, places, known)
+        logits = _plainly(model, inputs, positions, known)
     elif tokens is None or not known.tokens:
-        logits = logits_of_rows(model, inputs, places)
+        logits = logits_of_rows(model, inputs, positions)
     else:
-        return logits_of_rows(model, inputs, places, tokens).float()
+        return logits_of_rows(model, inputs, positions, tokens).float()
     return (logits if tokens is None else logits.index_select(1, tokens)).float()
 
 
-def log_probs_at(model: nn.Module, inputs: Inputs, places: Positions, targets: Tensor) -> Tensor:
+def log_probs_at(model: nn.Module, inputs: Inputs, positions: Positions, targets: Tensor) -> Tensor:
     """Log-probability of one token at each position, with no more than :data:`MAX_LOGITS` logits alive.
 
     More are computed in chunks behind one forward; where the model cannot do that, a few sequences at a time.
@@ -49,7 +49,7 @@ def log_probs_at(model: nn.Module, inputs: Inputs, places: Positions, targets: T
     Args:
         model: any causal language model of transformers.
         inputs: its keyword arguments.
-        places: N positions, sequence by sequence.
+        positions: N positions, sequence by sequence.
         targets: [N] the tokens.
 
     Returns:
@@ -57,23 +57,23 @@ def log_probs_at(model: nn.Module, inputs: Inputs, places: Positions, targets: T
     """
     runtime = runtime_of(model)
     if runtime is not None:
-        return runtime.log_probs(inputs, places.row, places.column, targets.unsqueeze(1)).squeeze(1)
-    known = served(model, inputs, places)
-    if known.rows and len(places) * known.vocabulary <= MAX_LOGITS:
-        return _log_probs(logits_at(model, inputs, places), targets)
+        return runtime.log_probs(inputs, positions.row, positions.column, targets.unsqueeze(1)).squeeze(1)
+    known = probe(model, inputs, positions)
+    if known.rows and len(positions) * known.vocabulary <= MAX_LOGITS:
+        return _log_probs(logits_at(model, inputs, positions), targets)
     if known.rows and known.after is not None:
-        return _in_chunks(model, inputs, places, targets, known)
-    parts = _by_sequences(model, inputs, places, known)
+        return _in_chunks(model, inputs, positions, targets, known)
+    parts = _by_sequences(model, inputs, positions, known)
     return torch.cat([_log_probs(logits_at(model, part, within), targets[which]) for part, within, which in parts])
 
 
-def log_probs_of(model: nn.Module, inputs: Inputs, places: Positions, tokens: Tensor) -> Tensor:
+def log_probs_of(model: nn.Module, inputs: Inputs, positions: Positions, tokens: Tensor) -> Tensor:
     """Log-probabilities of several tokens at each position, over the whole vocabulary.
 
     Args:
         model: any causal language model of transformers.
         inputs: its keyword arguments.
-        places: N positions.
+        positions: N positions.
         tokens: [N, C] the tokens.
 
     Returns:
@@ -81,25 +81,25 @@ def log_probs_of(model: nn.Module, inputs: Inputs, places: Positions, tokens: Te
     """
     runtime = runtime_of(model)
     if runtime is not None:
-        return runtime.log_probs(inputs, places.row, places.column, tokens)
-    return torch.log_softmax(logits_at(model, inputs, places), dim=-1).gather(1, tokens)
+        return runtime.log_probs(inputs, positions.row, positions.column, tokens)
+    return torch.log_softmax(logits_at(model, inputs, positions), dim=-1).gather(1, tokens)
 
 
 def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _plainly(model: nn.Module, inputs: Inputs, places: Positions, known: HeadSupport) -> Tensor:
-    """Whole rows of logits, or their ends where the class offers that; the places are taken from them."""
+def _plainly(model: nn.Module, inputs: Inputs, positions: Positions, known: HeadSupport) -> Tensor:
+    """Whole rows of logits, or their ends where the class offers that; the positions are taken from them."""
     if not known.ends or not takes(model, "logits_to_keep"):
-        return places.of(called(model, inputs))
+        return positions.of(called(model, inputs))
     # As indices, not as a number: a slice of the hidden states is not contiguous, and the head would then be one
     # small product per row that reads the whole vocabulary matrix each time (75 ms instead of 10 for 16 rows).
-    last = torch.arange(int(places.column.min()), 0, device=places.column.device)
-    return places.of(called(model, inputs, logits_to_keep=last))
+    last = torch.arange(int(positions.column.min()), 0, device=positions.column.device)
+    return positions.of(called(model, inputs, logits_to_keep=last))
 
 
-def _in_chunks(model: nn.Module, inputs: Inputs, places: Positions, targets: Tensor, known: HeadSupport) -> Tensor:
+def _in_chunks(model: nn.Module, inputs: Inputs, positions: Positions, targets: Tensor, known: HeadSupport) -> Tensor:
     """One forward, whose head goes through its rows a chunk at a time and keeps their log-probabilities only."""
     size = max(1, MAX_LOGITS // known.vocabulary)
     say_once(model, f"logits are computed {size:,} positions at a time", logging.INFO)
@@ -114,18 +114,18 @@ def _in_chunks(model: nn.Module, inputs: Inputs, places: Positions, targets: Ten
             del logits  # before the next chunk is made
         return first  # something for what the class does behind its head: the result is in ``parts``
 
-    with_rows(model, inputs, places, of_rows)
+    with_rows(model, inputs, positions, of_rows)
     return torch.cat(parts)
 
 
 def _by_sequences(
-    model: nn.Module, inputs: Inputs, places: Positions, known: HeadSupport
+    model: nn.Module, inputs: Inputs, positions: Positions, known: HeadSupport
 ) -> Iterator[tuple[Inputs, Positions, Tensor]]:
-    """(part of the batch, its places, which of all they are): as many sequences as the bound allows, at least one."""
+    """(part of the batch, its positions, which of all they are): as many sequences as the bound allows, one or more."""
     batch, length = inputs["input_ids"].shape
-    counts = torch.bincount(places.row, minlength=batch).tolist()
+    counts = torch.bincount(positions.row, minlength=batch).tolist()
     if not known.rows:
-        kept = -int(places.column.min()) if known.ends and takes(model, "logits_to_keep") else length
+        kept = -int(positions.column.min()) if known.ends and takes(model, "logits_to_keep") else length
         counts = [kept if count else 0 for count in counts]
     cuts = [0]
     for row in range(1, batch):
@@ -135,9 +135,9 @@ def _by_sequences(
         say_once(model, "the logits of a batch are too many at once: it is computed in parts", logging.WARNING)
     for first, last in zip(cuts, [*cuts[1:], batch], strict=True):
         if any(counts[first:last]):
-            which = (places.row >= first) & (places.row < last)
+            which = (positions.row >= first) & (positions.row < last)
             part = {
                 key: value[first:last] if torch.is_tensor(value) and value.shape[:1] == (batch,) else value
                 for key, value in inputs.items()
             }
-            yield part, Positions(places.row[which] - first, places.column[which]), which
+            yield part, Positions(positions.row[which] - first, positions.column[which]), which

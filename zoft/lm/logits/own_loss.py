@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from zoft.lm.logits.call import Inputs, inner
 from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import log_probs_at
-from zoft.lm.logits.support import FAILURES, piece_of, refuse, served, tolerance_of, trials_allowed
+from zoft.lm.logits.support import FAILURES, piece_of, probe, refuse, tolerance_of, trials_allowed
 from zoft.lm.logits.support import is_known as is_known_head
 from zoft.utils.lazy import Tensor, nn, torch
 
@@ -85,10 +85,14 @@ def could_be_served(model: nn.Module, inputs: Inputs) -> bool:
 
 def _loss_of_labels(model: nn.Module, inputs: Inputs) -> Tensor:
     rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
-    places, targets = predictions(inputs["labels"])
-    total = -log_probs_at(model, rest, places, targets).sum() if len(places) else inputs["labels"].new_zeros(()).float()
+    positions, targets = predictions(inputs["labels"])
+    total = (
+        -log_probs_at(model, rest, positions, targets).sum()
+        if len(positions)
+        else inputs["labels"].new_zeros(()).float()
+    )
     count = inputs.get("num_items_in_batch")
-    return total / (len(places) if count is None else torch.as_tensor(count, device=total.device))
+    return total / (len(positions) if count is None else torch.as_tensor(count, device=total.device))
 
 
 def predictions(labels: Tensor) -> tuple[Positions, Tensor]:
@@ -99,18 +103,18 @@ def predictions(labels: Tensor) -> tuple[Positions, Tensor]:
 
 def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
     """Whether the model's loss is this one; None where the batch does not tell: no label, or nothing finite."""
-    places, _ = predictions(inputs["labels"])
-    if not len(places):
+    positions, _ = predictions(inputs["labels"])
+    if not len(positions):
         return None
     rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
     try:
-        known = served(model, rest, places)
+        known = probe(model, rest, positions)
         if not known.rows:
             return False if is_known_head(model) else None  # why has been said
-        around = Positions(places.row, places.column + 1)  # so that the labels themselves lie in the piece
+        around = Positions(positions.row, positions.column + 1)  # so that the labels themselves lie in the piece
         piece, _ = piece_of(rest | {"labels": inputs["labels"]}, around, known.vocabulary)
         if "num_items_in_batch" in inputs:
-            piece["num_items_in_batch"] = torch.tensor(3 * len(places), device=places.row.device)
+            piece["num_items_in_batch"] = torch.tensor(3 * len(positions), device=positions.row.device)
         found = float(_loss_of_labels(model, piece))
     except torch.OutOfMemoryError:
         raise
@@ -177,9 +181,9 @@ def _difference(output: Any, calls: list[_LossCall], piece: Inputs) -> str | Non
     # A term that is zero here may not be so later: the very tensor comes back, and nothing was written into it.
     if loss.device == call.returned.device and (loss is not call.returned or loss._version != call.version):
         return "it goes on computing with its cross-entropy"
-    places, targets = predictions(piece["labels"])
-    total = torch.nn.functional.cross_entropy(places.of(logits).float(), targets, reduction="sum")
-    plain = float(total) / float(piece.get("num_items_in_batch", len(places)))
+    positions, targets = predictions(piece["labels"])
+    total = torch.nn.functional.cross_entropy(positions.of(logits).float(), targets, reduction="sum")
+    plain = float(total) / float(piece.get("num_items_in_batch", len(positions)))
     off = abs(plain - call.loss)
     # Two orders of one float32 sum: far closer than any two ways of computing 16-bit logits.
     return f"its own loss would be off by {off:.2g}" if off > 1e-5 * abs(call.loss) else None

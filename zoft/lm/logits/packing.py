@@ -63,16 +63,16 @@ def packed_log_probs(
     """
     if not serves(model, packed):
         return separately()
-    places = Positions(packed["row"], packed["column"])
+    positions = Positions(packed["row"], packed["column"])
     if "segments" not in packed:
-        return log_probs_at(model, arguments(model, packed["input_ids"], packed["attention_mask"]), places, targets)
+        return log_probs_at(model, arguments(model, packed["input_ids"], packed["attention_mask"]), positions, targets)
     if is_known(model, packed):
-        return log_probs_at(model, _tree_inputs(model, packed), places, targets)
+        return log_probs_at(model, _tree_inputs(model, packed), positions, targets)
     plain = separately()
     if not trials_allowed() or not bool(torch.isfinite(plain).all()):
         return plain
     try:
-        found = log_probs_at(model, _tree_inputs(model, packed), places, targets)
+        found = log_probs_at(model, _tree_inputs(model, packed), positions, targets)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:

@@ -81,7 +81,7 @@ def is_known(model: nn.Module) -> bool:
     return model in _known and _known[model].head is head_of(model)  # another one: resized, an adapter put on it
 
 
-def served(model: nn.Module, inputs: Inputs, places: Positions) -> HeadSupport:
+def probe(model: nn.Module, inputs: Inputs, positions: Positions) -> HeadSupport:
     """What is known of this model; found out with its first batch, anew as long as that says nothing."""
     if not is_known(model):
         head = head_of(model)
@@ -89,7 +89,7 @@ def served(model: nn.Module, inputs: Inputs, places: Positions) -> HeadSupport:
             head, _vocabulary(model, head), tolerance=_tolerance(getattr(inner(model), "dtype", None))
         )
         with torch.no_grad():
-            found = _examine(model, inputs, places, plainly) if trials_allowed() else None
+            found = _examine(model, inputs, positions, plainly) if trials_allowed() else None
         if found is None:
             return plainly
         _known[model] = found
@@ -121,35 +121,35 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     return bool((found.detach() - wanted.detach()).abs().max() <= tolerance * wanted.detach().abs().max())
 
 
-def piece_of(inputs: Inputs, places: Positions, vocabulary: int) -> tuple[Inputs, Positions]:
-    """Two sequences of a batch around the places in them, short enough for :data:`PIECE`; all of it where not [B, T].
+def piece_of(inputs: Inputs, positions: Positions, vocabulary: int) -> tuple[Inputs, Positions]:
+    """Two sequences of a batch around their positions, short enough for :data:`PIECE`; all of it where not [B, T].
 
     Args:
         inputs: a model's arguments, and its labels if there are any.
-        places: N >= 1 positions.
+        positions: N >= 1 positions.
         vocabulary: how many logits a position has.
 
     Returns:
-        (their inputs, the places that are left).
+        (their inputs, the positions that are left).
     """
     batch, length = inputs["input_ids"].shape
     values = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()]
     if any(value.shape[:2] != (batch, length) for value in values):
-        return inputs, places
-    two = sorted({int(places.row[0]), int(places.row[-1])})
-    stop = length + 1 + max(int(places.column[places.row == row].max()) for row in two)
+        return inputs, positions
+    two = sorted({int(positions.row[0]), int(positions.row[-1])})
+    stop = length + 1 + max(int(positions.column[positions.row == row].max()) for row in two)
     start = max(0, stop - max(4, PIECE // (vocabulary * len(two))))
     cut = {
         key: value[two, start:stop] if isinstance(value, torch.Tensor) and value.dim() else value
         for key, value in inputs.items()
     }
-    row = torch.stack([places.row == row for row in two]).to(torch.int64).argmax(0)
-    column = places.column + length - stop
-    inside = ((places.row == two[0]) | (places.row == two[-1])) & (column >= start - stop) & (column < 0)
+    row = torch.stack([positions.row == row for row in two]).to(torch.int64).argmax(0)
+    column = positions.column + length - stop
+    inside = ((positions.row == two[0]) | (positions.row == two[-1])) & (column >= start - stop) & (column < 0)
     return cut, Positions(row, column).chosen(inside)
 
 
-def _examine(model: nn.Module, inputs: Inputs, places: Positions, plainly: HeadSupport) -> HeadSupport | None:
+def _examine(model: nn.Module, inputs: Inputs, positions: Positions, plainly: HeadSupport) -> HeadSupport | None:
     """The trial; None where it says nothing: no position, or logits that are not finite."""
     what = "the head is applied to all positions, not only to those that count"
     head = plainly.head
@@ -158,9 +158,9 @@ def _examine(model: nn.Module, inputs: Inputs, places: Positions, plainly: HeadS
     if head is None:
         refuse(model, what, "it names no output embeddings")
         return plainly
-    if not len(places):
+    if not len(positions):
         return None
-    piece, where = piece_of(inputs, places, plainly.vocabulary)
+    piece, where = piece_of(inputs, positions, plainly.vocabulary)
     whole: list[Tensor] = []
     handle = head.register_forward_hook(lambda _module, _args, output: whole.append(output))
     try:

@@ -14,7 +14,7 @@ from zoft.errors import UserError
 from zoft.lm.logits.call import Inputs, inner
 from zoft.lm.logits.head import Forward, Positions, with_rows
 from zoft.lm.logits.logits import MAX_LOGITS
-from zoft.lm.logits.support import served
+from zoft.lm.logits.support import probe
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import layer_of
 
@@ -148,7 +148,7 @@ def of_hidden(
     Raises:
         UserError: the model's head cannot be given some of its positions.
     """
-    known = served(model, inputs, places)
+    known = probe(model, inputs, places)
     if not known.rows or known.after is None:
         raise UserError(
             f"estimator.feedback=hidden reads the last hidden state of {type(inner(model)).__name__}, whose head is "

@@ -53,7 +53,7 @@ def test_logits_at_places_equal_the_plain_ones(family, told):
             targets = torch.arange(len(places)) * 9
             log_probs = torch.log_softmax(wanted, -1).gather(1, targets.unsqueeze(1)).squeeze(1)
             close(log_probs_at(model, inputs, places, targets), log_probs)
-    known = support.served(model, inputs, places)
+    known = support.probe(model, inputs, places)
     assert known.rows
     assert known.tokens
     assert known.vocabulary == VOCAB
@@ -212,7 +212,7 @@ def test_fault_4_logits_that_depend_a_little_on_others_are_computed_plainly(spoi
     with torch.no_grad():
         for _ in range(2):
             logits_at(model, inputs, places, TOKENS)
-    known = support.served(model, inputs, places)
+    known = support.probe(model, inputs, places)
     assert known.rows == (spoil == "vocabulary")  # what depends on its own row alone is served, whole
     assert not known.tokens
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_another_head_is_tried_anew():
         logits_at(model, inputs, places)
         model.resize_token_embeddings(VOCAB + 8)
         close(logits_at(model, inputs, places), wanted_of(model, inputs)[places.row, places.column])
-    assert support.served(model, inputs, places).vocabulary == VOCAB + 8
+    assert support.probe(model, inputs, places).vocabulary == VOCAB + 8
 
 
 # ----------------------------------------------------------------------------------------------------------- wrappings
@@ -284,7 +284,7 @@ def test_adapters(targets, modules_to_save, told):
     with torch.no_grad():
         close(logits_at(model, inputs, places), wanted)
         close(logits_at(model, inputs, places, TOKENS), wanted[:, TOKENS])
-    assert support.served(model, inputs, places).rows
+    assert support.probe(model, inputs, places).rows
     assert told() == []
 
 
@@ -296,7 +296,7 @@ def test_virtual_tokens_in_front_do_not_shift_the_places(kind, told):
     inputs, places, wanted = example(model)
     with torch.no_grad():
         close(logits_at(model, inputs, places), wanted)
-    assert support.served(model, inputs, places).rows
+    assert support.probe(model, inputs, places).rows
     assert told() == []
 
 
