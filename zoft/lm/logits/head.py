@@ -105,8 +105,8 @@ def with_rows(
 
     replaced: dict[nn.Module, Callable[..., Tensor]] = {head: of_hidden}
     narrowed = _narrowed.get()
-    if narrowed is not None and len(places):
-        replaced[narrowed] = _at_the_end(-int(places.column.min()))
+    if narrowed is not None and len(positions):
+        replaced[narrowed] = _at_the_end(-int(positions.column.min()))
     with _replaced_forwards(replaced):
         logits = called(model, inputs)
     if len(calls) != 1:
