@@ -77,6 +77,10 @@ class Requeued(KeyboardInterrupt):
     """A scheduler's signal ended the run, which the same command goes on with; exit code 75."""
 
 
+class ServerLostError(Requeued):
+    """A server that computes the forwards is gone; the weights are those of the last step, and exit code 75 follows."""
+
+
 def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:
     """The near ones of ``known`` as a phrase, or all of them when none is near.
 

@@ -31,8 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt as stop:
-        requeued = type(stop).__name__ == "Requeued"  # by name: the class need not be loaded for Ctrl-C
-        _complain("stopped by a signal; the same command goes on" if requeued else "interrupted")
+        requeued = any(
+            cls.__name__ == "Requeued" for cls in type(stop).__mro__
+        )  # by name: it need not be loaded for Ctrl-C
+        _complain(str(stop) or ("stopped by a signal; the same command goes on" if requeued else "interrupted"))
         return REQUEUE if requeued else INTERRUPTED
     except BrokenPipeError:  # `zoft ls | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the interpreter flushes it at exit

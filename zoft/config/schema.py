@@ -343,6 +343,11 @@ class ZoftConfig:
                 f"model.quantization={self.model.quantization} is about weights of this process, and engine="
                 f"{engine.name()} runs forwards elsewhere: leave it out ({engine.about_quantization})"
             )
+        if engine.holds_base and self.model.attn_implementation is not None:
+            raise UserError(
+                f"model.attn_implementation={self.model.attn_implementation} is about weights of this process, and "
+                f"engine={engine.name()} runs forwards elsewhere: leave it out"
+            )
         if self.model.dtype != "float32":
             raise UserError(
                 f"model.dtype={self.model.dtype} is about weights of this process, and engine={engine.name()} runs "

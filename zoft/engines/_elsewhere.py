@@ -58,6 +58,9 @@ class Elsewhere(Engine):
     writes: ClassVar[bool] = False
     """Whether the other runtime generates text at a point."""
 
+    holds_base: ClassVar[bool] = False
+    """Whether the other runtime alone has the base, so that settings of how it is loaded here say nothing."""
+
     about_quantization: ClassVar[str] = ""
     """How the frozen weights are held in few bits with this engine."""
 

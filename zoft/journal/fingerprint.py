@@ -11,10 +11,23 @@ from typing import Any
 from zoft.utils.lazy import torch
 from zoft.utils.random_state import global_random_state_kept
 
+BASE = "_zoft_base"
+"""Attribute of a model that knows what its frozen weights are."""
+
 _COMPUTED = {"reference"}  # put into rows by the run itself (zoft/lm/objectives/preference.py)
 _MOST = 4096  # rows looked at of a dataset that computes or loads a row when it is asked for it
 
 Feed = Any  # a hashlib object
+
+
+def know_base(model: Any, fingerprint: str) -> None:
+    """Keep with a model what its frozen weights are, where they cannot be read, or not twice.
+
+    Args:
+        model: with its adapter.
+        fingerprint: the same for the same weights.
+    """
+    vars(model)[BASE] = fingerprint
 
 
 def rows_digest(rows: Any) -> str | None:

@@ -36,7 +36,7 @@ def load(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, Any, dict[
     from zoft.lm.models.agreement import require_rows_fit
 
     tokenizer, rows = load_rows(cfg, splits)
-    model = load_model_of(cfg, tokenizer)
+    model = _model_held_elsewhere(cfg, tokenizer) or load_model_of(cfg, tokenizer)
     require_rows_fit(model, (row for part in rows.values() for row in part), tokenizer, cfg.model.name)
     return model, tokenizer, rows
 
@@ -103,6 +103,28 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
     model = cfg.peft.wrap(model, cfg.seed, cfg.model.revision)
     require_adapter(model, cfg.model.name)
     _trainable_of(cfg).apply(model)
+    return model
+
+
+def _model_held_elsewhere(cfg: ZoftConfig, tokenizer: Any) -> Any | None:
+    """The adapter in memory on a base of shapes alone, where a server has the base; None where it is loaded here."""
+    from zoft.engines.server import Server
+
+    if not isinstance(cfg.engine, Server):
+        return None
+    from zoft.journal.fingerprint import know_base
+    from zoft.lm import formats
+    from zoft.lm.models.agreement import agree
+    from zoft.lm.models.meta import meta_model, wrapped_on_meta
+
+    model = meta_model(
+        formats.model_kind(cfg.task), cfg.model.name, revision=cfg.model.revision, dtype="float32", attention=None,
+        num_labels=formats.num_labels(cfg.task),
+    )  # fmt: skip
+    agree(model, tokenizer, cfg.model.name)
+    model = wrapped_on_meta(model, lambda base: cfg.peft.wrap(base, cfg.seed))
+    _trainable_of(cfg).apply(model)
+    know_base(model, f"served:{cfg.engine.served_name()}")
     return model
 
 

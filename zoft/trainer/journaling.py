@@ -25,7 +25,7 @@ from zoft.estimators._anchor import anchor_batches
 from zoft.journal import file as files
 from zoft.journal import snapshot, state
 from zoft.journal.file import Contents, Journal
-from zoft.journal.fingerprint import rows_digest, some_rows_digest
+from zoft.journal.fingerprint import BASE, know_base, rows_digest, some_rows_digest
 from zoft.journal.records import Record
 from zoft.lm.models.quantized import is_quantized, stored_parts
 from zoft.optimizers.base import Term
@@ -287,8 +287,8 @@ class Journaled(_Base):
         """A fingerprint of what is not trained: some numbers of every tensor, and the sum of all of its bits."""
         if self.model is None:
             return None
-        if _BASE in vars(self.model):
-            return str(vars(self.model)[_BASE])
+        if BASE in vars(self.model):
+            return str(vars(self.model)[BASE])
         digest, sums = hashlib.sha256(), hashlib.sha256()
         for name, tensor in sorted(self.model.named_parameters()):
             for part in () if tensor.requires_grad else stored_parts(tensor):
@@ -298,7 +298,7 @@ class Journaled(_Base):
                 digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         fingerprint = f"{digest.hexdigest()} {sums.hexdigest()[:16]}"
         if is_quantized(self.model):  # bitsandbytes packs codes and moves scales in the first forward
-            setattr(self.model, _BASE, fingerprint)
+            know_base(self.model, fingerprint)
         return fingerprint
 
     def _model_name(self) -> str:
@@ -475,7 +475,6 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
     return int(flat[:words].view(torch.int64).sum()) + int(flat[words:].sum())
 
 
-_BASE = "_zoft_base"  # attribute of a quantised model: the fingerprint of its frozen tensors as they were loaded
 _MARGIN = 1e5  # how much longer than a learning rate times coefficient an element of a step may be
 
 

@@ -13,6 +13,7 @@ from zoft.engines._away import settle
 from zoft.engines._blocks import blocks_of
 from zoft.engines.base import Engine, Session
 from zoft.engines.offload import Offload, place_outside, rest_in_files
+from zoft.engines.server import Server
 from zoft.weights.tensors import Weights
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
@@ -33,12 +34,14 @@ class Placing(_Base):
         """As the Trainer's own; the blocks of an offloaded model stay where they rest."""
         if isinstance(self.engine, Offload):
             place_outside(model, device)
-        else:
+        elif not isinstance(self.engine, Server):  # whose base may be shapes alone, and the adapter is small
             super()._move_model_to_device(model, device)
 
     def _prepare_model_in_place(self) -> None:
         """No wrapping by accelerate, and no moving where the blocks rest elsewhere."""
         stays = {"device_placement": False} if isinstance(self.engine, Offload) else {}
+        if isinstance(self.engine, Server):
+            self.accelerator.device_placement = False
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True, **stays)
 
     def _share_weights(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from zoft.errors import UserError
 from zoft.lm.models.load import _class_of, _place
-from zoft.utils.lazy import torch
+from zoft.utils.lazy import Tensor, torch
 
 
 def meta_model(
@@ -43,3 +44,30 @@ def meta_model(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"could not read the config of model.name={name}: {first_line:.200}") from error
+
+
+def wrapped_on_meta(model: Any, wrap: Callable[[Any], Any]) -> Any:
+    """A model on the meta device with an adapter in memory, whose first numbers are those that it has on any base.
+
+    Args:
+        model: as :func:`meta_model` makes it.
+        wrap: puts the adapter on; sees weights of the right shape that take no memory and are all zero.
+    """
+    _replace(model, lambda p: torch.zeros((), dtype=p.dtype).expand(p.shape))
+    base = {id(parameter) for parameter in model.parameters()}
+    wrapped = wrap(model)
+    _replace(wrapped, lambda p: torch.empty_like(p, device="meta") if id(p) in base else None)
+    return wrapped
+
+
+def _replace(model: Any, make: Callable[[Tensor], Tensor | None]) -> None:
+    """Frozen parameters anew, tied ones once; None leaves one as it is."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                new = make(parameter)
+                made[id(parameter)] = parameter if new is None else torch.nn.Parameter(new, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]

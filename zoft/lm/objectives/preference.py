@@ -114,7 +114,7 @@ def keep_reference(
         collator: makes batches of them.
         batch_size: pairs computed together; in the order of their lengths.
     """
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta)  # a server may have the rest
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["input_ids"]))
     for start in range(0, len(order), batch_size):
         chosen = [rows[place] for place in order[start : start + batch_size]]

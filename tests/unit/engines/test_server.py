@@ -1,0 +1,206 @@
+"""engine=server against a small server that speaks vLLM's protocol: equal losses, faults noticed, runs that go on."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import models, runs
+from tests.serving import serving
+from tests.unit.engines.test_onnx import LORA, POINTS, batch, options_of_some_tokens
+from zoft.cli import main
+from zoft.config import compose
+from zoft.engines import _server_client
+from zoft.engines.in_place import InPlace
+from zoft.engines.server import Server
+from zoft.errors import ServerLostError, UserError
+from zoft.estimators.base import Point
+from zoft.lm.models.generate import Answering, write
+from zoft.lm.models.peft.lora import Lora
+from zoft.lm.objectives.cross_entropy import CrossEntropy
+from zoft.lm.objectives.options import Options
+from zoft.run.train import run
+from zoft.subspaces.full import Full
+from zoft.weights.tensors import Weights
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(_server_client, "_wait", lambda _seconds: None)
+
+
+@pytest.fixture
+def tiny():
+    with serving(Lora(r=2).wrap(models.tiny_llama(), seed=0), tokenizer=runs.tiny_tokenizer()) as server:
+        yield server
+
+
+def session(engine, objective=None):
+    model = Lora(r=2).wrap(models.tiny_llama(), seed=0)
+    coordinates = Full().bind(Weights(model), "counter")
+    objective = objective or Options()
+    bound = engine.bind(model, coordinates, lambda rows: objective.loss(model, rows))
+    for name, tensor in bound.weights.tensors.items():  # B is zero at the start
+        tensor.data.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
+    return bound
+
+
+@pytest.mark.parametrize("objective", [Options(), CrossEntropy()], ids=lambda o: o.name())
+@pytest.mark.parametrize("rows", [batch(), options_of_some_tokens()], ids=["tokens", "many"])
+def test_losses_are_torchs_at_every_point_with_few_slots(tiny, rows, objective):
+    wanted = session(InPlace(), objective).losses(rows, POINTS)
+    there = session(Server(url=tiny.url, max_adapters=2), objective)
+    torch.testing.assert_close(there.losses(rows, POINTS), wanted, atol=1e-5, rtol=0)
+    assert {len(tiny.adapters), len({body["model"] for body in tiny.completions})} == {2}  # one name a slot, reused
+    assert all("prompt_logprobs" not in body and body["max_tokens"] == 1 for body in tiny.completions)
+
+
+def test_all_points_of_a_wave_are_one_batch_of_requests(tiny):
+    there = session(Server(url=tiny.url))
+    there.losses(batch(), POINTS)
+    assert len(tiny.completions) == len(POINTS)  # an adapter each, all of its prompts together
+    assert {len(body["prompt"]) for body in tiny.completions} == {3}
+
+
+def test_a_step_reaches_the_server_in_spite_of_its_prefix_cache(tiny):
+    here, there = session(InPlace()), session(Server(url=tiny.url, max_adapters=1))
+    for one in (here, there):
+        one.losses(batch(), [Point()])
+        name = next(name for name in one.weights.tensors if "lora_B" in name)
+        one.apply_(name, 0, 8, torch.full((8,), 0.5))
+    torch.testing.assert_close(there.losses(batch(), [Point()]), here.losses(batch(), [Point()]), atol=1e-5, rtol=0)
+
+
+def test_an_adapter_that_is_there_is_not_loaded_again(tiny, monkeypatch):
+    loads, load = [], tiny.load
+    monkeypatch.setattr(tiny, "load", lambda name, path: loads.append(name) or load(name, path))
+    there = session(Server(url=tiny.url))
+    for seed in range(3):
+        there.losses(batch(seed=seed), [Point()])
+    assert len(loads) == 1
+    files = list(there.backend.folder.rglob("adapter_model.safetensors"))
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("fault", ["down", "short", "other", "late", "misnamed", "restarted"])
+def test_a_fault_is_noticed_and_asked_again(tiny, fault):
+    there = session(Server(url=tiny.url, timeout=2.0 if fault == "late" else 600.0))
+    wanted = there.losses(batch(), POINTS)
+    tiny.faults.append(fault)
+    num_asked = len(tiny.completions)
+    assert torch.equal(there.losses(batch(), POINTS), wanted)
+    assert len(tiny.completions) > num_asked + len(POINTS)
+
+
+def test_not_a_number_is_the_loss_that_it_is(tiny):
+    """The trainer skips such a step, and ends the run where there are many in a row."""
+    there = session(Server(url=tiny.url))
+    tiny.faults.append("nan")
+    losses = there.losses(batch(), POINTS)
+    assert int(losses.isnan().sum()) == 1
+
+
+def test_a_server_that_is_gone_ends_the_run_after_a_few_tries(tiny):
+    there = session(Server(url=tiny.url, retries=2))
+    before = {name: tensor.clone() for name, tensor in there.weights.tensors.items()}
+    tiny.faults += ["down"] * 99
+    with pytest.raises(ServerLostError, match=r"did not score tokens in 3 tries: 500 EngineDeadError; .* goes on"):
+        there.losses(batch(), [Point()])
+    assert len(tiny.completions) == 3
+    assert all(torch.equal(before[name], tensor) for name, tensor in there.weights.tensors.items())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_texts_are_written_there(tiny, temperature):
+    here, there = session(InPlace()), session(Server(url=tiny.url))
+    answering = Answering(runs.tiny_tokenizer(), 6, stop="yes")
+    prompts = [[4, 5, 6], [7, 8]]
+    found = write(there.model, prompts, answering, temperature=temperature, seed=3).texts
+    again = write(there.model, prompts[::-1], answering, temperature=temperature, seed=3).texts
+    assert found == again[::-1]  # a prompt's noise is its own
+    if not temperature:
+        assert found == write(here.model, prompts, answering).texts
+
+
+def test_files_and_adapters_go_with_the_session(tiny):
+    there = session(Server(url=tiny.url))
+    there.losses(batch(), POINTS)
+    folder = there.backend.folder
+    assert folder.is_dir()
+    assert tiny.adapters
+    del there
+    gc.collect()
+    assert not folder.exists()
+    assert not tiny.adapters
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def of_runs(tmp_path):
+    runs.arguments(tmp_path, tmp_path / "out")
+    from zoft.lm.models.load import load_model
+
+    with serving(Lora(r=2).wrap(load_model(str(tmp_path / "model")), seed=0)) as server:
+        yield server, partial(runs.arguments, tmp_path)
+
+
+def test_a_run_is_torchs_stops_with_75_and_goes_on_to_the_bit(of_runs, tmp_path, capsys):
+    server, arguments = of_runs
+    words = [*LORA, "engine=server", f"engine.url={server.url}", "engine.retries=1"]
+    torchs = run(compose(arguments(tmp_path / "torch", *LORA, "engine=in_place")))
+    whole = run(compose(arguments(tmp_path / "whole", *words)))
+    of_torch, there = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("torch", "whole"))
+    assert of_torch.keys() == there.keys()
+    for name, tensor in of_torch.items():
+        torch.testing.assert_close(there[name], tensor, atol=1e-4, rtol=0)
+    assert whole["final"] == torchs["final"]
+    server.faults += [""] * 15 + ["down"] * 60  # in the middle of training
+    assert main(["train", *arguments(tmp_path / "cut", *words)]) == 75
+    assert "did not score tokens in 2 tries" in capsys.readouterr().err
+    assert len((tmp_path / "cut" / "journal.bin").read_bytes()) > 0
+    server.faults.clear()
+    assert run(compose(arguments(tmp_path / "cut", *words)))["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_server_without_lora_is_refused_before_anything_is_read(tmp_path):
+    with serving(Lora(r=2).wrap(models.tiny_llama(), seed=0), lora=False) as server:
+        words = runs.arguments(tmp_path, tmp_path / "out", *LORA, "engine=server", f"engine.url={server.url}")
+        cfg = compose(words)
+        (tmp_path / "data.jsonl").unlink()
+        with pytest.raises(UserError, match=r"serves no LoRA adapters.*--enable-lora"):
+            run(cfg)
+    with pytest.raises(UserError, match=r"nothing that can be used answers at .*scripts/serve_vllm.md"):
+        run(cfg)  # and where none is left
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["peft=none", "trainable=all"], "engine=server hands adapters"),
+        (["method=nodes"], "engine=server perturbs weights"),
+        (["objective=label_words"], "reads a word at a mask"),
+        (["model.quantization=nf4"], "with its own --quantization"),
+        (["model.attn_implementation=eager"], "model.attn_implementation=eager is about weights of this process"),
+        (["engine.url=localhost"], "engine.url must be http://host:port"),
+        (["engine.max_adapters=0"], "engine.max_adapters must be at least 1"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_does_not_go_together_is_one_sentence(more, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoft.config.schema.require_package", lambda name: None)
+    with pytest.raises(UserError, match=sentence):
+        compose([*runs.arguments(tmp_path, tmp_path / "out", "peft=lora"), "engine=server", *more])
+
+
+def test_the_scripts_say_how_to_start_one():
+    text = (Path(runs.REPOSITORY) / "scripts" / "serve_vllm.md").read_text()
+    assert "--enable-lora" in text
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in text

@@ -1,0 +1,214 @@
+"""Talking to a server that serves LoRA adapters, as vLLM does: requests, retries, what a reply must have."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from zoft.errors import ServerLostError, UserError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+NO_LORA = (
+    "engine=server: the server at {} serves no LoRA adapters, or lets none be loaded while it runs: start it with "
+    "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (scripts/serve_vllm.md)"
+)
+_LONGEST_WAIT = 30.0  # seconds between two tries
+_wait = time.sleep
+
+
+class BadReplyError(Exception):
+    """A reply that cannot be used: late, short, of another adapter, no JSON, or an error of the server's own."""
+
+
+class Client:
+    """One server.
+
+    Args:
+        url: where it listens, ``http://host:port``.
+        timeout: seconds that a reply may take.
+        retries: how often a request is repeated.
+    """
+
+    def __init__(self, url: str, timeout: float, retries: int) -> None:
+        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
+
+    # ---- one request -------------------------------------------------------------------------------------------------
+
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+        """(status, the reply, JSON where it is such).
+
+        Raises:
+            BadReplyError: no reply in time, or none at all.
+        """
+        where = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if where.scheme == "https" else http.client.HTTPConnection
+        connection = kind(where.hostname or "", where.port, timeout=self.timeout)
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(method, where.path + path, data, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            text = reply.read().decode("utf-8", "replace")
+        except TimeoutError as error:
+            raise BadReplyError(f"no reply within {self.timeout:g} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise BadReplyError(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+        try:
+            return reply.status, json.loads(text)
+        except ValueError:
+            return reply.status, text
+
+    def asked(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The reply to a request that succeeds.
+
+        Raises:
+            BadReplyError: it may succeed when it is repeated.
+            UserError: it will not.
+        """
+        status, reply = self.ask(method, path, body)
+        if status == 200:
+            return reply
+        said = _message(reply)
+        if "lora is not enabled" in said.lower() or "enable_lora" in said.lower():
+            raise UserError(NO_LORA.format(self.url))
+        if status in (404, 408, 409, 425, 429) or status >= 500:  # 404: it has been started anew, without adapters
+            raise BadReplyError(f"{status} {said}")
+        raise UserError(f"engine=server: {self.url}{path} refuses the request: {said} ({status})")
+
+    def repeated(self, what: str, attempt: Callable[[], T]) -> T:
+        """What ``attempt`` returns, tried again a bounded number of times with growing pauses.
+
+        Args:
+            what: in words, for the log.
+            attempt: asks the server; raises :class:`BadReplyError` where another try may help.
+
+        Raises:
+            ServerLostError: it did not help.
+        """
+        for number in range(self.retries + 1):
+            try:
+                return attempt()
+            except BadReplyError as error:
+                if number == self.retries:
+                    raise ServerLostError(
+                        f"the server at {self.url} did not {what} in {self.retries + 1} tries: {error}; the steps "
+                        "before this one are in the journal, and the same command goes on from there"
+                    ) from error
+                pause = min(_LONGEST_WAIT, 0.1 * 4**number)
+                log.warning("engine=server: could not %s (%s); trying again in %.1f s", what, error, pause)
+                _wait(pause)
+        raise AssertionError
+
+    # ---- what it serves ----------------------------------------------------------------------------------------------
+
+    def cards(self) -> list[dict[str, Any]]:
+        """What it serves: bases, and adapters with the path they came from as ``root``."""
+        reply = self.asked("GET", "/v1/models")
+        if not isinstance(reply, dict) or not isinstance(reply.get("data"), list):
+            raise BadReplyError("/v1/models lists nothing")
+        return list(reply["data"])
+
+    def base(self) -> dict[str, Any]:
+        """The card of the one base that it serves.
+
+        Raises:
+            UserError: nothing answers, or it is no such server, or it serves no adapters.
+        """
+        start = "start one as scripts/serve_vllm.md says, or give engine.url"
+        try:
+            found = [card for card in self.cards() if not card.get("parent")]
+            status, reply = self.ask("POST", "/v1/load_lora_adapter", {"lora_name": "zoft-none", "lora_path": "/none"})
+        except BadReplyError as error:
+            raise UserError(
+                f"engine=server: nothing that can be used answers at {self.url} ({error}): {start}"
+            ) from error
+        if not found:
+            raise UserError(f"engine=server: the server at {self.url} lists no base model: {start}")
+        no_route = status in (404, 405) and isinstance(reply, dict) and "detail" in reply
+        if no_route or "lora is not enabled" in _message(reply).lower():
+            raise UserError(NO_LORA.format(self.url))
+        return found[0]
+
+    def load(self, name: str, path: str) -> None:
+        """Load an adapter, in place of the one of this name."""
+        self.asked("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path, "load_inplace": True})
+
+    def unload(self, name: str) -> None:
+        """Let go of an adapter; whatever comes of it."""
+        try:
+            self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        except BadReplyError as error:
+            log.debug("could not unload %s: %s", name, error)
+
+    # ---- what it computes --------------------------------------------------------------------------------------------
+
+    def scores(
+        self, name: str, salt: str, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
+    ) -> list[list[float]]:
+        """Log-probabilities of ``tokens`` behind each prompt.
+
+        Args:
+            name: of the adapter.
+            salt: of the prefix cache: what another version of the adapter left there is not used.
+            prompts: token ids.
+            tokens: which are wanted.
+        """
+        found = self._completed(
+            name, salt, prompts, max_tokens=1, temperature=0.0, logprobs=len(tokens),
+            logprob_token_ids=list(tokens), return_tokens_as_token_ids=True,
+        )  # fmt: skip
+        return [_scores_of(choice, tokens) for choice in found]
+
+    def texts(
+        self, name: str, salt: str, prompts: Sequence[Sequence[int]], settings: Mapping[str, Any]
+    ) -> list[list[int]]:
+        """The tokens written behind each prompt.
+
+        Args:
+            name: of the adapter.
+            salt: as for :meth:`scores`.
+            prompts: token ids.
+            settings: of :meth:`zoft.weights.elsewhere.Runtime.write`.
+        """
+        found = self._completed(
+            name, salt, prompts, max_tokens=settings["max_new_tokens"], temperature=settings["temperature"],
+            seed=settings["seed"], stop=[settings["stop"]] if settings["stop"] else [],
+            include_stop_str_in_output=True, stop_token_ids=list(settings["ends"]), return_token_ids=True,
+        )  # fmt: skip
+        if not all(isinstance(choice.get("token_ids"), list) for choice in found):
+            raise BadReplyError("a choice has no token_ids")
+        return [[int(token) for token in choice["token_ids"]] for choice in found]
+
+    def _completed(self, name: str, salt: str, prompts: Sequence[Sequence[int]], **more: Any) -> list[dict[str, Any]]:
+        """The choices, one a prompt in their order."""
+        body = {"model": name, "prompt": [list(prompt) for prompt in prompts], "cache_salt": salt, "top_p": 1.0, "n": 1}
+        reply = self.asked("POST", "/v1/completions", body | more)
+        if not isinstance(reply, dict) or reply.get("model") != name:
+            raise BadReplyError(f"the reply is not of {name}")
+        choices = sorted(reply.get("choices", []), key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(len(prompts))):
+            raise BadReplyError(f"{len(choices)} choices for {len(prompts)} prompts")
+        return choices
+
+
+def _scores_of(choice: Mapping[str, Any], tokens: Sequence[int]) -> list[float]:
+    try:
+        (row,) = choice["logprobs"]["top_logprobs"]
+        return [float("nan") if row[f"token_id:{t}"] is None else float(row[f"token_id:{t}"]) for t in tokens]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadReplyError(f"a choice lacks log-probabilities ({error})") from error
+
+
+def _message(reply: Any) -> str:
+    """What a server says of an error."""
+    inner = reply.get("error", reply) if isinstance(reply, dict) else reply
+    said = inner.get("message", inner.get("detail", inner)) if isinstance(inner, dict) else inner
+    return f"{said}"[:300]

@@ -1,0 +1,255 @@
+"""Forwards in a serving engine: adapters through a shared folder, many points in one batch of requests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from zoft.engines._elsewhere import Adapter, Backend, Elsewhere, Scoring, Writing
+from zoft.engines._server_client import BadReplyError, Client
+from zoft.errors import UserError
+from zoft.subspaces.base import BoundSubspace
+from zoft.utils.lazy import Tensor, nn, torch
+
+_UNION = 64
+"""Tokens that one request asks for at every prompt; where the prompts want more than that, each asks for its own."""
+
+T = TypeVar("T")
+Asked = TypeVar("Asked", Scoring, Writing)
+
+
+@dataclass
+class Server(Elsewhere):
+    """A vLLM server that serves LoRA: it holds the base, and every point is an adapter that it loads.
+
+    Adapters are written to a folder that both can read and loaded in place, under a name each. Candidates are scored by
+    the log-probabilities of the next token, every position with a request of its own (prompts share the server's
+    prefix cache); texts are generated there. A server that fails is asked again, and then the run stops as for a
+    signal, with exit code 75: the same command goes on.
+
+    Args:
+        url: where the server listens.
+        folder: shared with the server; empty takes /dev/shm, or the system's temporary folder where there is none.
+        max_adapters: points that are asked for at a time: the server's --max-loras.
+        timeout: seconds that a reply may take.
+        retries: how often a failed request is repeated, with growing pauses.
+
+    References: docs.vllm.ai (LoRA adapters, load_inplace; logprob_token_ids); Sarkar et al. 2025 (EGGROLL), whose
+    population is made of adapters as well.
+    """
+
+    writes: ClassVar[bool] = True
+    holds_base: ClassVar[bool] = True
+    about_quantization: ClassVar[str] = "the server is started with its own --quantization"
+
+    url: str = "http://127.0.0.1:8000"
+    folder: str = ""
+    max_adapters: int = 8
+    timeout: float = 600.0
+    retries: int = 5
+
+    def check(self) -> None:
+        """Refuse what is no address, and counts below what works."""
+        self.require(self.url.startswith(("http://", "https://")), "url", "http://host:port")
+        self.require(self.max_adapters >= 1, "max_adapters", "at least 1")
+        self.require(0 < self.timeout < float("inf"), "timeout", "> 0 and finite")
+        self.require(self.retries >= 0, "retries", "at least 0")
+
+    def prepare(self) -> None:
+        """A server that loads adapters has to answer, and the folder has to be there."""
+        if self.folder and not Path(self.folder).is_dir():
+            raise UserError(f"engine.folder={self.folder} is no folder: give one that the server can read too")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("engine=server is asked by one process: start the run without torchrun")
+        self.client().base()
+
+    def served_name(self) -> str:
+        """What the server calls its base, and where it has it from."""
+        card = self.client().base()
+        return f"{card.get('id')}:{card.get('root')}"
+
+    def client(self) -> Client:
+        """What talks to the server."""
+        return Client(self.url, self.timeout, self.retries)
+
+    def check_objective(self, objective: Any) -> None:
+        """Besides what all such engines refuse: words at a mask are no next tokens."""
+        super().check_objective(objective)
+        if objective.forms and set(objective.forms) <= {"mask"}:
+            raise UserError(
+                f"engine=server scores next tokens, and objective={objective.name()} reads a word at a mask: use "
+                "engine=auto or onnx"
+            )
+
+    def backend(self, model: nn.Module, coordinates: BoundSubspace) -> Backend:
+        """Adapters of this model are served from now on."""
+        del coordinates
+        return _Served(self, model)
+
+
+class _Served:
+    """Adapters in the server's slots, by the digest of their numbers."""
+
+    def __init__(self, engine: Server, model: Any) -> None:
+        self.client, self.size = engine.client(), engine.max_adapters
+        self.config = model.peft_config[model.active_adapter]
+        shared = engine.folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+        self.folder = Path(tempfile.mkdtemp(prefix="zoft-", dir=shared))
+        self.folder.chmod(0o755)  # the server may run as somebody else
+        name = f"zoft-{uuid.uuid4().hex[:8]}"
+        self.slots: dict[str, str] = {f"{name}-{number}": "" for number in range(self.size)}  # name -> digest
+        self._used: list[str] = list(self.slots)  # the longest unused first
+        self._threads = ThreadPoolExecutor(self.size)
+        weakref.finalize(self, _leave, self.client, list(self.slots), self.folder, self._threads)
+
+    # ---- what is asked -----------------------------------------------------------------------------------------------
+
+    def scores(self, asked: Sequence[Scoring]) -> list[Tensor]:
+        """Float32 [N, C] for each."""
+        return self._each(asked, "score tokens", self._score)
+
+    def texts(self, asked: Sequence[Writing]) -> list[list[list[int]]]:
+        """The tokens written, for each and each of its prompts."""
+        return self._each(asked, "write texts", self._write)
+
+    def _each(self, asked: Sequence[Asked], what: str, ask: Callable[[str, str, Asked], T]) -> list[T]:
+        """``ask`` of every one with its adapter loaded, as many adapters at a time as there are slots."""
+        digests = [digest_of(one.adapter) for one in asked]
+        distinct = list(dict.fromkeys(digests))
+        found: dict[int, T] = {}
+        for first in range(0, len(distinct), self.size):
+            wave = distinct[first : first + self.size]
+            members = {number: digest for number, digest in enumerate(digests) if digest in wave}
+            attempt = partial(self._wave, {number: asked[number] for number in members}, members, ask)
+            found |= self.client.repeated(what, attempt)
+        return [found[number] for number in range(len(asked))]
+
+    def _wave(
+        self, asked: dict[int, Asked], digests: dict[int, str], ask: Callable[[str, str, Asked], T]
+    ) -> dict[int, T]:
+        """Those whose adapters have room together, all at once."""
+        names = self._loaded({digests[number]: one.adapter for number, one in asked.items()})
+
+        def of(number: int) -> T:
+            return ask(names[digests[number]], digests[number], asked[number])
+
+        replies = list(self._threads.map(of, asked))
+        self._check_versions(names)  # nobody has loaded anything else there meanwhile
+        return dict(zip(asked, replies, strict=True))
+
+    def _score(self, name: str, digest: str, one: Scoring) -> Tensor:
+        """Every position is a prompt that ends there; what several ask at the same prompt is asked once."""
+        ids, mask = one.inputs["input_ids"].tolist(), one.inputs["attention_mask"].tolist()
+        length, wanted = one.inputs["input_ids"].shape[1], one.tokens.tolist()
+        prompts = [
+            tuple(token for token, real in zip(ids[row][:stop], mask[row][:stop], strict=True) if real)
+            for row, stop in zip(one.row.tolist(), (one.column + length + 1).tolist(), strict=True)
+        ]
+        of_prompt: dict[tuple[int, ...], set[int]] = {}
+        for prompt, tokens in zip(prompts, wanted, strict=True):
+            of_prompt.setdefault(prompt, set()).update(tokens)
+        union = set().union(*of_prompt.values())
+        requests: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for prompt, own in of_prompt.items():
+            requests.setdefault(tuple(sorted(union if len(union) <= _UNION else own)), []).append(prompt)
+        known: dict[tuple[int, ...], dict[int, float]] = {}
+        for tokens, some in requests.items():
+            for prompt, values in zip(some, self.client.scores(name, digest, some, tokens), strict=True):
+                known[prompt] = dict(zip(tokens, values, strict=True))
+        return torch.tensor([[known[p][t] for t in ts] for p, ts in zip(prompts, wanted, strict=True)])
+
+    def _write(self, name: str, digest: str, one: Writing) -> list[list[int]]:
+        if not one.settings["temperature"]:
+            return self.client.texts(name, digest, one.prompts, one.settings)
+        rows = []
+        for prompt in one.prompts:  # a prompt's noise comes from the seed and the prompt, at every point the same
+            drawn = hashlib.blake2b(f"{one.settings['seed']}:{list(prompt)}".encode(), digest_size=7).digest()
+            settings = {**one.settings, "seed": int.from_bytes(drawn, "little")}
+            rows += self.client.texts(name, digest, [prompt], settings)
+        return rows
+
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    def _loaded(self, adapters: dict[str, Adapter]) -> dict[str, str]:
+        """digest -> the name it is served under; what the server has lost is loaded again."""
+        roots = {card.get("id"): card.get("root") for card in self.client.cards()}
+        for name, digest in self.slots.items():
+            if digest and roots.get(name) != str(self._path(name, digest)):
+                self.slots[name] = ""
+        names = {digest: name for name, digest in self.slots.items() if digest in adapters}
+        free = [name for name in self._used if name not in names.values()]
+        new = dict(zip([digest for digest in adapters if digest not in names], free, strict=False))
+        for digest, name in new.items():
+            self._write_adapter(name, digest, adapters[digest])
+        list(self._threads.map(lambda item: self.client.load(item[1], str(self._path(item[1], item[0]))), new.items()))
+        for digest, name in new.items():
+            self.slots[name] = digest
+            for other in self._path(name, digest).parent.iterdir():
+                if other.name != digest:
+                    shutil.rmtree(other, ignore_errors=True)
+        names |= new
+        self._used = [n for n in self._used if n not in names.values()] + list(names.values())
+        return names
+
+    def _check_versions(self, names: dict[str, str]) -> None:
+        roots = {card.get("id"): card.get("root") for card in self.client.cards()}
+        for digest, name in names.items():
+            if roots.get(name) != str(self._path(name, digest)):
+                self.slots[name] = ""
+                raise BadReplyError(f"{name} is another version of the adapter: {roots.get(name)}")
+
+    def _path(self, name: str, digest: str) -> Path:
+        return self.folder / name / digest
+
+    def _write_adapter(self, name: str, digest: str, adapter: Adapter) -> None:
+        """As peft saves one, in a folder that appears whole."""
+        from safetensors.torch import save_file
+
+        target = self._path(name, digest)
+        if target.exists():
+            return
+        building = target.with_name(f"{digest}.part")
+        building.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(str(building))
+        tensors = {_saved_name(key): tensor.detach().cpu().contiguous() for key, tensor in adapter.items()}
+        save_file(tensors, str(building / "adapter_model.safetensors"))
+        building.rename(target)
+
+
+def _leave(client: Client, names: list[str], folder: Path, threads: ThreadPoolExecutor) -> None:
+    threads.shutdown(wait=False)
+    patient = Client(client.url, min(client.timeout, 5.0), 0)
+    for name in names if folder.exists() else ():
+        if (folder / name).exists():
+            patient.unload(name)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _saved_name(name: str) -> str:
+    """As an adapter's file has it: without the adapter's own name.
+
+    Example:
+        >>> _saved_name("base_model.model.lm.q_proj.lora_A.default.weight")
+        'base_model.model.lm.q_proj.lora_A.weight'
+    """
+    *front, _adapter, last = name.split(".")
+    return ".".join([*front, last])
+
+
+def digest_of(adapter: Adapter) -> str:
+    """A name for an adapter's numbers: other numbers have another one."""
+    sha = hashlib.sha256()
+    for name, tensor in adapter.items():
+        sha.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:24]
