@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from zoft.config import own, texts
+from zoft.config import auto, own, texts
 from zoft.config.catalog import ORDER, choices, preset_files
 from zoft.errors import UserError, did_you_mean
 
@@ -38,6 +38,7 @@ class Experiments:
         if choice not in self.contents:
             content = read(file, str(file))
             self._with_own_parts(content, str(file))
+            auto.take_out(content)
             check_defaults(content, str(file))
             self.contents[choice] = content
         name = "_" + re.sub(r"\W", "_", str(file.with_suffix("")).lstrip("./"))

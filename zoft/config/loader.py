@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zoft.component import GROUPS, Component, components
-from zoft.config import arguments, experiments, own, texts
+from zoft.config import arguments, auto, experiments, own, texts
 from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir
 from zoft.config.check import Checker, refuse_code, translated
 from zoft.config.foldername import suffix
@@ -158,6 +158,7 @@ class Loader(ConfigLoaderImpl):
         with translated(self.experiments):
             self.experiments.labels = {"config": None, "method": None}
             self.experiments.trusted = own.register_named(overrides)  # in a sweep's worker for the first time
+            overrides, chosen, given = auto.split(overrides)
             complete = arguments.with_adapter(overrides)
             self._implied = len(complete) > len(overrides)
             parsed = self.parse(complete)
@@ -165,6 +166,7 @@ class Loader(ConfigLoaderImpl):
             self._chosen_by_arguments = frozenset(o.key_or_group for o in parsed if o.key_or_group in GROUPS)
             self._values = [o for o in parsed if arguments.is_value(o)]
             cfg = super().load_configuration(PRIMARY, rewritten, run_mode, False, validate_sweep_overrides)
+            auto.settled(cfg, chosen, given)
         return self._labelled(cfg)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:

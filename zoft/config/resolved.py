@@ -40,4 +40,4 @@ def _choice(group: str, part: Component) -> str:
 def _plain(cfg: ZoftConfig) -> dict[str, Any]:
     data = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True)
     assert isinstance(data, dict)
-    return {str(key): value for key, value in data.items()}
+    return {str(key): value for key, value in data.items() if (key, value) != ("auto", [])}

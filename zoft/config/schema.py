@@ -24,6 +24,8 @@ from zoft.weightings.base import Weighting
 from zoft.weights.rounding import ROUNDINGS
 
 PROTOCOLS = ("default", "mezo")
+AUTO = ("optimizer.learning_rate", "estimator.eps", "estimator.num_directions")
+"""Keys that a run can choose by itself."""
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow")
 TRACKER_MODES = ("online", "offline")
 FEW_FOR_ADAM = 10
@@ -170,6 +172,7 @@ class ZoftConfig:
         tracker: where else the metrics go.
         diagnostics: what is measured of the estimates beside the run.
         trainer: any field of ``transformers.TrainingArguments`` that has no other home, by its own name.
+        auto: keys that the run chooses by itself before its first step; set by ``optimizer.learning_rate=auto``.
     """
 
     config: str = "run"
@@ -192,6 +195,7 @@ class ZoftConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
+    auto: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
@@ -199,6 +203,7 @@ class ZoftConfig:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be 0 or more and below 2**32 (numpy takes no more), got {self.seed}")
         _one_of("protocol", self.protocol, PROTOCOLS)
+        self._check_auto()
         if self.protocol == "mezo":
             self._follow_mezo()
         self.composition.check_budget(self.budget.queries)
@@ -209,6 +214,18 @@ class ZoftConfig:
         self._check_outputs()
         if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or isinstance(self.estimator, Nodes)):
             raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
+
+    def _check_auto(self) -> None:
+        """What can be chosen, and parts that have it."""
+        for key in self.auto:
+            _one_of("auto", key, AUTO)
+            group, name = key.split(".")
+            if not hasattr(getattr(self, group), name):
+                raise UserError(f"{key}=auto: {group}={getattr(self, group).name()} has no {name}")
+        if self.auto and self.protocol == "mezo":
+            raise UserError(
+                f"{self.auto[0]}=auto does not go with protocol=mezo, whose numbers are MeZO's: give a value"
+            )
 
     def _follow_mezo(self) -> None:
         """One switch for MeZO's numbers: its stream of z, its rows and batches."""

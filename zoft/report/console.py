@@ -33,6 +33,7 @@ class ProgressCallback(TrainerCallback):
     Args:
         queries_per_step: forward passes one optimizer step takes, all its micro-batches together; the mean where steps
             differ. Between two log rows the count goes by this; every log row's own `num_queries` corrects it.
+        before: queries that were made before the first step.
         peak_mb: gives the run's peak memory so far in MiB; the log rows' `peak_memory_mb` when None.
         split: what the evaluated rows are called.
         stream: where to draw; standard error when None.
@@ -46,11 +47,12 @@ class ProgressCallback(TrainerCallback):
         self,
         queries_per_step: float,
         *,
+        before: int = 0,
         peak_mb: Callable[[], float] | None = None,
         split: str = "dev",
         stream: TextIO | None = None,
     ) -> None:
-        self.queries_per_step = queries_per_step
+        self.queries_per_step, self.before = queries_per_step, before
         self.split = split
         self._peak_mb, self._stream = peak_mb, stream
         self._bar: Any = None  # tqdm's, on a terminal only
@@ -98,9 +100,9 @@ class ProgressCallback(TrainerCallback):
             return
         self.close()
         # What will really be spent: whole steps, and no more than either of the two limits allows.
-        planned = round(state.max_steps * self.queries_per_step)
+        planned = self.before + round(state.max_steps * self.queries_per_step)
         self._total = min(planned, getattr(args, "budget_queries", None) or planned)
-        self._first = self._done = round(state.global_step * self.queries_per_step)
+        self._first = self._done = self.before + round(state.global_step * self.queries_per_step)
         self._logged = (state.global_step, self._done)
         self._began, self._training, self._batches = time.monotonic(), True, 0
         self._next_line = self._done + _LINE_SHARE * self._total

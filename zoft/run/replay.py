@@ -36,6 +36,7 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
     from zoft.engines._away import settle
     from zoft.journal import file as journal
     from zoft.journal import snapshot
+    from zoft.run import auto
     from zoft.run.build import tokenizer_of
 
     path = run / journal.NAME
@@ -43,6 +44,8 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
     steps = _steps(contents, path, to)
     if output is not None and Path(output).exists() and any(Path(output).iterdir()):
         raise UserError(f"--output {output} is not empty: give a new folder")
+    settings = contents.header.get("settings", {})
+    auto.apply(cfg, {key: settings[key] for key in cfg.auto if key in settings})  # rates are in the records
     optimizer, directions = begin(cfg)
     checked = replay(optimizer, directions, contents, steps, path)
     session = optimizer.session

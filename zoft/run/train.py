@@ -26,6 +26,7 @@ from zoft.run.verdict import gain_of, keep_rows, next_lines, row_values, verdict
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
     from zoft.report.memory import PeakMemory
+    from zoft.run.auto import Choice
     from zoft.trainer.trainer import ZOTrainer
 
 _FEW_QUERIES = 200
@@ -148,18 +149,20 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     base_mb = PeakMemory("cpu").current_mb() if args.device.type == "cpu" else 0.0
     keep_in_folder(args)
     model, tokenizer, rows = load(cfg, splits)
+    chosen = _chosen(cfg, args, model, tokenizer, rows)
     trainer = make_trainer(cfg, args, model, tokenizer, rows)
     trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
     forgive_trackers(trainer.callback_handler.callbacks)
+    trainer.progress.num_queries = chosen.queries if chosen else 0
     memory, costs = PeakMemory(str(args.device)), _costs(cfg, trainer)
     trainer.peak_memory_mb, memory.base_mb = memory.peak_mb, base_mb
     for callback in (
         MetricsCallback(lambda: trainer.journal_end),
         TrackerAxisCallback(),
         StopOnInterrupt(),
-        ProgressCallback(sum(costs) / len(costs), peak_mb=memory.peak_mb),
+        ProgressCallback(sum(costs) / len(costs), before=trainer.progress.num_queries, peak_mb=memory.peak_mb),
         HealthCallback(_chance(cfg, rows), len(rows["dev"])),
     ):
         trainer.add_callback(callback)
@@ -168,9 +171,22 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
 
         trainer.add_callback(DiagnosticsCallback(**vars(cfg.diagnostics)))
     if trainer.is_world_process_zero():
-        for line in _opening_lines(cfg, trainer, rows):
+        for line in [*_opening_lines(cfg, trainer, rows), *([chosen.line()] if chosen else [])]:
             say(line)
     return trainer, rows, memory
+
+
+def _chosen(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> Choice | None:
+    """What the run chooses by itself, once in its life; the steps are those that the rest of the budget pays for."""
+    if not cfg.auto:
+        return None
+    from zoft.run.auto import choose
+
+    if args.world_size > 1:
+        raise UserError(f"{cfg.auto[0]}=auto is chosen in one process: start the run without torchrun, or give a value")
+    chosen = choose(cfg, model, tokenizer, rows)
+    args.max_steps = cfg.composition.steps_within(cfg.budget.queries - chosen.queries)
+    return chosen
 
 
 def _carry_out(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -173,21 +171,13 @@ def _memory(estimate: Any) -> Finding:
 
 def _rehearsal(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Finding:
     """Two steps in a folder of their own; nothing of the run's is touched."""
-    from zoft.run.build import arguments_of, load_model_of, make_trainer, tokenizer_of
+    from zoft.run.build import load_model_of, tokenizer_of
+    from zoft.run.rehearsal import rehearsing, rehearsing_trainer
 
+    queries = sum(cfg.composition.queries_at(step) for step in range(_STEPS))
     with tempfile.TemporaryDirectory() as folder:
-        cfg = copy.copy(cfg)
-        composition, cfg.output_dir = cfg.composition, folder
-        off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-        cfg.trainer = dict(cfg.trainer) | off | {"eval_on_start": False, "journal": False}
-        cfg.tracker = dataclasses.replace(cfg.tracker, report_to=[])
-        queries = sum(composition.queries_at(step) for step in range(_STEPS))
-        cfg.budget = dataclasses.replace(cfg.budget, queries=queries)
-        import transformers
-
-        trainer = make_trainer(cfg, arguments_of(cfg), load_model_of(cfg), tokenizer_of(cfg), rows)
-        for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-            trainer.remove_callback(callback)
+        cfg = rehearsing(cfg, folder, queries)
+        trainer = rehearsing_trainer(cfg, load_model_of(cfg), tokenizer_of(cfg), rows)
         loss, skipped = float(trainer.train().training_loss), trainer.progress.num_skipped
     if skipped or not math.isfinite(loss):
         return Finding("rehearsal", "failed", f"the loss was not finite in {skipped} of {_STEPS} steps")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import tempfile
@@ -113,20 +112,15 @@ def size_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Size:
 
 def seconds_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float:
     """Seconds to the end of training, by three steps of a run in a folder of its own; the first warms up."""
-    from zoft.run.build import arguments_of, load_model_of, make_trainer, tokenizer_of
+    from zoft.run.build import load_model_of, tokenizer_of
+    from zoft.run.rehearsal import rehearsing, rehearsing_trainer
 
+    costs = [cfg.composition.queries_at(step) for step in range(PROBED_STEPS)]
+    budget, batch = cfg.budget.queries, int(cfg.trainer.get("per_device_train_batch_size", 8))
+    few = rows["train"][: PROBED_STEPS * batch * int(cfg.trainer.get("gradient_accumulation_steps", 1))]
     with tempfile.TemporaryDirectory() as folder:
-        cfg = copy.copy(cfg)
-        composition, cfg.output_dir = cfg.composition, folder
-        own = dict(cfg.trainer) | {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-        cfg.trainer = own | {"eval_on_start": False, "journal": False}
-        costs = [composition.queries_at(step) for step in range(PROBED_STEPS)]
-        budget, cfg.budget = cfg.budget.queries, dataclasses.replace(cfg.budget, queries=sum(costs))
-        cfg.tracker = dataclasses.replace(cfg.tracker, report_to=[])
-        args = arguments_of(cfg)
-        few = rows["train"][: PROBED_STEPS * args.per_device_train_batch_size * args.gradient_accumulation_steps]
-        model, tokenizer = load_model_of(cfg), tokenizer_of(cfg)
-        trainer = make_trainer(cfg, args, model, tokenizer, {**rows, "train": few})
+        cfg = rehearsing(cfg, folder, sum(costs))
+        trainer = rehearsing_trainer(cfg, load_model_of(cfg), tokenizer_of(cfg), {**rows, "train": few})
         trainer.create_optimizer()
         began = time.perf_counter()
         for _ in trainer.fill_frozen_prefix(few):
@@ -148,8 +142,6 @@ def _timed_steps(trainer: Any) -> list[float]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter() - began)
 
-    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-        trainer.remove_callback(callback)
     trainer.add_callback(Clock())
     trainer.train()
     return ends

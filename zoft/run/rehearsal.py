@@ -1,0 +1,49 @@
+"""A few steps of a run in a folder of their own: nothing is evaluated, saved or tracked, and the run is untouched."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+    from zoft.trainer.trainer import ZOTrainer
+
+_OFF = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+
+
+def rehearsing(cfg: ZoftConfig, folder: str, queries: int, **trainer: Any) -> ZoftConfig:
+    """The config of the first steps of a run.
+
+    Args:
+        cfg: of the run; it stays as it is.
+        folder: for what the steps write.
+        queries: how many they may make.
+        **trainer: other fields of ``trainer.``.
+    """
+    cfg = copy.copy(cfg)
+    cfg.output_dir = folder
+    cfg.trainer = dict(cfg.trainer) | _OFF | {"eval_on_start": False, "journal": False, **trainer}
+    cfg.tracker = dataclasses.replace(cfg.tracker, report_to=[])
+    cfg.budget = dataclasses.replace(cfg.budget, queries=queries)
+    return cfg
+
+
+def rehearsing_trainer(cfg: ZoftConfig, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> ZOTrainer:
+    """The trainer of such a config, which shows nothing.
+
+    Args:
+        cfg: of :func:`rehearsing`.
+        model: the run's.
+        tokenizer: the run's.
+        rows: encoded ones, by split.
+    """
+    import transformers
+
+    from zoft.run.build import arguments_of, make_trainer
+
+    trainer = make_trainer(cfg, arguments_of(cfg), model, tokenizer, rows)
+    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
