@@ -30,7 +30,7 @@ def test_a_runs_model_scores_as_its_report_says(finished, capsys):
     made, facts = finished
     told = evaluated(capsys, f"run={made / 'out'}")
     assert told["accuracy"] == facts["final"]
-    assert told["output_dir"] == str(made / "out" / "eval-zero_shot-test")
+    assert told["output_dir"] == str(made / "out" / "eval-trained-test")
     rows = [json.loads(line) for line in (Path(told["output_dir"]) / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == told["num_rows"] == 16
     assert sum(row["right"] for row in rows) / 16 == told["accuracy"]

@@ -31,7 +31,7 @@ def command(arguments: list[str]) -> int:
     plan = read_plan([word for word in arguments if word not in flags])
     fill_in(plan)
     if "--plan" in flags:
-        print(plan_text(plan))
+        print("\n".join([plan_text(plan), *_of_a_cell(plan)]))
         return 0
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -81,6 +81,20 @@ def plan_text(plan: Any) -> str:
     run = next(cell for cell in cells if cell.seed is not None)
     lines.append(f"a cell      zoft train {shlex.join(plan.arguments(run))}")
     return "\n".join(lines)
+
+
+def _of_a_cell(plan: Any) -> list[str]:
+    """What the first cell that trains takes; nothing where its rows or its model are not at hand."""
+    from zoft.cli.estimate import of_run
+    from zoft.config import compose
+    from zoft.errors import UserError
+    from zoft.run.build import load_rows
+
+    cfg = compose(plan.arguments(next(cell for cell in plan.cells() if cell.seed is not None)))
+    try:
+        return [line.replace("memory  ", "memory      ", 1) for line in of_run(cfg, load_rows(cfg)[1])]
+    except (UserError, OSError):
+        return []
 
 
 def _requeue(*_: Any) -> None:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.lm.metrics.classes import table
 from zoft.utils.words import read_words
 
 _HARNESS = ("harness", "harness_limit", "harness_path")
@@ -72,6 +73,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
     lines[0] += about
     if "perplexity" in facts:
         lines.append(f"{'perplexity':<{width}}  {facts['perplexity']:.2f}")
+    if "confusion" in facts:
+        lines += ["", *table(facts), f"{'macro F1':<{width}}  {facts['macro_f1']:.3f}", ""]
     lines += [f"{name:<{width}}  {value:.4g} (evaluate)" for name, value in facts.get("evaluate", {}).items()]
     alone = facts["num_computed_alone"]
     closeness = f", {alone:,} of them again alone because a batch could have decided" if alone else ""

@@ -58,10 +58,11 @@ def command(arguments: list[str]) -> int:
         print(resolved_yaml(cfg), end="")
         return 0
     _require_a_start(overrides)
+    from zoft.cli.estimate import of_run
     from zoft.run.train import run
 
     try:
-        run(cfg)
+        run(cfg, opening=of_run)
     finally:
         _leave_the_others()
     return 0

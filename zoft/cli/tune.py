@@ -49,11 +49,22 @@ def command(arguments: list[str]) -> int:
             "note: most of this space is choices, which have no slope that a zeroth-order search could follow: "
             "search=tpe (Optuna's) is the better tool for it (docs/tune.md)"
         )
+    print("\n".join(_of_a_job(training)))
     signal.signal(signal.SIGTERM, _requeue)
     show = Progress(settings.budget, settings.repeats, metric)
     tuned = tune_training(training, space, settings, metric=metric, output_dir=own.get("output_dir"), callback=show)
     print(summary(tuned, metric))
     return 0 if tuned.result.best else 1
+
+
+def _of_a_job(training: list[str]) -> list[str]:
+    """What one job takes, before the first one begins."""
+    from zoft.cli.estimate import of_run
+    from zoft.config import compose
+    from zoft.run.build import load_rows
+
+    cfg = compose(training)
+    return of_run(cfg, load_rows(cfg)[1])
 
 
 def split(arguments: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:

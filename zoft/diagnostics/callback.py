@@ -72,6 +72,7 @@ class DiagnosticsCallback(TrainerCallback):
         self.trainer: ZOMixin | None = None
         self.record: Record | None = None
         self._remembered: dict[str, Any] | None = None
+        self.snr: float | None = None  # of the last measurement
 
     def watch(self, trainer: ZOMixin) -> None:
         """The trainer introduces itself, before training begins."""
@@ -125,6 +126,7 @@ class DiagnosticsCallback(TrainerCallback):
             row, tables = Measurement(trainer, self.wanted, self._remembered, record.notes)()
         took = time.perf_counter() - began
         record.add(row, tables, took)
+        self.snr = row.get("snr")
         for note in record.notes[num_notes:]:
             log.warning("diagnostics: %s", note)
         trainer.pause_clock(took)

@@ -75,6 +75,11 @@ class Request:
             )
 
     @property
+    def name(self) -> str:
+        """What the evaluation is called: ``zero_shot`` is a model that nobody has trained."""
+        return "trained" if self.run and self.mode == "zero_shot" else self.mode
+
+    @property
     def shown(self) -> int:
         """Demonstrations before each row."""
         return self.k or (SHOWN if self.mode == "icl" else 0)
@@ -135,6 +140,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     else:
         found = _scored(scoring, form, rows, examples, request, encode)
     facts = _facts(cfg, request, form, found, metrics, time.perf_counter() - began)
+    facts |= _classes(form, examples, found)
     _write(request.output_dir, facts, found, getattr(splits, request.split), form)
     return facts
 
@@ -270,7 +276,7 @@ def _facts(
     from zoft.lm.metrics.libraries import computed
 
     facts: dict[str, Any] = {
-        "mode": request.mode,
+        "mode": request.name,
         "model": request.run or cfg.model.name,
         "task": cfg.task.name(),
         "prompt": getattr(cfg.task, "prompt", None),
@@ -288,6 +294,18 @@ def _facts(
     for name in metrics:
         facts["evaluate"] = facts.get("evaluate", {}) | computed(name, predictions, references)
     return facts
+
+
+def _classes(form: str, examples: Sequence[Any], found: Scored) -> dict[str, Any]:
+    """Figures of every class, where all rows have the same few."""
+    from zoft.lm.metrics.classes import MOST, by_class
+
+    options = tuple(getattr(examples[0], "options", ())) if form in ("options", "mask", "head") else ()
+    if not 2 <= len(options) <= MOST or any(tuple(example.options) != options for example in examples):
+        return {}
+    names = [option.strip() for option in options]
+    rows = found.predictions
+    return by_class([row["label"] for row in rows], [row["chosen"] for row in rows], names)
 
 
 def _write(output_dir: str, facts: dict[str, Any], found: Scored, examples: Any, form: str) -> None:
@@ -326,7 +344,7 @@ def default_output_dir(cfg: ZoftConfig, request: Request, *, given: bool) -> str
     """
     if given:
         return cfg.output_dir
-    name = "-".join(["eval", request.mode, *([str(request.k)] if request.k else []), request.split])
+    name = "-".join(["eval", request.name, *([str(request.k)] if request.k else []), request.split])
     return str(Path(request.run) / name) if request.run else f"{cfg.output_dir}-{name}"
 
 

@@ -17,7 +17,19 @@ __all__ = ["ProgressCallback", "say"]
 _REFRESH_SECONDS = 0.1  # of the bar: faster than the eye is wasted on steps of a millisecond
 _LINE_SHARE = 0.1  # of the run: how often a plain line is printed
 _BAR_CELLS = 10
-_EXPENDABLE = ("bar", "rate", "skipped", "evaluation", "memory", "time")  # what a narrow terminal loses, in this order
+_EXPENDABLE = (
+    "bar",
+    "snr",
+    "slope",
+    "rate",
+    "skipped",
+    "evaluation",
+    "memory",
+    "time",
+)  # what a narrow terminal loses, in this order
+
+
+_SHOWN = ("loss", "projected_grad", "peak_memory_mb", "num_skipped_steps")  # of a log row
 
 
 class ProgressCallback(TrainerCallback):
@@ -25,16 +37,18 @@ class ProgressCallback(TrainerCallback):
 
     On a terminal a bar, redrawn while steps pass; elsewhere (CI logs, pipes, `disable_tqdm`) a line every tenth:
 
-        queries 1,240/2,000 | loss 0.412 | acc 91.0 % (dev) | 0.61 GiB peak | 12.3 q/s | 01:12<00:44
+        queries 1,240/2,000 | loss 0.412 | |g| 3.1 | acc 91.0 % (dev) | 0.61 GiB peak | 12.3 q/s | 01:12<00:44
 
-    In a narrow terminal the drawn bar goes first, then the rate. The rate and the time left count this session's
-    steps and the evaluations between them.
+    |g| is the root mean square of the projected gradients; behind it stands the signal-to-noise of the estimate, where
+    diagnostics measure it. In a narrow terminal the drawn bar goes first, then these, then the rate. The rate and the
+    time left count this session's steps and the evaluations between them.
 
     Args:
         queries_per_step: forward passes one optimizer step takes, all its micro-batches together; the mean where steps
             differ. Between two log rows the count goes by this; every log row's own `num_queries` corrects it.
         before: queries that were made before the first step.
         peak_mb: gives the run's peak memory so far in MiB; the log rows' `peak_memory_mb` when None.
+        snr: gives the signal-to-noise of the last estimate that was measured; None where none is.
         split: what the evaluated rows are called.
         stream: where to draw; standard error when None.
 
@@ -49,11 +63,12 @@ class ProgressCallback(TrainerCallback):
         *,
         before: int = 0,
         peak_mb: Callable[[], float] | None = None,
+        snr: Callable[[], float | None] | None = None,
         split: str = "dev",
         stream: TextIO | None = None,
     ) -> None:
         self.queries_per_step, self.before = queries_per_step, before
-        self.split = split
+        self.split, self.snr = split, snr
         self._peak_mb, self._stream = peak_mb, stream
         self._bar: Any = None  # tqdm's, on a terminal only
         self._training = False
@@ -70,6 +85,10 @@ class ProgressCallback(TrainerCallback):
         parts = {"queries": f"queries {self._done:,}/{self._total:,}"}
         if "loss" in self._values:
             parts["loss"] = f"loss {self._values['loss']:.3f}"
+        if "projected_grad" in self._values:
+            parts["slope"] = f"|g| {self._values['projected_grad']:.2g}"
+        if self.snr is not None and (snr := self.snr()) is not None:
+            parts["snr"] = f"snr {snr:.2g}"
         if self._metric is not None:
             name, value = self._metric
             text = f"acc {100 * value:.1f} %" if name == "accuracy" else f"{name} {value:.3f}"
@@ -136,9 +155,7 @@ class ProgressCallback(TrainerCallback):
         """Take over the row's values."""
         if not logs or not state.is_world_process_zero:
             return
-        self._values.update(
-            {name: logs[name] for name in ("loss", "peak_memory_mb", "num_skipped_steps") if name in logs}
-        )
+        self._values.update({name: logs[name] for name in _SHOWN if name in logs})
         best = (getattr(args, "metric_for_best_model", None) or "accuracy").removeprefix("eval_")
         for name in ("accuracy", best, "perplexity"):
             if f"eval_{name}" in logs and name != "loss":

@@ -38,7 +38,7 @@ def learning_curve(
         zero_shot: the metric before training, drawn as a dashed line.
         num_eval_rows: rows that were evaluated; gives the accuracy its interval.
         metric: the logged metric, without `eval_`.
-        final: the metric on the test rows at the end, said in the title.
+        final: the metric on the test rows at the end, a star behind the curve.
 
     Returns:
         The PNG's path, or None when no row has a number of queries and something to draw against it.
@@ -64,10 +64,8 @@ def learning_curve(
     if losses or eval_losses:
         _draw_loss(next(panels), losses, eval_losses)
     if scores:
-        _draw_metric(next(panels), scores, metric, zero_shot, num_eval_rows)
+        _draw_metric(next(panels), scores, metric, zero_shot, final, num_eval_rows)
     name = title or Path(folder).resolve().name
-    if final is not None:
-        name += f": test {metric} {100 * final:.1f} %" if metric == "accuracy" else f": test {metric} {final:.3f}"
     figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
     path = Path(folder) / CURVE
     write_filled(path, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture
@@ -122,34 +120,33 @@ def _draw_loss(axes: Axes, losses: list[tuple[float, float]], eval_losses: list[
 
 
 def _draw_metric(
-    axes: Axes, scores: list[tuple[float, float]], metric: str, zero_shot: float | None, num_rows: int | None
+    axes: Axes,
+    scores: list[tuple[float, float]],
+    metric: str,
+    zero_shot: float | None,
+    final: float | None,
+    num_rows: int | None,
 ) -> None:
+    """The curve and its marks; every number stands in the legend below, where no line can cross it."""
     percent = metric == "accuracy"
     _dress(axes, "accuracy, %" if percent else metric)
     scale = 100.0 if percent else 1.0
+
+    def said(value: float) -> str:
+        return f"{scale * value:.1f} %" if percent else f"{value:.3f}"
+
     queries, values = [q for q, _ in scores], [v * scale for _, v in scores]
     if percent and num_rows:
         bounds = [wilson(v * num_rows, num_rows) for _, v in scores]
         low, high = [scale * b[0] for b in bounds], [scale * b[1] for b in bounds]
         axes.fill_between(queries, low, high, color=_GREEN, alpha=0.15, lw=0, label=f"95 % interval, {num_rows:,} rows")
-    axes.plot(queries, values, "-o", ms=5, mec="white", mew=0.8, lw=2, color=_GREEN, label=f"dev {metric}")
-    last = f"{values[-1]:.1f} %" if percent else f"{values[-1]:.3f}"
-    axes.annotate(
-        last, (queries[-1], values[-1]), (0, 9), textcoords="offset points", ha="right", color=_GREEN, weight="bold"
-    )
+    label = f"dev, at the end {said(scores[-1][1])}"
+    axes.plot(queries, values, "-o", ms=5, mec="white", mew=0.8, lw=2, color=_GREEN, label=label)
     if zero_shot is not None:
-        text = f"{zero_shot * scale:.1f} %" if percent else f"{zero_shot:.3f}"
-        axes.axhline(zero_shot * scale, color=_GREY, lw=1.4, ls=(0, (4, 3)))
-        axes.annotate(
-            f"zero-shot {text}",
-            (1, zero_shot * scale),
-            (-4, 5),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
-            color="#6b7079",
-        )
+        axes.axhline(zero_shot * scale, color=_GREY, lw=1.4, ls=(0, (4, 3)), label=f"test, before {said(zero_shot)}")
+    if final is not None:
+        star: dict[str, Any] = {"marker": "*", "s": 130, "color": _BLUE, "edgecolor": "white", "lw": 0.8, "zorder": 4}
+        axes.scatter([queries[-1]], [final * scale], label=f"test, at the end {said(final)}", **star)
     _legend(axes)
 
 
@@ -170,4 +167,6 @@ def _dress(axes: Axes, quantity: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="best", fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none", labelcolor=_INK)
+    """Below the panel: inside it a curve may go anywhere."""
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.17)}
+    axes.legend(**place, ncols=2, fontsize=8.5, frameon=False, labelcolor=_INK, columnspacing=1.4, handletextpad=0.6)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, did_you_mean
+from zoft.lm.data.lengths import UNCUT, cut_of
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from zoft.trainer.trainer import ZOTrainer
 
 
+log = logging.getLogger("zoft.run.build")
 METRICS = {
     "accuracy": ("loss", "accuracy", "accuracy_low", "accuracy_high"),
     "loss": ("loss", "loss_low", "loss_high", "perplexity"),
@@ -26,19 +30,29 @@ METRICS = {
 """What is reported -> all that an evaluation computes then."""
 
 
-def load(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, Any, dict[str, list[Any]]]:
-    """The model with the weights chosen that are trained, its tokenizer, and the encoded rows (train, dev, test).
+def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
+    """The model of a run, its tokenizer, and the encoded rows (train, dev, test).
 
     Args:
         cfg: the run's.
-        splits: its rows, where they have been read already.
+    """
+    tokenizer, rows = load_rows(cfg)
+    return load_fitting(cfg, tokenizer, rows), tokenizer, rows
+
+
+def load_fitting(cfg: ZoftConfig, tokenizer: Any, rows: dict[str, list[Any]]) -> Any:
+    """The model with the weights chosen that are trained, which has to know the rows' tokens.
+
+    Args:
+        cfg: the run's.
+        tokenizer: the run's.
+        rows: encoded ones, by split.
     """
     from zoft.lm.models.agreement import require_rows_fit
 
-    tokenizer, rows = load_rows(cfg, splits)
     model = _model_held_elsewhere(cfg, tokenizer) or load_model_of(cfg, tokenizer)
     require_rows_fit(model, (row for part in rows.values() for row in part), tokenizer, cfg.model.name)
-    return model, tokenizer, rows
+    return model
 
 
 def require_fit(cfg: ZoftConfig) -> None:
@@ -70,11 +84,23 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
     form = formats.format_of(cfg.task, splits.train, cfg.objective)
     tokenizer = tokenizer_of(cfg)
     length, room = cfg.task.max_length, formats.room_of(cfg.task, cfg.objective)
-    rows = {
-        name: formats.encode_rows(form, getattr(splits, name), tokenizer, length, room, as_mezo=cfg.protocol == "mezo")
-        for name in ("train", "dev", "test")
-    }
+    encode = functools.partial(
+        formats.encode_rows, form, tokenizer=tokenizer, room=room, as_mezo=cfg.protocol == "mezo"
+    )
+    rows = {name: encode(getattr(splits, name), max_length=length) for name in ("train", "dev", "test")}
+    for name in ("train", "test"):
+        _say_cut(rows[name], length, name, functools.partial(encode, getattr(splits, name), max_length=UNCUT))
     return tokenizer, rows
+
+
+def _say_cut(rows: list[Any], limit: int, name: str, whole: Callable[[], list[Any]]) -> None:
+    """A note where rows were longer than what is kept of them."""
+    cut = cut_of(rows, limit, whole)
+    if cut is not None and cut.num_cut:
+        log.warning(
+            "%s of %s %s rows are cut at task.max_length=%d; the longest has %s tokens",
+            *(f"{cut.num_cut:,}", f"{cut.num_rows:,}", name, limit, f"{cut.longest:,}"),
+        )
 
 
 def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from zoft.run.build import (
     _has_cuda,
     _metric_of,
     arguments_of,
-    load,
+    load_fitting,
+    load_rows,
     make_trainer,
     require_fit,
 )
@@ -33,12 +34,17 @@ _FEW_QUERIES = 200
 """Below it no query is timed: a run of so few is not long, or says so soon enough by its bar."""
 
 
-def run(cfg: ZoftConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+Opening = Callable[["ZoftConfig", dict[str, list[Any]]], list[str]]
+"""(config, encoded rows by split) -> lines that are shown before the weights are loaded."""
+
+
+def run(cfg: ZoftConfig, callbacks: Sequence[Any] = (), opening: Opening | None = None) -> dict[str, Any]:
     """Carry out one run in its folder; a run that is there already is resumed, a finished one is shown.
 
     Args:
         cfg: what `zoft.config.compose` gives.
         callbacks: the caller's own, ``transformers.TrainerCallback``s, heard after the run's.
+        opening: says something of the run before its weights are loaded.
 
     Returns:
         The facts of the report: zero-shot and final metric, queries, seconds, memory, ...
@@ -56,7 +62,7 @@ def run(cfg: ZoftConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         return _show_finished(cfg.output_dir)
     try:
         try:
-            trainer, splits, memory = _prepare(cfg)
+            trainer, splits, memory = _prepare(cfg, opening)
             for callback in callbacks:
                 trainer.add_callback(callback)
         except BaseException:
@@ -126,7 +132,7 @@ def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
     return str(standing)
 
 
-def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
+def _prepare(cfg: ZoftConfig, opening: Opening | None) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
     """Everything up to the first query; nothing but the config has been written when this fails."""
     require_fit(cfg)  # before a row is read, which may have to be fetched
     if isinstance(cfg.engine, Elsewhere):
@@ -148,7 +154,11 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     args = arguments_of(cfg)
     base_mb = PeakMemory("cpu").current_mb() if args.device.type == "cpu" else 0.0
     keep_in_folder(args)
-    model, tokenizer, rows = load(cfg, splits)
+    tokenizer, rows = load_rows(cfg, splits)
+    if opening is not None and args.process_index == 0:
+        for line in opening(cfg, rows):
+            say(line)
+    model = load_fitting(cfg, tokenizer, rows)
     chosen = _chosen(cfg, args, model, tokenizer, rows)
     trainer = make_trainer(cfg, args, model, tokenizer, rows)
     trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
@@ -158,22 +168,35 @@ def _prepare(cfg: ZoftConfig) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemo
     trainer.progress.num_queries = chosen.queries if chosen else 0
     memory, costs = PeakMemory(str(args.device)), _costs(cfg, trainer)
     trainer.peak_memory_mb, memory.base_mb = memory.peak_mb, base_mb
+    measuring = _diagnostics(cfg)
     for callback in (
         MetricsCallback(lambda: trainer.journal_end),
         TrackerAxisCallback(),
         StopOnInterrupt(),
-        ProgressCallback(sum(costs) / len(costs), before=trainer.progress.num_queries, peak_mb=memory.peak_mb),
+        ProgressCallback(
+            sum(costs) / len(costs),
+            before=trainer.progress.num_queries,
+            peak_mb=memory.peak_mb,
+            snr=lambda: None if measuring is None else measuring.snr,
+        ),
         HealthCallback(_chance(cfg, rows), len(rows["dev"])),
     ):
         trainer.add_callback(callback)
-    if cfg.diagnostics.every:
-        from zoft.diagnostics import DiagnosticsCallback
-
-        trainer.add_callback(DiagnosticsCallback(**vars(cfg.diagnostics)))
+    if measuring is not None:
+        trainer.add_callback(measuring)
     if trainer.is_world_process_zero():
         for line in [*_opening_lines(cfg, trainer, rows), *([chosen.line()] if chosen else [])]:
             say(line)
     return trainer, rows, memory
+
+
+def _diagnostics(cfg: ZoftConfig) -> Any:
+    """What measures the estimates; None where nothing is to be measured."""
+    if not cfg.diagnostics.every:
+        return None
+    from zoft.diagnostics import DiagnosticsCallback
+
+    return DiagnosticsCallback(**vars(cfg.diagnostics))
 
 
 def _chosen(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> Choice | None:

@@ -121,3 +121,15 @@ def test_other_processes_and_closing_twice_print_nothing(clock: Any) -> None:
 def test_say_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     say("one line")
     assert capsys.readouterr() == ("one line\n", "")
+
+
+def test_the_slope_and_what_diagnostics_measured_stand_on_the_line(clock: Any) -> None:
+    measured: dict[str, float] = {}
+    progress = ProgressCallback(2, before=30, snr=lambda: measured.get("snr"), stream=io.StringIO())
+    options, state = args(), TrainerState(global_step=0, max_steps=100)
+    progress.on_train_begin(options, state, TrainerControl())
+    assert progress.text() == "queries 30/230"  # a search before the first step has made some
+    progress.on_log(options, state, TrainerControl(), logs={"loss": 0.5, "projected_grad": 3.14159})
+    assert progress.text() == "queries 30/230 | loss 0.500 | |g| 3.1"
+    measured["snr"] = 0.271
+    assert "| |g| 3.1 | snr 0.27" in progress.text()

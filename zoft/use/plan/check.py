@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
+from zoft.lm.data.lengths import UNCUT, cut_of, length_of
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
 
 _SHOWN = 50  # rows that are tried on the tokenizer
 _STEPS = 2
-_UNCUT = 2**30  # tokens
 
 
 @dataclass
@@ -140,17 +140,14 @@ def _options(rows: Any, examples: Any) -> Iterator[Finding]:
 
 
 def _cut(cfg: ZoftConfig, examples: Any, rows: Any, encoded: Callable[[Any, int], list[Any]]) -> Finding:
-    from zoft.use.plan.estimate import _length
-
-    longest, limit = max(map(_length, rows)), cfg.task.max_length
-    if longest < limit:
+    longest, limit = max(map(length_of, rows)), cfg.task.max_length
+    cut = cut_of(rows, limit, lambda: encoded(examples, UNCUT))
+    if cut is None:
         return Finding(
             "length", "ok", f"at most {longest:,} tokens in a training row, none cut (task.max_length={limit})"
         )
-    whole = [_length(row) for row in encoded(examples, _UNCUT)]
-    cut = sum(length > limit for length in whole)
-    told = f"{cut:,} of {len(whole):,} training rows are cut at task.max_length={limit}"
-    return Finding("length", "note" if cut else "ok", f"{told}; the longest has {max(whole):,} tokens")
+    told = f"{cut.num_cut:,} of {cut.num_rows:,} training rows are cut at task.max_length={limit}"
+    return Finding("length", "note" if cut.num_cut else "ok", f"{told}; the longest has {cut.longest:,} tokens")
 
 
 def _memory(estimate: Any) -> Finding:

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zoft.lm.data.lengths import length_of
 from zoft.use.plan.memory import Memory, Size, of_backprop, of_method
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def size_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Size:
     every = [row for part in rows.values() for row in part]
     options = max(len(row.get("sequences", ())) or 1 for row in every)
     options = 1 if _one_token(every) else options
-    longest = max(_length(row) for row in every)
+    longest = max(length_of(row) for row in every)
     counted = max(_counted(row) for row in every)
     batch, eval_batch = (int(cfg.trainer.get(f"per_device_{name}_batch_size", 8)) for name in ("train", "eval"))
     sides = 2 if "chosen" in every[0] else 1
@@ -175,17 +176,11 @@ def _kept(model: Any, rows: dict[str, list[Any]]) -> int:
 
     if FrozenPrefix.of(model, Weights(model, shapes_only=True), 1) is None:
         return 0
-    return sum(_length(row) for part in rows.values() for row in part)
+    return sum(length_of(row) for part in rows.values() for row in part)
 
 
 def _one_token(rows: list[Any]) -> bool:
     return all("sequences" in row and set(row["lengths"]) == {1} for row in rows)
-
-
-def _length(row: Any) -> int:
-    if "chosen" in row:
-        return max(len(row[side]["input_ids"]) for side in ("chosen", "rejected"))
-    return max(map(len, row["sequences"])) if "sequences" in row else len(row["input_ids"])
 
 
 def _counted(row: Any) -> int:

@@ -1,0 +1,83 @@
+"""What an accuracy hides: precision, recall and F1 of each class, and which classes are taken for which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+MOST = 64
+"""Classes that are told apart; more would be no table to read."""
+
+
+def by_class(labels: Sequence[int], chosen: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+    """Figures of every class, and the confusion matrix.
+
+    Args:
+        labels: the right class of each row.
+        chosen: what was chosen.
+        names: of the classes.
+
+    Returns:
+        ``classes``: name -> precision, recall, f1 and num_rows, None where there is nothing to divide by;
+        ``confusion``: rows of right classes, columns of chosen ones, as counts; ``macro_f1``: the mean F1 of the
+        classes that have rows, where a class that is never chosen counts 0.
+
+    Example:
+        >>> found = by_class([0, 0, 1, 1], [0, 1, 1, 1], ["ham", "spam"])
+        >>> found["confusion"], found["classes"]["ham"]["recall"], round(found["macro_f1"], 3)
+        ([[1, 1], [0, 2]], 0.5, 0.733)
+    """
+    counts = [[0] * len(names) for _ in names]
+    for label, choice in zip(labels, chosen, strict=True):
+        counts[label][choice] += 1
+    classes = {name: _figures(counts, place) for place, name in enumerate(names)}
+    scores = [figures["f1"] or 0.0 for figures in classes.values() if figures["num_rows"]]
+    return {"classes": classes, "confusion": counts, "macro_f1": sum(scores) / len(scores) if scores else None}
+
+
+def _figures(counts: list[list[int]], place: int) -> dict[str, float | None]:
+    right, wanted, taken = counts[place][place], sum(counts[place]), sum(row[place] for row in counts)
+    # F1 = 2 tp / (2 tp + fp + fn)
+    return {
+        "precision": _ratio(right, taken),
+        "recall": _ratio(right, wanted),
+        "f1": _ratio(2 * right, wanted + taken),
+        "num_rows": wanted,
+    }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def table(found: dict[str, Any], width: int = 16) -> list[str]:
+    """The figures for people: a line for every class, with what its rows were taken for.
+
+    Args:
+        found: of :func:`by_class`.
+        width: characters of a class's name; a longer one is cut.
+
+    Example:
+        >>> print(chr(10).join(table(by_class([0, 0, 1, 1], [0, 1, 1, 1], ["ham", "spam"]))))
+        class    rows  precision   recall     F1  taken for:     ham    spam
+        ham         2    100.0 %   50.0 %  0.667                   1       1
+        spam        2     66.7 %  100.0 %  0.800                   0       2
+    """
+    names = [name if len(name) <= width else f"{name[: width - 1]}~" for name in found["classes"]]
+    first = max(5, *map(len, names))
+    head = f"{'class':<{first}}  {'rows':>6}  {'precision':>9}  {'recall':>7}  {'F1':>5}  taken for:"
+    lines = [head + "".join(f"  {name:>6}" for name in names)]
+    for name, figures, counts in zip(names, found["classes"].values(), found["confusion"], strict=True):
+        told = [
+            f"{figures['num_rows']:>6,}",
+            f"{_percent(figures['precision']):>9}",
+            f"{_percent(figures['recall']):>7}",
+        ]
+        told.append(f"{'-' if figures['f1'] is None else format(figures['f1'], '.3f'):>5}")
+        cells = "".join(f"  {count:>{max(6, len(other))},}" for count, other in zip(counts, names, strict=True))
+        lines.append(f"{name:<{first}}  {'  '.join(told)}            {cells}")
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
