@@ -112,13 +112,19 @@ def apply(cfg: ZoftConfig, values: dict[str, Any]) -> None:
 
 
 def num_directions(cfg: ZoftConfig) -> int:
-    """q by the method: one where steps are cheap to repeat, ten where second moments are kept of every coordinate."""
+    """q by the method: one where steps are cheap to repeat, ten where second moments are kept of every coordinate.
+
+    Where an estimator wants more (two, an even number), the next one that it takes.
+    """
     from zoft.config.schema import FEW_FOR_ADAM
 
-    estimator = cfg.estimator
-    wanted = FEW_FOR_ADAM if cfg.optimizer.name() in ("adam", "adamw") and cfg.subspace.name() == "full" else 1
-    wanted = max(wanted, estimator.min_directions, 2 if estimator.across != "iid" else 1)
-    return wanted + wanted % 2 if estimator.across == "antithetic" else wanted
+    many = cfg.optimizer.name() in ("adam", "adamw") and cfg.subspace.name() == "full"
+    wanted = FEW_FOR_ADAM if many else 1
+    while True:
+        try:
+            return int(dataclasses.replace(cfg.estimator, num_directions=wanted).num_directions)
+        except UserError:
+            wanted += 1
 
 
 def climb(start: float, loss: Callable[[float], float], may_go_on: Callable[[], bool]) -> float:
