@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-quant test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox lint format constraints clean
+.PHONY: help install assets train test test-slow test-quant test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox docs lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -62,6 +62,14 @@ bench-gpu: $(INSTALLED) ## the same on an NVIDIA GPU in bf16, up to the size of 
 bench-blackbox: $(INSTALLED) ## the tables of docs/blackbox.md and attack.md (8 minutes); tune.md: scripts/bench_tune.py
 	$(ENV) $(BIN)/python scripts/bench_blackbox.py $(ARGS)
 	$(ENV) $(BIN)/python scripts/bench_attack.py --data digits
+
+docs: install ## the site in build/site, in an environment of its own; every warning is an error, examples run
+	$(PYTHON) -m venv build/docs
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$(build/docs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zoft-env.pth"
+	build/docs/bin/python -m pip install --quiet 'sphinx>=9,<10' 'myst-parser>=5,<6' furo
+	build/docs/bin/python -m sphinx -q -W --keep-going -b html docs build/site
+	$(PYTEST) tests/cli/test_docs.py tests/cli/test_docs_python.py $(ARGS)
 
 lint: $(INSTALLED) ## style, types, layers, spelling
 	$(BIN)/ruff check .

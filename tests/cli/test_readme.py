@@ -35,8 +35,6 @@ def commands():
 
 QUICKSTART = ["zoft", "train", "config=quickstart"]
 COMMANDS = [words for words in commands() if words[0] != "make"]
-SEVERAL_RUNS = [words for words in COMMANDS if "-m" in words[2:3] or words[1] == "tune"]
-IN_PROCESSES = [words for words in COMMANDS if words[0] == "torchrun"]  # a tiny model does in tests/invariant
 AFTERWARDS = [words for words in COMMANDS if any("runs/quickstart-seed0" in word for word in words)]
 OTHERS = [words for words in COMMANDS if words != QUICKSTART and words not in AFTERWARDS]
 
@@ -46,17 +44,14 @@ def cut_down(words):
     words = list(words)
     if words == QUICKSTART:
         words.append("output_dir=runs/quickstart-seed0")  # its default; what cuts it down would join the name
-    if not {"train", "tune", "data", "check", "estimate"} & set(words) or "--help" in words:
+    if not {"train", "data", "check"} & set(words):
         return words
-    cheap = any(word.startswith(("estimator=", "method=")) for word in words)
-    return [*words, *SMALL, f"budget.queries={4 if cheap else 10}", *["budget=2"] * (words[1] == "tune")]
+    return [*words, *SMALL, "budget.queries=10"]
 
 
 def in_a_process(words):
-    """`zoft` and `torchrun` of this environment."""
-    assert words[0] in ("zoft", "torchrun"), words
-    if words[0] == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+    """`zoft` of this environment."""
+    assert words[0] == "zoft", words
     return [sys.executable, "-m", "zoft", *words[1:]]
 
 
@@ -88,16 +83,9 @@ def test_the_quickstart_and_what_is_done_with_its_run(folder):
     assert {path.name for path in folder.iterdir()} == {"reviews.csv", "runs"}
 
 
-@pytest.mark.parametrize(
-    "words",
-    [pytest.param(words, marks=[pytest.mark.slow] * (words in SEVERAL_RUNS + IN_PROCESSES)) for words in OTHERS],
-    ids=[shlex.join(words) for words in OTHERS],
-)
+@pytest.mark.parametrize("words", OTHERS, ids=shlex.join)
 def test_command(words, folder):
-    if words not in SEVERAL_RUNS + IN_PROCESSES:
-        assert main(cut_down(words)[1:]) == 0
-    else:
-        run(in_a_process(cut_down(words)), folder)
+    assert main(cut_down(words)[1:]) == 0
     assert {path.name for path in folder.iterdir()} <= {"reviews.csv", "runs"}
 
 

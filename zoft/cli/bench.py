@@ -87,11 +87,10 @@ def _of_a_cell(plan: Any) -> list[str]:
     """What the first cell that trains takes; nothing where its rows or its model are not at hand."""
     from zoft.cli.estimate import of_run
     from zoft.config import compose
-    from zoft.errors import UserError
     from zoft.run.build import load_rows
 
-    cfg = compose(plan.arguments(next(cell for cell in plan.cells() if cell.seed is not None)))
     try:
+        cfg = compose(plan.arguments(next(cell for cell in plan.cells() if cell.seed is not None)))
         return [line.replace("memory  ", "memory      ", 1) for line in of_run(cfg, load_rows(cfg)[1])]
     except (UserError, OSError):
         return []

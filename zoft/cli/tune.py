@@ -49,7 +49,8 @@ def command(arguments: list[str]) -> int:
             "note: most of this space is choices, which have no slope that a zeroth-order search could follow: "
             "search=tpe (Optuna's) is the better tool for it (docs/tune.md)"
         )
-    print("\n".join(_of_a_job(training)))
+    for line in _of_a_job(training):
+        print(line)
     signal.signal(signal.SIGTERM, _requeue)
     show = Progress(settings.budget, settings.repeats, metric)
     tuned = tune_training(training, space, settings, metric=metric, output_dir=own.get("output_dir"), callback=show)
@@ -58,13 +59,16 @@ def command(arguments: list[str]) -> int:
 
 
 def _of_a_job(training: list[str]) -> list[str]:
-    """What one job takes, before the first one begins."""
+    """What one job takes, before the first one begins; nothing where its rows or its model cannot be read."""
     from zoft.cli.estimate import of_run
     from zoft.config import compose
     from zoft.run.build import load_rows
 
-    cfg = compose(training)
-    return of_run(cfg, load_rows(cfg)[1])
+    try:
+        cfg = compose(training)
+        return of_run(cfg, load_rows(cfg)[1])
+    except (UserError, OSError):  # the first job says it
+        return []
 
 
 def split(arguments: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:

@@ -43,7 +43,7 @@ def run(cfg: ZoftConfig, callbacks: Sequence[Any] = (), opening: Opening | None 
 
     Args:
         cfg: what `zoft.config.compose` gives.
-        callbacks: the caller's own, ``transformers.TrainerCallback``s, heard after the run's.
+        callbacks: the caller's own (``transformers.TrainerCallback``), heard after the run's.
         opening: says something of the run before its weights are loaded.
 
     Returns:

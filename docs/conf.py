@@ -1,0 +1,33 @@
+"""Sphinx's settings: pages in Markdown, the API from docstrings, every warning an error (`make docs`)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+project = "zoft"
+author = "zoft developers"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "zoft"
+myst_heading_anchors = 4
+autodoc_typehints = "none"
+suppress_warnings = ["misc.highlighting_failure"]  # YAML and shell in one block
+
+
+def as_pages(app: Any, docname: str, source: list[str]) -> None:
+    """Links that lead out of docs/ in the repository, as pages of the site."""
+    del app, docname
+    source[0] = re.sub(r"\]\(\.\./CONTRIBUTING\.md", "](contributing.md", source[0])
+
+
+def setup(app: Any) -> None:
+    """Sphinx calls this."""
+    app.connect("source-read", as_pages)
