@@ -294,7 +294,7 @@ def test_interruption_and_failure_have_their_codes(monkeypatch: pytest.MonkeyPat
         (UserError("no"), 2),
     ):
 
-        def run(cfg: object, error: BaseException = error) -> None:
+        def run(cfg: object, error: BaseException = error, **more: object) -> None:
             raise error
 
         module = types.ModuleType("zoft.run.train")
