@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-quant test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox docs lint format constraints clean
+.PHONY: help install assets train test test-slow test-quant test-ui test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox docs lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -38,6 +38,14 @@ test-quant: install ## quantised bases, in an environment of their own: bitsandb
 	  "$$(build/quant/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zoft-env.pth"
 	build/quant/bin/python -m pip install --quiet --no-deps 'bitsandbytes==0.50.2' 'torchao==0.18.0'
 	$(ENV) build/quant/bin/python -m pytest tests/unit/lm/models/test_quantized.py $(ARGS)
+
+test-ui: install ## the page of zoft ui by its protocol and in Debian's chromium, in an environment of its own
+	command -v chromium chromedriver > /dev/null || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+	$(PYTHON) -m venv build/ui
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$(build/ui/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zoft-env.pth"
+	build/ui/bin/python -m pip install --quiet 'gradio>=6,<7' selenium
+	$(ENV) build/ui/bin/python -m pytest tests/ui/browser.py $(ARGS)
 
 test-wheel: install ## build the wheel, install it in an empty environment, train from an empty folder
 	$(PYTEST) -m slow tests/cli/test_wheel.py $(ARGS)

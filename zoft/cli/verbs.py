@@ -14,6 +14,7 @@ VERBS = {
     "export": "a run as a folder with a model card, merged, as GGUF, or on the hub: zoft export run=runs/mine --merge",
     "compare": "runs beside each other, a table and a picture: zoft compare runs/quickstart-sweep",
     "plot": "a run's curve drawn again, also while it runs: zoft plot runs/mine",
+    "ui": "one page in a browser that drives these commands: zoft ui",
     "bench": "methods x tasks x prompts x seeds at one budget, a table and pictures: zoft bench config=demo",
     "data": "see the data of a run as the model will: zoft data show task=custom task.train=my.jsonl",
     "ls": "list what can be chosen: zoft ls, zoft ls estimator",
