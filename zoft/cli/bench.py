@@ -85,9 +85,9 @@ def plan_text(plan: Any) -> str:
 
 def _of_a_cell(plan: Any) -> list[str]:
     """What the first cell that trains takes; nothing where its rows or its model are not at hand."""
-    from zoft.cli.estimate import of_run
     from zoft.config import compose
     from zoft.run.build import load_rows
+    from zoft.use.plan.opening import of_run
 
     try:
         cfg = compose(plan.arguments(next(cell for cell in plan.cells() if cell.seed is not None)))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zoft.utils.words import read_words
 
 if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
     from zoft.use.plan.estimate import Estimate
 
 KEYS: tuple[str, ...] = ()
@@ -75,36 +73,6 @@ def lines(found: Estimate) -> list[str]:
     if found.seconds is not None:
         rows.append(f"time      about {duration(found.seconds)} for {found.queries:,} queries; evaluations come on top")
     return rows
-
-
-def brief(found: Estimate) -> str:
-    """The estimate in one line, for the beginning of a run."""
-    from zoft.report.text import gib
-
-    told = f"memory  about {gib(found.method.total_mb)} on {found.device} by estimate"
-    if found.adamw.parts:
-        told += (
-            f"; by backpropagation LoRA {gib(found.lora.total_mb)}, AdamW on all weights {gib(found.adamw.total_mb)}"
-        )
-    if found.free_mb is None or found.method.total_mb - found.method.host_mb <= found.free_mb:
-        return told
-    return f"{told}; {gib(found.free_mb)} ARE FREE: take a smaller batch, or fewer tokens"
-
-
-def of_run(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> list[str]:
-    """The line of a run whose rows are encoded and whose weights are not loaded; none where it cannot be told.
-
-    Args:
-        cfg: the run's.
-        rows: by split.
-    """
-    from zoft.use.plan.estimate import of_rows
-
-    try:
-        return [brief(of_rows(cfg, rows))]
-    except Exception as error:  # what a run cannot do it says itself, and better
-        logging.getLogger("zoft.cli").debug("no estimate: %s", error)
-        return []
 
 
 def _size(mb: float) -> str:

@@ -58,8 +58,8 @@ def command(arguments: list[str]) -> int:
         print(resolved_yaml(cfg), end="")
         return 0
     _require_a_start(overrides)
-    from zoft.cli.estimate import of_run
     from zoft.run.train import run
+    from zoft.use.plan.opening import of_run
 
     try:
         run(cfg, opening=of_run)

@@ -60,9 +60,9 @@ def command(arguments: list[str]) -> int:
 
 def _of_a_job(training: list[str]) -> list[str]:
     """What one job takes, before the first one begins; nothing where its rows or its model cannot be read."""
-    from zoft.cli.estimate import of_run
     from zoft.config import compose
     from zoft.run.build import load_rows
+    from zoft.use.plan.opening import of_run
 
     try:
         cfg = compose(training)

@@ -1,0 +1,40 @@
+"""The line that a run, a search and a bench begin with: what memory it takes, before its weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+    from zoft.use.plan.estimate import Estimate
+
+
+def brief(found: Estimate) -> str:
+    """The estimate in one line, for the beginning of a run."""
+    from zoft.report.text import gib
+
+    told = f"memory  about {gib(found.method.total_mb)} on {found.device} by estimate"
+    if found.adamw.parts:
+        told += (
+            f"; by backpropagation LoRA {gib(found.lora.total_mb)}, AdamW on all weights {gib(found.adamw.total_mb)}"
+        )
+    if found.free_mb is None or found.method.total_mb - found.method.host_mb <= found.free_mb:
+        return told
+    return f"{told}; {gib(found.free_mb)} ARE FREE: take a smaller batch, or fewer tokens"
+
+
+def of_run(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> list[str]:
+    """The line of a run whose rows are encoded and whose weights are not loaded; none where it cannot be told.
+
+    Args:
+        cfg: the run's.
+        rows: by split.
+    """
+    from zoft.use.plan.estimate import of_rows
+
+    try:
+        return [brief(of_rows(cfg, rows))]
+    except Exception as error:  # what a run cannot do it says itself, and better
+        logging.getLogger(__name__).debug("no estimate: %s", error)
+        return []
