@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
@@ -27,7 +27,7 @@ def require_package(quantization: str) -> None:
         UserError: with the command that installs it.
     """
     package = _PACKAGES[quantization]
-    if importlib.util.find_spec(package) is None:
+    if find_spec(package) is None:
         raise UserError(
             f"model.quantization={quantization} needs the package {package}: pip install 'zoft[quant]' (or {package})"
         )

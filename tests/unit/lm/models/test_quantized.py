@@ -104,14 +104,14 @@ def test_loss_stays_near_that_of_the_base(tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(more, sentence, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(quantized, "find_spec", lambda name: name)
     with pytest.raises(UserError, match=sentence):
         compose([*arguments(tmp_path, tmp_path / "out"), *more])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package bitsandbytes: pip install 'zoft\[quant\]'"):
         compose(words(tmp_path, tmp_path / "out", "nf4"))
 
