@@ -41,12 +41,13 @@ def main() -> None:
     given = parser.parse_args()
     from zoft.config import compose
     from zoft.run.train import run
-    from zoft.trainer.trainer import ZOMixin
+    from zoft.trainer.journaling import RunJournal
+    from zoft.trainer.stepping import RunSteps
 
     spent: dict[str, list[float]] = {}
-    for name in ("_journal_step", "_journal_digest"):
-        timed(ZOMixin, name, spent, "journal")
-    timed(ZOMixin, "_guarded", spent, "guard")
+    for name in ("append", "digest"):
+        timed(RunJournal, name, spent, "journal")
+    timed(RunSteps, "_guarded", spent, "guard")
     folder = Path(tempfile.mkdtemp())
     few = [
         "task.num_train=64",

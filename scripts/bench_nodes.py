@@ -92,10 +92,11 @@ def learn(options: argparse.Namespace) -> None:
             words = [*TASKS[task], f"method={options.method}", f"seed={seed}", f"budget.queries={max(options.marks)}"]
             words += [f"optimizer.learning_rate={options.rate}"] if options.rate else []
             made, rows = trainer_of([*words, "trainer.eval_steps=1000000", *options.set])
-            if made.frozen_prefix is not None and prefix is not None:
-                made.frozen_prefix.share(prefix)
-            prefix = made.frozen_prefix
-            for _ in made.fill_frozen_prefix(*rows.values()):
+            forward = made.query_forward
+            if forward.frozen_prefix is not None and prefix is not None:
+                forward.frozen_prefix.share(prefix)
+            prefix = forward.frozen_prefix
+            for _ in forward.fill_prefix(*rows.values()):
                 pass
             at = AtMarks(rows, list(options.marks))
             at.trainer = made
@@ -127,14 +128,14 @@ def cost(options: argparse.Namespace) -> None:
             memory.reset()
             held, began = memory.current_mb(), time.perf_counter()
             if name == "clean forward":
-                with torch.inference_mode(), made._reusing_prefix():
+                with torch.inference_mode(), made.query_forward.reusing_prefix():
                     made.objective.loss(made.model, batch)
             else:
-                with made.querying(made.model):
-                    estimate = made._queried(made.model, StepBatch([dict(batch)]))
+                with made.query_forward.querying():
+                    estimate = made.run_steps.next(StepBatch([dict(batch)]), share_done=0.0)
             asked = time.perf_counter()
             if name != "clean forward":
-                made.stepper.apply(estimate)
+                made.zo_optimizer.apply(estimate)
             if turn > 1:  # the first one probes, and both keep hidden states
                 found[name].append((asked - began, time.perf_counter() - began, memory.peak_mb() - held))
     medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}

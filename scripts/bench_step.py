@@ -179,16 +179,18 @@ class ZoftStep:
         self.engine, self.session = bind(model, variant, self.estimator, engine, lambda b: self.objective(model, b))
         groups = [{"params": list(self.session.weights.tensors.values())}]
         rounding = Rounding.chosen("auto", SEED, self.estimator.noise)
-        self.stepper = ZOOptimizer(groups, create("optimizer", "sgd", "sgd"), self.session, LEARNING_RATE, rounding)
+        self.zo_optimizer = ZOOptimizer(
+            groups, create("optimizer", "sgd", "sgd"), self.session, LEARNING_RATE, rounding
+        )
 
     def step(self) -> None:
         """Query, estimate, update."""
-        progress = self.stepper.progress
+        progress = self.zo_optimizer.progress
         directions = self.estimator.directions(SEED, progress.steps)
         losses = self.session.losses(self.batch, self.estimator.points(directions))
         progress.steps += 1
         slopes = (self.estimator.projected_grads(losses) / self.estimator.num_directions).tolist()
-        self.stepper.apply(StepEstimate.of(list(zip(directions, slopes, strict=True))))
+        self.zo_optimizer.apply(StepEstimate.of(list(zip(directions, slopes, strict=True))))
 
 
 @torch.inference_mode()

@@ -99,9 +99,9 @@ def loaded() -> tuple[Any, Any, dict[str, Any], dict[str, Any], Any]:
     model, tokenizer, rows = load(cfg)
     first = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = trainer_for(["budget.queries=100"], model, tokenizer, rows)
-    for _ in trainer.fill_frozen_prefix(rows["train"], rows["dev"]):
+    for _ in trainer.query_forward.fill_prefix(rows["train"], rows["dev"]):
         pass
-    return model, tokenizer, rows, first, trainer.frozen_prefix
+    return model, tokenizer, rows, first, trainer.query_forward.frozen_prefix
 
 
 def trainer_for(arguments: list[str], model: Any, tokenizer: Any, rows: dict[str, Any]) -> Any:
@@ -137,7 +137,7 @@ def run_cell(method: str, rate: float, seed: int, budget: int, extra: list[str])
     arguments += [f"trainer.eval_steps={every}", f"trainer.logging_steps={every}", "trainer.eval_on_start=true"]
     trainer = trainer_for(arguments, model, tokenizer, rows)
     trainer.create_optimizer()
-    trainer.frozen_prefix = prefix
+    trainer.query_forward.frozen_prefix = prefix
     began = time.perf_counter()
     failed = ""
     try:
@@ -158,8 +158,8 @@ def run_cell(method: str, rate: float, seed: int, budget: int, extra: list[str])
         "queries_a_step": a_step,
         "curve": curve,
         "seconds": seconds,
-        "trained": trainer.stepper.session.weights.num_elements,
-        "state_elements": trainer.method.extra_elements(trainer.stepper.coordinates),
+        "trained": trainer.zo_optimizer.session.weights.num_elements,
+        "state_elements": trainer.method.extra_elements(trainer.zo_optimizer.coordinates),
         "skipped": trainer.progress.num_skipped,
         "failed": failed,
         "arguments": arguments,

@@ -358,12 +358,12 @@ class Estimates:
         self.parameters = list(self.model.parameters())
         session = Plain(self.model, coordinates, self.model)
         groups = [{"params": list(self.model.parameters()), "weight_decay": 0.0}]
-        self.stepper = ZOOptimizer(groups, method.optimizer, session, 1.0)
+        self.zo_optimizer = ZOOptimizer(groups, method.optimizer, session, 1.0)
         self.queries = StepQueries(
             method,
-            self.stepper,
+            self.zo_optimizer,
             examples=lambda rows: [row.view(1) for row in rows],
-            batches=lambda count: [self.rows] * count,
+            batches=lambda batch, count, step: [self.rows] * count,
             select=lambda rows, lengths: rows,
         )
 
@@ -375,8 +375,8 @@ class Estimates:
             directions = self.method.estimator.directions(5, step)
             asked = self.queries.estimate(self.rows, directions, lr=1.0)
             assert asked.is_usable
-            self.stepper.progress.steps += 1
-            self.stepper.apply(asked)
+            self.zo_optimizer.progress.steps += 1
+            self.zo_optimizer.apply(asked)
             steps.append(at - self.model.flat())
             for parameter, value in zip(self.parameters, clean, strict=True):
                 parameter.data.copy_(value)

@@ -69,14 +69,15 @@ def reward_of(trainer):
 
 def test_a_reward_rises_by_what_each_text_is_worth(tmp_path):
     trainer, rewards = rewarded(tmp_path), []
-    before, estimate = reward_of(trainer), trainer._queried
+    trainer.create_optimizer()
+    before, estimate = reward_of(trainer), trainer.run_steps.next
 
     def noted(*args):
         found = estimate(*args)
         rewards.append(-found.loss)
         return found
 
-    trainer._queried = noted
+    trainer.run_steps.next = noted
     trainer.train()
     assert trainer.progress.num_queries == (1 + PROBES) * STEPS
     assert sum(rewards[-6:]) / 6 > before + 0.1  # single ones jump: eight texts, and words that change at once
@@ -87,14 +88,14 @@ def test_a_killed_run_of_rewards_ends_at_the_same_bits(tmp_path):
     whole.train()
     first = rewarded(tmp_path / "killed", max_steps=6)
     first.create_optimizer()
-    read = first.queries.nodes.reader.read
+    read = first.run_steps.queries.nodes.reader.read
 
     def killing(part):
         if first.progress.steps == 4:
             raise KeyboardInterrupt
         return read(part)
 
-    first.queries.nodes.reader.read = killing
+    first.run_steps.queries.nodes.reader.read = killing
     with pytest.raises(KeyboardInterrupt):
         first.train()
     resumed = rewarded(tmp_path / "killed", max_steps=6)
@@ -113,8 +114,8 @@ def test_a_text_has_a_direction_at_each_of_its_tokens_and_none_behind_them(tmp_p
         trainer.model.lm_head.weight[ends] *= 6  # so that some texts end early
         lengths = write(trainer.model.eval(), rows["prompt_ids"], ANSWERING, temperature=0.1).lengths
     assert 1 in lengths or 2 in lengths
-    with trainer.querying(trainer.model):
-        found = trainer.queries.nodes(StepBatch([rows]), Direction(0, 0), trainer.method.estimator)
+    with trainer.query_forward.querying():
+        found = trainer.run_steps.queries.nodes(StepBatch([rows]), Direction(0, 0), trainer.method.estimator)
     assert {len(one.e) for one in found.factors.values()} == {sum(lengths)}
 
 

@@ -343,15 +343,15 @@ def test_every_optimizer_of_gradients_takes_it_downhill(optimizer, dtype):
     method = Method.of(Subspace(), Estimator(first=16), "mean", optimizer)
     session = method_engine(method, method.bind(Weights(model)), model)
     groups = [{"params": list(session.weights.tensors.values()), "weight_decay": 0.0}]
-    stepper = ZOOptimizer(groups, method.optimizer, session, rates[optimizer])
-    ask = StepQueries(method, stepper, nodes=NodeQueries(session, ModelReader(model)))
+    zo_optimizer = ZOOptimizer(groups, method.optimizer, session, rates[optimizer])
+    ask = StepQueries(method, zo_optimizer, nodes=NodeQueries(session, ModelReader(model)))
     losses = []
     for step in range(8):
         found = ask.estimate(batch, method.estimator.directions(0, step))
         assert found.num_queries == method.queries_at(step) == (17 if step == 0 else 1)
         losses.append(found.loss)
-        stepper.progress.steps += 1
-        stepper.apply(found)
+        zo_optimizer.progress.steps += 1
+        zo_optimizer.apply(found)
     assert losses[-1] < losses[0] - 0.02, losses
     names = session.coordinates.names
     untouched = models.tiny_llama().to(dtype).state_dict()

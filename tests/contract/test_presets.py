@@ -146,13 +146,13 @@ class Steps:
         engine = cfg.engine.choose(self.method.estimator, coordinates, self.model)
         self.session = engine.bind(self.model, coordinates, lambda batch: self.model(**batch).loss)
         groups = [{"params": list(self.session.weights.tensors.values()), "weight_decay": 0.0}]
-        self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, cfg.optimizer.learning_rate)
+        self.zo_optimizer = ZOOptimizer(groups, self.method.optimizer, self.session, cfg.optimizer.learning_rate)
         self.queries = StepQueries(
             self.method,
-            self.stepper,
+            self.zo_optimizer,
             examples=examples_of,
             select=lambda batch, lengths: of_lengths(batch, *lengths),
-            batches=lambda count: [self.batch] * count,
+            batches=lambda batch, count, step: [self.batch] * count,
             nodes=NodeQueries(self.session, ModelReader(self.model))
             if isinstance(self.method.estimator, Nodes)
             else None,
@@ -163,7 +163,7 @@ class Steps:
         of_a_step = ("weights", "source", "_kept", "_drawn", "_overlap", "_last_basis")
         subspace = [value for key, value in vars(self.session.coordinates).items() if key not in of_a_step]
         moments = (
-            {} if isinstance(self.method.optimizer, ReadsFactors) else self.stepper.moments
+            {} if isinstance(self.method.optimizer, ReadsFactors) else self.zo_optimizer.moments
         )  # of the batches' size
         kept = tensors_in([moments, self.session.anchor, subspace])
         return sum({(t.data_ptr(), t.numel() * t.element_size()): t.numel() * t.element_size() for t in kept}.values())
@@ -173,12 +173,12 @@ class Steps:
             return float(self.model(**self.batch).loss)
 
     def step(self, seed=3):
-        step = self.stepper.progress.steps
-        lr = self.stepper.param_groups[0]["lr"]
+        step = self.zo_optimizer.progress.steps
+        lr = self.zo_optimizer.param_groups[0]["lr"]
         asked = self.queries.estimate(self.batch, self.method.estimator.directions(seed, step), lr=lr)
-        self.stepper.progress.steps += 1
+        self.zo_optimizer.progress.steps += 1
         assert asked.is_usable
-        self.stepper.apply(asked)
+        self.zo_optimizer.apply(asked)
         return asked
 
 
@@ -227,10 +227,10 @@ def test_a_preset_lowers_the_loss_within_a_budget_of_queries(name):
     """A few steps of each: populations of more than 16 are cut down to it, so that there are some within the budget."""
     few = ["estimator.num_directions=16"] if composed(name).estimator.num_directions > 16 else []
     run = Steps(name, *few, *OVERRIDES.get(name, []))
-    for group in run.stepper.param_groups:
+    for group in run.zo_optimizer.param_groups:
         group["lr"] = RATES.get(name, 1e-2)
     start, spent = run.loss(), 0
-    while spent + run.method.queries_at(run.stepper.progress.steps) <= BUDGET:
+    while spent + run.method.queries_at(run.zo_optimizer.progress.steps) <= BUDGET:
         spent += run.step().num_queries
-    assert run.stepper.progress.steps >= 3
+    assert run.zo_optimizer.progress.steps >= 3
     assert run.loss() < start - 0.01

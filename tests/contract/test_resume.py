@@ -96,7 +96,7 @@ def killed_at(folder, method, step, **given):
 
     def killing(compute):
         def counted(*args, **kwargs):
-            if one.progress.steps == step and one.model.training is False and hasattr(one, "_called"):
+            if one.progress.steps == step and one.model.training is False and one.query_forward.is_querying:
                 raise Killed
             return compute(*args, **kwargs)
 
@@ -104,8 +104,8 @@ def killed_at(folder, method, step, **given):
 
     one.compute_loss = killing(one.compute_loss)
     one.create_optimizer()
-    if one.queries.nodes is not None:  # reads the objective position by position
-        one.queries.nodes.reader.read = killing(one.queries.nodes.reader.read)
+    if one.run_steps.queries.nodes is not None:  # reads the objective position by position
+        one.run_steps.queries.nodes.reader.read = killing(one.run_steps.queries.nodes.reader.read)
     with pytest.raises(Killed):
         one.train()
 

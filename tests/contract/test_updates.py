@@ -66,26 +66,26 @@ class Run:
             {"params": [p for p in self.weights.tensors.values() if p.dim() > 1], "weight_decay": decay},
             {"params": [p for p in self.weights.tensors.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, lr)
+        self.zo_optimizer = ZOOptimizer(groups, self.method.optimizer, self.session, lr)
         self.queries = StepQueries(
             self.method,
-            self.stepper,
+            self.zo_optimizer,
             examples=examples_of,
             select=lambda b, lengths: of_lengths(b, *lengths),
-            batches=lambda count: [self.batch] * count,
+            batches=lambda batch, count, step: [self.batch] * count,
         )
 
     def ask(self) -> StepEstimate:
         """The estimate of the next step, which is not written."""
-        directions = self.estimator.directions(5, self.stepper.progress.steps)
-        asked = self.queries.estimate(self.batch, directions, lr=self.stepper.param_groups[0]["lr"])
-        self.stepper.progress.steps += 1
+        directions = self.estimator.directions(5, self.zo_optimizer.progress.steps)
+        asked = self.queries.estimate(self.batch, directions, lr=self.zo_optimizer.param_groups[0]["lr"])
+        self.zo_optimizer.progress.steps += 1
         assert asked.is_usable
         return asked
 
     def step(self) -> list[tuple[Direction, float]]:
         estimate = self.ask()
-        self.stepper.apply(estimate)
+        self.zo_optimizer.apply(estimate)
         return list(estimate.terms)
 
     def flat(self) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_a_step_writes_every_element_of_what_moves_once_and_no_other(subspace, q
         with monkeypatch.context() as writing:  # queries move weights too, and back
             writing.setattr(run.session, "apply_", subtracted)
             writing.setattr(run.session.coordinates, "add_", added)
-            run.stepper.apply(asked)
+            run.zo_optimizer.apply(asked)
         terms = list(asked.terms)
         for name, tensor in run.weights.tensors.items():
             elements = [i for n, start, stop in written if n == name for i in range(start, stop)]
@@ -188,7 +188,7 @@ def test_a_learning_rate_of_zero_changes_no_bit(optimizer, subspace, dtype, nois
     for _ in range(3):
         run.step()
     assert run.weights.digest() == digest
-    assert run.stepper.progress.updates == 3
+    assert run.zo_optimizer.progress.updates == 3
 
 
 # Half precision has its own state besides what float32 has. Chunks are of no consequence (see below): one each.
@@ -210,19 +210,19 @@ def test_a_saved_state_continues_bit_for_bit(optimizer, subspace, dtype, chunk, 
     for _ in range(2):
         first.step()
     file = io.BytesIO()
-    torch.save({"model": first.model.state_dict(), "optimizer": first.stepper.state_dict()}, file)
+    torch.save({"model": first.model.state_dict(), "optimizer": first.zo_optimizer.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)  # tensors and plain numbers only
     second = Run(optimizer, **same, lr=123.0)
     second.model.load_state_dict(saved["model"])
-    second.stepper.load_state_dict(saved["optimizer"])
+    second.zo_optimizer.load_state_dict(saved["optimizer"])
     for _ in range(3):
         second.step()
     assert second.weights.digest() == straight.weights.digest()
-    assert second.stepper.progress == straight.stepper.progress
-    for name, state in straight.stepper.moments.items():
+    assert second.zo_optimizer.progress == straight.zo_optimizer.progress
+    for name, state in straight.zo_optimizer.moments.items():
         for key, tensor in state.items():
-            assert torch.equal(second.stepper.moments[name][key], tensor)
+            assert torch.equal(second.zo_optimizer.moments[name][key], tensor)
             assert tensor.dtype == torch.float32
             shapes = straight.method.optimizer.state_shapes(straight.session.coordinates.shape(name))
             assert tensor.shape == shapes[key]
@@ -232,9 +232,9 @@ def test_a_saved_state_continues_bit_for_bit(optimizer, subspace, dtype, chunk, 
 def test_a_saved_state_is_not_changed_by_what_follows(optimizer):
     run = Run(optimizer)
     run.step()
-    state = run.stepper.state_dict()
+    state = run.zo_optimizer.state_dict()
     other = Run(optimizer)
-    other.stepper.load_state_dict(state)
+    other.zo_optimizer.load_state_dict(state)
     kept = {(n, k): t.clone() for n, moments in state["state"].items() for k, t in moments.items()}
     other.step()
     assert all(torch.equal(state["state"][n][k], t) for (n, k), t in kept.items())

@@ -134,7 +134,7 @@ def signal_in_query(step: int, numbers: list[int], seconds: float = 0.0) -> None
     compute, sent = ZOMixin.compute_loss, []
 
     def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(self, "_called") and self.progress.steps == step and not sent:
+        if self.query_forward.is_querying and self.progress.steps == step and not sent:
             sent.append(time.perf_counter())
             for number in numbers:
                 os.kill(os.getpid(), number)

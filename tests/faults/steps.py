@@ -39,13 +39,13 @@ class Faulty(ZOTrainer):
     faults: dict[tuple[int, int], float] = {}  # noqa: RUF012  # set on the instance
     factors: dict[int, float] = {}  # noqa: RUF012
 
-    def _queried(self, *args: Any) -> Any:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.asked = 0
-        return super()._queried(*args)
+        return super().training_step(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        if not hasattr(self, "_called"):
+        if not self.query_forward.is_querying:
             return loss
         step, query = self.progress.steps, self.asked
         self.asked += 1
@@ -99,7 +99,7 @@ class OutOfMemory(ZOTrainer):
     at, rows, asked, thrown = -1, 10**9, 0, 0
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(self, "_called"):
+        if self.query_forward.is_querying:
             self.asked += 1
             if self.asked == self.at or len(inputs["input_ids"]) > self.rows:
                 self.thrown += 1
@@ -166,14 +166,14 @@ def guarded(folder: Path, guard: str) -> ZOTrainer:
 def _go_back(one: Any) -> list[int]:
     """The steps that a run goes back to, as it does; what made it leave its range is over then."""
     begun: list[int] = []
-    go_back = one._go_back
+    go_back = one.journal.go_back
 
-    def noted(back: Any) -> None:
+    def noted(back: Any, model: Any) -> None:
         begun.append(back.step)
         one.factors = {}
-        go_back(back)
+        go_back(back, model)
 
-    one._go_back = noted
+    one.journal.go_back = noted
     return begun
 
 
@@ -195,14 +195,14 @@ def downhill(seeds: int, size: int = 32, steps: int = 40) -> float:
         session = create("engine", "layerwise", "layerwise").bind(
             model, method.bind(Weights(model)), lambda batch, of=model: of(batch).square().sum() / 2
         )
-        stepper = ZOOptimizer([{"params": [model.weight], "weight_decay": 0.0}], method.optimizer, session, 1e-2)
+        zo_optimizer = ZOOptimizer([{"params": [model.weight], "weight_decay": 0.0}], method.optimizer, session, 1e-2)
         first = float(model.weight.detach().square().sum())
         for step in range(steps):
             directions = estimator.directions(seed, step)
             session.coordinates.begin(directions[0])
-            stepper.begin(directions[0])
+            zo_optimizer.begin(directions[0])
             slopes = estimator.projected_grads(session.losses(torch.eye(size), estimator.points(directions)))
-            stepper.apply(StepEstimate.of(list(zip(directions, slopes.tolist(), strict=True))))
+            zo_optimizer.apply(StepEstimate.of(list(zip(directions, slopes.tolist(), strict=True))))
         fell += float(model.weight.detach().square().sum()) < first
     return fell / seeds
 

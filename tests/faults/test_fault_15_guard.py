@@ -34,13 +34,13 @@ def guarded(folder: Path, guard: str, jumps: dict[int, float], steps: int = 30, 
     )
     one.factors = dict(jumps)
     one.create_optimizer()
-    go_back = one._go_back
+    go_back = one.journal.go_back
 
-    def over(back: Any) -> None:
+    def over(back: Any, model: Any) -> None:
         one.factors = {step: factor for step, factor in one.factors.items() if step > one.progress.steps}
-        go_back(back)
+        go_back(back, model)
 
-    one._go_back = over
+    one.journal.go_back = over
     return one
 
 
@@ -74,14 +74,14 @@ def test_fault_15_a_halved_rate_outlives_every_death(save: int, tmp_path: Path):
 def test_fault_15_a_second_return_behind_the_first_keeps_both(tmp_path: Path):
     one = guarded(tmp_path, "rollback", {14: 50.0}, save=100)
     one.args.guard_back = 2
-    first = one._go_back
+    first = one.journal.go_back
 
-    def again(back: Any) -> None:
-        first(back)
+    def again(back: Any, model: Any) -> None:
+        first(back, model)
         one.factors, one.args.guard_back = {13: 50.0}, 12
-        one._go_back = first
+        one.journal.go_back = first
 
-    one._go_back = again
+    one.journal.go_back = again
     one.train()
     contents = journal.read(tmp_path / journal.NAME)
     assert [note["lr_factor"] for note in contents.notes] == [0.5, 0.5]

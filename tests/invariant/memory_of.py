@@ -67,12 +67,14 @@ def use(name: str, model: Any, q: int) -> Callable[[], None]:
     def steps() -> None:
         estimator = Central(num_directions=q)
         session = bind(name, model, lambda inputs: objective(model, inputs))
-        stepper = ZOOptimizer([{"params": list(model.parameters())}], create("optimizer", "sgd", "sgd"), session, 1e-6)
+        zo_optimizer = ZOOptimizer(
+            [{"params": list(model.parameters())}], create("optimizer", "sgd", "sgd"), session, 1e-6
+        )
         for step in range(3 if q == 1 else 1):
             directions = estimator.directions(0, step)
             losses = session.losses(batch, estimator.points(directions))
             slopes = (estimator.projected_grads(losses) / estimator.num_directions).tolist()
-            stepper.apply(StepEstimate.of(list(zip(directions, slopes, strict=True))))
+            zo_optimizer.apply(StepEstimate.of(list(zip(directions, slopes, strict=True))))
 
     return bare if name == "bare" else steps
 

@@ -28,10 +28,10 @@ def main(folder: str, trained: str) -> dict[str, float]:
             model.requires_grad_(False)
             for layer in model.model.layers:
                 layer.input_layernorm.weight.requires_grad_(True)
-        _, stepper = run(Offload("file"), model, steps=3)
-        stepper.session.settle()
-        stepper.session.weights.digest()
-        found["blocks"] = stepper.session.transfer.counts["buffers"] / 2**20
+        _, zo_optimizer = run(Offload("file"), model, steps=3)
+        zo_optimizer.session.settle()
+        zo_optimizer.session.weights.digest()
+        found["blocks"] = zo_optimizer.session.transfer.counts["buffers"] / 2**20
 
     found["peak"] = peak_of(train)
     found["resident"] = field("VmRSS")

@@ -78,14 +78,14 @@ class Shared:
 
     def prefix(self, trainer: ZOTrainer) -> None:
         """Fill the trainer's hidden states, with those of an earlier cell where the same blocks are frozen."""
-        own = trainer.frozen_prefix
+        own = trainer.query_forward.frozen_prefix
         if own is None:
             return
         key = f"{own.first} {trainer.args.bf16} {trainer.args.fp16}"
         if key in self.prefixes:
             own.share(self.prefixes[key])
         else:
-            for _ in trainer.fill_frozen_prefix(*self.rows.values()):
+            for _ in trainer.query_forward.fill_prefix(*self.rows.values()):
                 pass
             if own.usable:
                 self.prefixes[key] = own
@@ -160,7 +160,7 @@ def _trained(plan: Plan, arguments: list[str], work: Path, shared: Shared) -> Ro
         "queries": trainer.progress.num_queries,
         "queries_a_step": cfg.composition.queries_at(1),
         "steps": trainer.progress.steps,
-        "trained": trainer.stepper.session.weights.num_elements,
+        "trained": trainer.zo_optimizer.session.weights.num_elements,
         "peak_memory_mb": peak,
         "memory_before_mb": before,
         "seconds": trainer.progress.seconds,

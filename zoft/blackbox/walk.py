@@ -35,9 +35,9 @@ class Walk:
         self.session = FunctionSession(space, coordinates, ask)
         rule = method.optimizer
         groups = [{"params": list(self.tensors.values()), "weight_decay": rule.weight_decay or 0.0}]
-        self.stepper = ZOOptimizer(groups, rule, self.session, 0.0)
-        self.queries = StepQueries(method, self.stepper)
-        self.stepper.progress.steps = first_step
+        self.zo_optimizer = ZOOptimizer(groups, rule, self.session, 0.0)
+        self.queries = StepQueries(method, self.zo_optimizer)
+        self.zo_optimizer.progress.steps = first_step
 
     @property
     def tensors(self) -> dict[str, torch.nn.Parameter]:
@@ -47,7 +47,7 @@ class Walk:
     @property
     def step(self) -> int:
         """Number of the next step."""
-        return self.stepper.progress.steps
+        return self.zo_optimizer.progress.steps
 
     @property
     def reach(self) -> float:
@@ -126,7 +126,7 @@ class Walk:
         try:
             return self.queries.estimate(None, estimator.directions(self.seed, self.step), estimator, lr=lr)
         finally:
-            self.stepper.progress.steps += 1
+            self.zo_optimizer.progress.steps += 1
 
     def write(self, estimate: StepEstimate, lr: float, *, project: bool = True) -> Tensor:
         """Take a step.
@@ -140,9 +140,9 @@ class Walk:
             How u has moved, one vector.
         """
         before = self.vector()
-        for group in self.stepper.param_groups:
+        for group in self.zo_optimizer.param_groups:
             group["lr"] = lr
-        self.stepper.apply(estimate)
+        self.zo_optimizer.apply(estimate)
         if project:
             self.put(self.vector())
         self.session.clean = None

@@ -89,7 +89,8 @@ def _lines(path: Path, contents: Contents, *, everything: bool) -> list[str]:
         f"model   {header.get('model')}, first weights {str(header.get('weights'))[:16]}",
         f"method  {method}",
         f"also    {len(contents.digests)} hashes of the weights, {sum(map(len, contents.evaluations.values()))} "
-        f"evaluations, {len(contents.looks)} looks at activations or gradients, {len(contents.notes)} returns",
+        f"evaluations, {len(contents.observations)} observations of activations or gradients, "
+        f"{len(contents.notes)} returns",
     ]
     if contents.damaged:
         lines.append(f"damaged {contents.damaged:,} bytes at the end are no whole records, and are not read")

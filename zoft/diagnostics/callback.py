@@ -99,7 +99,7 @@ class DiagnosticsCallback(TrainerCallback):
         """New files, or those of the run that goes on."""
         if self.trainer is None:
             raise UserError("DiagnosticsCallback belongs to a trainer of zoft: use ZOTrainer, or ZOMixin beside yours")
-        self.record = Record(Path(str(args.output_dir)), max(state.global_step, self.trainer.journal_end))
+        self.record = Record(Path(str(args.output_dir)), max(state.global_step, self.trainer.journal.end))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,7 +107,7 @@ class DiagnosticsCallback(TrainerCallback):
         """What parts remember before the step."""
         if self.is_due:
             assert self.trainer is not None
-            self._remembered = self.trainer.stepper.memory()
+            self._remembered = self.trainer.zo_optimizer.memory()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,14 +122,14 @@ class DiagnosticsCallback(TrainerCallback):
         if estimate is None or estimate.from_journal or not estimate.is_usable:
             return
         began, num_notes = time.perf_counter(), len(record.notes)
-        with global_random_state_kept(), trainer.querying(trainer.model_wrapped), no_trials():
+        with global_random_state_kept(), trainer.query_forward.querying(), no_trials():
             row, tables = Measurement(trainer, self.wanted, self._remembered, record.notes)()
         took = time.perf_counter() - began
         record.add(row, tables, took)
         self.snr = row.get("snr")
         for note in record.notes[num_notes:]:
             log.warning("diagnostics: %s", note)
-        trainer.pause_clock(took)
+        trainer.run_steps.pause_clock(took)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -25,8 +25,7 @@ from zoft.report.backprop import backprop_parts_mb, model_shape
 from zoft.step.method import BACKWARD, memory_of
 from zoft.subspaces.base import BoundSubspace
 from zoft.subspaces.full import Full
-from zoft.trainer.batch import StepBatch
-from zoft.trainer.batch_splitter import BatchSplitter
+from zoft.trainer.batch import BatchSplitter, StepBatch
 
 if TYPE_CHECKING:
     from zoft.trainer.trainer import ZOMixin
@@ -62,25 +61,24 @@ class Measurement:
     """
 
     def __init__(self, trainer: ZOMixin, wanted: Wanted, remembered: dict[str, Any], notes: list[str]) -> None:
-        assert trainer.queries is not None
-        assert trainer.session is not None
         self.trainer, self.wanted, self.notes = trainer, wanted, notes
         assert trainer.last_step is not None
-        assert trainer.last_batch is not None
-        self.step, self.batch = trainer.last_step, trainer.last_batch
+        assert trainer.run_steps.last_batch is not None
+        self.step, self.batch = trainer.last_step, trainer.run_steps.last_batch
         self.estimator = trainer.method.estimator.with_radius(self.step.eps)
         own = list(self.step.directions)
         self.terms = list(self.step.terms or [])
-        run = trainer.stepper.coordinates
+        session = trainer.zo_optimizer.session
+        run = session.coordinates
         given = trainer.direction_seeds is not None
         self.probes = further(own, self._num_probes(run, own[0]), self.estimator.noise, given=given)
         self.coordinates = mirrored(run, len(self.probes))
-        self.session = Bystander(trainer.model, self.coordinates, trainer.session.objective)
-        self.session.anchor = trainer.session.anchor
+        self.session = Bystander(trainer.model, self.coordinates, session.objective)
+        self.session.anchor = session.anchor
         points, losses = self.estimator.points(own), self.step.losses
         if self._probes_tell and losses.shape == (len(points),):
             self.session.know(self.batch, points, losses)
-        self.asking = Asking(trainer.queries, self.session, self.batch, self.estimator, remembered)
+        self.asking = Asking(trainer.run_steps.queries, self.session, self.batch, self.estimator, remembered)
 
     def __call__(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(one row of numbers, the tables)."""
@@ -122,8 +120,8 @@ class Measurement:
     def _gradient_over(self, batch: StepBatch) -> Gradient:
         """Of the micro-batches one by one, weighted as their losses are."""
         trainer = self.trainer
-        counts = [trainer.num_terms(inputs) for inputs in batch.micro_batches]
-        adds_up = len(counts) == 1 or trainer.loss_is_a_share(batch)
+        counts = [trainer.step_loss.num_terms(inputs) for inputs in batch.micro_batches]
+        adds_up = len(counts) == 1 or trainer.step_loss.is_a_share(batch)
 
         def parts() -> Iterator[tuple[StepBatch, float]]:
             for inputs, count in zip(batch.micro_batches, counts, strict=True):
@@ -134,14 +132,13 @@ class Measurement:
 
     def _dense(self) -> Gradient | None:
         """What a backward pass of the estimator's own adds to the estimate, computed as in the step."""
-        trainer, estimator = self.trainer, self.estimator
-        assert trainer.queries is not None
+        estimator = self.estimator
         if self.step.factors is not None:
             return {name: factor.dense().reshape(-1) for name, factor in self.step.factors.items()}
         if self.step.backward is None:
             return None
         assert isinstance(estimator, NeedsBackward)
-        select, dense = trainer.queries.select, {}
+        select, dense = self.trainer.run_steps.queries.select, {}
         queried = bool(estimator.points(self.probes)) and select(self.batch, estimator.queried_lengths) is not None
         share = estimator.share_of_backward(queried)
         near = select(self.batch, estimator.backpropagated_lengths)

@@ -107,7 +107,7 @@ class FrozenPrefix:
         """Keep the rows of one batch of equal lengths, computed together: several times faster than one by one.
 
         Which rows are computed together can change their last bits, so a run that has to be repeatable fills in an
-        order that depends on its data alone (:meth:`zoft.trainer.trainer.ZOMixin.fill_frozen_prefix`).
+        order that depends on its data alone (:meth:`zoft.trainer.forward.QueryForward.fill_prefix`).
 
         Args:
             forward: calls the model once on that batch; it is cut short at block k.

@@ -16,8 +16,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-HEADER, STEP, LOOK, DIGEST, EVALUATION, NOTE, BLOCK = b"H", b"S", b"L", b"D", b"E", b"N", b"B"
-KINDS = (HEADER, STEP, LOOK, DIGEST, EVALUATION, NOTE, BLOCK)
+HEADER, STEP, OBSERVATION, DIGEST, EVALUATION, NOTE, BLOCK = b"H", b"S", b"L", b"D", b"E", b"N", b"B"
+KINDS = (HEADER, STEP, OBSERVATION, DIGEST, EVALUATION, NOTE, BLOCK)
 """What the run is; a step; what a subspace saw before a step; a hash of the weights and an
 evaluation after one; what else happened; many steps sealed."""
 

@@ -32,7 +32,7 @@ class Contents:
         header: what the run is: ``format``, ``run`` (its identifier), ``first`` (number of the first step), ``weights``
             (SHA-256 of the trained weights before it), ``settings`` (what must not change), and what else was given.
         records: the steps, in order.
-        looks: step -> what the subspace saw before it (bytes of `zoft.journal.state`).
+        observations: step -> what the subspace observed before it, and its factors (bytes of `zoft.journal.state`).
         digests: number of steps done -> SHA-256 of the trained weights then.
         evaluations: number of steps done -> the metrics of the evaluations made then, in order.
         notes: what else happened, in order: ``lr_factor`` where the run went back at a lower learning rate.
@@ -41,7 +41,7 @@ class Contents:
 
     header: dict[str, Any]
     records: list[Record] = field(default_factory=list)
-    looks: dict[int, bytes] = field(default_factory=dict)
+    observations: dict[int, bytes] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     evaluations: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
@@ -159,9 +159,9 @@ class Journal:
         """A step."""
         self._write(chunks.STEP, records.encode(record))
 
-    def look(self, step: int, seen: bytes) -> None:
-        """What the subspace saw before the queries of a step."""
-        self._write(chunks.LOOK, _NUMBER.pack(step) + seen)
+    def observation(self, step: int, observed: bytes) -> None:
+        """What the subspace observed before the queries of a step."""
+        self._write(chunks.OBSERVATION, _NUMBER.pack(step) + observed)
 
     def digest(self, step: int, sha256: str) -> None:
         """The hash of the trained weights after ``step`` steps."""
@@ -254,8 +254,8 @@ def _take(found: Contents, chunk: chunks.Chunk) -> None:
         found.records.append(records.decode(payload))
     elif kind == chunks.BLOCK:
         found.records.extend(records.unseal(payload))
-    elif kind == chunks.LOOK:
-        found.looks[_NUMBER.unpack_from(payload)[0]] = payload[_NUMBER.size :]
+    elif kind == chunks.OBSERVATION:
+        found.observations[_NUMBER.unpack_from(payload)[0]] = payload[_NUMBER.size :]
     elif kind == chunks.DIGEST:
         step, sha = _DIGEST.unpack(payload)
         found.digests[step] = sha.hex()
@@ -288,7 +288,7 @@ def _last_step(chunk: chunks.Chunk) -> int:
         return records.decode(chunk.payload).step
     if chunk.kind == chunks.BLOCK:
         return records.unseal(chunk.payload)[-1].step
-    if chunk.kind == chunks.LOOK:
+    if chunk.kind == chunks.OBSERVATION:
         return int(_NUMBER.unpack_from(chunk.payload)[0])
     if chunk.kind in (chunks.DIGEST, chunks.EVALUATION, chunks.NOTE):
         return int(_NUMBER.unpack_from(chunk.payload)[0]) - 1

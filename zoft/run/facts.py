@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]]) -> list[str]:
     """What is about to happen, for the console."""
-    trained = trainer.stepper.session.weights.num_elements
+    trained = trainer.zo_optimizer.session.weights.num_elements
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     percent = f"{100 * trained / total:.3g} %"
     costs = _costs(cfg, trainer)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
-from zoft.estimators._anchor import anchor_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,25 +86,16 @@ def replay(optimizer: ZOOptimizer, directions: StepDirections, contents: Content
         path: the journal's file, for messages.
     """
     from zoft.engines._away import settle
-    from zoft.step import replay as step_replay
-    from zoft.step.estimate import StepEstimate
+    from zoft.step.directions import replayed
 
-    weights, estimator, checked = optimizer.session.weights, directions.estimator, 0
+    weights, checked = optimizer.session.weights, 0
     if contents.header["weights"] not in (None, weights.digest()):
         name = getattr(getattr(optimizer.session.model, "config", None), "name_or_path", "")
         raise UserError(
             f"{path} does not belong to this base model ({name}): the trained weights it began with have another hash"
         )
     for record in contents.records[:steps]:
-        for group in optimizer.param_groups:
-            group["lr"] = record.lr
-        estimate = StepEstimate.from_record(
-            record,
-            directions.at(record.step),
-            contents.looks.get(record.step),
-            keeps_anchor=bool(anchor_batches(estimator, record.step)),
-        )
-        step_replay.begin(optimizer, estimate, estimator)
+        estimate = replayed(optimizer, directions, record, contents.observations.get(record.step))
         optimizer.progress.steps = record.step + 1
         optimizer.apply(estimate)
         known = contents.digests.get(record.step + 1)

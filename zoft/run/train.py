@@ -170,7 +170,7 @@ def _prepare(cfg: ZoftConfig, opening: Opening | None) -> tuple[ZOTrainer, dict[
     trainer.peak_memory_mb, memory.base_mb = memory.peak_mb, base_mb
     measuring = _diagnostics(cfg)
     for callback in (
-        MetricsCallback(lambda: trainer.journal_end),
+        MetricsCallback(lambda: trainer.journal.end),
         TrackerAxisCallback(),
         StopOnInterrupt(),
         ProgressCallback(
@@ -245,7 +245,7 @@ def _carry_out(
     peak = memory.peak_mb()
     final = _held_out(trainer, rows["test"], final_file, "final", memory, metric)
     if first:
-        trainer.refuse_full_disk(Path(cfg.output_dir) / "model")
+        trainer.checkpoints.refuse_full_disk(Path(cfg.output_dir) / "model")
     save_model(trainer, Path(cfg.output_dir) / "model")
     facts = _facts(cfg, trainer, len(rows["test"])) | _scores(metric, zero_shot, final)
     facts |= {
@@ -290,7 +290,7 @@ def _say_if_long(trainer: ZOTrainer, rows: dict[str, list[Any]], known: int) -> 
     left = round((trainer.args.max_steps - known) * cost)
     if not trainer.is_world_process_zero() or left < _FEW_QUERIES:
         return
-    prefix = trainer.frozen_prefix  # a query begins above it; the timed ones do not
+    prefix = trainer.query_forward.frozen_prefix  # a query begins above it; the timed ones do not
     share = 1.0 if prefix is None else 1 - prefix.first / len(prefix.blocks)
     line = long_run_line(share * seconds_per_query(lambda: clean_query(trainer, rows["train"])), left)
     if line is not None:
@@ -356,14 +356,15 @@ def keep_reference(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
 
 def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
     """Hidden states that never change, computed once for all rows; silent where every block is trained."""
-    if trainer.frozen_prefix is None:
+    forward = trainer.query_forward
+    if forward.frozen_prefix is None:
         return
     from tqdm import tqdm
 
     total = sum(map(len, rows.values()))
-    label = f"hidden states below block {trainer.frozen_prefix.first}, once for the whole run"
+    label = f"hidden states below block {forward.frozen_prefix.first}, once for the whole run"
     with tqdm(total=total, unit="row", desc=label, disable=not trainer.is_world_process_zero(), mininterval=5) as bar:
-        for done in trainer.fill_frozen_prefix(*rows.values()):
+        for done in forward.fill_prefix(*rows.values()):
             bar.update(done - bar.n)
 
 
@@ -375,8 +376,9 @@ def _held_out(
     from zoft.report.text import say
     from zoft.weights.tensors import Weights
 
-    rows_now = trainer.settings()["test_data"]
-    of = {WEIGHTS: Weights(trainer.model).digest(), "frozen": trainer.frozen_fingerprint(), "rows": rows_now}
+    identity = trainer.journal.identity
+    rows_now = identity.settings()["test_data"]
+    of = {WEIGHTS: Weights(trainer.model).digest(), "frozen": identity.frozen_fingerprint(), "rows": rows_now}
     known = read_results(kept, of) if trainer.args.world_size == 1 else None
     if known is not None:  # with more processes, all must do the same whatever disk they see
         return known

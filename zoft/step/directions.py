@@ -1,13 +1,18 @@
-"""The directions of a run's steps, from a seed or from a list of seeds."""
+"""The directions of a run's steps, from a seed or from a list of seeds; and the steps that a journal knows already."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zoft.engines._trace import pass_over
 from zoft.errors import UserError
+from zoft.estimators._anchor import anchor_batches
 from zoft.estimators.base import Estimator
+from zoft.journal.records import Record
 from zoft.noise.direction import Direction, step_seed
+from zoft.step.estimate import StepEstimate
+from zoft.step.update import ZOOptimizer
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,34 @@ class StepDirections:
             first = step_seed(self.seed, step)
             return [Direction(first + d.index, step, d.index) for d in plain]
         return plain
+
+
+def replayed(
+    optimizer: ZOOptimizer, directions: StepDirections, record: Record, observed: bytes | None
+) -> StepEstimate:
+    """The estimate that a record was made from, once its step has begun; ``optimizer.apply`` may follow.
+
+    It does all that :meth:`zoft.step.query.StepQueries.estimate` does but to query: the subspace stands where the
+    step's queries had it.
+
+    Args:
+        optimizer: at the end of the step before; its learning rate becomes the step's.
+        directions: of the run.
+        record: what the journal says of the step.
+        observed: what the subspace observed in it, and its factors, where the journal has such.
+
+    Raises:
+        UserError: the record is of other directions, or is not enough for its step.
+    """
+    estimator, drawn = directions.estimator, directions.at(record.step)
+    for group in optimizer.param_groups:
+        group["lr"] = record.lr
+    is_anchor = bool(anchor_batches(estimator, record.step))
+    estimate = StepEstimate.from_record(record, drawn, observed, keeps_anchor=is_anchor)
+    optimizer.coordinates.begin(drawn[0])
+    if estimate.observations is not None:
+        optimizer.coordinates.load_state_dict(estimate.observations)
+    optimizer.begin(drawn[0])
+    if estimate.eps:  # what walking to the points and back leaves in the weights, where that is not exact
+        pass_over(optimizer.session, estimator.with_radius(estimate.eps).points(drawn))
+    return estimate

@@ -32,7 +32,7 @@ class StepEstimate:
         loss: the training loss to report.
         num_queries: forward passes that were made.
         eps: finite-difference radius, in units of the weights; 0 where there is none.
-        observations: state of the subspace, where it has looked at activations or gradients before the queries.
+        observations: state of the subspace, where it has observed activations or gradients before the queries.
         memory: what estimator and weighting remember after the step, by part.
         backward: gives gradients of a backward pass that belong to the estimate, tensor by tensor.
         factors: tensor -> its gradient as factors (errors at outputs, inputs), where it comes as that.
@@ -43,6 +43,7 @@ class StepEstimate:
         num_parts: into how many the micro-batches were cut, where memory did not suffice.
         keeps_anchor: whether the weights before this step become the anchor of the next ones.
         from_journal: whether it was read from a journal instead of being queried.
+        is_applied: whether its step is written into the weights.
 
     Example:
         >>> StepEstimate.of([(Direction(0, 3), 0.5)]).is_usable
@@ -67,6 +68,7 @@ class StepEstimate:
     num_parts: int = 1
     keeps_anchor: bool = False
     from_journal: bool = False
+    is_applied: bool = False
 
     @classmethod
     def of(cls, terms: Sequence[Term], curvatures: Sequence[float] | None = None) -> StepEstimate:
@@ -96,26 +98,31 @@ class StepEstimate:
     @property
     def slope(self) -> float:
         """Root mean square of the projected gradients; NaN where none were measured."""
+        # sqrt(mean_j p_j^2)
         return math.nan if self.projected_grads is None else float(self.projected_grads.square().mean().sqrt())
 
     def scaled(self, share: float) -> StepEstimate:
         """The same step, of another length: every coefficient times ``share``."""
         assert self.terms is not None
+        # share * sum_j c_j z_j = sum_j (share c_j) z_j
         factors = self.factors and {name: one.scaled(share) for name, one in self.factors.items()}
         return replace(self, terms=[(direction, c * share) for direction, c in self.terms], factors=factors)
 
     def applied(self) -> StepEstimate:
         """What is worth keeping once the step is written: not the tensors of a backward pass or an observation."""
-        return replace(self, backward=None, factors=None, observations=None)
+        return replace(self, backward=None, factors=None, observations=None, is_applied=True)
 
     # ---- written down ------------------------------------------------------------------------------------------------
 
-    def to_look(self) -> bytes | None:
-        """What the journal keeps in front of the record: what the subspace has seen, and factors; None for nothing."""
-        seen = dict(self.observations or {})
+    def observed(self) -> bytes | None:
+        """What the journal keeps in front of the record: observations of the subspace, and factors; None for nothing.
+
+        The loss is among them because a record of a sealed journal has none, and rules that read factors read it too.
+        """
+        tensors = dict(self.observations or {})
         if self.factors is not None:
-            seen |= {"factors": to_state(self.factors), "loss": self.loss}
-        return state.pack(seen) if seen else None
+            tensors |= {"factors": to_state(self.factors), "loss": self.loss}
+        return state.pack(tensors) if tensors else None
 
     def to_record(self, lr: float, queries: int, tokens: int, *, has_factors: bool = False) -> Record:
         """The step as the journal has it.
@@ -124,10 +131,10 @@ class StepEstimate:
             lr: learning rate that it is written with.
             queries: forward passes of the run, this step's included.
             tokens: tokens that went through the model, this step's included.
-            has_factors: whether the journal has the step's factors (:meth:`to_look`).
+            has_factors: whether the journal has the step's factors (:meth:`observed`).
         """
         terms = list(self.terms or [])
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {}  # what most steps have not: it costs bytes in every record
         if [direction for direction, _ in terms] != list(self.directions[: len(terms)]):
             extra["directions"] = [[d.seed, d.step, d.index, d.example] for d, _ in terms]
         if scalars := {part: memory for part, memory in self.memory.items() if memory}:
@@ -153,14 +160,20 @@ class StepEstimate:
 
     @classmethod
     def from_record(
-        cls, record: Record, directions: Sequence[Direction], look: bytes | None = None, *, keeps_anchor: bool = False
+        cls,
+        record: Record,
+        directions: Sequence[Direction],
+        observed: bytes | None = None,
+        *,
+        keeps_anchor: bool = False,
     ) -> StepEstimate:
         """The estimate that a record was made from.
 
         Args:
             record: what the journal says of the step.
             directions: the step's, as the run draws them.
-            look: what the subspace saw before it, and the step's factors, where there are such (:meth:`to_look`).
+            observed: what the subspace observed before it, and the step's factors, where there are any
+                (:meth:`observed`).
             keeps_anchor: whether the method makes an anchor in this step.
 
         Raises:
@@ -177,13 +190,14 @@ class StepEstimate:
                 "neither is in the journal: resume from a checkpoint"
             )
         named = [Direction(*which) for which in record.extra.get("directions", ())] or directions
-        seen = {} if look is None else state.unpack(look)
-        if "factors" not in seen and len(named) != len(record.coefficients):
+        observations = {} if observed is None else state.unpack(observed)
+        if "factors" not in observations and len(named) != len(record.coefficients):
             raise UserError(
                 f"the journal's step {record.step} has {len(record.coefficients)} coefficients for {len(named)} "
                 "directions: it was not written by zoft, or by a run with other settings"
             )
-        factors, loss = seen.pop("factors", None), seen.pop("loss", record.loss)
+        factors, loss = observations.pop("factors", None), observations.pop("loss", record.loss)
+        # directions of an estimate by nodes move layers' outputs: no coefficient of theirs is one of the weights
         terms = [] if factors else list(zip(named, record.coefficients, strict=True))
         return cls(
             directions,
@@ -192,7 +206,7 @@ class StepEstimate:
             projected_grads=None if factors else torch.tensor([record.slope], dtype=torch.float64),
             loss=loss,
             eps=record.eps,
-            observations=seen or None,
+            observations=observations or None,
             factors=of_state(factors, "cpu") if factors else None,
             memory=record.extra.get("scalars", {}),
             outlier="outside the running range" if record.guarded else None,
@@ -216,6 +230,7 @@ def clip(estimate: StepEstimate, bound: float) -> StepEstimate:
     """
     if estimate.terms is None or estimate.projected_grads is None:
         return estimate
+    # terms behind those of the slopes are an anchor's, of earlier steps: no slope measured here is theirs
     shares = (bound / estimate.projected_grads.abs().clamp_min(1e-30)).clamp_max(1.0).tolist()
-    own, others = estimate.terms[: len(shares)], estimate.terms[len(shares) :]  # others: an anchor's, of earlier steps
+    own, others = estimate.terms[: len(shares)], estimate.terms[len(shares) :]
     return replace(estimate, terms=[*((d, c * s) for (d, c), s in zip(own, shares, strict=True)), *others])

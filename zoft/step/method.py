@@ -77,6 +77,7 @@ class Method:
     def queries_at(self, step: int) -> int:
         """Forward passes of the objective that a step costs: points, a look at the inputs, trials of the step."""
         queries = self.estimator.queries_at(step) + len(trials(self.optimizer))
+        # q points, what the subspace observes, and trials; observing inputs takes a clean forward, and so do trials
         queries += BACKWARD * (self.subspace.observes_at(step) == "gradient")
         if not self.estimator.asks_clean_loss:  # what a clean forward gives comes with the clean loss
             queries += self.subspace.observes_at(step) == "inputs" or bool(trials(self.optimizer))
@@ -92,7 +93,7 @@ class Method:
             UserError: less than one step.
         """
         self.check_budget(queries)
-        steps = spent = 0
+        steps = spent = 0  # counted step by step: those that observe, or make an anchor, cost more than others
         while (spent := spent + self.queries_at(steps)) <= queries:
             steps += 1
         return steps
@@ -111,6 +112,32 @@ class Method:
                 f"budget.queries={queries} is less than one step costs: estimator={self.estimator.name()} with "
                 f"num_directions={self.estimator.num_directions} makes {self.queries_at(0)} queries in the first one: "
                 f"set budget.queries to {self.queries_at(0)} or more, or take fewer directions"
+            )
+
+    def check_step_seeds(self) -> None:
+        """Refuse a subspace that keeps what a seed chose for several steps: every step is given one of its own.
+
+        Raises:
+            UserError: with what to do instead.
+        """
+        if self.subspace.keeps_choices or hasattr(self.subspace, "interval"):
+            raise UserError(
+                f"direction_seeds gives every step a seed of its own, and subspace={self.subspace.name()} keeps "
+                "what the seed chose for several steps: use subspace=full"
+            )
+
+    def check_processes(self) -> None:
+        """Refuse parts that go by the rows of one process, where there are several.
+
+        Raises:
+            UserError: with what to do instead.
+        """
+        if self.estimator.backpropagates:
+            raise UserError(f"estimator={self.estimator.name()} works in one process: start the run without torchrun")
+        if self.subspace.in_one_process:
+            raise UserError(
+                f"subspace={self.subspace.name()} with these settings follows the rows of one process: "
+                "start the run without torchrun"
             )
 
     def extra_elements(self, coordinates: BoundSubspace) -> int:
@@ -139,7 +166,7 @@ class Method:
             per_example=isinstance(estimator, PerExample),
             mixes=bool(trials(self.optimizer)),
         )
-        if estimator.across == "orthogonal":
+        if estimator.across == "orthogonal":  # known no sooner: the dimension is that of the bound subspace
             self._check_dimension(coordinates.dimension(Direction(0, 0)))
         self._check_memory(coordinates)
         return coordinates
@@ -155,11 +182,11 @@ class Method:
     def _check_memory(self, coordinates: BoundSubspace) -> None:
         """Refuse an optimizer whose state cannot fit, before the first query rather than in the first update."""
         device = next(iter(coordinates.weights.tensors.values())).device
-        needed, there = 4 * self.extra_elements(coordinates), memory_of(device)
-        if there is not None and needed > there:
+        needed, available = 4 * self.extra_elements(coordinates), memory_of(device)
+        if available is not None and needed > available:
             raise UserError(
                 f"optimizer={self.optimizer.name()} keeps {needed / 2**30:.3g} GiB beside the weights, and this device "
-                f"has {there / 2**30:.3g} GiB in all: use optimizer=sgd, or a subspace of few coordinates "
+                f"has {available / 2**30:.3g} GiB in all: use optimizer=sgd, or a subspace of few coordinates "
                 "(subspace=two_sided)"
             )
 

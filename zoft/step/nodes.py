@@ -185,9 +185,10 @@ class NodeQueries:
             else:
                 with self._keeping_context(part, wanted=probes > 0):
                     self._cleanly(part)
-        mine = [sum(float(part.clean.losses.detach().double().sum()) for part in parts)]
-        mine.append(sum(len(part.clean.losses) for part in parts))
-        whole, num_terms = torch.stack(self._all(torch.tensor(mine, dtype=torch.float64))).sum(0).tolist()
+        # L = sum_i L_i / n over the terms i of all micro-batches and processes
+        sums = [sum(float(part.clean.losses.detach().double().sum()) for part in parts)]
+        sums.append(sum(len(part.clean.losses) for part in parts))
+        whole, num_terms = torch.stack(self._all(torch.tensor(sums, dtype=torch.float64))).sum(0).tolist()
         loss = whole / num_terms if num_terms else math.nan
         queries = estimator.num_queries + probes
         if not math.isfinite(loss):
@@ -222,8 +223,8 @@ class NodeQueries:
     def _contexts(self) -> ContextCache:
         return self.session.contexts(self._space().perturbed(), self.reader.new_cache)
 
-    def _all(self, mine: Tensor) -> list[Tensor]:
-        return [mine] if self.gather is None else self.gather(mine)
+    def _all(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor] if self.gather is None else self.gather(tensor)
 
     # ---- forwards ----------------------------------------------------------------------------------------------------
 
@@ -272,6 +273,7 @@ class NodeQueries:
 
     def _exactly(self, part: _Part) -> None:
         """The same, and the node gradients by backpropagation to the nodes."""
+        # A zero is added to every node's output; dL/d zero is the node's gradient, and no weight needs one.
         at, zeros = part.places, dict[str, Any]()
 
         def shift(key: str, size: int) -> Tensor:
@@ -298,7 +300,7 @@ class NodeQueries:
     ) -> Iterator[tuple[_Part, Tensor, dict[str, Tensor]]]:
         """(part, (s' - s) / eps [q, P, C], key -> v [q, P, m]) for some probes at a time."""
         space = self._space()
-        at_once = max(1, _ROWS // max(1, total))
+        at_once = max(1, _ROWS // max(1, total))  # few positions: several probes' directions are drawn in one call
         for first in range(0, probes, at_once):
             count = min(at_once, probes - first)
             drawn = _Drawn(space, direction, first, count, total)
@@ -321,8 +323,9 @@ class NodeQueries:
             behind or nullcontext(),
             self.session.moved(nodes, at.rows, at.columns, len(at.starts), shift),
         ):
-            found = self.reader.read(part.tail if behind else part.batch)
-        change: Tensor = (found.values - part.clean.values) / eps
+            perturbed = self.reader.read(part.tail if behind else part.batch)
+        # (s(h + eps v) - s(h)) / eps, of every score or of the loss itself
+        change: Tensor = (perturbed.values - part.clean.values) / eps
         return change
 
     # ---- estimates ---------------------------------------------------------------------------------------------------
@@ -331,6 +334,7 @@ class NodeQueries:
         """e_p = (L' - L) / eps v_p, the mean over probes."""
         for part, changes, directions in self._probes(parts, direction, probes, eps, total):
             for key, v in directions.items():
+                # e_p = 1/q sum_j (L(h + eps v_j) - L(h)) / eps v_jp; E[v v^T] = I makes it dL/dh_p in expectation
                 e = (changes * v).sum(0) / probes  # [P, m]
                 part.e[key] = part.e[key] + e if key in part.e else e
 
@@ -361,11 +365,12 @@ class NodeQueries:
             columns = index_of(known["columns"], part.clean.columns.cpu()).to(changes.device)
             answered += changes.shape[0] * torch.bincount(at.cpu(), minlength=num_keys)
             for key, v in directions.items():
-                found = answers(changes, v, at, columns, num_keys, num_columns)
-                sums[key] = sums[key] + found if key in sums else found
+                # R <- R + sum_p ds_p v_p^T for the key and the columns of each position: R / count tends to ds/dh
+                answered_here = answers(changes, v, at, columns, num_keys, num_columns)
+                sums[key] = sums[key] + answered_here if key in sums else answered_here
         counts += torch.stack(self._all(answered)).sum(0)
-        for key, mine in sums.items():
-            total_sum = torch.stack([one.to(mine.device) for one in self._all(mine)]).sum(0)
+        for key, own in sums.items():
+            total_sum = torch.stack([one.to(own.device) for one in self._all(own)]).sum(0)
             old = space.response.get(key)
             space.response[key] = total_sum if old is None else widened(old, num_keys, num_columns) + total_sum
         space.tables = {**known, "counts": counts}
@@ -400,10 +405,11 @@ class NodeQueries:
                         e, x = (e, x) if there is None else (e[there], x[there])
                         pairs.setdefault(node.name, []).append((e / num_terms, x, _LAYOUTS[node.kind]))
         factors = {}
-        for name, mine in pairs.items():
-            e = torch.cat(self._all(torch.cat([pair[0] for pair in mine])))
-            x = torch.cat(self._all(torch.cat([pair[1] for pair in mine])))
-            factors[name] = Factors(e, x, mine[0][2])
+        for name, of_tensor in pairs.items():
+            # dL/dW = sum_p e_p x_p^T: the rows of all calls one below the other, never their product
+            e = torch.cat(self._all(torch.cat([pair[0] for pair in of_tensor])))
+            x = torch.cat(self._all(torch.cat([pair[1] for pair in of_tensor])))
+            factors[name] = Factors(e, x, of_tensor[0][2])
         return factors
 
     def _e(self, part: _Part, call: str, node: Node) -> Tensor | None:
@@ -444,12 +450,12 @@ def expand(places: NodePositions, space: NodeSpace) -> NodePositions:
     starts = places.starts.tolist()
     before: dict[int, int] = {}  # row -> the last position of the loss so far
     for number, (row, column) in enumerate(zip(places.rows.tolist(), places.columns.tolist(), strict=True)):
-        first = max(starts[row], before.get(row, -math.inf) + 1)
+        first = max(starts[row], before.get(row, -math.inf) + 1)  # a position belongs to the next one of the loss
         before[row] = column
         for step in range(int(min(most, column - first + 1))):
             rows.append(row)
             columns.append(column - step)
             anchor.append(number)
             distance.append(step)
-    made = [torch.tensor(one, device=places.rows.device) for one in (rows, columns, anchor, distance)]
-    return NodePositions(made[0], made[1], places.starts, made[2], made[3])
+    at = [torch.tensor(one, device=places.rows.device) for one in (rows, columns, anchor, distance)]
+    return NodePositions(at[0], at[1], places.starts, at[2], at[3])

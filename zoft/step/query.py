@@ -40,7 +40,8 @@ class StepQueries:
         optimizer: holds the session, and what parts remember from step to step; it is told that a step begins.
         examples: a batch as batches of one example each; for estimators with directions for each example.
         select: (batch, (shortest, longest)) -> the rows of that many tokens, or None if there are none.
-        batches: (how many) -> batches of the training data, for estimators that ask about more than the step's own.
+        batches: (batch, how many, step) -> batches of the training data, for estimators that ask about more than the
+            step's own.
         average: (losses of this process, batch) -> those of all processes.
         agree: what the subspace has seen in the first process, for all of them.
         gather: something of this process -> that of all of them, by rank; None where there is one.
@@ -53,7 +54,7 @@ class StepQueries:
     optimizer: ZOOptimizer
     examples: Callable[[Any], Sequence[Any]] = field(default=lambda batch: [batch])
     select: Callable[[Any, tuple[int, float]], Any] = field(default=lambda batch, lengths: batch)
-    batches: Callable[[int], Iterable[Any]] = field(default=lambda count: [])
+    batches: Callable[[Any, int, int], Iterable[Any]] = field(default=lambda batch, count, step: [])
     average: Callable[[Tensor, Any], Tensor] = _as_they_are
     agree: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     gather: Callable[[Any], list[Any]] | None = None
@@ -78,50 +79,50 @@ class StepQueries:
         """
         estimator = estimator or self.method.estimator
         memory = self.optimizer.memory()
-        take_path(self.session)
+        take_path(self.session)  # begins a new one: what was walked outside of steps is no part of this one
         clean, scored, observations = self._begin(batch, directions[0])
         blank = StepEstimate(
             directions, eps=estimator.radius, num_queries=scored, observations=observations, memory=memory
         )
         if isinstance(estimator, Nodes):
-            found = self._of_nodes(blank, batch, estimator)
+            estimate = self._of_nodes(blank, batch, estimator)
         elif isinstance(estimator, NeedsBackward):
-            found = self._with_gradient(blank, batch, estimator)
+            estimate = self._with_gradient(blank, batch, estimator)
         else:
-            found = self._all(blank, batch, estimator, clean, lr)
+            estimate = self._all(blank, batch, estimator, clean, lr)
         path = take_path(self.session)
-        found = replace(found, leaves_no_trace=path is None or path == estimator.points(directions))
-        if not found.is_usable:  # a step that comes to nothing is not remembered either, and has no slope
-            return replace(found, memory=self.optimizer.memory(), projected_grads=torch.tensor([torch.nan]))
-        return replace(found, keeps_anchor=bool(anchor_batches(estimator, found.step)))
+        estimate = replace(estimate, leaves_no_trace=path is None or path == estimator.points(directions))
+        if not estimate.is_usable:  # a step that comes to nothing is not remembered either, and has no slope
+            return replace(estimate, memory=self.optimizer.memory(), projected_grads=torch.tensor([torch.nan]))
+        return replace(estimate, keeps_anchor=bool(anchor_batches(estimator, estimate.step)))
 
     def _all(
         self, blank: StepEstimate, batch: Any, estimator: Estimator, clean: Tensor | None, lr: float
     ) -> StepEstimate:
         """The whole estimate from queries."""
         directions, losses, queries = self._losses(batch, list(blank.directions), estimator, clean)
-        found = self._measured(blank, directions, losses, estimator)
-        found = replace(found, num_queries=blank.num_queries + queries)
-        if found.is_usable and trials(self.method.optimizer):
-            return self._try_the_step(found, batch, found.loss if estimator.asks_clean_loss else None, lr)
-        return found
+        estimate = self._measured(blank, directions, losses, estimator)
+        estimate = replace(estimate, num_queries=blank.num_queries + queries)
+        if estimate.is_usable and trials(self.method.optimizer):
+            return self._try_the_step(estimate, batch, estimate.loss if estimator.asks_clean_loss else None, lr)
+        return estimate
 
     def _of_nodes(self, blank: StepEstimate, batch: Any, estimator: Estimator) -> StepEstimate:
         """The estimate as factors: gradients of layers' outputs, and the inputs that they belong to."""
         assert self.nodes is not None
         assert isinstance(estimator, Nodes)
         nodes = self.nodes(batch, blank.directions[0], estimator)
-        found = replace(blank, losses=torch.tensor([nodes.loss]), loss=nodes.loss)
-        found = replace(found, num_queries=blank.num_queries + nodes.num_queries)
-        learnt = self.session.coordinates.state_dict() if estimator.probes_at(found.step) else None
-        return replace(found, terms=[], factors=nodes.factors, observations=learnt) if nodes.usable else found
+        estimate = replace(blank, losses=torch.tensor([nodes.loss]), loss=nodes.loss)
+        estimate = replace(estimate, num_queries=blank.num_queries + nodes.num_queries)
+        learnt = self.session.coordinates.state_dict() if estimator.probes_at(estimate.step) else None
+        return replace(estimate, terms=[], factors=nodes.factors, observations=learnt) if nodes.usable else estimate
 
     def _begin(self, batch: Any, direction: Direction) -> tuple[Tensor | None, int, dict[str, Any] | None]:
-        """Settle what the directions of the step depend on.
+        """Settle what the directions of the step depend on, before the first of them is drawn.
 
         Returns:
             The clean loss, where that took a forward; the queries of a backward pass that was made for it; and the
-            state of the subspace, where it has looked.
+            state of the subspace, where it has observed something.
         """
         coordinates, clean, queries, observations = self.session.coordinates, None, 0, None
         coordinates.begin(direction)
@@ -134,6 +135,7 @@ class StepQueries:
             if self.gather is not None:
                 coordinates.join(direction, self.gather)
             observations = coordinates.state_dict()
+        # The last bits of a basis may differ from process to process, and so would the directions in it.
         if observations is not None and self.agree is not None:
             coordinates.load_state_dict(self.agree(observations))
             observations = coordinates.state_dict()
@@ -145,10 +147,10 @@ class StepQueries:
         if self.gather is None:
             run(coordinates.score)
         else:  # a process may lack some of them (an expert that none of its tokens reaches)
-            mine: dict[str, Tensor] = {}
-            run(lambda name, gradient: mine.update({name: gradient.detach().float().cpu()}))
+            gradients: dict[str, Tensor] = {}
+            run(lambda name, gradient: gradients.update({name: gradient.detach().float().cpu()}))
             for name, tensor in self.session.weights.tensors.items():
-                flat = mine.pop(name).view(-1) if name in mine else torch.zeros(tensor.numel())
+                flat = gradients.pop(name).view(-1) if name in gradients else torch.zeros(tensor.numel())
                 coordinates.score(name, self.average(flat, batch).view(tensor.shape).to(tensor.device))
         coordinates.scored()
 
@@ -162,9 +164,11 @@ class StepQueries:
         queries = estimator.queries_at(directions[0].step) + (clean is not None and not estimator.asks_clean_loss)
         if isinstance(estimator, PerExample):
             return *self._per_example(batch, directions, points), queries
-        wide = anchor_batches(estimator, directions[0].step)
+        step = directions[0].step
+        wide = anchor_batches(estimator, step)
         if wide:
-            over = [self._at(one, points) for one in self.batches(wide)]
+            # L(theta + s z) = 1/B sum_b L_b(theta + s z); the data may have fewer batches than were asked for
+            over = [self._at(one, points) for one in self.batches(batch, wide, step)]
             return directions, torch.stack(over).mean(0), queries - len(points) * (wide - len(over))
         return directions, self._at(batch, points, clean), queries
 
@@ -177,27 +181,28 @@ class StepQueries:
         losses = self.session.losses_per_example(examples, points, places[self.rank])
         if self.gather is not None:
             losses = torch.cat(self.gather(losses), dim=1)
+        # [P, B] rank by rank -> the columns in the order that one process would have
         order = torch.tensor([place for of_rank in places for place in of_rank]).argsort()
         numbers = range(len(order))
         return [replace(direction, example=number) for direction in directions for number in numbers], losses[:, order]
 
     def _at(self, batch: Any, points: list[Point], clean: Tensor | None = None) -> Tensor:
         """The objective at some points, those at the anchor among them; a clean loss that is known is not asked for."""
-        here = [p for p in points if not p.anchor and (clean is None or p.direction is not None)]
-        found = self.average(self.session.losses(batch, here), batch) if here else torch.empty(0)
-        there = [p for p in points if p.anchor]
-        if there:
+        at_theta = [p for p in points if not p.anchor and (clean is None or p.direction is not None)]
+        at_anchor = [p for p in points if p.anchor]
+        losses = self.average(self.session.losses(batch, at_theta), batch) if at_theta else torch.empty(0)
+        of_theta, of_anchor = iter(losses.unbind()), iter(losses[:0].unbind())
+        if at_anchor:  # all of them together: the weights go there and back once
             with self.session.at_anchor():
-                at_anchor = iter(self.average(self.session.losses(batch, there), batch).unbind())
-        answers = iter(found.unbind())
+                of_anchor = iter(self.average(self.session.losses(batch, at_anchor), batch).unbind())
         values = []
         for point in points:
             if point.anchor:
-                values.append(next(at_anchor))
+                values.append(next(of_anchor))
             elif point.direction is None and clean is not None:
                 values.append(clean)
             else:
-                values.append(next(answers))
+                values.append(next(of_theta))
         return torch.stack(values)
 
     # ---- the estimate ------------------------------------------------------------------------------------------------
@@ -206,61 +211,64 @@ class StepQueries:
         self, blank: StepEstimate, directions: list[Direction], losses: Tensor, estimator: Estimator
     ) -> StepEstimate:
         """What the losses say: sum_j c_j z_j; without terms where a loss or a coefficient is not finite."""
-        found = replace(blank, losses=losses)
+        estimate = replace(blank, losses=losses)
         if not bool(torch.isfinite(losses).all()):
-            return replace(found, loss=float(estimator.loss(losses)))
-        measured = estimator.measure(losses, found.memory["estimator"])
-        found = replace(found, loss=float(measured.loss), projected_grads=measured.projected_grads)
+            return replace(estimate, loss=float(estimator.loss(losses)))
+        measured = estimator.measure(losses, estimate.memory["estimator"])
+        estimate = replace(estimate, loss=float(measured.loss), projected_grads=measured.projected_grads)
+        # a_j = weights(p, <z_i, z_j>); the inner products are dear, so a weighting asks for them
         gram = lambda: self.session.coordinates.gram(directions)  # noqa: E731
-        coefficients = self.method.weighting.coefficients(measured, gram, found.memory["weighting"])
+        coefficients = self.method.weighting.coefficients(measured, gram, estimate.memory["weighting"])
         if not bool(torch.isfinite(coefficients).all()):
-            return found
-        terms = estimator.terms(list(zip(directions, coefficients.tolist(), strict=True)), found.memory["estimator"])
+            return estimate
+        terms = estimator.terms(list(zip(directions, coefficients.tolist(), strict=True)), estimate.memory["estimator"])
         curvatures = None if measured.curvatures is None else measured.curvatures.tolist()
-        return replace(found, terms=terms, curvatures=curvatures)
+        return replace(estimate, terms=terms, curvatures=curvatures)
 
     def _with_gradient(self, blank: StepEstimate, batch: Any, estimator: Estimator) -> StepEstimate:
         """Part of the gradient from a backward pass, the rest from queries."""
         assert isinstance(estimator, NeedsBackward)
         directions = list(blank.directions)
-        found = replace(blank, terms=[], num_queries=blank.num_queries + estimator.queries_at(blank.step))
+        estimate = replace(blank, terms=[], num_queries=blank.num_queries + estimator.queries_at(blank.step))
         far, points = self.select(batch, estimator.queried_lengths), estimator.points(directions)
         is_queried = bool(points) and far is not None
         if is_queried:
-            found = self._measured(replace(found, terms=None), directions, self._at(far, points), estimator)
-            if not found.is_usable:
-                return found
+            estimate = self._measured(replace(estimate, terms=None), directions, self._at(far, points), estimator)
+            if not estimate.is_usable:
+                return estimate
         near = self.select(batch, estimator.backpropagated_lengths)
         if near is None:
-            return found
+            return estimate
         names = frozenset(self.session.coordinates.still) or None
         loss, run = loss_with_graph(self.session, near, names)
         value = float(self.average(loss.view(1), near)[0])
         if not math.isfinite(value):
-            return replace(found, terms=None, losses=loss.view(1), loss=value)
+            return replace(estimate, terms=None, losses=loss.view(1), loss=value)
         share = estimator.share_of_backward(is_queried)
+        # g = (1 - share) sum_j c_j z_j + share dL/dtheta; tensors that are backpropagated alone have no z, and share 1
         return replace(
-            found.scaled(1.0 if names else 1.0 - share),
+            estimate.scaled(1.0 if names else 1.0 - share),
             backward=lambda take: run(lambda name, gradient: take(name, gradient.mul(share))),
-            losses=torch.cat((found.losses, loss.view(1))),
+            losses=torch.cat((estimate.losses, loss.view(1))),
             loss=value,
         )
 
     # ---- trying the step ---------------------------------------------------------------------------------------------
 
-    def _try_the_step(self, found: StepEstimate, batch: Any, clean: float | None, lr: float) -> StepEstimate:
+    def _try_the_step(self, estimate: StepEstimate, batch: Any, clean: float | None, lr: float) -> StepEstimate:
         """Ask the objective where the step would lead, and let the optimizer choose."""
-        assert found.terms is not None
+        assert estimate.terms is not None
         rule = self.method.optimizer
         assert isinstance(rule, TriesSteps)
-        first = found.terms[0][0]
-        step = Direction(first.seed, first.step, -1, mix=tuple(found.terms))
+        first = estimate.terms[0][0]
+        # u = sum_j c_j z_j as one direction; the points are theta - lr m u for every multiple m
+        step = Direction(first.seed, first.step, -1, mix=tuple(estimate.terms))
         points = [Point(step, -lr * multiple) for multiple in rule.line_search]
         if clean is None:
             points.insert(0, Point())
         losses = self._at(batch, points).tolist()
-        found = replace(found, num_queries=found.num_queries + len(points))
+        estimate = replace(estimate, num_queries=estimate.num_queries + len(points))
         at_clean = clean if clean is not None else losses.pop(0)
         if not all(map(math.isfinite, losses)):
-            return replace(found, terms=None)
-        return found.scaled(rule.choose({0.0: at_clean, **dict(zip(rule.line_search, losses, strict=True))}))
+            return replace(estimate, terms=None)
+        return estimate.scaled(rule.choose({0.0: at_clean, **dict(zip(rule.line_search, losses, strict=True))}))

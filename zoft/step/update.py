@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,8 @@ from zoft.optimizers._factors import Factors
 from zoft.optimizers._optional import ReadsFactors, RescalesCoefficients
 from zoft.optimizers.base import Estimate, Optimizer, Term
 from zoft.step.estimate import StepEstimate
-from zoft.step.progress import Progress, Sum
 from zoft.subspaces.base import BoundSubspace
-from zoft.weights.rounding import Rounding, follow_, round_sum
+from zoft.weights.rounding import Rounding, Sum, follow_, round_sum
 from zoft.weights.tensors import Weights
 
 
@@ -47,13 +46,46 @@ def decay_groups(weights: Weights, decayed: Iterable[str], weight_decay: float) 
     ]
 
 
+@dataclass
+class Progress:
+    """Counters of a run; they are saved with the optimizer.
+
+    Args:
+        steps: optimisation steps taken, skipped ones included; the directions' step number.
+        updates: steps that moved the weights.
+        num_queries: forward passes of the objective, clean ones included.
+        num_tokens: tokens of the steps' batches times the steps' queries, over all processes.
+        num_skipped: steps skipped because a loss was not finite.
+        skipped_in_a_row: how many of the last steps were skipped.
+        seconds: wall time of training steps.
+        seconds_forward: wall time spent querying the objective.
+        losses: training losses since the last log line, whose mean the next one says.
+        num_guarded: steps that were far outside the running range and were shortened.
+        recent: (loss, slope) of the last steps inside it, as many as ``guard_steps``.
+        num_parts: into how many micro-batches were cut in the last step, where memory did not suffice.
+    """
+
+    steps: int = 0
+    updates: int = 0
+    num_queries: int = 0
+    num_tokens: int = 0
+    num_skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    seconds_forward: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    num_guarded: int = 0
+    recent: list[list[float]] = field(default_factory=list)
+    num_parts: int = 1
+
+
 @dataclass(frozen=True)
 class _Now:
     """What the writing of a step depends on beside its terms, so that it may be carried out later."""
 
     direction: Direction  # one of the step's
     number: int  # of the update
-    bends: dict[Direction, float]  # the curvature along each of its directions
+    curvatures: dict[Direction, float]  # along each of its directions
     records: list[list[Term]]  # the steps before it
 
 
@@ -62,7 +94,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups with ``params`` and ``weight_decay``.
-        rule: the optimizer component.
+        component: the optimizer component.
         session: the engine that writes the weights.
         learning_rate: initial learning rate of every group.
         rounding: how steps are written into bfloat16 and float16 weights; to nearest when left out.
@@ -72,14 +104,14 @@ class ZOOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        rule: Optimizer,
+        component: Optimizer,
         session: Session,
         learning_rate: float,
         rounding: Rounding | None = None,
         next_estimate: Callable[[], StepEstimate] | None = None,
     ) -> None:
         super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": 0.0})
-        self.rule = rule
+        self.component = component
         self.rounding = rounding or Rounding("nearest")
         self.session = session
         self.next_estimate = next_estimate
@@ -90,12 +122,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.masters: dict[str, Tensor] = {}  # name -> float32, flat
         self.sums: dict[str, Sum] = {}
         self.history: dict[str, tuple[int, Direction]] = {}  # name -> number of its updates, a direction of the last
-        self.records: list[list[Term]] = []  # the last steps, as many as the rule looks back at
-        remembered = rule.init() if isinstance(rule, RescalesCoefficients) else {}
+        self.records: list[list[Term]] = []  # the last steps, as many as the component looks back at
+        remembered = component.init() if isinstance(component, RescalesCoefficients) else {}
         self.scalars: dict[str, dict[str, Any]] = {"optimizer": remembered}  # what parts of the method remember
         self.direction: Direction | None = None  # one of the step in progress
         self._context: dict[str, Any] = {}
-        if rule.shapes_directions:
+        if component.shapes_directions:
             self.coordinates.arrange(shape=self._shape)
 
     # ---- what parts remember -----------------------------------------------------------------------------------------
@@ -107,7 +139,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def memory(self) -> dict[str, dict[str, Any]]:
         """A copy of what estimator and weighting remember."""
-        return copy.deepcopy({part: kept for part, kept in self.scalars.items() if part != "optimizer"})
+        return copy.deepcopy({part: memory for part, memory in self.scalars.items() if part != "optimizer"})
 
     # ---- a step begins -----------------------------------------------------------------------------------------------
 
@@ -120,21 +152,22 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.direction = direction
         for name in self.moments:
             self._transport(name, direction)
-        if self.rule.shapes_directions:
+        if self.component.shapes_directions:
             moving = [name for name in self.names.values() if self.coordinates.moves(direction, name)]
-            self._context = self.rule.shape_context({n: self._moments(n) for n in moving}, direction.step)
+            self._context = self.component.shape_context({n: self._moments(n) for n in moving}, direction.step)
 
     def _shape(self, z: Tensor, name: str, where: slice | Tensor) -> Tensor:
+        # z' = shape(z, state), element by element: the direction measured is the one applied, so both come through here
         state = {key: tensor.view(-1)[where] for key, tensor in self._moments(name).items()}
-        return self.rule.shape(z, state, self._context)
+        return self.component.shape(z, state, self._context)
 
     def _moments(self, name: str) -> dict[str, Tensor]:
         """The state of a tensor; made when it is first asked for."""
         if name not in self.moments:
             device = device_of(self.session, name)
             self.moments[name] = {
-                key: torch.full(shape, self.rule.start_values.get(key, 0.0), dtype=torch.float32, device=device)
-                for key, shape in self.rule.state_shapes(self.coordinates.shape(name)).items()
+                key: torch.full(shape, self.component.start_values.get(key, 0.0), dtype=torch.float32, device=device)
+                for key, shape in self.component.state_shapes(self.coordinates.shape(name)).items()
             }
         return self.moments[name]
 
@@ -143,8 +176,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         if name not in self.history:
             return
         count, last = self.history[name]
-        state = self.moments.get(name, {})  # a rule may keep less of some tensors
-        for key in (key for key in self.rule.linear_state if key in state):
+        state = self.moments.get(name, {})  # a component may keep less of some tensors
+        # What is linear in the estimate (a running mean) goes along with the basis; squares stay as they are.
+        for key in (key for key in self.component.linear_state if key in state):
             state[key] = self.coordinates.transport(name, state[key], last, direction)
         self.history[name] = count, direction
 
@@ -166,54 +200,55 @@ class ZOOptimizer(torch.optim.Optimizer):
         if estimate.terms is None:
             return
         self.scalars.update(estimate.memory)
-        if estimate.keeps_anchor:
+        if estimate.keeps_anchor:  # before the step: the anchor is where this step's losses were measured
             self.session.keep_anchor()
         terms = list(estimate.terms)
         self.direction = terms[0][0] if terms else estimate.directions[0]
         curvatures = estimate.curvatures or ()
-        bends = dict(zip((d for d, _ in terms), curvatures, strict=bool(curvatures)))
-        if isinstance(self.rule, RescalesCoefficients):
-            scaled = self.rule.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
+        along = dict(zip((d for d, _ in terms), curvatures, strict=bool(curvatures)))
+        if isinstance(self.component, RescalesCoefficients):
+            scaled = self.component.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
             terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
         self.progress.updates += 1
-        now = _Now(self.direction, self.progress.updates, bends, list(self.records))
+        now = _Now(self.direction, self.progress.updates, along, list(self.records))
         can_wait = self._can_wait and estimate.backward is None and not estimate.factors
         left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
 
         def write(name: str, dense: Tensor | None = None) -> None:
-            group, mine = left.pop(name), [term for term in terms if self.coordinates.moves(term[0], name)]
-            if mine or dense is not None:
+            group, moving = left.pop(name), [term for term in terms if self.coordinates.moves(term[0], name)]
+            if moving or dense is not None:
                 parameter, lr, decay = self.session.weights.tensors[name], group["lr"], group["weight_decay"]
-                move = partial(self._move, now, name, parameter, mine, lr, decay, dense)
+                move = partial(self._move, now, name, parameter, moving, lr, decay, dense)
                 with torch.no_grad():
                     write_away(self.session, name, move, can_wait=can_wait)
 
+        # A backward pass hands over one gradient after the other, and frees it once its tensor is written.
         if estimate.backward is not None:
             estimate.backward(write)
         for name, factor in self._steps_of(estimate, float(self.param_groups[0]["lr"])).items():
             write(name, factor.dense())
         for name in list(left):
             write(name)
-        if self.rule.history_length:
-            self.records = [*self.records, terms][-self.rule.history_length :]
+        if self.component.history_length:
+            self.records = [*self.records, terms][-self.component.history_length :]
 
     def _steps_of(self, estimate: StepEstimate, lr: float) -> Mapping[str, Factors]:
-        """What the rule makes of all factors together; themselves where it works on tensors."""
+        """What the component makes of all factors together; themselves where it works on tensors."""
         factors = {name: factor.to(device_of(self.session, name)) for name, factor in (estimate.factors or {}).items()}
-        if not factors or not isinstance(self.rule, ReadsFactors):
+        if not factors or not isinstance(self.component, ReadsFactors):
             return factors
         with torch.no_grad():
-            return self.rule.steps(factors, {name: self._moments(name) for name in factors}, estimate.loss, lr)
+            return self.component.steps(factors, {name: self._moments(name) for name in factors}, estimate.loss, lr)
 
     @property
     def _can_wait(self) -> bool:
         """Whether a step may be written later: nothing of the next step's queries reads what it changes.
 
-        The coordinates are the tensors' own in every step, each draws by itself, and no rule shapes directions.
+        The coordinates are the tensors' own in every step, each draws by itself, and no component shapes directions.
         """
         source = self.coordinates.source
         own = type(self.coordinates) is BoundSubspace and isinstance(source, CounterNoise) and source.law != "sphere"
-        return own and not self.rule.shapes_directions
+        return own and not self.component.shapes_directions
 
     def _move(
         self,
@@ -227,27 +262,28 @@ class ZOOptimizer(torch.optim.Optimizer):
     ) -> None:
         direction = now.direction
         count, state = self._state_of(name, direction)
-        way = self.rounding.way(parameter)
         if dense is None and self._is_one_addition(parameter, terms, decay):
             self._add_direction(name, parameter, *terms[0], lr)
             return
-        kept = self._sum_of(name, parameter, now)
-        sum_bits = 0 if kept is None else self.rounding.key(kept.first, name, role="sum")
-        rounds = way == "stochastic" and (kept is None or decay)  # what a sum says can be written as it is
+        way, summed = self.rounding.way(parameter), self._sum_of(name, parameter, now)
+        sum_bits = 0 if summed is None else self.rounding.key(summed.first, name, role="sum")
+        rounds = way == "stochastic" and (summed is None or decay)  # what a sum says can be written as it is
         bits = self.rounding.key(now.number, name) if rounds else None
         for start, stop, update in self._updates(now, name, terms, state, count, dense):
             if not lr:  # subtracting zero would turn a weight of -0.0 into +0.0
                 continue
-            ends = None if kept is None else kept.add_(start, stop, update, lr)
+            ends = None if summed is None else summed.add_(start, stop, update, lr)
             for first, last in self.coordinates.pieces(name, start, stop):
                 master = self._master_piece(name, first, last) if way == "master" else None
                 theta = self.session.piece(name, first, last) if master is None else master
                 if ends is None:
+                    # theta <- theta - lr (lift(u) + decay theta), u the update in coordinates
                     step = self.coordinates.lift(direction, name, update, start, first, last)
                     if decay:
                         step = step.add_(theta.to(step.dtype) * decay)
                     step = step.mul_(lr)
                 else:
+                    # theta <- theta - (round(lift(s + lr u)) - round(lift(s))) - lr decay theta, s the sum before
                     before, after = (self.coordinates.lift(direction, name, c, start, first, last) for c in ends)
                     step = round_sum(theta, before, after, sum_bits, first)
                     if decay:
@@ -257,46 +293,47 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _updates(
         self, now: _Now, name: str, terms: list[Term], state: dict[str, Tensor], count: int, dense: Tensor | None
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, what the rule makes of the estimate) for every chunk of the coordinates."""
+        """(start, stop, what the component makes of the estimate) for every chunk of the coordinates."""
         whole = [(0, math.prod(self.coordinates.shape(name)))]
-        records = [mine for record in now.records if (mine := self._record_of(now.direction, name, record))]
-        curvatures = [now.bends[direction] for direction, _ in terms] if now.bends else None
-        for start, stop in whole if self.rule.per_matrix else self.coordinates.chunks(name):
+        records = [terms_ for record in now.records if (terms_ := self._record_of(now.direction, name, record))]
+        curvatures = [now.curvatures[direction] for direction, _ in terms] if now.curvatures else None
+        for start, stop in whole if self.component.per_matrix else self.coordinates.chunks(name):
             piece = None if dense is None else dense.view(-1)[start:stop]
             estimate = Estimate(self.coordinates, name, start, stop, terms, curvatures, records, piece)
-            of_piece = state if self.rule.per_matrix else {key: t.view(-1)[start:stop] for key, t in state.items()}
-            yield start, stop, self.rule.update_from(estimate, of_piece, count).view(-1)
+            of_piece = state if self.component.per_matrix else {key: t.view(-1)[start:stop] for key, t in state.items()}
+            yield start, stop, self.component.update_from(estimate, of_piece, count).view(-1)
 
     def _record_of(self, now: Direction, name: str, record: list[Term]) -> list[Term]:
         """The terms of an earlier step that moved this tensor; none where its basis was another one."""
         coordinates = self.coordinates
-        mine = [term for term in record if coordinates.moves(term[0], name)]
-        return mine if all(coordinates.same_basis(name, direction, now) for direction, _ in mine) else []
+        moved = [term for term in record if coordinates.moves(term[0], name)]
+        return moved if all(coordinates.same_basis(name, direction, now) for direction, _ in moved) else []
 
     def _sum_of(self, name: str, parameter: nn.Parameter, now: _Now) -> Sum | None:
-        """The sum of the steps in the basis of this direction, where one is kept."""
-        direction = now.direction
-        shape = self.coordinates.shape(name)
+        """The sum of the steps in the basis of this one, where one is kept."""
+        direction, shape = now.direction, self.coordinates.shape(name)
         if not self.rounding.sums(parameter, math.prod(shape)):
             return None
-        kept = self.sums.get(name)
-        if kept is None or not self.coordinates.same_basis(name, kept.direction, direction):
+        summed = self.sums.get(name)
+        if summed is None or not self.coordinates.same_basis(name, summed.direction, direction):
+            # coordinates in another basis are other numbers: what the old sum says is in the weights already
             total = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-            kept = self.sums[name] = Sum(total, now.number, direction)
-        kept.direction = direction
-        return kept
+            summed = self.sums[name] = Sum(total, now.number, direction)
+        summed.direction = direction
+        return summed
 
     def _is_one_addition(self, parameter: nn.Parameter, terms: list[tuple[Direction, float]], decay: float) -> bool:
         """Whether the step is a multiple of one direction and can be made while it is added: the cheapest update.
 
         MeZO's own numbers have roundings in between.
         """
-        linear = self.rule.is_identity and len(terms) == 1 and not decay
-        return linear and parameter.dtype == torch.float32 and isinstance(self.coordinates.source, CounterNoise)
+        is_multiple = self.component.is_identity and len(terms) == 1 and not decay
+        return is_multiple and parameter.dtype == torch.float32 and isinstance(self.coordinates.source, CounterNoise)
 
     def _add_direction(
         self, name: str, parameter: nn.Parameter, direction: Direction, coefficient: float, lr: float
     ) -> None:
+        # theta <- theta - lr c z
         for first, last in self.coordinates.spans(name, 0, parameter.numel()) if lr else ():
             self.coordinates.add_(self.session.piece(name, first, last), direction, name, first, -lr * coefficient)
 
@@ -322,12 +359,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         moments = {name: dict(tensors) for name, tensors in self.moments.items() if tensors}
         return {
-            "rule": self.rule.name(),
+            "rule": self.component.name(),  # the key that checkpoints have had from the first on
             "progress": asdict(self.progress),
             "state": moments,
             "masters": dict(self.masters),
             "history": {name: [count, asdict(last)] for name, (count, last) in self.history.items()},
-            "sums": {name: asdict(kept) for name, kept in self.sums.items()},
+            "sums": {name: asdict(summed) for name, summed in self.sums.items()},
             "records": [[[asdict(direction), coefficient] for direction, coefficient in r] for r in self.records],
             "scalars": self.scalars,
             "subspace": self.coordinates.state_dict(),
@@ -336,11 +373,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The other way round; torch's own would cast float32 state to the weights' dtype."""
-        if state_dict["rule"] != self.rule.name():
+        """Take them back; torch's own would cast float32 state to the weights' dtype."""
+        if state_dict["rule"] != self.component.name():
             raise UserError(
                 f"the checkpoint was made with optimizer={state_dict['rule']}, this run has "
-                f"optimizer={self.rule.name()}: resume with the same one, or start a new run"
+                f"optimizer={self.component.name()}: resume with the same one, or start a new run"
             )
         settle(self.session)
         self.progress = Progress(**state_dict["progress"])
@@ -355,9 +392,9 @@ class ZOOptimizer(torch.optim.Optimizer):
             if self.rounding.way(tensors[name]) == "master"
         }
         self.sums = {  # without one the sum begins anew: what went before it has been written
-            name: Sum(kept["total"].to(device(name)).clone(), kept["first"], Direction.from_dict(kept["direction"]))
-            for name, kept in state_dict.get("sums", {}).items()
-            if self.rounding.sums(tensors[name], kept["total"].numel())
+            name: Sum(saved["total"].to(device(name)).clone(), saved["first"], Direction.from_dict(saved["direction"]))
+            for name, saved in state_dict.get("sums", {}).items()
+            if self.rounding.sums(tensors[name], saved["total"].numel())
         }
         self.history = {
             name: (count, Direction.from_dict(last)) for name, (count, last) in state_dict.get("history", {}).items()

@@ -1,14 +1,19 @@
-"""StepBatch: the rows of one optimisation step, as the Trainer's loop has collected them."""
+"""StepBatch: the rows of one optimisation step, and how they are cut where memory does not suffice."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from zoft.errors import OutOfMemoryError
 from zoft.lm.data.rows import groups_of, take
 
+log = logging.getLogger(__name__)
+
 Inputs = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,3 +53,38 @@ class StepBatch:
     def num_examples(self) -> int:
         """Examples of the largest micro-batch: into more parts it cannot be cut."""
         return max(len(groups_of(inputs)) for inputs in self.micro_batches)
+
+
+class BatchSplitter:
+    """Asks again with micro-batches of half the size when memory does not suffice; the smaller size stays.
+
+    Args:
+        parts: into how many micro-batches are cut to begin with.
+
+    Example:
+        >>> splitter = BatchSplitter()
+        >>> splitter(lambda batch: len(batch.micro_batches), StepBatch([{"input_ids": [[1], [2]]}]))
+        1
+    """
+
+    def __init__(self, parts: int = 1) -> None:
+        self.parts = parts
+
+    def __call__(self, ask: Callable[[StepBatch], T], batch: StepBatch) -> T:
+        """The answer, from the largest micro-batches that fit.
+
+        Args:
+            ask: what needs the memory; leaves everything as it was when it raises.
+            batch: the step's.
+
+        Raises:
+            OutOfMemoryError: single examples do not fit either.
+        """
+        while True:
+            try:
+                return ask(batch.cut(self.parts))
+            except OutOfMemoryError:
+                if self.parts >= batch.num_examples:
+                    raise
+                self.parts *= 2
+                log.warning("out of memory: the step is asked again in micro-batches of 1/%d the size", self.parts)

@@ -13,6 +13,8 @@ import torch
 from transformers import TrainingArguments
 
 from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes
+from zoft.step.method import NOTHING_TO_CLIP, Method
 from zoft.trainer.guard import FEWEST, GUARDS
 from zoft.weights.rounding import ROUNDINGS
 
@@ -241,3 +243,33 @@ def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any
         log.warning("max_grad_norm=1.0, the default, is switched off: it would clip projected gradients (see ZOConfig)")
         args.max_grad_norm = 0.0
     return args
+
+
+def settle_arguments(args: Any, method: Method, *, has_objective: bool) -> None:
+    """Settings that belong together, in one place: learning rate, decay, budget, columns; ``args`` is changed.
+
+    Args:
+        args: with zoft's fields.
+        method: what is trained with.
+        has_objective: whether another loss than the model's own is trained on.
+
+    Raises:
+        UserError: two values for one setting, or one that would be ignored.
+    """
+    optimizer, estimator = method.optimizer, method.estimator
+    for name in ("learning_rate", "weight_decay"):
+        chosen, given = getattr(optimizer, name), getattr(args, name)
+        if chosen is None:
+            continue
+        if given not in (type(args).__dataclass_fields__[name].default, chosen):
+            raise UserError(f"two values for {name}: {given} in the arguments and {chosen} on the optimizer")
+        setattr(args, name, chosen)
+    if optimizer.scale_with_directions:
+        args.learning_rate *= estimator.num_directions
+    if args.max_grad_norm and (estimator.backpropagates or isinstance(estimator, Nodes)):
+        raise UserError(NOTHING_TO_CLIP.format(estimator.name()))
+    queries = getattr(args, "budget_queries", None)
+    if queries is not None and args.max_steps <= 0:
+        args.max_steps = method.steps_within(queries)
+    if has_objective:
+        args.remove_unused_columns = False  # the objective reads columns that the model's forward does not name

@@ -1,10 +1,8 @@
-"""What a trainer does otherwise where forwards run elsewhere: it refuses more, and its evaluations are asked there."""
+"""What a trainer settles where forwards run elsewhere: it refuses more, and keeps no hidden states."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from transformers import Trainer
+from typing import Any
 
 from zoft.engines._elsewhere import Elsewhere
 from zoft.engines.base import Engine
@@ -12,39 +10,33 @@ from zoft.errors import UserError
 from zoft.lm.objectives.base import Objective
 from zoft.step.method import Method
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
 
+def settle_elsewhere(engine: Engine, method: Method, objective: Objective | None, args: Any) -> None:
+    """Refuse, before the model is loaded, what another runtime does not compute, and settings it would ignore.
 
-class AskedElsewhere(_Base):
-    """The part of :class:`zoft.trainer.trainer.ZOMixin` that knows of :class:`zoft.engines._elsewhere.Elsewhere`."""
+    Args:
+        engine: one of this process has nothing to settle.
+        method: what is trained with.
+        objective: or None for the model's own loss.
+        args: of the Trainer; what cannot be seen from here is switched off in them.
 
-    engine: Engine
-    method: Method
-    objective: Objective | None
-
-    def _settle_elsewhere(self, args: Any) -> None:
-        """Refuse, before the model is loaded, what another runtime does not compute, and settings it would ignore."""
-        engine = self.engine
-        if not isinstance(engine, Elsewhere):
-            return
-        engine.check_method(self.method)
-        if self.objective is None:
+    Raises:
+        UserError: with what to use instead.
+    """
+    if not isinstance(engine, Elsewhere):
+        return
+    engine.check_method(method)
+    if objective is None:
+        raise UserError(
+            f"engine={engine.name()} scores tokens, and the model's own loss is computed by the model: give an "
+            "objective (objective=options, cross_entropy), or use engine=auto"
+        )
+    engine.check_objective(objective)
+    for name in ("bf16", "fp16", "torch_compile"):
+        if getattr(args, name):
             raise UserError(
-                f"engine={engine.name()} scores tokens, and the model's own loss is computed by the model: give an "
-                "objective (objective=options, cross_entropy), or use engine=auto"
+                f"trainer.{name}=true is about forwards of this process, and those of engine={engine.name()} run "
+                "elsewhere: leave it out, or use engine=auto"
             )
-        engine.check_objective(self.objective)
-        for name in ("bf16", "fp16", "torch_compile"):
-            if getattr(args, name):
-                raise UserError(
-                    f"trainer.{name}=true is about forwards of this process, and those of engine={engine.name()} run "
-                    "elsewhere: leave it out, or use engine=auto"
-                )
-        engine.prepare()
-        args.keep_frozen_prefix = False  # hidden states are not seen here
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's own; what answers for the model is there."""
-        if isinstance(self.engine, Elsewhere):
-            self.create_optimizer()
-        return super().evaluation_loop(*args, **kwargs)
+    engine.prepare()
+    args.keep_frozen_prefix = False  # hidden states are not seen here

@@ -1,134 +1,122 @@
-"""Steps of whole micro-batches where a pass over the data ends before a step does."""
+"""Steps of whole micro-batches where a pass over the data ends before a step does; rows that cannot be trained on."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from zoft.errors import UserError
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
 
-
-class WholeSteps(_Base):
-    """The part of :class:`zoft.trainer.ZOMixin` that knows which micro-batches make a step.
+@dataclass
+class Passes:
+    """Passes over the training rows, and the micro-batches that make a step.
 
     Of rows without a known number (``IterableDataset``) the Trainer hands over whatever is left at the end of a pass as
     if it were a step, takes no step with it, and divides the next one by the tokens of its own micro-batches alone.
     Here what is left waits for the first micro-batches of the next pass: every step has as many as it is asked for.
+
+    Args:
+        skips: whether a resumed run goes to where it was in the data.
     """
 
-    _micro_batches: list[Any]  # micro-batches of the step that have been collected (zoft.trainer)
-    _waiting: list[Any]  # micro-batches that are left of a pass
-    _loader: Any = None  # the loader of the pass
-    _stream: Iterator[Any]  # and where it stands
-    _pass = 0  # its number
-    _passes_before = 0  # passes that the Trainer's loop does not know of: before a resume, or short ones
-    _num_steps_in_pass = 0
+    skips: bool = True
+    _waiting: list[Any] = field(default_factory=list)  # left of a pass
+    _loader: Any = None  # of the pass
+    _stream: Iterator[Any] = field(default_factory=lambda: iter(()))  # where it stands
+    _number: int = 0  # of the pass
+    _before: int = 0  # passes that the Trainer's loop does not know of: before a resume, or short ones
+    _num_steps: int = 0  # of the pass
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """As the Trainer's own: ``num_batches`` micro-batches, or none."""
-        samples = self._waiting
-        if not self._num_steps_in_pass:
-            self._stream = epoch_iterator
-        came = self._fetch(num_batches)
-        if not came and not self._num_steps_in_pass:
-            self._refuse_empty_pass()
+    def next_samples(self, stream: Iterator[Any], num_batches: int) -> list[Any]:
+        """The micro-batches of the next step; none at the end of a pass.
+
+        Args:
+            stream: the Trainer's own.
+            num_batches: as many as a step has.
+        """
+        if not self._num_steps:
+            self._stream = stream
+        num_new = self._fetch(num_batches)
+        if not num_new and not self._num_steps:
+            self._refuse_empty()
         # A pass that is shorter than a step: a pass without any step would end the run.
-        while came and len(samples) < num_batches and not self._num_steps_in_pass:
+        while num_new and len(self._waiting) < num_batches and not self._num_steps:
             self._stream = self._next_pass()
-            came = self._fetch(num_batches)
-        if len(samples) < num_batches:
-            return [], None
-        self._waiting = []
-        self._num_steps_in_pass += 1
-        return samples, self._get_num_items_in_batch(samples, device)
+            num_new = self._fetch(num_batches)
+        if len(self._waiting) < num_batches:
+            return []
+        samples, self._waiting = self._waiting, []
+        self._num_steps += 1
+        return samples
 
     def _fetch(self, num_batches: int) -> int:
         """Take micro-batches from the stream until ``num_batches`` wait; returns how many came."""
-        before = len(self._waiting)
-        while len(self._waiting) < num_batches:
-            try:
-                batch = next(self._stream, None)
-            except ValueError as error:
-                if "does not contain any data" not in str(error):  # what accelerate says of a stream without rows
-                    raise
-                batch = None
-            if batch is None:
-                break
-            self._waiting.append(batch)
-        return len(self._waiting) - before
+        num_before = len(self._waiting)
+        try:
+            self._waiting += itertools.islice(self._stream, max(0, num_batches - num_before))
+        except ValueError as error:
+            if "does not contain any data" not in str(error):  # what accelerate says of a stream without rows
+                raise
+        return len(self._waiting) - num_before
 
-    def _refuse_training_rows(self) -> None:
-        """No rows, or a stream that is to drop what fills no batch: the Trainer passes that setting over."""
-        rows = self.train_dataset
-        if self.args.dataloader_drop_last and isinstance(rows, IterableDataset):
-            raise UserError(
-                "dataloader_drop_last=true is not for a stream (IterableDataset), whose loader keeps the rows that "
-                "fill no batch: give a stream of whole batches, or set it to false"
-            )
-        if has_length(rows) and not len(rows):
-            raise UserError("there are no training rows: train_dataset is empty")
-
-    def _refuse_no_batch(self, loader: Any) -> None:
-        """Rows that are dropped because they fill no batch, all of them."""
-        if self.args.dataloader_drop_last and has_length(loader) and not len(loader):
-            raise UserError(
-                f"trainer.dataloader_drop_last=true leaves nothing of {len(self.train_dataset)} training rows, "
-                "which are less than one batch: lower trainer.per_device_train_batch_size, or set it to false"
-            )
-
-    def _refuse_empty_pass(self) -> None:
+    def _refuse_empty(self) -> None:
         """The loop would take it for the end of the run, and say that all went well."""
-        raise UserError(
-            f"pass {self._pass + 1} over the training rows found none: "
-            + (
-                "train_dataset gives its rows only once: make a new iterator in its __iter__, or ask for fewer steps"
-                if self._pass
-                else "train_dataset is empty"
-            )
-        )
+        again = "train_dataset gives its rows only once: make a new iterator in its __iter__, or ask for fewer steps"
+        why = again if self._number else "train_dataset is empty"
+        raise UserError(f"pass {self._number + 1} over the training rows found none: {why}")
 
     def _next_pass(self) -> Iterator[Any]:
-        self._pass += 1
-        self._passes_before += 1
-        if hasattr(self._loader, "set_epoch"):
-            self._loader.set_epoch(self._pass)
+        self._number += 1
+        self._before += 1
+        _set_epoch(self._loader, self._number)
         return iter(self._loader)
 
-    def _run_pass(self, **given: Any) -> None:
-        """The Trainer's own pass over the data, from where the run stands."""
-        self._micro_batches, self._num_steps_in_pass = [], 0  # a callback may have ended a pass in the middle of a step
+    def begin(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Begin a pass: the arguments of the Trainer's ``_run_epoch``, from where the run stands.
+
+        Args:
+            given: those arguments, by name.
+        """
+        given = dict(given)
+        self._num_steps = 0
         self._loader = given["train_dataloader"]
-        resumed = given["resume_from_checkpoint"] is not None and given["epoch"] == given["epochs_trained"]
-        skipped = given["steps_trained_in_current_epoch"]
-        if resumed and skipped and not has_length(self._loader) and not self.args.ignore_data_skip:
-            given["train_dataloader"] = self._skip(skipped)
+        is_resumed = given["resume_from_checkpoint"] is not None and given["epoch"] == given["epochs_trained"]
+        num_skipped = given["steps_trained_in_current_epoch"]
+        if is_resumed and num_skipped and self.skips and not has_length(self._loader):
+            given["train_dataloader"] = self._behind(num_skipped)
             given["steps_trained_in_current_epoch"] = 0
         for name in ("epoch", "epochs_trained"):
-            given[name] += self._passes_before
-        self._pass = given["epoch"]
-        super()._run_epoch(**given)
+            given[name] += self._before
+        self._number = given["epoch"]
+        return given
 
-    def _skip(self, num_batches: int) -> Any:
+    def _behind(self, num_batches: int) -> Any:
         """The loader behind its first ``num_batches`` micro-batches, which may lie several passes back."""
-        while True:
-            if hasattr(self._loader, "set_epoch"):
-                self._loader.set_epoch(self._passes_before)
-            batches, came = iter(self._loader), 0
-            for batch in batches:
-                if came == num_batches:
-                    return _Once(itertools.chain([batch], batches))
-                came += 1
-            if not came:
-                return _Once(batches)
-            num_batches -= came
-            self._passes_before += 1
+        for batches in self._passes():
+            num_skipped = sum(1 for _ in itertools.islice(batches, num_batches))
+            rest = list(itertools.islice(batches, 1))
+            if rest or not num_skipped:  # not at the end of this pass; or rows that never come
+                return _Once(itertools.chain(rest, batches))
+            num_batches -= num_skipped
+            self._before += 1
+        raise AssertionError("there is always another pass")
+
+    def _passes(self) -> Iterator[Iterator[Any]]:
+        """Iterators of pass after pass, from the one that the run stands in."""
+        for _ in itertools.count():
+            _set_epoch(self._loader, self._before)
+            yield iter(self._loader)
+
+
+def _set_epoch(loader: Any, number: int) -> None:
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(number)
 
 
 class _Once:
@@ -139,3 +127,34 @@ class _Once:
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches
+
+
+def refuse_training_rows(args: Any, rows: Any) -> None:
+    """No rows, or a stream that is to drop what fills no batch: the Trainer passes that setting over.
+
+    Args:
+        args: of the Trainer.
+        rows: for training.
+    """
+    if args.dataloader_drop_last and isinstance(rows, IterableDataset):
+        raise UserError(
+            "dataloader_drop_last=true is not for a stream (IterableDataset), whose loader keeps the rows that "
+            "fill no batch: give a stream of whole batches, or set it to false"
+        )
+    if has_length(rows) and not len(rows):
+        raise UserError("there are no training rows: train_dataset is empty")
+
+
+def refuse_no_batch(args: Any, loader: Any, rows: Any) -> None:
+    """Rows that are dropped because they fill no batch, all of them.
+
+    Args:
+        args: of the Trainer.
+        loader: of the training rows.
+        rows: themselves.
+    """
+    if args.dataloader_drop_last and has_length(loader) and not len(loader):
+        raise UserError(
+            f"trainer.dataloader_drop_last=true leaves nothing of {len(rows)} training rows, "
+            "which are less than one batch: lower trainer.per_device_train_batch_size, or set it to false"
+        )

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import Trainer
+
 from zoft.errors import UserError
 
 _OWN_TEXTS = (
@@ -73,3 +75,23 @@ def refuse_generating(cls: type) -> None:
                 f"{base.__name__} writes the texts it trains on inside its own training step, which ZOMixin replaces: "
                 "use objective=reward with ZOTrainer, which scores generated texts with forward passes only"
             )
+
+
+def refuse_optimizers(given: Mapping[str, Any]) -> None:
+    """Refuse what makes a first-order optimizer.
+
+    Raises:
+        UserError: there is such an argument.
+    """
+    for name in ("optimizers", "optimizer_cls_and_kwargs"):
+        if given.get(name) not in (None, (None, None)):
+            raise UserError(f"{name}= is for first-order optimizers: pass optimizer= (sgd, momentum, adam)")
+
+
+def has_own_loss(compute_loss: Any) -> bool:
+    """Whether a Trainer computes its loss by itself, from more than the model's own one: TRL's look at the outputs.
+
+    Args:
+        compute_loss: its method.
+    """
+    return getattr(compute_loss, "__func__", compute_loss) is not Trainer.compute_loss

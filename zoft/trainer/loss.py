@@ -2,115 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
-from transformers import Trainer
+from torch import Tensor
 
 from zoft.trainer.batch import Inputs, StepBatch
+from zoft.trainer.processes import Processes
+from zoft.trainer.protocol import HoldsObjects
 from zoft.weights.rounding import has_few_bits
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
 
+class StepLoss:
+    """The objective of a step: micro-batches and processes averaged as the first-order Trainer would.
 
-class LossAveraging(_Base):
-    """The part of :class:`zoft.trainer.trainer.ZOMixin` that knows how the Trainer scales a loss."""
+    Args:
+        trainer: computes the loss of a micro-batch.
+        processes: over which it is averaged.
+    """
 
-    model_accepts_loss_kwargs: bool  # the Trainer's: the model divides its loss by the token count it is given
-    objective: Any  # the component that replaces the model's own loss, or None
-    _called: nn.Module  # the model as the Trainer's loop hands it over
-    _as_served: Callable[[Inputs], Inputs]  # the batch as the objective computes with it
-    _probe_loss_scaling = False  # whether the model's use of that number is still to be found out
+    def __init__(self, trainer: HoldsObjects, processes: Processes) -> None:
+        self.trainer = trainer
+        self.processes = processes
+        self.asks_for_scaling = False  # whether the model's use of the token count is still to be found out
 
-    def _objective_of_batch(self, batch: StepBatch) -> Tensor:
+    def of(self, batch: StepBatch) -> Tensor:
         """The objective over the micro-batches of one step, as the first-order Trainer would have accumulated it."""
+        trainer = self.trainer
         losses, counts = [], []
         for inputs in batch.micro_batches:
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(self._called, dict(inputs), num_items_in_batch=batch.num_items)
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model_wrapped, dict(inputs), num_items_in_batch=batch.num_items)
             losses.append(loss.float())
             counts.append(self.num_terms(inputs))
         if len(losses) == 1:
             return losses[0]
-        if self.loss_is_a_share(batch):
+        if self.is_a_share(batch):
             return torch.stack(losses).sum()
         return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))
 
-    def _batch_of(self, micro_batches: list[Inputs], like: StepBatch) -> StepBatch:
+    def batch_of(self, micro_batches: list[Inputs], like: StepBatch) -> StepBatch:
         """Other rows than the step's, or a part of them: their loss is their own mean, and no share of the step's."""
-        counted = like.num_items is not None
-        return StepBatch(
-            micro_batches, self._get_num_items_in_batch(micro_batches, self.args.device) if counted else None
+        if like.num_items is None:
+            return StepBatch(micro_batches)
+        return StepBatch(micro_batches, self.trainer._get_num_items_in_batch(micro_batches, self.processes.device))
+
+    def is_a_share(self, batch: StepBatch) -> bool:
+        """Whether micro-batch losses were already divided by the step's token count, so that they add up."""
+        trainer = self.trainer
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # TRL's own word on it, where it has one
+        if scaled is not None:
+            return bool(scaled)
+        return (trainer.model_accepts_loss_kwargs and batch.num_items is not None) or (
+            trainer.compute_loss_func is not None
         )
 
-    def loss_is_a_share(self, batch: StepBatch) -> bool:
-        """Whether micro-batch losses were already divided by the step's token count, so that they add up."""
-        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
-            return bool(self.loss_is_scaled_for_ga)
-        return (self.model_accepts_loss_kwargs and batch.num_items is not None) or self.compute_loss_func is not None
-
-    def _settle_loss_scaling(self, model: nn.Module, batch: StepBatch) -> StepBatch:
+    def settle_scaling(self, batch: StepBatch) -> StepBatch:
         """Find out, once, whether the model's loss really uses the token count it accepts.
 
         Classification heads take it and ignore it; the Trainer would then scale their loss by the number of
         micro-batches and processes. Two extra forward passes, only when there is more than one of either. All processes
         decide alike: what they gather later depends on it.
         """
-        self._probe_loss_scaling, inputs = False, batch.micro_batches[0]
-        if not self.model_accepts_loss_kwargs or batch.num_items is None:
+        trainer, inputs = self.trainer, batch.micro_batches[0]
+        self.asks_for_scaling = False
+        if not trainer.model_accepts_loss_kwargs or batch.num_items is None:
             return batch
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), trainer.compute_loss_context_manager():
             losses = [
-                float(self.compute_loss(model, dict(inputs), num_items_in_batch=batch.num_items * factor))
+                float(
+                    trainer.compute_loss(
+                        trainer.model_wrapped, dict(inputs), num_items_in_batch=batch.num_items * factor
+                    )
+                )
                 for factor in (1, 2)
             ]
-        telling = bool(numpy.isfinite(losses).all()) and losses[0] != 0  # zero where no label of the batch counts
-        seen = torch.tensor([telling and losses[0] != losses[1], telling], dtype=torch.float64)
-        if self.accelerator.num_processes > 1:
-            seen = self.accelerator.reduce(seen.to(self.args.device), reduction="sum").cpu()
-        used, told = (bool(count) for count in seen)
-        if not told:
-            self._probe_loss_scaling = True  # nothing can be seen in such a batch: the next one is asked
-        elif not used:
-            self.model_accepts_loss_kwargs = False
+        tells = bool(numpy.isfinite(losses).all()) and losses[0] != 0  # zero where no label of the batch counts
+        uses, tells = map(bool, self.processes.sum(torch.tensor([tells and losses[0] != losses[1], tells])))
+        if not tells:
+            self.asks_for_scaling = True  # nothing can be seen in such a batch: the next one is asked
+        elif not uses:
+            trainer.model_accepts_loss_kwargs = False
             return StepBatch(batch.micro_batches)
         return batch
 
     def num_terms(self, inputs: Inputs) -> int:
         """Over how many terms the loss of a micro-batch is a mean: its weight among the others."""
-        if self.objective is not None:
-            return self.objective.num_terms(inputs)
+        objective = self.trainer.objective
+        if objective is not None:
+            return int(objective.num_terms(inputs))
         return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
 
-    def _over_processes(self, losses: Tensor, batch: StepBatch) -> Tensor:
+    def over_processes(self, losses: Tensor, batch: StepBatch) -> Tensor:
         """One all-reduce: losses weighted by examples, or already shares of one mean."""
-        if self.accelerator.num_processes == 1:
+        if self.processes.count == 1:
             return losses
-        weight = 1.0 if self.loss_is_a_share(batch) else float(sum(map(self.num_terms, batch.micro_batches)))
-        mine = torch.cat((losses.double() * weight, torch.tensor([weight], dtype=torch.float64)))
-        total = self.accelerator.reduce(mine.to(self.args.device), reduction="sum").cpu()
+        # L = sum_r n_r L_r / sum_r n_r over the processes r, each with a loss that is a mean of n_r terms
+        weight = 1.0 if self.is_a_share(batch) else float(sum(map(self.num_terms, batch.micro_batches)))
+        total = self.processes.sum(torch.cat((losses.double() * weight, torch.tensor([weight], dtype=torch.float64))))
         return (total[:-1] / total[-1]).float()
 
-    def _tokens_over_processes(self, batch: StepBatch) -> int:
-        """Tokens of a step, one query."""
-        tokens = sum(_num_tokens(self._as_served(inputs)) for inputs in batch.micro_batches)
-        if self.accelerator.num_processes == 1:
-            return tokens
-        mine = torch.tensor(float(tokens), dtype=torch.float64).to(self.args.device)
-        return int(self.accelerator.reduce(mine, reduction="sum"))
 
-
-def _num_tokens(inputs: Inputs) -> int:
-    inputs = inputs.get("packed", inputs)
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor):
-        return int(mask.sum())
-    ids = inputs.get("input_ids")
-    return ids.numel() if isinstance(ids, Tensor) else 0
+def num_tokens(micro_batches: Sequence[Inputs]) -> int:
+    """Tokens that a query of these micro-batches computes with."""
+    total = 0
+    for inputs in micro_batches:
+        inputs = inputs.get("packed", inputs)
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        if isinstance(mask, Tensor):
+            total += int(mask.sum())
+        elif isinstance(ids, Tensor):
+            total += ids.numel()
+    return total
 
 
 _LOSSES = {"cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "log_softmax", "kl_div"}

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from zoft.engines._frozen_prefix import longest_stack
-from zoft.engines._lockstep import sequential
 from zoft.errors import UserError
 from zoft.lm.logits.head import narrowed
-from zoft.lm.logits.support import no_trials
 from zoft.subspaces.base import Subspace
-from zoft.trainer.batch import StepBatch
-
-_Base: Any = Trainer if TYPE_CHECKING else object  # at run time the Trainer comes from the class beside the mixin
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-
-
-class NarrowLastBlock(_Base):
-    """What the setting does; mixed into :class:`zoft.trainer.trainer.ZOMixin`."""
-
-    narrow_layer: nn.Module | None = None  # computed only where the loss looks
-    _has_checked_narrow = False
-    _called: Any  # the model that compute_loss is called with, while a step's queries are asked
-
-    def _narrow(self, subspace: Subspace) -> None:
-        """Find the part that is narrowed, where that is asked for."""
-        if self.args.narrow_last_block:
-            self.narrow_layer = feed_forward_of(self.model, subspace)
-
-    def _check_narrow(self, batch: StepBatch) -> None:
-        """The first batch's loss is computed with the last block whole, too."""
-        if self.narrow_layer is None or self._has_checked_narrow:
-            return
-        self._has_checked_narrow = True  # a run that is resumed checks again
-        with torch.no_grad(), self.compute_loss_context_manager(), sequential(), no_trials():
-            check_narrow(functools.partial(self.compute_loss, self._called, batch.micro_batches[0]))
 
 
 def feed_forward_of(model: nn.Module, subspace: Subspace) -> nn.Module:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,25 +12,13 @@ from transformers import DynamicCache
 from zoft.errors import UserError
 from zoft.lm.objectives._own_readout import is_seq2seq, own_feedbacks, own_places, own_readout
 from zoft.step.nodes import NodePositions, at_loss
+from zoft.trainer.protocol import HoldsObjects
 
 if TYPE_CHECKING:
     from zoft.lm.logits.head import Positions
     from zoft.lm.objectives._readout import Readout
-    from zoft.step.method import Method
 
 _MOST_OPTIONS = 64  # different options in the training rows, up to which each has a response of its own
-
-
-class QueryingTrainer(Protocol):
-    """What is read of a trainer: :class:`zoft.trainer.trainer.ZOMixin` is one."""
-
-    objective: Any
-    method: Method
-    train_dataset: Any
-    _called: Any  # the model that is being queried, as the Trainer has wrapped it
-
-    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
-        """Autocast, where the arguments ask for it."""
 
 
 class TrainerReader:
@@ -41,7 +28,7 @@ class TrainerReader:
         trainer: whose model is being queried.
     """
 
-    def __init__(self, trainer: QueryingTrainer) -> None:
+    def __init__(self, trainer: HoldsObjects) -> None:
         self.trainer = trainer
         self._feedback: str | None = None
 
@@ -51,7 +38,7 @@ class TrainerReader:
 
     def places(self, part: Any) -> NodePositions:
         """The positions that the loss is read from."""
-        objective, model = self.trainer.objective, self.trainer._called
+        objective, model = self.trainer.objective, self.trainer.model_wrapped
         found: Positions = own_places(model, part) if objective is None else objective.places(model, part)
         if objective is None and is_seq2seq(model, part):  # of what the decoder says
             labels = part["labels"]
@@ -68,7 +55,7 @@ class TrainerReader:
 
     def read(self, part: Any) -> Readout:
         """One forward, as the estimator's feedback asks."""
-        objective, model = self.trainer.objective, self.trainer._called
+        objective, model = self.trainer.objective, self.trainer.model_wrapped
         feedback = self.feedback(part)
         feedback = "loss" if feedback == "exact" else feedback
         with self.trainer.compute_loss_context_manager():
@@ -85,7 +72,7 @@ class TrainerReader:
     def _chosen(self, part: Any) -> str:
         trainer = self.trainer
         objective, wanted = trainer.objective, trainer.method.estimator.feedback  # type: ignore[attr-defined]
-        there = own_feedbacks(trainer._called, part) if objective is None else objective.feedbacks
+        there = own_feedbacks(trainer.model_wrapped, part) if objective is None else objective.feedbacks
         if wanted == "exact" or wanted in there:
             return str(wanted)
         if wanted == "auto" and there == ("loss",):

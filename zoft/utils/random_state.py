@@ -1,10 +1,11 @@
-"""The global random states, kept: the Trainer seeds torch, numpy and Python, and whoever called it gets theirs back."""
+"""The global random states of Python, numpy and torch: put back after a block, written down, read again."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import torch
@@ -13,6 +14,8 @@ import torch
 @contextmanager
 def global_random_state_kept() -> Iterator[None]:
     """Put the global torch, CUDA, numpy and Python random states back at the end of the block.
+
+    The Trainer seeds all of them, and whoever called it gets theirs back.
 
     Example:
         >>> before = torch.get_rng_state()
@@ -31,3 +34,36 @@ def global_random_state_kept() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def random_state() -> dict[str, Any]:
+    """The global random states as plain values, which JSON can hold."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    states: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = [bytes(one.tolist()).hex() for one in torch.cuda.get_rng_state_all()]
+    return states
+
+
+def put_random_state(saved: dict[str, Any]) -> None:
+    """Put the global random states back.
+
+    Args:
+        saved: what :func:`random_state` gave.
+    """
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = saved["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_bytes(saved["torch"]))
+    if torch.cuda.is_available() and len(saved.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_bytes(one) for one in saved["cuda"]])
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

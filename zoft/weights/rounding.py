@@ -149,3 +149,24 @@ def _subnormal(values: Tensor, words: Tensor) -> Tensor:
     uniform = (words.bitwise_and(0xFFFFFF)).to(torch.float32) * 2.0**-24
     rounded = (values * 2.0**24 + uniform).floor() * 2.0**-24
     return torch.copysign(rounded, values)  # keeps the sign of a zero
+
+
+@dataclass
+class Sum:
+    """The steps that a tensor of few bits has taken in one basis, added up in coordinates.
+
+    Args:
+        total: float32, of the coordinates' shape: learning rate times update, summed.
+        first: the number of the first of these updates; it names the random bits.
+        direction: one of the last of these steps: it says which basis.
+    """
+
+    total: Tensor
+    first: int
+    direction: Direction
+
+    def add_(self, start: int, stop: int, update: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """Add a step to the coordinates [start, stop): the sum there before and after."""
+        here = self.total.view(-1)[start:stop]
+        before = here.clone()
+        return before, here.add_(update, alpha=lr).clone()

@@ -45,11 +45,13 @@ def asking(model: Curve, num_probes: int, law: str = "gaussian", **fields: Any) 
         create("subspace", "full", "full").__class__(law=law), create("estimator", "central", "").__class__(**fields)
     )
     coordinates = method.bind(Weights(model))
-    stepper = ZOOptimizer([{"params": [model.w]}], method.optimizer, Layerwise().bind(model, coordinates, model), 1.0)
+    zo_optimizer = ZOOptimizer(
+        [{"params": [model.w]}], method.optimizer, Layerwise().bind(model, coordinates, model), 1.0
+    )
     directions = [Direction(1, 0, probe) for probe in range(num_probes)]
     session = Bystander(model, mirrored(coordinates, num_probes), model)
     return Asking(
-        StepQueries(method, stepper), session, 0.3, method.estimator, {"estimator": {}, "weighting": {}}
+        StepQueries(method, zo_optimizer), session, 0.3, method.estimator, {"estimator": {}, "weighting": {}}
     ), directions
 
 

@@ -78,7 +78,7 @@ def facts(trainer: ZOTrainer) -> tuple[Any, ...]:
 def random_states(trainer: ZOTrainer) -> list[bytes]:
     """The global random state after every step, once the run has been made."""
     found: list[bytes] = []
-    trainer._journal_digest = lambda: found.append(torch.get_rng_state().numpy().tobytes())  # type: ignore[method-assign]
+    trainer.journal.digest = lambda *_, **__: found.append(torch.get_rng_state().numpy().tobytes())  # type: ignore[method-assign]
     return found
 
 
@@ -131,8 +131,8 @@ def test_the_estimate_measured_is_the_update_written(subspace: str, tmp_path: Pa
     chosen = small_subspace(subspace, "gaussian", 2)
     trainer = trainer_of(tmp_path, callback, subspace=chosen, estimator=estimator, max_steps=1, learning_rate=1.0)
     batches: list[Any] = []
-    ask = trainer._objective_of_batch
-    trainer._objective_of_batch = lambda window: (batches.append(window), ask(window))[1]  # type: ignore[method-assign]
+    ask = trainer.step_loss.of
+    trainer.step_loss.of = lambda window: (batches.append(window), ask(window))[1]  # type: ignore[method-assign]
     before = Net()
     trainer.train()
     rows = batches[-1].micro_batches
@@ -192,14 +192,14 @@ def test_an_objective_without_gradient_says_so_once_and_has_the_rest(tmp_path: P
 def test_weights_are_whole_when_a_measurement_fails(tmp_path: Path):
     callback = quick(num_probes=4)
     trainer = trainer_of(tmp_path, callback, engine="in_place")
-    start, ask = Weights(trainer.model).digest(), trainer.num_terms
+    start, ask = Weights(trainer.model).digest(), trainer.step_loss.num_terms
 
     def fails(inputs: Any) -> int:
         if callback._remembered is not None and trainer.last_step is not None:
             raise RuntimeError("broken")
         return ask(inputs)
 
-    trainer.num_terms = fails  # type: ignore[method-assign]
+    trainer.step_loss.num_terms = fails  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="broken"):
         trainer.train()
     assert Weights(trainer.model).digest() == start
@@ -208,14 +208,14 @@ def test_weights_are_whole_when_a_measurement_fails(tmp_path: Path):
 def test_losses_that_are_not_finite_are_left_out(tmp_path: Path):
     callback = quick(num_probes=4)
     trainer = trainer_of(tmp_path, callback, max_steps=2)
-    ask, times = trainer._objective_of_batch, [0]
+    ask, times = trainer.step_loss.of, [0]
 
     def sometimes(window: Any) -> torch.Tensor:
         times[0] += 1
         loss = ask(window)
         return loss * math.nan if times[0] == 5 else loss  # of the first measurement
 
-    trainer._objective_of_batch = sometimes  # type: ignore[method-assign]
+    trainer.step_loss.of = sometimes  # type: ignore[method-assign]
     trainer.train()
     rows = read_rows(tmp_path)
     assert len(rows) == 2

@@ -74,7 +74,7 @@ def test_backprop_with_sgd_is_torchs_sgd(family, engine):
 
 def test_backprop_with_adam_is_torchs_adamw():
     run, plain = (steps(made("backprop"), AdamW(weight_decay=0.1), lr=1e-2) for _ in range(2))
-    for group in run.stepper.param_groups:
+    for group in run.zo_optimizer.param_groups:
         group["weight_decay"] = 0.1
     torchs = torch.optim.AdamW(plain.model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(5):
@@ -156,14 +156,14 @@ def test_gradients_exist_one_after_the_other():
     run = steps(made("backprop"), model=models.tiny_llama(), lr=0.0)
     asked = run.ask()
     alive: list[int] = []
-    real = run.stepper._move
+    real = run.zo_optimizer._move
 
     def watched(*args: Any) -> None:
         alive.append(sum(p.grad is not None for p in run.model.parameters()))
         real(*args)
 
-    run.stepper._move = watched
-    run.stepper.apply(asked)
+    run.zo_optimizer._move = watched
+    run.zo_optimizer.apply(asked)
     assert len(alive) == len(run.weights.tensors)
     assert max(alive) <= 1
 
@@ -183,7 +183,7 @@ def test_hybrid_moves_above_by_the_gradient_and_below_by_the_queries():
     }
     asked = run.ask()
     terms = list(asked.terms)
-    run.stepper.apply(asked)
+    run.zo_optimizer.apply(asked)
     after = tensors_of(run.model)
     for name in after:
         if name in still:

@@ -29,15 +29,15 @@ def run(engine, model, *, steps=3, optimizer="sgd", subspace="full", estimator=N
         model, coordinates, lambda batch: model(**batch).loss
     )
     groups = decay_groups(weights, list(weights.tensors), decay)
-    stepper = ZOOptimizer(groups, method.optimizer, session, 0.05, Rounding(update, seed=7))
-    queries, losses = StepQueries(method, stepper), []
+    zo_optimizer = ZOOptimizer(groups, method.optimizer, session, 0.05, Rounding(update, seed=7))
+    queries, losses = StepQueries(method, zo_optimizer), []
     for step in range(steps):
         batch = batch_for(model, seed=step)
         directions = [Direction(3, step, index) for index in range(method.estimator.num_directions)]
         estimate = queries.estimate(batch, directions, lr=0.05)
-        stepper.apply(estimate)
+        zo_optimizer.apply(estimate)
         losses.append(estimate.losses.tolist())
-    return losses, stepper
+    return losses, zo_optimizer
 
 
 @pytest.mark.parametrize("store", ["file", "memory"])
@@ -57,16 +57,16 @@ def test_losses_and_weights_are_those_of_the_resident_run(store, dtype, optimize
         Layerwise(), tiny_llama().to(dtype), optimizer=optimizer, subspace=subspace, update=update, decay=0.1
     )
     model = tiny_llama().to(dtype)
-    losses, stepper = run(Offload(store), model, optimizer=optimizer, subspace=subspace, update=update, decay=0.1)
+    losses, zo_optimizer = run(Offload(store), model, optimizer=optimizer, subspace=subspace, update=update, decay=0.1)
     assert losses == wanted
-    stepper.session.settle()
-    assert stepper.session.weights.digest() == resident.session.weights.digest()
+    zo_optimizer.session.settle()
+    assert zo_optimizer.session.weights.digest() == resident.session.weights.digest()
 
 
 def test_a_block_is_visited_once_for_all_points_and_its_step_waits_for_the_next_visit():
     model = tiny_opt(num_hidden_layers=4)
-    _, stepper = run(Offload("file"), model, steps=1)  # its first queries go one by one, to see what reads what
-    session = stepper.session
+    _, zo_optimizer = run(Offload("file"), model, steps=1)  # its first queries go one by one, to see what reads what
+    session = zo_optimizer.session
     assert set(session.stream.waiting) == set(session.stream.of)
     before = dict(session.transfer.counts)
     batch, points = batch_for(model), [Point(Direction(3, 9, i), s) for i in range(3) for s in (1e-2, -1e-2)]
@@ -79,11 +79,11 @@ def test_a_block_is_visited_once_for_all_points_and_its_step_waits_for_the_next_
 
 def test_between_runs_the_model_is_an_ordinary_one():
     model = tiny_llama()
-    _, stepper = run(Offload("file"), model, steps=2)
+    _, zo_optimizer = run(Offload("file"), model, steps=2)
     batch = batch_for(model)
     with torch.no_grad():
         streamed = model(**batch).loss  # an evaluation writes what waits, block by block
-    stepper.session.settle()
+    zo_optimizer.session.settle()
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     again = tiny_llama()
     again.load_state_dict(kept)
@@ -112,8 +112,8 @@ def test_what_needs_all_weights_at_once_is_refused():
 
 def test_an_objective_that_raises_leaves_clean_weights_and_memory_of_two_blocks():
     model = tiny_llama()
-    _, stepper = run(Offload("file"), model, steps=1)
-    session = stepper.session
+    _, zo_optimizer = run(Offload("file"), model, steps=1)
+    session = zo_optimizer.session
     session.settle()
     before = session.weights.digest()
     model.model.layers[1].mlp.register_forward_hook(lambda *_: (_ for _ in ()).throw(ZeroDivisionError))

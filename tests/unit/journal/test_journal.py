@@ -34,7 +34,7 @@ def written(path, count: int = 5, **given) -> Journal:
 
 def test_what_is_written_is_read(tmp_path):
     journal = written(tmp_path / NAME)
-    journal.look(5, b"seen")
+    journal.observation(5, b"seen")
     journal.append(record(5, extra={"scalars": {"estimator": {"losses": [1.5]}}}, flags=records.SKIPPED))
     journal.digest(6, "cd" * 32)
     journal.evaluation(6, {"eval_loss": 0.1})
@@ -44,7 +44,7 @@ def test_what_is_written_is_read(tmp_path):
     assert found.records[:5] == [record(step) for step in range(5)]
     assert found.records[5].skipped
     assert found.records[5].extra == {"scalars": {"estimator": {"losses": [1.5]}}}
-    assert (found.looks, found.digests) == ({5: b"seen"}, {6: "cd" * 32})
+    assert (found.observations, found.digests) == ({5: b"seen"}, {6: "cd" * 32})
     assert (found.evaluations, found.notes) == ({6: [{"eval_loss": 0.1}]}, [{"lr_factor": 0.5}])
     assert (found.end, found.damaged) == (6, 0)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.optimizers.test_optimizers import LR, estimate, model_of, run, stepper_of, terms_of
+from tests.unit.optimizers.test_optimizers import LR, estimate, model_of, run, terms_of, zo_optimizer_of
 from zoft.engines.layerwise import Layerwise
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
@@ -45,16 +45,16 @@ class OnQuadratic:
         loss = loss or (lambda theta: (self.a * theta.square()).sum() / 2)
         session = Layerwise().bind(self.model, self.coordinates, lambda batch: loss(self.model.theta))
         groups = [{"params": [self.model.theta], "weight_decay": decay}]
-        self.stepper = ZOOptimizer(groups, rule, session, lr)
-        self.queries = StepQueries(self.method, self.stepper)
+        self.zo_optimizer = ZOOptimizer(groups, rule, session, lr)
+        self.queries = StepQueries(self.method, self.zo_optimizer)
         self.asked = None
 
     def step(self, count=1):
         for _ in range(count):
-            directions = self.method.estimator.directions(0, self.stepper.progress.steps)
-            self.asked = self.queries.estimate(None, directions, lr=self.stepper.param_groups[0]["lr"])
-            self.stepper.apply(self.asked)
-            self.stepper.progress.steps += 1
+            directions = self.method.estimator.directions(0, self.zo_optimizer.progress.steps)
+            self.asked = self.queries.estimate(None, directions, lr=self.zo_optimizer.param_groups[0]["lr"])
+            self.zo_optimizer.apply(self.asked)
+            self.zo_optimizer.progress.steps += 1
 
     def z(self, step, probe=0):
         """A direction as it is now, drawn anew."""
@@ -68,7 +68,7 @@ class OnQuadratic:
 def test_sign_steps_by_the_learning_rate_in_every_coordinate():
     model = model_of()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run(stepper_of(model, Sign()), range(1))
+    run(zo_optimizer_of(model, Sign()), range(1))
     for name, gradient in estimate(model, 0).items():
         torch.testing.assert_close(model.get_parameter(name).data, before[name] - LR * gradient.sign())
 
@@ -80,9 +80,9 @@ def test_adamw_is_torchs():
     defaults = reference.defaults
     assert (rule.adam_beta1, rule.adam_beta2, rule.adam_epsilon) == (*defaults["betas"], defaults["eps"])
     assert rule.weight_decay == defaults["weight_decay"]
-    stepper = stepper_of(ours, rule, decay=rule.weight_decay)
+    zo_optimizer = zo_optimizer_of(ours, rule, decay=rule.weight_decay)
     for step in range(5):
-        run(stepper, range(step, step + 1))
+        run(zo_optimizer, range(step, step + 1))
         for parameter, gradient in zip(theirs.parameters(), estimate(ours, step).values(), strict=True):
             parameter.grad = gradient.clone()
         reference.step()
@@ -93,15 +93,15 @@ def test_adamw_is_torchs():
 def test_scalar_adam_divides_by_the_root_of_the_mean_square():
     model, rule = model_of(), ScalarAdam(adam_beta2=0.9, adam_epsilon=1e-3)
     wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
-    stepper, v = stepper_of(model, rule), 0.0
+    zo_optimizer, v = zo_optimizer_of(model, rule), 0.0
     for step in range(4):
-        run(stepper, range(step, step + 1))
+        run(zo_optimizer, range(step, step + 1))
         v = 0.9 * v + 0.1 * sum(c**2 for _, c in terms_of(step))
         root = math.sqrt(v / (1 - 0.9 ** (step + 1))) + 1e-3
         for name, gradient in estimate(model, step).items():
             wanted[name] = wanted[name] - LR * gradient / root
             torch.testing.assert_close(model.get_parameter(name).data, wanted[name], rtol=1e-5, atol=1e-6)
-    assert stepper.moments["0.weight"] == {}, "no memory"
+    assert zo_optimizer.moments["0.weight"] == {}, "no memory"
 
 
 def test_scalar_adam_follows_the_length_of_the_gradient():
@@ -160,8 +160,8 @@ def test_conservative_decays_whatever_it_chooses():
 def test_replayed_adam_is_adam_while_the_window_holds_every_step():
     ours, theirs = model_of(), model_of()
     betas = {"adam_beta1": 0.7, "adam_beta2": 0.9, "adam_epsilon": 1e-5}
-    run(stepper_of(ours, ReplayAdam(**betas)), range(6))
-    run(stepper_of(theirs, Adam(**betas)), range(6))
+    run(zo_optimizer_of(ours, ReplayAdam(**betas)), range(6))
+    run(zo_optimizer_of(theirs, Adam(**betas)), range(6))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -170,10 +170,10 @@ def test_replayed_adam_is_adam_while_the_window_holds_every_step():
 def test_replayed_adam_forgets_what_is_older_than_its_window(chunk, monkeypatch):
     monkeypatch.setattr(base, "_CHUNK", chunk)
     model = model_of()
-    stepper = stepper_of(model, ReplayAdam(history=3))
+    zo_optimizer = zo_optimizer_of(model, ReplayAdam(history=3))
     wanted, past = {name: p.detach().clone() for name, p in model.named_parameters()}, []
     for step in range(6):
-        run(stepper, range(step, step + 1))
+        run(zo_optimizer, range(step, step + 1))
         past.insert(0, estimate(model, step))
         window = past[:3]
         for name in wanted:
@@ -181,8 +181,8 @@ def test_replayed_adam_forgets_what_is_older_than_its_window(chunk, monkeypatch)
             v = sum(0.9**k * g[name] ** 2 for k, g in enumerate(window)) / sum(0.9**k for k in range(len(window)))
             wanted[name] = wanted[name] - LR * m / (v.sqrt() + 1e-5)
             torch.testing.assert_close(model.get_parameter(name).data, wanted[name], rtol=1e-5, atol=1e-6)
-    assert stepper.moments["0.weight"] == {}, "no memory"
-    assert len(stepper.records) == 2
+    assert zo_optimizer.moments["0.weight"] == {}, "no memory"
+    assert len(zo_optimizer.records) == 2
 
 
 def test_without_curvature_there_is_no_hessian():
@@ -202,7 +202,7 @@ def test_a_cone_of_a_right_angle_is_sgd():
 
 def test_without_a_momentum_a_direction_is_what_it_would_be_without_a_cone():
     flat, cone = (OnQuadratic(rule, [1.0] * 5) for rule in (SGD(), Cone(angle=0.1)))
-    cone.stepper.begin(Direction(0, 0))
+    cone.zo_optimizer.begin(Direction(0, 0))
     assert torch.equal(cone.z(0), flat.z(0))
 
 
@@ -217,7 +217,7 @@ def test_the_momentum_is_the_running_mean_of_the_estimates_and_the_step_is_the_e
         wanted = (one.asked.projected_grads[:, None] * drawn).mean(0)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
         mean = 0.8 * mean + 0.2 * wanted
-        torch.testing.assert_close(one.stepper.moments["theta"]["momentum"], mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.zo_optimizer.moments["theta"]["momentum"], mean, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", [Cone(angle=1.0), AdaMU(alpha=math.sin(1.0) ** 2, explore_steps=0, anneal_steps=0)])
@@ -229,8 +229,8 @@ def test_directions_keep_their_length_and_lean_by_the_angle(rule):
     seconds = []
     for sign in (1.0, -1.0):
         one = OnQuadratic(rule, [1.0] * d)
-        one.stepper._moments("theta")["momentum"].copy_(sign * momentum)
-        one.stepper.begin(Direction(0, 0))
+        one.zo_optimizer._moments("theta")["momentum"].copy_(sign * momentum)
+        one.zo_optimizer.begin(Direction(0, 0))
         z = torch.stack([one.z(0, probe) for probe in range(draws)]).double()
         assert abs(z.square().sum(1).mean() - d) < 4 * z.square().sum(1).std() / draws**0.5
         assert abs((z @ unit).mean() - sign * math.sqrt(d) * math.cos(angle)) < 4 / draws**0.5
@@ -261,7 +261,7 @@ def test_adamu_divides_by_the_mean_square_of_its_directions():
         mean, squares = 0.5 * mean + 0.5 * gradient, 0.8 * squares + 0.2 * drawn.square().mean(0)
         wanted = before - 1e-2 * gradient / (squares.sqrt() + 1e-8)
         torch.testing.assert_close(one.model.theta.detach(), wanted, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(one.stepper.moments["theta"]["momentum"], mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.zo_optimizer.moments["theta"]["momentum"], mean, rtol=1e-5, atol=1e-6)
 
 
 def test_lengths_are_over_all_tensors():
@@ -288,7 +288,7 @@ def test_the_diagonal_takes_in_what_the_second_differences_say():
         torch.testing.assert_close(one.model.theta.detach(), wanted, rtol=1e-3, atol=1e-3)
         bends = (one.a * shaped.square()).sum(1).abs()  # k_j = z'^T A z'
         hessian = 0.9 * hessian + 0.1 * (bends[:, None] / 2 * hessian * unshaped.square()).mean(0)
-        torch.testing.assert_close(one.stepper.moments["theta"]["hessian"], hessian, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(one.zo_optimizer.moments["theta"]["hessian"], hessian, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
@@ -406,17 +406,17 @@ def test_the_step_in_the_weights_does_not_depend_on_the_scale_of_the_subspace(me
 
 def test_muon_steps_along_the_sign_of_the_running_mean_and_vectors_along_the_estimate():
     model = model_of()
-    stepper = stepper_of(model, Muon(method="svd", beta=0.6, vector_scale=0.1))
+    zo_optimizer = zo_optimizer_of(model, Muon(method="svd", beta=0.6, vector_scale=0.1))
     wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
     mean = {name: torch.zeros_like(p) for name, p in wanted.items()}
     for step in range(3):
-        run(stepper, range(step, step + 1))
+        run(zo_optimizer, range(step, step + 1))
         for name, gradient in estimate(model, step).items():
             mean[name] = 0.6 * mean[name] + 0.4 * gradient
             moved = sign_of(mean[name]).float() if gradient.dim() > 1 else 0.1 * gradient
             wanted[name] = wanted[name] - LR * moved
             torch.testing.assert_close(model.get_parameter(name).data, wanted[name], rtol=1e-4, atol=1e-5)
-    assert stepper.moments["0.bias"] == {}
+    assert zo_optimizer.moments["0.bias"] == {}
 
 
 def test_muon_takes_a_tensor_of_more_dimensions_as_a_matrix():

@@ -29,7 +29,7 @@ def model_of(dtype=torch.float32) -> nn.Module:
     return model
 
 
-def stepper_of(model: nn.Module, rule, lr: float = LR, decay: float = 0.0) -> ZOOptimizer:
+def zo_optimizer_of(model: nn.Module, rule, lr: float = LR, decay: float = 0.0) -> ZOOptimizer:
     weights = Weights(model)
     session = Layerwise().bind(model, Full().bind(weights), lambda batch: torch.zeros(()))
     return ZOOptimizer([{"params": list(weights.tensors.values()), "weight_decay": decay}], rule, session, lr)
@@ -39,9 +39,9 @@ def terms_of(step: int) -> list[tuple[Direction, float]]:
     return [(Direction(0, step, 0), 0.7 - 0.2 * step), (Direction(0, step, 1), -0.4)]
 
 
-def run(stepper: ZOOptimizer, steps: range) -> None:
+def run(zo_optimizer: ZOOptimizer, steps: range) -> None:
     for step in steps:
-        stepper.apply(StepEstimate.of(terms_of(step)))
+        zo_optimizer.apply(StepEstimate.of(terms_of(step)))
 
 
 def estimate(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
@@ -66,9 +66,9 @@ def test_steps_equal_those_of_torch(name, chunk, monkeypatch):
     rule, make = REFERENCES[name]
     ours, theirs = model_of(), model_of()
     reference = make(theirs.parameters())
-    stepper = stepper_of(ours, rule)
+    zo_optimizer = zo_optimizer_of(ours, rule)
     for step in range(6):
-        run(stepper, range(step, step + 1))
+        run(zo_optimizer, range(step, step + 1))
         for parameter, gradient in zip(theirs.parameters(), estimate(ours, step).values(), strict=True):
             parameter.grad = gradient.clone()
         reference.step()
@@ -78,22 +78,22 @@ def test_steps_equal_those_of_torch(name, chunk, monkeypatch):
 
 def test_momentum_is_the_running_mean_of_the_estimates():
     model = model_of()
-    stepper = stepper_of(model, Momentum(beta=0.8))
+    zo_optimizer = zo_optimizer_of(model, Momentum(beta=0.8))
     wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
     mean = {name: torch.zeros_like(p) for name, p in wanted.items()}
     for step in range(4):
-        run(stepper, range(step, step + 1))
+        run(zo_optimizer, range(step, step + 1))
         for name, gradient in estimate(model, step).items():
             mean[name] = 0.8 * mean[name] + 0.2 * gradient
             wanted[name] = wanted[name] - LR * mean[name]
             torch.testing.assert_close(model.get_parameter(name).data, wanted[name], rtol=2e-6, atol=1e-6)
-            torch.testing.assert_close(stepper.moments[name]["momentum"], mean[name], rtol=2e-6, atol=1e-6)
+            torch.testing.assert_close(zo_optimizer.moments[name]["momentum"], mean[name], rtol=2e-6, atol=1e-6)
 
 
 def test_momentum_without_past_is_sgd():
     one, two = model_of(), model_of()
-    run(stepper_of(one, Momentum(beta=0.0)), range(3))
-    run(stepper_of(two, SGD()), range(3))
+    run(zo_optimizer_of(one, Momentum(beta=0.0)), range(3))
+    run(zo_optimizer_of(two, SGD()), range(3))
     assert Weights(one).digest() == Weights(two).digest()
 
 
@@ -102,22 +102,22 @@ def test_weight_decay_is_decoupled(rule):
     """theta' with decay = theta' without - lr * decay * theta, and the state does not see it."""
     plain, decayed = model_of(), model_of()
     start = {name: p.detach().clone() for name, p in plain.named_parameters()}
-    steppers = stepper_of(plain, rule), stepper_of(decayed, rule, decay=DECAY)
-    for stepper in steppers:
-        run(stepper, range(1))
+    zo_optimizers = zo_optimizer_of(plain, rule), zo_optimizer_of(decayed, rule, decay=DECAY)
+    for zo_optimizer in zo_optimizers:
+        run(zo_optimizer, range(1))
     for name, before in start.items():
         difference = plain.get_parameter(name).data - decayed.get_parameter(name).data
         torch.testing.assert_close(difference, LR * DECAY * before, rtol=1e-4, atol=1e-6)
-        for key, moment in steppers[0].moments.get(name, {}).items():
-            assert torch.equal(moment, steppers[1].moments[name][key])
+        for key, moment in zo_optimizers[0].moments.get(name, {}).items():
+            assert torch.equal(moment, zo_optimizers[1].moments[name][key])
 
 
 def test_decay_equals_adamw():
     ours, theirs = model_of(), model_of()
     reference = torch.optim.AdamW(theirs.parameters(), lr=LR, weight_decay=DECAY)
-    stepper = stepper_of(ours, Adam(), decay=DECAY)
+    zo_optimizer = zo_optimizer_of(ours, Adam(), decay=DECAY)
     for step in range(5):
-        run(stepper, range(step, step + 1))
+        run(zo_optimizer, range(step, step + 1))
         for parameter, gradient in zip(theirs.parameters(), estimate(ours, step).values(), strict=True):
             parameter.grad = gradient.clone()
         reference.step()
@@ -132,17 +132,17 @@ def test_state_shapes():
 
 
 def test_state_is_float32_for_low_precision_weights():
-    stepper = stepper_of(model_of(torch.bfloat16), Adam())
-    run(stepper, range(2))
-    assert {t.dtype for state in stepper.moments.values() for t in state.values()} == {torch.float32}
+    zo_optimizer = zo_optimizer_of(model_of(torch.bfloat16), Adam())
+    run(zo_optimizer, range(2))
+    assert {t.dtype for state in zo_optimizer.moments.values() for t in state.values()} == {torch.float32}
 
 
 def test_the_learning_rate_of_the_group_is_the_one_used():
     model = model_of()
     before = model[0].weight.detach().clone()
-    stepper = stepper_of(model, SGD(), lr=1.0)
-    stepper.param_groups[0]["lr"] = 0.5  # what a scheduler does
-    run(stepper, range(1))
+    zo_optimizer = zo_optimizer_of(model, SGD(), lr=1.0)
+    zo_optimizer.param_groups[0]["lr"] = 0.5  # what a scheduler does
+    run(zo_optimizer, range(1))
     torch.testing.assert_close(
         before - model[0].weight.data, 0.5 * estimate(model, 0)["0.weight"], rtol=1e-5, atol=1e-6
     )
@@ -151,11 +151,11 @@ def test_the_learning_rate_of_the_group_is_the_one_used():
 def test_groups_keep_their_own_decay():
     model = model_of()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    stepper = stepper_of(model, SGD())
+    zo_optimizer = zo_optimizer_of(model, SGD())
     weights, biases = [model[0].weight, model[1].weight], [model[0].bias]
     groups = [{"params": weights, "weight_decay": DECAY}, {"params": biases, "weight_decay": 0.0}]
-    stepper = ZOOptimizer(groups, SGD(), stepper.session, LR)
-    run(stepper, range(1))
+    zo_optimizer = ZOOptimizer(groups, SGD(), zo_optimizer.session, LR)
+    run(zo_optimizer, range(1))
     for name, gradient in estimate(model, 0).items():
         decay = 0.0 if name.endswith("bias") else DECAY
         wanted = before[name] - LR * (gradient + decay * before[name])
@@ -164,39 +164,39 @@ def test_groups_keep_their_own_decay():
 
 def test_a_skipped_step_moves_nothing_and_is_not_an_update():
     model = model_of()
-    stepper = stepper_of(model, Adam())
-    run(stepper, range(2))
-    digest, moments = Weights(model).digest(), stepper.moments["0.weight"]["moment1"].clone()
-    stepper.next_estimate = lambda: StepEstimate([Direction(0, 2)])
-    stepper.step()
-    stepper.apply(StepEstimate([Direction(0, 3)]))
+    zo_optimizer = zo_optimizer_of(model, Adam())
+    run(zo_optimizer, range(2))
+    digest, moments = Weights(model).digest(), zo_optimizer.moments["0.weight"]["moment1"].clone()
+    zo_optimizer.next_estimate = lambda: StepEstimate([Direction(0, 2)])
+    zo_optimizer.step()
+    zo_optimizer.apply(StepEstimate([Direction(0, 3)]))
     assert Weights(model).digest() == digest
-    assert torch.equal(stepper.moments["0.weight"]["moment1"], moments)
-    assert stepper.progress.updates == 2
+    assert torch.equal(zo_optimizer.moments["0.weight"]["moment1"], moments)
+    assert zo_optimizer.progress.updates == 2
 
 
 def test_an_estimate_is_used_once():
     """A loop's `step` takes a new one each time, applies it as `apply` does, and moves nothing where there is none."""
     model, applied = model_of(), model_of()
-    stepper = stepper_of(model, SGD())
+    zo_optimizer = zo_optimizer_of(model, SGD())
     given = iter([StepEstimate.of(terms_of(step)) for step in range(2)])
-    stepper.next_estimate = lambda: next(given)
+    zo_optimizer.next_estimate = lambda: next(given)
     for step in range(2):
-        stepper.step()
-        run(stepper_of(applied, SGD()), range(step, step + 1))
+        zo_optimizer.step()
+        run(zo_optimizer_of(applied, SGD()), range(step, step + 1))
         assert Weights(model).digest() == Weights(applied).digest()
     with pytest.raises(StopIteration):
-        stepper.step()
-    stepper.next_estimate = None
+        zo_optimizer.step()
+    zo_optimizer.next_estimate = None
     with pytest.raises(AssertionError, match="nothing was given to take estimates from"):
-        stepper.step()
+        zo_optimizer.step()
     assert Weights(model).digest() == Weights(applied).digest()
-    assert stepper.progress.updates == 2
+    assert zo_optimizer.progress.updates == 2
 
 
 def test_a_closure_is_refused():
     with pytest.raises(ValueError, match="takes no closure"):
-        stepper_of(model_of(), SGD()).step(lambda: 0.0)
+        zo_optimizer_of(model_of(), SGD()).step(lambda: 0.0)
 
 
 def test_bad_values_name_their_field():
@@ -213,7 +213,7 @@ def test_bad_values_name_their_field():
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused():
-    saved = stepper_of(nn.Linear(3, 2), Momentum()).state_dict()
-    other = stepper_of(nn.Linear(3, 2), Adam())
+    saved = zo_optimizer_of(nn.Linear(3, 2), Momentum()).state_dict()
+    other = zo_optimizer_of(nn.Linear(3, 2), Adam())
     with pytest.raises(UserError, match=r"made with optimizer=momentum, this run has optimizer=adam"):
         other.load_state_dict(saved)

@@ -19,6 +19,7 @@ from zoft.config import compose
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.journal.file import read
 from zoft.run.train import run
+from zoft.trainer.forward import QueryForward
 from zoft.trainer.trainer import ZOTrainer
 from zoft.weights.tensors import Weights
 
@@ -454,8 +455,8 @@ def test_the_inference_peak_is_taken_after_the_frozen_prefix_is_filled(tmp_path:
     from zoft.report.memory import PeakMemory
 
     said: list[str] = []
-    fill, reset, predict = ZOTrainer.fill_frozen_prefix, PeakMemory.reset, ZOTrainer.predict
-    monkeypatch.setattr(ZOTrainer, "fill_frozen_prefix", lambda self, *a: said.append("fill") or fill(self, *a))
+    fill, reset, predict = QueryForward.fill_prefix, PeakMemory.reset, ZOTrainer.predict
+    monkeypatch.setattr(QueryForward, "fill_prefix", lambda self, *a: said.append("fill") or fill(self, *a))
     monkeypatch.setattr(PeakMemory, "reset", lambda self: said.append("reset") or reset(self))
     monkeypatch.setattr(ZOTrainer, "predict", lambda self, *a, **k: said.append("predict") or predict(self, *a, **k))
     go(tmp_path, "out", "trainable=last_blocks", "trainable.num_blocks=1")

@@ -68,13 +68,13 @@ class Steps:
         self.session = chosen.bind(self.model, coordinates, self.objective)
         self.weights = self.session.weights
         groups = [{"params": list(self.weights.tensors.values()), "weight_decay": 0.0}]
-        self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, lr)
+        self.zo_optimizer = ZOOptimizer(groups, self.method.optimizer, self.session, lr)
         self.queries = StepQueries(
             self.method,
-            self.stepper,
+            self.zo_optimizer,
             examples=examples_of,
             select=lambda batch, lengths: of_lengths(batch, *lengths),
-            batches=lambda count: (batches or [self.batch] * count)[:count],
+            batches=lambda batch, count, step: (batches or [self.batch] * count)[:count],
         )
 
     def objective(self, batch: Any) -> torch.Tensor:
@@ -84,18 +84,18 @@ class Steps:
         return loss * float("nan") if self.calls == self.nan_at else loss
 
     def ask(self) -> Any:
-        step = self.stepper.progress.steps
+        step = self.zo_optimizer.progress.steps
         asked = self.queries.estimate(self.batch, self.method.estimator.directions(5, step), lr=self.lr)
-        self.stepper.progress.steps += 1
+        self.zo_optimizer.progress.steps += 1
         return asked
 
     @property
     def lr(self) -> float:
-        return float(self.stepper.param_groups[0]["lr"])
+        return float(self.zo_optimizer.param_groups[0]["lr"])
 
     def step(self) -> Any:
         asked = self.ask()
-        self.stepper.apply(asked)
+        self.zo_optimizer.apply(asked)
         return asked
 
     def z(self, direction: Direction, name: str = "weight") -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_queries_are_the_forwards_that_are_made(estimator):
     work = {"forward_gradient": 2}.get(estimator, 1)  # a pass with a tangent is counted as two
     per_query = 3 if estimator == "per_example" else 1  # examples one by one are one query together
     for _ in range(4):
-        run.calls, step = 0, run.stepper.progress.steps
+        run.calls, step = 0, run.zo_optimizer.progress.steps
         asked = run.step()
         assert asked.num_queries * per_query == run.calls * work
         assert asked.num_queries == run.method.queries_at(step)
@@ -125,7 +125,7 @@ def test_a_backward_pass_counts_as_two_forwards(estimator):
     if estimator == "addax":  # one row of five tokens, two of seven
         run.batch["attention_mask"][0, :2] = 0
     run.step()
-    run.calls, step = 0, run.stepper.progress.steps
+    run.calls, step = 0, run.zo_optimizer.progress.steps
     asked = run.step()
     assert asked.num_queries == run.method.queries_at(step) == run.calls + 2
 
@@ -162,17 +162,17 @@ def test_a_step_with_a_loss_that_is_not_finite_leaves_nothing_behind(estimator, 
         assert run.step().is_usable
         plain.step()
     for _ in range(2):
-        state = copy.deepcopy(run.stepper.scalars)
-        anchor, digest, updates = run.session.anchor, run.weights.digest(), run.stepper.progress.updates
+        state = copy.deepcopy(run.zo_optimizer.scalars)
+        anchor, digest, updates = run.session.anchor, run.weights.digest(), run.zo_optimizer.progress.updates
         run.calls = 0
         run.nan_at = plain_calls(plain) if last else 1
         asked = run.step()
         assert not asked.is_usable
         assert (asked.terms, asked.backward, asked.curvatures) == (None, None, None)
-        assert run.stepper.scalars == state
+        assert run.zo_optimizer.scalars == state
         assert run.session.anchor is anchor
         assert run.weights.digest() == digest
-        assert run.stepper.progress.updates == updates
+        assert run.zo_optimizer.progress.updates == updates
         run.nan_at = -1
 
 
@@ -185,19 +185,19 @@ def plain_calls(run: Steps) -> int:
 def test_coefficients_that_are_not_finite_leave_nothing_behind(monkeypatch):
     run = Steps("one_point")
     run.step()
-    state = copy.deepcopy(run.stepper.scalars)
+    state = copy.deepcopy(run.zo_optimizer.scalars)
     mean = type(run.method.weighting)
     monkeypatch.setattr(mean, "coefficients", lambda self, m, g, s: m.projected_grads * float("inf"))
     digest = run.weights.digest()
     assert not run.step().is_usable
-    assert run.stepper.scalars == state
+    assert run.zo_optimizer.scalars == state
     assert run.weights.digest() == digest
 
 
 def test_an_interrupt_leaves_nothing_behind(monkeypatch):
     run = Steps("one_point", engine="layerwise")
     run.step()
-    state, digest = copy.deepcopy(run.stepper.scalars), run.weights.digest()
+    state, digest = copy.deepcopy(run.zo_optimizer.scalars), run.weights.digest()
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -205,7 +205,7 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(type(run.method.weighting), "coefficients", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.ask()
-    assert run.stepper.scalars == state
+    assert run.zo_optimizer.scalars == state
     assert run.weights.digest() == digest
 
 
@@ -252,7 +252,7 @@ def test_per_example_is_unbiased_and_has_the_variance_of_as_many_directions():
         for _ in range(400):
             asked = run.ask()
             drawn.append(sum(c * run.z(d) for d, c in asked.terms))
-            run.stepper.apply(asked)
+            run.zo_optimizer.apply(asked)
         estimates[name] = torch.stack(drawn)
         x = run.batch["x"]
         gradient = (x.T @ (x @ run.model.weight.detach())) / 8
@@ -303,12 +303,12 @@ def test_svrg_goes_on_from_a_saved_state():
     for _ in range(2):
         first.step()
     file = io.BytesIO()
-    torch.save({"model": first.model.state_dict(), "optimizer": first.stepper.state_dict()}, file)
+    torch.save({"model": first.model.state_dict(), "optimizer": first.zo_optimizer.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     second = svrg()
     second.model.load_state_dict(saved["model"])
-    second.stepper.load_state_dict(saved["optimizer"])
+    second.zo_optimizer.load_state_dict(saved["optimizer"])
     for _ in range(3):
         second.step()
     assert second.weights.digest() == straight.weights.digest()
@@ -318,19 +318,19 @@ def test_a_skipped_anchor_leaves_the_one_before_in_use():
     run = svrg()
     for _ in range(3):
         run.step()
-    anchor, terms = run.session.anchor, list(run.stepper.scalars["estimator"]["terms"])
+    anchor, terms = run.session.anchor, list(run.zo_optimizer.scalars["estimator"]["terms"])
     run.calls, run.nan_at = 0, 2
     assert not run.step().is_usable  # step 3 was to make the next one
     assert run.step().is_usable
     assert run.session.anchor is anchor
-    assert run.stepper.scalars["estimator"]["terms"] == terms
+    assert run.zo_optimizer.scalars["estimator"]["terms"] == terms
 
 
 def test_without_its_first_anchor_svrg_is_central_until_the_next():
     run, plain = svrg(), Steps(components("estimator")["central"](eps=1e-3), lr=0.05, engine="layerwise")
     run.nan_at = 1
     assert not run.step().is_usable
-    plain.stepper.progress.steps = 1
+    plain.zo_optimizer.progress.steps = 1
     for _ in range(2):
         run.step()
         plain.step()
@@ -386,8 +386,8 @@ def test_every_estimator_goes_with_every_weighting_or_says_why_not(estimator, we
     for _ in range(3):
         asked = run.step()
         assert asked.is_usable
-        assert len(run.stepper.scalars["weighting"]) < 5
-    assert run.stepper.progress.updates == 3
+        assert len(run.zo_optimizer.scalars["weighting"]) < 5
+    assert run.zo_optimizer.progress.updates == 3
 
 
 @pytest.mark.parametrize("weighting", components("weighting"))

@@ -56,20 +56,20 @@ class Run:
         tensors = list(self.weights.tensors.values())
         sides = [p for p in tensors if p.dim() > 1], [p for p in tensors if p.dim() < 2]
         groups = [{"params": p, "lr": lr, "weight_decay": d} for p, lr, d in zip(sides, lrs, decays, strict=True)]
-        self.stepper = ZOOptimizer(groups, rule, session, lrs[0])
-        self.queries = StepQueries(self.method, self.stepper)
+        self.zo_optimizer = ZOOptimizer(groups, rule, session, lrs[0])
+        self.queries = StepQueries(self.method, self.zo_optimizer)
 
     def ask(self):
         self.queried.clear()
-        directions = self.method.estimator.directions(3, self.stepper.progress.steps)
-        asked = self.queries.estimate(None, directions, lr=self.stepper.param_groups[0]["lr"])
+        directions = self.method.estimator.directions(3, self.zo_optimizer.progress.steps)
+        asked = self.queries.estimate(None, directions, lr=self.zo_optimizer.param_groups[0]["lr"])
         assert asked.is_usable
         return asked
 
     def step(self, count=1):
         for _ in range(count):
-            self.stepper.apply(self.ask())
-            self.stepper.progress.steps += 1
+            self.zo_optimizer.apply(self.ask())
+            self.zo_optimizer.progress.steps += 1
 
     def flat(self):
         return torch.cat([p.detach().double().view(-1) for p in self.weights.tensors.values()])
@@ -77,11 +77,11 @@ class Run:
     def restarted(self, *args, **kwargs):
         """A new run with this one's weights and saved state."""
         file = io.BytesIO()
-        torch.save(self.stepper.state_dict(), file)
+        torch.save(self.zo_optimizer.state_dict(), file)
         file.seek(0)
         other = Run(*args, **kwargs)
         other.model.load_state_dict({k: v.clone() for k, v in self.model.state_dict().items()})
-        other.stepper.load_state_dict(torch.load(file, weights_only=True))
+        other.zo_optimizer.load_state_dict(torch.load(file, weights_only=True))
         return other
 
 
@@ -104,9 +104,9 @@ def in_pieces(monkeypatch):
 def test_the_memory_is_what_is_claimed(optimizer, subspace):
     run = Run(optimizer, subspaces()[subspace], q=2)
     run.step(2)
-    kept = sum(t.numel() for state in run.stepper.moments.values() for t in state.values())
+    kept = sum(t.numel() for state in run.zo_optimizer.moments.values() for t in state.values())
     assert kept == run.method.extra_elements(run.coordinates)
-    shapes = {n: {k: tuple(t.shape) for k, t in s.items()} for n, s in run.stepper.moments.items()}
+    shapes = {n: {k: tuple(t.shape) for k, t in s.items()} for n, s in run.zo_optimizer.moments.items()}
     rule, shape = run.method.optimizer, run.coordinates.shape
     assert shapes == {name: rule.state_shapes(shape(name)) for name in run.weights.tensors}
 
@@ -124,7 +124,7 @@ def test_where_the_objective_is_flat_nothing_but_decay_moves_the_weights(optimiz
 @pytest.mark.parametrize("optimizer", RULES)
 def test_groups_have_their_own_learning_rate_also_as_it_changes(optimizer):
     runs = [Run(optimizer, q=2) for _ in range(2)]
-    runs[1].stepper.param_groups[1]["lr"] /= 2  # what a scheduler does
+    runs[1].zo_optimizer.param_groups[1]["lr"] /= 2  # what a scheduler does
     before = {name: p.detach().double().clone() for name, p in runs[0].weights.tensors.items()}
     for run in runs:
         run.step()
@@ -145,9 +145,9 @@ def test_a_run_that_is_stopped_between_query_and_step_goes_on_as_if_it_had_not_b
     second = stopped.restarted(optimizer, subspaces()[subspace], q=2)
     second.step(3)
     assert second.weights.digest() == straight.weights.digest()
-    assert second.stepper.scalars == straight.stepper.scalars
-    for name, state in straight.stepper.moments.items():
-        assert all(torch.equal(second.stepper.moments[name][key], t) for key, t in state.items())
+    assert second.zo_optimizer.scalars == straight.zo_optimizer.scalars
+    for name, state in straight.zo_optimizer.moments.items():
+        assert all(torch.equal(second.zo_optimizer.moments[name][key], t) for key, t in state.items())
 
 
 @pytest.mark.parametrize("subspace", ["full", "low_rank", "blocks"])
@@ -167,7 +167,7 @@ def test_a_shaped_direction_is_applied_as_it_was_measured_also_at_a_refresh(opti
         ahead = next(point for point in points if point.abs().max() > 0)
         cosine = float(nn.functional.cosine_similarity(run.flat() - before, ahead, dim=0))
         assert abs(cosine) > 1 - 1e-5, step
-        state = next(iter(run.stepper.moments.values()))
+        state = next(iter(run.zo_optimizer.moments.values()))
         assert not all(
             torch.equal(t, t.new_full((), rule.start_values.get(k, 0.0)).expand_as(t)) for k, t in state.items()
         )
@@ -214,7 +214,7 @@ def test_records_are_the_last_steps_in_order():
     run.step(4)
     looked = [[terms[0][0].step for terms in e.records] for e, _ in spy.seen if e.name == "0.weight"]
     assert looked == [[], [0], [0, 1], [1, 2]]
-    assert len(run.stepper.records) == 2
+    assert len(run.zo_optimizer.records) == 2
 
 
 def test_records_of_another_basis_are_left_out():
@@ -243,7 +243,7 @@ def test_an_update_is_counted_for_the_tensors_that_it_moves():
     for name in run.weights.tensors:
         moved = sum(run.coordinates.moves(Direction(3, s), name) for s in range(6))
         assert steps_of(spy.seen, name) == list(range(1, moved + 1))
-    assert run.stepper.progress.updates == 6
+    assert run.zo_optimizer.progress.updates == 6
 
 
 def test_terms_that_do_not_move_a_tensor_are_no_part_of_its_estimate():
@@ -251,8 +251,8 @@ def test_terms_that_do_not_move_a_tensor_are_no_part_of_its_estimate():
     spy = Spy()
     run = Run(spy, Blocks())
     terms = [(Direction(3, step), 1.0 + step) for step in range(2)]
-    run.stepper.begin(terms[0][0])
-    run.stepper.apply(StepEstimate.of(terms))
+    run.zo_optimizer.begin(terms[0][0])
+    run.zo_optimizer.apply(StepEstimate.of(terms))
     assert len({e.name for e, _ in spy.seen}) > len(
         {n for n in run.weights.tensors if run.coordinates.moves(terms[0][0], n)}
     )
@@ -264,10 +264,10 @@ def test_curvatures_stay_with_their_directions():
     spy = Spy()
     run = Run(spy, q=3)
     directions = run.method.estimator.directions(3, 0)
-    run.stepper.apply(StepEstimate.of([(d, 1.0) for d in directions], [5.0, 6.0, 7.0]))
+    run.zo_optimizer.apply(StepEstimate.of([(d, 1.0) for d in directions], [5.0, 6.0, 7.0]))
     assert all(estimate.curvatures == [5.0, 6.0, 7.0] for estimate, _ in spy.seen)
     spy.seen.clear()
-    run.stepper.apply(StepEstimate.of([(d, 1.0) for d in directions]))
+    run.zo_optimizer.apply(StepEstimate.of([(d, 1.0) for d in directions]))
     assert all(estimate.curvatures is None for estimate, _ in spy.seen), "those of an earlier step"
 
 
@@ -288,17 +288,17 @@ def test_state_that_is_not_kept_of_every_tensor_is_carried_where_it_is():
     """Muon keeps no running mean of vectors."""
     run = Run(Muon(beta=0.9, method="power", top_k=2), LowRank(rank=2, interval=1))
     run.step(3)
-    assert set(run.stepper.moments["0.weight"]) == {"momentum", "V"}
-    assert run.stepper.moments["0.bias"] == {}
+    assert set(run.zo_optimizer.moments["0.weight"]) == {"momentum", "V"}
+    assert run.zo_optimizer.moments["0.bias"] == {}
 
 
 def test_state_is_carried_over_before_the_queries():
     run = Run(Momentum(), LowRank(rank=2, interval=2))
     run.step(2)
-    old, before = run.stepper.history["0.weight"][1], run.stepper.moments["0.weight"]["momentum"].clone()
+    old, before = run.zo_optimizer.history["0.weight"][1], run.zo_optimizer.moments["0.weight"]["momentum"].clone()
     run.ask()
-    new = run.stepper.direction
-    carried = run.stepper.moments["0.weight"]["momentum"]
+    new = run.zo_optimizer.direction
+    carried = run.zo_optimizer.moments["0.weight"]["momentum"]
     assert not torch.equal(carried, before)
     assert torch.equal(carried, run.coordinates.transport("0.weight", before, old, new))
 
@@ -306,9 +306,9 @@ def test_state_is_carried_over_before_the_queries():
 def test_what_is_not_linear_in_the_estimates_stays_as_it_is_at_a_refresh():
     run = Run("adam", LowRank(rank=2, interval=2))
     run.step(2)
-    before = {key: t.clone() for key, t in run.stepper.moments["0.weight"].items()}
+    before = {key: t.clone() for key, t in run.zo_optimizer.moments["0.weight"].items()}
     run.ask()
-    after = run.stepper.moments["0.weight"]
+    after = run.zo_optimizer.moments["0.weight"]
     assert not torch.equal(after["moment1"], before["moment1"])
     assert torch.equal(after["moment2"], before["moment2"])
 
@@ -345,13 +345,13 @@ def test_a_rule_may_change_the_coefficients_once_a_step():
     for one in (half, plain):
         one.step()
     torch.testing.assert_close(half.flat() - before, (plain.flat() - before) / 2, rtol=1e-3, atol=1e-7)
-    assert half.stepper.scalars["optimizer"] == {"calls": 1}
-    assert half.restarted(Halved(), q=2).stepper.scalars["optimizer"] == {"calls": 1}
+    assert half.zo_optimizer.scalars["optimizer"] == {"calls": 1}
+    assert half.restarted(Halved(), q=2).zo_optimizer.scalars["optimizer"] == {"calls": 1}
 
 
 def test_records_outlive_a_restart():
     run = Run(Spy(look_back=2), q=2)
     run.step(3)
     other = run.restarted(Spy(look_back=2), q=2)
-    assert other.stepper.records == run.stepper.records
-    assert all(math.isfinite(c) for _, c in itertools.chain(*other.stepper.records))
+    assert other.zo_optimizer.records == run.zo_optimizer.records
+    assert all(math.isfinite(c) for _, c in itertools.chain(*other.zo_optimizer.records))

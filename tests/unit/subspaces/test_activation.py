@@ -336,18 +336,18 @@ class Run:
         coordinates = self.method.bind(Weights(self.model))
         self.session = Layerwise().bind(self.model, coordinates, lambda batch: self.model(**batch).loss)
         groups = [{"params": list(self.session.weights.tensors.values()), "weight_decay": 0.0}]
-        self.stepper = ZOOptimizer(groups, self.method.optimizer, self.session, 1e-4)
-        self.queries = StepQueries(self.method, self.stepper)
+        self.zo_optimizer = ZOOptimizer(groups, self.method.optimizer, self.session, 1e-4)
+        self.queries = StepQueries(self.method, self.zo_optimizer)
         self.counted = []
 
     def step(self) -> None:
-        step = self.stepper.progress.steps
+        step = self.zo_optimizer.progress.steps
         batch = batch_for(self.model, seed=step)
         asked = self.queries.estimate(batch, self.method.estimator.directions(5, step))
         self.counted.append(asked.num_queries)
         assert asked.is_usable
-        self.stepper.progress.steps += 1
-        self.stepper.apply(asked)
+        self.zo_optimizer.progress.steps += 1
+        self.zo_optimizer.apply(asked)
 
 
 WAYS = [{}, {"basis": "first"}, OJA, {"rank_one": True, "law": "sphere"}, OJA | {"rank_one": True}]
@@ -363,14 +363,14 @@ def test_a_saved_run_continues_bit_for_bit(way, model):
     for _ in range(2):
         first.step()
     file = io.BytesIO()
-    torch.save({"model": first.model.state_dict(), "optimizer": first.stepper.state_dict()}, file)
-    kept = copy.deepcopy(first.stepper.state_dict()["subspace"])
+    torch.save({"model": first.model.state_dict(), "optimizer": first.zo_optimizer.state_dict()}, file)
+    kept = copy.deepcopy(first.zo_optimizer.state_dict()["subspace"])
     first.step()
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     second = Run(model, **way)
     second.model.load_state_dict(saved["model"])
-    second.stepper.load_state_dict(saved["optimizer"])
+    second.zo_optimizer.load_state_dict(saved["optimizer"])
     for name, (_, basis) in kept["seen"].items():
         assert torch.equal(second.session.coordinates._seen[name][1], basis)
     for _ in range(3):

@@ -88,15 +88,15 @@ def test_a_full_sweep_of_central_differences_is_the_gradient_and_one_of_fewer_is
         method = Method.of(subspace="coordinate", estimator=estimator)
         coordinates = method.bind(Weights(model))
         session = InPlace().bind(model, coordinates, lambda b: model(b).square().mean())
-        stepper = ZOOptimizer(
+        zo_optimizer = ZOOptimizer(
             [{"params": list(model.parameters()), "weight_decay": 0.0}], method.optimizer, session, 1.0
         )
-        queries, steps = StepQueries(method, stepper), []
+        queries, steps = StepQueries(method, zo_optimizer), []
         clean = [p.detach().clone() for p in model.parameters()]
         for step in range(d // q):
             asked = queries.estimate(x, estimator.directions(0, step))
             assert asked.is_usable
-            stepper.apply(asked)
+            zo_optimizer.apply(asked)
             steps.append(torch.cat([(c - p.detach()).view(-1) for c, p in zip(clean, model.parameters(), strict=True)]))
             for parameter, value in zip(model.parameters(), clean, strict=True):
                 parameter.data.copy_(value)

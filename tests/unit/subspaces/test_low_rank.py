@@ -326,7 +326,7 @@ def test_given_seeds_are_refused_since_each_would_choose_another_basis():
 
 
 def test_momentum_is_carried_over_when_the_basis_changes():
-    """LOZO-M: the stepper projects the running mean onto the new V before it is used."""
+    """LOZO-M: the optimizer projects the running mean onto the new V before it is used."""
     from zoft.engines.in_place import InPlace
     from zoft.optimizers.momentum import Momentum
     from zoft.step.estimate import StepEstimate
@@ -335,17 +335,17 @@ def test_momentum_is_carried_over_when_the_basis_changes():
     layer = torch.nn.Linear(6, 5, bias=False)
     coordinates = LowRank(rank=2, interval=2).bind(Weights(layer))
     session = InPlace().bind(layer, coordinates, lambda _: torch.zeros(()))
-    stepper = ZOOptimizer([{"params": list(layer.parameters())}], Momentum(beta=0.5), session, 0.1)
+    zo_optimizer = ZOOptimizer([{"params": list(layer.parameters())}], Momentum(beta=0.5), session, 0.1)
     mean = torch.zeros(5, 2)
     for step in range(4):
         direction = Direction(3, step)
         if step == 2:
             mean = coordinates.transport("weight", mean, Direction(3, 1), direction)
-        stepper.apply(StepEstimate.of([(direction, 2.0)]))
+        zo_optimizer.apply(StepEstimate.of([(direction, 2.0)]))
         estimate = coordinates.combination("weight", 0, 10, [(direction, 2.0)]).view(5, 2)
         mean = Momentum(beta=0.5).update(estimate.view(-1), {"momentum": mean.view(-1)}, step + 1).view(5, 2).clone()
-        torch.testing.assert_close(stepper.moments["weight"]["momentum"], mean)
-    saved = stepper.state_dict()
+        torch.testing.assert_close(zo_optimizer.moments["weight"]["momentum"], mean)
+    saved = zo_optimizer.state_dict()
     assert saved["history"]["weight"] == [4, asdict(Direction(3, 3))]
 
 
@@ -360,11 +360,11 @@ def test_adam_counts_the_updates_of_each_tensor():
     model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(2)))
     coordinates = Blocks(interval=10).bind(Weights(model))
     session = InPlace().bind(model, coordinates, lambda _: torch.zeros(()))
-    stepper = ZOOptimizer([{"params": list(model.parameters())}], Adam(), session, 1e-2)
+    zo_optimizer = ZOOptimizer([{"params": list(model.parameters())}], Adam(), session, 1e-2)
     before = [p.detach().clone() for p in model.parameters()]
     for step in (0, 10):
-        stepper.progress.updates = 1000 * step
-        stepper.apply(StepEstimate.of([(Direction(0, step), 1.0)]))
+        zo_optimizer.progress.updates = 1000 * step
+        zo_optimizer.apply(StepEstimate.of([(Direction(0, step), 1.0)]))
     for parameter, start in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close((parameter - start).abs(), torch.full((3, 3), 1e-2), rtol=1e-3, atol=0)
 

@@ -396,19 +396,19 @@ def test_by_gradient_the_largest_squares_of_all_tensors_move_from_one_backward_p
     x, keep = torch.randn(3, 6), 0.1
     method = Method.of(Sparse(choose="gradient", keep=keep), "central", "mean", "sgd")
     session = InPlace().bind(model, method.bind(Weights(model)), lambda batch: model(batch).square().mean())
-    stepper = ZOOptimizer([{"params": list(model.parameters())}], method.optimizer, session, 1e-2)
+    zo_optimizer = ZOOptimizer([{"params": list(model.parameters())}], method.optimizer, session, 1e-2)
     grads = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
     largest = torch.cat([g.flatten() for g in grads]).square().topk(round(keep * session.weights.num_elements))[0][-1]
     assert [method.queries_at(step) for step in (0, 1)] == [5, 2]
-    asked = StepQueries(method, stepper).estimate(x, method.estimator.directions(0, 0))
+    asked = StepQueries(method, zo_optimizer).estimate(x, method.estimator.directions(0, 0))
     assert asked.num_queries == 5
     coordinates = session.coordinates
     for (name, tensor), gradient in zip(session.weights.tensors.items(), grads, strict=True):
         z = coordinates.z(Direction(0, 0), name) if coordinates.moves(Direction(0, 0), name) else torch.zeros(())
         assert torch.equal(z.expand(tensor.shape) != 0, gradient.square() >= largest), name
         assert tensor.grad is None
-    stepper.apply(asked)
-    asked = StepQueries(method, stepper).estimate(x, method.estimator.directions(0, 1))
+    zo_optimizer.apply(asked)
+    asked = StepQueries(method, zo_optimizer).estimate(x, method.estimator.directions(0, 1))
     assert asked.num_queries == 2  # it has looked once for the run
     again = Sparse(choose="gradient", keep=keep).bind(Weights(model))
     again.load_state_dict(coordinates.state_dict())

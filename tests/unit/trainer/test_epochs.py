@@ -58,10 +58,11 @@ class Watched(ZOTrainer):
     """Keeps which rows a step was made of, and what a plain call of the model says of them together."""
 
     def training_step(self, model, *args, **kwargs):
-        before = self.last_batch
+        before = self.run_steps.last_batch
         loss = super().training_step(model, *args, **kwargs)
-        if self.last_batch is not before:  # the last micro-batch of a step, whose queries were made just now
-            window = self.last_batch.micro_batches
+        batch = self.run_steps.last_batch
+        if batch is not before:  # the last micro-batch of a step, whose queries were made just now
+            window = batch.micro_batches
             rows = {name: torch.cat([inputs[name] for inputs in window]) for name in window[0]}
             with torch.no_grad():
                 self.steps.append((rows["input_ids"], float(model(**rows).loss), len(window)))

@@ -66,11 +66,11 @@ class Run:
         coordinates = (subspace or Full()).bind(self.weights, noise)
         self.session = Layerwise().bind(self.layer, coordinates, lambda batch: objective(self.layer, batch))
         groups = [{"params": list(self.weights.tensors.values()), "weight_decay": decay}]
-        self.stepper = ZOOptimizer(groups, rule or SGD(), self.session, lr, Rounding(update, 0))
+        self.zo_optimizer = ZOOptimizer(groups, rule or SGD(), self.session, lr, Rounding(update, 0))
         self.start = self.flat()
 
     def step(self, *terms: tuple[Direction, float]) -> None:
-        self.stepper.apply(StepEstimate.of(terms))
+        self.zo_optimizer.apply(StepEstimate.of(terms))
 
     def wander(self, steps: range) -> Run:
         """A direction of its own every step."""
@@ -83,13 +83,13 @@ class Run:
 
     def saved(self) -> dict[str, Any]:
         file = io.BytesIO()
-        torch.save({"model": self.layer.state_dict(), "optimizer": self.stepper.state_dict()}, file)
+        torch.save({"model": self.layer.state_dict(), "optimizer": self.zo_optimizer.state_dict()}, file)
         file.seek(0)
         return dict(torch.load(file, weights_only=True))
 
     def load(self, saved: dict[str, Any]) -> Run:
         self.layer.load_state_dict(saved["model"])
-        self.stepper.load_state_dict(saved["optimizer"])
+        self.zo_optimizer.load_state_dict(saved["optimizer"])
         return self
 
 
@@ -147,7 +147,7 @@ def test_a_thousand_steps_at_a_learning_rate_of_zero_change_no_bit(dtype, update
     run.wander(range(1))
     for tensor in run.weights.tensors.values():
         tensor.data.view(-1)[:4] = torch.tensor([-0.0, 0.0, -0.0, 0.0])
-    run.stepper.param_groups[0]["lr"] = 0.0
+    run.zo_optimizer.param_groups[0]["lr"] = 0.0
     digest = run.weights.digest()
     estimator, batch = Central(eps=1e-2), torch.ones(2, 8, dtype=DTYPES[dtype])
     for step in range(1, 1001):
@@ -156,7 +156,7 @@ def test_a_thousand_steps_at_a_learning_rate_of_zero_change_no_bit(dtype, update
             losses = run.session.losses(batch, estimator.points(directions))
             coefficients = (estimator.projected_grads(losses) / estimator.num_directions).tolist()
         run.step(*zip(directions, coefficients, strict=True))
-    assert run.stepper.progress.updates == 1001
+    assert run.zo_optimizer.progress.updates == 1001
     assert run.weights.digest() == digest
 
 
@@ -182,9 +182,9 @@ def test_a_weight_is_its_master_rounded_and_the_master_moves_as_float32_weights_
     wide, low = (Run(kind, "master", lr=1e-5, decay=0.1) for kind in (torch.float32, LOW[dtype]))
     for run in (wide, low):
         run.wander(range(20))
-    assert not wide.stepper.masters
+    assert not wide.zo_optimizer.masters
     for name, tensor in low.weights.tensors.items():
-        master = low.stepper.masters[name]
+        master = low.zo_optimizer.masters[name]
         assert torch.equal(master, wide.weights.tensors[name].data.view(-1))
         assert torch.equal(tensor.data.view(-1), master.to(LOW[dtype]))
 
@@ -195,7 +195,7 @@ def test_weight_decay_acts_on_the_master():
     run.layer.weight.data.fill_(1.0)
     for _ in range(100):
         run.step((Direction(0, 0), 0.0))
-    torch.testing.assert_close(run.stepper.masters["weight"], torch.full((16,), (1 - 1e-4) ** 100))
+    torch.testing.assert_close(run.zo_optimizer.masters["weight"], torch.full((16,), (1 - 1e-4) ** 100))
     assert run.layer.weight.data.eq(torch.tensor(0.99).bfloat16()).all()
 
 
@@ -204,7 +204,7 @@ def test_weight_decay_acts_on_the_master():
 def test_weights_that_somebody_else_has_written_are_where_their_masters_begin_again(dtype, chunk, monkeypatch):
     monkeypatch.setattr(base, "_CHUNK", chunk)
     run = Run(LOW[dtype], "master", lr=1e-6, size=8).wander(range(20))
-    weight, master = run.layer.weight.data.view(-1), run.stepper.masters["weight"]
+    weight, master = run.layer.weight.data.view(-1), run.zo_optimizer.masters["weight"]
     wanted = master.clone()
     weight[10:20] = torch.arange(1, 11).to(weight.dtype)
     wanted[10:20] = torch.arange(1, 11)
@@ -240,10 +240,10 @@ def test_a_saved_state_continues_bit_for_bit(dtype, update, subspace, chunk, mon
     other = Run(LOW[dtype], update, **given).wander(range(2)).load(saved)
     other.wander(range(6, 9))
     assert other.weights.digest() == straight.weights.digest()
-    kept = [{n: m.clone() for n, m in saved["optimizer"]["masters"].items()}, other.stepper.masters]
+    kept = [{n: m.clone() for n, m in saved["optimizer"]["masters"].items()}, other.zo_optimizer.masters]
     assert not kept[0] or not torch.equal(kept[0]["bias"], kept[1]["bias"])  # what was loaded is a copy
-    for name, master in straight.stepper.masters.items():
-        assert torch.equal(master, other.stepper.masters[name])
+    for name, master in straight.zo_optimizer.masters.items():
+        assert torch.equal(master, other.zo_optimizer.masters[name])
 
 
 def test_a_state_without_masters_begins_at_the_weights():
@@ -254,14 +254,14 @@ def test_a_state_without_masters_begins_at_the_weights():
     step = 1e-6 * run.session.coordinates.z(Direction(0, 5), "weight").view(-1)
     wanted = run.layer.weight.data.view(-1).float() - step
     run.wander(range(5, 6))
-    assert torch.equal(run.stepper.masters["weight"], wanted)
+    assert torch.equal(run.zo_optimizer.masters["weight"], wanted)
 
 
 def test_masters_are_left_behind_with_the_setting():
     saved = Run(torch.bfloat16, "master", lr=1e-6).wander(range(2)).saved()
     run = Run(torch.bfloat16, "auto", lr=1e-6).load(saved)
-    assert list(run.stepper.masters) == ["bias"]
-    assert Run(torch.bfloat16, "stochastic", lr=1e-6).load(saved).stepper.masters == {}
+    assert list(run.zo_optimizer.masters) == ["bias"]
+    assert Run(torch.bfloat16, "stochastic", lr=1e-6).load(saved).zo_optimizer.masters == {}
 
 
 # ------------------------------------------------------------------------------------------------- sums in coordinates
@@ -287,16 +287,16 @@ def test_a_sum_in_coordinates_arrives_with_less_noise_than_its_steps(wandered):
         assert 0.97 < share(now - wandered[update].start, meant) < 1.03
         error[update] = float((now - truth).square().mean().sqrt())
     assert error["auto"] < 0.5 * error["stochastic"]
-    stepper = wandered["auto"].stepper
-    assert {name: kept.total.shape for name, kept in stepper.sums.items()} == {"weight": (300, 2)}
-    assert list(stepper.masters) == ["bias"]
+    zo_optimizer = wandered["auto"].zo_optimizer
+    assert {name: kept.total.shape for name, kept in zo_optimizer.sums.items()} == {"weight": (300, 2)}
+    assert list(zo_optimizer.masters) == ["bias"]
 
 
 def test_a_sum_begins_anew_with_its_basis(wandered):
     run = wandered["auto"]
-    assert run.stepper.sums["weight"].first == 176  # of 200 updates, the first in the last basis
+    assert run.zo_optimizer.sums["weight"].first == 176  # of 200 updates, the first in the last basis
     u = sum(run.session.coordinates.draw(Direction(0, step), "weight", 0, 600) for step in range(175, 200))
-    torch.testing.assert_close(run.stepper.sums["weight"].total.view(-1), 1e-5 * u, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(run.zo_optimizer.sums["weight"].total.view(-1), 1e-5 * u, rtol=1e-5, atol=1e-9)
 
 
 def test_weights_that_somebody_else_has_written_stay_written_under_a_sum():
@@ -383,9 +383,9 @@ def test_a_resumed_run_is_bit_identical_with_its_masters(update, tmp_path):
     resumed = trainer_of(tmp_path / "b", torch.bfloat16, max_steps=6, **given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     assert Weights(resumed.model).digest() == Weights(whole.model).digest()
-    assert bool(whole.stepper.masters) == (update != "stochastic")
-    for name, master in whole.stepper.masters.items():
-        assert torch.equal(master, resumed.stepper.masters[name])
+    assert bool(whole.zo_optimizer.masters) == (update != "stochastic")
+    for name, master in whole.zo_optimizer.masters.items():
+        assert torch.equal(master, resumed.zo_optimizer.masters[name])
 
 
 def test_the_best_weights_are_what_the_next_training_begins_with(tmp_path):
@@ -414,8 +414,8 @@ def test_the_best_weights_are_what_the_next_training_begins_with(tmp_path):
     )
     trainer.train()
     assert all(torch.equal(p.detach(), best[name]) for name, p in trainer.model.named_parameters())
-    trainer.stepper.param_groups[0]["lr"] = trainer.stepper.param_groups[1]["lr"] = 1e-12
-    trainer.stepper.apply(StepEstimate.of([(Direction(0, 99), 1.0)]))
+    trainer.zo_optimizer.param_groups[0]["lr"] = trainer.zo_optimizer.param_groups[1]["lr"] = 1e-12
+    trainer.zo_optimizer.apply(StepEstimate.of([(Direction(0, 99), 1.0)]))
     assert all(torch.equal(p.detach(), best[name]) for name, p in trainer.model.named_parameters())
 
 

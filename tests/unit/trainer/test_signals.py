@@ -24,9 +24,9 @@ class Interrupted(ZOTrainer):
     at_step = -1
     signals = 1
 
-    def _queried(self, *args: Any) -> Any:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.asked = 0
-        return super()._queried(*args)
+        return super().training_step(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)

@@ -22,6 +22,7 @@ from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.central import Central
 from zoft.estimators.one_sided import OneSided
 from zoft.estimators.svrg import SVRG
+from zoft.journal import file as files
 from zoft.noise.direction import Direction
 from zoft.noise.source import CounterNoise
 from zoft.optimizers.adam import Adam
@@ -493,13 +494,13 @@ def test_the_logged_eps_is_that_of_the_step(schedule: str, shares: list[float], 
     trainer = make(models.tiny_llama(), estimator=estimator, max_steps=4, lr_scheduler_type="linear")
     asked: list[float] = []
     trainer.create_optimizer()
-    real = trainer.stepper.session.losses
+    real = trainer.zo_optimizer.session.losses
 
     def losses(batch: Any, points: Any) -> Any:
         asked.append(max(point.scale for point in points))
         return real(batch, points)
 
-    trainer.stepper.session.losses = losses  # type: ignore[method-assign]
+    trainer.zo_optimizer.session.losses = losses  # type: ignore[method-assign]
     trainer.train()
     assert lines(trainer, "eps") == pytest.approx([1e-2 * share for share in shares])
     assert asked == lines(trainer, "eps")
@@ -709,9 +710,9 @@ def test_resumed_is_the_same_to_the_bit(case: str, make: Callable[..., ZOTrainer
 
     assert len(told(whole)) == 4
     assert told(resumed) == told(whole)
-    for name, state in whole.stepper.moments.items():
+    for name, state in whole.zo_optimizer.moments.items():
         for key, tensor in state.items():
-            assert torch.equal(tensor, resumed.stepper.moments[name][key])
+            assert torch.equal(tensor, resumed.zo_optimizer.moments[name][key])
 
 
 @pytest.mark.parametrize("steps", [5, 6])
@@ -828,9 +829,9 @@ class Faulty(ZOTrainer):
 
     faults: dict[tuple[int, int], float]  # (step, query of the step) -> loss; step -1: every step
 
-    def _queried(self, *args: Any) -> Any:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.asked = 0
-        return super()._queried(*args)
+        return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
@@ -1191,17 +1192,31 @@ def test_a_query_applies_the_head_to_labelled_positions_and_evaluation_to_all(
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("family", models.CAUSAL)
-def test_the_losses_are_those_of_all_positions(
-    family: str, accumulation: int, make: Callable[..., ZOTrainer], monkeypatch: pytest.MonkeyPatch
-):
-    told = []
+def test_the_losses_are_those_of_all_positions(family: str, accumulation: int, make: Callable[..., ZOTrainer]):
+    losses = []
     given = {"gradient_accumulation_steps": accumulation, "max_steps": 2, "estimator": Central(eps=1e-2)}
-    for _ in range(2):
+    for whole_outputs in (False, True):
         trainer = make(models.CAUSAL[family](), unequal_rows(24), **given)
+        trainer.query_forward.has_own_loss = whole_outputs
         trainer.train()
-        told.append(lines(trainer, "loss"))
-        monkeypatch.setattr(ZOTrainer, "_only_the_loss_counts", lambda *_: False)
-    assert told[0] == pytest.approx(told[1], rel=2e-6)
+        losses.append(lines(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)
+
+
+def test_a_step_is_applied_once(make: Callable[..., ZOTrainer]):
+    """A callback that calls step() again would take it twice, and the journal would know of one."""
+
+    class Twice(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            optimizer.step()
+
+    trainer = make(models.tiny_llama(), max_steps=2)
+    trainer.add_callback(Twice())
+    with pytest.raises(RuntimeError, match="without a training step before it"):
+        trainer.train()
+    assert trainer.last_step is not None
+    assert trainer.last_step.is_applied
+    assert [record.step for record in files.read(Path(trainer.args.output_dir) / files.NAME).records] == [0]
 
 
 def test_who_computes_a_loss_from_the_logits_gets_all_of_them(make: Callable[..., ZOTrainer]):
@@ -1290,17 +1305,19 @@ def test_hidden_states_that_are_kept_come_before_packing(single: bool, make: Cal
     trainer = make(
         model, rows, eval_dataset=rows, objective="options", data_collator=OptionCollator(models.PAD), max_steps=2
     )
-    assert trainer.frozen_prefix is not None
-    for _ in trainer.fill_frozen_prefix(rows):
+    assert trainer.query_forward.frozen_prefix is not None
+    for _ in trainer.query_forward.fill_prefix(rows):
         pass
     kept = 8 if single else 8 * 3
-    assert len(trainer.frozen_prefix._rows) == kept
+    assert len(trainer.query_forward.frozen_prefix._rows) == kept
     computed = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: computed.append(1))
     trainer.train()
     trainer.evaluate()
-    assert trainer.frozen_prefix.usable
-    assert len(trainer.frozen_prefix._rows) <= kept + 2  # (the piece on which it was found out about the head)
+    assert trainer.query_forward.frozen_prefix.usable
+    assert (
+        len(trainer.query_forward.frozen_prefix._rows) <= kept + 2
+    )  # (the piece on which it was found out about the head)
     assert len(computed) <= 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -74,3 +75,51 @@ def metric_in_rows_order(
         return metric(type(given)(in_rows_order(given.predictions, order), in_rows_order(given.label_ids, order)))
 
     return sorted_back
+
+
+def longest_first(args: Any, rows: Any) -> LongestFirst | None:
+    """The sampler of an objective's rows; None where batches are reported one by one, or lengths are not known.
+
+    Args:
+        args: of the Trainer.
+        rows: for evaluation.
+    """
+    in_batches = args.batch_eval_metrics or args.include_for_metrics or not args.eval_do_concat_batches
+    lengths = None if in_batches else lengths_of(rows)
+    return None if lengths is None else LongestFirst(lengths)
+
+
+@contextmanager
+def reported_in_rows_order(trainer: Any, dataloader: Any) -> Iterator[Callable[[Any], Any]]:
+    """While rows are evaluated in another order, metrics see them in their own; what comes out is put into it.
+
+    Args:
+        trainer: computes metrics.
+        dataloader: takes the rows.
+    """
+    order, metric = order_of(dataloader), trainer.compute_metrics
+    if order is None:
+        yield lambda output: output
+        return
+    trainer.compute_metrics = None if metric is None else metric_in_rows_order(metric, order)
+    try:
+        yield lambda output: output._replace(
+            predictions=in_rows_order(output.predictions, order), label_ids=in_rows_order(output.label_ids, order)
+        )
+    finally:
+        trainer.compute_metrics = metric
+
+
+@contextmanager
+def every_row_in_order(args: Any) -> Iterator[None]:
+    """The Trainer's settings for training rows let no row of an evaluation fall and none move.
+
+    Args:
+        args: of the Trainer, as they are again afterwards.
+    """
+    before = args.dataloader_drop_last, args.dataloader_in_order
+    args.dataloader_drop_last, args.dataloader_in_order = False, True
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last, args.dataloader_in_order = before

@@ -57,6 +57,34 @@ def load_model(
     return _load_whole(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
 
 
+def as_model(model: Any, peft_config: Any, seed: int) -> Any:
+    """The model to train; None where ``model_init`` makes it.
+
+    Args:
+        model: a model, or a name or folder to load one from.
+        peft_config: of the adapter to put on it, or None.
+        seed: of the adapter's first weights; torch's global random state is set to it.
+
+    Raises:
+        UserError: an adapter that cannot be trained.
+    """
+    if isinstance(model, str):
+        model = load_model(model)
+    if peft_config is not None:
+        if model is None:
+            raise UserError("model_init= and peft_config= do not go together: put the adapter on inside model_init")
+        if getattr(peft_config, "prefix_projection", False):
+            raise UserError("prefix_projection=True cannot be resumed (peft saves the projected prefix): leave it off")
+        from peft import get_peft_model
+
+        from zoft.lm.models.peft.base import without_old_names
+
+        torch.manual_seed(seed)
+        with without_old_names():
+            model = get_peft_model(model, peft_config)
+    return model
+
+
 def load_model_as(
     kind: str,
     name: str,

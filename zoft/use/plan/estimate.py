@@ -124,12 +124,12 @@ def seconds_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float:
         trainer = rehearsing_trainer(cfg, load_model_of(cfg), tokenizer_of(cfg), {**rows, "train": few})
         trainer.create_optimizer()
         began = time.perf_counter()
-        for _ in trainer.fill_frozen_prefix(few):
+        for _ in trainer.query_forward.fill_prefix(few):
             pass
         filling = (time.perf_counter() - began) / len(few) * sum(map(len, rows.values()))
         ends = _timed_steps(trainer)
     per_query = (ends[-1] - ends[0]) / sum(costs[1:]) if len(ends) > 1 else ends[0] / costs[0]
-    return (filling if trainer.frozen_prefix is not None else 0.0) + per_query * budget
+    return (filling if trainer.query_forward.frozen_prefix is not None else 0.0) + per_query * budget
 
 
 def _timed_steps(trainer: Any) -> list[float]:

@@ -1,0 +1,173 @@
+"""A method bound to model and rows: the optimizer that writes steps, and the queries that ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoft.engines.base import Engine
+from zoft.engines.nodes import NodeSession
+from zoft.lm.data.rows import examples_of, groups_of, of_lengths
+from zoft.noise.direction import step_seed
+from zoft.step.estimate import StepEstimate
+from zoft.step.method import Method
+from zoft.step.nodes import NodeQueries
+from zoft.step.query import StepQueries
+from zoft.step.update import ZOOptimizer, decay_groups
+from zoft.trainer.batch import Inputs, StepBatch
+from zoft.trainer.loss import StepLoss, with_float32_losses
+from zoft.trainer.processes import Processes
+from zoft.trainer.readout import TrainerReader
+from zoft.weights.rounding import Rounding
+from zoft.weights.tensors import Weights
+
+
+def optimizer_of(
+    method: Method,
+    engine: Engine,
+    model: nn.Module,
+    loss: StepLoss,
+    args: Any,
+    decayed: Iterable[str],
+    next_estimate: Callable[[], StepEstimate],
+) -> tuple[ZOOptimizer, str]:
+    """The optimizer over the trained weights, and the name of the engine that serves.
+
+    Args:
+        method: what is bound.
+        engine: the one that was asked for.
+        model: whose weights are trained.
+        loss: of a step, which the engine computes at the points.
+        args: of the Trainer.
+        decayed: names of the tensors that decay.
+        next_estimate: what the Trainer's loop lets it apply.
+    """
+    weights, estimator = Weights(model), method.estimator
+    coordinates = method.bind(weights)
+    engine = engine.choose(estimator, coordinates, model)
+    session = engine.bind(model, coordinates, with_float32_losses(loss.of))
+    groups = decay_groups(weights, decayed, args.weight_decay)
+    rounding = Rounding.chosen(args.precision_update, args.seed, estimator.noise)
+    optimizer = ZOOptimizer(groups, method.optimizer, session, args.learning_rate, rounding, next_estimate)
+    return optimizer, engine.name()
+
+
+def queries_of(
+    method: Method,
+    optimizer: ZOOptimizer,
+    rows: StepRows,
+    loss: StepLoss,
+    reader: TrainerReader,
+    processes: Processes,
+) -> StepQueries:
+    """What asks the model, with what the method may want of the data and of the other processes.
+
+    Args:
+        method: what is to be known of a step.
+        optimizer: bound to the model.
+        rows: of a step, taken apart.
+        loss: of a step.
+        reader: reads the objective position by position, for node directions.
+        processes: each has a part of a step's rows.
+
+    Raises:
+        UserError: a method of one process in several.
+    """
+    session, nodes, is_alone = optimizer.session, None, processes.count == 1
+    gather = None if is_alone else processes.gather
+    if not is_alone:
+        method.check_processes()
+    if isinstance(session, NodeSession):
+        nodes = NodeQueries(session, reader, gather, processes.rank)
+    return StepQueries(
+        method,
+        optimizer,
+        examples=rows.examples,
+        select=rows.of_lengths,
+        batches=rows.batches,
+        average=loss.over_processes,
+        agree=None if is_alone else processes.agree,
+        gather=gather,
+        places=rows.places,
+        rank=processes.rank,
+        nodes=nodes,
+    )
+
+
+class StepRows:
+    """Takes batches apart, and makes further ones.
+
+    Args:
+        args: of the Trainer: sizes of batches, and the seed.
+        dataset: the training rows.
+        collated: rows -> a micro-batch, on the device.
+        loss: counts the labels of other rows than the step's.
+        processes: each has rows of its own.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        dataset: Any,
+        collated: Callable[[Sequence[Any]], Inputs],
+        loss: StepLoss,
+        processes: Processes,
+    ) -> None:
+        self.args = args
+        self.dataset = dataset
+        self.collated = collated
+        self.loss = loss
+        self.processes = processes
+
+    def examples(self, batch: StepBatch) -> list[StepBatch]:
+        """Batches of one example each."""
+        return [self.loss.batch_of([one], batch) for inputs in batch.micro_batches for one in examples_of(inputs)]
+
+    def of_lengths(self, batch: StepBatch, lengths: tuple[int, float]) -> StepBatch | None:
+        """The rows of that many tokens (shortest, longest); None where there are none."""
+        rows = [some for inputs in batch.micro_batches if (some := of_lengths(inputs, *lengths))]
+        return self.loss.batch_of(rows, batch) if rows else None
+
+    def batches(self, batch: StepBatch, count: int, step: int) -> Iterator[StepBatch]:
+        """Batches of the training rows, in an order of their own.
+
+        Args:
+            batch: the step's.
+            count: how many, or as many as the rows suffice for.
+            step: number of the step; each has another order.
+        """
+        size, rows = self.args.per_device_train_batch_size, self.dataset
+        of_step = size * self.args.gradient_accumulation_steps  # rows of this process in a step, however they are cut
+        generator = torch.Generator().manual_seed(step_seed(self.args.seed, step))
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        even = len(order) // self.processes.count * self.processes.count  # all processes have as many batches
+        share = order[self.processes.rank : even : self.processes.count][: count * of_step]
+        for first in range(0, len(share), of_step):
+            indices = share[first : first + of_step]
+            parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+            yield self.loss.batch_of([self.collated([rows[index] for index in part]) for part in parts], batch)
+
+    def places(self, batch: StepBatch, count: int) -> list[list[int]]:
+        """For every process, the places of its examples in the step's batch as one process would have it.
+
+        A micro-batch of one process is cut into contiguous parts, one for each of several: their order is micro-batch,
+        process, example.
+
+        Args:
+            batch: of this process.
+            count: its examples.
+        """
+        if self.processes.count == 1:
+            return [list(range(count))]
+        counts = self.processes.gather([len(groups_of(inputs)) for inputs in batch.micro_batches])
+        places: list[list[int]] = [[] for _ in counts]
+        first = 0
+        for micro_batch in range(max(map(len, counts))):
+            for rank, of_rank in enumerate(counts):  # [processes][micro-batches]
+                num_here = of_rank[micro_batch] if micro_batch < len(of_rank) else 0
+                places[rank] += range(first, first + num_here)
+                first += num_here
+        return places

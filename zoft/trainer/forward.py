@@ -1,0 +1,187 @@
+"""The forward of a query: how the model is called in one, and what is left out of it because the loss needs it not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoft.engines._frozen_prefix import FrozenPrefix
+from zoft.engines._lockstep import sequential
+from zoft.lm.data.packing import one_of_each_size
+from zoft.lm.logits.head import narrowed
+from zoft.lm.logits.own_loss import is_known, own_loss
+from zoft.lm.logits.packing import serves
+from zoft.lm.logits.support import no_trials
+from zoft.lm.models.agreement import align
+from zoft.lm.models.peft._positions import count_by_mask
+from zoft.lm.models.quantized import is_quantized
+from zoft.trainer.batch import Inputs, StepBatch
+from zoft.trainer.beginning import RunIdentity
+from zoft.trainer.narrow import check_narrow, feed_forward_of
+from zoft.trainer.protocol import HoldsObjects
+from zoft.weights.tensors import Weights
+
+
+def make_ready(trainer: HoldsObjects, identity: RunIdentity) -> None:
+    """What must be so before a model's first forward, be it of an evaluation.
+
+    Args:
+        trainer: of the model.
+        identity: of the run; it takes note of the tensors that are not trained.
+    """
+    model, radius = trainer.model, trainer.method.estimator.radius
+    align(model, trainer.processing_class)
+    count_by_mask(model)
+    if trainer.objective is not None:
+        trainer.model_accepts_loss_kwargs = False
+    if is_quantized(model):
+        identity.frozen_fingerprint()  # the first forward stores the same numbers otherwise
+    if radius:
+        Weights(model).check_eps(radius)
+
+
+class QueryForward:
+    """Calls the model in queries.
+
+    Three things may be left out of a forward: the head at positions that the loss is not read from, repeated rows that
+    are packed into one, and the blocks below the lowest trained one. What a model allows is found out before the
+    queries of a step, which must all be alike.
+
+    Args:
+        trainer: whose model is queried.
+        has_own_loss: whether the Trainer computes a loss of its own from the model's outputs, as TRL's do.
+    """
+
+    def __init__(self, trainer: HoldsObjects, *, has_own_loss: bool) -> None:
+        self.trainer = trainer
+        self.has_own_loss = has_own_loss
+        self.is_querying = False  # what is computed now is a query of a step, and no evaluation
+        self.frozen_prefix: FrozenPrefix | None = None
+        self.narrow_layer: nn.Module | None = None  # computed only where the loss looks
+        self._has_tried_sizes = self._has_checked_narrow = False
+
+    @contextmanager
+    def querying(self) -> Iterator[None]:
+        """Evaluation mode (no dropout), and the frozen prefix reused."""
+        model, self.is_querying = self.trainer.model_wrapped, True
+        model.eval()
+        if any(cls.__module__.startswith("trl.") for cls in type(self.trainer).__mro__):
+            model.training = True  # TRL decides by the root's flag alone whether a loss is logged as training
+        try:
+            with self.reusing_prefix():
+                yield
+        finally:
+            self.is_querying = False
+
+    # ---- what is left out --------------------------------------------------------------------------------------------
+
+    def as_called(self, model: nn.Module) -> Callable[..., Any]:
+        """The model as the Trainer's own loss should call it: in a query, for the labelled positions alone."""
+        return functools.partial(own_loss, model) if self.is_querying and self._loss_is_enough() else model
+
+    def _loss_is_enough(self) -> bool:
+        """Whether the model's own loss is all that is read of its outputs."""
+        trainer = self.trainer
+        return not self.has_own_loss and trainer.compute_loss_func is None and trainer.label_smoother is None
+
+    def as_served(self, inputs: Inputs) -> Inputs:
+        """The batch without packed rows where they are not used: kept hidden states are those of separate rows."""
+        packed, prefix = inputs.get("packed"), self.frozen_prefix
+        keeps_states = prefix is not None and prefix.usable
+        if packed is None or (not keeps_states and serves(self.trainer.model_wrapped, packed)):
+            return inputs
+        return {key: value for key, value in inputs.items() if key != "packed"}
+
+    def try_out(self, batch: StepBatch) -> None:
+        """Find out what can be left out of this model's forward on such rows."""
+        trainer = self.trainer
+        model = trainer.model_wrapped
+        for inputs in batch.micro_batches:
+            with torch.inference_mode(), trainer.compute_loss_context_manager():
+                if trainer.objective is not None:
+                    trainer.objective.probe(model, self.as_served(inputs))
+                elif self._loss_is_enough():
+                    is_counted = trainer.model_accepts_loss_kwargs and batch.num_items is not None
+                    given = {**inputs, "num_items_in_batch": batch.num_items} if is_counted else inputs
+                    if not is_known(model, given):
+                        own_loss(model, **given)
+
+    def try_out_sizes(self) -> None:
+        """The same once for all rows that the run knows of: what a process finds out must not depend on where it began.
+
+        A resumed run has not seen the batches, and has not made the evaluations, that the run before it has.
+        """
+        trainer = self.trainer
+        if self._has_tried_sizes or trainer.objective is None:
+            return
+        self._has_tried_sizes = True
+        evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+        known = [trainer.train_dataset, *evaluated.values(), *trainer.held_out.values()]
+        for row in one_of_each_size(row for rows in known if hasattr(rows, "__len__") for row in rows):
+            self.try_out(StepBatch([trainer.collated([row])]))
+
+    def narrow(self) -> None:
+        """Find the part of the last block that is computed where the loss looks, where that is asked for."""
+        if self.trainer.args.narrow_last_block:
+            self.narrow_layer = feed_forward_of(self.trainer.model, self.trainer.method.subspace)
+
+    def check_narrow(self, batch: StepBatch) -> None:
+        """The first batch's loss is computed with the last block whole, too."""
+        if self.narrow_layer is None or self._has_checked_narrow:
+            return
+        self._has_checked_narrow = True  # a run that is resumed checks again
+        trainer = self.trainer
+        with torch.no_grad(), trainer.compute_loss_context_manager(), sequential(), no_trials():
+            check_narrow(functools.partial(trainer.compute_loss, trainer.model_wrapped, batch.micro_batches[0]))
+
+    # ---- the blocks below the lowest trained one ---------------------------------------------------------------------
+
+    def keep_prefix(self, weights: Weights) -> None:
+        """Find what lies below the trained weights, anew when ``model_init`` has made another model."""
+        trainer = self.trainer
+        if not trainer.args.keep_frozen_prefix or trainer.args.torch_compile:
+            return
+        if trainer.objective is not None and trainer.objective.generates:  # with a cache: no call has whole rows
+            return
+        if self.frozen_prefix is None or self.frozen_prefix.model is not trainer.model:
+            self.frozen_prefix = FrozenPrefix.of(trainer.model, weights, trainer.args.frozen_prefix_mb)
+
+    @contextmanager
+    def reusing_prefix(self) -> Iterator[None]:
+        """Forwards begin at the lowest trained block, wherever that is exact, and end where the loss looks."""
+        prefix = nullcontext() if self.frozen_prefix is None else self.frozen_prefix.reused()
+        with prefix, narrowed(self.narrow_layer):
+            yield
+
+    def fill_prefix(self, *datasets: Sequence[Any], group: int = 16) -> Iterator[int]:
+        """Compute the hidden states below the lowest trained block for whole datasets ahead of time.
+
+        Rows of equal length go through together, in an order that depends on the data alone, so the kept states are
+        the same bits in a resumed run. Yields the number of rows done so far; nothing where there is nothing to keep.
+
+        Args:
+            *datasets: rows that the collator takes.
+            group: rows computed together.
+        """
+        trainer = self.trainer
+        if self.frozen_prefix is None or trainer.objective is None:
+            return
+        by_length: dict[int, list[Any]] = {}
+        for row in (row for rows in datasets for row in rows):
+            by_length.setdefault(trainer.data_collator([row])["input_ids"].shape[1], []).append(row)
+        num_done = 0
+        trainer.model.eval()
+        for rows in (by_length[length] for length in sorted(by_length)):
+            for start in range(0, len(rows), group):
+                some = rows[start : start + group]
+                with torch.no_grad(), trainer.compute_loss_context_manager(), no_trials():  # one call, of this batch
+                    self.frozen_prefix.fill(
+                        functools.partial(trainer.compute_loss, trainer.model, trainer.collated(some))
+                    )
+                num_done += len(some)
+                yield num_done

@@ -1,0 +1,95 @@
+"""The processes of a run: what they tell one another, and which ones do not go together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that torchrun has started, or the one that there is.
+
+    Args:
+        count: how many there are.
+        rank: number of this one.
+        device: of this one.
+
+    Example:
+        >>> Processes(1, 0, torch.device("cpu")).gather("mine")
+        ['mine']
+    """
+
+    count: int
+    rank: int
+    device: torch.device
+
+    def gather(self, value: Any) -> list[Any]:
+        """What this process has and what the others have, by rank; tensors may differ in size."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """What the first process has, in all of them."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Numbers of all processes added up, float64 on the CPU; one all-reduce."""
+        if self.count == 1:
+            return numbers.double()
+        from accelerate.utils import reduce
+
+        total: Tensor = reduce(numbers.double().to(self.device), reduction="sum")
+        return total.cpu()
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Every process starts from the weights of the first one; DDP, which would do this, is not used."""
+        if self.count > 1:
+            with torch.no_grad():
+                for tensor in [*model.parameters(), *model.buffers()]:
+                    torch.distributed.broadcast(tensor.data, src=0)
+
+
+def check_processes(args: Any, num_processes: int, *, shards: bool) -> None:
+    """Refuse processes that could not train together.
+
+    Args:
+        args: of the Trainer.
+        num_processes: those that accelerate knows of.
+        shards: whether DeepSpeed or FSDP was asked for.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    if shards:
+        raise UserError("DeepSpeed and FSDP shard gradients, and there are none: start the run with plain torchrun")
+    if args.n_gpu > 1:
+        raise UserError(
+            "one process sees several GPUs: set CUDA_VISIBLE_DEVICES, or start one process a GPU with torchrun"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != num_processes:
+        raise UserError(
+            f"torchrun started {started} processes, the arguments know of {num_processes}: "
+            "give use_cpu=True where there is no accelerator, and make the arguments after torchrun has started"
+        )
+    if args.guard == "rollback" and started > 1:
+        raise UserError("guard=rollback goes back in one process: start the run without torchrun, or use guard=clip")

@@ -1,0 +1,277 @@
+"""The steps of a run: each is queried or read from the journal, counted, guarded and clipped."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from zoft.engines._away import settle
+from zoft.errors import NonFiniteLossError
+from zoft.estimators._anchor import anchor_batches
+from zoft.estimators.base import scheduled
+from zoft.journal.records import Record
+from zoft.lm.logits.support import no_trials
+from zoft.optimizers.base import Term
+from zoft.step.directions import StepDirections, replayed
+from zoft.step.estimate import StepEstimate, clip
+from zoft.step.query import StepQueries
+from zoft.step.update import Progress
+from zoft.trainer.batch import BatchSplitter, StepBatch
+from zoft.trainer.forward import QueryForward
+from zoft.trainer.guard import RolledBack, guard
+from zoft.trainer.journaling import RunJournal
+from zoft.trainer.loss import StepLoss, num_tokens
+from zoft.trainer.processes import Processes
+from zoft.weights.tensors import Weights
+
+log = logging.getLogger(__name__)
+
+_MARGIN = 1e5  # how much longer than a learning rate times coefficient an element of a step may be
+
+
+class RunSteps:
+    """Makes the estimate of each step, and keeps the counters of the run.
+
+    Args:
+        args: of the Trainer.
+        queries: asks the model; it holds the optimizer, whose counters these are.
+        directions: of every step.
+        forward: finds out what a query may leave out.
+        loss: of a step.
+        journal: knows the steps of a run that goes on.
+        processes: each has a part of a step's rows.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        queries: StepQueries,
+        directions: StepDirections,
+        forward: QueryForward,
+        loss: StepLoss,
+        journal: RunJournal,
+        processes: Processes,
+    ) -> None:
+        self.args = args
+        self.queries = queries
+        self.optimizer = queries.optimizer
+        self.directions = directions
+        self.forward = forward
+        self.loss = loss
+        self.journal = journal
+        self.processes = processes
+        self.last_batch: StepBatch | None = None  # the rows that were queried last
+        self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
+        self._is_huge = False  # whether the step at hand is so long that weights may become infinite
+
+    def next(self, batch: StepBatch, share_done: float) -> StepEstimate:
+        """The estimate of the next step; the counters of the run have it.
+
+        Args:
+            batch: the rows of the step.
+            share_done: of the run, for schedules of the estimator.
+        """
+        known = self.journal.next_record(self.optimizer.progress.steps)
+        estimate = self._queried(batch, share_done) if known is None else self._replayed(*known)
+        self.read_clock()
+        return estimate
+
+    # ---- queried -----------------------------------------------------------------------------------------------------
+
+    def _queried(self, batch: StepBatch, share_done: float) -> StepEstimate:
+        """The estimate of the next step, clipped and guarded."""
+        if self.loss.asks_for_scaling:
+            batch = self.loss.settle_scaling(batch)
+        self._try_out(batch)
+        began, progress = time.perf_counter(), self.optimizer.progress
+        with no_trials():
+            estimate = self._ask(batch, share_done)
+        progress.seconds_forward += time.perf_counter() - began
+        progress.steps += 1
+        progress.num_queries += estimate.num_queries
+        progress.num_tokens += self._num_tokens(batch) * estimate.num_queries
+        progress.losses.append(estimate.loss)
+        self._count_skipped(estimate)
+        if self.args.guard != "none":
+            estimate = self._guarded(estimate)
+        return clip(estimate, self.args.max_grad_norm) if self.args.max_grad_norm > 0 else estimate
+
+    def _try_out(self, batch: StepBatch) -> None:
+        """What a model allows is found out before the queries, which must all be alike."""
+        step = self.optimizer.progress.steps
+        self.forward.try_out_sizes()
+        self.forward.try_out(batch)
+        self.forward.check_narrow(batch)
+        if count := anchor_batches(self.queries.method.estimator, step):
+            for other in self.queries.batches(batch, count, step):
+                self.forward.try_out(other)
+
+    def _ask(self, batch: StepBatch, share_done: float) -> StepEstimate:
+        """The queries of the next step, in smaller micro-batches where memory does not suffice."""
+        optimizer, args = self.optimizer, self.args
+        directions, lr = self.directions.at(optimizer.progress.steps), optimizer.param_groups[0]["lr"]
+        # eps has a schedule: by the run's length, or tied to the learning rate
+        share_of_rate = lr / args.learning_rate if args.learning_rate else 1.0
+        estimator = scheduled(self.queries.method.estimator, min(share_done, 1.0), share_of_rate)
+        observed = optimizer.coordinates.state_dict()
+
+        def ask(part: StepBatch) -> StepEstimate:
+            if part is not batch:  # asked again: what the first try has observed is forgotten
+                optimizer.coordinates.load_state_dict(observed)
+            self.last_batch = part
+            return self.queries.estimate(part, directions, estimator, lr=lr)
+
+        if self.processes.count > 1:  # all must ask alike, and one cannot know that another has to ask again
+            return ask(batch)
+        splitter = BatchSplitter(optimizer.progress.num_parts)
+        estimate = splitter(ask, batch)
+        optimizer.progress.num_parts = splitter.parts
+        return replace(estimate, num_parts=splitter.parts)
+
+    def _num_tokens(self, batch: StepBatch) -> int:
+        """Tokens of a step, one query, over all processes."""
+        count = num_tokens([self.forward.as_served(inputs) for inputs in batch.micro_batches])
+        return count if self.processes.count == 1 else int(self.processes.sum(torch.tensor(float(count))))
+
+    def _count_skipped(self, estimate: StepEstimate) -> None:
+        """A step whose losses are not finite does not reach the weights; many in a row end the run."""
+        progress = self.optimizer.progress
+        if estimate.is_usable:
+            progress.skipped_in_a_row = 0
+            return
+        progress.num_skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row >= self.args.max_skipped_steps:
+            raise NonFiniteLossError(
+                f"the loss was not finite in {progress.skipped_in_a_row} steps in a row (losses of the last: "
+                f"{[round(x, 4) for x in estimate.losses.flatten().tolist()]}); the weights are those before them. "
+                "Lower optimizer.learning_rate or estimator.eps, or load the model in float32"
+            )
+
+    # ---- guarded -----------------------------------------------------------------------------------------------------
+
+    def _guarded(self, estimate: StepEstimate) -> StepEstimate:
+        """What `guard` makes of a step far outside the running range; a step inside it becomes part of the range."""
+        args, progress = self.args, self.optimizer.progress
+        judged = guard(estimate, progress.recent, args.guard_factor)
+        if judged.outlier is None:
+            self._remember(judged)
+            return judged
+        if args.guard == "rollback":
+            raise RolledBack(max(0, progress.steps - 1 - args.guard_back), f"step {progress.steps}: {judged.outlier}")
+        progress.num_guarded += 1
+        message = "step %d: %s; the step is shortened to %.2g of its length"
+        log.warning(message, progress.steps, judged.outlier, judged.share)
+        return judged
+
+    def _remember(self, estimate: StepEstimate) -> None:
+        """A step inside the running range becomes part of it."""
+        progress = self.optimizer.progress
+        if self.args.guard != "none" and estimate.projected_grads is not None and estimate.outlier is None:
+            progress.recent = [*progress.recent, [estimate.loss, estimate.slope]][-self.args.guard_steps :]
+
+    # ---- read from the journal ---------------------------------------------------------------------------------------
+
+    def _replayed(self, record: Record, observed: bytes | None) -> StepEstimate:
+        """The estimate of a step that the journal knows, counted as it was then."""
+        estimate = replayed(self.optimizer, self.directions, record, observed)
+        progress = self.optimizer.progress
+        progress.steps, progress.num_queries = record.step + 1, record.queries
+        progress.num_tokens = record.tokens or progress.num_tokens
+        progress.num_skipped += record.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record.skipped else 0
+        progress.losses.append(record.loss)
+        progress.num_guarded += record.guarded
+        progress.num_parts = estimate.num_parts
+        self._remember(estimate)
+        return estimate
+
+    # ---- written -----------------------------------------------------------------------------------------------------
+
+    def hand_over(self, estimate: StepEstimate, num_steps: int) -> None:
+        """The step is about to be written into the weights: the journal has it first.
+
+        Args:
+            estimate: of the step.
+            num_steps: of the whole run.
+        """
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self._is_huge = _may_overflow(self.queries.session.weights, lr, estimate.terms or ())
+        self.journal.append(estimate, lr, self.optimizer.progress, num_steps)
+
+    def refuse_infinite_weights(self, estimate: StepEstimate | None) -> None:
+        """A step of finite losses can be too long for the weights' numbers: it is none, and the run does not go on.
+
+        In memory the weights are spoilt; the step is taken out of the journal, and nothing is saved of it.
+
+        Args:
+            estimate: of the step that was written last.
+        """
+        is_huge, self._is_huge = self._is_huge, False
+        if not is_huge or estimate is None or estimate.from_journal:
+            return
+        settle(self.queries.session)
+        weights = self.queries.session.weights
+        if all(bool(torch.isfinite(tensor).all()) for tensor in weights.tensors.values()):
+            return
+        step = self.optimizer.progress.steps - 1
+        self.journal.take_out(step)
+        raise NonFiniteLossError(
+            f"step {step} has made weights infinite (its losses were finite, its projected gradient "
+            f"{estimate.slope:.3g}): it was not kept, and the run's folder is as it was before it. "
+            "Lower optimizer.learning_rate and repeat the command"
+        )
+
+    # ---- wall time ---------------------------------------------------------------------------------------------------
+
+    def start_clock(self) -> None:
+        """Training begins, or goes on: seconds of earlier sessions count."""
+        self._began = time.perf_counter() - self.optimizer.progress.seconds
+
+    def read_clock(self) -> None:
+        """Bring the run's wall time up to now: everything since training began, over all resumes."""
+        if self._began is not None:
+            self.optimizer.progress.seconds = time.perf_counter() - self._began
+
+    def pause_clock(self, seconds: float) -> None:
+        """Time that was no part of the run (a diagnosis) does not count as its own."""
+        if self._began is not None:
+            self._began += seconds
+
+    def stop_clock(self) -> None:
+        """Training has ended: what comes after it takes no time of the run."""
+        self._began = None
+
+
+def _may_overflow(weights: Weights, lr: float, terms: Sequence[Term]) -> bool:
+    """Whether a step is so long that the weights' dtype may not hold it."""
+    largest = min(torch.finfo(tensor.dtype).max for tensor in weights.tensors.values())
+    return abs(lr) * max((1.0, *(abs(c) for _, c in terms))) * _MARGIN > largest
+
+
+def complete(logs: dict[str, Any], progress: Progress, estimate: StepEstimate | None, more: dict[str, Any]) -> None:
+    """Add to a log line what the run has cost; to one of training, its mean loss since the last one, and the step's.
+
+    Args:
+        logs: of the Trainer; a line with ``loss`` is of training.
+        progress: counters of the run; their losses are taken.
+        estimate: of the last step.
+        more: what a line of training says besides.
+    """
+    if "loss" in logs:
+        finite = [loss for loss in progress.losses if math.isfinite(loss)]
+        logs["loss"] = sum(finite) / len(finite) if finite else math.nan
+        progress.losses.clear()
+        if estimate is not None and estimate.projected_grads is not None:
+            logs["projected_grad"] = estimate.slope
+        logs["seconds_forward"] = progress.seconds_forward
+        logs["seconds_other"] = progress.seconds - progress.seconds_forward
+        logs["num_skipped_steps"] = progress.num_skipped
+        logs |= more
+    logs |= {"num_queries": progress.num_queries, "num_tokens": progress.num_tokens, "seconds": progress.seconds}
