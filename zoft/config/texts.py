@@ -185,8 +185,8 @@ _TYPED = re.compile(r"(?i)true|false|null|[+-]?(?:nan|inf|infinity)|[+-]?[\d._]*
 _FUNCTION = re.compile(r"\w+\(")
 _LOST_AS_NAME = re.compile(r"(?i)null|[+-]?(?:nan|inf|infinity|[\d.]+e[+-]?\d+|\d[\d.]*_[\d._]*)|'[^']*'|\"[^\"]*\"")
 """Names in a mapping that Hydra reads as another number or as nothing, or does not read: it has no quotes for names."""
-_ESCAPE = re.compile(r"\\\\(?=[nt])|\\[nt]")
-_ESCAPES = {r"\\": "\\", r"\n": "\n", r"\t": "\t"}
+_ESCAPE = re.compile(r"(\\+)([nt])")
+_ESCAPES = {"n": "\n", "t": "\t"}
 
 
 def argument(text: str) -> str:
@@ -267,4 +267,10 @@ def _run(text: str, where: Text, *, nulls: bool) -> str:
 
 
 def _unescaped(text: str, where: Text) -> str:
-    return _ESCAPE.sub(lambda match: _ESCAPES[match.group()], text) if where.escapes else text
+    return _ESCAPE.sub(_meant, text) if where.escapes else text
+
+
+def _meant(match: re.Match[str]) -> str:
+    """Each pair of the backslashes before n or t is one backslash; one that is left over makes the letter an escape."""
+    pairs, left_over = divmod(len(match[1]), 2)
+    return "\\" * pairs + (_ESCAPES[match[2]] if left_over else match[2])

@@ -135,6 +135,8 @@ def test_fault_2_a_bench_reads_its_names_as_they_are_written(tmp_path):
         (r"'{text}\nSpam?'", "{text}\nSpam?"),
         (r'"{text}\n\tSpam?"', "{text}\n\tSpam?"),
         (r"'{text} \\nabla'", r"{text} \nabla"),
+        (r"'{text} \\\nabla'", "{text} \\\nabla"),
+        (r"'{text} \\\\nabla'", r"{text} \\nabla"),
         (r"'it\'s {text}\n'", "it's {text}\n"),
         (r"'{text}\r\d'", r"{text}\r\d"),
         ("'{text}\nSpam?'", "{text}\nSpam?"),
