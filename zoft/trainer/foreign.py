@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,16 +36,44 @@ def by_name(cls: type, positional: Sequence[Any], given: Mapping[str, Any]) -> d
         All of them by name.
 
     Raises:
-        UserError: more arguments than the Trainer has, or one twice.
+        UserError: more arguments than the Trainer has, one twice, or no class of settings where the Trainer has its own.
     """
     base, names = _names_of(cls)
+    if positional and not names:
+        raise UserError(f"{base} has arguments of its own before a Trainer's: give all of them by name")
     if len(positional) > len(names):
         raise UserError(f"{base} takes {len(names)} arguments, got {len(positional)}: give them by name")
     named = dict(zip(names, positional, strict=False))
     twice = [name for name in named if name in given]
     if twice:
         raise UserError(f"{base} was given {twice[0]} twice, by its place and by its name: drop one")
-    return named | dict(given)
+    made = named | dict(given)
+    _refuse_other_settings(cls, made.get("args"))
+    return made
+
+
+def _refuse_other_settings(cls: type, args: Any) -> None:
+    """A DPOTrainer reads fields that a DPOConfig alone has: none, or another class, ends inside of it."""
+    for base in cls.__mro__:
+        module = base.__module__
+        if module.startswith("zoft.") or not base.__name__.endswith("Trainer"):
+            continue
+        stem = base.__name__.removesuffix("Trainer")
+        for place, suffix in (
+            (module, "Config"),
+            (module.split(".")[0], "Config"),
+            ("transformers", "TrainingArguments"),
+        ):
+            wanted = getattr(sys.modules.get(place), stem + suffix, None)
+            if not isinstance(wanted, type):
+                continue
+            if stem and not isinstance(args, wanted):
+                got = "none" if args is None else f"a {type(args).__name__}"
+                raise UserError(
+                    f"{base.__name__} reads its settings from a {wanted.__name__}, got {got}: "
+                    f"give args={wanted.__name__}(output_dir=...)"
+                )
+            return
 
 
 def _names_of(cls: type) -> tuple[str, list[str]]:
@@ -53,8 +82,12 @@ def _names_of(cls: type) -> tuple[str, list[str]]:
         init = vars(base).get("__init__")
         parameters = [] if init is None else list(inspect.signature(init).parameters.values())[1:]
         names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        if {"model", "args"} <= set(names) and not issubclass(base, _mixin(cls)):
+        if issubclass(base, _mixin(cls)) or base.__module__.startswith("zoft."):
+            continue
+        if {"model", "args"} <= set(names):
             return base.__name__, names
+        if names:  # and the others' places behind them, which nobody can know
+            return base.__name__, []
     raise AssertionError("there is a Trainer behind the mixin")
 
 

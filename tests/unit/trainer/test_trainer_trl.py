@@ -184,3 +184,40 @@ def test_fault_11_an_argument_is_given_once(tmp_path: Path):
 
     with pytest.raises(UserError, match="given args twice"):
         ZOTrainer(models.tiny_llama(), ZOConfig(output_dir=str(tmp_path)), args=ZOConfig(output_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", [*ROWS, "Seq2SeqTrainer"])
+@pytest.mark.parametrize("how", ["none", "zoft's"])
+def test_fault_11_settings_of_another_class_are_a_sentence(name: str, how: str, tmp_path: Path):
+    """They were an AttributeError or a TypeError inside of the Trainer."""
+    import transformers
+
+    from zoft import ZOConfig
+    from zoft.errors import UserError
+    from zoft.trainer.trainer import ZOMixin
+
+    args = ZOConfig(output_dir=str(tmp_path), report_to=[]) if how == "zoft's" else None
+    wanted = "Seq2SeqTrainingArguments" if name == "Seq2SeqTrainer" else name.replace("Trainer", "Config")
+    cls = type(f"ZO{name}", (ZOMixin, getattr(trl, name, None) or getattr(transformers, name)), {})
+    with pytest.raises(UserError, match=rf"{name} reads its settings from a {wanted}.* give args={wanted}\("):
+        cls(model=models.tiny_llama(), args=args)
+
+
+def test_fault_11_a_subclass_with_arguments_of_its_own_takes_them_by_name(tmp_path: Path):
+    """Its first argument was taken for the model."""
+    import transformers
+
+    from zoft import ZOConfig
+    from zoft.errors import UserError
+    from zoft.trainer.trainer import ZOMixin
+
+    class Own(transformers.Trainer):
+        def __init__(self, extra: str, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.extra = extra
+
+    cls: Any = type("ZOOwn", (ZOMixin, Own), {})
+    given = {"model": models.tiny_llama(), "args": ZOConfig(output_dir=str(tmp_path), report_to=[])}
+    with pytest.raises(UserError, match="Own has arguments of its own before a Trainer's"):
+        cls("more", *given.values())
+    assert cls(extra="more", **given).extra == "more"
