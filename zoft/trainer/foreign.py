@@ -36,7 +36,7 @@ def by_name(cls: type, positional: Sequence[Any], given: Mapping[str, Any]) -> d
         All of them by name.
 
     Raises:
-        UserError: more arguments than the Trainer has, one twice, or no class of settings where the Trainer has its own.
+        UserError: more arguments than the Trainer has, one twice, or settings of a class that it does not read.
     """
     base, names = _names_of(cls)
     if positional and not names:
@@ -56,8 +56,8 @@ def _refuse_other_settings(cls: type, args: Any) -> None:
     """A DPOTrainer reads fields that a DPOConfig alone has: none, or another class, ends inside of it."""
     for base in cls.__mro__:
         module = base.__module__
-        if module.startswith("zoft.") or not base.__name__.endswith("Trainer"):
-            continue
+        if module.split(".")[0] not in ("trl", "transformers") or not base.__name__.endswith("Trainer"):
+            continue  # a user's own class may well take what it is given
         stem = base.__name__.removesuffix("Trainer")
         for place, suffix in (
             (module, "Config"),
