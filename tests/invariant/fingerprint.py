@@ -97,16 +97,16 @@ def record(trees: list[Path], modes: Iterable[str], patterns: list[str], jobs: i
 # ------------------------------------------------------------------------------------------------------------ comparing
 
 
-def differences(before: Rows, now: Rows, *, exactly: bool) -> Iterator[str]:
+def differences(before: Rows, now: Rows) -> Iterator[str]:
     """One line for each row that differs or is gone; rows that are new are none.
 
     Args:
-        before: rows of the past.
+        before: rows of the past; one of another machine is compared by its figures, within :data:`TOLERANCE`.
         now: rows of this tree.
-        exactly: bit by bit; otherwise by the figures, within :data:`TOLERANCE`.
     """
+    here = machine()
     for name, old in before.items():
-        new = now.get(name)
+        new, exactly = now.get(name), old.get("machine", here) == here
         if new is None:
             yield f"{name}: is gone"
         elif exactly and old["sha"] != new["sha"]:
@@ -140,15 +140,24 @@ def _first_figures(old: dict[str, Any], new: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-def kept(path: Path) -> dict[str, Any]:
-    """A file of rows: ``machine`` and ``rows``."""
-    return dict(json.loads(path.read_text()))
+def kept(path: Path) -> Rows:
+    """The rows of a file, each with the ``machine`` that made it."""
+    file = json.loads(path.read_text())
+    return {name: {"machine": file["machine"]} | row for name, row in file["rows"].items()}
 
 
 def keep(path: Path, rows: Rows) -> None:
-    """Write one, a row a line."""
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-    path.write_text(f'{{\n "machine": {json.dumps(machine())},\n "rows": {{\n{lines}\n }}\n}}\n')
+    """Write them, a row a line; the machine of most stands at the head, another one with its row."""
+    here = machine()
+    makers = [row.get("machine", here) for row in rows.values()]
+    head = max(makers, key=makers.count)
+    lines = []
+    for name, row in rows.items():
+        maker = row.get("machine", here)
+        plain = {key: value for key, value in row.items() if key != "machine"}
+        lines.append(f"  {json.dumps(name)}: {json.dumps(plain if maker == head else plain | {'machine': maker})}")
+    text = ",\n".join(lines)
+    path.write_text(f'{{\n "machine": {json.dumps(head)},\n "rows": {{\n{text}\n }}\n}}\n')
 
 
 def tree_of(commit: str, folder: Path) -> Path:
@@ -181,7 +190,7 @@ def main() -> int:
     if given.against is None and given.base is None and given.save is None and not given.write:
         given.against = ASSET
     if given.against and not given.compile:  # the modes that the file has
-        modes = [mode for mode in MODES if any(name.endswith(mode) for name in kept(given.against)["rows"])]
+        modes = [mode for mode in MODES if any(name.endswith(mode) for name in kept(given.against))]
     with tempfile.TemporaryDirectory() as folder:
         trees = [ROOT, *([tree_of(given.base, Path(folder))] if given.base else [])]
         now, *others = record(trees, modes, given.patterns, given.jobs)
@@ -190,16 +199,16 @@ def main() -> int:
     if given.save:
         keep(given.save, now)
     if given.write:
-        keep(ASSET, (kept(ASSET)["rows"] if given.patterns else {}) | now)
-    exactly, before = True, now
+        keep(ASSET, (kept(ASSET) if given.patterns else {}) | now)
+    before = now
     if given.base:
         (before,) = others
     elif given.against:
-        past = kept(given.against)
-        exactly = past["machine"] == machine()
-        before = {name: row for name, row in past["rows"].items() if _is_meant(name, given.patterns, modes)}
-    found = list(differences(before, now, exactly=exactly))
-    print("\n".join(found) or f"{len(before)} rows {'equal' if exactly else 'near: another machine made the others'}")
+        before = {name: row for name, row in kept(given.against).items() if _is_meant(name, given.patterns, modes)}
+    found = list(differences(before, now))
+    num_others = sum(row.get("machine", machine()) != machine() for row in before.values())
+    near = f", {num_others} of them near: another machine made those" if num_others else ""
+    print("\n".join(found) or f"{len(before)} rows equal{near}")
     if len(set(now) - set(before)):
         print(f"{len(set(now) - set(before))} rows are new")
     return int(bool(found))

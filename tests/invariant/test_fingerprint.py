@@ -43,20 +43,19 @@ def made(pattern):
 @pytest.mark.parametrize("name", CHOSEN)
 def test_a_run_decides_what_it_decided_when_the_file_was_written(name, monkeypatch):
     monkeypatch.setenv("ZOFT_COMPILE", "never")
-    key, rows = f"{name}, compile never", committed()["rows"]
-    exactly = committed()["machine"] == fingerprint.machine()
-    assert not list(fingerprint.differences({key: rows[key]}, made(name), exactly=exactly))
+    key = f"{name}, compile never"
+    assert not list(fingerprint.differences({key: committed()[key]}, made(name)))
 
 
 def test_the_committed_rows_are_whole():
-    rows = committed()["rows"]
+    rows = committed()
     assert {name.split(" ")[0] for name in rows} >= {"attack", "eval", "mezo", "minimize", "tune", "zoft"}
     assert not [name for name, row in rows.items() if row["sha"].startswith("failed")]
     assert len({row["sha"] for row in rows.values()}) > len(rows) / 2  # they tell runs apart
 
 
 def test_every_preset_has_its_rows():
-    missing = [name for name in fingerprint_rows.all_rows() if f"{name}, compile never" not in committed()["rows"]]
+    missing = [name for name in fingerprint_rows.all_rows() if f"{name}, compile never" not in committed()]
     assert not missing, "make fingerprint ARGS=\"--write 'NAME *'\" adds them"
 
 
@@ -64,9 +63,10 @@ def test_what_changed_is_named():
     before = {"a, compile never": {"sha": "ab", "exact": {"queries": 8}, "near": {"losses": [4.0, 3.0]}}}
 
     def told(exactly, **changed):
-        now = copy.deepcopy(before)
+        now, past = copy.deepcopy(before), copy.deepcopy(before)
         now["a, compile never"] |= changed
-        return list(fingerprint.differences(before, now, exactly=exactly))
+        past["a, compile never"]["machine"] = fingerprint.machine() if exactly else "another"
+        return list(fingerprint.differences(past, now))
 
     assert not told(True)
     assert told(True, sha="cd") == ["a, compile never: ab became cd (figures equal to six digits)"]
@@ -75,7 +75,14 @@ def test_what_changed_is_named():
     assert "further off" in told(False, near={"losses": [4.0]})[0]
     assert "queries 8 became 9" in told(False, exact={"queries": 9})[0]
     assert "further off" in told(False, sha="refused UserError")[0]
-    assert list(fingerprint.differences(before, {}, exactly=True)) == ["a, compile never: is gone"]
-    assert not list(fingerprint.differences({}, before, exactly=True))
+    assert list(fingerprint.differences(before, {})) == ["a, compile never: is gone"]
+    assert not list(fingerprint.differences({}, before))
     broken = {"b, compile never": {"sha": "failed KeyError: 'x'", "exact": {}, "near": {}}}
-    assert list(fingerprint.differences({}, broken, exactly=True)) == ["b, compile never: failed KeyError: 'x'"]
+    assert list(fingerprint.differences({}, broken)) == ["b, compile never: failed KeyError: 'x'"]
+
+
+def test_each_row_keeps_the_machine_that_made_it(tmp_path):
+    rows = {name: {"sha": name, "exact": {}, "near": {}} for name in "abc"}
+    fingerprint.keep(tmp_path / "rows.json", rows | {"a": rows["a"] | {"machine": "another"}})
+    machines = [row["machine"] for row in fingerprint.kept(tmp_path / "rows.json").values()]
+    assert machines == ["another", fingerprint.machine(), fingerprint.machine()]
