@@ -1,7 +1,7 @@
 """Two cards that are not there: a device type of its own, whose tensors have shapes and devices but no values.
 
 torch's fake tensors compute shapes, and refuse an operation on tensors of two devices as a card would: what is made on
-the wrong device shows on any machine. Importing this module registers the device type ``card`` for the whole process.
+the wrong device shows on any machine. :func:`register` makes the device type ``card`` known.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):
         return True
 
 
-def _register() -> None:
+def register() -> None:
+    """Make the device type known, to the whole process and for good."""
     module: Any = types.ModuleType("torch.card")
     module.is_available = lambda: True
     module.device_count = lambda: 2
@@ -48,9 +49,6 @@ def _register() -> None:
     torch._C._acc.register_python_privateuseone_hook(_Hooks())
     torch._C._acc.register_python_privateuseone_device_guard(_Guard())
     torch._register_device_module("card", module)
-
-
-_register()
 
 
 class _FromValues(TorchFunctionMode):
