@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,59 @@ def train(case: str, folder: Path, *, rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def shared(rank: int) -> dict[str, Any]:
+    """What is sent at the start: of equal models nothing, of one tensor that differs that tensor, of others nothing."""
+    from zoft.trainer import ranks
+
+    model = models.tiny_llama()
+    told: dict[str, Any] = {"equal": ranks.share_weights(model)}
+    model.lm_head.weight.data[0, 0] += rank
+    told["one_differs"] = ranks.share_weights(model)
+    told["bytes_of_one"] = model.lm_head.weight.numel() * 4
+    told["again"] = ranks.share_weights(model)
+    told["another_model"] = refusal(lambda: ranks.share_weights(torch.nn.Linear(3 + rank, 2)))
+    return told
+
+
+def refused(folder: Path, rank: int) -> dict[str, str]:
+    """What each process says where the last one has been started with something else."""
+    from zoft import ZOConfig, ZOTrainer
+    from zoft.config import compose
+    from zoft.run.train import run
+    from zoft.trainer import ranks
+
+    def train_at(rate: float) -> None:
+        args = ZOConfig(
+            output_dir=str(folder / "rates"), max_steps=2, report_to=[], dataloader_pin_memory=False, learning_rate=rate
+        )
+        model = models.tiny_llama()
+        ZOTrainer(model, args, train_dataset=dataset(model, unequal=False)).train()
+
+    words = ["model.name=nowhere/at-all", "config=quickstart", f"output_dir={folder / 'other'}", f"seed={rank}"]
+    told = {"config": refusal(lambda: run(compose(words)))}
+    told["settings"] = refusal(lambda: train_at(1e-3 * (1 + rank)))
+    own = ranks.code()
+    ranks.code = lambda: own + f"\ntorch 2.{rank}"  # type: ignore[assignment]
+    told["code"] = refusal(lambda: ranks.require_same({}))
+    ranks.code = lambda: own  # type: ignore[assignment]
+    return told
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The sentence that a call is refused with; the empty string where it is not."""
+    from zoft.errors import UserError
+
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    told = {case: train(case, folder, rank=rank, world=world) for case in CASES}
+    told: dict[str, Any] = {case: train(case, folder, rank=rank, world=world) for case in CASES}
+    told["shared"], told["refused"] = shared(rank), refused(folder, rank)
     (folder / f"rank{rank}.json").write_text(json.dumps(told))
     torch.distributed.destroy_process_group()
 

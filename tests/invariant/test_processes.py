@@ -78,6 +78,27 @@ def test_a_signal_to_one_process_stops_both_at_one_step(two: tuple[Path, list[di
         assert rank["resumed"]["losses"] == rank["full"]["losses"]
 
 
+def test_weights_are_sent_where_they_differ(two: tuple[Path, list[dict[str, Any]]]):
+    for told in (rank["shared"] for rank in two[1]):
+        assert told["equal"] == told["again"] == 0
+        assert told["one_differs"] == told["bytes_of_one"] > 0
+        assert told["another_model"].startswith("process 1 has another model than process 0")
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("config", "process 1 has other config than process 0 (seed: 1; there seed: 0): start every process with"),
+        ("settings", "process 1 has other settings than process 0 (learning_rate: 0.002; there learning_rate: 0.001):"),
+        ("code", "process 1 has other code than process 0 (torch 2.1; there torch 2.0): install the same versions"),
+    ],
+)
+def test_a_process_with_something_else_is_refused(what: str, sentence: str, two: tuple[Path, list[dict[str, Any]]]):
+    folder, told = two
+    assert [rank["refused"][what][: len(sentence)] for rank in told] == [sentence, sentence]
+    assert not (folder / "other").exists()  # nothing was claimed or loaded
+
+
 def test_a_run_under_torchrun_has_one_folder(tmp_path: Path):
     cwd = tmp_path / "cwd"
     cwd.mkdir()

@@ -116,10 +116,12 @@ def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
     from accelerate.utils import broadcast_object_list
 
     from zoft.trainer.config import ZOConfig
+    from zoft.trainer.ranks import require_same
 
     # The processes meet here: what ZOConfig says later of how long to wait for each other would come too late.
     wait = float(cfg.trainer.get("ddp_timeout") or ZOConfig.ddp_timeout)
     PartialState(cpu=not _has_cuda(), timeout=timedelta(seconds=wait))
+    require_same({"config": resolved})
     answer: list[Any] = [None]
     if first:
         try:

@@ -20,6 +20,7 @@ from zoft.journal.file import Contents, Journal
 from zoft.journal.fingerprint import BASE, know_base, rows_digest, some_rows_digest
 from zoft.lm.models.quantized import is_quantized, stored_parts
 from zoft.trainer.protocol import HoldsObjects
+from zoft.trainer.ranks import require_same
 from zoft.weights.tensors import Weights
 
 _BUDGETED = ("learning_rate", "weight_decay")  # of the optimizer: the first may change, the arguments have the second
@@ -169,7 +170,25 @@ class RunIdentity:
             self._settings = self._read_settings()
         return dict(self._settings)
 
+    def require_same_everywhere(self) -> None:
+        """Every process has the settings of the first; rows are not read for it, which may be drawn or streamed.
+
+        Raises:
+            UserError: in all processes, naming one with other settings or other code, and the first of them.
+        """
+        args = self.trainer.args
+        more = {name: str(getattr(args, name)) for name in ("learning_rate", "max_steps", "lr_scheduler_type")}
+        settings = self._settings_without_rows() | more
+        require_same({"settings": "\n".join(f"{name}: {value}" for name, value in settings.items())})
+
     def _read_settings(self) -> dict[str, Any]:
+        trainer, settings = self.trainer, self._settings_without_rows()
+        settings["data"] = rows_digest(trainer.train_dataset)
+        for name, rows in {"eval_data": trainer.eval_dataset, **trainer.held_out}.items():
+            settings[name] = None if rows is None else rows_digest(rows)
+        return settings
+
+    def _settings_without_rows(self) -> dict[str, Any]:
         trainer, method, args = self.trainer, self.trainer.method, self.trainer.args
         settings: dict[str, Any] = {"seed": args.seed, "data_seed": args.data_seed}
         settings["batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -181,9 +200,6 @@ class RunIdentity:
         # MeZO's seeds follow from the run's own, and a longer run has more of them
         is_given = trainer.direction_seeds is not None and not trainer.mezo_protocol
         settings["direction_seeds"] = _short(trainer.direction_seeds) if is_given else None
-        settings["data"] = rows_digest(trainer.train_dataset)
-        for name, rows in {"eval_data": trainer.eval_dataset, **trainer.held_out}.items():
-            settings[name] = None if rows is None else rows_digest(rows)
         for group in ("subspace", "estimator", "weighting", "optimizer"):
             part = getattr(method, group)
             settings[group] = part.name()

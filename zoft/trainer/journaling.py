@@ -70,6 +70,8 @@ class RunJournal:
             resume: as ``trainer.train(resume_from_checkpoint=...)`` takes it.
         """
         self.identity.forget()
+        if self.processes.count > 1:
+            self.identity.require_same_everywhere()
         self.folder = Path(str(self.args.output_dir))
         answer: Beginning | UserError | None = None
         if self.processes.rank == 0:

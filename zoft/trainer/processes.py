@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.errors import UserError
+from zoft.trainer.ranks import share_weights
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ class Processes:
     def share_weights(self, model: nn.Module) -> None:
         """Every process starts from the weights of the first one; DDP, which would do this, is not used."""
         if self.count > 1:
-            with torch.no_grad():
-                for tensor in [*model.parameters(), *model.buffers()]:
-                    torch.distributed.broadcast(tensor.data, src=0)
+            share_weights(model)
 
 
 def check_processes(args: Any, num_processes: int, *, shards: bool) -> None:

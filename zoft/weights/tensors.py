@@ -63,7 +63,7 @@ class Weights:
         sha = hashlib.sha256()
         for name, tensor in self.tensors.items():
             sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-            sha.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+            sha.update(bits_of(tensor))
             release(tensor)  # what rests in a file need not stay in memory for having been looked at
         return sha.hexdigest()
 
@@ -95,6 +95,16 @@ class Weights:
                 f"{message}: raise estimator.eps to {2 * smallest:.1g} or more, or load the weights in float32"
             )
         log.warning("%s: those hardly move; load the weights in float32 to train them", message)
+
+
+def bits_of(tensor: Tensor) -> memoryview:
+    """All bytes of a tensor of any dtype and device, in the order of its elements; of a CPU tensor without a copy.
+
+    Example:
+        >>> list(bits_of(torch.tensor([1, 2], dtype=torch.int16)))
+        [1, 0, 2, 0]
+    """
+    return tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
 
 
 def layer_of(name: str) -> str | None:
