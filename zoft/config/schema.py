@@ -10,6 +10,7 @@ from zoft.engines.base import Engine
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
 from zoft.estimators.nodes import Nodes
+from zoft.lm.models.device_map import check_device_map
 from zoft.lm.models.load import DTYPES
 from zoft.lm.models.peft.base import Peft
 from zoft.lm.models.quantized import QUANTIZATIONS, require_package
@@ -50,6 +51,8 @@ class ModelConfig:
         attn_implementation: eager, sdpa, flash_attention_2, ...; null lets transformers choose.
         quantization: nf4 or int8 (bitsandbytes), int8_torchao, or null: the base's weights in few bits, frozen, below
             an adapter (peft=lora trainable=adapter). A checkpoint that is quantised already is loaded as it is.
+        device_map: auto or balanced (whole layers on each GPU), a device, or a mapping from names of modules to
+            devices; null: the run's one device.
     """
 
     name: str
@@ -57,6 +60,7 @@ class ModelConfig:
     dtype: str = "float32"
     attn_implementation: str | None = None
     quantization: str | None = None
+    device_map: Any = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -64,6 +68,7 @@ class ModelConfig:
         _one_of("model.dtype", self.dtype, DTYPES)
         if self.quantization is not None:
             _one_of("model.quantization", self.quantization, QUANTIZATIONS)
+        check_device_map(self.device_map)
 
 
 @dataclass(kw_only=True)
@@ -211,6 +216,7 @@ class ZoftConfig:
         self._check_elsewhere()
         self._check_gradient()
         self._check_quantization()
+        self._check_device_map()
         self._check_outputs()
         if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or isinstance(self.estimator, Nodes)):
             raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
@@ -299,6 +305,15 @@ class ZoftConfig:
             raise UserError(
                 f"model.quantization={quantization} leaves the base's weights in few bits, and a step is too small for "
                 "them: train an adapter on top (peft=lora trainable=adapter; prefix and prompt too)"
+            )
+
+    def _check_device_map(self) -> None:
+        """One part alone says where weights are."""
+        engine = self.engine.name()
+        if self.model.device_map is not None and engine in ("offload", "onnx", "server"):
+            raise UserError(
+                f"model.device_map={self.model.device_map} says where weights are, and so does engine={engine}: leave "
+                "it out, or use engine=auto"
             )
 
     def _check_outputs(self) -> None:

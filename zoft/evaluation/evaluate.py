@@ -178,6 +178,7 @@ def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, 
     from zoft.evaluation.scoring import Scoring
     from zoft.lm import formats
     from zoft.lm.models.agreement import require_rows_fit
+    from zoft.lm.models.device_map import on_device
     from zoft.run.build import arguments_of
     from zoft.utils.lazy import torch
 
@@ -185,7 +186,7 @@ def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, 
     args = arguments_of(cfg)
     model = model_of(cfg, run, tokenizer)
     require_rows_fit(model, rows, tokenizer, cfg.model.name)
-    model = model.to(args.device).eval()
+    model = on_device(model, args.device).eval()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     autocast: Any = nullcontext if dtype is None else functools.partial(torch.autocast, args.device.type, dtype)
     collate = formats.collator_for(form, rows, tokenizer, cfg.task, objective)
@@ -213,6 +214,7 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
         quantization=cfg.model.quantization,
+        device_map=cfg.model.device_map,
         num_labels=formats.num_labels(cfg.task),
         labels=formats.class_names(cfg.task),
         seed=cfg.seed,

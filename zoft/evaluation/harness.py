@@ -92,6 +92,7 @@ def evaluate(cfg: ZoftConfig, request: HarnessRequest) -> dict[str, Any]:
 
     from zoft.evaluation.evaluate import model_of, write_files
     from zoft.lm import formats
+    from zoft.lm.models.device_map import on_device
     from zoft.run.build import arguments_of, tokenizer_of
     from zoft.utils.random_state import global_random_state_kept
 
@@ -111,7 +112,7 @@ def evaluate(cfg: ZoftConfig, request: HarnessRequest) -> dict[str, Any]:
         tasks = harness_tasks.loaded_tasks(request.tasks, request.path, request.k, cfg.seed)
         found, rows = harness_tasks.evaluated(
             tasks,
-            model_of(cfg, request.run).to(args.device).eval(),
+            on_device(model_of(cfg, request.run), args.device).eval(),
             tokenizer_of(cfg),
             batch_size=args.per_device_eval_batch_size,
             autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,

@@ -121,6 +121,7 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
         quantization=cfg.model.quantization,
+        device_map=cfg.model.device_map,
         num_labels=formats.num_labels(cfg.task),
         labels=formats.class_names(cfg.task),
         seed=cfg.seed,

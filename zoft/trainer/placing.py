@@ -12,6 +12,7 @@ from zoft.engines._blocks import blocks_of
 from zoft.engines.base import Engine
 from zoft.engines.offload import Offload, place_outside, rest_in_files
 from zoft.engines.server import Server
+from zoft.lm.models.device_map import require_run_on
 from zoft.weights.tensors import Weights
 
 
@@ -34,6 +35,8 @@ def place(engine: Engine, model: nn.Module, device: torch.device) -> bool:
     """
     if isinstance(engine, Offload):
         place_outside(model, device)
+    elif not isinstance(engine, Server):
+        require_run_on(model, device)
     return isinstance(engine, Offload | Server)
 
 

@@ -26,6 +26,7 @@ from zoft.engines.base import Engine
 from zoft.estimators.base import Estimator
 from zoft.journal import snapshot
 from zoft.lm.metrics.order import every_row_in_order, longest_first, reported_in_rows_order
+from zoft.lm.models.device_map import is_spread
 from zoft.lm.models.load import as_model
 from zoft.lm.objectives.base import Objective
 from zoft.optimizers.base import Optimizer
@@ -118,6 +119,8 @@ class ZOMixin(_Base):
         with global_random_state_kept():
             model = as_model(model, peft_config, args.seed)
             let_blocks_rest(self.engine, model, args.device)
+            if is_spread(model):
+                args._n_gpu = 1  # it is on all of them already, and the Trainer would replicate it
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.args.world_size, self.args.process_index, self.args.device)
         self.journal = RunJournal(self.args, RunIdentity(self), self.processes)

@@ -41,8 +41,8 @@ class Weights:
         if away is not None and not shapes_only:  # an addition to a tensor on meta does nothing, and says nothing
             raise UserError(
                 f"{away} is to be trained and has no values in memory (it is on the meta device, as weights are that "
-                "accelerate has offloaded): load the model without offloading (no device_map=auto to a disk or the "
-                "CPU's memory), or train an adapter, whose weights stay in memory"
+                "accelerate has offloaded): use engine=offload instead, load the model without offloading (no "
+                "device_map=auto to a disk or the CPU's memory), or train an adapter, whose weights stay in memory"
             )
         for tensor in self.tensors.values():
             if not tensor.is_contiguous():

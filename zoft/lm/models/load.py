@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
 from zoft.lm.models.agreement import agree, name_classes, require_classes
+from zoft.lm.models.device_map import know_device_map, placing_arguments, require_in_memory
 from zoft.lm.models.files import check_files
 from zoft.lm.models.quantized import is_quantized, keep_codes_as_loaded, loading_arguments
 from zoft.utils.lazy import torch
@@ -36,6 +37,7 @@ def load_model(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     quantization: str | None = None,
+    device_map: Any = None,
 ) -> PreTrainedModel:
     """A model in a stated dtype, of the class its config names; no code from its repository is run.
 
@@ -47,13 +49,14 @@ def load_model(
         dtype: float32, bfloat16 or float16; transformers would take the checkpoint's own otherwise.
         attn_implementation: eager, sdpa, ...; None takes transformers' choice.
         quantization: the weights in few bits: a member of :data:`zoft.lm.models.quantized.QUANTIZATIONS`, or None.
+        device_map: over which devices: see :func:`zoft.lm.models.device_map.check_device_map`; None: the CPU.
 
     Raises:
         UserError: no such folder or hub model, one without some of its weights, or an unknown dtype.
     """
     import transformers
 
-    arguments = _arguments(revision, dtype, attn_implementation, quantization)
+    arguments = _arguments(revision, dtype, attn_implementation, quantization, device_map)
     return _load_whole(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
 
 
@@ -93,6 +96,7 @@ def load_model_as(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     quantization: str | None = None,
+    device_map: Any = None,
     num_labels: int = 2,
     labels: Sequence[str] = (),
     seed: int = 0,
@@ -107,6 +111,7 @@ def load_model_as(
         dtype: float32, bfloat16 or float16.
         attn_implementation: eager, sdpa, ...; None takes transformers' choice.
         quantization: as for :func:`load_model`.
+        device_map: as for :func:`load_model`.
         num_labels: classes of a classifier; a model that is none gets a fresh head for them.
         labels: their names, in the task's order.
         seed: of the fresh head; the global random state is left as it was.
@@ -115,35 +120,28 @@ def load_model_as(
     Raises:
         UserError: a model of another kind, a classifier with other classes, or a tokenizer that does not go with it.
     """
-    model = _load_as(kind, name, revision, dtype, attn_implementation, quantization, num_labels, labels, seed)
+    given: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "quantization": quantization,
+        "device_map": device_map,
+    }
+    model = _load_as(kind, name, given, num_labels, labels, seed)
     if tokenizer is not None:
         agree(model, tokenizer, name)
     return model
 
 
 def _load_as(
-    kind: str,
-    name: str,
-    revision: str | None,
-    dtype: str,
-    attn_implementation: str | None,
-    quantization: str | None,
-    num_labels: int,
-    labels: Sequence[str],
-    seed: int,
+    kind: str, name: str, given: dict[str, Any], num_labels: int, labels: Sequence[str], seed: int
 ) -> PreTrainedModel:
-    given: dict[str, Any] = {
-        "revision": revision,
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "quantization": quantization,
-    }
     if kind == "classifier":
         return _load_classifier(name, num_labels, labels, seed, **given)
     if kind == "masked":
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-        cls = _class_of(name, revision)
+        cls = _class_of(name, given["revision"])
         if cls is None or cls.__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
             raise UserError(
                 f"model.name={name} is {'no known model' if cls is None else f'a {cls.__name__}'}, no masked language "
@@ -166,11 +164,12 @@ def _load_classifier(
     dtype: str,
     attn_implementation: str | None,
     quantization: str | None,
+    device_map: Any,
 ) -> PreTrainedModel:
     import transformers
 
     cls = _class_of(name, revision)
-    arguments = _arguments(revision, dtype, attn_implementation, quantization)
+    arguments = _arguments(revision, dtype, attn_implementation, quantization, device_map)
     has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
     if has_head:
         said, _ = transformers.PretrainedConfig.get_config_dict(_place(name), revision=revision)
@@ -264,12 +263,13 @@ def _note_two_templates(name: str) -> None:
 
 
 def _arguments(
-    revision: str | None, dtype: str, attn_implementation: str | None, quantization: str | None
+    revision: str | None, dtype: str, attn_implementation: str | None, quantization: str | None, device_map: Any
 ) -> dict[str, Any]:
     """What ``from_pretrained`` is given beside the name."""
     if dtype not in DTYPES:
         raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     arguments = {"dtype": getattr(torch, dtype), "revision": revision, **loading_arguments(quantization, dtype)}
+    arguments |= placing_arguments(device_map)
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
     return arguments
@@ -285,6 +285,8 @@ def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
         raise
     except Exception as error:  # the files are the user's: whatever they bring down is theirs to mend
         first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if "device_map" in first_line:  # a module that the map leaves out, or that the model does not have
+            raise UserError(f"model.device_map does not go with model.name={name}: {first_line}") from error
         raise UserError(
             f"could not load model.name={name}: {first_line} "
             "Give a folder with config.json and model.safetensors, or a hub name this machine can reach or has cached"
@@ -306,6 +308,8 @@ def _load_whole(loader: Any, name: str, arguments: dict[str, Any], *, fresh_head
             f"model.name={name} lacks {len(lost)} of the tensors of a {type(model).__name__}, or has them in another "
             f"shape ({shown}), and they would be random: give a folder whose files are whole, or another model"
         )
+    know_device_map(model, arguments.get("device_map"))
+    require_in_memory(model, name)
     if is_quantized(model):
         keep_codes_as_loaded(model)
     return model
