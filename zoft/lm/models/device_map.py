@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 STRATEGIES = ("auto", "balanced")
 """auto and balanced: accelerate cuts the model into whole layers, as many on each GPU as have room there."""
 
+_GIVEN = "_zoft_device_map"  # not hf_device_map: with the CPU in that, save_pretrained looks for offloaded modules
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?|\d+")
 _INSTEAD = "use engine=offload, which trains weights that rest in memory or in a file"
 
@@ -108,7 +109,7 @@ def know_device_map(model: nn.Module, given: Any) -> None:
     left = next((name for name in tensors if not any(f"{name}.".startswith(f"{key}.") for key in given if key)), None)
     if left is not None and "" not in given:
         raise UserError(f"model.device_map names no device for {left}: name its module too")
-    vars(model).setdefault("hf_device_map", dict(given))
+    vars(model)[_GIVEN] = dict(given)
 
 
 def require_in_memory(model: nn.Module, name: str) -> None:
@@ -164,5 +165,5 @@ def on_device(model: Any, device: torch.device) -> Any:
 
 
 def _devices(model: Any) -> set[str]:
-    own = getattr(model, "hf_device_map", None)
+    own = getattr(model, "hf_device_map", None) or getattr(model, _GIVEN, None)
     return {str(place) for place in own.values()} if isinstance(own, Mapping) else set()

@@ -7,7 +7,7 @@ from tests import runs
 from zoft.config import compose
 from zoft.errors import UserError
 from zoft.evaluation.evaluate import model_of
-from zoft.lm.models.device_map import check_device_map, is_spread, on_device, placing_arguments
+from zoft.lm.models.device_map import check_device_map, is_spread, on_device, placing_arguments, require_run_on
 from zoft.lm.models.load import load_model, load_model_as
 from zoft.run.train import run
 
@@ -32,7 +32,8 @@ def test_the_bits_of_a_run_without(given, folder, plain, tmp_path):
     again = compose([f"config={tmp_path / 'out' / 'config.yaml'}", f"output_dir={tmp_path / 'again'}"])
     assert again.model.device_map == compose(words).model.device_map  # a mapping comes back from the run's file
     model = model_of(again, str(tmp_path / "out"))
-    assert set(map(str, model.hf_device_map.values())) == {"cpu"}
+    with pytest.raises(UserError, match=r"set trainer\.use_cpu=true"):
+        require_run_on(model, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("given", [{"": "cpu"}, "auto", "balanced", None])
