@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zoft
 from zoft.errors import UserError
 from zoft.lm.models.quantized import stored_parts
+from zoft.version import __version__
 from zoft.weights.mapped import release
 from zoft.weights.tensors import bits_of
 
@@ -50,10 +50,10 @@ def require_same(facts: Mapping[str, str]) -> None:
 @lru_cache
 def code() -> str:
     """A line for zoft, with the SHA-256 of its Python files, and one for every package that numbers are computed by."""
-    root, sha = Path(zoft.__file__).parent, hashlib.sha256()
+    root, sha = Path(__file__).parents[1], hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         sha.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
-    lines = [f"zoft {zoft.__version__}, files {sha.hexdigest()[:16]}"]
+    lines = [f"zoft {__version__}, files {sha.hexdigest()[:16]}"]
     for package in _PACKAGES:
         try:
             lines.append(f"{package} {version(package)}")
