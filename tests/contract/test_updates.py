@@ -24,6 +24,7 @@ from tests.contract.discovered import (
 )
 from tests.models import batch_for, tiny_opt
 from zoft.component import components
+from zoft.engines._away import settle
 from zoft.lm.data.rows import examples_of, of_lengths
 from zoft.noise.direction import Direction
 from zoft.noise.source import LAWS, SOURCES
@@ -89,6 +90,7 @@ class Run:
         return list(estimate.terms)
 
     def flat(self) -> torch.Tensor:
+        settle(self.session)  # a step may wait for the next visit of its block
         return torch.cat([p.detach().double().view(-1) for p in self.weights.tensors.values()])
 
     def direction_of(self, terms) -> torch.Tensor:

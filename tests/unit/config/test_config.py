@@ -24,6 +24,8 @@ NEEDS = {
     "optimizer=hessian": ["estimator=three_point"],
     "trainable=regex": ["trainable.pattern=norm"],
     "engine=forward_mode": ["estimator=forward_gradient"],
+    "engine=onnx": ["peft=lora", "trainable=adapter"],
+    "engine=server": ["peft=lora", "trainable=adapter"],
     "subspace=nodes": ["estimator=nodes"],
     "estimator=nodes": ["subspace=nodes"],
     "optimizer=whiten": ["subspace=nodes", "estimator=nodes"],

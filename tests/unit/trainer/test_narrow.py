@@ -41,11 +41,13 @@ def test_a_run_learns_the_same(method, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "silu", silu)
     whole = losses_of(tmp_path, "whole", *METHODS[method])
-    assert 1 not in seen
+    probes = seen.count(1)  # behind cached keys and values a probe is one token
+    assert not probes or method == "zoft"
+    seen.clear()
     narrow = losses_of(tmp_path, "narrow", *METHODS[method], "trainer.narrow_last_block=true")
     assert len(narrow) == len(whole) > 1
     assert narrow == pytest.approx(whole, rel=1e-4)
-    assert seen.count(1) >= 12  # every query and every batch of an evaluation
+    assert seen.count(1) - probes >= 12  # every query and every batch of an evaluation
 
 
 def test_layers_that_it_needs():
