@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -40,6 +41,8 @@ def built(kind: str, dtype: str) -> tuple[nn.Module, dict]:
 
 def parts(engine, estimator, subspace="full", *, kind="opt", dtype="fp32", law="gaussian", q=2, objective=None):
     model, batch = built(kind, dtype)
+    if engine == "offload":  # its hooks stay until it is closed, and the other engines' tests share the model
+        model = copy.deepcopy(model)
     chosen = with_fields(example("estimator", estimator), num_directions=q, eps=EPS)
     session = bind(example("engine", engine), chosen, model, objective or (lambda b: model(**b).loss), law, subspace)
     points = [point for point in chosen.points(chosen.directions(3, 1)) if not point.anchor]  # not a session's business
@@ -138,7 +141,6 @@ def test_the_same_points_give_the_same_bits_again(engine, estimator, subspace):
 def test_an_objective_that_raises_leaves_the_weights_and_the_modules_as_they_were(
     engine, estimator, subspace, fails_at, dtype
 ):
-    model, batch = built("opt", dtype)
     calls = []
 
     def objective(inputs):
@@ -148,7 +150,7 @@ def test_an_objective_that_raises_leaves_the_weights_and_the_modules_as_they_wer
             raise RuntimeError("the objective's own")
         return loss
 
-    _, batch, session, points = parts(engine, estimator, subspace, dtype=dtype, objective=objective)
+    model, batch, session, points = parts(engine, estimator, subspace, dtype=dtype, objective=objective)
     before = state_of(model)
     with pytest.raises(RuntimeError, match="the objective's own"):
         session.losses(batch, points)
@@ -187,6 +189,7 @@ def test_an_interrupt_while_a_direction_is_drawn_leaves_everything_as_it_was(
         session.losses(batch, points)
         k, calls = len(calls) * 9 // 10, []
         model, batch, session, points = parts(engine, estimator, subspace)
+        before = state_of(model)
         real = session.coordinates.source.draw
 
     def interrupted(*args):
