@@ -268,9 +268,9 @@ def _slopes(
         slopes[eps] = []
         for step in range(RADIUS_DIRECTIONS):
             estimator = Central(eps=eps)
-            with trainer.querying(model):
+            with trainer.query_forward.querying():
                 points = estimator.points([Direction(cfg.seed, step, 0)])
-                losses = trainer.stepper.session.losses(batch, points)
+                losses = trainer.zo_optimizer.session.losses(batch, points)
             choice.queries += len(points)
             slopes[eps].append(float(estimator.projected_grads(losses)[0]))
             total += float(losses.mean())
