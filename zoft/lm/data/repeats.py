@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ _SPLITS = ("train", "dev", "test")
 
 
 def content_of(example: Any) -> Hashable:
-    """What the model is given of a row, without its place in the file and without blanks that are no words.
+    """What the model is given of a row, without its place in the file, needless blanks and marks that are not seen.
 
     A label is no part of it: a text that is held out under another label than in train is known all the same. Neither
     is the order of a row's choices, nor which of two answers is the better one.
@@ -83,6 +84,8 @@ def _stand(count: int) -> str:
 
 def _plain(value: Any) -> Hashable:
     if isinstance(value, str):
+        if not value.isascii():  # one spelling of each character, and none that are not seen (zero-width, soft hyphens)
+            value = unicodedata.normalize("NFC", "".join(c for c in value if unicodedata.category(c) != "Cf"))
         return " ".join(value.split())
     if isinstance(value, Mapping):
         return tuple(sorted((key, _plain(part)) for key, part in value.items()))

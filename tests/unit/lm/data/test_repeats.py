@@ -105,6 +105,12 @@ def test_fault_8_another_label_other_blanks_and_another_order_are_no_other_row()
     assert notes(Splits(train=[one], dev=[Example("b", one.options, 0)], test=[Example("c", one.options, 0)])) == []
 
 
+@pytest.mark.parametrize("twin", ["caf\u0065\u0301", "c\u200bafé", "\ufeffcafé", "ca\u00adfé", "café\u00a0"])
+def test_fault_8_another_spelling_of_the_same_characters_is_no_other_row(twin):
+    one, other = (Example(f"a {word}", (" bad", " good"), 0) for word in ("café", twin))
+    assert notes(Splits(train=[one], dev=[other], test=[]))[0].startswith("1 of 1 dev rows stands in train too")
+
+
 @pytest.mark.parametrize("verb", ["train", "eval", "data show", "data show --json"])
 def test_fault_8_train_eval_and_data_show_all_say_it(tmp_path, capsys, verb):
     words = arguments(tmp_path, tmp_path / "out")
