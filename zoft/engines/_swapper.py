@@ -82,10 +82,9 @@ class Swapper:
         try:
             if point.direction is not None:
                 moving = [name for name in whole_forward if self.coordinates.moves(point.direction, name)]
-                for device in dict.fromkeys(
-                    self.weights.tensors[name].device for name in moving
-                ):  # a lease is of one device
-                    self._swap(state, [name for name in moving if self.weights.tensors[name].device == device])
+                devices = {name: self.weights.tensors[name].device for name in moving}
+                for device in dict.fromkeys(devices.values()):  # a lease is of one device
+                    self._swap(state, [name for name in moving if devices[name] == device])
                 state.depth.update(whole_forward)
             yield state
         finally:  # torch calls no hook of a forward that a signal ends
