@@ -195,7 +195,7 @@ class RateSearch:
 
     Args:
         factors: of the learning rate, tried or to be tried, ascending.
-        chosen: budget -> the one with the best dev score under the first seed within so many queries; empty while cells
+        chosen: budget -> the one with the best dev score under the first seed within that budget; empty while cells
             are missing, without a budget at which all break.
     """
 

@@ -72,7 +72,7 @@ def at_budgets(plan: Plan, rows: Mapping[Cell, Row]) -> list[str]:
     if parts:
         parts.append(
             "At each budget: mean test score over the seeds, the worst seed's in brackets, mean dev loss, of the best "
-            "point within so many queries at the learning rate that is best there by the dev rows of seed "
+            "point within that budget at the learning rate that is best there by the dev rows of seed "
             f"{plan.seeds[0]}; `*`: that rate is at the edge of those tried; `!` and a number: seeds that diverged."
         )
     return parts

@@ -47,7 +47,7 @@ class Offload(Engine):
             memory beside a GPU, and file on a CPU.
         folder: where the scratch file is made (it has no name, and is gone with the run, also after a kill); the
             system's folder for temporary files if left out.
-        points_in_flight: so many points go through the model together; 0 is all of a step. Fewer take less memory for
+        points_in_flight: how many points go through the model together; 0 is all of a step. Fewer take less memory for
             activations and bring the blocks more often.
         piece_mb: as for ``engine=layerwise``.
 

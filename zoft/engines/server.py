@@ -105,7 +105,7 @@ class _Served:
         self.config = model.peft_config[model.active_adapter]
         shared = engine.folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
         self.folder = Path(tempfile.mkdtemp(prefix="zoft-", dir=shared))
-        self.folder.chmod(0o755)  # the server may run as somebody else
+        self.folder.chmod(0o755)  # the server may run as another user
         name = f"zoft-{uuid.uuid4().hex[:8]}"
         self.slots: dict[str, str] = {f"{name}-{number}": "" for number in range(self.size)}  # name -> digest
         self._used: list[str] = list(self.slots)  # the longest unused first

@@ -111,7 +111,7 @@ def mapped_where_it_lies(tensor: Tensor) -> Tensor | None:
 
 
 def _drop_pages(tensor: Tensor) -> None:
-    """Give back the whole pages of a view of somebody else's map, which has the values of its file."""
+    """Give back the whole pages of a view of another object's map, which has the values of its file."""
     address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     first, last = _page(address + mmap.PAGESIZE - 1), _page(address + size)
     if last > first:
