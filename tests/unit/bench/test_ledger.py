@@ -106,19 +106,21 @@ def test_of_two_who_take_over_the_later_gives_back(tmp_path, monkeypatch):
     assert path.read_text() == "process 2 on elsewhere alive"
 
 
-def _hold(folder, found):
+def _hold(folder, found, all_have_asked):
     with Ledger(folder).claimed(CELL) as mine:
         found.put(mine is not None)
-        time.sleep(0.5 if mine else 0)
+        if mine:  # however late the last of them starts
+            all_have_asked.wait(60)
 
 
 def test_of_many_processes_one_gets_the_cell(tmp_path):
     context = multiprocessing.get_context("fork")
-    found = context.Queue()
-    workers = [context.Process(target=_hold, args=(tmp_path, found)) for _ in range(6)]
+    found, all_have_asked = context.Queue(), context.Event()
+    workers = [context.Process(target=_hold, args=(tmp_path, found, all_have_asked)) for _ in range(6)]
     for worker in workers:
         worker.start()
     answers = [found.get(timeout=30) for _ in workers]
+    all_have_asked.set()
     for worker in workers:
         worker.join()
     assert sum(answers) == 1
