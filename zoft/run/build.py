@@ -145,11 +145,15 @@ def _model_held_elsewhere(cfg: ZoftConfig, tokenizer: Any) -> Any | None:
     from zoft.lm.models.meta import meta_model, wrapped_on_meta
 
     model = meta_model(
-        formats.model_kind(cfg.task), cfg.model.name, revision=cfg.model.revision, dtype="float32", attention=None,
+        formats.model_kind(cfg.task),
+        cfg.model.name,
+        revision=cfg.model.revision,
+        dtype="float32",
+        attention=None,
         num_labels=formats.num_labels(cfg.task),
-    )  # fmt: skip
+    )
     agree(model, tokenizer, cfg.model.name)
-    model = wrapped_on_meta(model, lambda base: cfg.peft.wrap(base, cfg.seed))
+    model = wrapped_on_meta(model, lambda base: cfg.peft.wrap(base, cfg.seed, cfg.model.revision))
     _trainable_of(cfg).apply(model)
     know_base(model, f"served:{cfg.engine.served_name()}")
     return model

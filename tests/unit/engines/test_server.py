@@ -24,6 +24,7 @@ from zoft.lm.models.generate import Answering, write
 from zoft.lm.models.peft.lora import Lora
 from zoft.lm.objectives.cross_entropy import CrossEntropy
 from zoft.lm.objectives.options import Options
+from zoft.run.build import load
 from zoft.run.train import run
 from zoft.subspaces.full import Full
 from zoft.weights.tensors import Weights
@@ -167,6 +168,14 @@ def test_a_run_is_torchs_stops_with_75_and_goes_on_to_the_bit(of_runs, tmp_path,
     assert len((tmp_path / "cut" / "journal.bin").read_bytes()) > 0
     server.faults.clear()
     assert run(compose(arguments(tmp_path / "cut", *words)))["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_fault_13_an_adapter_on_a_base_that_is_served_names_its_revision_too(of_runs, tmp_path):
+    server, arguments = of_runs
+    words = [*LORA, "engine=server", f"engine.url={server.url}", "model.revision=v2"]
+    model, *_ = load(compose(arguments(tmp_path / "out", *words)))
+    assert model.peft_config["default"].revision == "v2"
+    assert any(tensor.is_meta for tensor in model.parameters())
 
 
 def test_a_server_without_lora_is_refused_before_anything_is_read(tmp_path):
