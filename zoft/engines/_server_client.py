@@ -112,9 +112,10 @@ class Client:
     def cards(self) -> list[dict[str, Any]]:
         """What it serves: bases, and adapters with the path they came from as ``root``."""
         reply = self.asked("GET", "/v1/models")
-        if not isinstance(reply, dict) or not isinstance(reply.get("data"), list):
+        rows = reply.get("data") if isinstance(reply, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise BadReplyError("/v1/models lists nothing")
-        return list(reply["data"])
+        return rows
 
     def base(self) -> dict[str, Any]:
         """The card of the one base that it serves.
@@ -183,9 +184,10 @@ class Client:
             seed=settings["seed"], stop=[settings["stop"]] if settings["stop"] else [],
             include_stop_str_in_output=True, stop_token_ids=list(settings["ends"]), return_token_ids=True,
         )  # fmt: skip
-        if not all(isinstance(choice.get("token_ids"), list) for choice in found):
+        written = [choice.get("token_ids") for choice in found]
+        if not all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in written):
             raise BadReplyError("a choice has no token_ids")
-        return [[int(token) for token in choice["token_ids"]] for choice in found]
+        return written  # type: ignore[return-value]
 
     def _completed(self, name: str, salt: str, prompts: Sequence[Sequence[int]], **more: Any) -> list[dict[str, Any]]:
         """The choices, one a prompt in their order."""
@@ -193,7 +195,10 @@ class Client:
         reply = self.asked("POST", "/v1/completions", body | more)
         if not isinstance(reply, dict) or reply.get("model") != name:
             raise BadReplyError(f"the reply is not of {name}")
-        choices = sorted(reply.get("choices", []), key=lambda choice: choice["index"])
+        try:
+            choices = sorted(reply["choices"], key=lambda choice: int(choice["index"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadReplyError(f"its choices have no numbers ({error})") from error
         if [choice["index"] for choice in choices] != list(range(len(prompts))):
             raise BadReplyError(f"{len(choices)} choices for {len(prompts)} prompts")
         return choices

@@ -170,6 +170,36 @@ def test_a_run_is_torchs_stops_with_75_and_goes_on_to_the_bit(of_runs, tmp_path,
     assert run(compose(arguments(tmp_path / "cut", *words)))["weights_sha256"] == whole["weights_sha256"]
 
 
+def choices(*rows):
+    return {"model": "tiny", "choices": list(rows)}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"model": "tiny"},
+        {"model": "tiny", "choices": None},
+        choices("text"),
+        choices({"logprobs": {"top_logprobs": [{"token_id:5": -1.0}]}}),  # no index
+        choices({"index": "0"}),
+        choices({"index": 0, "logprobs": {"top_logprobs": [{"token_id:5": "low"}]}, "token_ids": ["low"]}),
+        choices({"index": 0, "logprobs": {"top_logprobs": [{"token_id:5": [1]}]}, "token_ids": [None]}),
+        choices({"index": 0, "logprobs": {"top_logprobs": [[]]}, "token_ids": "5"}),
+    ],
+)
+def test_a_reply_of_another_shape_is_a_bad_reply_and_no_traceback(monkeypatch, reply):
+    client = _server_client.Client("http://127.0.0.1:1", retries=0, timeout=1.0)
+    monkeypatch.setattr(client, "ask", lambda *_: (200, reply))
+    with pytest.raises(_server_client.BadReplyError):
+        client.scores("tiny", "salt", [[1, 2]], [5])
+    settings = {"max_new_tokens": 1, "temperature": 0.0, "seed": 0, "stop": "", "ends": []}
+    with pytest.raises(_server_client.BadReplyError):
+        client.texts("tiny", "salt", [[1, 2]], settings)
+    monkeypatch.setattr(client, "ask", lambda *_: (200, {"data": ["tiny"]}))
+    with pytest.raises(_server_client.BadReplyError):
+        client.cards()
+
+
 def test_fault_13_an_adapter_on_a_base_that_is_served_names_its_revision_too(of_runs, tmp_path):
     server, arguments = of_runs
     words = [*LORA, "engine=server", f"engine.url={server.url}", "model.revision=v2"]
