@@ -60,16 +60,23 @@ class AtMarks(TrainerCallback):
         self.marks = marks
         self.trainer: Any = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prints where it begins."""
+        self._print(0)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prints a line at a mark."""
         spent = self.trainer.progress.num_queries
         if self.marks and spent >= self.marks[0]:
             self.marks = [mark for mark in self.marks if mark > spent]
-            told = []
-            for split in ("dev", "test"):
-                found = self.trainer.evaluate(self.rows[split], metric_key_prefix=split)
-                told.append(f"{split} {found[f'{split}_loss']:.3f} {100 * found[f'{split}_accuracy']:.1f} %")
-            print(f"  {spent:>4} queries: {', '.join(told)}", flush=True)
+            self._print(spent)
+
+    def _print(self, spent: int) -> None:
+        results = []
+        for split in ("dev", "test"):
+            metrics = self.trainer.evaluate(self.rows[split], metric_key_prefix=split)
+            results.append(f"{split} {metrics[f'{split}_loss']:.3f} {100 * metrics[f'{split}_accuracy']:.1f} %")
+        print(f"  {spent:>4} queries: {', '.join(results)}", flush=True)
 
 
 def trainer_of(words: list[str], model: Any = None) -> tuple[Any, dict[str, list[Any]]]:
