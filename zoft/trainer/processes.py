@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.errors import UserError
-from zoft.trainer.ranks import share_weights
+from zoft.trainer.ranks import gather, share_weights
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,7 @@ class Processes:
 
     def gather(self, value: Any) -> list[Any]:
         """What this process has and what the others have, by rank; tensors may differ in size."""
-        if self.count == 1:
-            return [value]
-        values: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return [value] if self.count == 1 else gather(value)
 
     def agree(self, value: Any) -> Any:
         """What the first process has, in all of them."""

@@ -35,11 +35,11 @@ def require_same(facts: Mapping[str, str]) -> None:
         UserError: naming the process and the first line that differs.
     """
     facts = {**facts, "code": code()}
-    digests = _gather({name: hashlib.sha256(text.encode()).hexdigest() for name, text in facts.items()})
+    digests = gather({name: hashlib.sha256(text.encode()).hexdigest() for name, text in facts.items()})
     name = next((name for name in facts if any(other[name] != digests[0][name] for other in digests)), None)
     if name is None:
         return
-    first, *others = _gather(facts[name])
+    first, *others = gather(facts[name])
     rank, text = next((rank, text) for rank, text in enumerate(others, 1) if text != first)
     lines = zip_longest(text.splitlines(), first.splitlines(), fillvalue="nothing")
     here, there = next((pair for pair in lines if pair[0] != pair[1]), ("", ""))
@@ -81,9 +81,9 @@ def share_weights(model: nn.Module) -> int:
         The tensors are written in place.
     """
     parts = [part for part in _parts(model) if not part.is_meta]
-    mine = [(str(part.dtype), tuple(part.shape), _digest(part)) for part in parts]
-    everyone = _gather(mine)
-    layouts = [[each[:2] for each in one] for one in everyone]
+    stored = [(str(part.dtype), tuple(part.shape), _digest(part)) for part in parts]
+    everyone = gather(stored)
+    layouts = [[(dtype, shape) for dtype, shape, _ in tensors] for tensors in everyone]
     other = next((rank for rank, layout in enumerate(layouts) if layout != layouts[0]), None)
     if other is not None:
         raise UserError(
@@ -112,8 +112,8 @@ def _digest(tensor: Tensor) -> bytes:
     return sha.digest()
 
 
-def _gather(mine: Any) -> list[Any]:
-    """What every process has, by rank."""
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found
+def gather(value: Any) -> list[Any]:
+    """The value of every process, by rank; all of them come here. Tensors may differ in size."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
