@@ -13,8 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoft.engines._frozen_prefix import longest_stack, passes_through, put_back_forward
 from zoft.engines._lockstep import is_sequential
+from zoft.engines._prefix import (
+    forwards_replaced,
+    hidden_states_in,
+    longest_stack,
+    lowest_with,
+    passes_through,
+    with_hidden_states,
+)
 from zoft.utils.lazy import Tensor, nn, torch
 
 log = logging.getLogger(__name__)
@@ -59,10 +66,10 @@ class ContextCache:
         self.model = model
         self.new_cache = new_cache
         self.blocks = longest_stack(model)
-        inside = [any(module in moving for module in block.modules()) for block in self.blocks]
         in_blocks = {module for block in self.blocks for module in block.modules()}
-        first = next((i for i, moves in enumerate(inside) if moves), len(self.blocks))
-        self.first = 0 if any(isinstance(one, torch.nn.Linear) for one in moving - in_blocks) else first
+        # A linear layer outside of the blocks that moves may run before them: then nothing below it is known.
+        moves_outside = any(isinstance(module, torch.nn.Linear) for module in moving - in_blocks)
+        self.first = 0 if moves_outside else lowest_with(moving, self.blocks)
         self.usable = bool(self.blocks) and self.first < len(self.blocks) and _takes_cache(model)
         self.checked = False
 
@@ -91,8 +98,7 @@ class ContextCache:
         def entering(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if is_sequential():
                 return
-            hidden = args[0] if args else kwargs["hidden_states"]
-            context.hidden = hidden[:, -last:].clone()
+            context.hidden = hidden_states_in(args, kwargs)[:, -last:].clone()
 
         handles = [  # behind what serves the frozen prefix, which must see the call as it is
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -132,23 +138,18 @@ class ContextCache:
             return args, {**kwargs, **more, "past_key_values": cache, "use_cache": True}
 
         def entering(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            given = hidden.clone()  # a block may write into its input
-            return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+            return with_hidden_states(hidden.clone(), args, kwargs)  # a block may write into its input
 
-        below = {block: block.__dict__.get("forward") for block in self.blocks[: self.first]}
         handles = [  # in front of what serves the frozen prefix, whose rows are whole ones
             self.model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             self.blocks[self.first].register_forward_pre_hook(entering, with_kwargs=True),
         ]
-        for block in below:
-            block.forward = passes_through
         try:
-            yield
+            with forwards_replaced(self.blocks[: self.first], lambda _: passes_through):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for block, own in below.items():
-                put_back_forward(block, own)
 
 
 def _takes_cache(model: Any) -> bool:

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from zoft.engines._lockstep import sequential
+from zoft.engines._prefix import (
+    forwards_replaced,
+    hidden_states_in,
+    longest_stack,
+    lowest_with,
+    passes_through,
+    with_hidden_states,
+)
+from zoft.engines._rows import NOT_HIDDEN, RowStore, row_inputs, row_key, same_rows, without_padding
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import Weights
 from zoft.weights.wider import TOLERANCE, widened
 
 log = logging.getLogger(__name__)
-
-_NOT_HIDDEN = {
-    "labels",
-    "num_items_in_batch",
-    "logits_to_keep",
-    "use_cache",
-    "return_dict",
-}  # cannot change hidden states
 
 
 class FrozenPrefix:
@@ -53,7 +54,7 @@ class FrozenPrefix:
         self.outside = outside
         self.max_bytes = max_bytes
         self.usable = True
-        self._own_forwards: dict[nn.Module, Any] = {}  # what a block's own dict held as forward, while it is replaced
+        self._left_out = ExitStack()  # puts back the forwards of the blocks that pass their input through
         self._checked = self._capturing = self._filling = False
         self.clear()
 
@@ -62,7 +63,7 @@ class FrozenPrefix:
         """The prefix of this model under these trained weights, or None where there is none to keep."""
         blocks = longest_stack(model)
         trained = set(weights.owners)
-        first = next((i for i, block in enumerate(blocks) if trained & set(block.modules())), len(blocks))
+        first = lowest_with(trained, blocks)
         if not 0 < first < len(blocks):
             return None
         inside = {module for block in blocks for module in block.modules()}
@@ -126,13 +127,13 @@ class FrozenPrefix:
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.usable or args or self._capturing:
             return
-        inputs = _row_inputs(kwargs)
+        inputs = row_inputs(kwargs)
         if inputs is None:
             return
         if self._filling and bool(inputs["attention_mask"].all()):
             self._keep_together(inputs)
             raise _Stopped(inputs["input_ids"])
-        if self._batch is None or not _same(self._batch[0], inputs):
+        if self._batch is None or not same_rows(self._batch[0], inputs):
             hidden = self._hidden_of(inputs)
             if hidden is None:
                 return
@@ -144,46 +145,39 @@ class FrozenPrefix:
         self._serving = self._batch[1]
         for block in self.blocks[: self.first]:
             if block.__dict__.get("forward") is not passes_through:  # another forward, side by side, may have come by
-                self._own_forwards[block] = block.__dict__.get("forward")
-            block.forward = passes_through
+                self._left_out.enter_context(forwards_replaced([block], lambda _: passes_through))
 
     def _inject(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._serving is None:
             return None
-        hidden = self._serving.clone()  # a block may write into its input
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
+        return with_hidden_states(self._serving.clone(), args, kwargs)  # a block may write into its input
 
     def _after(self, *_: Any) -> None:
         if self._capturing:
             return
         self._serving = None
-        for block, own in self._own_forwards.items():
-            put_back_forward(block, own)
-        self._own_forwards.clear()
+        self._left_out.close()
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
     def _hidden_of(self, inputs: dict[str, Tensor], keep: bool = True) -> Tensor | None:
         """What enters block k for a padded batch, [B, T, H]; zeros at padding."""
-        mask = inputs["attention_mask"].bool()
         rows = []
-        for index in range(len(mask)):
-            row = {name: value[index : index + 1, mask[index]] for name, value in inputs.items()}
-            kept = self._row(row) if keep else self._capture_row(row)
-            if kept is None:
+        for row in without_padding(inputs):
+            states = self._row(row) if keep else self._capture_row(row)
+            if states is None:
                 return None
-            rows.append(kept)
+            rows.append(states)
+        mask = inputs["attention_mask"].bool()
         hidden = rows[0].new_zeros((*mask.shape, rows[0].shape[-1]))
         hidden[mask] = torch.cat(rows)
         return hidden
 
     def _row(self, row: dict[str, Tensor]) -> Tensor | None:
-        key = _key(row)
-        kept = self._rows.get(key)
-        if kept is not None:
-            return kept
+        key = row_key(row)
+        hidden = self._rows.get(key)
+        if hidden is not None:
+            return hidden
         hidden = self._capture_row(row)
         if hidden is not None:
             self._rows.put(key, hidden)
@@ -195,7 +189,7 @@ class FrozenPrefix:
 
     def _keep_together(self, inputs: dict[str, Tensor]) -> None:
         rows = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(len(inputs["input_ids"]))]
-        missing = {key: i for i, key in enumerate(map(_key, rows)) if key not in self._rows}
+        missing = {key: i for i, key in enumerate(map(row_key, rows)) if key not in self._rows}
         if missing:
             chosen = list(missing.values())
             hidden = self._capture({name: value[chosen] for name, value in inputs.items()})
@@ -232,7 +226,7 @@ class FrozenPrefix:
     def _check(self, kwargs: dict[str, Any], inputs: dict[str, Tensor], hidden: Tensor) -> None:
         """The first batch is computed the ordinary way too: the kept states must be what enters block k."""
         self._checked = True
-        kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_HIDDEN}
+        kwargs = {name: value for name, value in kwargs.items() if name not in NOT_HIDDEN}
         ordinary = self._capture(kwargs)
         if ordinary is not None and self._agree(
             ordinary, hidden, inputs, 5e-2 if hidden.element_size() < 4 else TOLERANCE
@@ -266,20 +260,6 @@ class FrozenPrefix:
         log.warning("hidden states below block %d are not kept between queries: %s", self.first, why)
 
 
-def put_back_forward(module: nn.Module, own: Any) -> None:
-    """Undo ``module.forward = ...``: ``own`` is what the module's own dict held before, None where nothing."""
-    if own is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = own
-
-
-def longest_stack(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks: its longest list of modules of one type; empty where it has none."""
-    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(b) for b in m}) == 1]
-    return max((list(stack) for stack in stacks), key=len, default=[])
-
-
 class _Stopped(Exception):
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -287,75 +267,4 @@ class _Stopped(Exception):
 
 
 def _stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    raise _Stopped(args[0] if args else kwargs["hidden_states"])
-
-
-def passes_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """What a block below the first trained one does while its states are known."""
-    return hidden_states
-
-
-def _same(inputs: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    return inputs.keys() == others.keys() and all(
-        value is others[name] or torch.equal(value, others[name]) for name, value in inputs.items()
-    )
-
-
-def _key(row: dict[str, Tensor]) -> bytes:
-    return b"|".join(name.encode() + value.cpu().numpy().tobytes() for name, value in sorted(row.items()))
-
-
-def _row_inputs(kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The [B, T] tensors that say what a row is, or None where rows cannot be told apart exactly."""
-    ids = kwargs.get("input_ids")
-    if ids is None or ids.dim() != 2:
-        return None
-    inputs: dict[str, Tensor] = {}
-    for name, value in kwargs.items():
-        if name in _NOT_HIDDEN or value is None:
-            continue
-        if not isinstance(value, torch.Tensor) or value.shape != ids.shape:
-            return None
-        inputs[name] = value
-    inputs.setdefault("attention_mask", torch.ones_like(ids))
-    if "position_ids" not in inputs and not bool(inputs["attention_mask"][:, 0].all()):
-        return None  # left padding shifts positions in some models
-    return inputs
-
-
-class RowStore:
-    """Tensors by key, up to a bound; one that has no room is not kept, and none is evicted.
-
-    Args:
-        max_bytes: bound on all of them together, on their own device.
-
-    Example:
-        >>> import torch
-        >>> store = RowStore(8)
-        >>> store.put(b"a", torch.ones(2)), store.put(b"b", torch.ones(1)), store.get(b"b") is None
-        (True, False, True)
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._tensors: dict[bytes, Tensor] = {}
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._tensors
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def put(self, key: bytes, tensor: Tensor) -> bool:
-        """Keep a tensor; returns whether there was room."""
-        size = tensor.numel() * tensor.element_size()
-        if self.num_bytes + size > self.max_bytes:
-            return False
-        self._tensors[key] = tensor
-        self.num_bytes += size
-        return True
-
-    def get(self, key: bytes) -> Tensor | None:
-        """The tensor, or None where it is not kept."""
-        return self._tensors.get(key)
+    raise _Stopped(hidden_states_in(args, kwargs))

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zoft.engines._frozen_prefix import longest_stack, put_back_forward
 from zoft.engines._lockstep import is_sequential
+from zoft.engines._prefix import forwards_replaced, hidden_states_in, longest_stack, lowest_with, with_hidden_states
 from zoft.utils.lazy import Tensor, nn, torch
 
 
@@ -47,22 +47,18 @@ class StepPrefix:
     @contextmanager
     def reused(self, moving: set[nn.Module]) -> Iterator[None]:
         """Within this block, later forwards begin at the lowest block that holds one of the ``moving`` modules."""
-        first = next((i for i, block in enumerate(self.blocks) if moving & set(block.modules())), len(self.blocks) - 1)
+        first = min(lowest_with(moving, self.blocks), len(self.blocks) - 1)
         if first < 1:
             yield
             return
         handle = self.blocks[first].register_forward_pre_hook(self._enter, with_kwargs=True)
         begin = self.model.register_forward_pre_hook(lambda *_: self.begin())
-        below = {block: block.__dict__.get("forward") for block in self.blocks[:first]}
-        for block in below:
-            block.forward = self._passing(block.forward)
         try:
-            yield
+            with forwards_replaced(self.blocks[:first], lambda block: self._passing(block.forward)):
+                yield
         finally:
             handle.remove()
             begin.remove()
-            for block, own in below.items():
-                put_back_forward(block, own)
 
     def _passing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -89,9 +85,8 @@ class StepPrefix:
         call, looked, same = state["call"], state["looked"], state["same"]
         state["call"], state["looked"], state["same"] = call + 1, call + 1, 0
         if same:
-            kept = self._kept[call]
-            return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept})
-        hidden = args[0] if args else kwargs.get("hidden_states")
+            return with_hidden_states(self._kept[call], args, kwargs)
+        hidden = hidden_states_in(args, kwargs)
         exact = looked > call and self._usable and not self.moved()
         if exact and hidden is not None and call not in self._kept:
             self._kept[call] = hidden

@@ -10,8 +10,8 @@ from typing import Any
 
 from zoft.engines._away import KeepsWeightsAway
 from zoft.engines._blocks import Block, BlockStream, blocks_of
-from zoft.engines._frozen_prefix import passes_through
 from zoft.engines._lockstep import Barrier
+from zoft.engines._prefix import passes_through
 from zoft.engines._transfer import transfer_for
 from zoft.engines.base import Engine, Objective, Session
 from zoft.engines.layerwise import LayerwiseSession

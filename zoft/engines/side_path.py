@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from zoft.engines._frozen_prefix import put_back_forward
 from zoft.engines._pieces import LinearCall
+from zoft.engines._prefix import forwards_replaced
 from zoft.engines._swapper import Swapper
 from zoft.engines.base import Engine, Objective, Session
 from zoft.engines.layerwise import LayerwiseSession
@@ -152,19 +152,13 @@ class _SidePathSession(LayerwiseSession):
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         """Besides the hooks: frozen linear layers are computed for all forwards at once."""
-        changed: list[tuple[nn.Module, Any]] = []
-        try:
-            if not self.swapper.compiled:
-                for module in self.model.modules():
-                    held = [name for _, name in self.weights.owners.get(module, [])]
-                    if _is_linear(module) and not any(map(self.coordinates.ever_moves, held)):
-                        changed.append((module, module.__dict__.get("forward")))
-                        module.forward = self._shared(module, module.forward)
-            with super()._hooks():
-                yield
-        finally:
-            for module, before in changed:
-                put_back_forward(module, before)
+        frozen = () if self.swapper.compiled else filter(self._is_frozen_linear, self.model.modules())
+        with forwards_replaced(frozen, lambda module: self._shared(module, module.forward)), super()._hooks():
+            yield
+
+    def _is_frozen_linear(self, module: nn.Module) -> bool:
+        names = [name for _, name in self.weights.owners.get(module, [])]
+        return _is_linear(module) and not any(map(self.coordinates.ever_moves, names))
 
     def _shared(self, module: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         outputs = int(module.out_features if isinstance(module, torch.nn.Linear) else module.nf)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zoft.engines._frozen_prefix import longest_stack
+from zoft.engines._prefix import longest_stack
 from zoft.errors import UserError
 from zoft.lm.logits.head import narrowed
 from zoft.subspaces.base import Subspace

@@ -1,0 +1,64 @@
+"""Ways around the lower blocks of a model: a forward begins at a block whose hidden states [B, T, H] are known.
+
+Three caches know them, each for as long as they hold: for a run, by the row they belong to (``_frozen_prefix.py``); for
+the queries of a step, by the number of the call (``_step_prefix.py``); for the probes of a batch, by the clean forward
+before them (``_context.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
+from typing import Any
+
+from zoft.utils.lazy import Tensor, nn, torch
+
+Forward = Callable[..., Any]
+
+
+def longest_stack(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks: its longest list of modules of one type; empty where it has none."""
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(b) for b in m}) == 1]
+    return max((list(stack) for stack in stacks), key=len, default=[])
+
+
+def lowest_with(modules: Set[nn.Module], blocks: list[nn.Module]) -> int:
+    """Index of the lowest block that holds one of these modules, ``len(blocks)`` where none does."""
+    return next((i for i, block in enumerate(blocks) if modules & set(block.modules())), len(blocks))
+
+
+def passes_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The forward of a block that is left out; whoever waits for a block can tell by it that nothing is computed."""
+    return hidden_states
+
+
+@contextmanager
+def forwards_replaced(modules: Iterable[nn.Module], replacement: Callable[[nn.Module], Forward]) -> Iterator[None]:
+    """Within this block, modules compute by other forwards.
+
+    Args:
+        modules: whose forward is replaced; one that a user has set on the module itself comes back afterwards.
+        replacement: a module, whose ``forward`` is still its own -> what it computes by.
+    """
+    own_forwards: list[tuple[nn.Module, Forward | None]] = []
+    try:
+        for module in modules:
+            own_forwards.append((module, module.__dict__.get("forward")))
+            module.forward = replacement(module)
+        yield
+    finally:
+        for module, own in own_forwards:
+            if own is None:
+                module.__dict__.pop("forward", None)  # the class's again
+            else:
+                module.forward = own
+
+
+def hidden_states_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a block is called with: transformers hands hidden states on by position, some classes by name."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def with_hidden_states(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """The same call of a block with other hidden states, as a pre-hook returns it."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
