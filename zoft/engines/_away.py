@@ -42,6 +42,7 @@ def write(session: HasWeights, name: str, step: Callable[[], None], *, can_wait:
         step: moves it; called once.
         can_wait: whether it may be called later: it has all that it depends on.
     """
+    # engine=offload: the tensor may rest in a file, and its step waits for the next visit
     if isinstance(session, KeepsWeightsAway):
         session.write(name, step, can_wait=can_wait)
     else:

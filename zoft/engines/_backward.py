@@ -29,6 +29,7 @@ def loss_with_graph(session: Session, batch: Any, names: frozenset[str] | None =
     Raises:
         UserError: the objective has no gradient.
     """
+    # autograd keeps no activations of layers below the lowest tensor that wants a gradient
     wanted = {n: t for n, t in session.weights.tensors.items() if names is None or n in names}
     others = [t for n, t in session.weights.tensors.items() if n not in wanted]
     try:
@@ -51,15 +52,18 @@ def _run_backward(loss: Tensor, wanted: dict[str, nn.Parameter], take: Callable[
     """Pass each gradient to ``take`` as autograd makes it, and free it; afterwards restore the earlier ``.grad``."""
 
     def hand_over(name: str, parameter: Tensor) -> None:
+        # autograd drops its reference too: no more than a few gradients exist at a time
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         take(name, gradient.detach())
 
+    # a user's own .grad is none of ours: it is there again afterwards
     before = {name: tensor.grad for name, tensor in wanted.items()}
     handles = [tensor.register_post_accumulate_grad_hook(partial(hand_over, name)) for name, tensor in wanted.items()]
     try:
         for tensor in wanted.values():
             tensor.grad = None
+        # the hooks run while the backward pass goes on, from the head down
         loss.backward()
     finally:
         for handle in handles:

@@ -54,8 +54,10 @@ class BlockStream:
         self.transfer = transfer
         self.of = {name: index for index, block in enumerate(blocks) for name in block.tensors}
         self.waiting: dict[str, Callable[[], None]] = {}  # steps that are not written yet, by tensor
+        # guessed to be in order; what really comes next is learnt as forwards go by
         self._next = {index: (index + 1) % len(blocks) for index in range(len(blocks))}
         self._last: int | None = None
+        # one size for all buffers: any block fits into any of them
         self._size = max((block.num_bytes for block in blocks), default=0)
         self._free: list[Tensor] = []
         self._going: list[Any] = []  # copies down that the host has not waited for
@@ -69,11 +71,13 @@ class BlockStream:
         block = self.blocks[index]
         block.inside += count
         with torch._C.DisableTorchFunction():  # no read of the model's
+            # the copy has usually begun when the block before was entered; then this only waits
             self._bring(index)
             self._make_ready(block)
             if self._last is not None:
                 self._next[self._last] = index
             self._last = index
+            # memory of blocks that nobody is in: put away now, free for the one that is brought next
             for other in self.blocks:
                 if other.lease is not None and not other.inside and other is not block and other.ticket is None:
                     self._put_away(other)
@@ -105,6 +109,7 @@ class BlockStream:
         block = self.blocks[index]
         tensor = block.tensors.pop(name)
         with torch.inference_mode(False), torch._C.DisableTorchFunction():
+            # a copy of its own: what rests in a file stays there as it was
             tensor.data = tensor.data.to(self.transfer.device, copy=True)
         del self.of[name]
 
@@ -118,6 +123,7 @@ class BlockStream:
             step: moves it.
             now: whether it cannot wait.
         """
+        # what stands outside of the blocks is on the device all the time
         if name not in self.of:
             step()
             return
@@ -148,10 +154,13 @@ class BlockStream:
         block = self.blocks[index]
         if block.lease is not None:
             return
+        # two buffers are made in the end: one block computes while the next one comes
         buffer = self._free.pop() if self._free else self.transfer.buffer(self._size)
+        # where the values rest now is where they go back to
         block.resting = {name: tensor.data for name, tensor in block.tensors.items()}
         resting = list(block.resting.values())
         block.lease = Lease(buffer, resting)
+        # .data is exchanged, so that hooks and optimizers keep the parameter they know
         pairs = list(zip(resting, block.lease.tensors, strict=True))
         block.ticket = self.transfer.up(pairs, lambda: _release(resting))
 
@@ -167,8 +176,10 @@ class BlockStream:
         steps = {name: self.waiting.pop(name) for name in block.tensors if name in self.waiting}
         if not steps:
             return
+        # only what moved is copied back; the rest is as it was where it rests
         block.moved |= steps.keys()
         device = self.transfer.device.type
+        # not under the query's autocast or inference mode: a step is written in float32
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             for step in steps.values():
                 step()
@@ -213,11 +224,13 @@ def blocks_of(model: nn.Module) -> list[Block]:
         ['layers.0.weight', 'layers.0.bias']
     """
     members = _members(model)
+    # a model without lists of layers is cut at every module with tensors of its own
     modules = members or [module for module in model.modules() if module._parameters]
     place: dict[nn.Module, int] = {}  # module -> its block, -1 for one of several
     for index, member in enumerate(modules):
         for module in member.modules() if members else [member]:
             place[module] = index if module not in place else -1
+    # a tied tensor is held by several blocks, and rests in none of them
     held: dict[int, set[int]] = {}  # parameter -> the blocks that hold it
     for module in model.modules():
         for parameter in module._parameters.values():

@@ -71,7 +71,7 @@ class ContextCache:
         moves_outside = any(isinstance(module, torch.nn.Linear) for module in moving - in_blocks)
         self.first = 0 if moves_outside else lowest_with(moving, self.blocks)
         self.usable = bool(self.blocks) and self.first < len(self.blocks) and _takes_cache(model)
-        self.checked = False
+        self.checked = False  # against whole rows; the first batch does it
 
     def give_up(self, why: Any) -> None:
         """Compute whole rows from now on."""
@@ -88,10 +88,12 @@ class ContextCache:
         context, cache, calls = Context(last), self.new_cache(), list[int]()
 
         def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            if is_sequential():  # a row of the frozen prefix, on the way
+            # a row of the frozen prefix on its way is no call of the objective's
+            if is_sequential():
                 return None
             calls.append(1)
             context.mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            # the last tokens keep the positions that they have in the whole row
             context.positions = None if positions is None else positions[:, -last:]
             return args, {**kwargs, "past_key_values": cache, "use_cache": True}
 
@@ -109,9 +111,11 @@ class ContextCache:
         finally:
             for handle in handles:
                 handle.remove()
+        # an objective that calls the model twice has no one context
         if len(calls) != 1:
             return
         for number, layer in enumerate(cache.layers[self.first :], self.first):
+            # layers below `first` are left out by a probe: their keys and values are not asked for
             if layer.keys is not None and layer.values is not None:
                 context.keys[number] = layer.keys[..., :-last, :]
                 context.values[number] = layer.values[..., :-last, :]
@@ -127,7 +131,8 @@ class ContextCache:
         assert context.hidden is not None
         cache, hidden = self.new_cache(), context.hidden
         batch, length = context.mask.shape
-        nothing = hidden.new_zeros(batch, 1, length - context.last, 1)  # of layers that are left out: its length counts
+        # stands for the keys of layers that are left out: masks are made from a cache's length, often its first layer's
+        nothing = hidden.new_zeros(batch, 1, length - context.last, 1)
         for number in range(self.first):
             cache.update(nothing, nothing, number)
         for number, keys in context.keys.items():
@@ -154,6 +159,7 @@ class ContextCache:
 
 def _takes_cache(model: Any) -> bool:
     """Whether the class is a decoder that goes on behind keys and values, at positions that it is told."""
+    # peft's wrapper takes any arguments: the class inside says which
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(bare, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False) or hasattr(bare, "_orig_mod"):

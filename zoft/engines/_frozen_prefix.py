@@ -66,6 +66,7 @@ class FrozenPrefix:
         first = lowest_with(trained, blocks)
         if not 0 < first < len(blocks):
             return None
+        # outside of the stack: a head is behind block k, embeddings in front of it; the first forward shows which
         inside = {module for block in blocks for module in block.modules()}
         outside = [module for module in trained if module not in inside]
         return cls(model, blocks, first, outside, max_mb * 2**20)
@@ -92,6 +93,7 @@ class FrozenPrefix:
     @contextmanager
     def reused(self) -> Iterator[None]:
         """Within this block, forwards of the model start at block k wherever that is exact."""
+        # what the call's inputs decide; the states, given to block k; and everything put back behind the model
         handles = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.blocks[self.first].register_forward_pre_hook(self._inject, with_kwargs=True),
@@ -125,19 +127,23 @@ class FrozenPrefix:
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # positional arguments could be anything; and a forward that captures states must run the lower blocks
         if not self.usable or args or self._capturing:
             return
         inputs = row_inputs(kwargs)
         if inputs is None:
             return
+        # rows without padding can go together; a padded row's states could depend on the rows beside it
         if self._filling and bool(inputs["attention_mask"].all()):
             self._keep_together(inputs)
             raise _Stopped(inputs["input_ids"])
+        # the points of a step ask for one batch again and again: it is put together once
         if self._batch is None or not same_rows(self._batch[0], inputs):
             hidden = self._hidden_of(inputs)
             if hidden is None:
                 return
             self._batch = (inputs, hidden)
+            # the first batch goes the ordinary way too: exactness is seen, not assumed
             if not self._checked:
                 self._check(kwargs, inputs, hidden)
                 if not self.usable:
@@ -150,7 +156,8 @@ class FrozenPrefix:
     def _inject(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._serving is None:
             return None
-        return with_hidden_states(self._serving.clone(), args, kwargs)  # a block may write into its input
+        # a copy: a block may write into its input
+        return with_hidden_states(self._serving.clone(), args, kwargs)
 
     def _after(self, *_: Any) -> None:
         if self._capturing:
@@ -169,7 +176,9 @@ class FrozenPrefix:
                 return None
             rows.append(states)
         mask = inputs["attention_mask"].bool()
+        # zeros at padding change nothing elsewhere: every block masks it
         hidden = rows[0].new_zeros((*mask.shape, rows[0].shape[-1]))
+        # [B, T, H] at the mask <- the rows' own states, one behind the other
         hidden[mask] = torch.cat(rows)
         return hidden
 
@@ -188,6 +197,7 @@ class FrozenPrefix:
         return None if hidden is None else hidden[0]
 
     def _keep_together(self, inputs: dict[str, Tensor]) -> None:
+        # the rows of this batch that are not known yet, each once
         rows = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(len(inputs["input_ids"]))]
         missing = {key: i for i, key in enumerate(map(row_key, rows)) if key not in self._rows}
         if missing:
@@ -195,17 +205,20 @@ class FrozenPrefix:
             hidden = self._capture({name: value[chosen] for name, value in inputs.items()})
             if hidden is not None:
                 for key, states in zip(missing, hidden, strict=True):
+                    # a copy: a view of one row would keep the whole batch's states alive
                     self._rows.put(key, states.clone())
 
     def _capture(self, kwargs: dict[str, Any]) -> Tensor | None:
         """Run the model up to block k, return what would enter it; None (and never again) where that is not exact."""
         early: list[nn.Module] = []
+        # what runs before block k is noted by hooks: the forward itself is cut off there
         handles = [module.register_forward_pre_hook(lambda m, _: early.append(m)) for module in self.outside]
         if self.first:
             handles.append(self.blocks[0].register_forward_hook(self._look_at_output))
         handles.append(self.blocks[self.first].register_forward_pre_hook(_stop, with_kwargs=True))
         self._capturing = True  # the hooks of `reused` stay out of this forward
         try:
+            # sequential: the forwards beside this one are not waited for
             with torch.no_grad(), sequential():
                 self.model(**kwargs, use_cache=False)
         except _Stopped as stopped:
@@ -228,6 +241,7 @@ class FrozenPrefix:
         self._checked = True
         kwargs = {name: value for name, value in kwargs.items() if name not in NOT_HIDDEN}
         ordinary = self._capture(kwargs)
+        # 16 bits round by the shape of the call: two ways to the same states differ by units in the last place
         if ordinary is not None and self._agree(
             ordinary, hidden, inputs, 5e-2 if hidden.element_size() < 4 else TOLERANCE
         ):
@@ -248,6 +262,7 @@ class FrozenPrefix:
 
     def _agree(self, ordinary: Tensor, hidden: Tensor, inputs: dict[str, Tensor], tolerance: float) -> bool:
         """Whether two ways to the states [B, T, H] agree, at each position beside its own largest value."""
+        # max_h |difference| / max_h |state|: a position with large states does not hide one with small ones
         off = (ordinary - hidden).abs().amax(-1) / ordinary.abs().amax(-1).clamp_min(1e-30)
         largest = float(off[inputs["attention_mask"].bool()].max())
         if not largest <= tolerance:

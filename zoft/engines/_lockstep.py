@@ -96,8 +96,10 @@ class Lockstep:
         if len(calls) == 1 or self.is_running:
             return [call() for call in calls]
         runners = [greenlet.greenlet(call) for call in calls]
+        # each forward has context variables of its own, as a thread would
         for runner in runners:
             runner.gr_context = contextvars.copy_context()
+        # what the caller has set, autocast and gradient mode, is what the scheduler itself runs in
         self._scheduler, self._ambient, self.is_running = greenlet.getcurrent(), _thread_state(), True
         try:
             return self._schedule(runners)
@@ -118,6 +120,7 @@ class Lockstep:
             if runner.dead:
                 results[runner] = got
             else:
+                # every forward runs up to its first sync, or to its end
                 waiting[runner] = got
 
         for runner in runners:
@@ -127,11 +130,14 @@ class Lockstep:
             num_at = Counter(arrival.key for arrival in waiting.values())
             keys = {runner: arrival.key for runner, arrival in waiting.items()}
             first = min(waiting, key=lambda r: (isinstance(keys[r], Barrier), num_at[keys[r]], num_syncs[r]))
+            # those that wait at the same place, in the order of the calls
             key = keys[first]
             group = [runner for runner in runners if keys.get(runner, self) == key]
             arrivals = [waiting.pop(runner) for runner in group]
+            # the work is done once, under the autocast of those that wait for it
             _set_thread_state(arrivals[0].state)
             answers = arrivals[0].batch_fn([arrival.item for arrival in arrivals])
+            # each goes on with its share, until its next sync or its end
             _set_thread_state(self._ambient)
             for runner, answer in zip(group, answers, strict=True):
                 num_syncs[runner] += 1
@@ -151,9 +157,11 @@ class Lockstep:
         Returns:
             This forward's share.
         """
+        # under torch.device(...) and the like a switch would close one forward's context in another
         if not self.is_running or _SEQUENTIAL.get() or _modes() != self._ambient[0]:
             return batch_fn([item])[0]
         state = _thread_state()
+        # the scheduler and the other forwards must not see what this one has set
         _set_thread_state(self._ambient)
         answer = self._scheduler.switch(_Arrival(key, item, batch_fn, state))
         _set_thread_state(state)

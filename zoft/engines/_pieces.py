@@ -70,12 +70,14 @@ class Reads:
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Embedding and linear are computed in pieces; anything else gets the whole perturbed matrix."""
+        # by identity: a tensor that compares equal may be another one
         if not any(id(value) in self.names for value in (*args, *kwargs.values())):
             return func(*args, **kwargs)
         if func is torch.nn.functional.embedding and len(args) > 1:
             return self._embedding(*args, **kwargs)
         if func is torch.nn.functional.linear and len(args) > 1 and id(args[1]) in self.names:
             return self._linear(*args, **kwargs)
+        # shape or dtype of the parameter: no values are asked for, so there is nothing to perturb
         result = func(*args, **kwargs)
         if asks_no_values(func, result):
             return result
@@ -85,6 +87,7 @@ class Reads:
         """The rows in use, once each; what else a lookup can be asked for concerns its gradient."""
         point, name = self.swapper.point, self.names[id(weight)]
         assert point.direction is not None
+        # an embedding of V rows is perturbed in the rows of this batch only: W[rows] + s z[rows]
         rows, places = ids.unique(return_inverse=True)
         moved = self.swapper.coordinates.perturbed_rows(point.direction, name, rows, point.scale)
         return torch.nn.functional.embedding(places, moved)
@@ -103,15 +106,18 @@ class Reads:
         if by_side_path is not None:
             return by_side_path
         swapper, (outputs, inputs) = self.swapper, weight.shape
+        # about piece_bytes of the matrix at a time, so that a piece is still in the cache for the product
         rows = max(1, swapper.piece_bytes // (inputs * weight.element_size()))
         count = -(-outputs // rows)
         rows = -(-outputs // count)  # alike: a narrow last product would take nearly as long as a wide one
+        # one piece of memory for each forward: all of them hold the same rows, at other points
         leases = [swapper.scratch.lease([weight.data[:rows]]) for _ in calls]
         results: list[Tensor] = []
         for first in range(0, outputs, rows):
             last = min(outputs, first + rows)
             pieces = [lease.tensors[0][: last - first] for lease in leases]
             swapper.perturb(name, first * inputs, [call.point for call in calls], [p.view(-1) for p in pieces])
+            # y[..., first:last] = x (W + s z)[first:last]^T + b[first:last]
             for index, ((x, bias, _), piece) in enumerate(zip(calls, pieces, strict=True)):
                 y = torch.nn.functional.linear(x, piece, None if bias is None else bias[first:last])
                 if not first:
@@ -125,6 +131,7 @@ class Reads:
         name = self.names.get(id(value))
         if name is None:
             return value
+        # a function that reads the matrix in another way gets it whole, for the length of that call
         moved = torch.empty_like(value.data)
         self.swapper.perturb(name, 0, [self.swapper.point], [moved.view(-1)])
         return moved

@@ -27,7 +27,9 @@ def _watched_class() -> Any:
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
+            # what func calls in turn belongs to the same read, and is not looked at again
             with torch._C.DisableTorchFunctionSubclass():
+                # computed first: an error of the model's own goes on as it is
                 result = func(*args, **kwargs)
                 if _notes and not asks_no_values(func, result):
                     _notes[-1]([*args, *kwargs.values()])
@@ -51,6 +53,7 @@ def watched(parameters: Mapping[str, nn.Parameter], note: Note) -> Iterator[dict
     Yields:
         name -> the class by which a parameter is watched.
     """
+    # a subclass of Parameter (quantised weights, ...) has its own __torch_function__
     changed = {name: parameter for name, parameter in parameters.items() if type(parameter) is torch.nn.Parameter}
     watched_class = _watched_class()
     _notes.append(note)
@@ -59,6 +62,7 @@ def watched(parameters: Mapping[str, nn.Parameter], note: Note) -> Iterator[dict
             parameter.__class__ = watched_class
         yield dict.fromkeys(changed, watched_class)
     finally:
+        # the class is torch's again, whatever was raised: nothing of ours stays on the model
         for parameter in changed.values():
             parameter.__class__ = torch.nn.Parameter
         _notes.pop()

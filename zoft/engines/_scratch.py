@@ -24,12 +24,14 @@ class Lease:
         with torch.inference_mode(False):  # as normal tensors they may be written and swapped in anywhere
             for tensor in like:
                 stop = start + tensor.numel() * tensor.element_size()
+                # the same bytes read as another dtype: nothing is copied
                 self.tensors.append(buffer[start:stop].view(tensor.dtype).view(tensor.shape))
                 start = aligned(stop)
 
     def appears_in(self, values: object) -> bool:
         """Whether a tensor in ``values`` (also inside tuples, lists, dicts) is a view of this memory."""
         if isinstance(values, torch.Tensor):
+            # the same storage, whatever view of it an output is
             return values.untyped_storage().data_ptr() == self.buffer.untyped_storage().data_ptr()
         if isinstance(values, dict):
             return any(map(self.appears_in, values.values()))
@@ -49,13 +51,13 @@ class Scratch:
         """Memory for tensors of these shapes and dtypes, on the first one's device; its contents are arbitrary."""
         size = sum(aligned(tensor.numel() * tensor.element_size()) for tensor in like)
         free = self._free.setdefault(like[0].device, [])
+        # best fit: a large buffer is left for a large module
         fitting = [i for i, buffer in enumerate(free) if buffer.numel() >= size]
         if fitting:
             return Lease(free.pop(min(fitting, key=lambda i: free[i].numel())), like)
         if free:
-            free.pop(
-                max(range(len(free)), key=lambda i: free[i].numel())
-            )  # a larger one takes its place: all of them fit the largest module in time
+            # a larger buffer takes the place of the largest: in time all of them fit the largest module
+            free.pop(max(range(len(free)), key=lambda i: free[i].numel()))
         with torch.inference_mode(False):
             return Lease(torch.empty(size, dtype=torch.uint8, device=like[0].device), like)
 

@@ -47,11 +47,13 @@ class StepPrefix:
     @contextmanager
     def reused(self, moving: set[nn.Module]) -> Iterator[None]:
         """Within this block, later forwards begin at the lowest block that holds one of the ``moving`` modules."""
+        # a forward has to enter some block to be given its states: the last one at most
         first = min(lowest_with(moving, self.blocks), len(self.blocks) - 1)
         if first < 1:
             yield
             return
         handle = self.blocks[first].register_forward_pre_hook(self._enter, with_kwargs=True)
+        # modules that were entered in an earlier call of this forward say nothing of this one
         begin = self.model.register_forward_pre_hook(lambda *_: self.begin())
         try:
             with forwards_replaced(self.blocks[:first], lambda block: self._passing(block.forward)):
@@ -62,12 +64,14 @@ class StepPrefix:
 
     def _passing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if is_sequential():  # kept for other purposes (engines/_frozen_prefix.py)
+            # a forward that fills the frozen prefix: its rows are other inputs
+            if is_sequential():
                 return forward(hidden_states, *args, **kwargs)
             state = self.state()
             call = state["call"]
             if state["looked"] == call:  # the lowest block of this call
                 state["looked"] += 1
+                # what went in at this call's number is compared: an objective may call the model on something else
                 seen = self._inputs.setdefault(call, hidden_states)
                 state["same"] = call in self._kept and _same(seen, hidden_states)
             if state["same"]:
@@ -83,11 +87,14 @@ class StepPrefix:
             return None
         state = self.state()
         call, looked, same = state["call"], state["looked"], state["same"]
+        # the next call of the model in this forward counts from here
         state["call"], state["looked"], state["same"] = call + 1, call + 1, 0
         if same:
             return with_hidden_states(self._kept[call], args, kwargs)
         hidden = hidden_states_in(args, kwargs)
+        # a moving tensor that was entered below (an embedding) makes the states depend on the point
         exact = looked > call and self._usable and not self.moved()
+        # the first query keeps them; the others find them
         if exact and hidden is not None and call not in self._kept:
             self._kept[call] = hidden
         return None

@@ -48,6 +48,7 @@ class Survey:
 
         A compiled model runs uncompiled here: its graph would call no torch function.
         """
+        # random state and kernels as they were before the forward
         before = _global_state()
 
         def look(*_: Any) -> None:
@@ -69,6 +70,7 @@ class Survey:
         """
         self.is_done = True
         self.whole_forward = [
+            # what was never entered belongs to modules that are called past their hooks, or not called at all
             name for name in self.weights.tensors if name in self.read_outside or name not in last.entered
         ]
         if self.whole_forward:
@@ -90,6 +92,7 @@ class Survey:
     def _name_shared_modules(self, visits: Counter[Any]) -> None:
         """A module that runs several times a forward moves once, and costs its z each time."""
         runs = {module: visits[id(module)] for module in self.weights.owners}
+        # micro-batches call the model several times, and every module as often
         once = min((count for count in runs.values() if count), default=0)  # or once for every micro-batch
         shared = [held[0][1] for module, held in self.weights.owners.items() if runs[module] > once]
         if shared:
@@ -111,6 +114,7 @@ class Survey:
             look: evaluates the objective once, for nothing but to be looked at.
         """
         if self.swapper.compiled or graphs_exist():
+            # a look costs a forward without graphs, so it is rare; its loss is thrown away
             self._num_calls += 1
             if self._num_calls % _EVERY == 0:
                 with self._watch():
@@ -118,6 +122,7 @@ class Survey:
             yield
             return
         parameters = {name: tensor for name, tensor in self._watchable.items() if name not in self.whole_forward}
+        # only parameters of a class of ours are reported: what frozen ones are read by costs nothing
         try:
             with watched(parameters, self._note) as self.swapper.watched:
                 yield
@@ -160,6 +165,7 @@ class Survey:
                 self._note(item)
         else:
             name = self._names.get(id(value))
+            # depth 0: no module that holds it runs, so no hook has swapped it
             if name is not None and not self.swapper.state.depth[name]:
                 self.read_outside.add(name)
 

@@ -78,16 +78,20 @@ class Swapper:
             point: where.
             whole_forward: tensors that are perturbed all along, since their own module's forward does not cover them.
         """
+        # a new state: what an interrupted forward left cannot be taken for this one's
         state = self.state = ForwardState(point)
         try:
             if point.direction is not None:
                 moving = [name for name in whole_forward if self.coordinates.moves(point.direction, name)]
                 devices = {name: self.weights.tensors[name].device for name in moving}
+                # perturbed before the first module runs: they are read somewhere outside of their own
                 for device in dict.fromkeys(devices.values()):  # a lease is of one device
                     self._swap(state, [name for name in moving if devices[name] == device])
+                # counted as entered, so that their own module does not perturb them once more
                 state.depth.update(whole_forward)
             yield state
         finally:  # torch calls no hook of a forward that a signal ends
+            # clean storage first: whatever was raised, the weights are what they were
             for name, clean in state.clean.items():
                 self.weights.tensors[name].data = clean
             while state.modes:
@@ -117,9 +121,11 @@ class Swapper:
         state.entered.update(names)
         state.entered_since.update(names)
         state.visits[id(module)] += 1
+        # what leaving undoes stands by visit: a module may be inside itself
         undo: list[Callable[[Any], None]] = [lambda _: state.depth.subtract(names)]
         state.undo.setdefault(id(module), []).append(undo)
         direction = state.point.direction
+        # a tied tensor that another running module has swapped already is not moved twice
         fresh = [n for n in names if direction and not state.depth[n] and self.coordinates.moves(direction, n)]
         state.depth.update(names)
         pieces = [name for name in fresh if self.in_pieces(module, name)]
@@ -138,8 +144,10 @@ class Swapper:
         if isinstance(output, torch.Tensor):
             self.see(output)
         visits = self.state.undo.get(id(module), [])
+        # last in, first out: modes close in the order in which they were opened
         for undo in reversed(visits.pop() if visits else []):
             undo(output)
+        # the module has read what is its own; from here on a read is one from outside
         for name in names if self.watched else ():
             if name in self.watched and not self.state.depth[name]:
                 self.weights.tensors[name].__class__ = self.watched[name]
@@ -157,11 +165,13 @@ class Swapper:
 
     def _swap(self, state: ForwardState, names: list[str], visit: Any = None) -> Lease:
         """Replace the storage of some tensors by perturbed ones."""
+        # points side by side come here together: z is made once for all of them
         like = [self.weights.tensors[name].data for name in names]
         lease: Lease = self.sync(("whole", visit), state.point, lambda points: self._perturbed(names, like, points))
         if self.watched:  # another forward may have left the module meanwhile
             self._look_away(names)
         for name, clean, perturbed in zip(names, like, lease.tensors, strict=True):
+            # .data: modules, optimizers and ties keep the parameter they hold
             state.clean[name], state.perturbed[name] = clean, perturbed
             self.weights.tensors[name].data = perturbed
         return lease
@@ -170,12 +180,14 @@ class Swapper:
         for name in names:
             self.weights.tensors[name].data = state.clean[name]
             del state.clean[name], state.perturbed[name]  # after the assignment: whatever interrupts, nothing is lost
+        # a module that hands out a view of its weights (an embedding's own) still needs the memory
         if not lease.appears_in(output):
             self.scratch.give_back(lease)
 
     def sync(self, key: Any, item: Any, batch_fn: Callable[[list[Any]], Sequence[Any]]) -> Any:
         """:meth:`Lockstep.sync`; while this forward waits, the weights are clean for the others."""
         state = self.state
+        # the other forwards run meanwhile, and each swaps for itself
         for name, clean in state.clean.items():
             self.weights.tensors[name].data = clean
 
@@ -184,9 +196,11 @@ class Swapper:
                 return batch_fn(items)
 
         answer = self.lockstep.sync(key, item, unseen) if self.lockstep.is_running else unseen([item])[0]
+        # whichever forward ran last has left its own state here
         self.state = state
         if self.watched:
             self._look_away(list(state.perturbed))
+        # and its own perturbed tensors back in place
         for name, perturbed in state.perturbed.items():
             self.weights.tensors[name].data = perturbed
         return answer
@@ -194,6 +208,7 @@ class Swapper:
     def _perturbed(self, names: list[str], like: list[Tensor], points: list[Point]) -> list[Lease]:
         leases = [self.scratch.lease(like) for _ in points]
         for index, name in enumerate(names):
+            # the same elements of all points at once
             self.perturb(name, 0, points, [lease.tensors[index].view(-1) for lease in leases])
         return leases
 
@@ -217,6 +232,7 @@ class Swapper:
         return (
             large
             and isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+            # embedding with max_norm writes into its matrix; compiled code reads it whole
             and getattr(module, "max_norm", None) is None
             and not self.compiled
         )

@@ -30,6 +30,7 @@ class Auto(Engine):
 
     def choose(self, estimator: Estimator, coordinates: BoundSubspace, model: nn.Module) -> Engine:
         """The engine for this estimator, these coordinates and this model."""
+        # which direction does not matter here: whether it has factors is the subspace's law
         direction = Direction(0, 0)
         if isinstance(estimator, NodeEstimator):
             return Nodes()
@@ -37,8 +38,10 @@ class Auto(Engine):
             return ForwardMode()
         if estimator.noise == "torch_sequential" or getattr(model, "is_quantized", False):
             return InPlace()
+        # adapters, norms and biases: the linear layers do not move, and all points share their product
         names = coordinates.weights.tensors
         moving = sum(tensor.numel() for name, tensor in names.items() if coordinates.ever_moves(name))
+        # low-rank directions U V^T: x W^T for all points at once, s (x V) U^T beside
         few = moving <= _FEW * sum(parameter.numel() for parameter in model.parameters())
         if few or any(coordinates.factors(direction, name) is not None for name in names):
             return SidePath()

@@ -58,6 +58,7 @@ class Session:
         self.objective = objective
         self.anchor: dict[str, Tensor] | None = None  # earlier weights, for points that start from there
         self._evaluated = False
+        # compiled noise is made once a device, before the first query
         for device in {device_of(self, name) for name in self.weights.tensors}:
             prepare(self.weights.num_elements, device)
 
@@ -86,6 +87,7 @@ class Session:
         Returns:
             float32 [P, B] on the CPU.
         """
+        # examples of a batch by their numbers in the batch of all processes
         numbered = zip(examples, range(len(examples)) if numbers is None else numbers, strict=True)
         of_each = [self.losses(one, [of_example(p, number) for p in points]) for one, number in numbered]
         return torch.stack(of_each, dim=1)
@@ -102,6 +104,7 @@ class Session:
             return
         here = {name: tensor.data for name, tensor in self.weights.tensors.items()}
         try:
+            # .data is exchanged, nothing is copied: the anchor is a second set of weights in memory
             for name, tensor in self.weights.tensors.items():
                 tensor.data = self.anchor[name]
             yield
@@ -119,6 +122,7 @@ class Session:
             def hook(module: nn.Module, inputs: Any) -> None:
                 del module
                 with torch.inference_mode(False), torch.no_grad():
+                    # what is observed outlives the query: it goes into a basis
                     seen = inputs[0].detach()
                     coordinates.observe(direction, name, seen.reshape(-1, seen.shape[-1]).clone())
 
@@ -156,14 +160,18 @@ class Session:
             master: the same piece in float32, flat: the step is taken there, and the weights become its nearest.
         """
         piece = self.piece(name, start, stop)
+        # theta_32 <- theta_32 - step; theta <- round(theta_32)
         if master is not None:
             piece.copy_(master.sub_(step))
             return
         if rounding_key is not None and has_few_bits(piece):
+            # theta - step in float32, then to a neighbour in bfloat16 or float16
             moved = step.to(torch.float32).neg_().add_(piece)
             piece.copy_(round_stochastically(moved, piece.dtype, rounding_key, start))
+        # theta <- theta - step: one rounding, by the subtraction itself
         elif step.dtype == piece.dtype:
             piece.sub_(step)
+        # the sum in the wider dtype, rounded once: twice would lose steps of half a unit
         else:
             wide = torch.promote_types(step.dtype, piece.dtype)
             piece.copy_(step.to(wide).neg_().add_(piece))
@@ -188,6 +196,7 @@ def memory_errors_say(mend: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         message = str(error).strip().split("\n")[0] or "The process is out of memory."
         wanting = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        # torch says so in several words, by device and allocator
         if not wanting and not any(
             words in message for words in ("out of memory", "allocate memory", "not enough memory")
         ):

@@ -40,6 +40,7 @@ class _ForwardModeSession(Session):
         results: list[Tensor | None] = []
         clean: Tensor | None = None
         for point in points:
+            # one dual pass gives L and z^T grad L together: no forward for the clean point
             if point.direction is None:
                 results.append(None)  # the clean loss comes with the first derivative
                 continue
@@ -54,7 +55,9 @@ class _ForwardModeSession(Session):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         assert point.direction is not None
+        # W + e z with e^2 = 0: the dual part of L(W + e z) is z^T grad L
         moving = [name for name in self.weights.tensors if self.coordinates.moves(point.direction, name)]
+        # fused attention kernels have no forward derivative; the plain form is made of operations that have
         z = {name: self.coordinates.z(point.direction, name) for name in moving}
         with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), self._duals(z):
             loss = self.objective(batch)
@@ -72,6 +75,7 @@ class _ForwardModeSession(Session):
         from torch.autograd import forward_ad
 
         tensors = self.weights.tensors
+        # z in float32 is cast to the weight's dtype: a dual number has one
         duals = {name: forward_ad.make_dual(tensors[name].data, z[name].to(tensors[name].dtype)) for name in z}
         held = [(module, a, name) for module, pairs in self.weights.owners.items() for a, name in pairs if name in z]
         try:

@@ -38,6 +38,7 @@ class InPlace(Engine):
 
     def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> Session:
         """Decide how to come back, once the dtypes are known."""
+        # bfloat16 and float16: theta + eps z - 2 eps z + eps z does not come back
         low = sorted({str(t.dtype) for t in coordinates.weights.tensors.values() if t.dtype.itemsize < 4})
         restore = self.restore
         if restore == "auto":
@@ -59,15 +60,18 @@ class _CopySession(Session):
             return self._losses(batch, points)
 
     def _losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
+        # clones of what is trained; frozen weights are not copied
         saved = {name: tensor.data.clone() for name, tensor in self.weights.tensors.items()}
         results = []
         try:
             for point in points:
+                # always from the clean copy, never from the point before: no error adds up
                 for name, clean in saved.items():
                     tensor = self.weights.tensors[name].data
                     if point.direction is None or not self.coordinates.moves(point.direction, name):
                         tensor.copy_(clean)
                     else:
+                        # theta + s z, rounded once to the weight's dtype
                         tensor.copy_(perturbed(clean, self.coordinates.z(point.direction, name), point.scale))
                 results.append(self.evaluate(batch))
         finally:
@@ -93,6 +97,7 @@ class _SubtractSession(LeavesTrace, Session):
                     self._walk(point)
                     self._path.append(point)
                     results.append(self.evaluate(batch))
+            # back to theta: one more addition, as in MeZO's code
             self._walk(Point())
         except BaseException:
             self._walk(Point())  # also where a signal came on the way back: that walk has undone what it did
@@ -100,6 +105,7 @@ class _SubtractSession(LeavesTrace, Session):
         return torch.stack(results)
 
     def pass_over(self, points: Sequence[Point]) -> None:
+        # the walk without the losses: the additions are rounded as they were then
         for point in points:
             self._walk(point)
         self._walk(Point())
@@ -111,6 +117,7 @@ class _SubtractSession(LeavesTrace, Session):
     def _walk(self, target: Point) -> None:
         """Move every tensor to ``target``; when something interrupts, move none."""
         moves = []
+        # back from the last direction; a walk along the same direction is one move, as -2 eps z in MeZO
         if self._here.direction is not None and self._here.direction != target.direction:
             moves.append((self._here, -self._here.scale))
         if target.direction is not None:
@@ -121,6 +128,7 @@ class _SubtractSession(LeavesTrace, Session):
         begun: list[tuple[Tensor, str, int]] = []
         try:
             for name, tensor in self.weights.tensors.items():
+                # piece by piece, so that all moves of a piece find it in the cache
                 for start, stop in self.coordinates.spans(name, 0, tensor.numel()):
                     piece = self.piece(name, start, stop)
                     begun.append((piece, name, start))
@@ -129,7 +137,8 @@ class _SubtractSession(LeavesTrace, Session):
         except BaseException:
             if self._here is not target:
                 for piece, name, start in begun:
-                    done = moves[: piece._version]  # additions that took place: a signal comes before or after one
+                    # torch counts a tensor's in-place writes: an interrupt comes before an addition or after it
+                    done = moves[: piece._version]
                     self._add([(point, -distance) for point, distance in reversed(done)], piece, name, start)
             raise
 

@@ -36,6 +36,7 @@ class Nodes(Engine):
     def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> NodeSession:
         """A session for the nodes of the subspace; of an encoder-decoder, those at positions of the decoder."""
         if isinstance(coordinates, NodeSpace) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            # cross-attention's keys are at the encoder's positions: the loss says nothing of those
             coordinates.leave_out(lambda name: "decoder." not in name or _CROSS.search(name) is not None)
         return NodeSession(model, coordinates, objective)
 
@@ -74,12 +75,14 @@ class NodeSession(Session):
         seen: dict[str, Tensor] = {}
 
         def look(key: str, node: Node) -> Callable[..., None]:
+            # the hook's own call of the layer is no call of the model's
             def hook(_module: nn.Module, args: Any) -> None:
                 if self._asking:
                     return
                 self._asking = True  # a scale's node calls its own layer, to see what is multiplied with it
                 with torch.inference_mode(False), torch.no_grad():
                     x = _rows(args[0].detach(), rows, column, num_rows, node).clone()
+                    # a layer that runs twice in a forward is two nodes: key, key@1
                     seen[_call(seen, key)] = node.seen(x)
                 self._asking = False
 
@@ -118,6 +121,7 @@ class NodeSession(Session):
                     return output
                 name = _call(calls, key)
                 calls[name] = None
+                # y -> y + shift at the wanted positions, in the layer's own dtype
                 flat, index = _places(output, rows, column, num_rows, node)
                 return flat.index_add(0, index, shift(name, flat.shape[1]).to(flat.dtype)).view_as(output)
 
@@ -133,6 +137,7 @@ class NodeSession(Session):
 
 def _call(calls: dict[str, Any], key: str) -> str:
     """The name of a layer's next call: its key, then key@1, key@2 ... for a layer that runs more than once."""
+    # a shared layer runs several times in a forward, and any layer where text is written token by token
     name, count = key, 0
     while name in calls:
         count += 1
@@ -158,6 +163,7 @@ def _places(x: Tensor, rows: Tensor, column: Tensor, num_rows: int, node: Node) 
             "their positions (experts see a token's own): choose other layers (subspace.layers, trainable), or "
             "method=mezo"
         )
+    # one row an example: it is the position, whatever column was asked for
     if length == 1:
         return x.reshape(-1, width), rows
     if len(column) and length + int(column.min()) < 0:
@@ -165,4 +171,5 @@ def _places(x: Tensor, rows: Tensor, column: Tensor, num_rows: int, node: Node) 
             f"subspace=nodes: the layer of {node.name} sees {length} positions of a row, fewer than the loss is "
             "read from (an encoder's, where the loss is the decoder's): train the decoder's layers, or use method=mezo"
         )
+    # columns count from the right: row r, column -1 is element r T + T - 1
     return x.reshape(-1, width), rows * length + length + column

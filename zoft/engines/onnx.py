@@ -56,6 +56,7 @@ class Onnx(Elsewhere):
         """A graph is made when the first batch says which arguments the model is called with."""
         self.prepare()
         other = next((p for p in model.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
+        # before the export, which takes long
         if other is not None:
             what = f"{other.dtype}".removeprefix("torch.") + f" on {other.device.type}"
             raise UserError(
@@ -78,6 +79,7 @@ class _OnnxBackend:
 
     def _score(self, one: Scoring) -> Tensor:
         length = one.inputs["input_ids"].shape[1]
+        # columns count from the right: element r T + T + column of the flattened batch
         places = one.row * length + length + one.column
         found: Tensor = self._graph(one, places)(one.adapter, one.inputs, places, one.tokens)
         return found
@@ -88,6 +90,7 @@ class _OnnxBackend:
 
     def _graph(self, one: Scoring, places: Tensor) -> OnnxGraph:
         names = tuple(one.inputs)
+        # the graph's inputs are named: another set of arguments is another graph
         if names not in self._graphs:
             from zoft.engines._onnx_graph import OnnxGraph
 
@@ -104,6 +107,7 @@ class _OnnxBackend:
         moved = {name: tensor + 0.01 for name, tensor in adapter.items()}  # B is zero at the start
         given = (moved, inputs, places, tokens)
         off = float((graph(*given) - graph.plainly(*given)).abs().max())
+        # few bits change the numbers by design; the log says how much
         if self.bits:
             log.info("engine=onnx: in %d bits log-probabilities are off by up to %.2g", self.bits, off)
         elif not off <= _OFF:

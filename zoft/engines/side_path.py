@@ -65,18 +65,21 @@ class _SidePathSwapper(Swapper):
 
     def see(self, output: Tensor) -> None:
         super().see(output)
+        # tokens of the largest layer: they bound what goes together
         if output.dim() > 1:
             self.tokens = max(self.tokens, output.numel() // output.shape[-1])
 
     def in_pieces(self, module: nn.Module, name: str) -> bool:
         direction = self.point.direction
         assert direction is not None
+        # rows of an embedding, or x V of a layer, need no perturbed matrix
         served = isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not self.compiled
         return (served and self._factors_of(direction, name) is not None) or super().in_pieces(module, name)
 
     def _factors_of(self, direction: Direction, name: str) -> tuple[Tensor, Tensor] | None:
         """(U, V) of a direction, made once for the points in flight."""
         if (direction, name) not in self.factors:
+            # factors outlive the query's inference mode: other points of the direction use them
             with torch.inference_mode(False), torch.no_grad():
                 self.factors[direction, name] = self.coordinates.factors(direction, name)
         return self.factors[direction, name]
@@ -84,6 +87,7 @@ class _SidePathSwapper(Swapper):
     def linears(self, name: str, weight: Tensor, calls: Sequence[LinearCall]) -> list[Tensor] | None:
         """x W^T + s (x V) U^T + b for everybody who is here."""
         factors = {c.point.direction: self._factors_of(c.point.direction, name) for c in calls if c.point.direction}
+        # some direction moves this matrix in full: it is perturbed in pieces, as by layerwise
         if any(pair is None for pair in factors.values()):
             return None
         # x W^T for all of them in one product
@@ -128,12 +132,15 @@ class _SidePathSession(LayerwiseSession):
         for clean, group in groupby(points, key=lambda point: point.direction is None):
             members = list(group)
             while members:
+                # of the queries before, until this one's first layer says otherwise
                 tokens = max(1, swapper.tokens or self._tokens_before)
+                # a clean forward shares nothing with perturbed ones but x W^T, and needs no factors
                 one_by_one = clean or swapper.compiled or self.survey.sets_global_state
                 size = 1 if one_by_one else max(1, self.tokens_in_flight // tokens)
                 if size < len(members) and not clean:
                     self._say(size, len(members))
                 self._in_flight = min(size, len(members))
+                # at most the factors of one group are in memory
                 swapper.factors.clear()
                 yield members[:size]
                 members = members[size:]
@@ -165,6 +172,7 @@ class _SidePathSession(LayerwiseSession):
         swapper = self.swapper
 
         def shared(*args: Any, **kwargs: Any) -> Tensor:
+            # called in a way that a plain linear layer is not: as the class has it
             if len(args) != 1 or kwargs:
                 return forward(*args, **kwargs)
             (x,) = args
@@ -174,6 +182,7 @@ class _SidePathSession(LayerwiseSession):
                 return forward(x)  # nothing trained has run yet: the same for every point
             tokens = x.numel() // x.shape[-1]
             swapper.tokens = max(swapper.tokens, tokens)
+            # all points' outputs in one tensor would be large, and the product is no faster then
             if tokens * outputs * x.element_size() * self._in_flight > _MAX_OUTPUT:
                 return forward(x)
             key = ("frozen", id(module), state.visits[id(module)])
@@ -189,6 +198,7 @@ def _in_one_product(xs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -
     rows = [x.reshape(-1, x.shape[-1]) for x in xs]
     y = forward(torch.cat(rows))
     pieces = y.split([len(r) for r in rows])
+    # back into one output for each forward, of its own leading shape
     return [piece.view(*x.shape[:-1], y.shape[-1]) for piece, x in zip(pieces, xs, strict=True)]
 
 

@@ -96,11 +96,6 @@ class Nodes(Estimator):
         """The clean forward and the probes; a backward pass counts as two more."""
         return self.num_queries + self.probes_at(step)
 
-    @property
-    def foreseeable(self) -> bool:
-        """No point in the weights is queried."""
-        return False
-
     def points(self, directions: list[Direction]) -> list[Point]:
         """None in the weights."""
         del directions

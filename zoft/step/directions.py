@@ -45,12 +45,14 @@ class StepDirections:
         """
         if self.seeds is not None and step >= len(self.seeds):
             raise UserError(f"direction_seeds has {len(self.seeds)} entries, step {step} needs one more")
+        # a recorded run has one seed a step: the first direction is drawn from that seed itself, as MeZO's code draws
         if self.seeds is not None:
             seed = self.seeds[step]
             plain = self.estimator.directions(seed, step)
             return [Direction(step_seed(seed, d.index) if d.index else seed, step, d.index) for d in plain]
         plain = self.estimator.directions(self.seed, step)
-        if self.estimator.noise == "torch_sequential":  # that source is seeded by the direction's seed alone
+        # that source is seeded by the direction's seed alone, so every direction of a run needs another seed
+        if self.estimator.noise == "torch_sequential":
             first = step_seed(self.seed, step)
             return [Direction(first + d.index, step, d.index) for d in plain]
         return plain
@@ -74,11 +76,14 @@ def replayed(
         UserError: the record is of other directions, or is not enough for its step.
     """
     estimator, drawn = directions.estimator, directions.at(record.step)
+    # lr is what the run's schedule gave then; a replay has no schedule of its own
     for group in optimizer.param_groups:
         group["lr"] = record.lr
     is_anchor = bool(anchor_batches(estimator, record.step))
     estimate = StepEstimate.from_record(record, drawn, observed, keeps_anchor=is_anchor)
+    # bases and masks first, then the rule's state in that basis, as before the first query of the step
     optimizer.coordinates.begin(drawn[0])
+    # what the subspace observed came from activations, and a replay makes no forward
     if estimate.observations is not None:
         optimizer.coordinates.load_state_dict(estimate.observations)
     optimizer.begin(drawn[0])

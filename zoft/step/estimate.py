@@ -104,12 +104,13 @@ class StepEstimate:
     def scaled(self, share: float) -> StepEstimate:
         """The same step, of another length: every coefficient times ``share``."""
         assert self.terms is not None
-        # share * sum_j c_j z_j = sum_j (share c_j) z_j
+        # share * sum_j c_j z_j = sum_j (share c_j) z_j; of factors sum_p e_p x_p^T, e is scaled
         factors = self.factors and {name: one.scaled(share) for name, one in self.factors.items()}
         return replace(self, terms=[(direction, c * share) for direction, c in self.terms], factors=factors)
 
     def applied(self) -> StepEstimate:
         """What is worth keeping once the step is written: not the tensors of a backward pass or an observation."""
+        # the dropped tensors may be as large as the model; what stays is read by log lines and diagnostics
         return replace(self, backward=None, factors=None, observations=None, is_applied=True)
 
     # ---- written down ------------------------------------------------------------------------------------------------
@@ -137,6 +138,7 @@ class StepEstimate:
         extra: dict[str, Any] = {}  # what most steps have not: it costs bytes in every record
         if [direction for direction, _ in terms] != list(self.directions[: len(terms)]):
             extra["directions"] = [[d.seed, d.step, d.index, d.example] for d, _ in terms]
+        # parts that remember nothing are left out: most runs have none, and a record is a few bytes
         if scalars := {part: memory for part, memory in self.memory.items() if memory}:
             extra["scalars"] = scalars
         if self.num_parts > 1:
@@ -152,6 +154,7 @@ class StepEstimate:
             slope=self.slope,
             coefficients=tuple(float(c) for _, c in terms),
             curvatures=tuple(map(float, self.curvatures or ())),
+            # flags are bits: a step can be guarded and not repeatable at once
             flags=SKIPPED * (self.terms is None)
             + COMPUTED * (not (self.is_repeatable or (has_factors and self.backward is None)))
             + GUARDED * bool(self.outlier),
@@ -179,6 +182,7 @@ class StepEstimate:
         Raises:
             UserError: the step was made of other directions, or of a gradient, which no journal holds.
         """
+        # another seed is another direction, which no later check would notice
         if directions[0].seed != record.seed:
             raise UserError(
                 f"the journal's step {record.step} has direction seed {record.seed}, this run draws with "
@@ -189,6 +193,7 @@ class StepEstimate:
                 f"step {record.step} was made with a gradient, or its queries have left errors in the weights, and "
                 "neither is in the journal: resume from a checkpoint"
             )
+        # the record names directions that the run does not draw in this step: those of examples, or of an anchor
         named = [Direction(*which) for which in record.extra.get("directions", ())] or directions
         observations = {} if observed is None else state.unpack(observed)
         if "factors" not in observations and len(named) != len(record.coefficients):
@@ -232,5 +237,6 @@ def clip(estimate: StepEstimate, bound: float) -> StepEstimate:
         return estimate
     # terms behind those of the slopes are an anchor's, of earlier steps: no slope measured here is theirs
     shares = (bound / estimate.projected_grads.abs().clamp_min(1e-30)).clamp_max(1.0).tolist()
+    # clip(p_j) = p_j min(1, bound / |p_j|), and c_j is linear in p_j
     own, others = estimate.terms[: len(shares)], estimate.terms[len(shares) :]
     return replace(estimate, terms=[*((d, c * s) for (d, c), s in zip(own, shares, strict=True)), *others])

@@ -77,9 +77,10 @@ class Method:
     def queries_at(self, step: int) -> int:
         """Forward passes of the objective that a step costs: points, a look at the inputs, trials of the step."""
         queries = self.estimator.queries_at(step) + len(trials(self.optimizer))
-        # q points, what the subspace observes, and trials; observing inputs takes a clean forward, and so do trials
+        # q points and trials, and beside them what the subspace observes: gradients take a forward and a backward pass
         queries += BACKWARD * (self.subspace.observes_at(step) == "gradient")
-        if not self.estimator.asks_clean_loss:  # what a clean forward gives comes with the clean loss
+        # one clean forward serves the look at inputs and the trials; an estimator with a clean point has paid for it
+        if not self.estimator.asks_clean_loss:
             queries += self.subspace.observes_at(step) == "inputs" or bool(trials(self.optimizer))
         return queries
 
@@ -120,6 +121,7 @@ class Method:
         Raises:
             UserError: with what to do instead.
         """
+        # a basis kept for several steps is drawn from the seed of their first: another seed would change it
         if self.subspace.keeps_choices or hasattr(self.subspace, "interval"):
             raise UserError(
                 f"direction_seeds gives every step a seed of its own, and subspace={self.subspace.name()} keeps "
@@ -147,6 +149,7 @@ class Method:
 
     def state_elements(self, coordinates: BoundSubspace) -> int:
         """float32 numbers of the optimizer's state, over all tensors."""
+        # a tensor that no direction ever reaches has no state
         return sum(
             math.prod(shape)
             for name in coordinates.weights.tensors
@@ -159,6 +162,7 @@ class Method:
         coordinates = self.subspace.bind(weights, self.estimator.noise)
         estimator = self.estimator
         if isinstance(estimator, NeedsBackward):
+            # before arrange(): what is backpropagated has no direction, and counts for no dimension
             coordinates.still = estimator.backprop_names(list(weights.tensors))
         coordinates.arrange(
             estimator.across,
@@ -182,6 +186,7 @@ class Method:
     def _check_memory(self, coordinates: BoundSubspace) -> None:
         """Refuse an optimizer whose state cannot fit, before the first query rather than in the first update."""
         device = next(iter(coordinates.weights.tensors.values())).device
+        # 4 bytes a number: state, bases and anchor are float32 whatever the weights' dtype is
         needed, available = 4 * self.extra_elements(coordinates), memory_of(device)
         if available is not None and needed > available:
             raise UserError(

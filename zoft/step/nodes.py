@@ -69,8 +69,9 @@ class NodePositions:
             keys: of those.
             apart: whether distances are told apart, or only those in front of the others.
         """
+        # a position in front of the loss answers differently from the one behind it, and has a key of its own
         distance = self.distance if apart else self.distance.clamp_max(1)
-        return keys[self.anchor] + distance * 1_000_003
+        return keys[self.anchor] + distance * 1_000_003  # tokens of an option have keys in a row: step over them
 
 
 class Reader(Protocol):
@@ -180,6 +181,7 @@ class NodeQueries:
         total = self._number(parts)
         probes, exact = estimator.probes_at(direction.step), estimator.feedback == "exact"
         for part in parts:
+            # feedback=exact has its own forward, with a graph; the others share one clean forward with the probes
             if exact:
                 self._exactly(part)
             else:
@@ -191,6 +193,7 @@ class NodeQueries:
         whole, num_terms = torch.stack(self._all(torch.tensor(sums, dtype=torch.float64))).sum(0).tolist()
         loss = whole / num_terms if num_terms else math.nan
         queries = estimator.num_queries + probes
+        # a clean loss that is not finite: no probe is made, and the step moves nothing
         if not math.isfinite(loss):
             return NodeEstimate({}, loss, estimator.num_queries, usable=False)
         if estimator.feedback == "loss":
@@ -200,6 +203,7 @@ class NodeQueries:
                 self._learn(parts, direction, probes, estimator.eps, total)
             self._answer(parts)
         factors = self._factors(parts, num_terms)
+        # one number that is not finite would spread to the whole tensor
         usable = all(bool(torch.isfinite(one.e).all()) for one in factors.values())
         return NodeEstimate(factors if usable else {}, loss, queries, usable)
 
@@ -231,6 +235,7 @@ class NodeQueries:
     def _cleanly(self, part: _Part) -> None:
         """The loss, what the nodes see, and what the objective is seen in."""
         at = part.places
+        # not in inference mode: what is seen goes into factors, which are used outside of the query
         with torch.no_grad(), self.session.seeing(self._space().nodes, at.rows, at.columns, len(at.starts)) as seen:
             part.clean = self.reader.read(part.batch)
         part.seen = seen
@@ -257,6 +262,7 @@ class NodeQueries:
         """The first one: what is read behind a context is what whole rows give."""
         contexts = self._contexts()
         contexts.checked = True
+        # once a model: the values behind kept keys must be those of whole rows, up to rounding
         wanted = part.clean.values
         try:
             with torch.no_grad(), contexts.reused(context):
@@ -288,6 +294,7 @@ class NodeQueries:
             self.session.moved(space.perturbed(), at.rows, at.columns, len(at.starts), shift),
         ):
             part.clean = self.reader.read(part.batch)
+            # the sum: every term's gradient is its own, and the mean is taken by _factors over all micro-batches
             gradients = torch.autograd.grad(part.clean.losses.sum(), list(zeros.values()), allow_unused=True)
         part.seen = seen
         part.e = {
@@ -300,6 +307,7 @@ class NodeQueries:
     ) -> Iterator[tuple[_Part, Tensor, dict[str, Tensor]]]:
         """(part, (s' - s) / eps [q, P, C], key -> v [q, P, m]) for some probes at a time."""
         space = self._space()
+        # total counts the positions of all processes: whichever has a position, its direction is the same
         at_once = max(1, _ROWS // max(1, total))  # few positions: several probes' directions are drawn in one call
         for first in range(0, probes, at_once):
             count = min(at_once, probes - first)
@@ -307,6 +315,7 @@ class NodeQueries:
             for part in parts:
                 changes = [self._probe(part, drawn, probe, eps) for probe in range(count)]
                 own = {key: torch.stack([drawn.rows(key, part, j) for j in range(count)]) for key in drawn.kept}
+                # [q, P_loss, C] -> [q, P, C]: a position reads the change of the loss's position that it belongs to
                 yield part, torch.stack(changes)[:, part.places.anchor], own
 
     def _probe(self, part: _Part, drawn: _Drawn, probe: int, eps: float) -> Tensor:
@@ -349,6 +358,7 @@ class NodeQueries:
         }
         num_keys, num_columns = len(known["keys"]), len(known["columns"])
         if num_keys * num_columns > _MOST:
+            # one sum [K, C, m] a node: with options that differ from example to example it would grow with the data
             raise UserError(
                 f"estimator.feedback: the objective is seen in {num_keys * num_columns:,} different scores, too many "
                 "to learn a response to each (options that differ from example to example): use "
@@ -368,6 +378,7 @@ class NodeQueries:
                 # R <- R + sum_p ds_p v_p^T for the key and the columns of each position: R / count tends to ds/dh
                 answered_here = answers(changes, v, at, columns, num_keys, num_columns)
                 sums[key] = sums[key] + answered_here if key in sums else answered_here
+        # every process adds the answers of all, so that their responses stay the same
         counts += torch.stack(self._all(answered)).sum(0)
         for key, own in sums.items():
             total_sum = torch.stack([one.to(own.device) for one in self._all(own)]).sum(0)
@@ -401,6 +412,7 @@ class NodeQueries:
                 for call in [name for name in part.seen if name.partition("@")[0] == key]:
                     e, x = self._e(part, call, node), part.seen[call]
                     if e is not None:
+                        # a text that has ended at this call has no loss behind it
                         there = part.takes_part(call)
                         e, x = (e, x) if there is None else (e[there], x[there])
                         pairs.setdefault(node.name, []).append((e / num_terms, x, _LAYOUTS[node.kind]))

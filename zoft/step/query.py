@@ -78,6 +78,7 @@ class StepQueries:
             lr: the learning rate of the step, for methods that try the step before they take it.
         """
         estimator = estimator or self.method.estimator
+        # a copy: what parts remember changes only once the step is applied
         memory = self.optimizer.memory()
         take_path(self.session)  # begins a new one: what was walked outside of steps is no part of this one
         clean, scored, observations = self._begin(batch, directions[0])
@@ -91,6 +92,7 @@ class StepQueries:
         else:
             estimate = self._all(blank, batch, estimator, clean, lr)
         path = take_path(self.session)
+        # where queries leave errors in the weights, a replay can walk the same points, and nothing but those
         estimate = replace(estimate, leaves_no_trace=path is None or path == estimator.points(directions))
         if not estimate.is_usable:  # a step that comes to nothing is not remembered either, and has no slope
             return replace(estimate, memory=self.optimizer.memory(), projected_grads=torch.tensor([torch.nan]))
@@ -139,6 +141,7 @@ class StepQueries:
         if observations is not None and self.agree is not None:
             coordinates.load_state_dict(self.agree(observations))
             observations = coordinates.state_dict()
+        # after the subspace: the rule's state is carried over to the basis that has just begun
         self.optimizer.begin(direction)
         return clean, queries, observations
 
@@ -195,6 +198,7 @@ class StepQueries:
         if at_anchor:  # all of them together: the weights go there and back once
             with self.session.at_anchor():
                 of_anchor = iter(self.average(self.session.losses(batch, at_anchor), batch).unbind())
+        # back into the order of the points, in which estimators read their losses
         values = []
         for point in points:
             if point.anchor:
@@ -212,6 +216,7 @@ class StepQueries:
     ) -> StepEstimate:
         """What the losses say: sum_j c_j z_j; without terms where a loss or a coefficient is not finite."""
         estimate = replace(blank, losses=losses)
+        # a loss that is not finite makes no slope: the step has no terms and moves nothing
         if not bool(torch.isfinite(losses).all()):
             return replace(estimate, loss=float(estimator.loss(losses)))
         measured = estimator.measure(losses, estimate.memory["estimator"])
@@ -221,6 +226,7 @@ class StepQueries:
         coefficients = self.method.weighting.coefficients(measured, gram, estimate.memory["weighting"])
         if not bool(torch.isfinite(coefficients).all()):
             return estimate
+        # some estimators change the terms here: an anchor's are added (svrg), a kernel weighs them (kernel)
         terms = estimator.terms(list(zip(directions, coefficients.tolist(), strict=True)), estimate.memory["estimator"])
         curvatures = None if measured.curvatures is None else measured.curvatures.tolist()
         return replace(estimate, terms=terms, curvatures=curvatures)
@@ -239,10 +245,12 @@ class StepQueries:
         near = self.select(batch, estimator.backpropagated_lengths)
         if near is None:
             return estimate
+        # a hybrid backpropagates some tensors only, and no graph is kept below them
         names = frozenset(self.session.coordinates.still) or None
         loss, run = loss_with_graph(self.session, near, names)
         value = float(self.average(loss.view(1), near)[0])
         if not math.isfinite(value):
+            # the backward pass has not run yet, so no gradient has been written when the step is given up
             return replace(estimate, terms=None, losses=loss.view(1), loss=value)
         share = estimator.share_of_backward(is_queried)
         # g = (1 - share) sum_j c_j z_j + share dL/dtheta; tensors that are backpropagated alone have no z, and share 1
@@ -270,5 +278,6 @@ class StepQueries:
         estimate = replace(estimate, num_queries=estimate.num_queries + len(points))
         at_clean = clean if clean is not None else losses.pop(0)
         if not all(map(math.isfinite, losses)):
+            # a trial that is not finite leaves nothing to choose by: the step moves nothing
             return replace(estimate, terms=None)
         return estimate.scaled(rule.choose({0.0: at_clean, **dict(zip(rule.line_search, losses, strict=True))}))

@@ -110,6 +110,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         rounding: Rounding | None = None,
         next_estimate: Callable[[], StepEstimate] | None = None,
     ) -> None:
+        # where all tensors decay, or none does, one of the two groups is empty
         super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": 0.0})
         self.component = component
         self.rounding = rounding or Rounding("nearest")
@@ -126,7 +127,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         remembered = component.init() if isinstance(component, RescalesCoefficients) else {}
         self.scalars: dict[str, dict[str, Any]] = {"optimizer": remembered}  # what parts of the method remember
         self.direction: Direction | None = None  # one of the step in progress
+        # set by begin(): numbers over the whole state that shape() needs, a norm for example
         self._context: dict[str, Any] = {}
+        # from here on every direction that is drawn goes through the rule, in queries and in the step alike
         if component.shapes_directions:
             self.coordinates.arrange(shape=self._shape)
 
@@ -149,6 +152,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         Args:
             direction: any of the step's.
         """
+        # a state in the old basis would shape directions of the new one, so it is carried over first
         self.direction = direction
         for name in self.moments:
             self._transport(name, direction)
@@ -199,21 +203,26 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         if estimate.terms is None:
             return
+        # only now: an estimate that came to nothing has changed nothing that parts remember
         self.scalars.update(estimate.memory)
         if estimate.keeps_anchor:  # before the step: the anchor is where this step's losses were measured
             self.session.keep_anchor()
         terms = list(estimate.terms)
         self.direction = terms[0][0] if terms else estimate.directions[0]
         curvatures = estimate.curvatures or ()
+        # z_j^T H z_j by direction: a tensor may be moved by some of the step's directions only
         along = dict(zip((d for d, _ in terms), curvatures, strict=bool(curvatures)))
         if isinstance(self.component, RescalesCoefficients):
             scaled = self.component.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
             terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
+        # counted before the tensors are written: the number keys the random bits of rounding
         self.progress.updates += 1
         now = _Now(self.direction, self.progress.updates, along, list(self.records))
         can_wait = self._can_wait and estimate.backward is None and not estimate.factors
+        # the tensors that are not written yet: the loops below take them out one by one
         left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
 
+        # a tensor that no direction moves, and that has no gradient, is left alone: no decay either
         def write(name: str, dense: Tensor | None = None) -> None:
             group, moving = left.pop(name), [term for term in terms if self.coordinates.moves(term[0], name)]
             if moving or dense is not None:
@@ -229,6 +238,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             write(name, factor.dense())
         for name in list(left):
             write(name)
+        # a window over the last steps' directions and coefficients, which are drawn again where they are needed
         if self.component.history_length:
             self.records = [*self.records, terms][-self.component.history_length :]
 
@@ -247,6 +257,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         The coordinates are the tensors' own in every step, each draws by itself, and no component shapes directions.
         """
         source = self.coordinates.source
+        # BoundSubspace itself is subspace=full; others may read the weights when a step begins
         own = type(self.coordinates) is BoundSubspace and isinstance(source, CounterNoise) and source.law != "sphere"
         return own and not self.component.shapes_directions
 
@@ -266,11 +277,13 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._add_direction(name, parameter, *terms[0], lr)
             return
         way, summed = self.rounding.way(parameter), self._sum_of(name, parameter, now)
+        # one stream for as long as the sum lasts: round(s) must be the number that the weight has followed so far
         sum_bits = 0 if summed is None else self.rounding.key(summed.first, name, role="sum")
         rounds = way == "stochastic" and (summed is None or decay)  # what a sum says can be written as it is
         bits = self.rounding.key(now.number, name) if rounds else None
         for start, stop, update in self._updates(now, name, terms, state, count, dense):
-            if not lr:  # subtracting zero would turn a weight of -0.0 into +0.0
+            # lr = 0 in a warm-up: the state has moved, the weights do not; subtracting zero would turn -0.0 into +0.0
+            if not lr:
                 continue
             ends = None if summed is None else summed.add_(start, stop, update, lr)
             for first, last in self.coordinates.pieces(name, start, stop):
@@ -298,6 +311,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         records = [terms_ for record in now.records if (terms_ := self._record_of(now.direction, name, record))]
         curvatures = [now.curvatures[direction] for direction, _ in terms] if now.curvatures else None
         for start, stop in whole if self.component.per_matrix else self.coordinates.chunks(name):
+            # state and piece are views of the same chunk: the rule updates them in place
             piece = None if dense is None else dense.view(-1)[start:stop]
             estimate = Estimate(self.coordinates, name, start, stop, terms, curvatures, records, piece)
             of_piece = state if self.component.per_matrix else {key: t.view(-1)[start:stop] for key, t in state.items()}

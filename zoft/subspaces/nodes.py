@@ -145,8 +145,6 @@ class NodeSpace(BoundSubspace):
         subspace: the component.
     """
 
-    foreseeable = False
-
     def __init__(self, weights: Weights, source: NoiseSource, nodes: dict[str, Node], subspace: Nodes) -> None:
         super().__init__(weights, source)
         self.nodes = nodes
