@@ -71,7 +71,9 @@ class Survey:
         self.is_done = True
         self.whole_forward = [
             # what was never entered belongs to modules that are called past their hooks, or not called at all
-            name for name in self.weights.tensors if name in self.read_outside or name not in last.entered
+            name
+            for name in self.weights.tensors
+            if name in self.read_outside or name not in last.entered
         ]
         if self.whole_forward:
             log.warning(

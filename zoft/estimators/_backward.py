@@ -54,7 +54,9 @@ def check_parts(estimator: Estimator, method: Any) -> None:
     """
     subspace, optimizer = method.subspace, method.optimizer
     reason = f"estimator={estimator.name()} takes gradients from a backward pass, and "
+    # subspaces have coordinates for directions; a backward pass gives numbers for every weight
     if subspace.name() != "full":
         raise UserError(f"{reason}subspace={subspace.name()} has no coordinates for them: use subspace=full")
+    # a rule that shapes directions, or goes by their coefficients, has nothing of a plain gradient
     if optimizer.uses_directions:
         raise UserError(f"{reason}optimizer={optimizer.name()} {optimizer.uses_directions}: use optimizer=sgd or adam")

@@ -21,12 +21,14 @@ def taken_in(known: Tensor, seen: Tensor) -> Tensor:
 
 def index_of(known: Tensor, seen: Tensor) -> Tensor:
     """Where each of ``seen`` stands in ``known``; -1 where it does not."""
+    # [P, 1] == [K]: each of `seen` against all of `known`
     same = seen.unsqueeze(1) == known  # [P, K]
     return torch.where(same.any(1), same.int().argmax(1), -1)
 
 
 def widened(response: Tensor, keys: int, columns: int) -> Tensor:
     """A response [K, C, m] with zeros for keys and columns that have come since."""
+    # the old answers keep their places: keys and columns are only ever added behind
     wide = response.new_zeros(keys, columns, response.shape[2])
     wide[: response.shape[0], : response.shape[1]] = response
     return wide
@@ -44,8 +46,10 @@ def answers(changes: Tensor, directions: Tensor, keys: Tensor, columns: Tensor, 
         width: C.
     """
     sums = directions.new_zeros(count, width, directions.shape[2])
+    # key by key: a batch has few of them, and each is one product over its positions
     for key in keys.unique().tolist():
         mine = keys == key
+        # R_k <- R_k + sum_qp (ds_qp / eps) v_qp^T over the positions p of key k
         sums[key, columns] += torch.einsum("qpc,qpm->cm", changes[:, mine], directions[:, mine])
     return sums
 
@@ -65,5 +69,6 @@ def node_gradients(slopes: Tensor, response: Tensor, counts: Tensor, keys: Tenso
     for key in keys.unique().tolist():
         if key >= 0 and counts[key] > 0:
             mine = keys == key
+            # e_p = R_k^T dL/ds_p with R_k = sums / count; columns never probed are left out
             e[mine] = slopes[mine][:, there] @ (response[key, columns[there]] / counts[key])
     return e

@@ -44,6 +44,7 @@ class Addax(NeedsBackward, Central):
     @property
     def num_queries(self) -> int:
         """Two a direction; a forward, and a backward that is counted as two more."""
+        # a budget is divided into steps beforehand, when the mix of a batch is not known
         return 2 * self.num_directions + 3
 
     @property

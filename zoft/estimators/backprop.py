@@ -34,6 +34,7 @@ class Backprop(NeedsBackward, Estimator):
     def check_with(self, method: Any) -> None:
         """Refuse a subspace, and what weighs or shapes directions."""
         check_parts(self, method)
+        # weightings make coefficients of slopes, of which there are none
         if method.weighting.name() != "mean":
             raise UserError(
                 f"estimator={self.name()} has no directions for weighting={method.weighting.name()} to weigh: use "
@@ -48,6 +49,7 @@ class Backprop(NeedsBackward, Estimator):
     def points(self, directions: list[Direction]) -> list[Point]:
         """None."""
         del directions
+        # no point is queried: the objective is asked once, with its graph
         return []
 
     def projected_grads(self, losses: Tensor) -> Tensor:

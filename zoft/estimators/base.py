@@ -80,6 +80,7 @@ class Estimator(Component):
         self.require(self.num_directions >= 1, "num_directions", "at least 1")
         self.require(self.noise in SOURCES, "noise", f"one of {', '.join(SOURCES)}")
         self.require(self.across in ACROSS, "across", f"one of {', '.join(ACROSS)}")
+        # directions 2 i and 2 i + 1 are a pair
         if self.across == "antithetic" and self.num_directions % 2:
             raise UserError(
                 f"{self.name()}.across=antithetic makes pairs z, -z: num_directions must be even, got "
@@ -89,6 +90,7 @@ class Estimator(Component):
             raise UserError(
                 f"{self.name()}.across=orthogonal needs two directions or more: raise num_directions, or drop it"
             )
+        # MeZO's generator gives one direction after the other, which nothing can turn to right angles
         if self.across != "iid" and self.noise == "torch_sequential":
             raise UserError(f"{self.name()}.across={self.across} needs noise=counter: MeZO's own stream is iid")
 
@@ -108,6 +110,7 @@ class Estimator(Component):
     @property
     def radius(self) -> float:
         """The finite-difference radius eps, 0 where there is none (exact derivatives)."""
+        # one question for all estimators: those without differences have no field eps
         return float(getattr(self, "eps", 0.0))
 
     def with_radius(self: E, eps: float) -> E:
@@ -121,6 +124,7 @@ class Estimator(Component):
     @property
     def asks_clean_loss(self) -> bool:
         """Whether one of the points is the clean one."""
+        # any step will do: whether a clean point is among them is the estimator's, not the step's
         points = self.points(self.directions(0, 0))
         return any(point.direction is None and not point.anchor for point in points)
 
@@ -145,6 +149,7 @@ class Estimator(Component):
             state: what :meth:`init` gave; updated in place. Without one, every call is the first.
         """
         del state
+        # p, L, [L+, L-] and eps: all that a weighting may go by
         return Measured(
             projected_grads=self.projected_grads(losses),
             loss=self.loss(losses),
@@ -209,6 +214,7 @@ def scheduled(estimator: E, done: float, rate: float) -> E:
     if not isinstance(estimator, FiniteDifference):
         return estimator
     schedule, end = estimator.eps_schedule, estimator.eps_end
+    # a learning rate of 0 (warm-up) would make eps 0, and differences 0 / 0
     if schedule == "constant" or (schedule == "tied" and not rate):
         return estimator
     shares = {

@@ -52,6 +52,7 @@ class Central(FiniteDifference):
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """(L+ - L-) / 2 eps, [Q]."""
+        # [2 q] -> [q, 2]: plus and minus of each direction, as points() has them
         pairs = losses.view(self.num_directions, 2)
         return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
 
@@ -61,4 +62,5 @@ class Central(FiniteDifference):
 
     def loss(self, losses: Tensor) -> Tensor:
         """The mean over both sides: the clean loss up to O(eps^2)."""
+        # (L+ + L-) / 2 = L(theta) + eps^2 z^T H z / 2 + O(eps^4)
         return losses.mean()

@@ -27,6 +27,7 @@ class ForwardGradient(Estimator):
 
     def points(self, directions: list[Direction]) -> list[Point]:
         """The clean point (it comes with the first pass), then a derivative along each direction."""
+        # the first dual pass has L(theta) in its other half: the clean point costs nothing
         return [Point(), *(Point(direction, derivative=True) for direction in directions)]
 
     def projected_grads(self, losses: Tensor) -> Tensor:
@@ -36,4 +37,5 @@ class ForwardGradient(Estimator):
 
     def loss(self, losses: Tensor) -> Tensor:
         """The clean loss."""
+        # the value half of the dual number
         return losses[0]

@@ -46,6 +46,7 @@ class Hybrid(NeedsBackward, Central):
 
     def backprop_names(self, names: list[str]) -> frozenset[str]:
         """The last layers, and what is behind them."""
+        # layers in the order of the names, which is that of the forward in the classes that transformers has
         numbered = [i for i, name in enumerate(names) if layer_of(name) is not None]
         layers = list(dict.fromkeys(layer_of(names[i]) for i in numbered))
         if not layers:
@@ -53,12 +54,14 @@ class Hybrid(NeedsBackward, Central):
                 f"estimator={self.name()} backpropagates the last numbered layers, and no trained tensor has a layer's "
                 f"number in its name (they have names such as {names[0]}): use estimator=central or backprop"
             )
+        # the last ones, counted among those that are trained: a frozen layer above does not count
         last = set(layers[-self.backprop_blocks :])
         above = frozenset(
             name
             for i, name in enumerate(names)
             if layer_of(name) in last or (layer_of(name) is None and _behind(name, i, numbered[0], numbered[-1]))
         )
+        # nothing would be left to query
         if len(above) == len(names):
             raise UserError(
                 f"{self.name()}.backprop_blocks={self.backprop_blocks} leaves nothing below to be queried, of "
@@ -70,5 +73,6 @@ class Hybrid(NeedsBackward, Central):
 def _behind(name: str, index: int, first: int, last: int) -> bool:
     """Whether a tensor outside the layers comes after them in the forward; some classes make their final norm first."""
     if index < first:
+        # in front of the numbered layers: embeddings and the like, unless the name says that it comes last
         return "final" in name or "project_out" in name
     return index > last and ("emb" not in name or "out" in name)

@@ -59,10 +59,12 @@ class Kernel(FiniteDifference):
     def terms(self, terms: list[tuple[Direction, float]], state: dict[str, Any]) -> list[tuple[Direction, float]]:
         """Each coefficient times K(r_j)."""
         del state
+        # c_j <- c_j K(r_j), once the weighting has made c_j of the plain differences
         return [(direction, coefficient * kernel(radius(direction))) for direction, coefficient in terms]
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """(L+ - L-) / 2 eps, r_j times the slope: [Q]."""
+        # L(theta + eps r z) - L(theta - eps r z), over 2 eps and not 2 eps r: K(r) has the factor of r
         pairs = self.probe_losses(losses)
         return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
 

@@ -33,6 +33,7 @@ class LeaveOneOut(FiniteDifference):
 
     def check(self) -> None:
         """Refuse a single direction: it has no others."""
+        # first, as the base's message would say that one direction is enough
         self.require(self.num_directions >= 2, "num_directions", "at least 2")
         super().check()
 
@@ -50,6 +51,7 @@ class LeaveOneOut(FiniteDifference):
         q = self.num_directions
         # L_j - mean of the others = (L_j - mean of all) q / (q - 1)
         factor = 1.0 if self.across == "antithetic" else q / (q - 1)
+        # p_j = (L_j - 1 / (q - 1) sum_{k != j} L_k) / eps
         return (losses - losses.mean()) * (factor / self.eps)
 
     def probe_losses(self, losses: Tensor) -> Tensor:

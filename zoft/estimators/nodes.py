@@ -57,6 +57,7 @@ class Nodes(Estimator):
         self.require(self.first >= 1, "first", "at least 1")
         self.require(self.every >= 0, "every", "0 (no probe after the first step) or more")
         self.require(self.noise == "counter", "noise", "counter")
+        # one probe says little of its own step: nothing is remembered that the next one could add to
         if self.feedback == "loss" and self.every != 1:
             raise UserError(
                 f"nodes.feedback=loss keeps no response and needs a probe in every step: set every=1, got {self.every}"
@@ -84,10 +85,13 @@ class Nodes(Estimator):
         """A step without probes."""
         return 3 if self.feedback == "exact" else 1
 
+    # exact: the gradient comes from a backward pass, and no probe is made
+
     def probes_at(self, step: int) -> int:
         """How many probes a step has."""
         if self.feedback == "exact":
             return 0
+        # the response is unknown in the first step, so it is learnt from more probes
         if step == 0:
             return self.first
         return self.num_directions if self.every and step % self.every == 0 else 0

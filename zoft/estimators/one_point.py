@@ -54,12 +54,14 @@ class OnePoint(FiniteDifference):
             return super().measure(losses)
         # the first step has no past: it is compared with itself, and its slopes are zero
         past = torch.tensor(state["losses"], dtype=losses.dtype) if state["losses"] else losses
+        # by place: direction j of this step against direction j of the last one
         state["losses"] = losses.tolist()
         # g_t = (L(theta_t + eps z_t) - L(theta_{t-1} + eps z_{t-1})) / eps
         return Measured((losses - past) / self.eps, self.loss(losses), self.probe_losses(losses), self.eps)
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """Without a past, zeros; without feedback, L+ / eps: [Q]."""
+        # g = L+ / eps: E[g z] = grad L + O(eps), with a variance of about d L^2 / eps^2
         return torch.zeros_like(losses) if self.feedback else losses / self.eps
 
     def probe_losses(self, losses: Tensor) -> Tensor:

@@ -43,11 +43,13 @@ class PerExample(FiniteDifference):
         return 2 * self.num_directions
 
     def points(self, directions: list[Direction]) -> list[Point]:
+        # the engine puts the example's number on the direction: these are the names without one
         """+eps and -eps along each direction; every example goes along its own version of it."""
         return [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """(L+ - L-) / 2 eps, [Q B]: all examples of the first direction, then of the next; losses are [2 Q, B]."""
+        # g_ji = (L_i(theta + eps z_ji) - L_i(theta - eps z_ji)) / (2 eps)
         pairs = self.probe_losses(losses)
         return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
 

@@ -52,11 +52,13 @@ class SVRG(KeepsAnchor, FiniteDifference):
     def check_with(self, method: Any) -> None:
         """Refuse parts under which an earlier step's directions and coefficients say something else."""
         subspace, weighting, optimizer = method.subspace, method.weighting, method.optimizer
+        # the anchor's terms name directions of earlier steps: they must mean the same moves now
         if subspace.changes_basis or hasattr(subspace, "interval"):
             raise UserError(
                 f"estimator={self.name()} takes up the directions of earlier steps, and subspace={subspace.name()} "
                 "goes on to others: use subspace=full"
             )
+        # c_j of the anchor and of this step are added, and must be in one unit
         if weighting.name() != "mean":
             raise UserError(
                 f"estimator={self.name()} adds coefficients of several steps, and weighting={weighting.name()} changes "
@@ -76,6 +78,7 @@ class SVRG(KeepsAnchor, FiniteDifference):
     def queries_at(self, step: int) -> int:
         """A step that makes an anchor asks about several batches."""
         batches = self.batches_at(step)
+        # 2 q points on each of several batches; the step's own estimate is the anchor's then
         return 2 * self.num_directions * batches if batches else self.num_queries
 
     def batches_at(self, step: int) -> int:
@@ -88,6 +91,7 @@ class SVRG(KeepsAnchor, FiniteDifference):
         here = [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]
         if self.batches_at(directions[0].step):
             return here
+        # the same points once more, from the anchor: the same z, so that what the batch adds cancels
         return [*here, *(replace(point, anchor=True) for point in here)]
 
     def init(self) -> dict[str, Any]:
@@ -103,6 +107,7 @@ class SVRG(KeepsAnchor, FiniteDifference):
     def terms(self, terms: Terms, state: dict[str, Any]) -> Terms:
         """The step's own, and the anchor's; where an anchor is made, its terms are noted."""
         if self.batches_at(terms[0][0].step):
+            # plain numbers: they go into the journal and the checkpoint
             state["terms"] = [[d.seed, d.step, d.index, coefficient] for d, coefficient in terms]
             return terms
         # + G, the anchor's estimate, as its own directions and coefficients

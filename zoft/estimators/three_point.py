@@ -34,6 +34,7 @@ class ThreePoint(MeasuresCurvature, FiniteDifference):
     def projected_grads(self, losses: Tensor) -> Tensor:
         """(L+ - L-) / 2 eps, [Q]."""
         pairs = self.probe_losses(losses)
+        # the clean loss has no part in the slope: L+ - L- as in central
         return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
 
     def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
@@ -51,4 +52,5 @@ class ThreePoint(MeasuresCurvature, FiniteDifference):
 
     def loss(self, losses: Tensor) -> Tensor:
         """The clean loss."""
+        # L(theta) itself, which the points' mean would miss by eps^2 z^T H z / 2
         return losses[0]

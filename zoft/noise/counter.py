@@ -43,6 +43,7 @@ def random_words(key: int, start: int, stop: int, device: torch.device | str = "
     """
     out = torch.empty(stop - start, dtype=torch.int32, device=device)
     compiled = kernels.of(device)
+    # eager code hashes in pieces that stay in the cache; a kernel needs no temporaries
     at_most = None if compiled else _chunk(device)
     for stream, offset, at, until in _streams("words", key, start, stop, device, at_most=at_most):
         if compiled:
@@ -77,6 +78,7 @@ def sample(law: str, key: int, start: int, stop: int, device: torch.device | str
         return out
     if law == "rademacher":
         return _expand(key, start, stop, 32, _signs_of_words, device)
+    # quantiles in units of 2^-16: z = q / 2^16, exact in float32
     return _expand(key, start, stop, 2, _quantiles_of_words, device).to(torch.float32).mul_(1.0 / FIXED_POINT)
 
 
@@ -101,6 +103,7 @@ def gather(law: str, key: int, indices: Tensor, count: int, factor: float = 1.0)
     block_size = _BLOCK_WORDS * _PER_WORD[law]
     out = torch.empty(indices.shape, device=indices.device)
     compiled = kernels.of(indices.device)
+    # within one block of words a kernel can take any index
     if compiled and count <= block_size:
         ((stream, *_),) = _streams(law, key, 0, 1, indices.device, factor)
         compiled.gather(stream, indices.contiguous().view(-1), out.view(-1))
@@ -131,6 +134,7 @@ def add_(out: Tensor, law: str, key: int, start: int, scale: float, factor: floa
         if compiled:
             compiled.add_(stream, offset, out[at:until], scale)
         else:
+            # out <- out + s (f z): each product rounded, then the sum, as the kernels do
             out[at:until].add_(_scaled(law, key, start + at, start + until, out.device, factor).mul_(scale))
 
 
@@ -172,6 +176,7 @@ def perturb_with(z: Tensor, weight: Tensor, scales: Sequence[float], outs: Seque
 
     The product and the sum are each rounded to the wider dtype of the two, and the result once to ``outs``' dtype.
     """
+    # W + s z in the wider dtype of the two, rounded once
     wide = z.to(torch.promote_types(z.dtype, weight.dtype))
     for scale, out in zip(scales, outs, strict=True):
         out.copy_((wide * scale).add_(weight))
@@ -184,6 +189,7 @@ def squared_norm(key: int, count: int, device: torch.device | str = "cpu") -> in
         return sum(compiled.squared_norm(stream, offset, until - at) for stream, offset, at, until in pieces)
     total, step = 0, 2 * _chunk(device)
     for start in range(0, count, step):
+        # z^2 in units of 2^-32, as integers: a sum without rounding, in any order
         values = _expand(key, start, min(count, start + step), 2, _quantiles_of_words, device).to(torch.int64)
         total += int(values.mul_(values).sum())
     return total
@@ -210,6 +216,7 @@ def _streams(
     block_size, at, count = _BLOCK_WORDS * _PER_WORD[law], 0, stop - start
     while at < count:
         block, offset = divmod(start + at, block_size)
+        # a piece ends with its block of words, or where it is large enough
         until = min(count, at + block_size - offset, at + (at_most or count))
         yield Stream(*_block_key(key, block), table, factor), offset, at, until
         at = until
@@ -222,6 +229,7 @@ def _chunk(device: torch.device | str) -> int:
 
 def _block_key(key: int, block: int) -> tuple[int, int]:
     if block:
+        # a block of 2^30 words has a key of its own, from the stream's key and its number
         key = int.from_bytes(hashlib.blake2b(f"{key}|{block}".encode(), digest_size=8).digest(), "little")
     return _int32(key & 0xFFFFFFFF), _int32(key >> 32)
 
@@ -236,6 +244,7 @@ def _scaled(law: str, key: int, start: int, stop: int, device: torch.device, fac
 
 def _expand(key, start, stop, per_word, shape_words, device):  # type: ignore[no-untyped-def]
     """Elements [start, stop) from whole words, ``per_word`` elements each, chunk by chunk."""
+    # whole words: the first and last one may hold elements that are not asked for
     first, last, step = start // per_word, -(-stop // per_word), _chunk(device)
     pieces = [shape_words(random_words(key, word, min(last, word + step), device)) for word in range(first, last, step)]
     if not pieces:
@@ -246,6 +255,7 @@ def _expand(key, start, stop, per_word, shape_words, device):  # type: ignore[no
 
 def _quantiles_of_words(words: Tensor) -> Tensor:
     """Two 16-bit halves of each word, each the index of a quantile of N(0, 1): int32 [2 * words]."""
+    # low half, high half: two quantiles a word
     halves = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), dim=1).view(-1)
     return torch.index_select(_quantile_table(str(words.device)), 0, halves)
 
@@ -258,8 +268,10 @@ def _signs_of_words(words: Tensor) -> Tensor:
 
 def _elements(law: str, stream: Stream, indices: Tensor) -> Tensor:
     """Elements of one block's stream at any indices: float32; what an index outside of the block gives is no matter."""
+    # element i is in word i / 32 (bit i mod 32) or i / 2 (half i mod 2)
     words = _hash_((indices >> (5 if law == "rademacher" else 1)).to(torch.int32), stream)
     if stream.table is None:
+        # bit -> -1 or 1
         return (words >> (indices & 31).to(torch.int32)).bitwise_and_(1).mul_(2).sub_(1).to(torch.float32)
     halves = (words >> (indices & 1).mul_(16).to(torch.int32)).bitwise_and_(0xFFFF)
     z = torch.index_select(stream.table, 0, halves.view(-1)).view(indices.shape)
@@ -271,8 +283,10 @@ def _quantile_table(device: str) -> Tensor:
     """The 65,536 midpoint quantiles of N(0, 1), scaled to unit variance, in units of 2^-16 (int32)."""
     size = 1 << 16
     normal = NormalDist()
+    # z_i = Phi^-1((i + 1/2) / 2^16), the upper half; the lower one is its mirror image
     upper = [normal.inv_cdf(0.5 + (i + 0.5) / size) for i in range(size // 2)]
     scale = (size / 2 / sum(x * x for x in upper)) ** 0.5  # midpoints lose a little of the tails' variance
+    # integers: the same on every device, and their sums are exact
     positive = [round(x * scale * FIXED_POINT) for x in upper]
     return torch.tensor([-x for x in reversed(positive)] + positive, dtype=torch.int32, device=device)
 
@@ -292,6 +306,7 @@ def _sign_table(device: str) -> Tensor:
 
 def _hash_(indices: Tensor, stream: Stream) -> Tensor:
     """The words at int32 indices of a block, in place."""
+    # w <- (index * golden ratio) xor low half of the key, then mixed, plus the high half, mixed
     indices.mul_(_int32(0x9E3779B9)).bitwise_xor_(stream.low)
     return _mix_(_mix_(indices).add_(stream.high))
 
@@ -299,6 +314,7 @@ def _hash_(indices: Tensor, stream: Stream) -> Tensor:
 def _mix_(words: Tensor) -> Tensor:
     """A 32-bit finaliser in place; int32 multiplication wraps, shifts are made logical by a mask."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        # w <- (w xor (w >>> s)) m, twice, then w xor (w >>> 16)
         words.bitwise_xor_((words >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(_int32(factor))
     return words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF))
 

@@ -34,6 +34,7 @@ class Direction:
             >>> Direction.from_dict({"seed": 0, "step": 3, "probe": 2})
             Direction(seed=0, step=3, index=2, example=None, mix=())
         """
+        # what was written under an earlier name is read for as long as its runs are resumed
         named = {"index" if key == "probe" else key: value for key, value in saved.items()}
         mix = tuple((cls.from_dict(one), factor) for one, factor in named.pop("mix", ()))
         return cls(**named, mix=mix)

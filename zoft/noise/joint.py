@@ -62,6 +62,7 @@ class Antithetic(Transformed):
 
     def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """z of the pair, with its sign."""
+        # z of the pair's number, drawn once for both
         z = get(replace(direction, index=direction.index // 2))
         return z.neg_() if direction.index % 2 else z
 
@@ -96,6 +97,7 @@ class Orthogonal(Transformed):
 
     def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """The combination of the step's independent directions that is orthogonal to those before it."""
+        # z'_j = sum_{i <= j} z_i (R^-1)_ij sqrt(d): R is upper triangular, so later directions have no part
         column = self._columns(direction)[direction.index]
         total = get(replace(direction, index=0)).mul_(column[0])
         for probe in range(1, direction.index + 1):
@@ -103,6 +105,7 @@ class Orthogonal(Transformed):
         return total
 
     def _columns(self, direction: Direction) -> list[list[float]]:
+        # one factorisation a step, for all of its directions and tensors
         first = replace(direction, index=0, example=None, mix=())
         if self._kept is None or self._kept[0] != first:
             dimension = self.dimension(first)
@@ -113,12 +116,14 @@ class Orthogonal(Transformed):
                 )
             gram = self.gram(self.inner, [replace(first, index=probe) for probe in range(self.num_directions)])
             upper, failed = torch.linalg.cholesky_ex(gram.double().cpu(), upper=True)
+            # R_jj^2 is what is left of z_j's square without the directions before it
             if failed or float(upper.diagonal().min()) ** 2 < _DEPENDENT * dimension:
                 raise UserError(
                     f"estimator.across=orthogonal: the {self.num_directions} random directions of step "
                     f"{direction.step} are linearly dependent, as signs in few dimensions ({dimension} here) may be: "
                     "use subspace.law=gaussian, or lower estimator.num_directions"
                 )
+            # R^-1 sqrt(d): every z'_j has the length sqrt(d), as in the full space
             inverse = torch.linalg.inv(upper) * dimension**0.5
             self._kept = (first, inverse.T.tolist())
         return self._kept[1]
@@ -139,23 +144,28 @@ class PerExample(Transformed):
 
     def __init__(self, inner: NoiseSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__(inner)
+        # columns of a matrix of coordinates; a vector has signs for its elements alone
         self.columns = {name: shape[-1] if len(shape) > 1 else 0 for name, shape in shapes.items()}
         self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         self._kept: dict[tuple[Direction, str], tuple[Tensor, Tensor]] = {}
 
     def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """z with the example's signs."""
+        # one z for all examples of the step
         z = get(replace(direction, example=None))
         if direction.example is None:
             return z
+        # flat places, of which row and column give the signs: i = row n + column
         places = torch.arange(where.start, where.stop, device=z.device) if isinstance(where, slice) else where
         left, right = self._signs(direction, name, z.device)
         if not self.columns[name]:
             return z.mul_(left[places])
         n = self.columns[name]
+        # z_i = z o (r_i s_i^T)
         return z.mul_(left[places // n]).mul_(right[places % n])
 
     def _signs(self, direction: Direction, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        # signs of a step are kept, for they are asked for by every piece of every point
         if self._kept and next(iter(self._kept))[0].step != direction.step:
             self._kept.clear()
         if (direction, name) not in self._kept:
@@ -183,6 +193,7 @@ class StateShaped(Transformed):
 
     def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """The inner source's z, shaped."""
+        # by the state as it is at this moment: it changes only when the step is written
         return self.shape(get(direction), name, where)
 
 
@@ -193,6 +204,7 @@ class LinearCombination(Transformed):
         """sum_j c_j z_j for a direction with a mix, else its z."""
         if not direction.mix:
             return get(direction)
+        # u = sum_j c_j z_j, drawn where the step would lead
         (first, factor), *rest = direction.mix
         total = get(first).mul_(factor)
         for other, factor in rest:

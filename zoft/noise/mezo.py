@@ -49,9 +49,11 @@ class TorchSequentialNoise(NoiseSource):
         z = kept.get(direction)
         if z is None:
             generator = torch.Generator(device)
+            # torch's generator gives a tensor's numbers only from its own place in the stream on
             generator.set_state(states[direction][name])
             shape = self._shapes[name]
             z = torch.normal(mean=0, std=1, size=shape, generator=generator, device=device, dtype=dtype).view(-1)
+            # kept while pieces of it are asked for, as long as the kept ones are small enough
             if stop < z.numel() and (not kept or (len(kept) + 1) * z.numel() <= _KEEP_IN_PIECES):
                 kept[direction] = z
         if stop == z.numel():
@@ -69,7 +71,9 @@ class TorchSequentialNoise(NoiseSource):
         states = {}
         for name, shape, dtype, device in self.tensors:
             if device not in generators:
+                # the step's seed, as `torch.manual_seed(seed)` in MeZO's code
                 generators[device] = torch.Generator(device).manual_seed(direction.seed)
             states[name] = generators[device].get_state()
+            # drawn and dropped: only the state behind it is wanted
             torch.normal(mean=0, std=1, size=shape, generator=generators[device], device=device, dtype=dtype)
         return states

@@ -72,6 +72,7 @@ class NoiseSource:
             start: flat index, in the tensor, of the first element of ``out``.
             scale: what z is multiplied with, in float32.
         """
+        # out <- out + s z
         z = self.draw(direction, name, start, start + out.numel(), out.device, out.dtype)
         out.add_(z.mul_(scale))
 
@@ -94,6 +95,7 @@ class NoiseSource:
             scales: one multiple of z for each of ``outs``.
             outs: like ``weight``; a single one may be ``weight`` itself.
         """
+        # outs[i] <- W + s_i z, through the arithmetic that every engine shares
         z = self.draw(direction, name, start, start + weight.numel(), weight.device, weight.dtype)
         counter.perturb_with(z, weight, scales, outs)
 
@@ -197,6 +199,7 @@ def agrees(compiled: kernels.Kernels, device: torch.device, *, thorough: bool = 
     with kernels.using(device, compiled):
         ours = _specimens(device, thorough)
     with kernels.using(device, None):
+        # bit by bit: a kernel that is off in the last place would change a run by whether a compiler is there
         return all(torch.equal(a, b) for a, b in zip(ours, _specimens(device, thorough), strict=True))
 
 
@@ -209,6 +212,7 @@ def _specimens(device: torch.device, thorough: bool) -> list[Tensor]:
         made.append(total)
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) if thorough else (torch.float32,):
             outs = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
+            # several dtypes and scales: rounding differs between them
             source.perturb(total.to(dtype), direction, "w", 5, (1e-3, -0.7), outs)
             made += outs
         if thorough:

@@ -26,6 +26,7 @@ class Factors:
     def dense(self) -> Tensor:
         """The gradient in the tensor's shape."""
         if self.layout == "vector":
+            # vector: sum_p e_p x_p, element by element; matrix: sum_p e_p x_p^T = E^T X
             return (self.e * self.x).sum(0)
         return self.x.T @ self.e if self.layout == "turned" else self.e.T @ self.x
 
@@ -33,6 +34,7 @@ class Factors:
         """<this, other> over the tensor's elements, in float64 at the end."""
         if self.layout == "vector":
             return float((self.dense().double() * other.dense().double()).sum())
+        # <E^T X, F^T Y> = sum_pq (e_p . f_q)(x_p . y_q): N x N numbers, the matrices are never made
         return float(((self.e @ other.e.T).double() * (self.x @ other.x.T).double()).sum())
 
     def to(self, device: torch.device) -> Factors:
@@ -41,6 +43,7 @@ class Factors:
 
     def scaled(self, factor: float) -> Factors:
         """``factor`` times this."""
+        # E alone is scaled: the product takes one factor once
         return replace(self, e=self.e * factor)
 
 
@@ -56,6 +59,7 @@ def to_state(factors: Mapping[str, Factors]) -> dict[str, Any]:
     inputs: list[Tensor] = []
     tensors = {}
     for name, one in factors.items():
+        # gate and up of a block have the same inputs, the largest part of what is written
         same = (number for number, x in enumerate(inputs) if x.shape == one.x.shape and torch.equal(x, one.x))
         number = next(same, len(inputs))
         if number == len(inputs):

@@ -60,4 +60,5 @@ class ReadsFactors:
 
 def trials(optimizer: Any) -> tuple[float, ...]:
     """Multiples of the step at which the objective is asked before it is taken; empty for most rules."""
+    # most rules take the step as it is
     return optimizer.line_search if isinstance(optimizer, TriesSteps) else ()

@@ -35,6 +35,7 @@ class Adam(Optimizer):
 
     def check(self) -> None:
         """Refuse moments' weights outside [0, 1)."""
+        # with the base's checks, of rate and decay
         super().check()
         for field in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, field) < 1, field, "in [0, 1)")

@@ -77,6 +77,7 @@ class AdaMU(Optimizer):
             [1.0, 1.0, 0.75, 0.5, 0.5]
         """
         done = step - self.explore_steps
+        # share of the way from 1 down to alpha
         share = min(1.0, max(0.0, done / self.anneal_steps)) if self.anneal_steps else float(done >= 0)
         # alpha_t = alpha + (1 - alpha) (1 + cos(pi share)) / 2: 1 while it explores, alpha in the end
         return self.alpha + (1 - self.alpha) * (1 + math.cos(math.pi * share)) / 2
@@ -97,6 +98,7 @@ class AdaMU(Optimizer):
         # both are drawn before the state is written: the directions of this piece depend on it
         gradient = estimate.gradient()
         if estimate.terms:
+            # equal weights: the mean over the step's directions, whatever their coefficients are
             share = (1 - self.beta2) / len(estimate.terms)
             drawn = estimate.squares([(direction, share) for direction, _ in estimate.terms])
             # v <- beta2 v + (1 - beta2) mean_j z_j^2

@@ -50,6 +50,7 @@ class Estimate:
 
     def gradient(self) -> Tensor:
         """The estimate itself: flat, float32, the caller's own."""
+        # a tensor that is backpropagated alone; a copy, as the rule may overwrite it
         if not self.terms:
             assert self.dense is not None
             return self.dense.to(torch.float32, copy=True)
@@ -142,6 +143,7 @@ class Optimizer(Component):
         Returns:
             float32, as many elements as the piece has.
         """
+        # for most rules the estimate is all there is to know
         return self.update(estimate.gradient(), state, step)
 
     def update(self, gradient: Tensor, state: State, step: int) -> Tensor:
@@ -169,6 +171,7 @@ class Optimizer(Component):
             context: what :meth:`shape_context` gave.
         """
         del state, context
+        # no state, no shape: z as it was drawn
         return z
 
 

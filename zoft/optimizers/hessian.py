@@ -62,6 +62,7 @@ class Hessian(Optimizer):
     def update_from(self, estimate: Estimate, state: State, step: int) -> Tensor:
         """The estimate along the directions that were measured; H takes their curvature in."""
         del step
+        # three_point measures it: check_with has seen to that
         assert estimate.curvatures is not None, "the estimator has to measure the curvature"
         # both are drawn before H is written: the directions of this piece depend on it
         gradient = estimate.gradient()

@@ -64,6 +64,7 @@ class Muon(Optimizer):
 
     def check_with(self, method: Any) -> None:
         """Refuse a subspace in which a matrix has no matrix of coordinates."""
+        # the matrix sign is of singular directions, which a vector of coordinates has not
         if not method.subspace.has_matrices:
             raise UserError(
                 f"optimizer=muon works on matrices of coordinates, and those of subspace={method.subspace.name()} are "
@@ -72,6 +73,7 @@ class Muon(Optimizer):
 
     def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The running mean where there is one, and V."""
+        # vectors have no state: they move as with SGD
         if len(shape) < 2 or not all(shape):
             return {}
         rows, columns = _sides(shape)
@@ -83,6 +85,7 @@ class Muon(Optimizer):
         gradient = estimate.gradient()
         shape = estimate.shape
         if len(shape) < 2 or not gradient.numel():
+            # vector_scale * g
             return gradient.mul_(self.vector_scale)
         matrix = gradient.view(_sides(shape))
         if self.beta:
@@ -90,6 +93,7 @@ class Muon(Optimizer):
             # M <- beta M + (1 - beta) C
             matrix = mean.mul_(self.beta).add_(matrix, alpha=1 - self.beta)
         if self.method == "power":
+            # tensors begin at different steps: each draws its first basis at its own first update
             if step == 1:
                 state["V"].copy_(_first_basis(estimate.name, state["V"]))
             sign = power_step(matrix, state["V"])
@@ -109,6 +113,7 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     x = matrix / torch.linalg.vector_norm(matrix).clamp_min(_TINY)
     # X X^T of the shorter side
     tall = x.shape[0] > x.shape[1]
+    # the shorter side's Gram matrix is the smaller one, and msign(C^T) = msign(C)^T
     x = x.T if tall else x
     for _ in range(_ROUNDS):
         square = x @ x.T
@@ -122,6 +127,7 @@ def exact(matrix: Tensor) -> Tensor:
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     # values below it are rounding errors of a matrix of lower rank: their directions mean nothing
     smallest = values[:1] * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    # U V^T over the singular values that count
     return (left * (values > smallest)) @ right
 
 
@@ -148,6 +154,7 @@ def power_step(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def _first_basis(name: str, like: Tensor) -> Tensor:
+    # a stream by the tensor's name alone: V begins the same in every run
     """Orthonormal columns, from a stream of this tensor's own."""
     drawn = sample("gaussian", key_of(Direction(0, 0), name, role="muon.V"), 0, like.numel(), like.device)
     return torch.linalg.qr(drawn.view(like.shape)).Q

@@ -49,6 +49,7 @@ class ReplayAdam(Optimizer):
     @property
     def history_length(self) -> int:
         """Those before this step's."""
+        # this step's estimate is there anyway
         return self.history - 1
 
     def update_from(self, estimate: Estimate, state: State, step: int) -> Tensor:

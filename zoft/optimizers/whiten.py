@@ -88,12 +88,15 @@ class Whiten(ReadsFactors, Optimizer):
             lr: the learning rate.
         """
         steps: dict[str, Factors] = {}
+        # first all steps, then one factor for all: the bound is on what they promise together
         promised = 0.0
         for name, mine in factors.items():
             _take_in(mine, states[name], self.window)
             steps[name] = self._step(mine, states[name]).scaled(self._share(states[name]))
+            # p <- p + <E^T X, step>
             promised += steps[name].inner(mine)
         bound = self.trust * loss
+        # Polyak: lr p <= trust L, else the step is shortened to it
         if 0 < bound < lr * promised:
             steps = {name: one.scaled(bound / (lr * promised)) for name, one in steps.items()}
         return steps
@@ -101,19 +104,25 @@ class Whiten(ReadsFactors, Optimizer):
     def _share(self, state: State) -> float:
         """1 / sqrt(1 + t / cooling), with t the steps that this tensor has taken before."""
         before = float(state["count"]) - 1
+        # counted by tensor: one that joins later takes long steps first, too
         return (1 + before / self.cooling) ** -0.5 if self.cooling else 1.0
 
     def _step(self, mine: Factors, state: State) -> Factors:
         x, e, age = state["x"], state["e"], state["age"]
+        # omega_p = decay^age / rows of its batch, of sum 1
         omega = self.decay**age * state["share"]
         omega = omega / omega.sum()
+        # E diag(mu), mu = (1 - beta) beta^age
         moved = e * ((1 - self.beta) * self.beta**age).unsqueeze(1)
         square = (omega.unsqueeze(1) * x.square()).mean(1).sum()  # mean of X's squared elements
+        # lambda as a share of mean(x^2), so that the scale of a layer's inputs drops out
         ridge = self.ridge * square.clamp_min(torch.finfo(torch.float32).tiny)
         if mine.layout == "vector":
+            # diagonal A: sum_p omega_p x_p^2, element by element
             second = (omega.unsqueeze(1) * x.square()).sum(0)  # [m]
             return Factors(moved, x / (second + ridge), mine.layout)
         count, width = x.shape
+        # N x N where positions are fewer: X (X^T O X + lambda I)^-1 = (X X^T O + lambda I)^-1 X with O = diag(omega)
         if count <= width:  # (X X^T diag(omega) + lambda I)^-1 X
             matrix = (x @ x.T) * omega + ridge * torch.eye(count, device=x.device)
             return Factors(moved, torch.linalg.solve(matrix, x), mine.layout)
@@ -123,6 +132,7 @@ class Whiten(ReadsFactors, Optimizer):
 
 def _take_in(mine: Factors, state: State, window: int) -> None:
     """Add a batch to the window, and let go of what is too old."""
+    # a batch's positions share a weight of 1, so that long batches do not count for more
     rows = len(mine.x)
     fresh = {
         "x": mine.x,
@@ -130,6 +140,7 @@ def _take_in(mine: Factors, state: State, window: int) -> None:
         "age": torch.zeros(rows, device=mine.x.device),
         "share": torch.full((rows,), 1.0 / max(1, rows), device=mine.x.device),
     }
+    # older than the window is gone; what stays is a batch older
     if "age" in state:
         kept = state["age"] + 1 < window
         older = {key: state[key][kept] for key in ("x", "e", "age", "share")}

@@ -49,6 +49,7 @@ class MatrixLayout:
         if len(self.shape) == 1:
             return (self.rows + self.columns) * self.shape[0]
         sides = ((self.rows, self.shape[0]), (self.columns, self.shape[1]))
+        # a side with as many coordinates as rows (or columns) is the identity: it takes no memory
         return sum(full * few for full, few in sides if full != few)
 
 
@@ -74,6 +75,7 @@ class Factored(Subspace):
     def forms(self, weights: Weights) -> dict[str, MatrixLayout]:
         """name -> form of what moves in the subspace; the rest moves in full."""
         sizes = {name: self.matrix(tuple(tensor.shape)) for name, tensor in weights.tensors.items()}
+        # a matrix with no more than r rows or columns has nothing to save: its own elements are its coordinates
         return {name: self.form(*size) for name, size in sizes.items() if size is not None and min(size) > self.rank}
 
     def matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -99,6 +101,7 @@ class Factored(Subspace):
         """The counter, over the coordinates: there is no published stream of structured directions."""
         self.refuse_sequential(noise)
         super().source(weights, noise)  # refuses an unknown one
+        # the counter's stream is of C's size; sphere's length is over coordinates, not weights
         shapes = {name: math.prod(form.shape) for name, form in self.forms(weights).items()}
         return CounterNoise(self.law, weights.sizes() | shapes)
 
@@ -143,6 +146,7 @@ class BoundFactored(BoundSubspace):
 
     def period(self, direction: Direction) -> Direction:
         """The name of the bases: the same for ``interval`` steps and for all directions of a step."""
+        # a basis has a direction's name, so that it has a stream of random numbers by the same key
         return Direction(direction.seed, direction.step // self.interval if self.interval else 0)
 
     def basis_key(self, direction: Direction, name: str) -> Hashable:
@@ -154,6 +158,7 @@ class BoundFactored(BoundSubspace):
         """(L, R) of a matrix; those of the last period asked for are kept."""
         basis_key = self.basis_key(direction, name)
         kept = self._bases.get(name)
+        # of the last period only: a state is carried over from the one before to this one, and then that is past
         if kept is None or kept[0] != basis_key:
             with torch.inference_mode(False), torch.no_grad():  # they outlive the forward in which they are made
                 kept = self._bases[name] = (basis_key, self.make_bases(self.period(direction), name))
@@ -186,6 +191,7 @@ class BoundFactored(BoundSubspace):
         form = self.forms[name]
         count = math.prod(form.shape)
         width, size = form.shape[-1], count
+        # by rows: a chunk of C moves whole rows of Z, in whole blocks of the product
         if form.by_rows:
             rows, block = max(1, self._chunk(name) // width), self._block_rows(name)
             size = (rows // block * block or rows) * width
@@ -200,6 +206,7 @@ class BoundFactored(BoundSubspace):
 
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j C_j; refused where the directions do not share their bases."""
+        # sum_j c_j s L C_j R^T = s L (sum_j c_j C_j) R^T needs one L and one R
         if len({self.period(direction) for direction, _ in terms}) > 1:
             raise UserError(
                 f"subspace={self.name} shares its bases between the directions of a step, and these have bases of "
@@ -220,8 +227,10 @@ class BoundFactored(BoundSubspace):
             old: a direction of the step that ``state`` was last updated in.
             new: a direction of the step to come.
         """
+        # same bases: the same coordinates mean the same step
         if self.same_basis(name, old, new):
             return state
+        # L' (L'^T L C R^T R') R'^T: the old step L C R^T, projected on the new bases on either side
         left, right = self._overlaps(name, old, new)
         if left is not None:
             state = left @ state
@@ -255,10 +264,13 @@ class BoundFactored(BoundSubspace):
             end: one past the last.
         """
         left, right = self.bases(direction, name)
+        # L = I: s C, whose rows are those of the matrix
         if left is None:
             made = coordinates.clone()
+        # R = I: s L, and C is the right factor (:meth:`right`)
         elif right is None:
             made = left[row:end].clone()
+        # s L C, once a block of rows, before the product with R^T
         else:
             made = _matmul(left[row:end], coordinates)
         return made.mul_(self.forms[name].scale)
@@ -271,6 +283,7 @@ class BoundFactored(BoundSubspace):
     def factors(self, direction: Direction, name: str) -> tuple[Tensor, Tensor] | None:
         """(s L C [m, k], R [n, k]), float32, for a matrix of two dimensions that is taken as it is, else None."""
         form = self.forms.get(name)
+        # a reshaped matrix (long and narrow ones) is no m x n product as the layer sees it
         if form is None or tuple(self.weights.tensors[name].shape) != (form.rows, form.columns):
             return None
         coordinates = self._rows_of(direction, name, 0, form.rows)
@@ -283,6 +296,7 @@ class BoundFactored(BoundSubspace):
         if form.by_rows:
             width = form.shape[1]
             return self.draw(direction, name, row * width, end * width).view(-1, width)
+        # C is small: drawn once for all blocks of rows of a direction
         if self._drawn is None or self._drawn[:2] != (direction, name):
             drawn = self.draw(direction, name, 0, math.prod(form.shape)).view(form.shape)
             self._drawn = (direction, name, drawn)
@@ -297,6 +311,7 @@ class BoundFactored(BoundSubspace):
             return
         form = self.forms[name]
         whole = form.rows * form.columns
+        # rows of C -> rows of Z, as flat ranges
         first, last = (i // form.shape[1] * form.columns for i in (start, stop)) if form.by_rows else (0, whole)
         yield from self._cut(name, first, last)
 
@@ -312,6 +327,7 @@ class BoundFactored(BoundSubspace):
         given = coordinates.view(-1, form.shape[1]) if form.by_rows else coordinates.view(form.shape)
         step = torch.empty(last - first, dtype=torch.float32, device=coordinates.device)
         for row, end, begin, stop in self._blocks(name, first, last):
+            # rows of C for this block; those that are not given count as zero, and are cut away below
             of_block = _rows(given, row - start // form.shape[1], end - row) if form.by_rows else given
             step[begin - first : stop - first] = self._block(direction, name, of_block, row, end, begin, stop)
         return step
@@ -330,6 +346,7 @@ class BoundFactored(BoundSubspace):
         if self.keeps or name not in self.forms:
             super().perturb(direction, name, start, scales, outs)
             return
+        # clean weights, and Z made once for all points of the direction
         weight = self.weights.tensors[name].data.view(-1)
         for first, last in self._cut(name, start, start + outs[0].numel()):
             z, clean = self._elements(direction, name, first, last), weight[first:last]
@@ -341,10 +358,12 @@ class BoundFactored(BoundSubspace):
         if name not in self.forms:
             return super().perturbed_rows(direction, name, rows, scale)
         tensor, n = self.weights.tensors[name].data, self.forms[name].columns
+        # reshaped: a row of the tensor is no row of the matrix
         if tensor.shape[1] != n:  # reshaped
             return perturbed(tensor[rows], self.z(direction, name)[rows], scale)
         z = torch.empty(len(rows), n, dtype=torch.float32, device=tensor.device)
         size = self._block_rows(name)
+        # block by block: a row's bits must be those of the whole block's product
         blocks = rows // size
         for block in torch.unique(blocks).tolist():
             row, end = block * size, min(len(tensor), (block + 1) * size)
@@ -376,6 +395,7 @@ class BoundFactored(BoundSubspace):
     ) -> Tensor:
         """Elements [first, last) of Z, from the block of the rows [row, end) that holds them."""
         left = self.left(direction, name, coordinates, row, end)
+        # Z = (s L C) R^T for whole rows, then the elements that were asked for
         n = self.forms[name].columns
         return _matmul(left, self.right(direction, name, coordinates)).view(-1)[first - row * n : last - row * n]
 
@@ -387,6 +407,7 @@ class BoundFactored(BoundSubspace):
         """(first row, one past the last, first element, one past the last) of the blocks that hold [start, stop)."""
         form, size = self.forms[name], self._block_rows(name)
         while start < stop:
+            # blocks begin at multiples of their size, wherever the piece begins
             row = start // (form.columns * size) * size
             end = min(form.rows, row + size)
             last = min(stop, end * form.columns)
@@ -398,6 +419,7 @@ class BoundFactored(BoundSubspace):
         block, size = self._block_rows(name) * self.forms[name].columns, self._chunk(name)
         whole = size // block * block
         while start < stop:
+            # cut at borders of blocks, so that no block's product is made twice
             border = start // block * block
             end = min(stop, border + whole if whole else min(start + size, border + block))
             yield start, end
@@ -418,8 +440,10 @@ def haar(key: int, rows: int, columns: int, device: torch.device) -> Tensor:
 
     References: Mezzadri 2007 (How to generate random matrices from the classical compact groups).
     """
+    # float64 on the CPU: QR differs between devices, and a direction must not
     gaussian = sample("gaussian", key, 0, rows * columns, torch.device("cpu")).view(rows, columns).double()
     q, r = torch.linalg.qr(gaussian)
+    # Q's columns are unique up to sign only; R with a positive diagonal makes them Haar (Mezzadri 2007)
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).to(torch.float32).contiguous().to(device)
 
 
@@ -445,6 +469,7 @@ def _rows(given: Tensor, first: int, count: int) -> Tensor:
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
     """left [m, k] times right [k, n] in float32: the same bits for the same numbers, wherever they lie in memory."""
     with ExitStack() as stack:
+        # under autocast the product would be bfloat16, and depend on the caller
         if torch.is_autocast_enabled(left.device.type):  # the model's own forward may be on
             stack.enter_context(torch.autocast(left.device.type, enabled=False))
         return _aligned(left) @ _aligned(right)

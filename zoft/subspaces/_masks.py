@@ -45,17 +45,20 @@ class Mask:
         for start, stop in _pieces(size):
             piece = moves(start, stop)
             count += int(piece.sum())
+            # padded to whole octets: the last ones say nothing and are cut off in piece()
             bits = torch.nn.functional.pad(piece.to(torch.uint8), (0, -piece.numel() % 8)).view(-1, 8)
             packed.append((bits << _shifts(str(bits.device))).sum(1, dtype=torch.uint8))
         return cls(torch.cat(packed) if packed else torch.zeros(0, dtype=torch.uint8), count)
 
     def piece(self, start: int, stop: int) -> Tensor:
         """0 or 1 for the elements [start, stop), uint8."""
+        # the octets that hold [start, stop), then their bits, then the wanted ones of these
         octets = self.bits[start // 8 : -(-stop // 8)].unsqueeze(1)
         return ((octets >> _shifts(str(octets.device))) & 1).view(-1)[start % 8 : start % 8 + stop - start]
 
     def at(self, places: Tensor) -> Tensor:
         """0 or 1 for elements at any flat places, uint8, of the shape of ``places``."""
+        # octet number = place / 8, bit in it = place mod 8
         return (self.bits[places >> 3] >> (places & 7).to(torch.uint8)) & 1
 
 
@@ -75,14 +78,17 @@ def smallest(weight: Tensor, count: int) -> Mask:
     def patterns(start: int, stop: int) -> Tensor:
         return flat[start:stop].to(torch.float32).abs().view(torch.int32)
 
+    # 2^15 values of the upper half (no sign), then 2^16 of the lower: two histograms instead of a sort
     high, before = _bin_of(count, (patterns(*piece) >> 16 for piece in _pieces(flat.numel())), 1 << 15)
     lower = (p[p >> 16 == high] & 0xFFFF for p in (patterns(*piece) for piece in _pieces(flat.numel())))
     low, _ = _bin_of(count - before, lower, 1 << 16)
+    # |theta_ij| <= h, with h the bits of the count-th smallest
     return Mask.made(flat.numel(), lambda start, stop: patterns(start, stop) <= (high << 16 | low))
 
 
 def by_chance(key: int, size: int, keep: float, device: torch.device) -> Mask:
     """Every element with probability ``keep``, by the counter's bits: the same on every device."""
+    # a word is uniform over 2^32 values: it is at most `last` with probability keep
     last = max(1, round(keep * 2**32)) - 1 - 2**31  # of the 2^32 values of a word, as int32, those up to this one
     return Mask.made(size, lambda start, stop: random_words(key, start, stop, device) <= last)
 
@@ -105,6 +111,7 @@ def read(path: str, tensors: dict[str, Any]) -> dict[str, Mask]:
         tensor = tensors[name]
         if value.dtype == torch.int64 and value.dim() == 1:
             if value.numel() and (int(value.min()) < 0 or int(value.max()) >= tensor.numel()):
+                # indices are checked: one outside would be taken for another element, or fail without a name
                 raise UserError(f"{where}: an index for {name} is outside of its {tensor.numel()} elements")
             moves = torch.zeros(tensor.numel(), dtype=torch.bool)
             moves[value] = True
@@ -144,6 +151,7 @@ def _bin_of(count: int, values: Iterator[Tensor], bins: int) -> tuple[int, int]:
     counts = torch.zeros(bins, dtype=torch.int64)
     for piece in values:
         counts += torch.bincount(piece, minlength=bins).cpu()
+    # the first bin up to which there are at least `count` values
     below = counts.cumsum(0)
     index = int(torch.searchsorted(below, count))
     return index, int(below[index - 1]) if index else 0
@@ -155,5 +163,6 @@ def _pieces(size: int) -> Iterator[tuple[int, int]]:
 
 @lru_cache
 def _shifts(device: str) -> Tensor:
+    # in the query's inference mode it would be no ordinary tensor, and is kept for the process
     with torch.inference_mode(False):
         return torch.arange(8, dtype=torch.uint8, device=device)

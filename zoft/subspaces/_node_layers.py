@@ -38,9 +38,11 @@ class Node:
         """What the gradient is made of beside e, from rows x [P, n] of the layer's inputs: float32 [P, n] or [P, m]."""
         if self.kind in ("linear", "conv1d"):
             return x.to(torch.float32)
+        # dL/db = sum_p e_p 1: the input of a shift is one
         if self.kind == "shift":
             return torch.ones(len(x), self.size, device=x.device)
         call: Callable[..., Tensor] = torch.func.functional_call
+        # the layer itself, in float32 and without its trained values, says what w is multiplied with
         wide, held = x.to(torch.float32), dict(self.module.named_parameters(recurse=False))
         tensors = {key: torch.zeros_like(p, dtype=torch.float32) for key, p in held.items()}
         at_one = call(self.module, {**tensors, "weight": torch.ones_like(tensors["weight"])}, (wide,))
@@ -52,6 +54,7 @@ def find_nodes(weights: Weights) -> dict[str, Node]:
     nodes: dict[str, Node] = {}
     barred = _of_other_layers(weights)
     for module, held in weights.owners.items():
+        # beside a trained matrix a bias moves outputs that the matrix can move too
         matrix = any(attribute == "weight" and weights.tensors[name].dim() == 2 for attribute, name in held)
         for attribute, name in held:
             kind = None if name in barred else _kind(module, attribute, weights.tensors[name])
@@ -59,6 +62,7 @@ def find_nodes(weights: Weights) -> dict[str, Node]:
                 continue
             tensor = weights.tensors[name]
             size = tensor.shape[1 if kind == "conv1d" else 0]
+            # a tied tensor is several nodes of one tensor: their factors are added
             key, count = name, 0
             while key in nodes:
                 count += 1
@@ -69,6 +73,7 @@ def find_nodes(weights: Weights) -> dict[str, Node]:
 
 def _of_other_layers(weights: Weights) -> set[str]:
     """Tensors that some layer uses which is no node: a tied embedding, a vocabulary's head."""
+    # one use that is no node spoils the tensor: its gradient would lack that part
     return {
         name
         for module, held in weights.owners.items()
@@ -100,6 +105,7 @@ def _behind(name: str, weights: Weights) -> str | None:
     match = _LORA.search(name)
     if match is None or match.group(1) == "B":
         return None
+    # e_A follows from e_B, so A's output need not be perturbed
     other = _LORA.sub(".lora_B.", name)
     return other if other in weights.tensors else None
 

@@ -101,6 +101,7 @@ class Activation(Factored):
             )
         forms = self.forms(weights)
         if not forms:
+            # before a run, with the number that would do: a basis of all inputs would be no subspace
             most = max(weights.tensors[name].shape[0 if turned else 1] for name, turned in layers.items())
             raise UserError(
                 f"subspace.rank={self.rank} leaves no linear layer with more inputs than that (the most is {most}): "
@@ -113,6 +114,7 @@ class Activation(Factored):
         forms = {}
         for name, turned in linear_layers(weights).items():
             m, n = weights.tensors[name].shape
+            # Conv1D stores W^T [n_in, n_out], so that R stands on the right
             inputs, shape = (m, (self.rank, n)) if turned else (n, (m, self.rank))
             if inputs > self.rank:
                 forms[name] = MatrixLayout(m, n, shape, (inputs / self.rank) ** 0.5, by_rows=not turned)
@@ -120,6 +122,7 @@ class Activation(Factored):
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The counter, over R or over a and b."""
+        # R = a b^T: two vectors a direction instead of m r numbers
         plain = super().source(weights, noise)
         if not self.rank_one:
             return plain
@@ -153,6 +156,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
     def begin(self, direction: Direction) -> None:
         """What the last step's inputs come to is of no more use."""
         super().begin(direction)
+        # a sketch of this step goes on with further micro-batches; those of an earlier step end
         self._sketches = {n: kept for n, kept in self._sketches.items() if self._seen[n][0] == direction.step}
 
     def inputs_wanted(self, direction: Direction) -> frozenset[str]:
@@ -164,15 +168,18 @@ class BoundActivation(ObservesInputs, BoundFactored):
     def observe(self, direction: Direction, name: str, inputs: Tensor) -> None:
         """Take the inputs of a layer into its basis; a layer that is met again in a step adds to what it has seen."""
         form = self.forms.get(name)
+        # a batch whose inputs overflow leaves the basis as it was
         if form is None or not inputs.is_floating_point() or not bool(torch.isfinite(inputs).all()):
             return
         if inputs.shape[-1] != _inputs(form) or not len(inputs):
             return
         if name not in self._seen or self._seen[name][0] != direction.step:
+            # the first look of a step: what was seen before becomes the basis before
             self._sketches.pop(name, None)
             self._bases.pop(name, None)  # a random one
             if name in self._seen:
                 self._before[name] = self._seen[name]
+        # in float32 whatever the forward computes in: a basis of bfloat16 columns is not orthonormal
         with torch.autocast(inputs.device.type, enabled=False):
             made = self._follow(direction, name, inputs) if self.subspace.basis == "oja" else None
             self._seen[name] = direction.step, self._main_inputs(direction, name, inputs) if made is None else made
@@ -181,9 +188,11 @@ class BoundActivation(ObservesInputs, BoundFactored):
         """A: the leading right singular vectors of all that the layer has seen in this step."""
         before = self._sketches.get(name)
         if before is not None:
+            # the sketch stands for the rows seen before: S^T S = A (H A)^T (H A) A^T
             inputs = torch.cat((before, inputs.to(torch.float32)))
         start = self._random(direction, name, self.subspace.rank)
         basis = power_iteration(inputs, start, self.subspace.power_iterations)
+        # S = (Y^T Y)^(1/2) A^T with Y = H A, r rows instead of as many as tokens
         self._sketches[name] = _root(_product(inputs, basis)) @ basis.T
         return basis
 
@@ -196,10 +205,13 @@ class BoundActivation(ObservesInputs, BoundFactored):
             self._followed[name] = power_iteration(inputs, start, self.subspace.power_iterations)
         else:
             k = self._followed[name]
+            # H^T (H K)
             pulled = _transposed_product(inputs, _product(inputs, k))
             largest = torch.linalg.eigvalsh((k.T @ pulled).double())[-1].clamp(min=torch.finfo(torch.float32).tiny)
+            # K <- orth(K + eta H^T H K / lambda): the rule's step does not depend on how large inputs are
             self._followed[name] = orthonormal(k + self.subspace.step_size * (pulled / largest.float()), k)
         order = sample("gaussian", key_of(_of_step(direction), name, role="activation.active"), 0, columns - shared)
+        # the leading columns are in every step, the others take turns at random, the same on every device
         drawn = order.argsort()[: rank - shared].sort().values + shared
         active = torch.cat((torch.arange(shared), drawn)).to(inputs.device)
         return self._followed[name][:, active].contiguous()
@@ -209,6 +221,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
         of_ranks = gather({name: sketch.cpu() for name, sketch in self._sketches.items()})
         for name in self.forms:
             sketches = [seen[name].to(self.weights.tensors[name].device) for seen in of_ranks if name in seen]
+            # as if one process had met the layer with all rows: the sketches are its micro-batches
             if sketches:
                 if name in self._seen and self._seen[name][0] != direction.step:
                     self._before[name] = self._seen[name]
@@ -224,6 +237,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
     def basis_elements(self) -> int:
         """Of A, of the one before it where there is another in every step, of a step's sketches, and of Oja's K."""
         every = super().basis_elements() * {"first": 1, "oja": 2, "batch": 3}[self.subspace.basis]
+        # A of this step, A of the step before (momentum is carried over from it), and a batch's sketch
         if self.subspace.basis != "oja":
             return every
         return every + sum(_inputs(f) * min(self.subspace.basis_columns, _inputs(f)) for f in self.forms.values())
@@ -236,6 +250,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
 
     def basis_key(self, direction: Direction, name: str) -> Hashable:
         """The step whose inputs the basis of this direction is of, or the seed of the random one."""
+        # a direction of an earlier step is asked for when its state is carried over
         for kept in (self._seen.get(name), self._before.get(name)):
             if kept is not None and direction.step >= kept[0]:
                 return ("seen", kept[0])
@@ -263,6 +278,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
             return super().factors(direction, name)
         left, right = self.bases(direction, name)
         a, b = pair
+        # (s L a) (R b)^T: a product of two vectors lifted is one of two vectors again
         return (a if left is None else left @ a) * form.scale, b if right is None else right @ b
 
     # ---- saved and loaded --------------------------------------------------------------------------------------------
@@ -277,6 +293,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over saved bases; the basis of the step before stays known."""
         devices = {name: self.weights.tensors[name].device for name in self.forms}
+        # tensors that are no longer trained in the subspace are passed over
         seen = {name: kept for name, kept in state.get("seen", {}).items() if name in self.forms}
         for name, (_, basis) in seen.items():
             if basis.shape != (_inputs(self.forms[name]), self.subspace.rank):
@@ -297,6 +314,7 @@ def linear_layers(weights: Weights) -> dict[str, bool]:
     for module, held in weights.owners.items():
         for attribute, name in held:
             turned = _turned(module) if attribute == "weight" and weights.tensors[name].dim() == 2 else None
+            # a tensor that is also something else's (a tied embedding) has no inputs to go by
             if turned is None or found.setdefault(name, turned) != turned:
                 others.add(name)
     return {name: found[name] for name in weights.tensors if name in found and name not in others}
@@ -341,6 +359,7 @@ def power_iteration(inputs: Tensor, start: Tensor, iterations: int) -> Tensor:
     """
     basis = start
     for _ in range(iterations):
+        # Q = orth(H A), then A = orth(H^T Q): two half steps of H^T H
         seen, _ = torch.linalg.qr(_product(inputs, basis))
         basis = orthonormal(_transposed_product(inputs, seen), start)
     return basis
@@ -360,6 +379,7 @@ def orthonormal(columns: Tensor, fill: Tensor) -> Tensor:
     sizes = r.diagonal().abs()
     alive = sizes > 1e-5 * sizes.max()  # none where all is zero
     missing = fill.shape[1] - int(alive.sum())
+    # zero or dependent columns leave room, which columns of the start fill
     if missing:
         q, r = torch.linalg.qr(torch.cat((columns[:, alive], fill[:, :missing]), dim=1).double())
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).float().contiguous()
@@ -373,6 +393,7 @@ def _product(inputs: Tensor, basis: Tensor) -> Tensor:
 def _transposed_product(inputs: Tensor, columns: Tensor) -> Tensor:
     """H^T Y, float32."""
     pairs = zip(inputs.split(_TOKENS), columns.split(_TOKENS), strict=True)
+    # sum over pieces of tokens of H_piece^T Y_piece
     total, *rest = [piece.to(torch.float32).T @ of_piece for piece, of_piece in pairs]
     for term in rest:
         total += term
@@ -381,5 +402,6 @@ def _transposed_product(inputs: Tensor, columns: Tensor) -> Tensor:
 
 def _root(columns: Tensor) -> Tensor:
     """S [r, r] with S^T S = Y^T Y."""
+    # S = Lambda^(1/2) V^T with Y^T Y = V Lambda V^T; rounding may make an eigenvalue negative
     values, vectors = torch.linalg.eigh((columns.T @ columns).double())
     return (values.clamp(min=0).sqrt().unsqueeze(1) * vectors.T).float()

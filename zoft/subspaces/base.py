@@ -105,6 +105,7 @@ class BoundSubspace:
     def __init__(self, weights: Weights, source: NoiseSource) -> None:
         self.weights = weights
         self.source = source
+        # few weights: a direction is drawn once a step and kept; many: drawn where it is needed, never held as a whole
         self.keeps = weights.num_elements <= _KEEP_MODELS
         self._kept: dict[tuple[Direction, str], Tensor] = {}
         self._kept_elements = 0
@@ -147,6 +148,7 @@ class BoundSubspace:
             mixes: directions that are sums of others are asked for.
             shape: what a state makes of the elements of a direction (see :class:`zoft.noise.joint.StateShaped`).
         """
+        # from the inside out: the rule shapes z, an example's signs go onto that, and sums are made of the result
         if across == "antithetic":
             self.source = Antithetic(self.source)
         if across == "orthogonal":
@@ -165,8 +167,10 @@ class BoundSubspace:
     def gram(self, directions: Sequence[Direction]) -> Tensor:
         """Inner products <z_i, z_j> of a step's directions over all weights: [q, q], float64, on the CPU."""
         total = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        # directions of a step move the same tensors: any of them tells which
         for name in self.weights.tensors:
             if self.moves(directions[0], name):
+                # chunk by chunk, so that q directions of a large tensor never stand side by side as a whole
                 for start, stop in self.chunks(name):
                     drawn = torch.stack([self.draw(direction, name, start, stop) for direction in directions])
                     total += self.products(directions[0], name, drawn, start).cpu()
@@ -185,6 +189,7 @@ class BoundSubspace:
             float64 [q, q].
         """
         del direction, start
+        # <s z_i, s z_j> = s^2 <z_i, z_j> for coordinates between orthonormal bases
         wide = drawn.double()
         return (wide @ wide.T) * self.gain(name) ** 2
 
@@ -218,18 +223,21 @@ class BoundSubspace:
         """Coordinates [start, stop) of one direction, flat, float32; the caller may overwrite the result."""
         kept = self._kept.get((direction, name))
         if kept is not None:
+            # a copy: the caller may overwrite it, and the next query wants it as it was
             return kept.view(-1)[start:stop].clone()
         tensor = self.weights.tensors[name]
         return self.source.draw(direction, name, start, stop, tensor.device, tensor.dtype)
 
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j z_j over coordinates [start, stop) of ``name``: the estimate, never tensor-sized per direction."""
+        # g = c_1 z_1 + c_2 z_2 + ..., in the order of the terms: float32 sums depend on it
         (first, coefficient), *rest = terms
         total = self.draw(first, name, start, stop).mul_(coefficient)
         for direction, coefficient in rest:
             if self.keeps:
                 total.add_(self.draw(direction, name, start, stop).mul_(coefficient))
             else:
+                # c_j z_j is added while it is made: no second tensor of the piece's size
                 self.source.add_(total, direction, name, start, coefficient)
         return total
 
@@ -240,6 +248,7 @@ class BoundSubspace:
 
     def transport(self, name: str, state: Tensor, old: Direction, new: Direction) -> Tensor:
         """An optimizer's state that is linear in the estimates, carried over from ``old``'s basis to ``new``'s."""
+        # in the full space a coordinate is a weight, whatever the step
         del name, old, new
         return state
 
@@ -281,6 +290,7 @@ class BoundSubspace:
 
     def z(self, direction: Direction, name: str) -> Tensor:
         """The direction for tensor ``name``, in the tensor's shape; read-only (it may be kept for the step)."""
+        # a new step (or another seed) draws anew: what was kept of the last one goes
         if self._kept_step != (direction.seed, direction.step):
             self._kept, self._kept_elements = {}, 0
             self._kept_step = (direction.seed, direction.step)
@@ -288,6 +298,7 @@ class BoundSubspace:
         if kept is not None:
             return kept
         z = self._make_z(direction, name)
+        # kept up to a bound over all directions of the step; what does not fit is drawn again
         if self.keeps and self._kept_elements + z.numel() <= _KEEP:
             self._kept[direction, name] = z
             self._kept_elements += z.numel()
@@ -320,8 +331,10 @@ class BoundSubspace:
             outs: flat tensors of W's dtype, one for each scale, all of the piece's length.
         """
         stop = start + outs[0].numel()
+        # the clean weights: engines perturb beside them, never on them
         weight = self.weights.tensors[name].data.view(-1)[start:stop]
         if self.keeps:
+            # kept z serves all points of the step, and the update
             z = self.z(direction, name).view(-1)[start:stop]
             for scale, out in zip(scales, outs, strict=True):
                 out.copy_(perturbed(weight, z, scale))
@@ -332,6 +345,7 @@ class BoundSubspace:
         """Rows of the matrix ``name`` at theta + scale * z, of those rows alone: [len(rows), columns], in W's dtype."""
         tensor = self.weights.tensors[name].data
         columns = torch.arange(tensor.shape[1], device=rows.device)
+        # flat places of the wanted rows: noise by counter is made for those alone
         z = self.source.gather(direction, name, rows.unsqueeze(1) * tensor.shape[1] + columns)
         return perturbed(tensor[rows], z, scale)
 

@@ -85,6 +85,7 @@ class BoundBlock(BoundPartial):
         super().__init__(weights, source)
         self.blocks = blocks
         self.layer_of = {name: layer_of(name) for name in weights.tensors}
+        # in the model's order: Python's dicts keep it
         self._layers = list(dict.fromkeys(layer for layer in self.layer_of.values() if layer is not None))
         if not self._layers:
             raise UserError(
@@ -97,6 +98,7 @@ class BoundBlock(BoundPartial):
     @property
     def num_blocks(self) -> int:
         """Blocks in a pass, the one of what is in no layer included."""
+        # ceil(layers / block_size), and one of what is in no layer
         return -(-len(self._layers) // self.blocks.block_size) + self._outside
 
     def moves(self, direction: Direction, name: str) -> bool:
@@ -107,19 +109,23 @@ class BoundBlock(BoundPartial):
         """The layers of the step's block; {None} is what is in no layer."""
         index = direction.step // self.blocks.interval
         if self._last[:2] != (direction.seed, index):
+            # steps -> blocks -> (pass over the model, place in the pass)
             in_pass, position = divmod(index, self.num_blocks)
             size = self.blocks.block_size
             layers = self._order(direction.seed, in_pass)[position * size : (position + 1) * size]
+            # past the last layer the slice is empty: the block of what is in no layer
             self._last = (direction.seed, index, frozenset(layers) or frozenset({None}))
         return self._last[2]
 
     def _order(self, seed: int, in_pass: int) -> list[str]:
         if self.blocks.order == "cyclic":
             return self._layers
+        # a key for every layer and pass: sorting by it deals the layers anew, the same for everyone
         return sorted(self._layers, key=lambda layer: key_of(Direction(seed, in_pass), layer, role="blocks.order"))
 
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j z_j; refused where the directions might not move the same block."""
+        # the block is the step's: directions of another step might move another one
         if len({(direction.seed, direction.step) for direction, _ in terms}) > 1:
             raise UserError(
                 "subspace=blocks moves one block along all directions of a step, and these have a seed each: "

@@ -68,6 +68,7 @@ class Coordinate(Subspace):
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The order and the signs follow from the counter's keys."""
         super().source(weights, noise)  # refuses what is not the counter
+        # keys alone: there is no tensor of random numbers to draw from
         return OneWeight(weights)
 
 
@@ -86,6 +87,7 @@ class OneWeight(NoiseSource):
     def __init__(self, weights: Weights) -> None:
         self.sizes = weights.sizes()
         self.num_directions = 1
+        # the trained tensors stand one behind the other: coordinate i is in the first whose end is beyond i
         self._ends = list(accumulate(self.sizes.values()))
         self._places: dict[Direction, tuple[str, int, float]] = {}  # of a step
 
@@ -110,11 +112,14 @@ class OneWeight(NoiseSource):
         return self._places[direction]
 
     def _find(self, direction: Direction) -> tuple[str, int, float]:
+        # position in the run -> (sweep, turn in it): step t has turns q t to q t + q - 1
         position = direction.step * self.num_directions + direction.index
         sweep, turn = divmod(position, self.dimension)
+        # one order a sweep, so that every weight has its turn once in d directions
         key = key_of(Direction(direction.seed, sweep), "", role="coordinate.order")
         index = permuted(turn, self.dimension, key)
         tensor = bisect_right(self._ends, index)
+        # +-1 by one bit; the length is sqrt(d), as in the full space
         sign = 1.0 if _digest(key, "sign", index) & 1 else -1.0
         name = list(self.sizes)[tensor]
         return name, index - self._ends[tensor] + self.sizes[name], sign * self.dimension**0.5
@@ -125,6 +130,7 @@ class OneWeight(NoiseSource):
         """Elements [start, stop) of tensor ``name`` of z, flat, float32."""
         del dtype
         z = torch.zeros(stop - start, dtype=torch.float32, device=device)
+        # zeros but for one element, which may lie outside of the piece
         where, at, value = self.place(direction)
         if where == name and start <= at < stop:
             z[at - start] = value
@@ -133,6 +139,7 @@ class OneWeight(NoiseSource):
     def gather(self, direction: Direction, name: str, indices: Tensor) -> Tensor:
         """Elements of z at any flat indices."""
         where, at, value = self.place(direction)
+        # z at these places: zero, or +-sqrt(d) where the place is the coordinate's
         found = (indices == at) if where == name else torch.zeros_like(indices, dtype=torch.bool)
         return found.to(torch.float32).mul_(value)
 
@@ -155,11 +162,13 @@ class OneWeight(NoiseSource):
         where, at, value = self.place(direction)
         here = slice(at - start, at - start + 1) if where == name and start <= at < start + weight.numel() else None
         z = torch.full((1,), value, dtype=torch.float32, device=weight.device)
+        # a copy: one of the outputs may be the weight itself
         clean = weight[here].clone() if here else None
         for scale, out in zip(scales, outs, strict=True):
             if out.data_ptr() != weight.data_ptr():
                 out.copy_(weight)
             if clean is not None:
+                # through the same arithmetic as everywhere: losses are equal to the bit
                 perturb_with(z, clean, [scale], [out[here]])
 
 
@@ -201,6 +210,7 @@ class BoundCoordinate(BoundSubspace):
 
     def gram(self, directions: Sequence[Direction]) -> Tensor:
         """d on the diagonal; off it, +-d where two directions of a step move the same weight, else 0."""
+        # <z_i, z_j> = 0 for different coordinates, +-d for the same one
         places = [self.one.place(direction) for direction in directions]
         rows = [[a[2] * b[2] if a[:2] == b[:2] else 0.0 for b in places] for a in places]
         return torch.tensor(rows, dtype=torch.float64)
@@ -226,13 +236,16 @@ def permuted(index: int, size: int, key: int) -> int:
 
     References: Luby & Rackoff 1988; Black & Rogaway 2002 (Ciphers with arbitrary finite domains), cycle walking.
     """
+    # 2 bits in two halves: the network works on 4^bits numbers, less than 4 times as many as there are
     bits = ((size - 1).bit_length() + 1) // 2
     low = (1 << bits) - 1
     while True:
         left, right = index >> bits, index & low
+        # (L, R) <- (R, L xor f(R)): a permutation whatever f is
         for turn in range(4):
             left, right = right, left ^ (_digest(key, turn, right) & low)
         index = left << bits | right
+        # outside of range(size): once more through the same permutation (cycle walking)
         if index < size:
             return index
 

@@ -37,6 +37,7 @@ class Cp(Factored):
 
     def form(self, rows: int, columns: int) -> MatrixLayout:
         """tau is [r]."""
+        # E||z||^2 = s^2 sum_k E tau_k^2 = s^2 r for columns of length 1: s^2 = m n / r
         return MatrixLayout(rows, columns, (self.rank,), (rows * columns / self.rank) ** 0.5)
 
     def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundCp:
@@ -57,6 +58,7 @@ class BoundCp(BoundFactored):
     def make_bases(self, period: Direction, name: str) -> Bases:
         """(U, V), columns of length 1."""
         form, device = self.forms[name], self.weights.tensors[name].device
+        # two streams for the run: the period is that of interval = 0
         u, v = (key_of(period, name, role=f"cp.{side}") for side in "UV")
         return _unit_columns(u, form.rows, form.shape[0], device), _unit_columns(v, form.columns, form.shape[0], device)
 
@@ -64,6 +66,7 @@ class BoundCp(BoundFactored):
         """Rows [row, end) of s U diag(tau)."""
         u, _ = self.bases(direction, name)
         assert u is not None
+        # s U diag(tau): column k of U times s tau_k
         return u[row:end] * (coordinates * self.forms[name].scale)
 
     def products(self, direction: Direction, name: str, drawn: Tensor, start: int) -> Tensor:
@@ -71,10 +74,12 @@ class BoundCp(BoundFactored):
         if name not in self.forms:
             return super().products(direction, name, drawn, start)
         u, v = (basis.double() for basis in self.bases(direction, name) if basis is not None)
+        # <u_k v_k^T, u_l v_l^T> = (u_k . u_l)(v_k . v_l), element by element K = (U^T U) o (V^T V)
         return drawn.double() @ ((u.T @ u) * (v.T @ v)) @ drawn.double().T * self.forms[name].scale ** 2
 
 
 def _unit_columns(key: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """Gaussian columns, each scaled to length 1: float32 [rows, columns], the same on every device."""
     gaussian = sample("gaussian", key, 0, rows * columns, "cpu").view(rows, columns).double()
+    # in float64 on the CPU: a norm's last bits differ between devices
     return (gaussian / gaussian.norm(dim=0)).float().to(device)

@@ -74,6 +74,7 @@ class LowRank(Subspace):
                 "estimator.noise=counter"
             )
         super().source(weights, noise)  # refuses an unknown one
+        # the counter's law is over coordinates: those of U for a matrix, the tensor's own else
         return CounterNoise(self.law, {n: math.prod(_shape(t, self.rank)) for n, t in weights.tensors.items()})
 
 
@@ -122,6 +123,7 @@ class BoundLowRank(BoundSubspace):
             yield from super().chunks(name)
             return
         count = math.prod(self.shape(name))
+        # whole rows of U: each moves one row of the matrix
         size = max(1, self._chunk(name) // self.rank) * self.rank
         yield from ((start, min(count, start + size)) for start in range(0, count, size))
 
@@ -134,6 +136,7 @@ class BoundLowRank(BoundSubspace):
 
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j U_j; refused where the directions do not share V."""
+        # sum_j c_j U_j V^T = (sum_j c_j U_j) V^T needs one V
         if len({(direction.seed, direction.step) for direction, _ in terms}) > 1:
             raise UserError(
                 "subspace=low_rank shares V between the directions of a step, and these have a seed each: "
@@ -147,6 +150,7 @@ class BoundLowRank(BoundSubspace):
             return super().products(direction, name, drawn, start)
         basis = self._basis(direction, name).double()
         left = drawn.double().view(len(drawn), -1, self.rank)
+        # <U_i V^T, U_j V^T> = tr(U_i (V^T V) U_j^T), over r
         return (left @ (basis @ basis.T / self.rank)).flatten(1) @ left.flatten(1).T
 
     def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
@@ -183,6 +187,7 @@ class BoundLowRank(BoundSubspace):
         if name not in self._columns:
             yield from super().pieces(name, start, stop)
             return
+        # rows of U -> rows of the matrix
         n = self._columns[name]
         rows = max(1, self._chunk(name) // n)
         last = stop // self.rank
@@ -192,8 +197,10 @@ class BoundLowRank(BoundSubspace):
         """Elements [first, last) of C V^T / sqrt(r), where ``coordinates`` are whole rows of C."""
         if name not in self._columns:
             return super().lift(direction, name, coordinates, start, first, last)
+        # whole rows of C, of which the elements [first, last) are cut out
         row, end, cut = self._rows(name, first, last)
         factor = coordinates.view(-1, self.rank)[row - start // self.rank : end - start // self.rank]
+        # (C / sqrt(r)) V^T
         return _product(factor * self.rank**-0.5, self._basis(direction, name)).view(-1)[cut]
 
     def factors(self, direction: Direction, name: str) -> tuple[Tensor, Tensor] | None:
@@ -208,6 +215,7 @@ class BoundLowRank(BoundSubspace):
         if name not in self._columns:
             super().add_(out, direction, name, start, scale)
         elif not self._add_rows_(out, direction, name, start, scale):
+            # kernels add c U V^T to whole rows without a piece of z in memory
             out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
 
     def _add_rows_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> bool:
@@ -231,6 +239,7 @@ class BoundLowRank(BoundSubspace):
             return
         weight = self.weights.tensors[name].data.view(-1)
         for first, last in self._ranges(name, start, start + outs[0].numel()):
+            # z once for all points of the direction
             z = self._z_piece(direction, name, first, last)
             clean = weight[first:last]
             for scale, out in zip(scales, outs, strict=True):
@@ -240,6 +249,7 @@ class BoundLowRank(BoundSubspace):
         """Rows of the matrix at theta + scale * z from their rows of U alone: [len(rows), n], in W's dtype."""
         if name not in self._columns:
             return super().perturbed_rows(direction, name, rows, scale)
+        # the wanted rows of U, r numbers each, and no others
         places = rows.unsqueeze(1) * self.rank + torch.arange(self.rank, device=rows.device)
         factor = self.source.gather(direction, name, places).mul_(self.rank**-0.5)
         z = _product(factor, self._basis(direction, name))
@@ -275,6 +285,7 @@ class BoundLowRank(BoundSubspace):
         n, size = self._columns[name], self._chunk(name)
         if self.weights.tensors[name].device.type == "cpu":
             size = min(size, _PIECE)
+        # whole rows, at least one: a piece that begins within a row ends at a border
         size = max(1, size // n) * n
         while start < stop:
             end = min(stop, (start // n) * n + size)
@@ -283,6 +294,7 @@ class BoundLowRank(BoundSubspace):
 
     def _factor(self, direction: Direction, name: str, row: int, end: int) -> Tensor:
         """Rows [row, end) of U / sqrt(r): [end - row, r]."""
+        # U / sqrt(r): the scale is put on the small factor, once
         drawn = self.draw(direction, name, row * self.rank, end * self.rank)
         return drawn.view(-1, self.rank).mul_(self.rank**-0.5)
 
@@ -298,6 +310,7 @@ class BoundLowRank(BoundSubspace):
         return self._last_basis[2]
 
     def _draw_basis(self, period: Direction, name: str) -> Tensor:
+        # V by its own stream and period: drawing U neither moves nor needs it
         size = self.rank * self._columns[name]
         key = key_of(period, name, role="low_rank.V")  # U's stream has the role z
         return sample("gaussian", key, 0, size, self.weights.tensors[name].device).view(self.rank, -1)
@@ -305,6 +318,7 @@ class BoundLowRank(BoundSubspace):
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left [m, r] times right [r, n], term by term: the bits of an element depend on its own factors alone."""
+    # z_ik = sum_r u_ir v_kr as r products and r - 1 sums, each rounded by itself; a matrix product's order varies
     total = left[:, :1] * right[0]
     for k in range(1, left.shape[1]):
         total.add_(left[:, k : k + 1] * right[k])

@@ -83,9 +83,11 @@ class Nodes(Subspace):
         Raises:
             UserError: there are none among what is trained.
         """
+        # DoRA's output is no product W x: its gradient does not follow from inputs alone
         _refuse_dora(weights)
         every = find_nodes(weights)
         if any(is_adapter(node) for node in every.values()):
+            # an adapter's own layers are the ones that move; the base below is frozen anyway
             every = {key: node for key, node in every.items() if is_adapter(node)}
             rules = [_any]
         else:
@@ -93,11 +95,13 @@ class Nodes(Subspace):
                 "mlp": [is_mlp],
                 "linear": [is_linear],
                 "all": [_any],
+                # a mixture's experts lie in one tensor and are no nodes: auto does not fall back on its attention
                 "auto": [is_mlp] if _has_experts(weights) else [is_mlp, _any],
             }[self.layers]
         for rule in rules:
             found = {key: node for key, node in every.items() if rule(node)}
             if found:
+                # a classifier's fresh head is random: it moves with whichever layers are chosen
                 heads = {key: node for key, node in every.items() if is_fresh_head(node)}
                 return {key: node for key, node in every.items() if key in found or key in heads}
         raise UserError(_nothing(self, weights, every))
@@ -190,14 +194,17 @@ class NodeSpace(BoundSubspace):
             count: probes times positions, over all processes; row j * positions + p is of probe j and position p.
             device: where to.
         """
+        # without an index: all probes of a step are drawn from one stream, and told apart by their rows
         named = Direction(step.seed, step.step)
         if self.subspace.directions == "iid":
             return sample("gaussian", key_of(named, key, role="node"), 0, count * size, device).view(count, size)
         blocks = []
+        # in groups of m rows: more than m directions cannot be at right angles in m dimensions
         for start in range(0, count, size):
             rows = min(size, count - start)
             drawn = sample("gaussian", key_of(named, key, role=f"node.{start}"), 0, rows * size, "cpu")
             q, r = torch.linalg.qr(drawn.view(rows, size).T)  # [m, rows], Haar once the signs are those of r
+            # rows at right angles of length sqrt(m): E[v v^T] = I, as for Gaussian rows
             blocks.append((q * r.diagonal().sign()).T * size**0.5)
         return torch.cat(blocks).to(device)
 

@@ -63,6 +63,7 @@ class Outer(Subspace):
         sizes = {
             name: _sides(tensor) for name, tensor in weights.tensors.items() if tensor.dim() >= 2 and tensor.numel()
         }
+        # what is too small or no matrix is drawn like the full space
         return OuterNoise(
             self.law, weights.sizes(), {name: size for name, size in sizes.items() if min(size) > self.rank}, self.rank
         )
@@ -112,6 +113,7 @@ class OuterNoise(NoiseSource):
 
     def __post_init__(self) -> None:
         self._bits = "gaussian" if self.law == "sphere" else self.law
+        # what is no matrix, drawn under the same law
         self._plain = CounterNoise(self._bits, self.sizes)
 
     def draw(
@@ -121,8 +123,10 @@ class OuterNoise(NoiseSource):
         if name not in self.matrices:
             return self._plain.draw(direction, name, start, stop, device, dtype).mul_(self._scale(direction, name))
         n = self.matrices[name][1]
+        # the rows that hold the elements; A's rows of these, and all of B
         row, end = start // n, -(-stop // n)
         left, right = self._left(direction, name, row, end, device), self._right(direction, name, device)
+        # z_ik = sum_r a_ir b_kr / sqrt(r): r products and r - 1 sums, each rounded by itself
         z = left[:, :1] * right[0]
         for k in range(1, self.rank):
             z.add_(left[:, k : k + 1] * right[k])
@@ -135,8 +139,10 @@ class OuterNoise(NoiseSource):
             return self._plain.gather(direction, name, indices).mul_(scale)
         (m, n), r = self.matrices[name], self.rank
         keys = [key_of(direction, name, role=f"outer.{side}") for side in "AB"]
+        # element i of the flat matrix: row i // n, column i mod n
         rows, columns, total = indices // n, indices % n, None
         for k in range(r):
+            # B^T is [r, n] in its stream, so that column k of term r stands at k + r n
             left = counter.gather(self._bits, keys[0], rows * r + k, m * r).mul_(scale)
             term = left.mul_(counter.gather(self._bits, keys[1], columns + k * n, n * r))
             total = term if total is None else total.add_(term)
@@ -152,6 +158,7 @@ class OuterNoise(NoiseSource):
 
     def _left(self, direction: Direction, name: str, row: int, end: int, device: torch.device) -> Tensor:
         """Rows [row, end) of A times the scale: [end - row, r]."""
+        # a stream for either factor: rows of A can be drawn without B
         key = key_of(direction, name, role="outer.A")
         drawn = sample(self._bits, key, row * self.rank, end * self.rank, device)
         return drawn.view(-1, self.rank).mul_(self._scale(direction, name))
@@ -169,6 +176,7 @@ class OuterNoise(NoiseSource):
         if self._scales and next(iter(self._scales))[0].step != direction.step:
             self._scales.clear()
         if (direction, name) not in self._scales:
+            # sqrt(elements) / ||A B^T||
             self._scales[direction, name] = (self.sizes[name] / self._squares(direction, name)) ** 0.5
         return self._scales[direction, name]
 
@@ -180,6 +188,7 @@ class OuterNoise(NoiseSource):
         keys = [key_of(direction, name, role=f"outer.{side}") for side in "AB"]
         a = sample(self._bits, keys[0], 0, m * self.rank, "cpu").view(m, self.rank).double()
         b = sample(self._bits, keys[1], 0, n * self.rank, "cpu").view(self.rank, n).double()
+        # ||A B^T||^2 = sum_kl (A^T A)_kl (B^T B)_kl: r x r numbers instead of m x n
         return float(((a.T @ a) * (b @ b.T)).sum())
 
 
@@ -196,6 +205,7 @@ def outer_factors(
     """
     if isinstance(source, LinearCombination) and not direction.mix:
         return outer_factors(source.inner, direction, name, device)
+    # an odd direction is the opposite of its pair: -A B^T
     if isinstance(source, Antithetic):
         pair = outer_factors(source.inner, replace(direction, index=direction.index // 2), name, device)
         return (pair[0].neg_(), pair[1]) if pair is not None and direction.index % 2 else pair

@@ -118,22 +118,26 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         self._scores: dict[str, tuple[Tensor, Tensor]] = {}  # while gradients come: the largest squares, their places
         if sparse.mask is not None:
             none = Mask.of(torch.zeros(0, dtype=torch.bool))
+            # tensors that the file leaves out have an empty mask: they stand still
             self._masks = dict.fromkeys(weights.tensors, none) | read(sparse.mask, weights.tensors)
             self._share_all()
 
     # ---- the mask ----------------------------------------------------------------------------------------------------
 
     def begin(self, direction: Direction) -> None:
+        # of clean weights: during a query the smallest would be others
         """By magnitude: chosen anew, of the clean weights, in the first step of every interval."""
         if self.sparse.choose == "magnitude" and self._made_for != self._interval(direction):
             self._made_for = self._interval(direction)
             self._masks = {n: self._make_mask(direction, n) for n in self.weights.tensors if self._is_masked(n)}
+            # z of the old mask is of no use
             self._kept, self._kept_elements = {}, 0
 
     def _share_all(self) -> None:
         """One s for all tensors."""
         moving = {name: mask for name, mask in self._masks.items() if mask.count}
         elements = sum(self.weights.tensors[name].numel() for name in moving)
+        # s = moving elements / elements, over the tensors that move at all
         self._share = sum(mask.count for mask in moving.values()) / elements
 
     def gradients_wanted(self, direction: Direction) -> bool:
@@ -143,10 +147,12 @@ class BoundSparse(ObservesGradients, BoundSubspace):
 
     def score(self, name: str, gradient: Tensor) -> None:
         """Keep what may be among the largest squares of all tensors."""
+        # no more of one tensor can be among the largest of all
         squares = gradient.detach().to(torch.float32).flatten().square()
         self._scores[name] = squares.topk(min(self._num_kept, len(squares)))
 
     def scored(self) -> None:
+        # one threshold over all tensors: the largest squares may lie in a few of them
         """The largest squares of all tensors make the masks."""
         smallest_kept = torch.cat([squares.cpu() for squares, _ in self._scores.values()]).topk(self._num_kept)[0][-1]
         for name, tensor in self.weights.tensors.items():
@@ -175,6 +181,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
             return {}
         return {
             "made_for": list(self._made_for),
+            # masks of a file or by chance are made again from it, or from the seed
             "bits": {name: mask.bits for name, mask in self._masks.items()},
             "counts": {name: mask.count for name, mask in self._masks.items()},
         }
@@ -196,6 +203,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         """The mask of a tensor; None where it moves in full. Before any step has begun it is made on first use."""
         if not self._is_masked(name):
             return None
+        # a random mask holds for an interval, and for one seed
         if self.sparse.choose == "random" and self._made_for != self._interval(direction):
             self._made_for, self._masks = self._interval(direction), {}
         if name not in self._masks:
@@ -215,6 +223,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         tensor, keep = self.weights.tensors[name], self.sparse.keep
         with torch.inference_mode(False), torch.no_grad():  # it outlives the query in which it is first asked for
             if self.sparse.choose == "magnitude":
+                # at least one element, or the matrix would not move at all
                 return smallest(tensor.data, max(1, round(keep * tensor.numel())))
             period = Direction(direction.seed, direction.step // self.sparse.interval)
             return by_chance(key_of(period, name, role="sparse.mask"), tensor.numel(), keep, tensor.device)
@@ -226,6 +235,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         mask = self._masks.get(name)
         if mask is None or not mask.count:
             return 1.0
+        # s over all tensors where that is one, else the tensor's own share
         return float((self._share or mask.count / self.weights.tensors[name].numel()) ** -0.5)
 
     def dimension(self, direction: Direction) -> int:
@@ -250,10 +260,12 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         if not mask.count:
             return torch.zeros(stop - start, dtype=torch.float32, device=tensor.device)
         drawn = self.source.draw(direction, name, start, stop, tensor.device, tensor.dtype)
+        # m * z_full: what the mask drops is drawn all the same, so that z_full does not depend on the mask
         return drawn.mul_(mask.piece(start, stop))
 
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j m * z_j; refused where the directions do not share m."""
+        # sum_j c_j (m * z_j) = m * sum_j c_j z_j needs one mask
         if len({self._interval(direction) for direction, _ in terms}) > 1:
             raise UserError(
                 "subspace=sparse shares its mask between the directions of a step, and these are of several seeds or "
@@ -278,6 +290,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
             return super().lift(direction, name, coordinates, start, first, last)
         if not mask.count:
             return coordinates.zero_()
+        # m * C / sqrt(s): the mask once more, since a rule's step may be nonzero where the estimate is zero
         return coordinates.mul_(mask.piece(first, last)).mul_(self.gain(name))
 
     def _products(self, source: NoiseSource, directions: list[Direction]) -> Tensor:
@@ -288,6 +301,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
             for start, stop in self.chunks(name) if self.moves(directions[0], name) else ():
                 drawn = [source.draw(d, name, start, stop, tensor.device, tensor.dtype) for d in directions]
                 wide = torch.stack(drawn).double()
+                # over the elements that move: directions are at right angles where they are used
                 wide = wide if mask is None else wide.mul_(mask.piece(start, stop))
                 total += (wide @ wide.T).cpu()
         return total
@@ -322,6 +336,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         if not mask.count:
             return tensor[rows]
         places = rows.unsqueeze(1) * tensor.shape[1] + torch.arange(tensor.shape[1], device=rows.device)
+        # m * z / sqrt(s) at the wanted rows
         z = self.source.gather(direction, name, places).mul_(mask.at(places)).mul_(self.gain(name))
         return perturbed(tensor[rows], z, scale)
 

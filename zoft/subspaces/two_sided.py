@@ -54,12 +54,14 @@ class TwoSided(Factored):
     def matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """[shape[0], the rest], or nearly square."""
         size = super().matrix(shape)
+        # an adapter's 8 x 4096 would move in full beside a rank of 8; the same numbers as 128 x 256 do not
         if self.reshape and size is not None and 0 < min(size) < _NARROW and max(size) >= _LONG * min(size):
             return near_square(math.prod(size))
         return size
 
     def form(self, rows: int, columns: int) -> MatrixLayout:
         """C is [r, r]; ||s U C V^T||^2 = s^2 ||C||^2, whose mean is s^2 r^2."""
+        # s^2 r^2 = m n: E||z||^2 = m n
         return MatrixLayout(rows, columns, (self.rank, self.rank), (rows * columns) ** 0.5 / self.rank)
 
     def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundTwoSided:
@@ -80,6 +82,7 @@ class BoundTwoSided(BoundFactored):
     def make_bases(self, period: Direction, name: str) -> Bases:
         """(U, V)."""
         form = self.forms[name]
+        # a stream for either side and every period: the same bases wherever they are asked for
         device = self.weights.tensors[name].device
         return (
             haar(key_of(period, name, role="two_sided.U"), form.rows, form.shape[0], device),
@@ -94,5 +97,6 @@ def near_square(count: int) -> tuple[int, int]:
         >>> near_square(8 * 4096)
         (128, 256)
     """
+    # the largest divisor up to the root, so that the other one is the smallest above it
     first = next(i for i in range(math.isqrt(count), 0, -1) if count % i == 0)
     return first, count // first

@@ -48,6 +48,7 @@ class BoundVector(BoundPartial):
 
     def __init__(self, weights: Weights, source: NoiseSource) -> None:
         super().__init__(weights, source)
+        # a model without vectors would take steps in which nothing moves
         if not any(map(self.ever_moves, weights.tensors)):
             raise UserError(
                 "subspace=vectors moves normalisation weights and biases, and none of the trained tensors is one (they "

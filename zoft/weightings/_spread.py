@@ -12,6 +12,7 @@ from zoft.utils.lazy import Tensor
 
 def refuse_one_loss(weighting: Any, method: Any) -> None:
     """Refuse a single direction asked for on one side: one loss has no spread."""
+    # step 1, and not 0, in which svrg makes an anchor and asks at other points
     estimator = method.estimator
     points = [] if estimator.backpropagates else estimator.points(estimator.directions(0, 1))
     losses = [p for p in points if p.direction is not None and not p.derivative and not p.anchor]
@@ -36,6 +37,7 @@ def spread(measured: Measured) -> Tensor:
     """
     losses = measured.losses
     if not losses.shape[1]:
+        # exact slopes: no losses were asked for
         return rms(measured.projected_grads)
     # one side [Q, 1]: around the mean over directions; two sides [Q, 2]: around each pair's own mean
     return rms(losses - losses.mean(dim=0 if losses.shape[1] == 1 else 1, keepdim=True))

@@ -42,6 +42,7 @@ class Align(Weighting):
         del state
         slopes, products = measured.projected_grads, gram().double().cpu()
         mean = products.diagonal().mean()
+        # products that are not finite end the step; no direction that moves at all leaves it where it is
         if not bool(torch.isfinite(products).all()) or not float(mean):
             return torch.zeros_like(slopes) if not float(mean) else torch.full_like(slopes, torch.nan)
         # G + ridge tr(G) / q I

@@ -41,6 +41,7 @@ class Curvature(Weighting):
         """w p / q."""
         del gram, state
         slopes, curvatures = measured.projected_grads, measured.curvatures
+        # check_with has seen to an estimator that measures it
         assert curvatures is not None
         # a_j = p_j / (q max(floor, |k_j|^alpha))
         return slopes / (curvatures.abs().pow(self.alpha).clamp_min(self.floor) * len(slopes))

@@ -52,6 +52,7 @@ class Kalman(Weighting):
 
     def init(self) -> dict[str, Any]:
         """The variance of the noise."""
+        # of the slopes' noise: s = noise^2 before the first step
         return {"variance": self.noise**2}
 
     def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:

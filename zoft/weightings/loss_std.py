@@ -48,6 +48,7 @@ class LossStd(Weighting):
         """p eps / (q sigma)."""
         del gram, state
         slopes, sigma = measured.projected_grads, spread(measured)
+        # losses that tie to float32's steps say nothing: dividing by their spread would be noise
         if float(sigma) <= self.floor:
             return torch.zeros_like(slopes)
         # exact slopes have no eps: the limit of two sides, where eps cancels against sigma

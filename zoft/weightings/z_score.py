@@ -50,6 +50,7 @@ class ZScore(Weighting):
         # L - mean over all losses of the step; slopes p_j as they are where no losses were asked for
         centred = losses - losses.mean() if losses.shape[1] else slopes.unsqueeze(1)
         deviation = rms(centred)
+        # all losses are alike: no score
         if float(deviation) <= self.floor:
             return torch.zeros_like(slopes)
         scores = centred / deviation  # [Q, S]

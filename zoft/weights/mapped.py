@@ -31,6 +31,7 @@ class _Map(mmap.mmap):
 
 def _mapped(descriptor: int, size: int, access: int) -> _Map:
     pages = _Map(descriptor, size, access=access)
+    # known by address, so that release() finds the map of any view
     _maps[int(torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr())] = pages
     return pages
 
@@ -62,12 +63,14 @@ def scratch_copies(tensors: Sequence[Tensor], folder: str | None = None) -> list
     place = folder or tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=place) as file:
+            # reserved first: a full disk is an error here, and no signal in the middle of a step
             _reserve(file.fileno(), size)
             pages = _mapped(file.fileno(), size, mmap.ACCESS_WRITE)
             pages.is_scratch = True
             copies = [pages.tensor(tensor, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
     except OSError as error:
         raise DiskFullError.of(error, Path(place), size) from None
+    # copied and let go of one by one: no more than one tensor is in memory twice
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor)
         release(copy)
@@ -97,12 +100,14 @@ def mapped_where_it_lies(tensor: Tensor) -> Tensor | None:
         return None
     path, offset = found
     stat = os.stat(path)
+    # a file that was written anew is another file
     key = (path, stat.st_mtime_ns)
     pages = _files.get(key)
     if pages is None:
         with open(path, "rb") as file:
             pages = _files[key] = _mapped(file.fileno(), stat.st_size, mmap.ACCESS_COPY)
     again = pages.tensor(tensor, offset)
+    # the bytes are compared: /proc/self/maps says where, and not that nobody has written there
     same = torch.equal(again.view(-1).view(torch.uint8), tensor.detach().reshape(-1).view(torch.uint8))
     release(again)
     if same:  # and it can be read again from the file, when it is
@@ -143,6 +148,7 @@ def _file_at(address: int, size: int) -> tuple[str, int] | None:
     if sys.platform != "linux":
         return None
     for line in Path("/proc/self/maps").read_text().splitlines():
+        # Linux: start-stop perms offset device inode path
         bounds, _, offset, _, inode, *path = line.split(maxsplit=5)
         start, stop = (int(bound, 16) for bound in bounds.split("-"))
         if start <= address and address + size <= stop:
@@ -160,6 +166,7 @@ def release(tensor: Tensor) -> None:
     found = _map_of(tensor) if _maps and tensor.is_cpu else None
     if found is not None and hasattr(mmap, "MADV_DONTNEED"):
         start, pages = found
+        # whole pages only: the first one may hold the end of another tensor
         first = _page(start)
         size = tensor.numel() * tensor.element_size()
         pages.madvise(mmap.MADV_DONTNEED, first, start + size - first)

@@ -63,6 +63,7 @@ class Weights:
         sha = hashlib.sha256()
         for name, tensor in self.tensors.items():
             sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+            # bits, not values: -0.0 and 0.0, or two NaNs, are different weights
             sha.update(bits_of(tensor))
             release(tensor)  # what rests in a file need not stay in memory for having been looked at
         return sha.hexdigest()
@@ -76,6 +77,7 @@ class Weights:
         """
         lost: dict[str, float] = {}  # name -> half a unit in the last place
         for name, tensor in self.tensors.items():
+            # half a unit in the last place: eps_dtype |theta| / 2
             smallest = torch.finfo(tensor.dtype).eps * float(tensor.detach().float().abs().mean()) / 2
             release(tensor)
             if eps < smallest:
@@ -83,6 +85,7 @@ class Weights:
         if not lost:
             return
         elements = sum(self.tensors[name].numel() for name in lost)
+        # the largest tensor speaks for the others in the message
         name, smallest = max(lost.items(), key=lambda item: self.tensors[item[0]].numel())
         dtype = str(self.tensors[name].dtype).removeprefix("torch.")
         message = (
@@ -121,6 +124,7 @@ def layer_of(name: str) -> str | None:
 
 def _owners(model: nn.Module, tensors: dict[str, nn.Parameter]) -> dict[nn.Module, list[tuple[str, str]]]:
     """module -> [(attribute, canonical name)] for every module that holds a trainable tensor, tied ones included."""
+    # by identity: a tied tensor has one name, and several modules hold it
     names = {id(tensor): name for name, tensor in tensors.items()}
     owners: dict[nn.Module, list[tuple[str, str]]] = {}
     for module in model.modules():
@@ -136,6 +140,7 @@ def perturbed(weight: Tensor, z: Tensor, scale: float) -> Tensor:
     The arithmetic is that of :func:`zoft.noise.counter.perturb_with`, as in every engine: losses can be equal to
     the bit.
     """
+    # W + s z
     moved = torch.empty_like(weight)
     perturb_with(z, weight, [scale], [moved])
     return moved

@@ -39,15 +39,18 @@ def widened(model: nn.Module) -> Iterator[torch.dtype | None]:
     floats = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     quantised = getattr(model, "is_quantized", False) or any(not p.is_floating_point() for p in model.parameters())
     device = floats[0].device.type if floats else "cpu"
+    # autocast computes in 16 bits whatever the weights are
     narrow = torch.is_autocast_enabled(device) or any(tensor.element_size() < 4 for tensor in floats)
     if quantised or not narrow:
         yield None
         return
     dtype = torch.float32
     units, above = _units(model)
+    # what stands above the units has few tensors of its own: wider for the whole block
     undo = [_widen(module, dtype) for module in above]
     handles = [handle for unit in units for handle in _around(unit, dtype)]
     try:
+        # under autocast float32 weights would be rounded again
         with torch.autocast(device, enabled=False):
             yield dtype
     finally:
@@ -77,6 +80,7 @@ def _around(unit: nn.Module, dtype: torch.dtype) -> list[Any]:
     undo: list[Callable[[], None]] = []
 
     def enter(*_: Any) -> None:
+        # before every other hook, which may read the weights; undone in reverse when the unit is left
         undo.extend(_widen(module, dtype) for module in unit.modules())
 
     def leave(*_: Any) -> None:
@@ -96,6 +100,7 @@ def _widen(module: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
     for tensors in kinds:
         own.append((tensors, dict(tensors)))
         for name, tensor in tensors.items():
+            # what is wide enough, or no float (masks, positions), stays as it is
             if tensor is not None and tensor.is_floating_point() and tensor.element_size() < 4:
                 wide = tensor.detach().to(dtype)
                 tensors[name] = torch.nn.Parameter(wide, False) if tensors is module._parameters else wide
