@@ -13,9 +13,14 @@ ENV := OMP_NUM_THREADS=1
 PYTEST = $(ENV) $(BIN)/python -m pytest
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
+# An environment in build/ that sees all of $(VENV), for packages that not every run should import.
+beside = $(PYTHON) -m venv build/$(1) && \
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$(build/$(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zoft-env.pth"
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-quant test-ui test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox docs lint format constraints clean
+.PHONY: help install assets train test test-slow test-quant test-triton test-ui test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox docs lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -33,17 +38,18 @@ test-slow: install ## the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
 
 test-quant: install ## quantised bases, in an environment of their own: bitsandbytes and torchao slow down every import
-	$(PYTHON) -m venv --system-site-packages build/quant
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
-	  "$$(build/quant/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zoft-env.pth"
+	$(call beside,quant)
 	build/quant/bin/python -m pip install --quiet --no-deps 'bitsandbytes==0.50.2' 'torchao==0.18.0'
 	$(ENV) build/quant/bin/python -m pytest tests/unit/lm/models/test_quantized.py $(ARGS)
 
+test-triton: install ## the noise of GPUs without one, by Triton's interpreter and compiler: a 280 MB wheel of its own
+	$(call beside,triton)
+	build/triton/bin/python -m pip install --quiet --no-deps 'triton==3.9.0'
+	$(ENV) build/triton/bin/python -m pytest tests/unit/noise/test_triton.py $(ARGS)
+
 test-ui: install ## the page of zoft ui by its protocol and in Debian's chromium, in an environment of its own
 	command -v chromium chromedriver > /dev/null || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
-	$(PYTHON) -m venv build/ui
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
-	  "$$(build/ui/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zoft-env.pth"
+	$(call beside,ui)
 	build/ui/bin/python -m pip install --quiet 'gradio>=6,<7' selenium
 	$(ENV) build/ui/bin/python -m pytest tests/ui/browser.py $(ARGS)
 
@@ -72,9 +78,7 @@ bench-blackbox: $(INSTALLED) ## the tables of docs/blackbox.md and attack.md (8 
 	$(ENV) $(BIN)/python scripts/bench_attack.py --data digits
 
 docs: install ## the site in build/site, in an environment of its own; every warning is an error, examples run
-	$(PYTHON) -m venv build/docs
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
-	  "$$(build/docs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zoft-env.pth"
+	$(call beside,docs)
 	build/docs/bin/python -m pip install --quiet 'sphinx>=9,<10' 'myst-parser>=5,<6' furo
 	build/docs/bin/python -m sphinx -q -W --keep-going -b html docs build/site
 	$(PYTEST) tests/cli/test_docs.py tests/cli/test_docs_python.py $(ARGS)

@@ -14,8 +14,7 @@ from zoft.lm.data import assets
 from zoft.noise import counter, kernels
 from zoft.noise.counter import random_words, squared_norm
 from zoft.noise.direction import Direction
-from zoft.noise.kernels import choice, cpu, inductor
-from zoft.noise.kernels.inductor import InductorKernels
+from zoft.noise.kernels import choice, cpu
 from zoft.noise.mezo import TorchSequentialNoise
 from zoft.noise.source import LAWS, CounterNoise, agrees, prepare
 from zoft.weights.tensors import perturbed
@@ -222,48 +221,6 @@ def test_gather_of_a_tensor_that_is_not_among_the_shapes():
         source.gather(HERE, "v", torch.tensor([[9, 3]])), source.draw(HERE, "v", 0, 10, CPU, F32)[[9, 3]][None]
     )
     assert source.gather(HERE, "v", torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3)
-
-
-# ---------------------------------------------------------------------------------------------------------- inductor
-
-
-def test_definitions_for_inductor_have_the_bits_of_the_eager_code_uncompiled():
-    compiled = InductorKernels(CPU)
-    compiled.failure = "not compiled here"
-    assert agrees(compiled, CPU)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@needs_compiler
-def test_inductor_gives_the_same_bits():
-    compiled = InductorKernels(CPU)
-    assert agrees(compiled, CPU)
-    source, weight = CounterNoise("gaussian", {"w": 9000}), torch.linspace(-1, 1, 5000)
-    z = source.draw(HERE, "w", 5, 5005, CPU, F32)
-    for size in (3000, 4000, 5000):
-        with kernels.using(CPU, compiled):
-            outs = torch.empty(2, size)
-            source.perturb(weight[:size], HERE, "w", 5, (0.1, -0.1), list(outs))
-            assert equal(outs[1], perturbed(weight[:size], z[:size], -0.1))
-            here = weight[:size].clone()
-            source.perturb(here, HERE, "w", 5, [0.1], [here.view(-1)])
-            assert equal(here, outs[0])
-    assert compiled.failure == ""
-
-
-def test_a_kernel_that_cannot_be_compiled_is_one_warning(monkeypatch, caplog):
-    def fail(*_, **__):
-        raise RuntimeError("no triton\nmore of it")
-
-    monkeypatch.setattr(inductor.torch, "compile", lambda *_, **__: fail)
-    compiled = InductorKernels(CPU)
-    with caplog.at_level(logging.WARNING, logger="zoft"):
-        assert agrees(compiled, CPU)
-    assert compiled.failure == "no triton"
-    assert [record.message for record in caplog.records] == [
-        "compiling the noise failed, it goes on uncompiled: no triton"
-    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- choice

@@ -1,7 +1,8 @@
 """Compiled noise: z made and used in one pass over memory, with the bits of the eager code in zoft/noise/counter.py.
 
-On a CPU it is noise.cpp, built by the C++ compiler that is there; elsewhere torch functions that inductor compiles.
-Inductor could do both. Measured on one core (AMD EPYC with AVX-512, torch 2.13, g++ 12.2; CPU time, 4 Mi elements):
+On a CPU it is noise.cpp, built by the C++ compiler that is there; on a GPU noise_triton.py. Neither is left to
+inductor: what it makes for a GPU could be tested only where there is one, and on a CPU it is slower. Measured on one
+core (AMD EPYC with AVX-512, torch 2.13, g++ 12.2; CPU time, 4 Mi elements):
 
 | ns per element                  | eager | inductor | noise.cpp |
 |---------------------------------|-------|----------|-----------|

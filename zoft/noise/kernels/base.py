@@ -30,9 +30,6 @@ class Kernels:
     dtypes: tuple[torch.dtype, ...]
     """Of the weights that :meth:`perturb` knows."""
 
-    failure = ""
-    """Why they have stopped being compiled, if they have; what they give is right all the same."""
-
     def words(self, stream: Stream, offset: int, out: Tensor) -> None:
         """The random words [offset, offset + out.numel()), int32."""
         raise NotImplementedError
