@@ -158,7 +158,7 @@ def bases() -> list[type]:
 
     # A subclass is known once its module is imported, and the figure must not depend on what ran before.
     for module in imports():
-        if module != "zoft.__main__":
+        if module not in ("zoft.__main__", "zoft.noise.kernels.noise_triton"):  # a run of zoft, and a file of Triton's
             importlib.import_module(module)
     return [Estimator, Optimizer, Subspace, BoundSubspace, Weighting, Session]
 
