@@ -2,12 +2,13 @@
 
     python scripts/bench_nodes.py learn sms rt trec --method zoft --seeds 0 1 2 --marks 30 60
     python scripts/bench_nodes.py learn sms --method mezo --rate 1e-3 --marks 60 240
+    python scripts/bench_nodes.py learn stories --marks 30 60          # completions: word problems and their answers
     python scripts/bench_nodes.py cost
     python scripts/bench_nodes.py memory
 
 ``learn`` trains the last block of the demo's model as `zoft train config=last_block` does, and prints dev and test loss
-and accuracy whenever so many queries are spent. ``cost`` times one step of the methods on the same batch, in turn, and
-prints medians, their ratios to the bare clean forward and to the steps of MeZO and AdamW, and the memory they take.
+and accuracy at each mark, a number of queries spent. ``cost`` times one step of the methods on the same batch, in turn,
+and prints medians, their ratios to the bare clean forward and to the steps of MeZO and AdamW, and the memory they take.
 ``memory`` prints the most that a step of each takes, in a process of its own and through the whole model, beside
 inference on the same batch.
 """
@@ -15,10 +16,13 @@ inference on the same batch.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import random
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +49,24 @@ TASKS = {
         "task.words={ABBR: Expression, DESC: Description, ENTY: Entity, HUM: Human, LOC: Location, NUM: Number}",
     ],
 }
+
+
+def stories() -> list[str]:
+    """Arguments of a completion task like GSM8K's rows: 456 word problems of one sum, made here, and their answers."""
+    draw = random.Random(0)  # the same rows for every method and seed
+    things, names = ["apples", "books", "coins", "stamps", "pens", "cards"], ["Tom", "Mia", "Ben", "Ada", "Leo", "Eva"]
+    verbs = {"buys": 1, "finds": 1, "loses": -1, "gives away": -1}
+    rows = []
+    for _ in range(456):
+        name, thing, verb = draw.choice(names), draw.choice(things), draw.choice(list(verbs))
+        first, second = draw.randint(20, 99), draw.randint(2, 19)
+        sign, result = "+" if verbs[verb] > 0 else "-", first + verbs[verb] * second
+        question = f"{name} has {first} {thing} and {verb} {second}. How many {thing} does {name} have now?"
+        answer = f" {first} {sign} {second} = {result}. The answer is {result}."
+        rows.append({"prompt": f"Question: {question}\nAnswer:", "completion": answer})
+    file = Path(tempfile.mkdtemp(prefix="bench_nodes_")) / "stories.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["task=custom", f"task.train={file}", "task.format=completion", "task.max_length=64", "task.num_test=100"]
 
 
 class AtMarks(TrainerCallback):
@@ -75,7 +97,9 @@ class AtMarks(TrainerCallback):
         results = []
         for split in ("dev", "test"):
             metrics = self.trainer.evaluate(self.rows[split], metric_key_prefix=split)
-            results.append(f"{split} {metrics[f'{split}_loss']:.3f} {100 * metrics[f'{split}_accuracy']:.1f} %")
+            right = metrics.get(f"{split}_accuracy")  # completions have a loss alone
+            shown = "" if right is None else f" {100 * right:.1f} %"
+            results.append(f"{split} {metrics[f'{split}_loss']:.3f}{shown}")
         print(f"  {spent:>4} queries: {', '.join(results)}", flush=True)
 
 
@@ -94,9 +118,10 @@ def trainer_of(words: list[str], model: Any = None) -> tuple[Any, dict[str, list
 def learn(options: argparse.Namespace) -> None:
     """Train on each task and seed, and print what was reached at each mark."""
     for task in options.tasks:
+        of_task = stories() if task == "stories" else TASKS[task]
         prefix: Any = None  # hidden states below what is trained, of this task's rows, which no seed changes
         for seed in options.seeds:
-            words = [*TASKS[task], f"method={options.method}", f"seed={seed}", f"budget.queries={max(options.marks)}"]
+            words = [*of_task, f"method={options.method}", f"seed={seed}", f"budget.queries={max(options.marks)}"]
             words += [f"optimizer.learning_rate={options.rate}"] if options.rate else []
             made, rows = trainer_of([*words, "trainer.eval_steps=1000000", *options.set])
             forward = made.query_forward
@@ -212,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
     one = verbs.add_parser("learn")
-    one.add_argument("tasks", nargs="+", choices=TASKS)
+    one.add_argument("tasks", nargs="+", choices=[*TASKS, "stories"])
     one.add_argument("--method", default="zoft")
     one.add_argument("--rate", help="learning rate; the method's own if left out")
     one.add_argument("--seeds", type=int, nargs="+", default=[0])
