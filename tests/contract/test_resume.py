@@ -15,6 +15,8 @@ from zoft.config import compose
 from zoft.config.catalog import preset_files
 from zoft.estimators.nodes import Nodes
 from zoft.journal.file import NAME, read
+from zoft.lm.objectives.cross_entropy import CrossEntropy
+from zoft.weightings.per_prompt import PerPrompt
 
 SMALL = {
     "subzero_plus": ["estimator.num_directions=3"],
@@ -57,7 +59,7 @@ def composed(method):
     return compose([f"method={method}", "budget.queries=20000", *SMALL.get(method, [])])
 
 
-def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", **given):
+def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", weighting=None, objective=None, **given):
     cfg = copy.deepcopy(composed(method))
     settings = {
         "output_dir": str(folder),
@@ -86,7 +88,8 @@ def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", *
         train_dataset=data,
         eval_dataset=data[:3],
         engine=engine,
-        **parts,
+        objective=objective,
+        **parts | {part: value for part, value in (("weighting", weighting),) if value},
     )
 
 
@@ -147,6 +150,7 @@ CASES = {
     "micro-batches": ("mezo", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
     "evaluated at the start": ("mezo", {"eval_on_start": True, "save_strategy": "steps", "save_steps": 3}),
     "clipped": ("mezo", {"max_grad_norm": 0.05, "guard": "clip", "guard_factor": 1.5, "guard_steps": 10}),
+    "each example": ("es", {"weighting": PerPrompt(), "objective": CrossEntropy()}),
     "another schedule": ("zo_sgd_mmt", {"lr_scheduler_type": "cosine", "warmup_steps": 3}),
 }
 

@@ -19,6 +19,7 @@ import torch
 from tests import models
 from zoft.estimators.central import Central
 from zoft.estimators.one_sided import OneSided
+from zoft.lm.objectives.cross_entropy import CrossEntropy
 from zoft.subspaces.activation import Activation
 
 STEPS = 6
@@ -33,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stream_accumulated": {"stream": 20, "unequal": True, "gradient_accumulation_steps": 2},
     "in_place": {"engine": "in_place"},
     "activation": {"subspace": Activation(rank=2)},
+    "per_prompt": {"objective": CrossEntropy(), "weighting": "per_prompt", "unequal": True},
     "stopped": {"interrupt": True},
     "resumed": {"resume": "stopped"},
 }

@@ -95,6 +95,8 @@ def check_method(method: Method) -> None:
         needs = f"estimator={estimator.name()} needs batches of data"
     elif isinstance(estimator, PerExample):
         needs = f"estimator={estimator.name()} needs a loss for each example"
+    elif method.weighting.asks_each_example:
+        needs = f"weighting={method.weighting.name()} needs a loss for each example"
     elif any(subspace.observes_at(step) == "gradient" for step in range(2)):
         needs = f"subspace={subspace.name()} as it is set needs a gradient"
     elif any(subspace.observes_at(step) == "inputs" for step in range(2)):

@@ -255,6 +255,8 @@ class ZoftConfig:
     def settle(self, objective: Objective) -> None:
         """Take the objective that ``auto`` has become; refuses it where the method needs a gradient that it lacks."""
         self.objective = objective
+        if objective.name() != "auto":
+            self.composition.check_objective(objective)
         self._check_elsewhere()
         self._check_gradient()
         self._check_outputs()

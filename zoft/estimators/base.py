@@ -46,6 +46,7 @@ class Measured:
         losses: the objective at the perturbed points, float32 [Q, S]: S = 1 (one side) or 2 (+, -); [Q, 0] if none.
         eps: the finite-difference radius; 0 for exact derivatives.
         curvatures: z^T H z along each direction, float32 [Q], from estimators that measure it.
+        examples: ``losses`` of each of B examples, float32 [Q, S, B], for weightings that ask for them.
     """
 
     projected_grads: Tensor
@@ -53,6 +54,7 @@ class Measured:
     losses: Tensor
     eps: float = 0.0
     curvatures: Tensor | None = None
+    examples: Tensor | None = None
 
 
 @dataclass

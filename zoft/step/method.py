@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from zoft.component import create
 from zoft.errors import UserError
@@ -126,6 +127,22 @@ class Method:
             raise UserError(
                 f"direction_seeds gives every step a seed of its own, and subspace={self.subspace.name()} keeps "
                 "what the seed chose for several steps: use subspace=full"
+            )
+
+    def check_objective(self, objective: Any) -> None:
+        """Refuse an objective that does not tell examples apart, where the weighting reads each one's loss.
+
+        Args:
+            objective: a :class:`zoft.lm.objectives.base.Objective`; None for the model's own loss.
+
+        Raises:
+            UserError: with what to do instead.
+        """
+        if self.weighting.asks_each_example and not getattr(objective, "tells_examples", False):
+            name = "the model's own loss" if objective is None else f"objective={objective.name()} with these settings"
+            raise UserError(
+                f"weighting={self.weighting.name()} reads the loss of each example, and {name} is one number for all: "
+                "use objective=reward, options or cross_entropy, or weighting=z_score"
             )
 
     def check_processes(self) -> None:

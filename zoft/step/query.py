@@ -39,6 +39,7 @@ class StepQueries:
         method: the composition.
         optimizer: holds the session, and what parts remember from step to step; it is told that a step begins.
         examples: a batch as batches of one example each; for estimators with directions for each example.
+        each: a batch whose loss is that of each of its examples, [B]; for weightings that ask for it.
         select: (batch, (shortest, longest)) -> the rows of that many tokens, or None if there are none.
         batches: (batch, how many, step) -> batches of the training data, for estimators that ask about more than the
             step's own.
@@ -53,6 +54,7 @@ class StepQueries:
     method: Method
     optimizer: ZOOptimizer
     examples: Callable[[Any], Sequence[Any]] = field(default=lambda batch: [batch])
+    each: Callable[[Any], Any] = field(default=lambda batch: batch)
     select: Callable[[Any, tuple[int, float]], Any] = field(default=lambda batch, lengths: batch)
     batches: Callable[[Any, int, int], Iterable[Any]] = field(default=lambda batch, count, step: [])
     average: Callable[[Tensor, Any], Tensor] = _as_they_are
@@ -103,7 +105,9 @@ class StepQueries:
     ) -> StepEstimate:
         """The whole estimate from queries."""
         directions, losses, queries = self._losses(batch, list(blank.directions), estimator, clean)
-        estimate = self._measured(blank, directions, losses, estimator)
+        examples = losses if self.method.weighting.asks_each_example else None  # [P, B]
+        losses = losses if examples is None else losses.mean(1)  # every example counts alike
+        estimate = self._measured(blank, directions, losses, estimator, examples)
         estimate = replace(estimate, num_queries=blank.num_queries + queries)
         if estimate.is_usable and trials(self.method.optimizer):
             return self._try_the_step(estimate, batch, estimate.loss if estimator.asks_clean_loss else None, lr)
@@ -167,6 +171,8 @@ class StepQueries:
         queries = estimator.queries_at(directions[0].step) + (clean is not None and not estimator.asks_clean_loss)
         if isinstance(estimator, PerExample):
             return *self._per_example(batch, directions, points), queries
+        if self.method.weighting.asks_each_example:
+            return directions, self._of_each(batch, points, clean), queries
         step = directions[0].step
         wide = anchor_batches(estimator, step)
         if wide:
@@ -181,13 +187,26 @@ class StepQueries:
         """(every example's own directions, losses [P, B]), over the examples of all processes in their places."""
         examples = list(self.examples(batch))
         places = self.places(batch, len(examples))
-        losses = self.session.losses_per_example(examples, points, places[self.rank])
+        losses = self._joined(self.session.losses_per_example(examples, points, places[self.rank]), places)
+        numbers = range(losses.shape[1])
+        return [replace(direction, example=number) for direction in directions for number in numbers], losses
+
+    def _of_each(self, batch: Any, points: list[Point], clean: Tensor | None) -> Tensor:
+        """Each example's loss at all points, [P, B]; a clean loss that is known is taken for all of them."""
+        asked = [point for point in points if clean is None or point.direction is not None]
+        own = self.session.losses(self.each(batch), asked).view(len(asked), -1)
+        found = self._joined(own, self.places(batch, own.shape[1]))
+        if clean is None:
+            return found
+        rows = iter(found.unbind())
+        return torch.stack([clean.expand(found.shape[1]) if p.direction is None else next(rows) for p in points])
+
+    def _joined(self, losses: Tensor, places: list[list[int]]) -> Tensor:
+        """[P, B] of this process -> those of all, the columns in the order that one process would have."""
         if self.gather is not None:
             losses = torch.cat(self.gather(losses), dim=1)
-        # [P, B] rank by rank -> the columns in the order that one process would have
         order = torch.tensor([place for of_rank in places for place in of_rank]).argsort()
-        numbers = range(len(order))
-        return [replace(direction, example=number) for direction in directions for number in numbers], losses[:, order]
+        return losses[:, order]
 
     def _at(self, batch: Any, points: list[Point], clean: Tensor | None = None) -> Tensor:
         """The objective at some points, those at the anchor among them; a clean loss that is known is not asked for."""
@@ -212,8 +231,9 @@ class StepQueries:
     # ---- the estimate ------------------------------------------------------------------------------------------------
 
     def _measured(
-        self, blank: StepEstimate, directions: list[Direction], losses: Tensor, estimator: Estimator
-    ) -> StepEstimate:
+        self, blank: StepEstimate, directions: list[Direction], losses: Tensor, estimator: Estimator,
+        examples: Tensor | None = None,
+    ) -> StepEstimate:  # fmt: skip
         """What the losses say: sum_j c_j z_j; without terms where a loss or a coefficient is not finite."""
         estimate = replace(blank, losses=losses)
         # a loss that is not finite makes no slope: the step has no terms and moves nothing
@@ -221,6 +241,8 @@ class StepQueries:
             return replace(estimate, loss=float(estimator.loss(losses)))
         measured = estimator.measure(losses, estimate.memory["estimator"])
         estimate = replace(estimate, loss=float(measured.loss), projected_grads=measured.projected_grads)
+        if examples is not None:  # [P, B] -> [Q, S, B]
+            measured = replace(measured, examples=torch.stack([estimator.probe_losses(c) for c in examples.T], dim=-1))
         # a_j = weights(p, <z_i, z_j>); the inner products are dear, so a weighting asks for them
         gram = lambda: self.session.coordinates.gram(directions)  # noqa: E731
         coefficients = self.method.weighting.coefficients(measured, gram, estimate.memory["weighting"])

@@ -23,6 +23,7 @@ class StepBatch:
     Args:
         micro_batches: what the collator made, on the device.
         num_items: labels that count in all of them, over all processes; None where it is unknown, or no model asks.
+        of_each: whether its loss is that of each example, and not their mean.
 
     Example:
         >>> import torch
@@ -32,6 +33,7 @@ class StepBatch:
 
     micro_batches: Sequence[Inputs]
     num_items: Any = None
+    of_each: bool = False
 
     def cut(self, parts: int) -> StepBatch:
         """Every micro-batch cut into ``parts``, or into single examples where it has fewer.

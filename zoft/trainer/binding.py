@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ def queries_of(
         method,
         optimizer,
         examples=rows.examples,
+        each=lambda batch: replace(batch, of_each=True),
         select=rows.of_lengths,
         batches=rows.batches,
         average=loss.over_processes,

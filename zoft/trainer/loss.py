@@ -30,14 +30,22 @@ class StepLoss:
         self.asks_for_scaling = False  # whether the model's use of the token count is still to be found out
 
     def of(self, batch: StepBatch) -> Tensor:
-        """The objective over the micro-batches of one step, as the first-order Trainer would have accumulated it."""
+        """The objective over the micro-batches of one step, as the first-order Trainer would have accumulated it.
+
+        Or that of each of their examples, [B], where the batch asks for it.
+        """
         trainer = self.trainer
         losses, counts = [], []
+        each = {"of_each": True} if batch.of_each else {}
         for inputs in batch.micro_batches:
             with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(trainer.model_wrapped, dict(inputs), num_items_in_batch=batch.num_items)
+                loss = trainer.compute_loss(
+                    trainer.model_wrapped, dict(inputs), num_items_in_batch=batch.num_items, **each
+                )
             losses.append(loss.float())
             counts.append(self.num_terms(inputs))
+        if batch.of_each:
+            return torch.cat(losses)
         if len(losses) == 1:
             return losses[0]
         if self.is_a_share(batch):

@@ -104,6 +104,7 @@ class ZOMixin(_Base):
         self.engine: Engine = create("engine", engine, "auto")
         self.engine_name = self.engine.name()  # the one that serves, once there is a session
         self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
+        self.method.check_objective(self.objective)
         self.direction_seeds = None if direction_seeds is None else [int(seed) for seed in direction_seeds]
         if direction_seeds is not None:
             self.method.check_step_seeds()
@@ -296,6 +297,8 @@ class ZOMixin(_Base):
             return loss, {"logits": predictions}
         # What is written parts sooner or later: no waiting for others, and nothing of a step's first query reused.
         with sequential() if objective.generates else nullcontext():
+            if kwargs.get("of_each"):
+                return objective.losses(model, {name: value for name, value in inputs.items() if name != "packed"})
             return objective.loss(model, forward.as_served(inputs))
 
     def _next_estimate(self) -> StepEstimate:

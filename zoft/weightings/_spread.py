@@ -10,16 +10,31 @@ from zoft.estimators.per_example import PerExample
 from zoft.utils.lazy import Tensor
 
 
-def refuse_one_loss(weighting: Any, method: Any) -> None:
-    """Refuse a single direction asked for on one side: one loss has no spread."""
+def refuse_one_loss(weighting: Any, method: Any, does: str = "divides by the spread of the losses") -> None:
+    """Refuse a single direction asked for on one side: one loss has no spread.
+
+    Args:
+        weighting: that takes several.
+        method: what it is a part of.
+        does: what it does with them.
+    """
     # step 1, and not 0, in which svrg makes an anchor and asks at other points
     estimator = method.estimator
     points = [] if estimator.backpropagates else estimator.points(estimator.directions(0, 1))
     losses = [p for p in points if p.direction is not None and not p.derivative and not p.anchor]
     if estimator.num_directions == 1 and len(losses) == 1 and not isinstance(estimator, PerExample):
         raise UserError(
-            f"weighting={weighting.name()} divides by the spread of the losses, and estimator={estimator.name()} with "
-            "num_directions=1 asks for one: raise estimator.num_directions, or use estimator=central"
+            f"weighting={weighting.name()} {does}, and estimator={estimator.name()} with num_directions=1 asks for "
+            "one: raise estimator.num_directions, or use estimator=central"
+        )
+
+
+def refuse_other_rows(weighting: Any, method: Any) -> None:
+    """Refuse directions of each example's own, whose losses are of different rows."""
+    if isinstance(method.estimator, PerExample):
+        raise UserError(
+            f"weighting={weighting.name()} compares losses of the same rows, and estimator={method.estimator.name()} "
+            "has those of different ones: use weighting=loss_std"
         )
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.errors import UserError
 from zoft.estimators.base import Measured
-from zoft.estimators.per_example import PerExample
 from zoft.utils.lazy import Tensor, torch
-from zoft.weightings._spread import refuse_one_loss, rms
+from zoft.weightings._spread import refuse_one_loss, refuse_other_rows, rms
 from zoft.weightings.base import Gram, Weighting
 
 
@@ -37,11 +35,7 @@ class ZScore(Weighting):
     def check_with(self, method: Any) -> None:
         """Refuse losses that are not of the same rows."""
         refuse_one_loss(self, method)
-        if isinstance(method.estimator, PerExample):
-            raise UserError(
-                f"weighting={self.name()} compares losses of the same rows, and estimator={method.estimator.name()} "
-                "has those of different ones: use weighting=loss_std"
-            )
+        refuse_other_rows(self, method)
 
     def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
         """The scores, or half the difference of a pair's, over q."""

@@ -18,6 +18,8 @@ from zoft.weightings.curvature import Curvature
 from zoft.weightings.kalman import Kalman
 from zoft.weightings.loss_std import LossStd
 from zoft.weightings.mean import Mean
+from zoft.weightings.per_prompt import PerPrompt
+from zoft.weightings.ranks import Ranks
 from zoft.weightings.sign import Sign
 from zoft.weightings.z_score import ZScore
 
@@ -108,20 +110,81 @@ def test_ties_say_nothing(weighting):
         assert not any(weigh(weighting(), measured))
 
 
-@pytest.mark.parametrize("weighting", ["loss_std", "z_score"])
+@pytest.mark.parametrize("weighting", ["loss_std", "z_score", "ranks", "per_prompt"])
 def test_one_loss_has_no_spread(weighting):
     for estimator in (OneSided(), components("estimator")["one_point"]()):
-        with pytest.raises(UserError, match=f"weighting={weighting} divides by the spread.*raise estimator.num_dir"):
+        with pytest.raises(UserError, match=f"weighting={weighting} .* losses.*raise estimator.num_directions"):
             Method.of("full", estimator, weighting)
     for name in ("central", "three_point", "leave_one_out", "forward_gradient", "hybrid"):
-        Method.of("full", name, weighting)
+        if weighting != "per_prompt" or name not in ("forward_gradient", "hybrid"):
+            Method.of("full", name, weighting)
     Method.of("full", OneSided(num_directions=2), weighting)
 
 
-def test_z_score_refuses_losses_of_different_rows():
-    with pytest.raises(UserError, match=r"weighting=z_score compares losses of the same rows.*use weighting=loss_std"):
-        Method.of("full", "per_example", "z_score")
+@pytest.mark.parametrize("name", ["z_score", "ranks", "per_prompt"])
+def test_losses_of_different_rows_are_refused(name):
+    with pytest.raises(UserError, match=rf"weighting={name} compares losses of the same rows.*use weighting=loss_std"):
+        Method.of("full", "per_example", name)
     Method.of("full", "per_example", "loss_std")
+
+
+def test_ranks_by_hand():
+    """Five losses, two of them equal: -1/2 to 1/2 in quarters, and the equal ones share."""
+    losses = torch.tensor([9.0, 1.0, 2.0, 2.0, 1e6])
+    measured = OneSided(eps=0.1, num_directions=5).measure(torch.cat((torch.zeros(1), losses)))
+    assert weigh(Ranks(), measured) == pytest.approx([r / 5 for r in (0.25, -0.5, -0.125, -0.125, 0.5)])
+    pairs = Central(eps=0.1, num_directions=2).measure(torch.tensor([4.0, 1.0, 2.0, 3.0]))
+    # ranks 3, 0, 1, 2 of 3
+    assert weigh(Ranks(), pairs) == pytest.approx([(0.5 + 0.5) / 4, (-1 / 6 - 1 / 6) / 4])
+    assert weigh(Ranks(), exact([4.0, -1.0])) == pytest.approx([(0.5 + 0.5) / 4, (-1 / 6 - 1 / 6) / 4])
+
+
+def test_ranks_do_not_see_how_far_apart_losses_lie():
+    losses = torch.rand(17, generator=torch.Generator().manual_seed(0))
+    one = OneSided(num_directions=16)
+    assert weigh(Ranks(), one.measure(losses)) == weigh(Ranks(), one.measure(losses.exp() ** 5))
+    assert sum(weigh(Ranks(), one.measure(losses))) == pytest.approx(0, abs=1e-7)
+    assert not any(weigh(Ranks(), one.measure(torch.full((17,), 2.0))))
+
+
+def of_examples(losses: torch.Tensor, eps: float = 0.5) -> Measured:
+    """[Q, S, B], as the step's queries hand them on."""
+    means = losses.mean(2)
+    return Measured(means[:, 0], means.mean(), means, eps, examples=losses)
+
+
+def test_per_prompt_is_grpos_advantage_of_each_point():
+    """One side: r_ij against the group's mean, over the group's deviation, averaged over prompts."""
+    rewards = torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 9.0], [0.0, 0.0, 6.0]])  # 3 points, 3 prompts
+    spread = rewards.std(0, correction=0)
+    advantages = (rewards - rewards.mean(0)) / spread.where(spread > 0, torch.ones(3))
+    found = weigh(PerPrompt(), of_examples(-rewards.unsqueeze(1)))
+    assert found == pytest.approx((-advantages.mean(1) / 3).tolist(), rel=1e-6)  # losses: what is better goes down
+
+
+def test_per_prompt_takes_prompts_of_any_difficulty_alike_and_the_other_scales_do_not():
+    generator = torch.Generator().manual_seed(1)
+    losses = torch.randn(4, 2, 5, generator=generator)
+    harder = losses * torch.tensor([1.0, 10.0, 0.1, 3.0, 1.0]) + torch.tensor([0.0, 7.0, -2.0, 1.0, 5.0])
+    assert weigh(PerPrompt(), of_examples(harder)) == pytest.approx(weigh(PerPrompt(), of_examples(losses)), rel=1e-4)
+    step = weigh(PerPrompt(scale="step"), of_examples(losses))
+    assert step == pytest.approx(weigh(PerPrompt(scale="step"), of_examples(losses + torch.arange(5.0))), rel=1e-4)
+    plain = weigh(PerPrompt(scale="none"), of_examples(losses))
+    means = losses.mean(2)
+    assert plain == pytest.approx(((means[:, 0] - means[:, 1]) / (2 * 0.5) / 4).tolist(), rel=1e-5)  # mean of slopes
+
+
+def test_per_prompt_of_one_prompt_is_the_z_score():
+    losses = torch.randn(6, 2, 1, generator=torch.Generator().manual_seed(2))
+    for measured in (of_examples(losses), of_examples(losses[:, :1])):
+        assert weigh(PerPrompt(), measured) == pytest.approx(weigh(ZScore(), measured), rel=1e-5)
+    assert not any(weigh(PerPrompt(), of_examples(torch.ones(3, 1, 4))))
+
+
+@pytest.mark.parametrize("estimator", ["forward_gradient", "backprop", "addax", "svrg"])
+def test_per_prompt_needs_losses_at_the_points_of_a_step(estimator):
+    with pytest.raises(UserError, match=r"use (estimator=central|weighting=mean)"):
+        Method.of("full", estimator, "per_prompt")
 
 
 # ------------------------------------------------------------------------------------------------------ by the slopes
@@ -263,11 +326,11 @@ def test_none_overwrites_what_was_measured_and_all_hand_on_what_is_not_finite(na
     weighting = components("weighting")[name]()
     for bad in (None, float("nan")):
         slopes = torch.tensor([1.0, bad or -2.0, 0.5])
-        measured = Measured(
-            slopes, torch.tensor(1.0), torch.stack((slopes, -slopes), 1) / 2, 0.5, torch.tensor([1.0, 2.0, 3.0])
-        )
-        kept = [measured.projected_grads.clone(), measured.losses.clone()]
+        losses = torch.stack((slopes, -slopes), 1) / 2
+        each = torch.stack((losses, 2 * losses), 2)
+        measured = Measured(slopes, torch.tensor(1.0), losses, 0.5, torch.tensor([1.0, 2.0, 3.0]), each)
+        kept = [measured.projected_grads.clone(), losses.clone(), each.clone()]
         found = weighting.coefficients(measured, lambda: 4 * torch.eye(3).double(), weighting.init())
         assert found.isfinite().all() == (bad is None)
-        for one, other in zip(kept, (measured.projected_grads, measured.losses), strict=True):
+        for one, other in zip(kept, (measured.projected_grads, measured.losses, each), strict=True):
             assert torch.equal(one.nan_to_num(), other.nan_to_num())

@@ -73,6 +73,14 @@ class Writing(Objective):
             for number in range(self.num_samples)
         ]
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Each prompt's, the mean over its samples, [B]."""
+        return torch.stack(self.losses_of_samples(self.texts(model, batch), batch)).mean(0)
+
+    def losses_of_samples(self, samples: list[list[str]], batch: Batch) -> list[Tensor]:
+        """What each sample's texts add to the mean that is minimised, [B] each."""
+        return [self.losses_of(texts, batch) for texts in samples]
+
     @property
     def feedbacks(self) -> tuple[str, ...]:
         """What each text is worth, and nothing but that."""

@@ -65,6 +65,20 @@ class Objective(Component):
             "those alone: use objective=options or cross_entropy, or method=mezo"
         )
 
+    @property
+    def tells_examples(self) -> bool:
+        """Whether :meth:`losses` can be asked for."""
+        return "loss" in self.feedbacks
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of each example alone, float32 [B]; where the loss is a mean over examples it is the mean of these.
+
+        Args:
+            model: what is called.
+            batch: as for :meth:`loss`, without packed rows.
+        """
+        return self.readout(model, batch, "loss").losses
+
     def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
         """One forward, told position by position (:mod:`zoft.lm.objectives._readout`).
 

@@ -77,6 +77,16 @@ class Expression(Objective):
         losses = [weight * term.loss(model, batch) for term, weight in self.terms()]
         return sum(losses[1:], losses[0])
 
+    @property
+    def tells_examples(self) -> bool:
+        """Whether all terms do."""
+        return all(term.tells_examples for term, _ in self.terms())
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The weighted sum of each example's."""
+        losses = [weight * term.losses(model, batch) for term, weight in self.terms()]
+        return sum(losses[1:], losses[0])
+
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(the weighted sum, the first term's predictions, its labels)."""
         (first, weight), *others = self.terms()

@@ -104,6 +104,18 @@ class Metric(Writing):
         name = batch["answering"].metric if self.metric == "auto" else self.metric
         return 1 - scores[:, _GENERATED.index(name)].mean(), scores, labels
 
+    @property
+    def tells_examples(self) -> bool:
+        """A metric of `evaluate` is one number for all."""
+        return not self.library
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """1 - each example's metric, [B]; of what is chosen 0 or 1."""
+        if is_written(batch):
+            return super().losses(model, batch)
+        _, scores, gold = chooser_of(batch).predict(model, batch)
+        return 1 - (scores.argmax(1) == gold).float()
+
     def losses_of(self, texts: list[str], batch: Batch) -> Tensor:
         """1 - each text's F1 or exact match, [B]."""
         if self.library:
