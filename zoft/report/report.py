@@ -33,7 +33,7 @@ def write_report(folder: str | Path, facts: dict[str, Any]) -> Path:
               num_eval_rows: how many rows both were measured on; zero_shot_interval, final_interval: (low, high),
               95 %, computed (Wilson) for an accuracy whose number of rows is known;
             * zero_shot_perplexity, final_perplexity: beside a loss in nats per token;
-            * num_queries, budget_queries, num_steps, num_tokens, num_skipped_steps;
+            * num_queries, budget_queries, num_steps, num_tokens, num_skipped_steps, num_ungraded;
             * seconds, seconds_forward, seconds_other;
             * peak_memory_mb, inference_peak_mb, backprop_estimate_mb: MiB;
             * num_trainable, num_params; weights_sha256; versions: name -> version; command.

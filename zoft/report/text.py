@@ -25,6 +25,7 @@ def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("steps", _format(known, "num_steps", "{:,}")),
         ("steps skipped", _skipped(known)),
+        ("texts ungraded", _ungraded(known)),
         ("tokens", _format(known, "num_tokens", "{:,}")),
         ("wall time", _time(known)),
         ("peak memory", gib(known["peak_memory_mb"]) if "peak_memory_mb" in known else None),
@@ -71,6 +72,10 @@ def _gain(known: dict[str, Any]) -> str | None:
 
 def _skipped(known: dict[str, Any]) -> str | None:
     return f"{known['num_skipped_steps']:,}: their loss was not finite" if known.get("num_skipped_steps") else None
+
+
+def _ungraded(known: dict[str, Any]) -> str | None:
+    return f"{known['num_ungraded']:,}: `ungraded.jsonl` says why" if known.get("num_ungraded") else None
 
 
 def _time(known: dict[str, Any]) -> str | None:

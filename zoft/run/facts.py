@@ -87,6 +87,7 @@ def _settings(cfg: ZoftConfig, trainer: ZOTrainer) -> dict[str, Any]:
 def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]:
     """What the report says, as numbers."""
     from zoft.config import own
+    from zoft.report import ungraded
     from zoft.report.backprop import backprop_estimate_mb, model_shape
     from zoft.weights.tensors import Weights
 
@@ -109,6 +110,7 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
         "num_steps": progress.steps,
         "num_tokens": progress.num_tokens,
         "num_skipped_steps": progress.num_skipped,
+        "num_ungraded": ungraded.count(Path(cfg.output_dir)),
         "seconds": progress.seconds,
         "seconds_forward": progress.seconds_forward,
         "seconds_other": progress.seconds - progress.seconds_forward,

@@ -151,6 +151,7 @@ def _prepare(cfg: ZoftConfig, opening: Opening | None) -> tuple[ZOTrainer, dict[
     from zoft.report.metrics import MetricsCallback
     from zoft.report.text import say
     from zoft.report.trackers import TrackerAxisCallback, forgive_trackers, keep_in_folder
+    from zoft.report.ungraded import UngradedCallback
     from zoft.trainer.signals import StopOnInterrupt
 
     args = arguments_of(cfg)
@@ -174,6 +175,7 @@ def _prepare(cfg: ZoftConfig, opening: Opening | None) -> tuple[ZOTrainer, dict[
     for callback in (
         MetricsCallback(lambda: trainer.journal.end),
         TrackerAxisCallback(),
+        UngradedCallback(),
         StopOnInterrupt(),
         ProgressCallback(
             sum(costs) / len(costs),

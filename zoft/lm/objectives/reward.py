@@ -15,6 +15,8 @@ from typing import Any
 
 from zoft.errors import UserError
 from zoft.lm.metrics.libraries import number_of
+from zoft.lm.objectives._grading import judges, name_of
+from zoft.lm.objectives._judge import raised
 from zoft.lm.objectives._written import Writing
 from zoft.lm.objectives.base import Batch
 from zoft.utils import own_files
@@ -33,15 +35,30 @@ class Reward(Writing):
 
     The name of a function is code to run: it is taken from the command line or from Python, never from a file.
 
+    With ``workers`` the function is called in that many processes, once a text (lists of one), so that slow judges work
+    side by side and one that hangs, dies or raises costs its own text: ``failed`` says what that counts. The run's
+    ``ungraded.jsonl`` has each of them. Without, it is called here with all texts of a query together.
+
     Args:
         function: ``module:function``, where a module of the working directory is found too, or ``FILE.py:function``.
+        workers: processes that judge; 0 judges in this one, where nothing bounds its time.
+        timeout: seconds that a text may take in one of them.
+        failed: what a text counts that got no number; null ends the run there, and the same command goes on.
     """
 
     function: str = ""
+    workers: int = 0
+    timeout: float = 10.0
+    failed: float | None = None
 
     def check(self) -> None:
-        """Refuse what names no function."""
+        """Refuse what names no function, and settings of processes that there are none of."""
         super().check()
+        self.require(self.workers >= 0, "workers", "0 or more")
+        self.require(0 < self.timeout < float("inf"), "timeout", "> 0 and finite")
+        self.require(self.failed is None or math.isfinite(self.failed), "failed", "null or finite")
+        unread = not self.workers and (self.timeout != 10.0 or self.failed is not None)
+        self.require(not unread, "workers", "at least 1 with timeout or failed", "they are about its processes")
         module, _, name = self.function.partition(":") if isinstance(self.function, str) else ("", "", "")
         parts = [*module.split("."), name]
         fine = callable(self.function) or not self.function or all(part.isidentifier() for part in parts)
@@ -53,8 +70,10 @@ class Reward(Writing):
         return ("rated", "generate")
 
     def prepare(self) -> None:
-        """The function has to be there."""
+        """The function has to be there, for other processes too where they are to call it."""
         self.loaded()
+        if self.workers:
+            name_of(self.function)
 
     def own_code(self) -> dict[str, str]:
         """The function's file, where it is named by one."""
@@ -85,9 +104,19 @@ class Reward(Writing):
             UserError: not one finite number for each text.
         """
         function = self.loaded()
-        more = {"answers": answers} if _takes_answers(function) else {}
-        found = list(function(prompts=prompts, generations=texts, **more))
-        name = self.function if isinstance(self.function, str) else getattr(function, "__name__", "the reward")
+        if self.workers:
+            jobs = list(zip(prompts, texts, answers, strict=True))
+            return judges(name_of(self.function), self.workers).grade(jobs, self.timeout, self.failed)
+        more = {"answers": answers} if takes_answers(function) else {}
+        try:
+            found = list(function(prompts=prompts, generations=texts, **more))
+        except Exception as error:
+            raise UserError(
+                f"objective.function={self._name} raised {raised(error)}, given {len(texts)} texts: with "
+                "objective.workers=1 objective.failed=NUMBER a text that it cannot judge counts that, and the same "
+                "command goes on from the last step"
+            ) from error
+        name = self._name
         if len(found) != len(texts):
             raise UserError(f"{name} must return a number for each of {len(texts)} generations, got {len(found)}")
         numbers = []
@@ -98,15 +127,32 @@ class Reward(Writing):
             numbers.append(number)
         return numbers
 
+    @property
+    def _name(self) -> str:
+        return self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "the reward")
+
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(minus the mean reward, each prompt's reward [B], zeros [B] in place of labels)."""
-        rewards = -torch.stack([self.losses_of(texts, batch) for texts in self.texts(model, batch)]).mean(0)
+        rewards = -self.losses(model, batch)
         return -rewards.mean(), rewards, torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device)
 
     def losses_of(self, texts: list[str], batch: Batch) -> Tensor:
         """Minus each text's reward, [B]."""
+        return self.losses_of_samples([texts], batch)[0]
+
+    def losses_of_samples(self, samples: list[list[str]], batch: Batch) -> list[Tensor]:
+        """Minus each text's reward, [B] each."""
         answers = [own[0] if len(own) == 1 else own for own in batch["answers"]]
-        return -torch.tensor(self.rewards(batch["prompts"], texts, answers), device=batch["input_ids"].device)
+        rewards = self.rewards_of_samples(batch["prompts"], samples, answers)
+        return [-torch.tensor(own, device=batch["input_ids"].device) for own in rewards]
+
+    def rewards_of_samples(self, prompts: list[str], samples: list[list[str]], answers: list[Any]) -> list[list[float]]:
+        """:meth:`rewards` of every sample; with processes, of all texts side by side."""
+        if not self.workers:
+            return [self.rewards(prompts, texts, answers) for texts in samples]
+        count = len(samples)
+        flat = self.rewards(prompts * count, [text for texts in samples for text in texts], answers * count)
+        return [flat[start : start + len(prompts)] for start in range(0, len(flat), len(prompts))]
 
 
 @lru_cache
@@ -143,5 +189,6 @@ def _takes_any(function: Function) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
-def _takes_answers(function: Function) -> bool:
+def takes_answers(function: Function) -> bool:
+    """Whether a function is given what rows are judged by."""
     return "answers" in inspect.signature(function).parameters or _takes_any(function)

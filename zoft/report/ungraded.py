@@ -1,0 +1,46 @@
+"""ungraded.jsonl: the texts of a run whose judge gave no number, each with its step and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from zoft.lm.objectives._grading import take_ungraded
+from zoft.utils.rows import json_line, whole_lines
+
+NAME = "ungraded.jsonl"
+
+
+class UngradedCallback(TrainerCallback):
+    """Writes them down after every step and evaluation; a step that is asked again after a kill is written again."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Of the step's queries, or of an evaluation."""
+        write(Path(str(args.output_dir)), step=state.global_step)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Of an evaluation."""
+        write(Path(str(args.output_dir)), step=state.global_step)
+
+
+def write(folder: Path, **of: Any) -> int:
+    """Add those that this process has had since the last call; how many there were.
+
+    Args:
+        folder: whose ``ungraded.jsonl`` grows; nothing is written where there is nothing to write.
+        **of: what stands in front of each.
+    """
+    found = take_ungraded()
+    if found:
+        with (folder / NAME).open("ab") as file:
+            file.write(
+                b"".join(json_line({**of, "prompt": one.prompt, "text": one.text, "why": one.why}) for one in found)
+            )
+    return len(found)
+
+
+def count(folder: Path) -> int:
+    """How many a folder's file has."""
+    return len(whole_lines(folder / NAME))
