@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs import arguments
+from tests.runs import WORDS, arguments, model_folder, tiny_tokenizer
+from tests.serving import serving
 from tests.unit.run.test_formats import folder, words  # noqa: F401  # a fixture
 from zoft.cli import main
 from zoft.config import compose
+from zoft.lm.models.load import load_model
+from zoft.lm.models.peft.lora import Lora
 from zoft.run.train import run
 
 
@@ -119,3 +123,53 @@ def test_modes_that_the_rows_have_nothing_for(folder, capsys, tmp_path):  # noqa
         assert main(["eval", *words(folder, task), *more, f"output_dir={tmp_path / 'out'}"]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+PASSING = """def odd(prompts, generations):
+    return [float(len(text) % 2) for text in generations]
+"""
+
+
+def test_pass_at_k_is_that_of_the_samples_here_and_on_a_server(tmp_path, capsys, monkeypatch):
+    """What a brute-force count over all subsets of the samples gives, for a reward; the server's texts are its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge.py").write_text(PASSING)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{w} is", "reward": 0}}\n' for w in WORDS[:8]))
+    model_folder(tmp_path / "model")
+    words = ["model.name=model", "task=custom", "task.train=rows.jsonl", "task.format=reward", "task.num_train=2"]
+    words += ["task.num_dev=2", "task.num_test=4", "objective=reward", "objective.function=./judge.py:odd", "peft=lora"]
+    words += ["objective.num_samples=5", "objective.temperature=1", "objective.max_new_tokens=4", "task.max_length=40"]
+    words += ["trainable=adapter", "metric=pass@1,pass@3"]
+    with serving(Lora().wrap(load_model("model"), seed=0), tokenizer=tiny_tokenizer()) as server:
+        for more in ([], ["engine=server", f"engine.url={server.url}"]):
+            told = evaluated(capsys, *words, *more, f"output_dir={tmp_path / 'out'}")
+            rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+            assert all(row["rewards"] == [len(text) % 2 for text in row["texts"]] for row in rows)
+            for k in (1, 3):
+                each = [any(one) for row in rows for one in itertools.combinations(row["rewards"], k)]
+                assert told[f"pass@{k}"] == pytest.approx(sum(each) / len(each))
+                assert told[f"pass@{k}_low"] <= told[f"pass@{k}"] <= told[f"pass@{k}_high"]
+        assert len(server.completions) >= 20  # a prompt a sample
+    assert main(["eval", *words, "pass_reward=2", f"output_dir={tmp_path / 'out'}"]) == 0
+    assert "pass@3    0.0 % [0.0, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["metric=f1"], "metric=f1 is none that zoft eval computes"),
+        (["metric=pass@0"], "metric=pass@0 is none"),
+        (["metric=pass@2"], "the model chooses in these rows"),
+        (["pass_reward=1"], "read together with metric=pass@k"),
+        (["metric=pass@1", "pass_reward=high"], "pass_reward must be a number, got 'high'"),
+        (["harness=x", "metric=pass@1"], "metric= is not read together with harness="),
+    ],
+)
+def test_what_pass_at_k_does_not_go_with(tmp_path, capsys, more, sentence):
+    assert main(["eval", *arguments(tmp_path, tmp_path / "out"), *more]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_pass_at_k_wants_as_many_samples(folder, capsys):  # noqa: F811
+    assert main(["eval", *words(folder, "squad", "causal"), "task.max_new_tokens=3", "metric=pass@2"]) == 2
+    assert "needs 2 texts of each prompt or more, and objective=cross_entropy writes 1" in capsys.readouterr().err

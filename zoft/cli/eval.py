@@ -8,18 +8,20 @@ from typing import Any
 
 from zoft.errors import UserError
 from zoft.lm.metrics.classes import table
+from zoft.lm.metrics.passing import read_names
 from zoft.utils.words import read_words
 
 _HARNESS = ("harness", "harness_limit", "harness_path")
-_KEYS = ("run", "mode", "k", "split", "evaluate", *_HARNESS)
+_OURS = ("mode", "split", "evaluate", "metric", "pass_reward")
+_KEYS = ("run", "k", *_OURS, *_HARNESS)
 
 
 def command(arguments: list[str]) -> int:
     """Evaluate.
 
     Args:
-        arguments: overrides as of `zoft train`, ``run=``, ``mode=``, ``k=``, ``split=``, ``evaluate=``, ``harness=``,
-            ``harness_limit=``, ``harness_path=``, ``--json``.
+        arguments: overrides as of `zoft train`, ``run=``, ``mode=``, ``k=``, ``split=``, ``metric=``, ``pass_reward=``,
+            ``evaluate=``, ``harness=``, ``harness_limit=``, ``harness_path=``, ``--json``.
     """
     words = read_words("eval", arguments, keys=_KEYS, flags=["--json"])
     overrides, asked, as_json = words.rest, words.own, "--json" in words.flags
@@ -63,8 +65,9 @@ def lines(facts: dict[str, Any]) -> list[str]:
     """
     if facts["mode"] == "harness":
         return _harness_lines(facts)
-    metrics = [name for name in ("accuracy", "f1", "exact_match", "reward", "loss") if name in facts]
+    metrics: list[str] = [name for name in ("accuracy", "f1", "exact_match", "reward", "loss") if name in facts]
     metrics.sort(key=lambda name: name != facts["metric"])
+    metrics += [name for name in facts if name.startswith("pass@") and "_" not in name]
     shown = f", {facts['num_demonstrations']} demonstrations" if facts["num_demonstrations"] else ""
     rows = f"{facts['num_rows']:,} {facts['split']} rows of {facts['task']}"
     about = f" of {facts['model']}, {facts['mode']}{shown}, on {rows}"
@@ -76,6 +79,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
     if "confusion" in facts:
         lines += ["", *table(facts), f"{'macro F1':<{width}}  {facts['macro_f1']:.3f}", ""]
     lines += [f"{name:<{width}}  {value:.4g} (evaluate)" for name, value in facts.get("evaluate", {}).items()]
+    if facts.get("num_ungraded"):
+        lines.append(f"{'ungraded':<{width}}  {facts['num_ungraded']:,} texts, see ungraded.jsonl")
     alone = facts["num_computed_alone"]
     closeness = f", {alone:,} of them again alone because a batch could have decided" if alone else ""
     lines.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {facts['num_rows']:,} rows{closeness}")
@@ -112,7 +117,7 @@ def _harness_value(metric: str, found: dict[str, Any]) -> str:
 
 
 def _value(facts: dict[str, Any], name: str) -> str:
-    scale, digits, unit = (100, 1, " %") if name == "accuracy" else (1, 3, "")
+    scale, digits, unit = (100, 1, " %") if name == "accuracy" or name.startswith("pass@") else (1, 3, "")
     lines = f"{scale * facts[name]:.{digits}f}{unit}"
     if f"{name}_low" in facts:
         low, high = (scale * facts[f"{name}_{end}"] for end in ("low", "high"))
@@ -131,12 +136,19 @@ def _settings(asked: dict[str, str]) -> dict[str, Any]:
         if not asked["k"].isdecimal():
             raise UserError(f"k must be a whole number of demonstrations, got {asked['k']!r}")
         given["k"] = int(asked["k"])
+    if "metric" in asked:
+        given["pass_at"] = tuple(read_names(asked["metric"]))
+    if "pass_reward" in asked:
+        try:
+            given["pass_reward"] = float(asked["pass_reward"])
+        except ValueError:
+            raise UserError(f"pass_reward must be a number, got {asked['pass_reward']!r}") from None
     return given
 
 
 def _harness_settings(asked: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     """Of a request for tasks of the harness, which have rows and metrics of their own."""
-    ours = [key for key in asked if key in ("mode", "split", "evaluate")]
+    ours = [key for key in asked if key in _OURS]
     ours += [word.partition("=")[0] for word in overrides if word.startswith(("task=", "task.", "objective"))]
     if ours:
         raise UserError(

@@ -92,6 +92,8 @@ OTHER = {
         "mode=calibrated    options against a prompt without content (surface-form competition); k adds solved rows\n"
         "mode=linear_probe  logistic regression on the model's last hidden states, trained on the training rows\n\n"
         "split=test|dev|train. evaluate=METRIC adds a metric of the `evaluate` library (its name, or its folder).\n"
+        "metric=pass@1,pass@8   for texts: how likely one of k samples is right (objective.num_samples=8 or more,\n"
+        "                   objective.temperature above 0); right is an exact match, or a reward of pass_reward=1\n"
         "Rows with the same few labels get precision, recall and F1 of each, and what each was taken for.\n"
         "Without output_dir= the files go to DIR/eval-MODE-SPLIT or <output_dir>-eval-MODE-SPLIT.\n\n"
         "harness=NAME,...   tasks of EleutherAI's lm-evaluation-harness instead (pip install 'zoft[harness]'), or\n"

@@ -221,7 +221,7 @@ class _Served:
         building = target.with_name(f"{digest}.part")
         building.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(str(building))
-        tensors = {_saved_name(key): tensor.detach().cpu().contiguous() for key, tensor in adapter.items()}
+        tensors = {saved_name(key): tensor.detach().cpu().contiguous() for key, tensor in adapter.items()}
         save_file(tensors, str(building / "adapter_model.safetensors"))
         building.rename(target)
 
@@ -235,11 +235,11 @@ def _leave(client: Client, names: list[str], folder: Path, threads: ThreadPoolEx
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _saved_name(name: str) -> str:
+def saved_name(name: str) -> str:
     """As an adapter's file has it: without the adapter's own name.
 
     Example:
-        >>> _saved_name("base_model.model.lm.q_proj.lora_A.default.weight")
+        >>> saved_name("base_model.model.lm.q_proj.lora_A.default.weight")
         'base_model.model.lm.q_proj.lora_A.weight'
     """
     *front, _adapter, last = name.split(".")

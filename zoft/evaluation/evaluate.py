@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, did_you_mean
+from zoft.evaluation import passing
 from zoft.lm.data.examples import Example
 from zoft.lm.tasks._rows import RowsTask, permutation
 from zoft.lm.tasks.base import Task, with_demonstrations
@@ -51,6 +52,8 @@ class Request:
         run: folder of a run whose final model is evaluated; empty for the model that the config names.
         metric: a metric of the `evaluate` library, computed too; empty for none.
         output_dir: where predictions go.
+        pass_at: the ks of pass@k; empty for none.
+        pass_reward: the reward from which a text counts as right, where a reward judges.
     """
 
     mode: str = "zero_shot"
@@ -59,6 +62,8 @@ class Request:
     run: str = ""
     metric: str = ""
     output_dir: str = "evaluation"
+    pass_at: tuple[int, ...] = ()
+    pass_reward: float | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("mode", MODES), ("split", SPLITS)):
@@ -116,6 +121,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     form = formats.nearest_format(cfg.task, examples, objective)
     formats.require_fit(cfg.task, form, objective)
     _check(form, request, cfg, splits.train)
+    passing.check(form, objective, request.pass_at, request.pass_reward)
     metrics = [request.metric] * bool(request.metric)
     if isinstance(objective, Metric) and objective.library:  # it judges all rows at the end, not each batch on the way
         metrics.append(split(objective.library)[0])
@@ -140,8 +146,9 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     else:
         found = _scored(scoring, form, rows, examples, request, encode)
     facts = _facts(cfg, request, form, found, metrics, time.perf_counter() - began)
-    facts |= _classes(form, examples, found)
+    facts |= _classes(form, examples, found) | passing.of(found, request.pass_at, request.pass_reward)
     _write(request.output_dir, facts, found, getattr(splits, request.split), form)
+    facts["num_ungraded"] = _ungraded(request.output_dir)
     return facts
 
 
@@ -176,6 +183,7 @@ def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, 
         objective: one that is computed from such rows.
     """
     from zoft.evaluation.scoring import Scoring
+    from zoft.evaluation.served import served_model
     from zoft.lm import formats
     from zoft.lm.models.agreement import require_rows_fit
     from zoft.lm.models.device_map import on_device
@@ -184,9 +192,12 @@ def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, 
 
     cfg.tracker.report_to = []
     args = arguments_of(cfg)
-    model = model_of(cfg, run, tokenizer)
-    require_rows_fit(model, rows, tokenizer, cfg.model.name)
-    model = on_device(model, args.device).eval()
+    model = served_model(cfg, run, tokenizer)
+    if model is None:
+        model = model_of(cfg, run, tokenizer)
+        require_rows_fit(model, rows, tokenizer, cfg.model.name)
+        model = on_device(model, args.device)
+    model = model.eval()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     autocast: Any = nullcontext if dtype is None else functools.partial(torch.autocast, args.device.type, dtype)
     collate = formats.collator_for(form, rows, tokenizer, cfg.task, objective)
@@ -320,6 +331,14 @@ def _write(output_dir: str, facts: dict[str, Any], found: Scored, examples: Any,
             line |= {"prompt": text, "options": list(example.options)}
         lines.append(json.dumps(line | row))
     write_files(output_dir, lines, facts)
+
+
+def _ungraded(output_dir: str) -> int:
+    """Texts that a judge gave no number, which go into a file of their own."""
+    from zoft.report import ungraded
+
+    (Path(output_dir) / ungraded.NAME).unlink(missing_ok=True)
+    return ungraded.write(Path(output_dir))
 
 
 def write_files(output_dir: str, lines: list[str], facts: dict[str, Any]) -> None:

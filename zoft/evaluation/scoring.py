@@ -66,8 +66,8 @@ class Scoring:
 
     @property
     def device(self) -> Any:
-        """Where the model is."""
-        return next(self.model.parameters()).device
+        """Where the model is; of one whose base is in a server, where its adapter is."""
+        return next(p.device for p in self.model.parameters() if not p.is_meta)
 
     def predict(self, rows: Sequence[Row], collate: Callable[..., dict[str, Any]] | None = None) -> Any:
         """The objective's predictions of one batch."""
@@ -148,7 +148,9 @@ class Scoring:
             texts = [texts[number] for texts in samples]
             found = [answering.answer_in(text) for text in texts]
             all_scores = [scored(one, row["answers"], as_mezo=answering.as_mezo) for one in found]
-            scores = {name: _mean([own[name] for own in all_scores]) for name in SCORES}
+            scores: dict[str, Any] = {name: _mean([own[name] for own in all_scores]) for name in SCORES}
+            if len(texts) > 1:
+                scores["exact_matches"] = [own["exact_match"] for own in all_scores]
             predictions.append(_texts(row, texts) | {"answer": found[0], "answers": row["answers"]} | scores)
         metrics: dict[str, float] = {}
         for name in SCORES:
@@ -161,11 +163,13 @@ class Scoring:
         objective: Any = self.objective
         prompts = [row["prompt"] for row in rows]
         answers = [row["answers"][0] if len(row["answers"]) == 1 else row["answers"] for row in rows]
-        of_samples = [objective.rewards(prompts, texts, answers) for texts in samples]
+        of_samples = objective.rewards_of_samples(prompts, samples, answers)
         values = [_mean(own) for own in zip(*of_samples, strict=True)]
         low, high = mean_of_numbers(values)
         predictions = [
-            _texts(row, [texts[number] for texts in samples]) | {"reward": values[number]}
+            _texts(row, [texts[number] for texts in samples])
+            | {"reward": values[number]}
+            | ({"rewards": [own[number] for own in of_samples]} if len(samples) > 1 else {})
             for number, row in enumerate(rows)
         ]
         return Scored({"reward": _mean(values), "reward_low": low, "reward_high": high}, predictions, num_alone)

@@ -50,7 +50,7 @@ def load_fitting(cfg: ZoftConfig, tokenizer: Any, rows: dict[str, list[Any]]) ->
     """
     from zoft.lm.models.agreement import require_rows_fit
 
-    model = _model_held_elsewhere(cfg, tokenizer) or load_model_of(cfg, tokenizer)
+    model = model_held_elsewhere(cfg, tokenizer) or load_model_of(cfg, tokenizer)
     require_rows_fit(model, (row for part in rows.values() for row in part), tokenizer, cfg.model.name)
     return model
 
@@ -133,7 +133,7 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
     return model
 
 
-def _model_held_elsewhere(cfg: ZoftConfig, tokenizer: Any) -> Any | None:
+def model_held_elsewhere(cfg: ZoftConfig, tokenizer: Any) -> Any | None:
     """The adapter in memory on a base of shapes alone, where a server has the base; None where it is loaded here."""
     from zoft.engines.server import Server
 

@@ -1,0 +1,60 @@
+"""A model whose forwards run in a server, for an evaluation: the adapter here, its base there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+
+
+def served_model(cfg: ZoftConfig, run: str, tokenizer: Any) -> Any | None:
+    """The config's model or a run's final one, answered for by the server of ``engine=server``; None without one.
+
+    Args:
+        cfg: model, adapter and engine.
+        run: a run's folder, or the empty string for an adapter as it is before training.
+        tokenizer: the model's.
+
+    Raises:
+        UserError: no server answers, or the run trained no adapter.
+    """
+    from zoft.run.build import model_held_elsewhere
+    from zoft.subspaces.full import Full
+    from zoft.weights.tensors import Weights
+
+    engine: Any = cfg.engine
+    if engine.name() != "server":
+        return None
+    engine.prepare()
+    model: Any = model_held_elsewhere(cfg, tokenizer)
+    weights = Weights(model)
+    coordinates = Full().bind(weights, "counter")
+    engine.choose(cfg.estimator, coordinates, model)
+    if run:
+        _load(weights, Path(run) / "model")
+    engine.bind(model, coordinates, lambda batch: batch)  # the model knows from now on who answers
+    return model
+
+
+def _load(weights: Any, folder: Path) -> None:
+    """An adapter's numbers from its folder."""
+    from safetensors.torch import load_file
+
+    from zoft.engines.server import saved_name
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"engine=server asks a server for adapters, and {folder} holds a whole model: use engine=auto, which "
+            "loads it"
+        )
+    saved = load_file(file)
+    names = {name: saved_name(name) for name in weights.tensors}
+    if saved.keys() != set(names.values()):
+        raise UserError(f"{file} is the adapter of another config: give the run's own, without peft= and trainable=")
+    for name, tensor in weights.tensors.items():
+        tensor.data.copy_(saved[names[name]])

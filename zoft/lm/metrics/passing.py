@@ -1,0 +1,77 @@
+"""pass@k: how likely one of k answers is right, from n of which some were."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from zoft.errors import UserError
+from zoft.lm.metrics.intervals import mean_of_scores
+
+_NAME = re.compile(r"pass@([1-9]\d{0,5})")
+
+
+def pass_at(n: int, c: int, k: int) -> float:
+    """The chance that k answers drawn from n without putting back hold a right one: unbiased for fresh answers.
+
+    1 - C(n - c, k) / C(n, k), as a product that does not overflow: 1 - prod_{i = n - c + 1}^{n} (1 - k / i).
+
+    Args:
+        n: answers of a prompt, n >= k.
+        c: how many of them are right, 0 <= c <= n.
+        k: from 1.
+
+    Example:
+        >>> pass_at(5, 2, 1), round(pass_at(5, 2, 3), 3), pass_at(5, 3, 3)
+        (0.4, 0.9, 1.0)
+
+    References: Chen et al. 2021 (Codex, arXiv 2107.03374), equation 1.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass_at needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    if c > n - k:
+        return 1.0
+    none = 1.0
+    for i in range(n - c + 1, n + 1):
+        none *= (i - k) / i
+    return 1.0 - none
+
+
+def read_names(text: str) -> list[int]:
+    """The ks of ``pass@1,pass@8``, each once.
+
+    Args:
+        text: as it was written.
+
+    Raises:
+        UserError: it is something else.
+    """
+    found = [_NAME.fullmatch(name.strip()) for name in text.split(",")]
+    if not all(found):
+        raise UserError(
+            f"metric={text} is none that zoft eval computes beside a task's own: metric=pass@1,pass@8 (evaluate=NAME "
+            "is for those of the evaluate library)"
+        )
+    return list(dict.fromkeys(int(one[1]) for one in found if one))
+
+
+def passes(right: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, float]:
+    """Mean pass@k over prompts, with 95 % intervals.
+
+    Args:
+        right: of each prompt, whether each of its answers is.
+        ks: at most as many as there are answers.
+
+    Returns:
+        ``pass@K``, ``pass@K_low`` and ``pass@K_high`` in [0, 1].
+
+    Example:
+        >>> passes([[True, False], [False, False]], [1, 2])["pass@2"]
+        0.5
+    """
+    values: dict[str, float] = {}
+    for k in ks:
+        each = [pass_at(len(answers), sum(answers), k) for answers in right]
+        low, high = mean_of_scores(each)
+        values |= {f"pass@{k}": sum(each) / len(each), f"pass@{k}_low": low, f"pass@{k}_high": high}
+    return values
