@@ -15,6 +15,7 @@ from zoft.estimators.per_example import PerExample
 from zoft.step.method import Method
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, torch
+from zoft.weightings.per_prompt import PerPrompt
 from zoft.weights.tensors import perturbed
 
 Ask = Callable[[list[Any]], list[float]]
@@ -95,7 +96,7 @@ def check_method(method: Method) -> None:
         needs = f"estimator={estimator.name()} needs batches of data"
     elif isinstance(estimator, PerExample):
         needs = f"estimator={estimator.name()} needs a loss for each example"
-    elif method.weighting.asks_each_example:
+    elif isinstance(method.weighting, PerPrompt):
         needs = f"weighting={method.weighting.name()} needs a loss for each example"
     elif any(subspace.observes_at(step) == "gradient" for step in range(2)):
         needs = f"subspace={subspace.name()} as it is set needs a gradient"

@@ -19,6 +19,7 @@ from zoft.optimizers.base import Optimizer
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import torch
 from zoft.weightings.base import Weighting
+from zoft.weightings.per_prompt import PerPrompt
 from zoft.weights.tensors import Weights
 
 BACKWARD = 3
@@ -138,7 +139,7 @@ class Method:
         Raises:
             UserError: with what to do instead.
         """
-        if self.weighting.asks_each_example and not getattr(objective, "tells_examples", False):
+        if isinstance(self.weighting, PerPrompt) and not getattr(objective, "tells_examples", False):
             name = "the model's own loss" if objective is None else f"objective={objective.name()} with these settings"
             raise UserError(
                 f"weighting={self.weighting.name()} reads the loss of each example, and {name} is one number for all: "

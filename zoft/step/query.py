@@ -24,6 +24,7 @@ from zoft.step.method import BACKWARD, Method
 from zoft.step.nodes import NodeQueries
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces._observes import ObservesGradients, ObservesInputs
+from zoft.weightings.per_prompt import PerPrompt
 
 
 def _as_they_are(losses: Tensor, batch: Any) -> Tensor:
@@ -105,7 +106,7 @@ class StepQueries:
     ) -> StepEstimate:
         """The whole estimate from queries."""
         directions, losses, queries = self._losses(batch, list(blank.directions), estimator, clean)
-        examples = losses if self.method.weighting.asks_each_example else None  # [P, B]
+        examples = losses if isinstance(self.method.weighting, PerPrompt) else None  # [P, B]
         losses = losses if examples is None else losses.mean(1)  # every example counts alike
         estimate = self._measured(blank, directions, losses, estimator, examples)
         estimate = replace(estimate, num_queries=blank.num_queries + queries)
@@ -171,7 +172,7 @@ class StepQueries:
         queries = estimator.queries_at(directions[0].step) + (clean is not None and not estimator.asks_clean_loss)
         if isinstance(estimator, PerExample):
             return *self._per_example(batch, directions, points), queries
-        if self.method.weighting.asks_each_example:
+        if isinstance(self.method.weighting, PerPrompt):
             return directions, self._of_each(batch, points, clean), queries
         step = directions[0].step
         wide = anchor_batches(estimator, step)

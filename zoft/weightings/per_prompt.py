@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from zoft.errors import UserError
 from zoft.estimators._anchor import KeepsAnchor
@@ -43,8 +43,6 @@ class PerPrompt(Weighting):
 
     References: Shao et al. 2024 (DeepSeekMath, GRPO), section 4.1.2, for baseline and scale of a prompt.
     """
-
-    asks_each_example: ClassVar[bool] = True
 
     scale: str = "prompt"
     floor: float = 1e-6

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -255,6 +256,18 @@ def name_of(function: Any) -> str:
             f"module or a file and give its name (function='rewards.py:judge'), not {name or function!r}"
         )
     return f"{module}:{name}"
+
+
+def raised(error: BaseException) -> str:
+    """An error in a few words, with the last place in the user's code.
+
+    Example:
+        >>> raised(ZeroDivisionError("division by zero"))
+        'ZeroDivisionError: division by zero'
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(error).__name__}: {error}"[:300] + where
 
 
 def _line(function: str, job: tuple[str, str, Any]) -> bytes:

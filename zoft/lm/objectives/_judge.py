@@ -8,7 +8,6 @@ import os
 import queue
 import sys
 import threading
-import traceback
 from typing import Any
 
 
@@ -18,6 +17,7 @@ def main(function: str) -> None:
     Args:
         function: by name.
     """
+    # the pipe under another number: standard output belongs to the function
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the function prints is no reply
     from zoft.lm.objectives.reward import Reward
@@ -40,6 +40,7 @@ def _read(asked: queue.Queue[str]) -> None:
 
 def _judged(judge: Any, job: list[Any]) -> dict[str, Any]:
     from zoft.lm.metrics.libraries import number_of
+    from zoft.lm.objectives._grading import raised
     from zoft.lm.objectives.reward import takes_answers
 
     prompt, text, answer = job
@@ -53,18 +54,6 @@ def _judged(judge: Any, job: list[Any]) -> dict[str, Any]:
     if number is None or not math.isfinite(number):
         return {"error": f"it returned {found!r:.80} instead of a list of one finite number"}
     return {"value": number}
-
-
-def raised(error: BaseException) -> str:
-    """An error in a few words, with the last place in the user's code.
-
-    Example:
-        >>> raised(ZeroDivisionError("division by zero"))
-        'ZeroDivisionError: division by zero'
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"{type(error).__name__}: {error}"[:300] + where
 
 
 if __name__ == "__main__":

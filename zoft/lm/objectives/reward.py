@@ -15,8 +15,7 @@ from typing import Any
 
 from zoft.errors import UserError
 from zoft.lm.metrics.libraries import number_of
-from zoft.lm.objectives._grading import judges, name_of
-from zoft.lm.objectives._judge import raised
+from zoft.lm.objectives._grading import judges, name_of, raised
 from zoft.lm.objectives._written import Writing
 from zoft.lm.objectives.base import Batch
 from zoft.utils import own_files
