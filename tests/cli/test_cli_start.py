@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -103,17 +104,53 @@ def test_a_long_run_says_so_before_it_begins(tmp_path: Path, capsys: Any, monkey
     assert facts["weights_sha256"] == plain["weights_sha256"]
 
 
-@pytest.mark.parametrize("verb", ["train", "data show"])
-def test_what_is_wrong_with_the_data_is_said_before_anything_heavy_is_imported(verb: str, tmp_path: Path):
+WRONG = {
+    "train config=classify task.train=missing.csv": "there is no data file missing.csv",
+    "train config=classify task.train=broken.csv": "broken.csv:3: 1 cells, the header has 2",
+    "train config=classify task.train=other.csv": "other.csv:2 has no column for 'label'",
+    "train config=classify task.train=good.csv task.label=stars": "good.csv:2 has no 'stars'",
+    "train config=classify task.train=good.csv task.num_test=2": "good.csv has too few rows (2)",
+    "train task=custom task.train=broken.jsonl": "broken.jsonl:2: not a JSON object",
+    "train config=clasify": "there is no config called 'clasify'. Did you mean classify?",
+    "train config=quickstart optimizer.learnng_rate=1": "has no 'learnng_rate'. Did you mean learning_rate?",
+    "train config=quickstart tracker.report_to=[mlflow]": "tracker=mlflow needs a package that is not there",
+    "train config=classify task.train=many.csv model.name=./nowhere": "there is no model folder ./nowhere",
+    "data show config=classify task.train=broken.csv": "broken.csv:3: 1 cells",
+    "check config=classify task.train=broken.csv": "broken.csv:3: 1 cells",
+    "estimate config=classify task.train=missing.csv": "there is no data file missing.csv",
+    "tune config=classify task.train=missing.csv space.estimator.eps=log(0.1,1)": "there is no data file missing.csv",
+    "predict run=nowhere data=good.csv": "run=nowhere holds no config.yaml",
+    "eval run=nowhere": "run=nowhere holds no config.yaml",
+    "export run=nowhere": "run=nowhere holds no config.yaml",
+    "compare nowhere": "there is no folder nowhere",
+    "plot nowhere": "there is no folder nowhere",
+}
+"""Words -> what is said of them."""
+
+
+def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path: Path):
     (tmp_path / "broken.csv").write_text("text,label\na,b\nc\n")
-    code = (
-        "import sys\nfrom zoft.cli import main\n"
-        f"code = main([*{verb!r}.split(), 'config=classify', 'task.train=broken.csv'])\n"
-        "print(code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
-    )
+    (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": "b"}\nc\n')
+    (tmp_path / "other.csv").write_text("one,two\na,b\n")
+    (tmp_path / "good.csv").write_text("text,label\na,b\nc,d\n")
+    (tmp_path / "many.csv").write_text("text,label\n" + "a,b\nc,d\n" * 20)
+    code = f"""
+import contextlib, io, shlex, sys
+from zoft.cli import main
+for words in {list(WRONG)!r}:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        code = main(shlex.split(words))
+    heavy = {{"torch", "transformers", "datasets", "pandas", "pyarrow", "peft", "accelerate"}} & set(sys.modules)
+    print(repr((words, code, sorted(heavy), said.getvalue())))
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "2 []", done.stderr[-2000:]
-    assert "broken.csv:3: 1 cells, the header has 2" in done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [ast.literal_eval(line) for line in done.stdout.splitlines()]
+    assert [words for words, *_ in found] == list(WRONG)
+    for words, code, heavy, said in found:
+        assert (code, heavy) == (2, []), (words, heavy, said)
+        assert WRONG[words] in said, (words, said)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,6 @@ def command(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in zoft train
     space, own, training = split(arguments)
     from zoft.cli.train import _quiet
-    from zoft.tuning.jobs import tune_training
     from zoft.tuning.settings import Settings
     from zoft.tuning.space import SearchSpace
 
@@ -51,6 +50,8 @@ def command(arguments: list[str]) -> int:
         )
     for line in _of_a_job(training):
         print(line)
+    from zoft.tuning.jobs import tune_training  # what is wrong with arguments and data has been said by now
+
     signal.signal(signal.SIGTERM, _requeue)
     show = Progress(settings.budget, settings.repeats, metric)
     tuned = tune_training(training, space, settings, metric=metric, output_dir=own.get("output_dir"), callback=show)
@@ -59,14 +60,20 @@ def command(arguments: list[str]) -> int:
 
 
 def _of_a_job(training: list[str]) -> list[str]:
-    """What one job takes, before the first one begins; nothing where its rows or its model cannot be read."""
+    """What one job takes, before the first one begins; nothing where its config or its model cannot be read."""
     from zoft.config import compose
+    from zoft.lm.models.files import placed
     from zoft.run.build import load_rows
     from zoft.use.plan.opening import of_run
 
     try:
         cfg = compose(training)
-        return of_run(cfg, load_rows(cfg)[1])
+    except UserError:  # of a parameter that the search gives, or else the first job says it
+        return []
+    splits = cfg.task.load()
+    placed(cfg.model.name)
+    try:
+        return of_run(cfg, load_rows(cfg, splits)[1])
     except (UserError, OSError):  # the first job says it
         return []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from zoft.report.results import METRICS, read_metrics
 from zoft.report.text import finite
-from zoft.utils.rows import RowFile, csv_line, json_line, whole_lines
+from zoft.utils.rows import RowFile, csv_line, json_line
 
-CSV, JSONL = "metrics.csv", "metrics.jsonl"
+CSV = "metrics.csv"
 
 COLUMNS = (
     "step",
@@ -35,31 +35,6 @@ COLUMNS = (
 
 _RENAMED = {"num_queries": "queries", "num_tokens": "tokens"}
 _SUMMARY = "train_runtime"  # the Trainer's closing row: totals, which belong in the report and not on a curve
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, in step order as written.
-
-    Args:
-        folder: a run's output_dir.
-
-    Returns:
-        One dict a log step; a quantity not measured at that step is absent, one that was not finite is NaN.
-        Empty when there is no such file. A half-written last line is left out.
-
-    Example:
-        >>> read_metrics("no/such/run")
-        []
-    """
-    rows = []
-    for line in whole_lines(Path(folder) / JSONL):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a power cut can leave a torn block in the middle; the other rows are still good
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append({key: math.nan if value is None else value for key, value in row.items()})
-    return rows
 
 
 class MetricsCallback(TrainerCallback):
@@ -105,7 +80,7 @@ class MetricsCallback(TrainerCallback):
         lines = [self._encode(row) for row in kept]
         self._files = {
             CSV: RowFile(folder / CSV, [csv_line(self.columns), *(line[CSV] for line in lines)]),
-            JSONL: RowFile(folder / JSONL, [line[JSONL] for line in lines]),
+            METRICS: RowFile(folder / METRICS, [line[METRICS] for line in lines]),
         }
         waiting, self._waiting = self._waiting, []
         known = {row["step"] for row in kept}
@@ -151,7 +126,7 @@ class MetricsCallback(TrainerCallback):
     def _encode(self, row: dict[str, Any]) -> dict[str, bytes]:
         return {
             CSV: csv_line(_cell(row.get(key)) for key in self.columns),
-            JSONL: json_line(finite(row)),
+            METRICS: json_line(finite(row)),
         }
 
 

@@ -43,7 +43,7 @@ def learning_curve(
     Returns:
         The PNG's path, or None when no row has a number of queries and something to draw against it.
     """
-    from zoft.report.metrics import read_metrics
+    from zoft.report.results import read_metrics
 
     rows = read_metrics(folder)
     losses = _series(rows, "loss")

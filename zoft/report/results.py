@@ -1,14 +1,16 @@
-"""What was measured on held-out rows, kept with the hashes of weights and rows: for others it does not count."""
+"""What was measured: metrics.jsonl, and held-out rows with the hashes of weights and rows that the figures are of."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from zoft.utils.files import write_atomically
+from zoft.utils.rows import whole_lines
 
-ZERO_SHOT, FINAL, REPORT = "zero_shot.json", "final.json", "report.json"
+ZERO_SHOT, FINAL, REPORT, METRICS = "zero_shot.json", "final.json", "report.json", "metrics.jsonl"
 WEIGHTS = "weights_sha256"
 _LARGEST = 1 << 24  # bytes of a file that is looked into
 
@@ -63,3 +65,28 @@ def finished(folder: Path) -> dict[str, Any] | None:
     if report is None or final is None or not isinstance(report.get(WEIGHTS), str):
         return None
     return report if final.get(WEIGHTS) == report[WEIGHTS] else None
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, in step order as written.
+
+    Args:
+        folder: a run's output_dir.
+
+    Returns:
+        One dict a log step; a quantity not measured at that step is absent, one that was not finite is NaN.
+        Empty when there is no such file. A half-written last line is left out.
+
+    Example:
+        >>> read_metrics("no/such/run")
+        []
+    """
+    rows = []
+    for line in whole_lines(Path(folder) / METRICS):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # a power cut can leave a torn block in the middle; the other rows are still good
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append({key: math.nan if value is None else value for key, value in row.items()})
+    return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 import sys
@@ -11,8 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from zoft.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +55,6 @@ class TrackerAxisCallback(TrainerCallback):
         run.define_metric(QUERIES)
         run.define_metric("*", step_metric=QUERIES, step_sync=True)
         self._run_id = run.id
-
-
-def require_packages(trackers: Iterable[str]) -> None:
-    """Refuse a tracker whose package is not there.
-
-    Args:
-        trackers: as ``report_to`` has them.
-
-    Raises:
-        UserError: saying what to install.
-    """
-    for tracker in trackers:
-        packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
-        if not any(importlib.util.find_spec(package) for package in packages):
-            raise UserError(
-                f"tracker={tracker} needs a package that is not there: pip install {packages[0]}, or leave it out "
-                "(metrics.csv and metrics.jsonl in the run's folder are always written)"
-            )
 
 
 def keep_in_folder(args: TrainingArguments) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.errors import UserError
-from zoft.report.metrics import read_metrics
+from zoft.report.results import read_metrics
 from zoft.tuning.evaluation import DONE, FAILED, STOPPED, Job, Outcome
 from zoft.tuning.space import Values, written
 from zoft.utils import shared

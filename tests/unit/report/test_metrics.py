@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from zoft.report.metrics import COLUMNS, MetricsCallback, read_metrics
+from zoft.report.metrics import COLUMNS, MetricsCallback
+from zoft.report.results import read_metrics
 
 
 class Run:

@@ -16,6 +16,26 @@ _MOST_EXPERTS = 100_000
 _NEEDED = {"tokenizer.json": ("model",), "adapter_config.json": ("peft_type",)}
 
 
+def placed(name: str) -> str:
+    """Where a model's files are: its folder, that of an asset, or its hub name.
+
+    Args:
+        name: a hub name, a folder, or ``zoft:NAME``, which is fetched on first use.
+
+    Raises:
+        UserError: what looks like a folder is none.
+    """
+    if name.startswith("zoft:"):
+        from zoft.lm.data.assets import fetch
+
+        return str(fetch(name.removeprefix("zoft:")))
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise UserError(f"there is no model folder {name} (looked in {Path.cwd()})")
+    return str(path) if path.is_dir() else name
+
+
 def check_files(name: str, folder: Path) -> None:
     """Refuse files that are no JSON objects, sizes that no model has, and shards outside of the folder.
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.lm.models.load import _class_of, _place
+from zoft.lm.models.files import placed
+from zoft.lm.models.load import _class_of
 from zoft.utils.lazy import Tensor, torch
 
 
@@ -29,7 +30,7 @@ def meta_model(
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(_place(name), revision=revision, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(placed(name), revision=revision, trust_remote_code=False)
         if kind == "classifier":
             config.num_labels = num_labels
             loader: Any = transformers.AutoModelForSequenceClassification

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.report.metrics import read_metrics
-from zoft.report.results import REPORT, read_json
+from zoft.report.results import REPORT, read_json, read_metrics
 from zoft.run.folder import CONFIG, keys_of
 
 _NOT_SETTINGS = ("seed", "output_dir", "config", "defaults", "tracker", "hydra")
