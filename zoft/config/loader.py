@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zoft.component import GROUPS, Component, components
-from zoft.config import arguments, auto, experiments, own, texts
+from zoft.config import arguments, auto, experiments, own, recommended, texts
 from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir
 from zoft.config.check import Checker, refuse_code, translated
 from zoft.config.foldername import suffix
@@ -62,7 +63,9 @@ def compose(overrides: list[str], *, runs_code: bool = True) -> ZoftConfig:
     cfg = loader.load([texts.argument(override) for override in overrides])
     if OmegaConf.to_container(cfg)["output_dir"] == DEFAULT_DIR:
         cfg.output_dir = DEFAULT_DIR + suffix(overrides)
-    return to_config(cfg)
+    made = to_config(cfg)
+    made.chosen = loader.chosen
+    return made
 
 
 def to_config(cfg: DictConfig) -> ZoftConfig:
@@ -130,6 +133,7 @@ class Loader(ConfigLoaderImpl):
         self.experiments = experiments.Experiments()
         self.sweeping = False
         self.runs_code = True
+        self.chosen = ""  # of the last composition: which method was taken where none was named, and why
         self._implied = False  # whether the adapter that was chosen is trained without a word about it
         self.cells: dict[tuple[str, ...], str] = {}  # a sweep's cell -> its folder's name
         self._noted: set[str] = set()
@@ -165,9 +169,20 @@ class Loader(ConfigLoaderImpl):
             rewritten = arguments.rewrite(parsed, self.experiments, sweeping=self.sweeping)
             self._chosen_by_arguments = frozenset(o.key_or_group for o in parsed if o.key_or_group in GROUPS)
             self._values = [o for o in parsed if arguments.is_value(o)]
-            cfg = super().load_configuration(PRIMARY, rewritten, run_mode, False, validate_sweep_overrides)
+            with_method = functools.partial(self._with_method, rewritten, run_mode, validate_sweep_overrides)
+            self.chosen, named = "", recommended.is_named(parsed, self.experiments)
+            cfg = with_method(None if named else recommended.BEST)
+            if not named:
+                found = recommended.recommended(cfg)
+                cfg = cfg if found.method == recommended.BEST else with_method(found.method)
+                self.chosen = found.line()
             auto.settled(cfg, chosen, given)
         return self._labelled(cfg)
+
+    def _with_method(self, overrides: list[str], run_mode: RunMode, validates: bool, method: str | None) -> DictConfig:
+        """One composition; the method stands where an experiment's would, below what the experiment sets."""
+        overrides = overrides if method is None else [*overrides, f"method={method}"]
+        return super().load_configuration(PRIMARY, overrides, run_mode, False, validates)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """One cell of a sweep: composed by itself, in a folder of its own under the sweep's."""
@@ -249,10 +264,11 @@ class Loader(ConfigLoaderImpl):
             del result.config[section][field]
             if section == "trainable" and self._implied:  # an adapter takes the whole part's place: nothing is lost
                 continue
-            self._note(f"{key} of {where} is left out: the {section} you chose has no such setting")
+            self.note(f"{key} of {where} is left out: the {section} you chose has no such setting")
         return result
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Say something once."""
         if text not in self._noted:
             self._noted.add(text)
             log.warning(text)

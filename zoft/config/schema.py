@@ -203,6 +203,7 @@ class ZoftConfig:
     auto: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.chosen = ""  # which method was taken where none was named, and why: a line for the console, and no key
         if not self.output_dir.strip():
             raise UserError("output_dir is empty: give a folder for the run")
         if not 0 <= self.seed < 2**32:

@@ -136,6 +136,8 @@ def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
         try:
             cfg = loader.load(list(cell))
             resolved = to_config(cfg)
+            if loader.chosen:
+                loader.note(loader.chosen)
         except UserError as error:
             own = [argument for argument in cell if argument not in same]
             raise UserError(f"{error} (in the cell {' '.join(own)})" if own else str(error)) from error

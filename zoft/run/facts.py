@@ -29,6 +29,7 @@ def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any
     return [
         f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({percent}), {cfg.model.dtype}",
         f"task    {cfg.task.name()}: {sizes} rows",
+        *([cfg.chosen] if cfg.chosen else []),
         f"method  subspace={cfg.subspace.name()}{law}, estimator={cfg.estimator.name()}{directions}, "
         f"weighting={cfg.weighting.name()}, optimizer={cfg.optimizer.name()} "
         f"(lr={trainer.args.learning_rate:g}), engine={trainer.engine_name}",

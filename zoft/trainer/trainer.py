@@ -51,6 +51,7 @@ from zoft.trainer.mezo import MezoRowOrder, decays
 from zoft.trainer.placing import let_blocks_rest, place, without_wrapping
 from zoft.trainer.processes import Processes, check_processes
 from zoft.trainer.readout import TrainerReader
+from zoft.trainer.recommended import may_be, recommended
 from zoft.trainer.stepping import RunSteps, complete
 from zoft.utils.random_state import global_random_state_kept
 from zoft.weightings.base import Weighting
@@ -65,7 +66,8 @@ class ZOMixin(_Base):
     Args:
         model: a model, or a name or folder to load one from (float32; the class its config names, else a causal LM).
         args: a :class:`zoft.ZOConfig` or plain ``TrainingArguments``.
-        estimator: name or component (default ``central``).
+        estimator: name or component (default ``central``). Where none of these four and no learning rate is given, it
+            is node directions (``method=zoft``) if the loss can be read position by position, which a note says.
         weighting: name or component (default ``mean``).
         optimizer: name or component (default ``sgd``).
         subspace: name or component (default ``full``).
@@ -101,6 +103,7 @@ class ZOMixin(_Base):
         kwargs = by_name(type(self), positional, kwargs)
         model, args = kwargs.pop("model", None), kwargs.pop("args", None)
         self.method = Method.of(subspace, estimator, weighting, optimizer)
+        is_named = any(part is not None for part in (subspace, estimator, weighting, optimizer, direction_seeds))
         self.engine: Engine = create("engine", engine, "auto")
         self.engine_name = self.engine.name()  # the one that serves, once there is a session
         self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
@@ -115,6 +118,13 @@ class ZOMixin(_Base):
         self.micro_batches: list[Inputs] = []  # those of the step at hand that the Trainer's loop has handed over
         refuse_optimizers(kwargs)
         args = copy.copy(as_zo_config(args, "zoft_run"))  # what is settled here must not reach the user's next trainer
+        own_loss = has_own_loss(super().compute_loss)
+        other_loss = own_loss or type(self).compute_loss is not ZOMixin.compute_loss or kwargs.get("compute_loss_func")
+        is_named = is_named or mezo_protocol or bool(other_loss)
+        if not is_named and may_be(args, self.engine_name, self.objective):
+            with global_random_state_kept():
+                model, peft_config = as_model(model, peft_config, args.seed), None
+            self.method = recommended(model, self.objective, kwargs.get("train_dataset")) or self.method
         settle_elsewhere(self.engine, self.method, self.objective, args)
         settle_arguments(args, self.method, has_objective=objective is not None)
         with global_random_state_kept():
@@ -127,7 +137,7 @@ class ZOMixin(_Base):
         self.journal = RunJournal(self.args, RunIdentity(self), self.processes)
         self.checkpoints = Checkpoints(self, self.journal, self.processes)
         self.step_loss = StepLoss(self, self.processes)
-        self.query_forward = QueryForward(self, has_own_loss=has_own_loss(super().compute_loss))
+        self.query_forward = QueryForward(self, has_own_loss=own_loss)
         make_ready(self, self.journal.identity)
         self.query_forward.keep_prefix(Weights(self.model))
         self.query_forward.narrow()

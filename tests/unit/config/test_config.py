@@ -13,10 +13,11 @@ from zoft.config.catalog import ORDER, choices, component_names, configs_dir, fi
 from zoft.errors import UserError
 from zoft.estimators.central import Central
 from zoft.estimators.forward_gradient import ForwardGradient
+from zoft.estimators.nodes import Nodes
 from zoft.estimators.one_sided import OneSided
 from zoft.optimizers.adam import Adam
 from zoft.optimizers.momentum import Momentum
-from zoft.optimizers.sgd import SGD
+from zoft.optimizers.whiten import Whiten
 
 SHIPPED = sorted(file for file in configs_dir().glob("*/*.yaml") if file.parent.name != "bench")  # test_bench_plan.py
 NEEDS = {
@@ -51,10 +52,10 @@ def write(path: str, text: str) -> str:
 
 def test_default_run_is_complete():
     cfg = compose([])
-    assert (cfg.config, cfg.method, cfg.seed, cfg.output_dir) == ("run", None, 0, "runs/run-seed0")
-    assert isinstance(cfg.estimator, Central)
-    assert isinstance(cfg.optimizer, SGD)
-    assert cfg.budget.queries == 40_000
+    assert (cfg.config, cfg.method, cfg.seed, cfg.output_dir) == ("run", "zoft", 0, "runs/run-seed0")
+    assert isinstance(cfg.estimator, Nodes)
+    assert isinstance(cfg.optimizer, Whiten)
+    assert cfg.budget.queries == 2_000
     assert cfg.trainer["per_device_train_batch_size"] == 16
 
 

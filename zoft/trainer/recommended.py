@@ -1,0 +1,70 @@
+"""The method of a trainer that is given none: node directions where they serve, else MeZO's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes
+from zoft.lm.logits.call import inner
+from zoft.lm.logits.own_loss import is_causal_lm
+from zoft.lm.objectives.base import Objective
+from zoft.optimizers.whiten import Whiten
+from zoft.step.method import Method
+from zoft.subspaces.nodes import Nodes as NodeOutputs
+from zoft.weights.tensors import Weights
+
+log = logging.getLogger(__name__)
+
+
+def may_be(args: Any, engine: str, objective: Objective | None) -> bool:
+    """Whether node directions can serve, as far as it is known without the model: nobody chose a rate or clips slopes.
+
+    Args:
+        args: of the trainer, with zoft's fields.
+        engine: its name.
+        objective: or None for the model's own loss.
+    """
+    chosen = args.learning_rate != type(args).__dataclass_fields__["learning_rate"].default or args.max_grad_norm
+    if chosen or engine not in ("auto", "nodes"):
+        return False
+    return objective is None or objective.feedbacks not in ((), ("loss",))
+
+
+def recommended(model: nn.Module | None, objective: Objective | None, rows: Any) -> Method | None:
+    """Node directions as ``method=zoft`` has them; None where the loss or what is trained does not go with them.
+
+    Args:
+        model: with the weights chosen that are trained; None where it is made later.
+        objective: or None for the model's own loss.
+        rows: of the training.
+    """
+    try:
+        row = rows[0]
+    except (TypeError, KeyError, IndexError, NotImplementedError):
+        return None
+    if model is None or not isinstance(row, Mapping) or (objective is None and not _is_read(model, row)):
+        return None
+    outputs = NodeOutputs()
+    try:
+        outputs.chosen(Weights(model))
+    except UserError:
+        return None
+    log.warning(
+        "no method is named: node directions (method=zoft), which learn from the fewest queries; name a part, "
+        'e.g. estimator="central", for directions in the weights'
+    )
+    return Method(outputs, Nodes(), Method.of().weighting, Whiten(learning_rate=1.0))
+
+
+def _is_read(model: nn.Module, row: Mapping[str, Any]) -> bool:
+    """Whether the model's own loss of such rows is known position by position."""
+    labels = row.get("labels", row.get("label"))
+    if isinstance(labels, int):
+        return type(inner(model)).__name__.endswith("ForSequenceClassification")
+    ids = row.get("input_ids")
+    return is_causal_lm(model) and labels is not None and ids is not None and len(labels) == len(ids)
