@@ -85,7 +85,7 @@ def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
         "notes": [note for note in notes if not (reading and reading.sentence() in note)],
         "model": cfg.model.name,
         "vocabulary": len(tokenizer),
-        "max_length": task.max_length,
+        "max_length": way.max_length,
         "room": way.room,
         "objective": objective,
         "compares": way.compares,
@@ -121,6 +121,7 @@ def _way(cfg: Any, examples: Any, tokenizer: Any) -> tuple[Any, str, str | None]
     """
     from zoft.lm import formats
     from zoft.lm.data.preview import Way
+    from zoft.run.build import row_limit
 
     task, objective, refusal = cfg.task, formats.settled(cfg.task, examples, cfg.objective), None
     form = formats.nearest_format(task, examples, objective)
@@ -135,7 +136,7 @@ def _way(cfg: Any, examples: Any, tokenizer: Any) -> tuple[Any, str, str | None]
     way = Way(
         form,
         lambda some, length: formats.encode_rows(form, some, tokenizer, length, room),
-        task.max_length,
+        row_limit(cfg, tokenizer),
         compares=form == "options" and names != {"cross_entropy"},
         writes=form == "rated" or (form == "generate" and "cross_entropy" not in names),
         room=getattr(examples[0], "max_new_tokens", room) if form in ("generate", "rated") else 0,

@@ -111,7 +111,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     from zoft.lm.data import repeats
     from zoft.lm.metrics.libraries import split
     from zoft.lm.objectives.metric import Metric
-    from zoft.run.build import tokenizer_of
+    from zoft.run.build import row_limit, tokenizer_of
 
     began = time.perf_counter()
     splits = cfg.task.load()
@@ -135,7 +135,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
         formats.encode_rows,
         form,
         tokenizer=tokenizer,
-        max_length=cfg.task.max_length,
+        max_length=row_limit(cfg, tokenizer),
         room=formats.room_of(cfg.task, objective),
         as_mezo=cfg.protocol == "mezo",
     )

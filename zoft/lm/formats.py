@@ -154,7 +154,7 @@ def require_fit(task: Task, form: str, objective: Objective) -> None:
             f"objective.max_new_tokens={room} is more than the task keeps free for an answer: raise "
             f"task.max_new_tokens ({own})"
         )
-    if form in ("generate", "rated") and room_of(task, objective) > task.max_length - 8:
+    if form in ("generate", "rated") and 0 < task.max_length < room_of(task, objective) + 8:
         raise UserError(
             f"task.max_length={task.max_length} leaves no room for a prompt in front of a text of "
             f"{room_of(task, objective)} tokens: raise it, or set a smaller objective.max_new_tokens"

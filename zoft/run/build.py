@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Collection
@@ -55,6 +56,21 @@ def load_fitting(cfg: ZoftConfig, tokenizer: Any, rows: dict[str, list[Any]]) ->
     return model
 
 
+def require_trackers(cfg: ZoftConfig) -> None:
+    """Refuse a tracker whose package is not there.
+
+    Raises:
+        UserError: saying what to install.
+    """
+    for tracker in cfg.tracker.report_to:
+        packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if not any(importlib.util.find_spec(package) for package in packages):
+            raise UserError(
+                f"tracker={tracker} needs a package that is not there: pip install {packages[0]}, or leave it out "
+                "(metrics.csv and metrics.jsonl in the run's folder are always written)"
+            )
+
+
 def require_fit(cfg: ZoftConfig) -> None:
     """Refuse an objective that does not go with the task, where that is known before its rows are read.
 
@@ -83,7 +99,7 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
     cfg.settle(formats.settled(cfg.task, splits.train, cfg.objective))
     form = formats.format_of(cfg.task, splits.train, cfg.objective)
     tokenizer = tokenizer_of(cfg)
-    length, room = cfg.task.max_length, formats.room_of(cfg.task, cfg.objective)
+    length, room = row_limit(cfg, tokenizer), formats.room_of(cfg.task, cfg.objective)
     encode = functools.partial(
         formats.encode_rows, form, tokenizer=tokenizer, room=room, as_mezo=cfg.protocol == "mezo"
     )
@@ -93,12 +109,24 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
     return tokenizer, rows
 
 
+def row_limit(cfg: ZoftConfig, tokenizer: Any) -> int:
+    """Tokens that are kept of a row: ``task.max_length``, or where that is 0 all that the model takes.
+
+    Args:
+        cfg: of the run.
+        tokenizer: the run's.
+    """
+    from zoft.lm.models.load import tokens_taken
+
+    return cfg.task.max_length or tokens_taken(cfg.model.name, cfg.model.revision, tokenizer) or UNCUT
+
+
 def _say_cut(rows: list[Any], limit: int, name: str, whole: Callable[[], list[Any]]) -> None:
     """A note where rows were longer than what is kept of them."""
     cut = cut_of(rows, limit, whole)
     if cut is not None and cut.num_cut:
         log.warning(
-            "%s of %s %s rows are cut at task.max_length=%d; the longest has %s tokens",
+            "%s of %s %s rows are cut at %d tokens (task.max_length); the longest has %s",
             *(f"{cut.num_cut:,}", f"{cut.num_rows:,}", name, limit, f"{cut.longest:,}"),
         )
 
@@ -242,9 +270,7 @@ def arguments_of(cfg: ZoftConfig) -> Any:
     if str(values.get("metric_for_best_model")).removeprefix("eval_") in METRICS["loss"]:
         values.setdefault("greater_is_better", False)
     if cfg.tracker.report_to:
-        from zoft.report.trackers import require_packages
-
-        require_packages(cfg.tracker.report_to)
+        require_trackers(cfg)
         os.environ["WANDB_PROJECT"] = cfg.tracker.project
         os.environ["WANDB_MODE"] = cfg.tracker.mode
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.engines._elsewhere import Elsewhere
 from zoft.errors import DiskFullError, Requeued, UserError, os_error_of
+from zoft.lm.models.files import placed
 from zoft.run import folder
 from zoft.run.build import (
     METRICS,
@@ -20,6 +21,7 @@ from zoft.run.build import (
     load_rows,
     make_trainer,
     require_fit,
+    require_trackers,
 )
 from zoft.run.facts import _costs, _facts, _opening_lines, _scores, _scores_text
 from zoft.run.verdict import gain_of, keep_rows, next_lines, row_values, verdict_line
@@ -137,9 +139,11 @@ def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
 def _prepare(cfg: ZoftConfig, opening: Opening | None) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
     """Everything up to the first query; nothing but the config has been written when this fails."""
     require_fit(cfg)  # before a row is read, which may have to be fetched
+    require_trackers(cfg)
     if isinstance(cfg.engine, Elsewhere):
         cfg.engine.prepare()
     splits = cfg.task.load()  # what is wrong with the data is said before anything heavy is imported
+    placed(cfg.model.name)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

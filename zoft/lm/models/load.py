@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.errors import UserError
 from zoft.lm.models.agreement import agree, name_classes, require_classes
 from zoft.lm.models.device_map import know_device_map, placing_arguments, require_in_memory
-from zoft.lm.models.files import check_files
+from zoft.lm.models.files import check_files, placed
 from zoft.lm.models.quantized import is_quantized, keep_codes_as_loaded, loading_arguments
 from zoft.utils.lazy import torch
 
@@ -28,6 +28,11 @@ KINDS = {
     "classifier": "sequence classifier",
 }
 """Kinds of models that tasks need, in words."""
+
+_COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "data2vec-text", "longformer", "mpnet")
+"""Families whose learned positions begin behind that of their padding token."""
+_NO_LIMIT = 1 << 24
+"""What a tokenizer that knows of no limit says is beyond it."""
 
 
 def load_model(
@@ -172,7 +177,7 @@ def _load_classifier(
     arguments = _arguments(revision, dtype, attn_implementation, quantization, device_map)
     has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
     if has_head:
-        said, _ = transformers.PretrainedConfig.get_config_dict(_place(name), revision=revision)
+        said, _ = transformers.PretrainedConfig.get_config_dict(placed(name), revision=revision)
         require_classes(name, said, num_labels, labels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -203,18 +208,41 @@ def _class_of(name: str, revision: str | None) -> Any:
     """The class with a loss that the model's config names; None where it names none."""
     import transformers
 
-    place = _place(name)
+    place = placed(name)
     if Path(place).is_dir():
         check_files(name, Path(place))
-    try:
-        config = transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
-    except UserError:
-        raise
-    except Exception:  # an adapter's folder, nothing at all, or a damaged one: loading says which
+    config = _config_of(place, revision)
+    if config is None:
         return None
     named: Any = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
     is_model = inspect.isclass(named) and issubclass(named, transformers.PreTrainedModel)
     return named if is_model and "labels" in inspect.signature(named.forward).parameters else None
+
+
+def _config_of(place: str, revision: str | None) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception:  # an adapter's folder, nothing at all, or a damaged one: loading says which
+        return None
+
+
+def tokens_taken(name: str, revision: str | None, tokenizer: Any) -> int | None:
+    """Tokens of a row that a model is made for, by its config and its tokenizer; None where neither says.
+
+    Args:
+        name: as for :func:`load_model`.
+        revision: branch, tag or commit on the hub.
+        tokenizer: its own.
+    """
+    text: Any = getattr(_config_of(placed(name), revision), "get_text_config", lambda: None)()
+    said = [getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_sequence_length")]
+    if getattr(text, "model_type", "") in _COUNT_FROM_PADDING:
+        said = [size - text.pad_token_id - 1 for size in said if size]
+    return min((size for size in [*said, tokenizer.model_max_length] if size and 0 < size < _NO_LIMIT), default=None)
 
 
 def load_tokenizer(
@@ -250,7 +278,7 @@ def load_tokenizer(
 
 def _note_two_templates(name: str) -> None:
     """A folder may hold two chat templates; transformers reads the file of its own."""
-    folder = Path(_place(name))
+    folder = Path(placed(name))
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if not file.is_file() or not config.is_file():
         return
@@ -276,7 +304,7 @@ def _arguments(
 
 
 def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
-    place = _place(name)
+    place = placed(name)
     if Path(place).is_dir():
         check_files(name, Path(place))
     try:  # False, not the default: that asks on the terminal whether to run the repository's code
@@ -313,15 +341,3 @@ def _load_whole(loader: Any, name: str, arguments: dict[str, Any], *, fresh_head
     if is_quantized(model):
         keep_codes_as_loaded(model)
     return model
-
-
-def _place(name: str) -> str:
-    if name.startswith("zoft:"):
-        from zoft.lm.data.assets import fetch
-
-        return str(fetch(name.removeprefix("zoft:")))
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    path = Path(name).expanduser()
-    if looks_local and not path.is_dir():
-        raise UserError(f"there is no model folder {name} (looked in {Path.cwd()})")
-    return str(path) if path.is_dir() else name

@@ -27,7 +27,7 @@ class GeneratedTask(RowsTask):
     def check(self) -> None:
         """Refuse an answer of no length, or one that leaves no room for a prompt."""
         super().check()
-        room = self.max_length - 8
+        room = (self.max_length or 1 << 20) - 8
         self.require(1 <= self.max_new_tokens <= room, "max_new_tokens", f"between 1 and {room} (max_length - 8)")
 
     @property

@@ -38,7 +38,8 @@ class Task(Component):
         num_dev: rows the best checkpoint is chosen by.
         num_test: held-out rows that the reported metric is computed on.
         data_seed: which rows go where; the run's seed does not change them.
-        max_length: tokens kept of a prompt and its option; the beginning of longer ones is cut.
+        max_length: tokens kept of a prompt and its option; the beginning of longer ones is cut. 0: all that the model
+            takes.
     """
 
     metric: ClassVar[str] = "accuracy"
@@ -57,7 +58,7 @@ class Task(Component):
         """Refuse empty splits, a length that holds no prompt, and a seed that the samplers do not take."""
         for field in ("num_train", "num_dev", "num_test"):
             self.require(getattr(self, field) >= 1, field, "at least 1")
-        self.require(self.max_length >= 8, "max_length", "at least 8")
+        self.require(self.max_length >= 8 or not self.max_length, "max_length", "at least 8, or 0 (the model's limit)")
         self.require(0 <= self.data_seed < 2**32, "data_seed", "0 or more and below 2**32")
 
     @property

@@ -110,7 +110,7 @@ class Custom(Task):
         num_dev: rows the best checkpoint is chosen by; a tenth of a file of which more than half would be held out.
         num_test: held-out rows that the reported metric is computed on; a fifth of such a file.
         data_seed: which rows go where; the run's seed does not change them.
-        max_length: tokens kept of a row; the beginning of longer ones is cut.
+        max_length: tokens kept of a row; the beginning of longer ones is cut. 0: all that the model takes.
         train: a json, jsonl, csv, tsv or parquet file, a data set that `zoft fetch` brings (``zoft:NAME``), or a hub
             name (``name:subset``).
         validation: the same for held-out rows; empty takes them from ``train``.
@@ -131,6 +131,7 @@ class Custom(Task):
     num_train: int = 1000
     num_dev: int = 100
     num_test: int = 500
+    max_length: int = 0
     train: str = ""
     validation: str = ""
     format: str = "auto"

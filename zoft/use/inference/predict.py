@@ -67,14 +67,14 @@ def _found(cfg: ZoftConfig, run: str, examples: list[Any], labels: tuple[str, ..
     """What is added to each row."""
     from zoft.evaluation import evaluate as evaluating
     from zoft.lm import formats
-    from zoft.run.build import tokenizer_of
+    from zoft.run.build import row_limit, tokenizer_of
 
     objective = formats.scorer_of(cfg.task, examples, cfg.objective)
     form = formats.nearest_format(cfg.task, examples, objective)
     if form == "counted":  # a completion that nobody knows: it is written
         form = "generate"
     tokenizer, room = tokenizer_of(cfg, run), formats.room_of(cfg.task, objective)
-    rows = formats.encode_rows(form, examples, tokenizer, cfg.task.max_length, room)
+    rows = formats.encode_rows(form, examples, tokenizer, row_limit(cfg, tokenizer), room)
     scoring = evaluating.scoring_of(cfg, run, form, rows, tokenizer, objective)
     if form in WRITTEN:
         return [{"prediction": text.strip()} for text in scoring.texts(rows)[0][0]]

@@ -40,13 +40,16 @@ def checked(cfg: ZoftConfig, *, rehearse: bool = True) -> Iterator[Finding]:
         cfg: the run's config.
         rehearse: whether the weights are loaded for two steps at the end.
     """
-    import transformers
+    from zoft.lm.models.files import placed
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     try:
         yield _config(cfg)
         splits = cfg.task.load()
+        placed(cfg.model.name)
+        import transformers  # what is wrong with the data has been said by now
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         yield from _data(cfg, splits)
         yield from _rows(cfg, splits, rehearse)
     except UserError as error:
@@ -86,13 +89,13 @@ def _data(cfg: ZoftConfig, splits: Any) -> Iterator[Finding]:
 
 def _rows(cfg: ZoftConfig, splits: Any, rehearse: bool) -> Iterator[Finding]:
     from zoft.lm import formats
-    from zoft.run.build import tokenizer_of
+    from zoft.run.build import row_limit, tokenizer_of
     from zoft.use.plan.estimate import of_rows
 
     cfg.settle(formats.settled(cfg.task, splits.train, cfg.objective))
     form = formats.format_of(cfg.task, splits.train, cfg.objective)
     tokenizer = tokenizer_of(cfg)
-    length, room = cfg.task.max_length, formats.room_of(cfg.task, cfg.objective)
+    length, room = row_limit(cfg, tokenizer), formats.room_of(cfg.task, cfg.objective)
 
     def encoded(some: Any, longest: int) -> list[Any]:
         return formats.encode_rows(form, some, tokenizer, longest, room)
@@ -100,7 +103,7 @@ def _rows(cfg: ZoftConfig, splits: Any, rehearse: bool) -> Iterator[Finding]:
     rows = {name: encoded(getattr(splits, name), length) for name in ("train", "dev", "test")}
     yield _round_trip(splits.train, tokenizer)
     yield from _options(rows["train"], splits.train)
-    yield _cut(cfg, splits.train, rows["train"], encoded)
+    yield _cut(length, splits.train, rows["train"], encoded)
     estimate = of_rows(cfg, rows)
     text = f"{estimate.num_params:,} weights, {estimate.num_trainable:,} trained, {cfg.model.dtype}"
     yield Finding("model", "ok", f"{cfg.model.name}: {text}; objective={cfg.objective.name()}")
@@ -139,15 +142,15 @@ def _options(rows: Any, examples: Any) -> Iterator[Finding]:
     yield Finding("options", "ok", "every option has tokens of its own")
 
 
-def _cut(cfg: ZoftConfig, examples: Any, rows: Any, encoded: Callable[[Any, int], list[Any]]) -> Finding:
-    longest, limit = max(map(length_of, rows)), cfg.task.max_length
+def _cut(limit: int, examples: Any, rows: Any, encoded: Callable[[Any, int], list[Any]]) -> Finding:
+    longest = max(map(length_of, rows))
     cut = cut_of(rows, limit, lambda: encoded(examples, UNCUT))
     if cut is None:
         return Finding(
-            "length", "ok", f"at most {longest:,} tokens in a training row, none cut (task.max_length={limit})"
+            "length", "ok", f"at most {longest:,} tokens in a training row, none cut (of {limit:,} that are kept)"
         )
-    told = f"{cut.num_cut:,} of {cut.num_rows:,} training rows are cut at task.max_length={limit}"
-    return Finding("length", "note" if cut.num_cut else "ok", f"{told}; the longest has {cut.longest:,} tokens")
+    told = f"{cut.num_cut:,} of {cut.num_rows:,} training rows are cut at {limit:,} tokens (task.max_length)"
+    return Finding("length", "note" if cut.num_cut else "ok", f"{told}; the longest has {cut.longest:,}")
 
 
 def _memory(estimate: Any) -> Finding:

@@ -57,13 +57,16 @@ def estimate(cfg: ZoftConfig, *, probe: bool = False) -> Estimate:
     Raises:
         UserError: data, tokenizer or model cannot be read.
     """
-    import transformers
+    from zoft.lm.models.files import placed
+    from zoft.run.build import load_rows
+
+    splits = cfg.task.load()
+    placed(cfg.model.name)
+    import transformers  # what is wrong with the data has been said by now
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from zoft.run.build import load_rows
-
-    _, rows = load_rows(cfg)
+    _, rows = load_rows(cfg, splits)
     made = of_rows(cfg, rows)
     return dataclasses.replace(made, seconds=seconds_of(cfg, rows)) if probe else made
 

@@ -142,9 +142,9 @@ def test_the_card_says_what_was_done(runs: Path, tmp_path: Path, capsys: Any):
 
 def test_the_report_names_method_rates_and_batch(runs: Path):
     facts = json.loads((runs / "adapter" / "report.json").read_text())
-    assert (facts["estimator"], facts["optimizer"], facts["objective"]) == ("one_sided", "adam", "options")
-    assert (facts["learning_rate"], facts["batch_size"], facts["eps"], facts["num_directions"]) == (0.01, 16, 1e-3, 4)
-    assert (facts["peft"], facts["trainable"], facts["engine"]) == ("lora", "adapter", "layerwise")
+    assert (facts["estimator"], facts["optimizer"], facts["objective"]) == ("nodes", "whiten", "options")
+    assert (facts["learning_rate"], facts["batch_size"], facts["eps"], facts["num_directions"]) == (0.01, 16, 0.1, 1)
+    assert (facts["peft"], facts["trainable"], facts["engine"]) == ("lora", "adapter", "nodes")
 
 
 def test_an_adapter_knows_its_base_from_any_folder(runs: Path, tmp_path: Path, capsys: Any, monkeypatch: Any):

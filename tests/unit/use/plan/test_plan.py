@@ -124,7 +124,7 @@ def test_a_run_in_order_has_ticks_alone(tmp_path: Path, capsys: Any):
             ["task.max_length=8", "task.template='{text} is it spam you no yes'"],
             "length",
             "note",
-            "rows are cut at task.max_length=8",
+            "rows are cut at 8 tokens (task.max_length)",
         ),
         (["task.template='{text} unheard'"], "tokenizer", "note", "do not come back from their tokens"),
         ([], "leaks", "note", "repeats another"),
