@@ -116,6 +116,12 @@ PRESETS = {
         *(Plan(size, qs=ALL_Q, seconds=90) for size in ("opt_125m", "smollm2_135m")),
         *(Plan(size, 16, 64, seconds=45) for size in ("opt_125m", "smollm2_135m")),
     ],
+    ("cpu", "check"): [Plan("micro", 2, 8, (1,), 0.1, ("gaussian",))],  # how gpu_check.py rehearses the next one
+    ("cuda", "check"): [
+        Plan("opt_1.3b", 16, 64, seconds=4),
+        Plan("opt_13b", 16, 64, seconds=6, variants=("gaussian", "lora")),
+        Plan("opt_66b", 16, 64, seconds=0, variants=("gaussian",), mezo=False),
+    ],
     ("cuda", "small"): [Plan("opt_1.3b", 16, 64, (1, 8))],
     ("cuda", "full"): [
         *(Plan(size, 16, 64, ALL_Q, 30) for size in ("opt_1.3b", "opt_6.7b", "opt_13b")),
@@ -411,7 +417,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--preset", default="small", choices=["micro", "small", "full"])
+    parser.add_argument("--preset", default="small", choices=["micro", "small", "full", "check"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--engine", default="auto", choices=list(components("engine")))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -207,7 +207,7 @@ def _specimens(device: torch.device, thorough: bool) -> list[Tensor]:
     size, direction, made = 4990, Direction(2, 3, 5), []
     for law in LAWS if thorough else counter.LAWS:
         source = CounterNoise(law, {"w": size + 9})
-        total = torch.linspace(-1.0, 1.0, size, device=device)
+        total = torch.linspace(-1.0, 1.0, size).to(device)
         source.add_(total, direction, "w", 9, 0.3)
         made.append(total)
         dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
