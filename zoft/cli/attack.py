@@ -66,9 +66,9 @@ def _one(row: dict[str, Any], picture: dict[str, Any] | None) -> list[str]:
     verb = "became" if row["success"] else "did not become what was wanted; the nearest was"
     summary = [f"{before} {verb} {after} after {row['queries']:,} queries, perturbation {row['size']:.4g}"]
     if picture:
-        kept = "still" if picture["success"] else "but no longer adversarial:"
+        verdict = "still" if picture["success"] else "but no longer adversarial:"
         summary.append(
-            f"rounded to bytes (adversarial.png) it is {kept} {picture['label']!r} "
+            f"rounded to bytes (adversarial.png) it is {verdict} {picture['label']!r} "
             f"({100 * picture['probability']:.1f} %)"
         )
     return summary

@@ -43,14 +43,14 @@ def command(arguments: list[str]) -> int:
     _quiet()
     cfg = compose(overrides)
     logging.getLogger("zoft").setLevel(logging.ERROR)  # what is noted is a line of its own here
-    found = []
+    findings = []
     for finding in checked(cfg, rehearse="--quick" not in flags):
-        found.append(finding)
+        findings.append(finding)
         if "--json" not in flags:
             print(line(Check(finding.name, finding.state, finding.text)), flush=True)
-    failed = [finding.name for finding in found if finding.state == "failed"]
+    failed = [finding.name for finding in findings if finding.state == "failed"]
     if "--json" in flags:
-        print(json.dumps({"ok": not failed, "checks": [vars(finding) for finding in found]}, indent=2))
+        print(json.dumps({"ok": not failed, "checks": [vars(finding) for finding in findings]}, indent=2))
     else:
         print(f"\nNot ready: {', '.join(failed)}." if failed else "\nReady: zoft train with the same arguments.")
     return 2 if failed else 0

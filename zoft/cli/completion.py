@@ -57,8 +57,8 @@ def words(line: str) -> list[str]:
     elif typed[0] == "train":
         offered = _arguments(word)
     elif typed[0] == "eval":
-        own = ["run=", "mode=", "k=", "split=", "evaluate=", "harness=", "harness_path=", "harness_limit=", "--json"]
-        offered = [*_arguments(word), *own]
+        keys = ["run=", "mode=", "k=", "split=", "evaluate=", "harness=", "harness_path=", "harness_limit=", "--json"]
+        offered = [*_arguments(word), *keys]
     elif typed[0] == "bench":
         benches = [f"config={name}" for name in preset_files("bench")]
         offered = [*benches, *_arguments(word), *(f"{key}=" for key in BENCH_KEYS), "--plan", "--draw"]

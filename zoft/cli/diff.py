@@ -36,8 +36,8 @@ def command(arguments: list[str]) -> int:
     same = "the same, as far as a journal has them (no learning rate, budget or model's name)"
     if config_a is not None and config_b is not None:
         same = "the same"
-        told = {line.split(":")[0].strip() for line in settings}
-        settings += [line for line in _differing(config_a, config_b) if line.split(":")[0].strip() not in told]
+        named = {line.split(":")[0].strip() for line in settings}
+        settings += [line for line in _differing(config_a, config_b) if line.split(":")[0].strip() not in named]
     print("settings: " + (same if not settings else "they differ in\n" + "\n".join(settings)))
     steps = {record.step: record for record in b.records}
     for record in a.records:

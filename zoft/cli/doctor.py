@@ -198,12 +198,12 @@ def _room() -> Iterator[Check]:
     from zoft.utils.files import cache_dir
 
     folder = cache_dir()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    writable = there.is_dir() and os.access(there, os.W_OK)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
     values = {"folder": str(folder), "writable": writable}
     text = f"{_short(folder)}, {'writable' if writable else 'cannot be written: set ZOFT_CACHE to another folder'}"
     yield Check("cache", "ok" if writable else "failed", text, values)
-    disk = shutil.disk_usage(there)
+    disk = shutil.disk_usage(existing)
     state = "ok" if disk.free > _GB else "note"
     yield Check("disk", state, f"{disk.free / _GB:.1f} GB free for the cache", {"free_bytes": disk.free})
     try:
@@ -229,5 +229,5 @@ def _wanted(name: str) -> Any:
         lines = metadata.requires("zoft") or []
     except metadata.PackageNotFoundError:
         return None
-    found = (requirement for requirement in map(Requirement, lines) if requirement.name == name)
-    return next((requirement.specifier for requirement in found if requirement.marker is None), None)
+    requirements = (requirement for requirement in map(Requirement, lines) if requirement.name == name)
+    return next((requirement.specifier for requirement in requirements if requirement.marker is None), None)

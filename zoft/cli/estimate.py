@@ -45,33 +45,36 @@ def command(arguments: list[str]) -> int:
     from zoft.use.plan.estimate import estimate
 
     _quiet()
-    found = estimate(compose(overrides), probe="--time" in flags)
+    estimated = estimate(compose(overrides), probe="--time" in flags)
     if "--json" in flags:
-        totals = {f"{name}_mb": getattr(found, name).total_mb for name in ("method", "lora", "adamw")}
-        print(json.dumps(dataclasses.asdict(found) | totals))
+        totals = {f"{name}_mb": getattr(estimated, name).total_mb for name in ("method", "lora", "adamw")}
+        print(json.dumps(dataclasses.asdict(estimated) | totals))
     else:
-        print("\n".join(lines(found)))
+        print("\n".join(lines(estimated)))
     return 0
 
 
-def lines(found: Estimate) -> list[str]:
+def lines(estimated: Estimate) -> list[str]:
     """The estimate for people."""
     from zoft.report.text import duration, gib
 
-    parts = {"interpreter, libraries": found.method.host_mb} if found.method.host_mb else {}
-    told = ", ".join(f"{name} {_size(mb)}" for name, mb in {**found.method.parts, **parts}.items())
+    parts = {"interpreter, libraries": estimated.method.host_mb} if estimated.method.host_mb else {}
+    parts_text = ", ".join(f"{name} {_size(mb)}" for name, mb in {**estimated.method.parts, **parts}.items())
     rows = [
-        f"model     {found.model}: {found.num_params:,} weights, {found.num_trainable:,} trained, on {found.device}",
-        f"this run  {gib(found.method.total_mb)}: {told}",
+        f"model     {estimated.model}: {estimated.num_params:,} weights, {estimated.num_trainable:,} trained, "
+        f"on {estimated.device}",
+        f"this run  {gib(estimated.method.total_mb)}: {parts_text}",
     ]
-    if found.adamw.parts:
-        rows.append(f"LoRA      {gib(found.lora.total_mb)} by backpropagation, rank 8 on queries and values")
-        rows.append(f"AdamW     {gib(found.adamw.total_mb)} by backpropagation of all weights")
-    if found.free_mb is not None:
-        fits = "fits" if found.method.total_mb - found.method.host_mb <= found.free_mb else "DOES NOT FIT"
-        rows.append(f"free      {gib(found.free_mb)} now: this run {fits}")
-    if found.seconds is not None:
-        rows.append(f"time      about {duration(found.seconds)} for {found.queries:,} queries; evaluations come on top")
+    if estimated.adamw.parts:
+        rows.append(f"LoRA      {gib(estimated.lora.total_mb)} by backpropagation, rank 8 on queries and values")
+        rows.append(f"AdamW     {gib(estimated.adamw.total_mb)} by backpropagation of all weights")
+    if estimated.free_mb is not None:
+        fits = "fits" if estimated.method.total_mb - estimated.method.host_mb <= estimated.free_mb else "DOES NOT FIT"
+        rows.append(f"free      {gib(estimated.free_mb)} now: this run {fits}")
+    if estimated.seconds is not None:
+        rows.append(
+            f"time      about {duration(estimated.seconds)} for {estimated.queries:,} queries; evaluations come on top"
+        )
     return rows
 
 

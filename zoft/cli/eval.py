@@ -39,8 +39,8 @@ def command(arguments: list[str]) -> int:
     if "harness" in asked:
         require_harness()
     if run:
-        own = f"config={evaluate.config_of_run(run)}"
-        overrides = overrides if any(word.startswith("config=") for word in overrides) else [own, *overrides]
+        run_config = f"config={evaluate.config_of_run(run)}"
+        overrides = overrides if any(word.startswith("config=") for word in overrides) else [run_config, *overrides]
     cfg = compose(overrides)
     given = any(word.startswith("output_dir=") for word in overrides)
     request = dataclasses.replace(request, output_dir=place.default_output_dir(cfg, request, given=given))
@@ -94,7 +94,7 @@ def _harness_lines(facts: dict[str, Any]) -> list[str]:
     width = max(8, *map(len, parts))
     lines = []
     for name, part in parts.items():
-        metrics = ", ".join(_harness_value(metric, found) for metric, found in part["metrics"].items())
+        metrics = ", ".join(_harness_value(metric, value) for metric, value in part["metrics"].items())
         shown = (
             f"of {len(part['tasks'])} tasks" if "tasks" in part else f"with {part['num_demonstrations']} demonstrations"
         )
@@ -108,12 +108,12 @@ def _harness_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _harness_value(metric: str, found: dict[str, Any]) -> str:
+def _harness_value(metric: str, value: dict[str, Any]) -> str:
     scale, digits, unit = (100, 1, " %") if metric.startswith("acc") else (1, 3, "")
     interval = ""
-    if "low" in found:
-        interval = f" [{scale * found['low']:.{digits}f}, {scale * found['high']:.{digits}f}]"
-    return f"{metric} {scale * found['value']:.{digits}f}{unit}{interval}"
+    if "low" in value:
+        interval = f" [{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
+    return f"{metric} {scale * value['value']:.{digits}f}{unit}{interval}"
 
 
 def _value(facts: dict[str, Any], name: str) -> str:

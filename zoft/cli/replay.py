@@ -16,7 +16,7 @@ def command(arguments: list[str]) -> int:
     Args:
         arguments: ``RUN [GROUP=FILE.py:Class]... [--to STEP] [--output DIR]``.
     """
-    run, own, options = _parsed(arguments)
+    run, settings, options = _parsed(arguments)
     from zoft.run import folder
 
     config = folder.config_of(run)
@@ -25,7 +25,7 @@ def command(arguments: list[str]) -> int:
     from zoft.run.replay import replay_run
 
     text = replay_run(
-        compose([f"config={config}", *own], runs_code=False),
+        compose([f"config={config}", *settings], runs_code=False),
         Path(run),
         to=options.get("--to"),
         output=options.get("--output"),
@@ -36,8 +36,8 @@ def command(arguments: list[str]) -> int:
 
 def _parsed(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     words = read_words("replay", arguments, options=["--to", "--output"])
-    own = [word for word in words.rest if own_files.split(word.partition("=")[2])]
-    runs = [word for word in words.rest if word not in own]
+    settings = [word for word in words.rest if own_files.split(word.partition("=")[2])]
+    runs = [word for word in words.rest if word not in settings]
     if len(runs) != 1:
         raise UserError("say which run: zoft replay RUN [--to STEP] [--output DIR]")
-    return runs[0], own, words.options
+    return runs[0], settings, words.options

@@ -39,8 +39,8 @@ def command(arguments: list[str]) -> int:
 def shown(text: str) -> str:
     """The description of a choice."""
     if text in ORDER:
-        own = [section(text)] if text in _SECTIONS else []
-        return "\n\n".join([listing(text), *own])
+        sections = [section(text)] if text in _SECTIONS else []
+        return "\n\n".join([listing(text), *sections])
     if text in _SECTIONS:
         return section(text)
     group, name = _find(text.replace("=", "/", 1))

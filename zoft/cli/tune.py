@@ -28,20 +28,20 @@ def command(arguments: list[str]) -> int:
         The exit code: 1 where no point could be trained to its end.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in zoft train
-    space, own, training = split(arguments)
+    space, asked, training = split(arguments)
     from zoft.cli.train import _quiet
     from zoft.tuning.settings import Settings
     from zoft.tuning.space import SearchSpace
 
     _quiet()
-    metric = own.get("metric", "eval_loss")
+    metric = asked.get("metric", "eval_loss")
     settings = Settings(
-        budget=_whole("budget", own.get("budget", "40")),
-        repeats=_whole("repeats", own.get("repeats", "1")),
-        workers=_whole("workers", own.get("workers", "1")),
-        search=own.get("search", "zo"),
-        direction=own.get("direction") or direction_of(metric),
-        stop_early=_flag(own.get("stop_early", "true")),
+        budget=_whole("budget", asked.get("budget", "40")),
+        repeats=_whole("repeats", asked.get("repeats", "1")),
+        workers=_whole("workers", asked.get("workers", "1")),
+        search=asked.get("search", "zo"),
+        direction=asked.get("direction") or direction_of(metric),
+        stop_early=_flag(asked.get("stop_early", "true")),
     )
     if SearchSpace(space).is_mostly_choices and settings.search == "zo":
         print(
@@ -54,7 +54,7 @@ def command(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, _requeue)
     show = Progress(settings.budget, settings.repeats, metric)
-    tuned = tune_training(training, space, settings, metric=metric, output_dir=own.get("output_dir"), callback=show)
+    tuned = tune_training(training, space, settings, metric=metric, output_dir=asked.get("output_dir"), callback=show)
     print(summary(tuned, metric))
     return 0 if tuned.result.best else 1
 

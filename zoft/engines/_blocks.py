@@ -190,7 +190,7 @@ class BlockStream:
         here = dict(zip(block.tensors, block.lease.tensors, strict=True))
         if block.moved:
             pairs = [(here[name], block.resting[name]) for name in block.tensors if name in block.moved]
-            self._going.append(self.transfer.down(pairs, lambda: _release([there for _, there in pairs])))
+            self._going.append(self.transfer.down(pairs, lambda: _release([resting for _, resting in pairs])))
         _point(block, block.resting.values())
         self._free.append(block.lease.buffer)
         block.lease = None
@@ -235,12 +235,12 @@ def blocks_of(model: nn.Module) -> list[Block]:
     for module in model.modules():
         for parameter in module._parameters.values():
             held.setdefault(id(parameter), set()).add(place.get(module, -1))
-    found = [Block(module, {}) for module in modules]
+    blocks = [Block(module, {}) for module in modules]
     for name, parameter in model.named_parameters():
         (index, *others) = held[id(parameter)]
         if not others and index >= 0 and parameter.numel():
-            found[index].tensors[name] = parameter
-    return [block for block in found if block.tensors]
+            blocks[index].tensors[name] = parameter
+    return [block for block in blocks if block.tensors]
 
 
 def _members(module: nn.Module) -> list[nn.Module]:

@@ -170,8 +170,8 @@ class ElsewhereSession(Session):
         refuse_derivatives([point for _, point in pairs], self.name)
         try:
             with torch.no_grad():
-                found: list[Tensor] = self._lockstep.run([partial(self._loss_at, *pair) for pair in pairs])
-                return found
+                losses: list[Tensor] = self._lockstep.run([partial(self._loss_at, *pair) for pair in pairs])
+                return losses
         finally:
             self._adapters.clear()
 
@@ -187,8 +187,8 @@ class ElsewhereSession(Session):
     def log_probs(self, inputs: Mapping[str, Any], row: Tensor, column: Tensor, tokens: Tensor) -> Tensor:
         """Asked for all points together; float32 [N, C]."""
         asked = Scoring(self._adapter(), inputs, row, column, tokens)
-        found: Tensor = self._sync(asked, lambda every: self.backend.scores(every))
-        return found.to(tokens.device)
+        log_probs: Tensor = self._sync(asked, lambda every: self.backend.scores(every))
+        return log_probs.to(tokens.device)
 
     def write(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
         """Asked for all points together."""

@@ -59,8 +59,10 @@ class OnnxGraph:
     ) -> Tensor:
         """The same in torch, to compare with."""
         with torch.no_grad():
-            found: Tensor = self.reference({name: inputs[name] for name in self.inputs}, places, tokens, dict(adapter))
-            return found
+            log_probs: Tensor = self.reference(
+                {name: inputs[name] for name in self.inputs}, places, tokens, dict(adapter)
+            )
+            return log_probs
 
 
 def _base(model: Any) -> Any:
@@ -121,9 +123,11 @@ def _export(
     }
     try:
         with _quiet(), torch.no_grad():
-            made = torch.onnx.export(reference, (), kwargs=example, dynamo=True, dynamic_shapes=shapes, verbose=False)
-            assert made is not None
-            made.save(str(path), external_data=True)
+            program = torch.onnx.export(
+                reference, (), kwargs=example, dynamo=True, dynamic_shapes=shapes, verbose=False
+            )
+            assert program is not None
+            program.save(str(path), external_data=True)
     except Exception as error:  # whatever a model's code does that cannot be traced
         first = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         raise UserError(
@@ -174,11 +178,11 @@ def _as_products(graph: Any) -> None:
                 constants[w] = numpy_helper.from_array(turned, w)
                 graph.initializer.append(constants[w])
         product = f"{node.output[0]}_product" if bias else node.output[0]
-        made = [helper.make_node("MatMul", [x, w], [product], name=f"{node.name}_product")]
+        nodes = [helper.make_node("MatMul", [x, w], [product], name=f"{node.name}_product")]
         if bias:
-            made.append(helper.make_node("Add", [product, *bias], [node.output[0]], name=f"{node.name}_sum"))
+            nodes.append(helper.make_node("Add", [product, *bias], [node.output[0]], name=f"{node.name}_sum"))
         graph.node.remove(node)
-        for one in reversed(made):
+        for one in reversed(nodes):
             graph.node.insert(place, one)
     used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     for constant in [constant for constant in graph.initializer if constant.name not in used]:

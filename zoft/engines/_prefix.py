@@ -47,11 +47,11 @@ def forwards_replaced(modules: Iterable[nn.Module], replacement: Callable[[nn.Mo
             module.forward = replacement(module)
         yield
     finally:
-        for module, own in own_forwards:
-            if own is None:
+        for module, earlier in own_forwards:
+            if earlier is None:
                 module.__dict__.pop("forward", None)  # the class's again
             else:
-                module.forward = own
+                module.forward = earlier
 
 
 def hidden_states_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

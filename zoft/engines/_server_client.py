@@ -125,18 +125,18 @@ class Client:
         """
         start = "start one as scripts/serve_vllm.md says, or give engine.url"
         try:
-            found = [card for card in self.cards() if not card.get("parent")]
+            bases = [card for card in self.cards() if not card.get("parent")]
             status, reply = self.ask("POST", "/v1/load_lora_adapter", {"lora_name": "zoft-none", "lora_path": "/none"})
         except BadReplyError as error:
             raise UserError(
                 f"engine=server: nothing that can be used answers at {self.url} ({error}): {start}"
             ) from error
-        if not found:
+        if not bases:
             raise UserError(f"engine=server: the server at {self.url} lists no base model: {start}")
         no_route = status in (404, 405) and isinstance(reply, dict) and "detail" in reply
         if no_route or "lora is not enabled" in _message(reply).lower():
             raise UserError(NO_LORA.format(self.url))
-        return found[0]
+        return bases[0]
 
     def load(self, name: str, path: str) -> None:
         """Load an adapter, in place of the one of this name."""
@@ -162,11 +162,11 @@ class Client:
             prompts: token ids.
             tokens: which are wanted.
         """
-        found = self._completed(
+        choices = self._completed(
             name, salt, prompts, max_tokens=1, temperature=0.0, logprobs=len(tokens),
             logprob_token_ids=list(tokens), return_tokens_as_token_ids=True,
         )  # fmt: skip
-        return [_scores_of(choice, tokens) for choice in found]
+        return [_scores_of(choice, tokens) for choice in choices]
 
     def texts(
         self, name: str, salt: str, prompts: Sequence[Sequence[int]], settings: Mapping[str, Any]
@@ -179,12 +179,12 @@ class Client:
             prompts: token ids.
             settings: of :meth:`zoft.weights.elsewhere.Runtime.write`.
         """
-        found = self._completed(
+        choices = self._completed(
             name, salt, prompts, max_tokens=settings["max_new_tokens"], temperature=settings["temperature"],
             seed=settings["seed"], stop=[settings["stop"]] if settings["stop"] else [],
             include_stop_str_in_output=True, stop_token_ids=list(settings["ends"]), return_token_ids=True,
         )  # fmt: skip
-        written = [choice.get("token_ids") for choice in found]
+        written = [choice.get("token_ids") for choice in choices]
         if not all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in written):
             raise BadReplyError("a choice has no token_ids")
         return written  # type: ignore[return-value]

@@ -178,8 +178,8 @@ def _some(names: list[str]) -> str:
 
 def _watchable(model: nn.Module, tensors: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
     """All but those of torch's own attention, which computes in another way where a tensor is watched."""
-    own = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
-    theirs = {id(p) for module in model.modules() if isinstance(module, own) for p in module.parameters()}
+    attention = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
+    theirs = {id(p) for module in model.modules() if isinstance(module, attention) for p in module.parameters()}
     return {name: tensor for name, tensor in tensors if id(tensor) not in theirs}
 
 

@@ -81,8 +81,8 @@ class _OnnxBackend:
         length = one.inputs["input_ids"].shape[1]
         # columns count from the right: element r T + T + column of the flattened batch
         places = one.row * length + length + one.column
-        found: Tensor = self._graph(one, places)(one.adapter, one.inputs, places, one.tokens)
-        return found
+        log_probs: Tensor = self._graph(one, places)(one.adapter, one.inputs, places, one.tokens)
+        return log_probs
 
     def texts(self, asked: Sequence[Writing]) -> list[list[list[int]]]:
         """Never: ``writes`` is false."""
@@ -95,9 +95,9 @@ class _OnnxBackend:
             from zoft.engines._onnx_graph import OnnxGraph
 
             log.info("engine=onnx: the model is exported, once for this process")
-            made = OnnxGraph(self.model, self.names, names, self.bits)
-            self._compare(made, one.adapter, one.inputs, places, one.tokens)
-            self._graphs[names] = made
+            graph = OnnxGraph(self.model, self.names, names, self.bits)
+            self._compare(graph, one.adapter, one.inputs, places, one.tokens)
+            self._graphs[names] = graph
         return self._graphs[names]
 
     def _compare(

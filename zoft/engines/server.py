@@ -126,13 +126,13 @@ class _Served:
         """``ask`` of every one with its adapter loaded, as many adapters at a time as there are slots."""
         digests = [digest_of(one.adapter) for one in asked]
         distinct = list(dict.fromkeys(digests))
-        found: dict[int, T] = {}
+        answers: dict[int, T] = {}
         for first in range(0, len(distinct), self.size):
             wave = distinct[first : first + self.size]
             members = {number: digest for number, digest in enumerate(digests) if digest in wave}
             attempt = partial(self._wave, {number: asked[number] for number in members}, members, ask)
-            found |= self.client.repeated(what, attempt)
-        return [found[number] for number in range(len(asked))]
+            answers |= self.client.repeated(what, attempt)
+        return [answers[number] for number in range(len(asked))]
 
     def _wave(
         self, asked: dict[int, Asked], digests: dict[int, str], ask: Callable[[str, str, Asked], T]
@@ -160,8 +160,8 @@ class _Served:
             of_prompt.setdefault(prompt, set()).update(tokens)
         union = set().union(*of_prompt.values())
         requests: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        for prompt, own in of_prompt.items():
-            requests.setdefault(tuple(sorted(union if len(union) <= _UNION else own)), []).append(prompt)
+        for prompt, tokens_of_prompt in of_prompt.items():
+            requests.setdefault(tuple(sorted(union if len(union) <= _UNION else tokens_of_prompt)), []).append(prompt)
         known: dict[tuple[int, ...], dict[int, float]] = {}
         for tokens, some in requests.items():
             for prompt, values in zip(some, self.client.scores(name, digest, some, tokens), strict=True):

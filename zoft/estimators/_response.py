@@ -48,9 +48,9 @@ def answers(changes: Tensor, directions: Tensor, keys: Tensor, columns: Tensor, 
     sums = directions.new_zeros(count, width, directions.shape[2])
     # key by key: a batch has few of them, and each is one product over its positions
     for key in keys.unique().tolist():
-        mine = keys == key
+        of_key = keys == key
         # R_k <- R_k + sum_qp (ds_qp / eps) v_qp^T over the positions p of key k
-        sums[key, columns] += torch.einsum("qpc,qpm->cm", changes[:, mine], directions[:, mine])
+        sums[key, columns] += torch.einsum("qpc,qpm->cm", changes[:, of_key], directions[:, of_key])
     return sums
 
 
@@ -65,10 +65,10 @@ def node_gradients(slopes: Tensor, response: Tensor, counts: Tensor, keys: Tenso
         columns: [c] which column each value is; -1 for an unknown one.
     """
     e = slopes.new_zeros(len(keys), response.shape[2])
-    there = columns >= 0
+    is_known = columns >= 0
     for key in keys.unique().tolist():
         if key >= 0 and counts[key] > 0:
-            mine = keys == key
+            of_key = keys == key
             # e_p = R_k^T dL/ds_p with R_k = sums / count; columns never probed are left out
-            e[mine] = slopes[mine][:, there] @ (response[key, columns[there]] / counts[key])
+            e[of_key] = slopes[of_key][:, is_known] @ (response[key, columns[is_known]] / counts[key])
     return e

@@ -65,20 +65,20 @@ class Nodes(Estimator):
 
     def check_with(self, method: Any) -> None:
         """Refuse other subspaces, and what weighs, shapes or tries directions."""
-        told = "estimator=nodes perturbs layers' outputs, and "
+        reason = "estimator=nodes perturbs layers' outputs, and "
         if not method.subspace.moves_outputs:
             raise UserError(
-                f"{told}subspace={method.subspace.name()} has directions in the weights: use subspace=nodes"
+                f"{reason}subspace={method.subspace.name()} has directions in the weights: use subspace=nodes"
             )
         if method.weighting.name() != "mean":
-            raise UserError(f"{told}has no directions for weighting={method.weighting.name()}: use weighting=mean")
+            raise UserError(f"{reason}has no directions for weighting={method.weighting.name()}: use weighting=mean")
         optimizer = method.optimizer
         if optimizer.uses_directions:
             raise UserError(
-                f"{told}optimizer={optimizer.name()} {optimizer.uses_directions} in the weights: use optimizer=whiten"
+                f"{reason}optimizer={optimizer.name()} {optimizer.uses_directions} in the weights: use optimizer=whiten"
             )
         if self.across != "iid":
-            raise UserError(f"{told}estimator.across is of directions in the weights: use subspace.directions")
+            raise UserError(f"{reason}estimator.across is of directions in the weights: use subspace.directions")
 
     @property
     def num_queries(self) -> int:

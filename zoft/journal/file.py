@@ -66,27 +66,27 @@ def read(path: Path) -> Contents:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    found: Contents | None = None
+    contents: Contents | None = None
     end = 0
     try:
         for chunk in chunks.decode(data):
-            if found is None:
-                found = Contents(_header(path, chunk))
+            if contents is None:
+                contents = Contents(_header(path, chunk))
             else:
-                _take(found, chunk)
+                _take(contents, chunk)
             end = chunk.end
-        if found is not None:
-            records.require_consecutive(found.records, found.header["first"])
+        if contents is not None:
+            records.require_consecutive(contents.records, contents.header["first"])
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, *_BROKEN) as error:
         # Whole by its checksum, which anybody can compute: it was not written by zoft.
         raise UserError(f"{path} holds what zoft does not write ({error}): start a new run in another folder") from None
-    if found is None:
+    if contents is None:
         raise UserError(
             f"{path} is not a journal of zoft, or its first bytes are damaged: move it away, and the run goes on from "
             "its newest checkpoint"
         )
-    found.damaged = len(data) - end
-    return found
+    contents.damaged = len(data) - end
+    return contents
 
 
 class Journal:
@@ -148,9 +148,9 @@ class Journal:
         os.ftruncate(journal._file, journal._end)
         for chunk in cut:
             if chunk.kind == chunks.BLOCK:  # sealed steps, of which some may be kept
-                kept = [record for record in records.unseal(chunk.payload) if record.step < end]
-                if kept:
-                    journal._write(chunks.BLOCK, records.seal(kept, with_losses=True))
+                complete = [record for record in records.unseal(chunk.payload) if record.step < end]
+                if complete:
+                    journal._write(chunks.BLOCK, records.seal(complete, with_losses=True))
             elif chunk.kind == chunks.NOTE:
                 journal.note(end, json.loads(chunk.payload[_NUMBER.size :]))
         return journal
@@ -248,33 +248,33 @@ def _header(path: Path, chunk: chunks.Chunk) -> dict[str, Any]:
     return header
 
 
-def _take(found: Contents, chunk: chunks.Chunk) -> None:
+def _take(contents: Contents, chunk: chunks.Chunk) -> None:
     kind, payload = chunk.kind, chunk.payload
     if kind == chunks.STEP:
-        found.records.append(records.decode(payload))
+        contents.records.append(records.decode(payload))
     elif kind == chunks.BLOCK:
-        found.records.extend(records.unseal(payload))
+        contents.records.extend(records.unseal(payload))
     elif kind == chunks.OBSERVATION:
-        found.observations[_NUMBER.unpack_from(payload)[0]] = payload[_NUMBER.size :]
+        contents.observations[_NUMBER.unpack_from(payload)[0]] = payload[_NUMBER.size :]
     elif kind == chunks.DIGEST:
         step, sha = _DIGEST.unpack(payload)
-        found.digests[step] = sha.hex()
+        contents.digests[step] = sha.hex()
     elif kind == chunks.NOTE:
-        found.notes.append(_mapping(payload))
-        if not _is_factor(found.notes[-1].get("lr_factor", 1.0)):
+        contents.notes.append(_mapping(payload))
+        if not _is_factor(contents.notes[-1].get("lr_factor", 1.0)):
             raise ValueError("a note that makes no learning rate")
     elif kind == chunks.EVALUATION:
-        found.evaluations.setdefault(_NUMBER.unpack_from(payload)[0], []).append(_mapping(payload))
+        contents.evaluations.setdefault(_NUMBER.unpack_from(payload)[0], []).append(_mapping(payload))
     else:
         raise ValueError("a second header")
 
 
 def _mapping(payload: bytes) -> dict[str, Any]:
     """What stands behind a chunk's number of steps."""
-    found = json.loads(payload[_NUMBER.size :])
-    if not isinstance(found, dict):
-        raise ValueError(f"a {type(found).__name__} where a mapping belongs")
-    return found
+    mapping = json.loads(payload[_NUMBER.size :])
+    if not isinstance(mapping, dict):
+        raise ValueError(f"a {type(mapping).__name__} where a mapping belongs")
+    return mapping
 
 
 def _is_factor(value: Any) -> bool:

@@ -150,8 +150,8 @@ def refuse_full_disk(target: Path, size: int) -> None:
     Raises:
         DiskFullError: with the bytes that are wanted and free.
     """
-    there = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-    if shutil.disk_usage(there).free < size:
+    existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    if shutil.disk_usage(existing).free < size:
         raise DiskFullError.of(OSError(errno.ENOSPC, ""), target, size)
 
 

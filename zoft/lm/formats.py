@@ -97,8 +97,8 @@ def settled(task: Task, examples: Sequence[Any], objective: Objective) -> Object
     if objective.name() != "auto":
         return objective
     published = getattr(task, "published_objective", "") if getattr(task, "protocol", "") == "mezo" else ""
-    made: Objective = create("objective", published or FORMS[_possible(task, examples)[0]].objective, "options")
-    return made
+    chosen: Objective = create("objective", published or FORMS[_possible(task, examples)[0]].objective, "options")
+    return chosen
 
 
 def scorer_of(task: Task, examples: Sequence[Any], objective: Objective) -> Objective:
@@ -109,8 +109,8 @@ def scorer_of(task: Task, examples: Sequence[Any], objective: Objective) -> Obje
     possible = _possible(task, examples)
     if not objective.forms or set(possible) & set(objective.forms):
         return objective
-    made: Objective = create("objective", FORMS[possible[0]].objective, "options")
-    return made
+    scorer: Objective = create("objective", FORMS[possible[0]].objective, "options")
+    return scorer
 
 
 def _possible(task: Task, examples: Sequence[Any]) -> tuple[str, ...]:
@@ -148,11 +148,11 @@ def require_fit(task: Task, form: str, objective: Objective) -> None:
             f"set objective={' or '.join(fitting)}"
         )
     objective.prepare()
-    room, own = getattr(objective, "max_new_tokens", 0), getattr(task, "max_new_tokens", 0)
-    if own and room > own:
+    room, task_room = getattr(objective, "max_new_tokens", 0), getattr(task, "max_new_tokens", 0)
+    if task_room and room > task_room:
         raise UserError(
             f"objective.max_new_tokens={room} is more than the task keeps free for an answer: raise "
-            f"task.max_new_tokens ({own})"
+            f"task.max_new_tokens ({task_room})"
         )
     if form in ("generate", "rated") and 0 < task.max_length < room_of(task, objective) + 8:
         raise UserError(

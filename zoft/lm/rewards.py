@@ -40,11 +40,11 @@ def _judged(prompt: str, text: str, target: str | float) -> float:
     if wanted in numbers:
         numbers.remove(int(wanted))  # the prompt names it too
     line = next((line for line in text.split("\n") if _NUMBER.search(line)), "")
-    found = _EXPRESSION.search(line.partition("=")[0][:_LONGEST])
-    if found is None or sorted(map(int, _NUMBER.findall(found[0]))) != numbers:
+    expression = _EXPRESSION.search(line.partition("=")[0][:_LONGEST])
+    if expression is None or sorted(map(int, _NUMBER.findall(expression[0]))) != numbers:
         return 0.0
     try:
-        value = _value(ast.parse(found[0].strip(), mode="eval").body)
+        value = _value(ast.parse(expression[0].strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return 0.0
     return 1.0 if value == wanted else 0.1

@@ -45,8 +45,8 @@ class TorchSequentialNoise(NoiseSource):
         if name != self._in_pieces_of:
             self._in_pieces.clear()
             self._in_pieces_of = name
-        kept = _of_step(self._in_pieces, direction)
-        z = kept.get(direction)
+        in_pieces = _of_step(self._in_pieces, direction)
+        z = in_pieces.get(direction)
         if z is None:
             generator = torch.Generator(device)
             # torch's generator gives a tensor's numbers only from its own place in the stream on
@@ -54,12 +54,12 @@ class TorchSequentialNoise(NoiseSource):
             shape = self._shapes[name]
             z = torch.normal(mean=0, std=1, size=shape, generator=generator, device=device, dtype=dtype).view(-1)
             # kept while pieces of it are asked for, as long as the kept ones are small enough
-            if stop < z.numel() and (not kept or (len(kept) + 1) * z.numel() <= _KEEP_IN_PIECES):
-                kept[direction] = z
+            if stop < z.numel() and (not in_pieces or (len(in_pieces) + 1) * z.numel() <= _KEEP_IN_PIECES):
+                in_pieces[direction] = z
         if stop == z.numel():
-            kept.pop(direction, None)
+            in_pieces.pop(direction, None)
         piece = z[start:stop]
-        return piece.clone() if direction in kept else piece  # the caller may overwrite it
+        return piece.clone() if direction in in_pieces else piece  # the caller may overwrite it
 
     def gather(self, direction: Direction, name: str, indices: Tensor) -> Tensor:
         """Elements of z at any flat indices, in the parameter's dtype; the whole tensor is drawn for them."""

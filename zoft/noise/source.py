@@ -204,24 +204,24 @@ def agrees(compiled: kernels.Kernels, device: torch.device, *, thorough: bool = 
 
 
 def _specimens(device: torch.device, thorough: bool) -> list[Tensor]:
-    size, direction, made = 4990, Direction(2, 3, 5), []
+    size, direction, specimens = 4990, Direction(2, 3, 5), []
     for law in LAWS if thorough else counter.LAWS:
         source = CounterNoise(law, {"w": size + 9})
         total = torch.linspace(-1.0, 1.0, size).to(device)
         source.add_(total, direction, "w", 9, 0.3)
-        made.append(total)
+        specimens.append(total)
         dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         for dtype in dtypes if thorough else dtypes[:2]:
             outs = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
             # several dtypes and scales: rounding differs between them
             source.perturb(total.to(dtype), direction, "w", 5, (1e-3, -0.7), outs)
-            made += outs
+            specimens += outs
         if thorough:
-            made.append(source.draw(direction, "w", 7, 7 + size, device, torch.float32))
-            made.append(source.gather(direction, "w", torch.arange(size, device=device).flip(0).view(2, -1)))
+            specimens.append(source.draw(direction, "w", 7, 7 + size, device, torch.float32))
+            specimens.append(source.gather(direction, "w", torch.arange(size, device=device).flip(0).view(2, -1)))
     if thorough:
-        made += [random_words(7, 1, size, device), torch.tensor(squared_norm(7, size, device))]
-    return made
+        specimens += [random_words(7, 1, size, device), torch.tensor(squared_norm(7, size, device))]
+    return specimens
 
 
 def check_law(law: str, where: str) -> None:
@@ -233,8 +233,8 @@ def check_law(law: str, where: str) -> None:
 _T = TypeVar("_T")
 
 
-def _of_step(kept: dict[Direction, _T], direction: Direction) -> dict[Direction, _T]:
-    """``kept`` without other steps: an update asks for all of a step's directions, tensor by tensor."""
-    if kept and next(iter(kept)).step != direction.step:
-        kept.clear()
-    return kept
+def _of_step(by_direction: dict[Direction, _T], direction: Direction) -> dict[Direction, _T]:
+    """``by_direction`` without other steps: an update asks for all of a step's directions, tensor by tensor."""
+    if by_direction and next(iter(by_direction)).step != direction.step:
+        by_direction.clear()
+    return by_direction

@@ -149,8 +149,8 @@ def power_step(matrix: Tensor, basis: Tensor) -> Tensor:
     # U = columns of C V over their lengths; the step is U V^T
     left = scaled @ basis
     lengths = torch.linalg.vector_norm(left, dim=0)
-    there = lengths > 10 * torch.finfo(matrix.dtype).eps  # the others are rounding errors of a matrix of lower rank
-    return (left / lengths.clamp_min(_TINY) * there) @ basis.T
+    is_alive = lengths > 10 * torch.finfo(matrix.dtype).eps  # the others are rounding errors of a matrix of lower rank
+    return (left / lengths.clamp_min(_TINY) * is_alive) @ basis.T
 
 
 def _first_basis(name: str, like: Tensor) -> Tensor:

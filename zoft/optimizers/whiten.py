@@ -90,11 +90,11 @@ class Whiten(ReadsFactors, Optimizer):
         steps: dict[str, Factors] = {}
         # first all steps, then one factor for all: the bound is on what they promise together
         promised = 0.0
-        for name, mine in factors.items():
-            _take_in(mine, states[name], self.window)
-            steps[name] = self._step(mine, states[name]).scaled(self._share(states[name]))
+        for name, factor in factors.items():
+            _take_in(factor, states[name], self.window)
+            steps[name] = self._step(factor, states[name]).scaled(self._share(states[name]))
             # p <- p + <E^T X, step>
-            promised += steps[name].inner(mine)
+            promised += steps[name].inner(factor)
         bound = self.trust * loss
         # Polyak: lr p <= trust L, else the step is shortened to it
         if 0 < bound < lr * promised:
@@ -107,7 +107,7 @@ class Whiten(ReadsFactors, Optimizer):
         # counted by tensor: one that joins later takes long steps first, too
         return (1 + before / self.cooling) ** -0.5 if self.cooling else 1.0
 
-    def _step(self, mine: Factors, state: State) -> Factors:
+    def _step(self, factor: Factors, state: State) -> Factors:
         x, e, age = state["x"], state["e"], state["age"]
         # omega_p = decay^age / rows of its batch, of sum 1
         omega = self.decay**age * state["share"]
@@ -117,34 +117,34 @@ class Whiten(ReadsFactors, Optimizer):
         square = (omega.unsqueeze(1) * x.square()).mean(1).sum()  # mean of X's squared elements
         # lambda as a share of mean(x^2), so that the scale of a layer's inputs drops out
         ridge = self.ridge * square.clamp_min(torch.finfo(torch.float32).tiny)
-        if mine.layout == "vector":
+        if factor.layout == "vector":
             # diagonal A: sum_p omega_p x_p^2, element by element
             second = (omega.unsqueeze(1) * x.square()).sum(0)  # [m]
-            return Factors(moved, x / (second + ridge), mine.layout)
+            return Factors(moved, x / (second + ridge), factor.layout)
         count, width = x.shape
         # N x N where positions are fewer: X (X^T O X + lambda I)^-1 = (X X^T O + lambda I)^-1 X with O = diag(omega)
         if count <= width:  # (X X^T diag(omega) + lambda I)^-1 X
             matrix = (x @ x.T) * omega + ridge * torch.eye(count, device=x.device)
-            return Factors(moved, torch.linalg.solve(matrix, x), mine.layout)
+            return Factors(moved, torch.linalg.solve(matrix, x), factor.layout)
         matrix = (x.T * omega) @ x + ridge * torch.eye(width, device=x.device)  # X (X^T diag(omega) X + lambda I)^-1
-        return Factors(moved, torch.linalg.solve(matrix, x, left=False), mine.layout)
+        return Factors(moved, torch.linalg.solve(matrix, x, left=False), factor.layout)
 
 
-def _take_in(mine: Factors, state: State, window: int) -> None:
+def _take_in(factor: Factors, state: State, window: int) -> None:
     """Add a batch to the window, and let go of what is too old."""
     # a batch's positions share a weight of 1, so that long batches do not count for more
-    rows = len(mine.x)
+    rows = len(factor.x)
     fresh = {
-        "x": mine.x,
-        "e": mine.e,
-        "age": torch.zeros(rows, device=mine.x.device),
-        "share": torch.full((rows,), 1.0 / max(1, rows), device=mine.x.device),
+        "x": factor.x,
+        "e": factor.e,
+        "age": torch.zeros(rows, device=factor.x.device),
+        "share": torch.full((rows,), 1.0 / max(1, rows), device=factor.x.device),
     }
     # older than the window is gone; what stays is a batch older
     if "age" in state:
-        kept = state["age"] + 1 < window
-        older = {key: state[key][kept] for key in ("x", "e", "age", "share")}
+        is_recent = state["age"] + 1 < window
+        older = {key: state[key][is_recent] for key in ("x", "e", "age", "share")}
         older["age"] = older["age"] + 1
         fresh = {key: torch.cat((older[key], fresh[key])) for key in fresh}
-    count = state["count"] + 1 if "count" in state else torch.ones((), device=mine.x.device)
+    count = state["count"] + 1 if "count" in state else torch.ones((), device=factor.x.device)
     state.update(fresh, count=count)

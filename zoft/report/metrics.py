@@ -74,21 +74,21 @@ class MetricsCallback(TrainerCallback):
         folder = Path(str(args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         past = max(state.global_step, self.known())
-        kept = [row for row in read_metrics(folder) if row["step"] <= past] if past else []
+        rows = [row for row in read_metrics(folder) if row["step"] <= past] if past else []
         self._row = {}
         # The csv is written anew from the jsonl, so that the two agree whatever an interruption left of either.
-        lines = [self._encode(row) for row in kept]
+        lines = [self._encode(row) for row in rows]
         self._files = {
             CSV: RowFile(folder / CSV, [csv_line(self.columns), *(line[CSV] for line in lines)]),
             METRICS: RowFile(folder / METRICS, [line[METRICS] for line in lines]),
         }
         waiting, self._waiting = self._waiting, []
-        known = {row["step"] for row in kept}
+        known = {row["step"] for row in rows}
         for row in waiting:
             if row["step"] not in known:
                 self._write(row)
-        if kept and not self._row:
-            self._row = kept[-1]
+        if rows and not self._row:
+            self._row = rows[-1]
 
     def on_log(
         self,

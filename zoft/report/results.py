@@ -24,10 +24,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > _LARGEST:
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def read_results(path: Path, of: dict[str, str | None]) -> dict[str, float] | None:
@@ -37,11 +37,11 @@ def read_results(path: Path, of: dict[str, str | None]) -> dict[str, float] | No
         path: the file.
         of: hashes: ``weights_sha256``, and what else the numbers depend on.
     """
-    found = read_json(path) or {}
-    if any(found.pop(name, None) != sha for name, sha in of.items()):
+    results = read_json(path) or {}
+    if any(results.pop(name, None) != sha for name, sha in of.items()):
         return None
-    whole = bool(found) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found.values())
-    return {name: float(value) for name, value in found.items()} if whole else None
+    whole = bool(results) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in results.values())
+    return {name: float(value) for name, value in results.items()} if whole else None
 
 
 def write_results(path: Path, values: dict[str, float], of: dict[str, str | None]) -> None:

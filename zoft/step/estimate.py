@@ -238,5 +238,5 @@ def clip(estimate: StepEstimate, bound: float) -> StepEstimate:
     # terms behind those of the slopes are an anchor's, of earlier steps: no slope measured here is theirs
     shares = (bound / estimate.projected_grads.abs().clamp_min(1e-30)).clamp_max(1.0).tolist()
     # clip(p_j) = p_j min(1, bound / |p_j|), and c_j is linear in p_j
-    own, others = estimate.terms[: len(shares)], estimate.terms[len(shares) :]
-    return replace(estimate, terms=[*((d, c * s) for (d, c), s in zip(own, shares, strict=True)), *others])
+    measured, others = estimate.terms[: len(shares)], estimate.terms[len(shares) :]
+    return replace(estimate, terms=[*((d, c * s) for (d, c), s in zip(measured, shares, strict=True)), *others])

@@ -266,14 +266,14 @@ class NodeQueries:
         wanted = part.clean.values
         try:
             with torch.no_grad(), contexts.reused(context):
-                found = self.reader.read(part.tail).values
+                values = self.reader.read(part.tail).values
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            found, why = None, f"{type(error).__name__}: {error}"
+            values, why = None, f"{type(error).__name__}: {error}"
         else:
-            off = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)) if len(wanted) else 0.0
+            off = float((values - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)) if len(wanted) else 0.0
             few_bits = next(iter(self.session.weights.tensors.values())).element_size() < 4
-            found, why = (found if off < (5e-2 if few_bits else 1e-3) else None), f"off by {off:.2g}"
-        if found is None:
+            values, why = (values if off < (5e-2 if few_bits else 1e-3) else None), f"off by {off:.2g}"
+        if values is None:
             contexts.give_up(why)
             part.tail = part.context = None
 
@@ -314,9 +314,9 @@ class NodeQueries:
             drawn = _Drawn(space, direction, first, count, total)
             for part in parts:
                 changes = [self._probe(part, drawn, probe, eps) for probe in range(count)]
-                own = {key: torch.stack([drawn.rows(key, part, j) for j in range(count)]) for key in drawn.kept}
+                directions = {key: torch.stack([drawn.rows(key, part, j) for j in range(count)]) for key in drawn.kept}
                 # [q, P_loss, C] -> [q, P, C]: a position reads the change of the loss's position that it belongs to
-                yield part, torch.stack(changes)[:, part.places.anchor], own
+                yield part, torch.stack(changes)[:, part.places.anchor], directions
 
     def _probe(self, part: _Part, drawn: _Drawn, probe: int, eps: float) -> Tensor:
         """(s' - s) / eps, [P, C]."""
@@ -380,8 +380,8 @@ class NodeQueries:
                 sums[key] = sums[key] + answered_here if key in sums else answered_here
         # every process adds the answers of all, so that their responses stay the same
         counts += torch.stack(self._all(answered)).sum(0)
-        for key, own in sums.items():
-            total_sum = torch.stack([one.to(own.device) for one in self._all(own)]).sum(0)
+        for key, of_process in sums.items():
+            total_sum = torch.stack([one.to(of_process.device) for one in self._all(of_process)]).sum(0)
             old = space.response.get(key)
             space.response[key] = total_sum if old is None else widened(old, num_keys, num_columns) + total_sum
         space.tables = {**known, "counts": counts}
@@ -413,8 +413,8 @@ class NodeQueries:
                     e, x = self._e(part, call, node), part.seen[call]
                     if e is not None:
                         # a text that has ended at this call has no loss behind it
-                        there = part.takes_part(call)
-                        e, x = (e, x) if there is None else (e[there], x[there])
+                        is_written = part.takes_part(call)
+                        e, x = (e, x) if is_written is None else (e[is_written], x[is_written])
                         pairs.setdefault(node.name, []).append((e / num_terms, x, _LAYOUTS[node.kind]))
         factors = {}
         for name, of_tensor in pairs.items():

@@ -258,8 +258,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         source = self.coordinates.source
         # BoundSubspace itself is subspace=full; others may read the weights when a step begins
-        own = type(self.coordinates) is BoundSubspace and isinstance(source, CounterNoise) and source.law != "sphere"
-        return own and not self.component.shapes_directions
+        is_full = (
+            type(self.coordinates) is BoundSubspace and isinstance(source, CounterNoise) and source.law != "sphere"
+        )
+        return is_full and not self.component.shapes_directions
 
     def _move(
         self,

@@ -157,12 +157,12 @@ class BoundFactored(BoundSubspace):
     def bases(self, direction: Direction, name: str) -> Bases:
         """(L, R) of a matrix; those of the last period asked for are kept."""
         basis_key = self.basis_key(direction, name)
-        kept = self._bases.get(name)
+        entry = self._bases.get(name)
         # of the last period only: a state is carried over from the one before to this one, and then that is past
-        if kept is None or kept[0] != basis_key:
+        if entry is None or entry[0] != basis_key:
             with torch.inference_mode(False), torch.no_grad():  # they outlive the forward in which they are made
-                kept = self._bases[name] = (basis_key, self.make_bases(self.period(direction), name))
-        return kept[1]
+                entry = self._bases[name] = (basis_key, self.make_bases(self.period(direction), name))
+        return entry[1]
 
     def basis_elements(self) -> int:
         """Of L and R."""
@@ -266,14 +266,14 @@ class BoundFactored(BoundSubspace):
         left, right = self.bases(direction, name)
         # L = I: s C, whose rows are those of the matrix
         if left is None:
-            made = coordinates.clone()
+            factor = coordinates.clone()
         # R = I: s L, and C is the right factor (:meth:`right`)
         elif right is None:
-            made = left[row:end].clone()
+            factor = left[row:end].clone()
         # s L C, once a block of rows, before the product with R^T
         else:
-            made = _matmul(left[row:end], coordinates)
-        return made.mul_(self.forms[name].scale)
+            factor = _matmul(left[row:end], coordinates)
+        return factor.mul_(self.forms[name].scale)
 
     def right(self, direction: Direction, name: str, coordinates: Tensor) -> Tensor:
         """The right factor [k, n]: R^T, or C where R is the identity."""
@@ -381,9 +381,9 @@ class BoundFactored(BoundSubspace):
 
     def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of z, flat; the caller may overwrite them."""
-        kept = self._kept.get((direction, name))
-        if kept is not None:
-            return kept.view(-1)[start:stop].clone()
+        known = self._kept.get((direction, name))
+        if known is not None:
+            return known.view(-1)[start:stop].clone()
         z = torch.empty(stop - start, dtype=torch.float32, device=self.weights.tensors[name].device)
         for row, end, first, last in self._blocks(name, start, stop):
             coordinates = self._rows_of(direction, name, row, end)

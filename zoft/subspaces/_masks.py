@@ -103,7 +103,7 @@ def read(path: str, tensors: dict[str, Any]) -> dict[str, Mask]:
     Raises:
         UserError: no such file, or one that does not fit the model.
     """
-    found = {}
+    masks = {}
     for name, value in _opened(path).items():
         where = f"subspace.mask={path}"
         if name not in tensors:
@@ -123,10 +123,10 @@ def read(path: str, tensors: dict[str, Any]) -> dict[str, Mask]:
                 f"flat indices, got {str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
             )
         mask = Mask.of(moves)
-        found[name] = Mask(mask.bits.to(tensor.device), mask.count)
-    if not any(mask.count for mask in found.values()):
+        masks[name] = Mask(mask.bits.to(tensor.device), mask.count)
+    if not any(mask.count for mask in masks.values()):
         raise UserError(f"subspace.mask={path} lets no weight move: make one with scripts/score_weights.py")
-    return found
+    return masks
 
 
 def check_file(path: str) -> None:

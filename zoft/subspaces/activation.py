@@ -157,7 +157,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
         """What the last step's inputs come to is of no more use."""
         super().begin(direction)
         # a sketch of this step goes on with further micro-batches; those of an earlier step end
-        self._sketches = {n: kept for n, kept in self._sketches.items() if self._seen[n][0] == direction.step}
+        self._sketches = {n: sketch for n, sketch in self._sketches.items() if self._seen[n][0] == direction.step}
 
     def inputs_wanted(self, direction: Direction) -> frozenset[str]:
         """All linear layers that move in the subspace; with basis=first none once some have been seen."""
@@ -181,8 +181,11 @@ class BoundActivation(ObservesInputs, BoundFactored):
                 self._before[name] = self._seen[name]
         # in float32 whatever the forward computes in: a basis of bfloat16 columns is not orthonormal
         with torch.autocast(inputs.device.type, enabled=False):
-            made = self._follow(direction, name, inputs) if self.subspace.basis == "oja" else None
-            self._seen[name] = direction.step, self._main_inputs(direction, name, inputs) if made is None else made
+            followed = self._follow(direction, name, inputs) if self.subspace.basis == "oja" else None
+            self._seen[name] = (
+                direction.step,
+                self._main_inputs(direction, name, inputs) if followed is None else followed,
+            )
 
     def _main_inputs(self, direction: Direction, name: str, inputs: Tensor) -> Tensor:
         """A: the leading right singular vectors of all that the layer has seen in this step."""
@@ -251,16 +254,16 @@ class BoundActivation(ObservesInputs, BoundFactored):
     def basis_key(self, direction: Direction, name: str) -> Hashable:
         """The step whose inputs the basis of this direction is of, or the seed of the random one."""
         # a direction of an earlier step is asked for when its state is carried over
-        for kept in (self._seen.get(name), self._before.get(name)):
-            if kept is not None and direction.step >= kept[0]:
-                return ("seen", kept[0])
+        for entry in (self._seen.get(name), self._before.get(name)):
+            if entry is not None and direction.step >= entry[0]:
+                return ("seen", entry[0])
         return ("random", direction.seed)
 
     def bases(self, direction: Direction, name: str) -> Bases:
         """(identity, A); turned (A, identity)."""
-        for kept in (self._seen.get(name), self._before.get(name)):
-            if kept is not None and direction.step >= kept[0]:
-                return self._placed(name, kept[1])
+        for entry in (self._seen.get(name), self._before.get(name)):
+            if entry is not None and direction.step >= entry[0]:
+                return self._placed(name, entry[1])
         return super().bases(direction, name)
 
     def make_bases(self, period: Direction, name: str) -> Bases:
@@ -294,7 +297,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
         """Take over saved bases; the basis of the step before stays known."""
         devices = {name: self.weights.tensors[name].device for name in self.forms}
         # tensors that are no longer trained in the subspace are passed over
-        seen = {name: kept for name, kept in state.get("seen", {}).items() if name in self.forms}
+        seen = {name: entry for name, entry in state.get("seen", {}).items() if name in self.forms}
         for name, (_, basis) in seen.items():
             if basis.shape != (_inputs(self.forms[name]), self.subspace.rank):
                 raise UserError(
@@ -309,15 +312,15 @@ class BoundActivation(ObservesInputs, BoundFactored):
 
 def linear_layers(weights: Weights) -> dict[str, bool]:
     """name -> whether it is stored transposed ([n_in, n_out]), of what is the weight of linear layers alone."""
-    found: dict[str, bool] = {}
+    layers: dict[str, bool] = {}
     others: set[str] = set()
     for module, held in weights.owners.items():
         for attribute, name in held:
             turned = _turned(module) if attribute == "weight" and weights.tensors[name].dim() == 2 else None
             # a tensor that is also something else's (a tied embedding) has no inputs to go by
-            if turned is None or found.setdefault(name, turned) != turned:
+            if turned is None or layers.setdefault(name, turned) != turned:
                 others.add(name)
-    return {name: found[name] for name in weights.tensors if name in found and name not in others}
+    return {name: layers[name] for name in weights.tensors if name in layers and name not in others}
 
 
 def _turned(module: nn.Module) -> bool | None:

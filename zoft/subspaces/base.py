@@ -221,10 +221,10 @@ class BoundSubspace:
 
     def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Coordinates [start, stop) of one direction, flat, float32; the caller may overwrite the result."""
-        kept = self._kept.get((direction, name))
-        if kept is not None:
+        z = self._kept.get((direction, name))
+        if z is not None:
             # a copy: the caller may overwrite it, and the next query wants it as it was
-            return kept.view(-1)[start:stop].clone()
+            return z.view(-1)[start:stop].clone()
         tensor = self.weights.tensors[name]
         return self.source.draw(direction, name, start, stop, tensor.device, tensor.dtype)
 
@@ -294,9 +294,9 @@ class BoundSubspace:
         if self._kept_step != (direction.seed, direction.step):
             self._kept, self._kept_elements = {}, 0
             self._kept_step = (direction.seed, direction.step)
-        kept = self._kept.get((direction, name))
-        if kept is not None:
-            return kept
+        known = self._kept.get((direction, name))
+        if known is not None:
+            return known
         z = self._make_z(direction, name)
         # kept up to a bound over all directions of the step; what does not fit is drawn again
         if self.keeps and self._kept_elements + z.numel() <= _KEEP:

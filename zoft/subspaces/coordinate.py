@@ -140,8 +140,8 @@ class OneWeight(NoiseSource):
         """Elements of z at any flat indices."""
         where, at, value = self.place(direction)
         # z at these places: zero, or +-sqrt(d) where the place is the coordinate's
-        found = (indices == at) if where == name else torch.zeros_like(indices, dtype=torch.bool)
-        return found.to(torch.float32).mul_(value)
+        is_there = (indices == at) if where == name else torch.zeros_like(indices, dtype=torch.bool)
+        return is_there.to(torch.float32).mul_(value)
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
         """``out += scale * z``: one element, or none."""

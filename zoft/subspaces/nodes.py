@@ -99,11 +99,11 @@ class Nodes(Subspace):
                 "auto": [is_mlp] if _has_experts(weights) else [is_mlp, _any],
             }[self.layers]
         for rule in rules:
-            found = {key: node for key, node in every.items() if rule(node)}
-            if found:
+            chosen = {key: node for key, node in every.items() if rule(node)}
+            if chosen:
                 # a classifier's fresh head is random: it moves with whichever layers are chosen
                 heads = {key: node for key, node in every.items() if is_fresh_head(node)}
-                return {key: node for key, node in every.items() if key in found or key in heads}
+                return {key: node for key, node in every.items() if key in chosen or key in heads}
         raise UserError(_nothing(self, weights, every))
 
 
@@ -116,16 +116,16 @@ def _has_experts(weights: Weights) -> bool:
 
 
 def _nothing(subspace: Nodes, weights: Weights, every: dict[str, Node]) -> str:
-    told = f"subspace=nodes finds no layer for subspace.layers={subspace.layers} among what is trained"
+    reason = f"subspace=nodes finds no layer for subspace.layers={subspace.layers} among what is trained"
     if _has_experts(weights):
         return (
-            f"{told}: the experts of this mixture lie in one tensor, whose inputs are a token's own; use "
+            f"{reason}: the experts of this mixture lie in one tensor, whose inputs are a token's own; use "
             "subspace.layers=linear (its attention), or method=mezo"
         )
     if every:
-        return f"{told} (such as {next(iter(every))}): use subspace.layers=auto"
+        return f"{reason} (such as {next(iter(every))}): use subspace.layers=auto"
     return (
-        f"{told}, such as {next(iter(weights.tensors))}: its gradient does not follow from a layer's inputs; train "
+        f"{reason}, such as {next(iter(weights.tensors))}: its gradient does not follow from a layer's inputs; train "
         "linear layers, normalisations or LoRA (trainable=last_blocks), or use method=mezo"
     )
 
@@ -210,8 +210,8 @@ class NodeSpace(BoundSubspace):
 
     def basis_elements(self) -> int:
         """Numbers of the response, once there is one."""
-        kept = [*self.response.values(), *self.tables.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept) // 4
+        tensors = [*self.response.values(), *self.tables.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) // 4
 
     # ---- saved and loaded --------------------------------------------------------------------------------------------
 
@@ -224,6 +224,6 @@ class NodeSpace(BoundSubspace):
         if "response" not in state:  # a step of the journal without probes
             return
         device = {key: self.weights.tensors[node.name].device for key, node in self.nodes.items()}
-        there = state.get("response", {})
-        self.response = {key: there[key].to(device.get(key.partition("@")[0], "cpu")).clone() for key in there}
+        response = state.get("response", {})
+        self.response = {key: response[key].to(device.get(key.partition("@")[0], "cpu")).clone() for key in response}
         self.tables = {key: tensor.clone() for key, tensor in state.get("tables", {}).items()}

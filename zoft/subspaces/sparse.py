@@ -346,9 +346,9 @@ class BoundSparse(ObservesGradients, BoundSubspace):
 
     def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of z: flat, float32, the caller's own."""
-        kept = self._kept.get((direction, name))
-        if kept is not None:
-            return kept.view(-1)[start:stop].clone()
+        z = self._kept.get((direction, name))
+        if z is not None:
+            return z.view(-1)[start:stop].clone()
         drawn = self.draw(direction, name, start, stop)
         return drawn.mul_(self.gain(name)) if self._is_masked(name) else drawn
 

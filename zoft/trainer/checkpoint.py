@@ -214,9 +214,9 @@ class Checkpoints:
         args, state_ = self.trainer.args, self.trainer.state
         if not state_.best_global_step:
             return
-        own = Path(str(args.output_dir)) / f"checkpoint-{state_.best_global_step}"
-        noted = Path(state_.best_model_checkpoint or own)
-        folder = next((one for one in (own, noted) if one.is_dir()), own)
+        best = Path(str(args.output_dir)) / f"checkpoint-{state_.best_global_step}"
+        noted = Path(state_.best_model_checkpoint or best)
+        folder = next((one for one in (best, noted) if one.is_dir()), best)
         state_.best_model_checkpoint = str(folder)
         if args.load_best_model_at_end:
             self.verify_best(folder)
@@ -229,11 +229,11 @@ class Checkpoints:
         Args:
             folder: its own.
         """
-        own = folder.parent.absolute() == Path(str(self.trainer.args.output_dir)).absolute()
+        is_own = folder.parent.absolute() == Path(str(self.trainer.args.output_dir)).absolute()
         try:
             if not folder.is_dir():
                 raise UserError(f"{folder} is missing")
-            snapshot.verify(folder, self.journal.run if own else None)
+            snapshot.verify(folder, self.journal.run if is_own else None)
         except UserError as error:
             raise UserError(
                 f"the best checkpoint, which trainer.load_best_model_at_end=true asks for, cannot be loaded: {error}. "

@@ -203,8 +203,8 @@ def zo_config(cls: type) -> type:
     if cls is TrainingArguments:
         return ZOConfig
     known: Any = cls
-    own = {f.name for f in fields(known)}
-    off: list[Any] = [(name, bool, field(default=False)) for name in _CHECKPOINTING if name in own]
+    names = {f.name for f in fields(known)}
+    off: list[Any] = [(name, bool, field(default=False)) for name in _CHECKPOINTING if name in names]
     off += [("bf16", bool, field(default=False))]
     return make_dataclass(f"ZO{cls.__name__}", off, bases=(ZOConfig, cls), kw_only=True)
 
@@ -222,8 +222,8 @@ def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any
     if type(args) is TrainingArguments:
         stock = {f.name: f.default for f in fields(TrainingArguments)}
         given = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
-        own = ("learning_rate", "lr_scheduler_type", "max_grad_norm")  # the stock default is not a choice
-        replaced = [name for name in own if given[name] == stock[name]]
+        left_out = ("learning_rate", "lr_scheduler_type", "max_grad_norm")  # the stock default is not a choice
+        replaced = [name for name in left_out if given[name] == stock[name]]
         converted = ZOConfig(**{name: value for name, value in given.items() if name not in replaced})
         if replaced:
             values = ", ".join(f"{name}={ZOConfig.__dataclass_fields__[name].default}" for name in replaced)

@@ -47,9 +47,9 @@ def by_name(cls: type, positional: Sequence[Any], given: Mapping[str, Any]) -> d
     twice = [name for name in named if name in given]
     if twice:
         raise UserError(f"{base} was given {twice[0]} twice, by its place and by its name: drop one")
-    made = named | dict(given)
-    _refuse_other_settings(cls, made.get("args"))
-    return made
+    arguments = named | dict(given)
+    _refuse_other_settings(cls, arguments.get("args"))
+    return arguments
 
 
 def _refuse_other_settings(cls: type, args: Any) -> None:

@@ -40,10 +40,10 @@ def guard(estimate: StepEstimate, recent: Sequence[Sequence[float]], factor: flo
     """
     if not estimate.is_usable or estimate.projected_grads is None:
         return estimate
-    found = outlier(recent, estimate.loss, estimate.slope, factor)
-    if found is None:
+    why = outlier(recent, estimate.loss, estimate.slope, factor)
+    if why is None:
         return estimate
-    reason, share = found
+    reason, share = why
     return replace(estimate.scaled(share), outlier=reason, share=share)
 
 

@@ -29,17 +29,17 @@ def feed_forward_of(model: nn.Module, subspace: Subspace) -> nn.Module:
         )
     blocks = longest_stack(model)
     children = blocks[-1].named_children() if blocks else ()
-    found = [
+    candidates = [
         child
         for name, child in children
         if not _ATTENTION.search(name) and sum(p.dim() == 2 for p in child.parameters()) > 1
     ]
-    if len(found) != 1:
+    if len(candidates) != 1:
         raise UserError(
-            f"trainer.narrow_last_block=true: {type(model).__name__} has {len(found)} feed-forward modules in its last "
-            "block where one is needed: leave it false"
+            f"trainer.narrow_last_block=true: {type(model).__name__} has {len(candidates)} feed-forward modules in its "
+            "last block where one is needed: leave it false"
         )
-    return found[0]
+    return candidates[0]
 
 
 def check_narrow(loss: Callable[[], Tensor]) -> None:

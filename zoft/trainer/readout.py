@@ -39,11 +39,13 @@ class TrainerReader:
     def places(self, part: Any) -> NodePositions:
         """The positions that the loss is read from."""
         objective, model = self.trainer.objective, self.trainer.model_wrapped
-        found: Positions = own_places(model, part) if objective is None else objective.places(model, part)
+        positions: Positions = own_places(model, part) if objective is None else objective.places(model, part)
         if objective is None and is_seq2seq(model, part):  # of what the decoder says
             labels = part["labels"]
-            return at_loss(found.row, found.column, torch.full((len(labels),), -labels.shape[1], device=labels.device))
-        return at_loss(found.row, found.column, _starts(part))
+            return at_loss(
+                positions.row, positions.column, torch.full((len(labels),), -labels.shape[1], device=labels.device)
+            )
+        return at_loss(positions.row, positions.column, _starts(part))
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values."""
@@ -72,21 +74,21 @@ class TrainerReader:
     def _chosen(self, part: Any) -> str:
         trainer = self.trainer
         objective, wanted = trainer.objective, trainer.method.estimator.feedback  # type: ignore[attr-defined]
-        there = own_feedbacks(trainer.model_wrapped, part) if objective is None else objective.feedbacks
-        if wanted == "exact" or wanted in there:
+        feedbacks = own_feedbacks(trainer.model_wrapped, part) if objective is None else objective.feedbacks
+        if wanted == "exact" or wanted in feedbacks:
             return str(wanted)
-        if wanted == "auto" and there == ("loss",):
+        if wanted == "auto" and feedbacks == ("loss",):
             raise UserError(
                 f"objective={objective.name()} tells each example's loss and nothing else: give "
                 "estimator=Nodes(feedback='loss', every=1)"
             )
         if wanted != "auto":
             name = "the model's own loss" if objective is None else f"objective={objective.name()}"
-            has = ", ".join(there) or "none"
+            has = ", ".join(feedbacks) or "none"
             raise UserError(f"estimator.feedback={wanted} is not what {name} has: choose one of {has}, or auto")
-        if "scores" in there and "hidden" in there and _num_options(trainer.train_dataset) > _MOST_OPTIONS:
+        if "scores" in feedbacks and "hidden" in feedbacks and _num_options(trainer.train_dataset) > _MOST_OPTIONS:
             return "hidden"
-        return there[0]
+        return feedbacks[0]
 
 
 def last_tokens(part: Any, last: int) -> Any:

@@ -51,8 +51,8 @@ class Runtime(Protocol):
 def runtime_of(model: nn.Module) -> Runtime | None:
     """Who answers for this model; None where it is called itself."""
     # by the model's own dict: a model that is called itself has no such entry
-    found: Runtime | None = vars(model).get(_KEY)
-    return found
+    runtime: Runtime | None = vars(model).get(_KEY)
+    return runtime
 
 
 def answer_for(model: nn.Module, runtime: Runtime) -> None:

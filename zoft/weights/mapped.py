@@ -95,10 +95,10 @@ def mapped_where_it_lies(tensor: Tensor) -> Tensor | None:
     Args:
         tensor: contiguous, on the CPU.
     """
-    found = _file_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-    if found is None:
+    place = _file_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    if place is None:
         return None
-    path, offset = found
+    path, offset = place
     stat = os.stat(path)
     # a file that was written anew is another file
     key = (path, stat.st_mtime_ns)
@@ -130,8 +130,8 @@ def is_mapped(tensor: Tensor, *, to_write: bool = False) -> bool:
         tensor: any.
         to_write: also where it has been written: one of :func:`scratch_copies`.
     """
-    found = _map_of(tensor) if tensor.is_cpu else None
-    return found is not None and (found[1].is_scratch or not to_write)
+    place = _map_of(tensor) if tensor.is_cpu else None
+    return place is not None and (place[1].is_scratch or not to_write)
 
 
 def _map_of(tensor: Tensor) -> tuple[int, _Map] | None:
@@ -152,8 +152,8 @@ def _file_at(address: int, size: int) -> tuple[str, int] | None:
         bounds, _, offset, _, inode, *path = line.split(maxsplit=5)
         start, stop = (int(bound, 16) for bound in bounds.split("-"))
         if start <= address and address + size <= stop:
-            there = inode != "0" and bool(path) and os.path.isfile(path[0])
-            return (path[0], int(offset, 16) + address - start) if there else None
+            is_file = inode != "0" and bool(path) and os.path.isfile(path[0])
+            return (path[0], int(offset, 16) + address - start) if is_file else None
     return None
 
 
@@ -163,9 +163,9 @@ def release(tensor: Tensor) -> None:
     Args:
         tensor: any.
     """
-    found = _map_of(tensor) if _maps and tensor.is_cpu else None
-    if found is not None and hasattr(mmap, "MADV_DONTNEED"):
-        start, pages = found
+    place = _map_of(tensor) if _maps and tensor.is_cpu else None
+    if place is not None and hasattr(mmap, "MADV_DONTNEED"):
+        start, pages = place
         # whole pages only: the first one may hold the end of another tensor
         first = _page(start)
         size = tensor.numel() * tensor.element_size()

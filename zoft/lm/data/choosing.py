@@ -16,13 +16,13 @@ KEPT_CHARS = 2**26
 
 
 def choose(
-    placed: Callable[[], Iterator[tuple[str, Any]]], made: Callable[[Any, str], T], wanted: int, seed: int
+    placed: Callable[[], Iterator[tuple[str, Any]]], example_of: Callable[[Any, str], T], wanted: int, seed: int
 ) -> list[T]:
     """The first ``wanted`` examples of the shuffled source; every row is checked, few are kept.
 
     Args:
         placed: opens the source: (place, row) one at a time.
-        made: (row, place) -> example; raises for a row that does not fit.
+        example_of: (row, place) -> example; raises for a row that does not fit.
         wanted: how many at most.
         seed: of the permutation.
 
@@ -31,26 +31,26 @@ def choose(
         >>> choose(rows, lambda row, where: str(row), 3, seed=0)
         ['2', '1', '0']
     """
-    kept: list[T] | None = []
+    examples: list[T] | None = []
     count = size = 0
     for where, row in placed():
-        example = made(row, where)
+        example = example_of(row, where)
         count += 1
-        if kept is not None:
-            kept.append(example)
+        if examples is not None:
+            examples.append(example)
             size += num_chars(example)
-            kept = None if size > KEPT_CHARS else kept
+            examples = None if size > KEPT_CHARS else examples
     order = array("q", range(count))
     random.Random(seed).shuffle(order)  # as a list of the examples would be shuffled
     chosen = list(order[:wanted])
-    if kept is not None:
-        return [kept[index] for index in chosen]
-    return _again(placed(), made, chosen)
+    if examples is not None:
+        return [examples[index] for index in chosen]
+    return _again(placed(), example_of, chosen)
 
 
-def _again(placed: Iterable[tuple[str, Any]], made: Callable[[Any, str], T], chosen: list[int]) -> list[T]:
+def _again(placed: Iterable[tuple[str, Any]], example_of: Callable[[Any, str], T], chosen: list[int]) -> list[T]:
     wanted = set(chosen)
-    found = {index: made(row, where) for index, (where, row) in enumerate(placed) if index in wanted}
-    if len(found) < len(wanted):
+    examples = {index: example_of(row, where) for index, (where, row) in enumerate(placed) if index in wanted}
+    if len(examples) < len(wanted):
         raise UserError("a data file lost rows while it was read: start again when nothing writes to it")
-    return [found[index] for index in chosen]
+    return [examples[index] for index in chosen]

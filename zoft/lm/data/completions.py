@@ -47,9 +47,9 @@ def encode_completions(
         if eos is not None and ids[-1] != eos:
             ids = [*ids, eos]
         cut = max(0, min(len(ids) - max_length, begins - 1))
-        kept = without_beginning(ids, cut, tokenizer.bos_token_id)
-        row = counted(kept[:max_length], range(begins - cut, min(len(kept), max_length)))
-        rows.append(row | {"cut": cut, "cut_end": max(0, len(kept) - max_length)})
+        tail = without_beginning(ids, cut, tokenizer.bos_token_id)
+        row = counted(tail[:max_length], range(begins - cut, min(len(tail), max_length)))
+        rows.append(row | {"cut": cut, "cut_end": max(0, len(tail) - max_length)})
     return rows
 
 

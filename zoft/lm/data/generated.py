@@ -48,8 +48,9 @@ def encode_generated(
     if as_mezo and "sequences" in rows[0]:
         prompts = [{"input_ids": row["sequences"][0][: -row["lengths"][0]]} for row in rows]
     return [
-        row | {"prompt_ids": _never_empty(prompt["input_ids"], tokenizer), "prompt": made.prompt, "answers": answers}
-        for row, prompt, made, answers in zip(rows, prompts, plain, map(_answers, examples), strict=True)
+        row
+        | {"prompt_ids": _never_empty(prompt["input_ids"], tokenizer), "prompt": plain_row.prompt, "answers": answers}
+        for row, prompt, plain_row, answers in zip(rows, prompts, plain, map(_answers, examples), strict=True)
     ]
 
 

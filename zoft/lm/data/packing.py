@@ -112,11 +112,11 @@ def one_of_each_size(rows: Iterable[Any]) -> list[Any]:
         >>> len(one_of_each_size([row, row]))
         1
     """
-    found: dict[int, Any] = {}
+    rows_by_size: dict[int, Any] = {}
     for row in rows:
         if not isinstance(row, Mapping) or "sequences" not in row:
             break
         tree = _tree(row["sequences"], row["lengths"])
         if tree.num_branches > 1:
-            found.setdefault(len(tree.tokens).bit_length(), row)
-    return list(found.values())
+            rows_by_size.setdefault(len(tree.tokens).bit_length(), row)
+    return list(rows_by_size.values())

@@ -38,8 +38,8 @@ def _encoded(examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_le
     rows: dict[int, Row] = {}
     for kind in {type(example) for example in examples}:
         places = [place for place, example in enumerate(examples) if type(example) is kind]
-        found = encode_examples([examples[place] for place in places], tokenizer, max_length)
-        rows |= dict(zip(places, found, strict=True))
+        encoded = encode_examples([examples[place] for place in places], tokenizer, max_length)
+        rows |= dict(zip(places, encoded, strict=True))
     return [rows[place] for place in range(len(examples))]
 
 

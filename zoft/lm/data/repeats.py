@@ -57,19 +57,19 @@ def notes(splits: Splits) -> list[str]:
         >>> notes(Splits(train=[one, one], dev=[two], test=[one]))
         ['1 of 1 test rows stands in train too: a metric on them measures memory', '1 of 2 train rows repeats another']
     """
-    found = []
+    lines = []
     for held, other in (("dev", "train"), ("test", "train"), ("test", "dev")):
         rows = getattr(splits, held)
         count = repeated(rows, getattr(splits, other))
         if count:
             why = "a metric on them measures memory" if other == "train" else "the best checkpoint is chosen by them"
-            found.append(f"{count:,} of {len(rows):,} {held} rows {_stand(count)} in {other} too: {why}")
+            lines.append(f"{count:,} of {len(rows):,} {held} rows {_stand(count)} in {other} too: {why}")
     for name in _SPLITS:
         rows = getattr(splits, name)
         count = len(rows) - len(set(map(content_of, rows)))
         if count:
-            found.append(f"{count:,} of {len(rows):,} {name} rows {'repeats' if count == 1 else 'repeat'} another")
-    return found
+            lines.append(f"{count:,} of {len(rows):,} {name} rows {'repeats' if count == 1 else 'repeat'} another")
+    return lines
 
 
 def warn(splits: Splits) -> None:

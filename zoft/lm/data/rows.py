@@ -23,10 +23,10 @@ def examples_of(batch: Batch) -> list[Batch]:
 def of_lengths(batch: Batch, shortest: float, longest: float) -> Batch | None:
     """The examples whose longest row has between ``shortest`` and ``longest`` tokens; None if there are none."""
     lengths = lengths_of(batch)
-    kept = [rows for rows in groups_of(batch) if shortest <= max(int(lengths[row]) for row in rows) <= longest]
-    if not kept:
+    groups = [rows for rows in groups_of(batch) if shortest <= max(int(lengths[row]) for row in rows) <= longest]
+    if not groups:
         return None
-    rows = [row for group in kept for row in group]
+    rows = [row for group in groups for row in group]
     return batch if len(rows) == len(lengths) else take(batch, rows)
 
 
@@ -55,10 +55,10 @@ def take(batch: Batch, rows: list[int]) -> Batch:
     """Some rows, without columns that are padding in all of them."""
     count, mask = _num_rows(batch), batch.get("attention_mask")
     index = torch.tensor(rows, device=None if mask is None else mask.device)
-    kept = slice(None)
+    columns = slice(None)
     if mask is not None and mask.dim() == 2:
         used = mask[index].any(0).nonzero()
-        kept = slice(int(used[0]), int(used[-1]) + 1) if len(used) else kept
+        columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else columns
     taken: Batch = {}
     for key, value in batch.items():
         if key == "packed":  # the same tokens in other rows: those would have to be packed anew
@@ -70,7 +70,7 @@ def take(batch: Batch, rows: list[int]) -> Batch:
             taken[key] = value
             continue
         part = value[index.to(value.device)]
-        taken[key] = part[:, kept] if mask is not None and part.shape[1:2] == mask.shape[1:2] else part
+        taken[key] = part[:, columns] if mask is not None and part.shape[1:2] == mask.shape[1:2] else part
     return taken
 
 

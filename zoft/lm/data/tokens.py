@@ -96,9 +96,9 @@ def _check_lengths(example: Example, lengths: list[int], room: int) -> None:
     if min(lengths) < 1:
         raise UserError(f"an option adds no token to its prompt: {example.options!r} behind {example.prompt[-40:]!r}")
     if max(lengths) >= room:
-        kept = f", of which {example.max_new_tokens} stay free for an answer," if example.max_new_tokens else ""
+        reserve = f", of which {example.max_new_tokens} stay free for an answer," if example.max_new_tokens else ""
         raise UserError(
-            f"max_length={room + example.max_new_tokens}{kept} leaves no room for a prompt in front of an option of "
+            f"max_length={room + example.max_new_tokens}{reserve} leaves no room for a prompt in front of an option of "
             f"{max(lengths)} tokens ({example.options!r}): raise task.max_length"
         )
 
@@ -118,8 +118,8 @@ def _refuse_alike(example: Example, sequences: list[list[int]]) -> None:
 def _cut(ids: list[int], max_length: int, bos: int | None) -> list[int]:
     if len(ids) <= max_length:
         return ids
-    kept = ids[len(ids) - max_length :]
-    return [ids[0], *kept[1:]] if bos is not None and ids[0] == bos else kept
+    tail = ids[len(ids) - max_length :]
+    return [ids[0], *tail[1:]] if bos is not None and ids[0] == bos else tail
 
 
 @dataclass

@@ -188,11 +188,11 @@ def _replaced_forwards(computed: Mapping[nn.Module, Callable[..., Tensor]]) -> I
         for module in computed:
             _replaced[module][0] -= 1
             if not _replaced[module][0]:
-                _, own = _replaced.pop(module)
-                if own is None:
+                _, forward = _replaced.pop(module)
+                if forward is None:
                     del module.forward
                 else:
-                    module.forward = own
+                    module.forward = forward
 
 
 def _asking(module: nn.Module, forward: Forward) -> Forward:

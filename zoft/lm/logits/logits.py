@@ -125,8 +125,8 @@ def _by_sequences(
     batch, length = inputs["input_ids"].shape
     counts = torch.bincount(positions.row, minlength=batch).tolist()
     if not known.rows:
-        kept = -int(positions.column.min()) if known.ends and takes(model, "logits_to_keep") else length
-        counts = [kept if count else 0 for count in counts]
+        num_columns = -int(positions.column.min()) if known.ends and takes(model, "logits_to_keep") else length
+        counts = [num_columns if count else 0 for count in counts]
     cuts = [0]
     for row in range(1, batch):
         if sum(counts[cuts[-1] : row + 1]) * known.vocabulary > MAX_LOGITS:

@@ -115,7 +115,7 @@ def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
         piece, _ = piece_of(rest | {"labels": inputs["labels"]}, around, known.vocabulary)
         if "num_items_in_batch" in inputs:
             piece["num_items_in_batch"] = torch.tensor(3 * len(positions), device=positions.row.device)
-        found = float(_loss_of_labels(model, piece))
+        loss = float(_loss_of_labels(model, piece))
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -127,8 +127,8 @@ def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
         wanted = calls[0].loss
         if not math.isfinite(wanted) or not wanted:
             return None
-        if abs(found - wanted) > tolerance_of(model) * abs(wanted):
-            differs = f"its own loss would be off by {abs(found - wanted):.2g}"
+        if abs(loss - wanted) > tolerance_of(model) * abs(wanted):
+            differs = f"its own loss would be off by {abs(loss - wanted):.2g}"
     if differs is None:
         return True
     refuse(model, _WHAT, differs)
@@ -151,7 +151,7 @@ _MARK = 2.0**-100
 def _with_marked_loss(model: nn.Module, piece: Inputs) -> tuple[Any, list[_LossCall]]:
     """The model's output where its loss function returns the mark, and the calls of that function."""
     bare, calls = inner(model), []
-    real, own = bare.loss_function, vars(bare).get("_loss_function")
+    real, earlier = bare.loss_function, vars(bare).get("_loss_function")
 
     def marked(*args: Any, **kwargs: Any) -> Tensor:
         loss = real(*args, **kwargs)
@@ -164,10 +164,10 @@ def _with_marked_loss(model: nn.Module, piece: Inputs) -> tuple[Any, list[_LossC
         with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count what is written into them
             return model(**piece), calls
     finally:
-        if own is None:
+        if earlier is None:
             del bare._loss_function
         else:
-            bare.loss_function = own
+            bare.loss_function = earlier
 
 
 def _difference(output: Any, calls: list[_LossCall], piece: Inputs) -> str | None:

@@ -72,14 +72,14 @@ def packed_log_probs(
     if not trials_allowed() or not bool(torch.isfinite(plain).all()):
         return plain
     try:
-        found = log_probs_at(model, _tree_inputs(model, packed), positions, targets)
+        packed_values = log_probs_at(model, _tree_inputs(model, packed), positions, targets)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
         _refuse(model, error)
         return plain
-    if not close(found, plain, tolerance_of(model)):
-        _refuse(model, f"their scores would be off by {float((found - plain).detach().abs().max()):.2g}")
+    if not close(packed_values, plain, tolerance_of(model)):
+        _refuse(model, f"their scores would be off by {float((packed_values - plain).detach().abs().max()):.2g}")
         return plain
     try:
         _check_in_wider_floats(model, packed, targets, separately)
@@ -87,7 +87,7 @@ def packed_log_probs(
         _refuse(model, error)
         return plain
     _checked.setdefault(model, set()).add(_size(packed))
-    return found  # as every later call: a resumed run, which compares again, must find the same bits
+    return packed_values  # as every later call: a resumed run, which compares again, must find the same bits
 
 
 def _size(packed: Mapping[str, Any]) -> int:
@@ -110,12 +110,14 @@ def _check_in_wider_floats(
     with widened(model) as dtype:
         if dtype is None:
             return
-        found = log_probs_at(
+        packed_values = log_probs_at(
             model, _tree_inputs(model, packed, dtype), Positions(packed["row"], packed["column"]), targets
         )
         plain = separately()
-    if not close(found, plain, TOLERANCE):
-        raise CannotServeError(f"their scores would be off by {float((found - plain).detach().abs().max()):.2g}")
+    if not close(packed_values, plain, TOLERANCE):
+        raise CannotServeError(
+            f"their scores would be off by {float((packed_values - plain).detach().abs().max()):.2g}"
+        )
 
 
 def _tree_inputs(model: nn.Module, packed: Mapping[str, Any], dtype: torch.dtype | None = None) -> Inputs:

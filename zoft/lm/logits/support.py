@@ -89,10 +89,10 @@ def probe(model: nn.Module, inputs: Inputs, positions: Positions) -> HeadSupport
             head, _vocabulary(model, head), tolerance=_tolerance(getattr(inner(model), "dtype", None))
         )
         with torch.no_grad():
-            found = _examine(model, inputs, positions, plainly) if trials_allowed() else None
-        if found is None:
+            support = _examine(model, inputs, positions, plainly) if trials_allowed() else None
+        if support is None:
             return plainly
-        _known[model] = found
+        _known[model] = support
     return _known[model]
 
 
@@ -114,11 +114,11 @@ def say_once(model: nn.Module, what: str, level: int, why: str = "") -> None:
         log.log(level, "%s: %s%s", type(inner(model)).__name__, what, why)
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+def close(values: Tensor, wanted: Tensor, tolerance: float) -> bool:
     """Whether two ways of computing the same numbers agree; where one has a NaN they do not."""
-    if found.shape != wanted.shape:
+    if values.shape != wanted.shape:
         return False
-    return bool((found.detach() - wanted.detach()).abs().max() <= tolerance * wanted.detach().abs().max())
+    return bool((values.detach() - wanted.detach()).abs().max() <= tolerance * wanted.detach().abs().max())
 
 
 def piece_of(inputs: Inputs, positions: Positions, vocabulary: int) -> tuple[Inputs, Positions]:

@@ -50,11 +50,11 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def table(found: dict[str, Any], width: int = 16) -> list[str]:
+def table(scores: dict[str, Any], width: int = 16) -> list[str]:
     """The figures for people: a line for every class, with what its rows were taken for.
 
     Args:
-        found: of :func:`by_class`.
+        scores: of :func:`by_class`.
         width: characters of a class's name; a longer one is cut.
 
     Example:
@@ -63,19 +63,19 @@ def table(found: dict[str, Any], width: int = 16) -> list[str]:
         ham         2    100.0 %   50.0 %  0.667                   1       1
         spam        2     66.7 %  100.0 %  0.800                   0       2
     """
-    names = [name if len(name) <= width else f"{name[: width - 1]}~" for name in found["classes"]]
+    names = [name if len(name) <= width else f"{name[: width - 1]}~" for name in scores["classes"]]
     first = max(5, *map(len, names))
     head = f"{'class':<{first}}  {'rows':>6}  {'precision':>9}  {'recall':>7}  {'F1':>5}  taken for:"
     lines = [head + "".join(f"  {name:>6}" for name in names)]
-    for name, figures, counts in zip(names, found["classes"].values(), found["confusion"], strict=True):
-        told = [
+    for name, figures, counts in zip(names, scores["classes"].values(), scores["confusion"], strict=True):
+        columns = [
             f"{figures['num_rows']:>6,}",
             f"{_percent(figures['precision']):>9}",
             f"{_percent(figures['recall']):>7}",
         ]
-        told.append(f"{'-' if figures['f1'] is None else format(figures['f1'], '.3f'):>5}")
+        columns.append(f"{'-' if figures['f1'] is None else format(figures['f1'], '.3f'):>5}")
         cells = "".join(f"  {count:>{max(6, len(other))},}" for count, other in zip(counts, names, strict=True))
-        lines.append(f"{name:<{first}}  {'  '.join(told)}            {cells}")
+        lines.append(f"{name:<{first}}  {'  '.join(columns)}            {cells}")
     return lines
 
 

@@ -40,11 +40,11 @@ def value_of(metric: str, predictions: Sequence[Any], references: Sequence[Any])
         UserError: as :func:`computed`; or the metric has no number, or none of that name.
     """
     name, key = split(metric)
-    found = computed(name, predictions, references)
-    if not found or key not in ("", *found):
-        near = did_you_mean(key, found) if key else ""
-        raise UserError(f"evaluate:{metric} is no number of that metric, it has {', '.join(found) or 'none'}.{near}")
-    return found[key] if key else next(iter(found.values()))
+    result = computed(name, predictions, references)
+    if not result or key not in ("", *result):
+        near = did_you_mean(key, result) if key else ""
+        raise UserError(f"evaluate:{metric} is no number of that metric, it has {', '.join(result) or 'none'}.{near}")
+    return result[key] if key else next(iter(result.values()))
 
 
 def split(metric: str) -> tuple[str, str]:
@@ -86,13 +86,13 @@ class Library:
         for several in (True, False) if self.takes_several is None else (self.takes_several,):
             right = [one[0] if isinstance(one, list) and not several else one for one in references]
             try:
-                found = self.metric.compute(predictions=list(predictions), references=right)
+                result = self.metric.compute(predictions=list(predictions), references=right)
             except Exception as error:  # a metric that takes one reference a row says so in its own way
                 first_failure = first_failure or error
                 self.metric = self._load()  # it may hold half of what it refused
                 continue
             self.takes_several = several
-            numbers = {key: number_of(value) for key, value in (found or {}).items()}
+            numbers = {key: number_of(value) for key, value in (result or {}).items()}
             return {key: value for key, value in numbers.items() if value is not None}
         assert first_failure is not None
         message = f"the evaluate metric {self.name} does not take these predictions: {_first_line(first_failure)}"

@@ -105,12 +105,16 @@ def require_classes(name: str, config: Mapping[str, Any], count: int, labels: Se
     Raises:
         UserError: saying both.
     """
-    named, own = config.get("id2label"), config.get("num_labels")
-    if named and own is not None and len(named) != own:
-        raise UserError(f"model.name={name}: config.json says num_labels={own} and names {len(named)} classes: mend it")
-    own = len(named) if named else 2 if own is None else own
-    if own != count:
-        raise UserError(f"model.name={name} has a head for {own} classes, and the task has {count}: give another")
+    named, num_labels = config.get("id2label"), config.get("num_labels")
+    if named and num_labels is not None and len(named) != num_labels:
+        raise UserError(
+            f"model.name={name}: config.json says num_labels={num_labels} and names {len(named)} classes: mend it"
+        )
+    num_labels = len(named) if named else 2 if num_labels is None else num_labels
+    if num_labels != count:
+        raise UserError(
+            f"model.name={name} has a head for {num_labels} classes, and the task has {count}: give another"
+        )
     if not named or len(labels) != count:
         return
     names = [str(label) for _, label in sorted(named.items(), key=lambda item: int(item[0]))]
@@ -162,6 +166,6 @@ def _positions(model: Any) -> int | None:
 
 def _sequences(row: Mapping[str, Any]) -> list[list[int]]:
     """Every list of tokens in a row."""
-    found = [list(row[name]) for name in _IDS if name in row]
-    found += [list(ids) for ids in row.get("sequences", ())]
-    return found + [ids for side in ("chosen", "rejected") if side in row for ids in _sequences(row[side])]
+    sequences = [list(row[name]) for name in _IDS if name in row]
+    sequences += [list(ids) for ids in row.get("sequences", ())]
+    return sequences + [ids for side in ("chosen", "rejected") if side in row for ids in _sequences(row[side])]

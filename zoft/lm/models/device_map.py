@@ -165,5 +165,5 @@ def on_device(model: Any, device: torch.device) -> Any:
 
 
 def _devices(model: Any) -> set[str]:
-    own = getattr(model, "hf_device_map", None) or getattr(model, _GIVEN, None)
-    return {str(place) for place in own.values()} if isinstance(own, Mapping) else set()
+    device_map = getattr(model, "hf_device_map", None) or getattr(model, _GIVEN, None)
+    return {str(place) for place in device_map.values()} if isinstance(device_map, Mapping) else set()

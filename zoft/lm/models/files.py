@@ -61,14 +61,14 @@ def _read(name: str, file: Path, largest: int) -> dict[str, Any]:
     try:
         if file.stat().st_size > largest:
             raise ValueError(f"it has {file.stat().st_size:,} bytes, more than {largest:,}")
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
     except RecursionError:
         raise UserError(f"model.name={name}: {file} is nested too deeply: it is damaged") from None
     except (OSError, ValueError) as error:
         raise UserError(f"model.name={name}: {file} cannot be read ({error}): it is damaged") from None
-    return found
+    return content
 
 
 def _check_needed(name: str, file: Path, read: dict[str, Any]) -> None:

@@ -141,8 +141,8 @@ def text_of(row: Sequence[int], answering: Answering, ends: Sequence[int]) -> st
 
 def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: the tokenizer's, and those of the model's own generation config (a turn's end)."""
-    own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    more: list[Any] = own if isinstance(own, list) else [own]
+    eos: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more: list[Any] = eos if isinstance(eos, list) else [eos]
     return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None})
 
 

@@ -324,9 +324,9 @@ def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
 def _load_whole(loader: Any, name: str, arguments: dict[str, Any], *, fresh_head: bool = False) -> Any:
     """A model none of whose weights are drawn anew, which transformers only logs; a head that was asked for may be."""
     asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the sentence below is said instead
-    model, found = _load(loader, name, arguments | asked)
-    reshaped = {key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]}
-    lost = sorted({*found["missing_keys"], *reshaped})
+    model, report = _load(loader, name, arguments | asked)
+    reshaped = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
+    lost = sorted({*report["missing_keys"], *reshaped})
     if fresh_head:
         body = f"{model.base_model_prefix}."
         lost = [key for key in lost if key.startswith(body) and ".pooler." not in key]

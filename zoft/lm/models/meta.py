@@ -63,12 +63,12 @@ def wrapped_on_meta(model: Any, wrap: Callable[[Any], Any]) -> Any:
 
 def _replace(model: Any, make: Callable[[Tensor], Tensor | None]) -> None:
     """Frozen parameters anew, tied ones once; None leaves one as it is."""
-    made: dict[int, Any] = {}
+    replaced: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in replaced:
                 new = make(parameter)
-                made[id(parameter)] = parameter if new is None else torch.nn.Parameter(new, requires_grad=False)
-            module._parameters[name] = made[id(parameter)]
+                replaced[id(parameter)] = parameter if new is None else torch.nn.Parameter(new, requires_grad=False)
+            module._parameters[name] = replaced[id(parameter)]

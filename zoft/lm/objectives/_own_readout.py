@@ -80,10 +80,11 @@ def _of_seq2seq(model: nn.Module, inputs: Inputs, feedback: str) -> Readout:
         return of_losses(losses, unit)
     with torch.inference_mode(False), torch.enable_grad():
         h = places.of(given[0]).detach().clone().requires_grad_()
-        told = head(h).float()
-        told = told + (logits - told).detach()  # what the class does behind its head (a bias) does not depend on h
-        found = torch.nn.functional.cross_entropy(told, targets, reduction="sum")
-        (slopes,) = torch.autograd.grad(found, h)
+        logits_of_h = head(h).float()
+        # what the class does behind its head (a bias) does not depend on h
+        logits_of_h = logits_of_h + (logits - logits_of_h).detach()
+        loss = torch.nn.functional.cross_entropy(logits_of_h, targets, reduction="sum")
+        (slopes,) = torch.autograd.grad(loss, h)
     columns = torch.arange(h.shape[1], device=h.device)
     return Readout(h.detach().float(), slopes.float(), torch.zeros_like(unit), columns, losses.detach(), unit)
 

@@ -54,9 +54,9 @@ def of_scores(scores: Tensor, gold: Tensor, columns: Tensor, index: Tensor | Non
         columns: [C] what each score is of.
         index: [B, O] the columns of an example's options; all of them in order if left out.
     """
-    own = scores if index is None else scores.gather(1, index)
-    losses = torch.nn.functional.cross_entropy(own, gold, reduction="none")
-    slopes = own.detach().softmax(1)  # dL/dz = softmax(z) - onehot(y)
+    own_scores = scores if index is None else scores.gather(1, index)
+    losses = torch.nn.functional.cross_entropy(own_scores, gold, reduction="none")
+    slopes = own_scores.detach().softmax(1)  # dL/dz = softmax(z) - onehot(y)
     slopes[torch.arange(len(gold), device=gold.device), gold] -= 1
     if index is not None:
         slopes = torch.zeros_like(scores.detach()).scatter_add_(1, index, slopes)
@@ -157,7 +157,7 @@ def of_hidden(
     norm = _final_norm(model)
     entered: list[Tensor] = []
     handle = None if norm is None else norm.register_forward_pre_hook(lambda _m, args: entered.append(args[0]))
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def of_rows(forward: Forward, rows: Tensor) -> Tensor:
         below, through = _under_norm(norm, entered, places, rows)
@@ -166,7 +166,7 @@ def of_hidden(
         with torch.inference_mode(False), torch.enable_grad():
             h = below.detach().clone().requires_grad_()
             logits_of = lambda part: after(forward(through(part).unsqueeze(0)))[0].float()  # noqa: E731
-            found.extend((h.detach().float(), *_loss_and_slope(h, logits_of, terms, targets, known.vocabulary)))
+            outputs.extend((h.detach().float(), *_loss_and_slope(h, logits_of, terms, targets, known.vocabulary)))
         return forward(rows[:1].unsqueeze(0))
 
     try:
@@ -175,7 +175,7 @@ def of_hidden(
     finally:
         if handle is not None:
             handle.remove()
-    values, losses, slopes = found
+    values, losses, slopes = outputs
     zeros, columns = torch.zeros_like(unit), torch.arange(values.shape[1], device=unit.device)
     return Readout(values, slopes.float(), zeros, columns, losses, unit)
 
@@ -191,12 +191,12 @@ def _loss_and_slope(
     log_probs, slopes = [], []
     for start in range(0, len(h), size):
         part = h[start : start + size]
-        found = -torch.nn.functional.cross_entropy(logits_of(part), targets[start : start + size], reduction="none")
-        slopes.append(torch.autograd.grad(found.sum(), h)[0][start : start + size])  # one position's is its own
-        log_probs.append(found.detach())
-    told = torch.cat(log_probs).requires_grad_()
-    losses = terms(told)
-    (weight,) = torch.autograd.grad(losses.sum(), told)
+        piece = -torch.nn.functional.cross_entropy(logits_of(part), targets[start : start + size], reduction="none")
+        slopes.append(torch.autograd.grad(piece.sum(), h)[0][start : start + size])  # one position's is its own
+        log_probs.append(piece.detach())
+    values = torch.cat(log_probs).requires_grad_()
+    losses = terms(values)
+    (weight,) = torch.autograd.grad(losses.sum(), values)
     return losses.detach(), weight.unsqueeze(1) * torch.cat(slopes)
 
 

@@ -116,8 +116,8 @@ def scores_of(texts: list[str], batch: Batch) -> Tensor:
     """F1 and exact match of each text, float32 [B, 2]."""
     answering = batch["answering"]
     pairs = zip(map(answering.answer_in, texts), batch["answers"], strict=True)
-    found = [scored(answer, gold, as_mezo=answering.as_mezo) for answer, gold in pairs]
-    return torch.tensor([[one["f1"], one["exact_match"]] for one in found])
+    scores = [scored(answer, gold, as_mezo=answering.as_mezo) for answer, gold in pairs]
+    return torch.tensor([[one["f1"], one["exact_match"]] for one in scores])
 
 
 def predictions_of_written(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

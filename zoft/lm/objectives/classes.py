@@ -50,10 +50,10 @@ class Classes(Objective):
 
 def of_classes(scores: Tensor, gold: Tensor, feedback: str) -> Readout:
     """A classifier's logits [B, C], told as ``feedback`` asks."""
-    found = of_scores(scores, gold, torch.arange(scores.shape[1], device=scores.device))
+    readout = of_scores(scores, gold, torch.arange(scores.shape[1], device=scores.device))
     if feedback == "scores":
-        return found
-    return of_log_odds(found.losses, gold) if feedback == "log_odds" else of_losses(found.losses, found.unit)
+        return readout
+    return of_log_odds(readout.losses, gold) if feedback == "log_odds" else of_losses(readout.losses, readout.unit)
 
 
 def read_by_head(model: nn.Module, batch: Batch) -> Positions:

@@ -61,7 +61,7 @@ class Expression(Objective):
 
     def terms(self) -> list[tuple[Objective, float]]:
         """The objectives and their weights."""
-        made = []
+        terms = []
         for name, weight in self._read():
             given = dict(self.settings.get(name, {}))
             known = [one.name for one in dataclasses.fields(components("objective")[name])]
@@ -69,8 +69,8 @@ class Expression(Objective):
                 self.require(
                     key in known, "settings", f"settings of {name}", (did_you_mean(key, known) or "it has none").strip()
                 )
-            made.append((create("objective", name, name, **given), weight))
-        return made
+            terms.append((create("objective", name, name, **given), weight))
+        return terms
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The weighted sum."""
@@ -103,18 +103,18 @@ class Expression(Objective):
         return self.terms()[0][0].num_terms(batch)
 
     def _read(self) -> list[tuple[str, float]]:
-        found: list[tuple[str, float]] = []
+        pairs: list[tuple[str, float]] = []
         place = 0
         while place < len(self.formula):
             term = _TERM.match(self.formula, place)
-            if term is None or (found and not term["sign"]):
+            if term is None or (pairs and not term["sign"]):
                 break
             if term["name"] not in components("objective") or term["name"] == self.name():
                 others = components("objective").keys() - {self.name()}
                 near = did_you_mean(term["name"], others)
                 raise UserError(f"{self.name()}.formula: there is no objective called {term['name']!r}.{near}")
-            found.append((term["name"], float(term["weight"] or 1) * (-1 if term["sign"] == "-" else 1)))
+            pairs.append((term["name"], float(term["weight"] or 1) * (-1 if term["sign"] == "-" else 1)))
             place = term.end()
         rule = "objectives with weights joined by + and -, e.g. 'cross_entropy + 0.5*metric'"
-        self.require(bool(found) and place == len(self.formula), "formula", rule)
-        return found
+        self.require(bool(pairs) and place == len(self.formula), "formula", rule)
+        return pairs

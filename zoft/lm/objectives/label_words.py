@@ -58,10 +58,10 @@ class LabelWords(Objective):
         """One position an example."""
         words, index = batch["word_ids"].unique(return_inverse=True)
         gold = batch["labels"]
-        found = of_scores(self._logits(model, batch, words), gold, words, index)
+        readout = of_scores(self._logits(model, batch, words), gold, words, index)
         if feedback == "log_odds":
-            return of_log_odds(found.losses, batch["word_ids"].gather(1, gold.unsqueeze(1)).squeeze(1))
-        return found if feedback == "scores" else of_losses(found.losses, found.unit)
+            return of_log_odds(readout.losses, batch["word_ids"].gather(1, gold.unsqueeze(1)).squeeze(1))
+        return readout if feedback == "scores" else of_losses(readout.losses, readout.unit)
 
     def _logits(self, model: nn.Module, batch: Batch, words: Tensor) -> Tensor:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

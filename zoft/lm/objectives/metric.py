@@ -99,8 +99,8 @@ class Metric(Writing):
         labels = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
         if self.library:
             read = batch["answering"].answer_in
-            found = [[read(text) for text in texts] for texts in samples]
-            return self._of_library(found, batch["answers"]).to(scores.device), scores, labels
+            predictions = [[read(text) for text in texts] for texts in samples]
+            return self._of_library(predictions, batch["answers"]).to(scores.device), scores, labels
         name = batch["answering"].metric if self.metric == "auto" else self.metric
         return 1 - scores[:, _GENERATED.index(name)].mean(), scores, labels
 

@@ -96,12 +96,12 @@ def _of_tokens(model: nn.Module, batch: Batch, feedback: str) -> Readout:
             model, inputs, places, torch.arange(len(gold), device=gold.device),
             terms=lambda logits: cross_entropy(logits.gather(1, batch["option_tokens"]), gold, reduction="none"),
         )  # fmt: skip
-    found = of_scores(logits_at(model, inputs, places, candidates), gold, candidates, index)
+    readout = of_scores(logits_at(model, inputs, places, candidates), gold, candidates, index)
     if feedback == "scores":
-        return found
+        return readout
     if feedback == "log_odds":
-        return of_log_odds(found.losses, batch["option_tokens"].gather(1, gold.unsqueeze(1)).squeeze(1))
-    return of_losses(found.losses, found.unit)
+        return of_log_odds(readout.losses, batch["option_tokens"].gather(1, gold.unsqueeze(1)).squeeze(1))
+    return of_losses(readout.losses, readout.unit)
 
 
 def _of_sequences(model: nn.Module, batch: Batch, feedback: str) -> Readout:
@@ -109,21 +109,20 @@ def _of_sequences(model: nn.Module, batch: Batch, feedback: str) -> Readout:
     places, targets = answers(batch["input_ids"], batch["option_len"])
     lengths, groups, inputs = batch["option_len"], group_sizes(batch["num_options"]), _inputs(model, batch)
 
-    def told(log_probs: Tensor) -> Readout:
+    def readout_of(log_probs: Tensor) -> Readout:
         return of_sequences(log_probs, targets, lengths, groups, gold_of(batch))
 
     if feedback == "hidden":
-        unit = told(torch.zeros(len(places), device=targets.device)).unit
-        return of_hidden(model, inputs, places, unit, terms=lambda p: told(p).losses, targets=targets)
-    found = told(log_probs_at(model, inputs, places, targets))
+        unit = readout_of(torch.zeros(len(places), device=targets.device)).unit
+        return of_hidden(model, inputs, places, unit, terms=lambda p: readout_of(p).losses, targets=targets)
+    readout = readout_of(log_probs_at(model, inputs, places, targets))
     if feedback == "scores":
-        return found
+        return readout
     if feedback == "log_odds":
-        odds = of_log_odds(found.losses, gold_of(batch))
-        return Readout(
-            odds.values[found.unit], odds.slopes[found.unit], found.keys, odds.columns, found.losses, found.unit
-        )  # fmt: skip
-    return of_losses(found.losses, found.unit)
+        odds = of_log_odds(readout.losses, gold_of(batch))
+        unit = readout.unit
+        return Readout(odds.values[unit], odds.slopes[unit], readout.keys, odds.columns, readout.losses, unit)
+    return of_losses(readout.losses, readout.unit)
 
 
 def _counted(batch: Batch, scores: Tensor, gold: Tensor) -> Tensor:

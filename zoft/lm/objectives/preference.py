@@ -55,9 +55,9 @@ class Preference(Objective):
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, log-probabilities of both answers [B, 2], zeros [B]: the first one is right)."""
-        found = sums(model, batch)
-        losses = self._losses(found, batch)
-        return losses.mean(), found.view(-1, 2), torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
+        log_probs = sums(model, batch)
+        losses = self._losses(log_probs, batch)
+        return losses.mean(), log_probs.view(-1, 2), torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
 
     @property
     def feedbacks(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ def keep_reference(
         chosen = [rows[place] for place in order[start : start + batch_size]]
         batch = {key: value.to(device) for key, value in collator(chosen).items()}
         with torch.no_grad():
-            found = sums(model, batch).view(-1, 2).tolist()
-        for row, values in zip(chosen, found, strict=True):
+            log_probs = sums(model, batch).view(-1, 2).tolist()
+        for row, values in zip(chosen, log_probs, strict=True):
             row["reference"] = values
         yield start + len(chosen)

@@ -133,9 +133,11 @@ class Reading:
             'prompt + completion (format=completion, found: prompt=question, completion=answer; not used: id)'
         """
         roles = ", ".join(f"{role}={'+'.join(_listed(column))}" for role, column in self.columns.items())
-        told = ", ".join(filter(None, (f"format={self.format}", "found" if self.found else "as set")))
-        told += f": {roles}" if roles else ""
-        return f"{FORMATS[self.format].what} ({told}" + (f"; not used: {listed(self.unused)})" if self.unused else ")")
+        sentence = ", ".join(filter(None, (f"format={self.format}", "found" if self.found else "as set")))
+        sentence += f": {roles}" if roles else ""
+        return f"{FORMATS[self.format].what} ({sentence}" + (
+            f"; not used: {listed(self.unused)})" if self.unused else ")"
+        )
 
 
 def reading(
@@ -170,11 +172,11 @@ def reading(
     for name in [name for column in given.values() for name in _listed(column)]:
         if name not in row:
             raise UserError(f"{where} has no {name!r} (its columns: {listed(row)}).{did_you_mean(name, map(str, row))}")
-    chosen, found = format, False
+    chosen, is_found = format, False
     if chosen == "auto" and (words or label):
         chosen = "text_label"
     if chosen == "auto":
-        chosen, found = _fitting(row, where, given), True
+        chosen, is_found = _fitting(row, where, given), True
     roles = FORMATS[chosen].roles
     for role in given:
         if role not in roles:
@@ -198,7 +200,7 @@ def reading(
                 )
         settled = {role: column for role, column in settled.items() if role not in _WRITTEN}
     used = {name for column in settled.values() for name in _listed(column)} | set(templated)
-    return Reading(chosen, settled, tuple(str(name) for name in row if name not in used), found)
+    return Reading(chosen, settled, tuple(str(name) for name in row if name not in used), is_found)
 
 
 def listed(names: Iterable[Any]) -> str:

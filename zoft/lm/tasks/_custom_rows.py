@@ -199,7 +199,7 @@ def _gold(answer: Any, keys: list[str], choices: list[str], where: str) -> int:
     by_text = next((place for place, choice in enumerate(choices) if choice in (written, text)), None)
     by_key = next((place for place, key in enumerate(keys) if key in (written, text)), None)
     by_number = int(text) if text.isdecimal() and len(text) < 4 and int(text) < len(choices) else None
-    meant = [found for found in (by_text, by_key, None if by_key is not None else by_number) if found is not None]
+    meant = [index for index in (by_text, by_key, None if by_key is not None else by_number) if index is not None]
     if len(set(meant)) > 1:
         raise UserError(
             f"{where}: the answer {text!r} is the text of one choice and the number or key of another: write its text "
@@ -235,8 +235,8 @@ def reward(row: Row, where: str, columns: Columns, template: Template | None) ->
 
 def chat(row: Row, where: str, columns: Columns) -> Chat:
     """Messages; the assistant says something in them."""
-    made = _chat(value_of(row, columns["messages"], where), columns["messages"], where)
-    return _with_system(made, _optional(row, "system", columns, where))
+    turns = _chat(value_of(row, columns["messages"], where), columns["messages"], where)
+    return _with_system(turns, _optional(row, "system", columns, where))
 
 
 def preference(row: Row, where: str, columns: Columns, template: Template | None) -> Preference:
@@ -284,8 +284,8 @@ def _asked(chat: Chat, prompt: str, column: str) -> Chat:
     start = next((place for place, message in enumerate(chat.messages) if message["role"] != "system"), 0)
     first = chat.messages[start]
     if first["role"] == "user":
-        told = f"{column!r} begins with the user's {first['content'][:60]!r} and the prompt is {prompt[:60]!r}"
-        raise UserError(f"{chat.where}: {told}: make them the same, or leave one of them out")
+        difference = f"{column!r} begins with the user's {first['content'][:60]!r} and the prompt is {prompt[:60]!r}"
+        raise UserError(f"{chat.where}: {difference}: make them the same, or leave one of them out")
     asked: Message = {"role": "user", "content": prompt}
     return Chat((*chat.messages[:start], asked, *chat.messages[start:]), chat.where)
 
@@ -311,13 +311,13 @@ def _optional(row: Row, role: str, columns: Columns, where: str) -> str:
 
 def _with_system(chat: Chat, system: str) -> Chat:
     """The chat behind the row's own system message."""
-    own = [message["content"].strip() for message in chat.messages if message["role"] == "system"]
-    if not system.strip() or system.strip() in own:
+    systems = [message["content"].strip() for message in chat.messages if message["role"] == "system"]
+    if not system.strip() or system.strip() in systems:
         return chat
-    if own:
+    if systems:
         raise UserError(
-            f"{chat.where}: the row's system message {system.strip()[:60]!r} is not the chat's own, {own[0][:60]!r}: "
-            "leave one of them out"
+            f"{chat.where}: the row's system message {system.strip()[:60]!r} is not the chat's own, "
+            f"{systems[0][:60]!r}: leave one of them out"
         )
     return Chat(({"role": "system", "content": system}, *chat.messages), chat.where)
 

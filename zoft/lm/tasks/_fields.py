@@ -30,9 +30,9 @@ def one_of(row: Row, name: str, known: Sequence[str], source: str, number: int, 
     if key is None:
         raise UserError(f"{source}: row {number}: no label: {name!r} is empty")
     # SuperGLUE's own files have true and false
-    found = names.get(key) if key in ("true", "false") else places.get(key, names.get(key) if named else None)
-    if found is not None:
-        return found
+    index = names.get(key) if key in ("true", "false") else places.get(key, names.get(key) if named else None)
+    if index is not None:
+        return index
     meaning = ", ".join(f"{place} ({label})" for place, label in enumerate(known))
     near = f".{did_you_mean(value, known)}" if named and isinstance(value, str) and value else ""
     raise UserError(f"{source}: row {number}: {name} must be one of {meaning}, got {_shown(value)}{near}")

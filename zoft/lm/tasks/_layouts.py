@@ -102,12 +102,12 @@ def unread_content(row: Mapping[str, Any], used: Iterable[str], example: Any) ->
     """
     read = set(used)
     left = [name for name in row if name not in read and str(name).lower() not in _NAMES]
-    found = [name for name in left if _looks_like_content(str(name).lower(), row[name])]
-    if not found:
+    names = [name for name in left if _looks_like_content(str(name).lower(), row[name])]
+    if not names:
         return []
     known = [" ".join(text.split()) for text in _texts(vars(example))]
     known.append(" ".join(known))
-    return [name for name in found if not all(_stands_in(known, " ".join(text.split())) for text in _texts(row[name]))]
+    return [name for name in names if not all(_stands_in(known, " ".join(text.split())) for text in _texts(row[name]))]
 
 
 def _stands_in(known: list[str], text: str) -> bool:

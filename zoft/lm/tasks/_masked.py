@@ -104,10 +104,10 @@ class MaskedTask(RowsTask):
 
     def _check_pools(self, pools: dict[int, list[int]]) -> None:
         for label, name in enumerate(self.labels):
-            found, wanted = len(pools.get(label, ())), self.num_train + self.num_dev
-            if found >= wanted:
+            num_rows, wanted = len(pools.get(label, ())), self.num_train + self.num_dev
+            if num_rows >= wanted:
                 continue
-            said = f"{self.train} has {found} rows labelled {name}, {self.num_train} + {self.num_dev} are wanted"
+            said = f"{self.train} has {num_rows} rows labelled {name}, {self.num_train} + {self.num_dev} are wanted"
             if self.protocol == "default":
                 raise UserError(f"{said}: lower task.num_train or task.num_dev, or take fewer with task.protocol=mezo")
             log.warning(f"{said}: it has fewer in train or dev")

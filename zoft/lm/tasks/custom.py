@@ -168,15 +168,15 @@ class Custom(Task):
     def load(self) -> Splits:
         """Read, check every row, and cut."""
         self._need(not self._held_out_in_train(), "validation", "another file than task.train, or empty")
-        found = self.reading()
-        if found.found:
-            log.warning("task.train=%s is read as %s", self.train, found.sentence())
-        made = self._maker(found)
+        reading = self.reading()
+        if reading.found:
+            log.warning("task.train=%s is read as %s", self.train, reading.sentence())
+        example_of = self._maker(reading)
         held = self.num_test if not self.validation else 0
-        pool = self._chosen(self.train, "train", made, held + self.num_dev + self.num_train)
+        pool = self._chosen(self.train, "train", example_of, held + self.num_dev + self.num_train)
         held, num_dev = self._counts(held, len(pool))
         if self.validation:
-            test = self._chosen(self.validation, "validation", made, self.num_test)
+            test = self._chosen(self.validation, "validation", example_of, self.num_test)
         else:
             test, pool = pool[:held], pool[held:]
         dev, train = pool[:num_dev], pool[num_dev:][: self.num_train]
@@ -184,18 +184,18 @@ class Custom(Task):
 
     def for_new_rows(self) -> tuple[NewRow, tuple[str, ...]]:
         """Rows of the same columns; those of the label, the answer, the completion or the reward may be missing."""
-        found = self.reading()
-        if found.format in ("chat", "preference"):
+        reading = self.reading()
+        if reading.format in ("chat", "preference"):
             raise UserError(
-                f"the rows of {self.train} are {FORMATS[found.format].what}, which have no answer to predict: try the "
-                "model with zoft chat or zoft generate"
+                f"the rows of {self.train} are {FORMATS[reading.format].what}, which have no answer to predict: try "
+                "the model with zoft chat or zoft generate"
             )
-        made, labelled = self._maker(found), found.format == "text_label"
-        names = tuple(self._words(found.columns["label"])) if labelled else ()
-        role = _ANSWERS[found.format]
+        example_of, labelled = self._maker(reading), reading.format == "text_label"
+        names = tuple(self._words(reading.columns["label"])) if labelled else ()
+        role = _ANSWERS[reading.format]
         answer = names[0] if names else 0 if role == "answer" else "?"
-        known = {found.columns[role]: answer} if role in found.columns else {}
-        return lambda row, where: made({**row, **known}, where), names
+        known = {reading.columns[role]: answer} if role in reading.columns else {}
+        return lambda row, where: example_of({**row, **known}, where), names
 
     def _counts(self, num_test: int, num_rows: int) -> tuple[int, int]:
         """Held-out and dev rows: as set, or shares of a small file where they are the defaults.
@@ -216,8 +216,8 @@ class Custom(Task):
                 f"num_dev={counts['num_dev']} with something left to train on: lower them, or give task.validation"
             )
         if counts != wanted:
-            told = " and ".join(f"task.{name}={count:,}" for name, count in counts.items() if count != wanted[name])
-            log.warning("%s has %s rows: %s, a share of so few", self.train, f"{num_rows:,}", told)
+            counted = " and ".join(f"task.{name}={count:,}" for name, count in counts.items() if count != wanted[name])
+            log.warning("%s has %s rows: %s, a share of so few", self.train, f"{num_rows:,}", counted)
         return counts["num_test"], counts["num_dev"]
 
     def reading(self) -> Reading:
@@ -234,7 +234,7 @@ class Custom(Task):
         where, row = next(placed)
         for _, later in islice(placed, _LOOKED_AT - 1):  # the first row may lack what others have
             row = row | {name: value for name, value in later.items() if row.get(name) is None}
-        found = reading(
+        chosen = reading(
             row,
             where,
             format=self.format,
@@ -243,15 +243,15 @@ class Custom(Task):
             words=bool(self.words),
             template=template,
         )
-        self._refuse_unread(found.format)
-        if found.format == "text_label" and not self.template:
-            there = listed(name for name in row if name != found.columns["label"])
-            rule = f"the prompt, with columns in braces (there are {there}), e.g. '{{text}} It was'"
+        self._refuse_unread(chosen.format)
+        if chosen.format == "text_label" and not self.template:
+            others = listed(name for name in row if name != chosen.columns["label"])
+            rule = f"the prompt, with columns in braces (there are {others}), e.g. '{{text}} It was'"
             self._need(self.prompt != "aligned", "template", rule)
-            if "text" not in found.columns:
+            if "text" not in chosen.columns:
                 named = "name it, 'task.columns={text: COLUMN}'"
                 raise UserError(f"{where} has no column called text (its columns: {listed(row)}): {named}")
-        return found
+        return chosen
 
     def _held_out_in_train(self) -> bool:
         """Whether both sources are one file; a hub name has splits of its own, an asset need not be there to say so."""
@@ -260,25 +260,25 @@ class Custom(Task):
         train, validation = located(self.train), located(self.validation or ".")
         return validation.is_file() and train.is_file() and validation.samefile(train)
 
-    def _chosen(self, source: str, split: str, made: Callable[[Any, str], Any], wanted: int) -> list[Any]:
-        return choose(partial(read_placed, source, split), made, wanted, self.data_seed)
+    def _chosen(self, source: str, split: str, example_of: Callable[[Any, str], Any], wanted: int) -> list[Any]:
+        return choose(partial(read_placed, source, split), example_of, wanted, self.data_seed)
 
-    def _maker(self, found: Reading) -> Callable[[Any, str], Any]:
+    def _maker(self, reading: Reading) -> Callable[[Any, str], Any]:
         """(row, place) -> example, for this format."""
         template = rows.Template.of(self.template) if self.template else None
-        more: dict[str, Any] = {"columns": found.columns}
-        if found.format != "chat":
+        more: dict[str, Any] = {"columns": reading.columns}
+        if reading.format != "chat":
             more["template"] = template
-        if found.format == "text_label":
+        if reading.format == "text_label":
             head = self.prompt == "head"
             more |= {
-                "words": dict.fromkeys(self.labels, "") if head else self._words(found.columns["label"]),
+                "words": dict.fromkeys(self.labels, "") if head else self._words(reading.columns["label"]),
                 "head": head,
             }
             if self.prompt != "aligned":
-                more["template"] = rows.Template.bare(template.columns if template else [found.columns["text"]])
+                more["template"] = rows.Template.bare(template.columns if template else [reading.columns["text"]])
         written = tuple(template.columns if template else ())
-        return _Noting(partial(getattr(rows, found.format), **more), found.used + written, written)
+        return _Noting(partial(getattr(rows, reading.format), **more), reading.used + written, written)
 
     def _words(self, column: str) -> dict[str, str]:
         """Label -> its word: as set, or the labels of the training rows where those are words or a head's classes."""
@@ -286,16 +286,16 @@ class Custom(Task):
             return {label_key(label) or "": word for label, word in self.words.items()}
         head = self.kind == "head"
         seen = self._labels_seen(column, MAX_CLASSES if head else MAX_LABELS)
-        told = ", ".join(f"{label[:40]} ({each.rows:,} rows)" for label, each in list(seen.items())[:12])
+        labels = ", ".join(f"{label[:40]} ({each.rows:,} rows)" for label, each in list(seen.items())[:12])
         if head and len(seen) < 2:
-            raise UserError(f"a head needs two classes or more; the labels of {self.train} are {told}")
+            raise UserError(f"a head needs two classes or more; the labels of {self.train} are {labels}")
         if len(seen) < 2 or not (head or all(any(c.isalpha() for c in label) for label in seen)):
             raise UserError(
                 "task.words must be a word for each label, e.g. '{0: terrible, 1: great}', got none; the labels of "
-                f"{self.train} are {told}"
+                f"{self.train} are {labels}"
             )
         what = "classes" if head else "words"
-        log.warning("task.words is not given: the labels are their own %s: %s", what, told)
+        log.warning("task.words is not given: the labels are their own %s: %s", what, labels)
         return {label: each.spelling for label, each in seen.items()}
 
     def _labels_seen(self, column: str, limit: int) -> dict[str, _Label]:

@@ -48,6 +48,6 @@ class GSM8K(GeneratedTask):
         """
         solution = generated.partition(self.stop)[0]
         _, mark, final = solution.rpartition("####")
-        found = NUMBER.findall(final) if mark else NUMBER.findall(solution)[-1:]
-        number = found[0].replace(",", "") if found else ""
+        numbers = NUMBER.findall(final) if mark else NUMBER.findall(solution)[-1:]
+        number = numbers[0].replace(",", "") if numbers else ""
         return number.rstrip("0").rstrip(".") if "." in number else number

@@ -92,12 +92,12 @@ def _activate(device: torch.device, agrees: Callable[[Kernels], bool]) -> None:
 
     kind = device.type
     try:
-        found: Kernels = cpu.load() if kind == "cpu" else cuda.load()
-        if not agrees(found):
-            raise RuntimeError(f"what {found.about} made of it gives other numbers than the eager code")
+        loaded: Kernels = cpu.load() if kind == "cpu" else cuda.load()
+        if not agrees(loaded):
+            raise RuntimeError(f"what {loaded.about} made of it gives other numbers than the eager code")
     except Exception as error:  # whatever a compiler does, the run goes on without it
         _broken.add(kind)
         _why[kind] = str(error).split("\n")[0]
         log.warning("the noise on %s is not compiled, training is slower by some of it: %s", kind, _why[kind])
     else:
-        _active[kind], _why[kind] = found, found.about
+        _active[kind], _why[kind] = loaded, loaded.about

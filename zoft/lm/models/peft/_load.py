@@ -23,10 +23,10 @@ def base_of(folder: str | Path) -> tuple[str, str | None]:
     if not isinstance(name, str) or not name:
         raise UserError(f"{file} names no base_model_name_or_path: write the model there that the adapter is for")
     places = [Path(name), *(above / name for above in (Path(folder), *Path(folder).absolute().parents[:2]))]
-    found = next((place for place in places if place.is_dir()), None)
-    if found is None and name.startswith((".", "/", "~")):
+    base = next((place for place in places if place.is_dir()), None)
+    if base is None and name.startswith((".", "/", "~")):
         raise UserError(f"{file}: there is no model folder {name}: write where the adapter's base lies")
-    return str(found or name), revision
+    return str(base or name), revision
 
 
 def load_adapter(model: Any, folder: str | Path) -> Any:

@@ -53,9 +53,9 @@ class Peft(Component):
         from zoft.lm.models.names import portable_name
         from zoft.lm.models.peft._positions import count_by_mask
 
-        for own in wrapped.peft_config.values():  # what loads the adapter asks for its base by this name
-            own.base_model_name_or_path = portable_name(own.base_model_name_or_path or "") or None
-            own.revision = revision
+        for peft_config in wrapped.peft_config.values():  # what loads the adapter asks for its base by this name
+            peft_config.base_model_name_or_path = portable_name(peft_config.base_model_name_or_path or "") or None
+            peft_config.revision = revision
         return count_by_mask(wrapped)
 
 
