@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from zoft.lm.logits.own_loss import own_loss
 from zoft.lm.objectives._own_readout import is_seq2seq, own_places, own_readout
-from zoft.step.nodes import NodePositions, at_loss
+from zoft.step.positions import NodePositions, at_loss
 from zoft.trainer.readout import last_tokens
 
 

@@ -128,7 +128,7 @@ def test_a_layer_that_runs_twice_has_the_sum_of_both():
             return [batch]
 
         def places(self, part):
-            from zoft.step.nodes import at_loss
+            from zoft.step.positions import at_loss
 
             return at_loss(order, torch.full_like(order, -1), torch.full_like(order, -1))
 
@@ -197,7 +197,7 @@ def test_what_is_applied_is_what_was_measured(family):
     batch = models.batch_for(model, rows=3, length=7)
     ask = queries(model, "loss", positions="all")
     space, at = ask.session.coordinates, None
-    from zoft.step.nodes import expand
+    from zoft.step.positions import expand
 
     at = expand(ask.reader.places(batch), space)
     key, node = list(space.perturbed().items())[-1]

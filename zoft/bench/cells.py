@@ -206,7 +206,7 @@ class _Tests:
         best = best_of(curve, row["metric"], self.select)
         assert best is not None
         if best["queries"] not in self._of:
-            self.trainer.put_back(int(best["step"]))
+            self.trainer.checkpoints.put_back(int(best["step"]))
             scores = self.trainer.predict(self.test, metric_key_prefix="test").metrics
             self._of[best["queries"]] = {name.removeprefix("test_"): value for name, value in scores.items()}
         return dict(self._of[best["queries"]])

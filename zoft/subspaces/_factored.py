@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
-from zoft.noise.source import CounterNoise, NoiseSource, sample
+from zoft.noise.source import CounterNoise, NoiseSource
+from zoft.subspaces._matrices import matmul, refuse_sequential, rows_of
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights, perturbed
@@ -272,7 +272,7 @@ class BoundFactored(BoundSubspace):
             factor = left[row:end].clone()
         # s L C, once a block of rows, before the product with R^T
         else:
-            factor = _matmul(left[row:end], coordinates)
+            factor = matmul(left[row:end], coordinates)
         return factor.mul_(self.forms[name].scale)
 
     def right(self, direction: Direction, name: str, coordinates: Tensor) -> Tensor:
@@ -328,7 +328,7 @@ class BoundFactored(BoundSubspace):
         step = torch.empty(last - first, dtype=torch.float32, device=coordinates.device)
         for row, end, begin, stop in self._blocks(name, first, last):
             # rows of C for this block; those that are not given count as zero, and are cut away below
-            of_block = _rows(given, row - start // form.shape[1], end - row) if form.by_rows else given
+            of_block = rows_of(given, row - start // form.shape[1], end - row) if form.by_rows else given
             step[begin - first : stop - first] = self._block(direction, name, of_block, row, end, begin, stop)
         return step
 
@@ -397,7 +397,7 @@ class BoundFactored(BoundSubspace):
         left = self.left(direction, name, coordinates, row, end)
         # Z = (s L C) R^T for whole rows, then the elements that were asked for
         n = self.forms[name].columns
-        return _matmul(left, self.right(direction, name, coordinates)).view(-1)[first - row * n : last - row * n]
+        return matmul(left, self.right(direction, name, coordinates)).view(-1)[first - row * n : last - row * n]
 
     def _block_rows(self, name: str) -> int:
         block = _BLOCK if self.weights.tensors[name].device.type == "cpu" else _BLOCK_GPU
@@ -424,57 +424,3 @@ class BoundFactored(BoundSubspace):
             end = min(stop, border + whole if whole else min(start + size, border + block))
             yield start, end
             start = end
-
-
-def haar(key: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """A matrix with orthonormal columns, uniformly distributed: float32 [rows, columns].
-
-    Q of a Gaussian matrix's QR with each column's sign that of R's diagonal; without that Q is not uniform. It is
-    computed in float64 on the CPU, so that every device has the same.
-
-    Args:
-        key: of the stream of numbers.
-        rows: at least ``columns``.
-        columns: how many.
-        device: where the result is wanted.
-
-    References: Mezzadri 2007 (How to generate random matrices from the classical compact groups).
-    """
-    # float64 on the CPU: QR differs between devices, and a direction must not
-    gaussian = sample("gaussian", key, 0, rows * columns, torch.device("cpu")).view(rows, columns).double()
-    q, r = torch.linalg.qr(gaussian)
-    # Q's columns are unique up to sign only; R with a positive diagonal makes them Haar (Mezzadri 2007)
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).to(torch.float32).contiguous().to(device)
-
-
-def refuse_sequential(subspace: str, noise: str) -> None:
-    """MeZO's own stream is of the full space's directions."""
-    if noise == "torch_sequential":
-        raise UserError(
-            f"noise=torch_sequential draws MeZO's directions, which move every weight by itself: subspace={subspace} "
-            "needs estimator.noise=counter"
-        )
-
-
-def _rows(given: Tensor, first: int, count: int) -> Tensor:
-    """Rows [first, first + count) of a matrix, with zeros where there are none: the others' products do not change."""
-    if first >= 0 and first + count <= len(given):
-        return given[first : first + count]
-    rows = given.new_zeros(count, given.shape[1])
-    start, stop = max(0, first), min(len(given), first + count)
-    rows[start - first : stop - first] = given[start:stop]
-    return rows
-
-
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left [m, k] times right [k, n] in float32: the same bits for the same numbers, wherever they lie in memory."""
-    with ExitStack() as stack:
-        # under autocast the product would be bfloat16, and depend on the caller
-        if torch.is_autocast_enabled(left.device.type):  # the model's own forward may be on
-            stack.enter_context(torch.autocast(left.device.type, enabled=False))
-        return _aligned(left) @ _aligned(right)
-
-
-def _aligned(matrix: Tensor) -> Tensor:
-    """Kernels are chosen by the place of the first element, too."""
-    return matrix if matrix.data_ptr() % 64 == 0 else matrix.clone()

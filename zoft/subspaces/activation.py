@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from zoft.errors import UserError
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource, sample
-from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout, haar
+from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout
+from zoft.subspaces._matrices import haar
 from zoft.subspaces._observes import ObservesInputs
 from zoft.subspaces.outer import outer_factors, outer_noise
 from zoft.utils.lazy import Tensor, nn, torch

@@ -10,7 +10,7 @@ from zoft.noise import counter
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.joint import Antithetic, LinearCombination
 from zoft.noise.source import CounterNoise, NoiseSource, sample
-from zoft.subspaces._factored import refuse_sequential
+from zoft.subspaces._matrices import refuse_sequential
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights

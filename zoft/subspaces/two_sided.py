@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource
-from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout, haar
+from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout
+from zoft.subspaces._matrices import haar
 from zoft.weights.tensors import Weights
 
 _LONG = 16  # times longer than wide: an adapter's or a prefix's matrix

@@ -223,6 +223,13 @@ class Checkpoints:
         elif not folder.is_dir():
             state_.best_model_checkpoint = None
 
+    def put_back(self, step: int) -> None:
+        """Put the weights of this run's checkpoint of a step back, where it is kept."""
+        folder = Path(str(self.trainer.args.output_dir)) / f"checkpoint-{step}"
+        if folder.is_dir():
+            self.trainer.state.best_model_checkpoint = str(folder)
+            self.trainer._load_best_model()
+
     def verify_best(self, folder: Path) -> None:
         """Refuse a best checkpoint that is not whole, or another run's.
 

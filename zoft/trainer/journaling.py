@@ -163,11 +163,12 @@ class RunJournal:
         known = [] if self.contents is None else self.contents.evaluations.get(step, [])
         return dict(known.pop(0)) if known else None
 
-    def evaluated(self, step: int, metrics: dict[str, Any]) -> None:
-        """An evaluation was made."""
+    def evaluated(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write down an evaluation that was made; its metrics come back as they are."""
         if self.file is not None:
             plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in metrics.items()}
             self.file.evaluation(step, plain)
+        return metrics
 
     # ---- hashes of the weights ---------------------------------------------------------------------------------------
 

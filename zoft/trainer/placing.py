@@ -12,20 +12,22 @@ from zoft.engines._blocks import blocks_of
 from zoft.engines.base import Engine
 from zoft.engines.offload import Offload, place_outside, rest_in_files
 from zoft.engines.server import Server
-from zoft.lm.models.device_map import require_run_on
+from zoft.lm.models.device_map import is_spread, require_run_on
 from zoft.weights.tensors import Weights
 
 
-def let_blocks_rest(engine: Engine, model: nn.Module | None, device: torch.device) -> None:
-    """Before anything reads all weights: those that will rest in files do so from the beginning.
+def stay_in_place(engine: Engine, model: nn.Module | None, args: Any) -> None:
+    """Before the Trainer is made, and anything reads all weights: those that will rest in files do so from here on.
 
     Args:
         engine: of the run.
         model: or None, where ``model_init`` makes it.
-        device: of the run.
+        args: of the Trainer, which has the run's device; one GPU is all that it may see of a model that is spread.
     """
-    if isinstance(engine, Offload) and model is not None and engine.rests_in_file(device):
+    if isinstance(engine, Offload) and model is not None and engine.rests_in_file(args.device):
         rest_in_files(blocks_of(model), list(Weights(model).tensors), engine.folder)
+    if is_spread(model):
+        args._n_gpu = 1  # it is on all of them already, and the Trainer would replicate it
 
 
 def place(engine: Engine, model: nn.Module, device: torch.device) -> bool:

@@ -65,5 +65,8 @@ class HoldsObjects(Protocol):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model, or the adapter."""
 
+    def _load_best_model(self) -> None:
+        """Take the weights of ``state.best_model_checkpoint``."""
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Labels that count in these micro-batches."""

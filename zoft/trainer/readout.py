@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from zoft.errors import UserError
 from zoft.lm.objectives._own_readout import is_seq2seq, own_feedbacks, own_places, own_readout
-from zoft.step.nodes import NodePositions, at_loss
+from zoft.step.positions import NodePositions, at_loss
 from zoft.trainer.protocol import HoldsObjects
 
 if TYPE_CHECKING:

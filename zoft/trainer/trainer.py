@@ -26,7 +26,6 @@ from zoft.engines.base import Engine
 from zoft.estimators.base import Estimator
 from zoft.journal import snapshot
 from zoft.lm.metrics.order import every_row_in_order, longest_first, reported_in_rows_order
-from zoft.lm.models.device_map import is_spread
 from zoft.lm.models.load import as_model
 from zoft.lm.objectives.base import Objective
 from zoft.optimizers.base import Optimizer
@@ -48,7 +47,7 @@ from zoft.trainer.guard import RolledBack
 from zoft.trainer.journaling import RunJournal
 from zoft.trainer.loss import StepLoss
 from zoft.trainer.mezo import MezoRowOrder, decays
-from zoft.trainer.placing import let_blocks_rest, place, without_wrapping
+from zoft.trainer.placing import place, stay_in_place, without_wrapping
 from zoft.trainer.processes import Processes, check_processes
 from zoft.trainer.readout import TrainerReader
 from zoft.trainer.recommended import may_be, recommended
@@ -129,9 +128,7 @@ class ZOMixin(_Base):
         settle_arguments(args, self.method, has_objective=objective is not None)
         with global_random_state_kept():
             model = as_model(model, peft_config, args.seed)
-            let_blocks_rest(self.engine, model, args.device)
-            if is_spread(model):
-                args._n_gpu = 1  # it is on all of them already, and the Trainer would replicate it
+            stay_in_place(self.engine, model, args)
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.args.world_size, self.args.process_index, self.args.device)
         self.journal = RunJournal(self.args, RunIdentity(self), self.processes)
@@ -179,10 +176,8 @@ class ZOMixin(_Base):
         """A :class:`zoft.step.update.ZOOptimizer` over the trainable weights, with the Trainer's decay groups."""
         if self.optimizer is None:
             model, args, method, loss = self.model if model is None else model, self.args, self.method, self.step_loss
-            decayed = self.get_decay_parameter_names(model)
-            self.optimizer, self.engine_name = optimizer_of(
-                method, self.engine, model, loss, args, decayed, self._next_estimate
-            )
+            decayed, take = self.get_decay_parameter_names(model), self._next_estimate
+            self.optimizer, self.engine_name = optimizer_of(method, self.engine, model, loss, args, decayed, take)
             self.query_forward.keep_prefix(Weights(model))
             rows = StepRows(args, self.train_dataset, self.collated, loss, self.processes)
             queries = queries_of(method, self.optimizer, rows, loss, TrainerReader(self), self.processes)
@@ -346,9 +341,8 @@ class ZOMixin(_Base):
         """As the Trainer's own, once the weights are known to be numbers."""
         step = self.last_step
         self.run_steps.refuse_infinite_weights(step)
-        self.journal.digest(
-            self.zo_optimizer.session, self.state.global_step, is_replaying=step is not None and step.from_journal
-        )
+        is_replaying = step is not None and step.from_journal
+        self.journal.digest(self.zo_optimizer.session, self.state.global_step, is_replaying=is_replaying)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -377,10 +371,9 @@ class ZOMixin(_Base):
         metrics = self.journal.next_evaluation(self.state.global_step)
         if metrics is None:
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            self.journal.evaluated(self.state.global_step, metrics)
-        else:
-            self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return self.journal.evaluated(self.state.global_step, metrics)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -416,8 +409,7 @@ class ZOMixin(_Base):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As the Trainer's own, without the pickle of the arguments at its end: they are JSON here."""
-        folder = self.args.output_dir if output_dir is None else output_dir
-        self.checkpoints.save_model(Path(str(folder)), state_dict)
+        self.checkpoints.save_model(Path(str(self.args.output_dir if output_dir is None else output_dir)), state_dict)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As the Trainer's own; the best model that is to be loaded at the end is saved when it is found."""
@@ -433,18 +425,10 @@ class ZOMixin(_Base):
 
     def _load_best_model(self) -> None:
         """As the Trainer's own, where the checkpoint holds more than what is trained; none but a whole one."""
-        folder = Path(str(self.state.best_model_checkpoint))
-        self.checkpoints.verify_best(folder)
+        self.checkpoints.verify_best(folder := Path(str(self.state.best_model_checkpoint)))
         with snapshot.reading(folder):
             if not self.checkpoints.load_trained(folder):
                 super()._load_best_model()
-
-    def put_back(self, step: int) -> None:
-        """Put the weights of this run's checkpoint of a step back, where it is kept."""
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-        if folder.is_dir():
-            self.state.best_model_checkpoint = str(folder)
-            self._load_best_model()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As the Trainer's own, without pickles."""

@@ -15,7 +15,7 @@ from zoft.noise.direction import Direction, key_of
 from zoft.noise.joint import Antithetic
 from zoft.noise.source import LAWS
 from zoft.subspaces import _factored, base
-from zoft.subspaces._factored import haar
+from zoft.subspaces._matrices import haar
 from zoft.subspaces.cp import Cp
 from zoft.subspaces.left import Left
 from zoft.subspaces.outer import Outer
