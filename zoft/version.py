@@ -1,3 +1,3 @@
-"""The version of zoft: one line, so that nobody imports the package to know it."""
+"""The version of zoft, in one line that can be read without importing the package."""
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 BEAT, STALE = 15.0, 180.0
-"""Seconds between signs of life of who holds a claim, and without one after which it is anybody's."""
+"""Seconds between a claim holder's signs of life, and without one after which any process may take the claim."""
 
 
 class Claim:
@@ -71,7 +71,7 @@ def machine() -> str:
 
 
 def holder(path: Path) -> str:
-    """Who holds a claim; empty where nobody does."""
+    """The process that holds a claim; empty where none does."""
     return _read(path).rpartition(" ")[0]
 
 

@@ -71,7 +71,7 @@ class Ledger:
         return sum(1 for _ in (self.folder / ROWS).rglob("*.json"))
 
     def fail(self, cell: Cell, why: str) -> None:
-        """Say why a cell could not be carried out; nobody tries it again until the bench is started anew."""
+        """Say why a cell could not be carried out; it is not tried again until the bench is started anew."""
         file = self.folder / FAILED / f"{cell.name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, why.rstrip() + "\n")
@@ -101,7 +101,7 @@ class Ledger:
         return claimed(self._claim(cell))
 
     def holder(self, cell: Cell) -> str:
-        """Who works at a cell; empty where nobody does."""
+        """The process that works at a cell; empty where none does."""
         return holder(self._claim(cell))
 
     def _claim(self, cell: Cell) -> Path:

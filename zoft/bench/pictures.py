@@ -38,7 +38,7 @@ _COLOURS = (
 
 
 def draw(plan: Plan, rows: Mapping[Cell, Row]) -> list[Path]:
-    """Draw what there is to draw into the bench's folder.
+    """Draw the pictures that the results suffice for into the bench's folder.
 
     Args:
         plan: the bench.

@@ -1,4 +1,4 @@
-"""Processes at work on a bench: each takes a cell that nobody has, until there is none; a failed one stops no other."""
+"""Processes at work on a bench: each takes the next free cell until none is left; a failed one stops no other."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def work(plan: Plan) -> None:
 
 
 def _in_order(cells: list[Cell], here: tuple[str, str], ledger: Ledger) -> list[Cell]:
-    """Those of the task at hand first, then those of tasks that nobody is at: their rows are encoded only once."""
+    """Cells of the task at hand first, then those of tasks that no process works at: rows are encoded only once."""
     busy = {(cell.task, cell.prompt) for cell in cells if ledger.holder(cell)}
     return sorted(cells, key=lambda c: ((c.task, c.prompt) != here, (c.task, c.prompt) in busy))
 

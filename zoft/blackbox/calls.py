@@ -51,7 +51,7 @@ def number(value: Any) -> Value:
 
 
 class Calls:
-    """Values of f at points, in the points' order, whoever has computed them.
+    """Values of f at points, in the points' order, by whichever worker they were computed.
 
     Args:
         f: the function, of one point (or of stacked points).

@@ -1,4 +1,4 @@
-"""What a search needs of whoever runs it: values at points, the budget, and a place to note what it has found out."""
+"""What a search needs of the code that runs it: values at points, the budget, and a place to note its best points."""
 
 from __future__ import annotations
 

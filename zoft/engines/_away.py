@@ -1,4 +1,4 @@
-"""Sessions whose weights are elsewhere between queries: what they are told and asked, and the same for all others."""
+"""Sessions whose weights are elsewhere between queries: writing and placing them, and the same for all others."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class BlockStream:
             if self._last is not None:
                 self._next[self._last] = index
             self._last = index
-            # memory of blocks that nobody is in: put away now, free for the one that is brought next
+            # blocks that no forward is in: put away now, free for the one that is brought next
             for other in self.blocks:
                 if other.lease is not None and not other.inside and other is not block and other.ticket is None:
                     self._put_away(other)

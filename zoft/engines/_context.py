@@ -158,7 +158,7 @@ class ContextCache:
 
 
 def _takes_cache(model: Any) -> bool:
-    """Whether the class is a decoder that goes on behind keys and values, at positions that it is told."""
+    """Whether the class is a decoder that takes keys and values of earlier tokens, and the positions of its own."""
     # peft's wrapper takes any arguments: the class inside says which
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(bare, "config", None)

@@ -22,7 +22,7 @@ _SEQUENTIAL = contextvars.ContextVar("_SEQUENTIAL", default=False)
 
 @contextmanager
 def sequential() -> Iterator[None]:
-    """Within this block a forward waits for nobody: for what must not be left halfway."""
+    """Within this block a forward does not wait for the others: for code that must not be left halfway."""
     token = _SEQUENTIAL.set(True)
     try:
         yield
@@ -51,7 +51,7 @@ BatchFn = Callable[[list[Any]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Barrier:
-    """A key that nobody goes past before all have come to one: what is done there ends what was before it.
+    """A key that no forward passes before all have come to a barrier: the work there ends what was before it.
 
     Args:
         key: which.

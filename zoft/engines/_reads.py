@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 Note = Callable[[Any], None]
-"""Is told of an argument of a torch function; tuples and lists of them are taken apart by whoever is told."""
+"""Called with the arguments of a torch function; it takes tuples and lists of them apart itself."""
 
-_notes: list[Note] = []  # who is told now; the last one
+_notes: list[Note] = []  # the last one is called
 
 
 @lru_cache(maxsize=1)
@@ -40,9 +40,9 @@ def _watched_class() -> Any:
 
 @contextmanager
 def watched(parameters: Mapping[str, nn.Parameter], note: Note) -> Iterator[dict[str, type]]:
-    """Within this block ``note`` is told the arguments of every torch function that gets one of the parameters.
+    """Within this block ``note`` is called with the arguments of every torch function that gets one of the parameters.
 
-    Only these functions are looked at. Whoever knows that a parameter may be read for a while gives it its own class
+    Only these functions are looked at. A caller that expects reads of a parameter for a while gives it its own class
     back for that time. A tensor of another class than ``torch.nn.Parameter`` is left alone: it has a meaning of its own
     for torch.
 

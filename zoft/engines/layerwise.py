@@ -150,7 +150,7 @@ class LayerwiseSession(Session):
             yield
 
     def what_to_lower(self) -> str:
-        """The setting of this engine that bounds its memory, for somebody who ran out of it."""
+        """The setting of this engine that bounds its memory; errors for want of memory name it."""
         return f"engine.piece_mb (now {self.piece_bytes >> 20})"
 
     # ---- which points go together ------------------------------------------------------------------------------------

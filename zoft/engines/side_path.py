@@ -85,7 +85,7 @@ class _SidePathSwapper(Swapper):
         return self.factors[direction, name]
 
     def linears(self, name: str, weight: Tensor, calls: Sequence[LinearCall]) -> list[Tensor] | None:
-        """x W^T + s (x V) U^T + b for everybody who is here."""
+        """x W^T + s (x V) U^T + b for all forwards that have come to this layer."""
         factors = {c.point.direction: self._factors_of(c.point.direction, name) for c in calls if c.point.direction}
         # some direction moves this matrix in full: it is perturbed in pieces, as by layerwise
         if any(pair is None for pair in factors.values()):

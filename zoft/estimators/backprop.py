@@ -57,5 +57,5 @@ class Backprop(NeedsBackward, Estimator):
         return losses.new_empty(0)
 
     def loss(self, losses: Tensor) -> Tensor:
-        """That of the forward, which whoever runs it knows."""
+        """The mean of what is given; the loss of the forward itself stands in the step's estimate."""
         return losses.new_zeros(()) if not len(losses) else losses.mean()

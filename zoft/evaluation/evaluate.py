@@ -81,7 +81,7 @@ class Request:
 
     @property
     def name(self) -> str:
-        """What the evaluation is called: ``zero_shot`` is a model that nobody has trained."""
+        """What the evaluation is called: ``zero_shot`` is a model as it was loaded, without training."""
         return "trained" if self.run and self.mode == "zero_shot" else self.mode
 
     @property

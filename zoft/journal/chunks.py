@@ -21,6 +21,7 @@ KINDS = (HEADER, STEP, OBSERVATION, DIGEST, EVALUATION, NOTE, BLOCK)
 """What the run is; a step; what a subspace saw before a step; a hash of the weights and an
 evaluation after one; what else happened; many steps sealed."""
 
+# little-endian whatever the machine: a journal may be read elsewhere
 _FRONT, _CHECK = struct.Struct("<Ic"), struct.Struct("<I")
 _LONGEST = 1 << 31
 
@@ -56,6 +57,7 @@ def encode(kind: bytes, payload: bytes, before: int) -> tuple[bytes, int]:
         [b'abc']
     """
     front = _FRONT.pack(len(payload), kind)
+    # the chain begins with the check before: a chunk that was left out or moved breaks it, though whole by itself
     check = zlib.crc32(payload, zlib.crc32(front, zlib.crc32(_CHECK.pack(before))))
     return front + payload + _CHECK.pack(check), check
 
@@ -66,11 +68,13 @@ def decode(data: bytes) -> Iterator[Chunk]:
     while at + _FRONT.size + _CHECK.size <= len(data):
         length, kind = _FRONT.unpack_from(data, at)
         end = at + _FRONT.size + length + _CHECK.size
+        # what cannot be a length or a kind is the rest of a write that a crash has cut
         if length > _LONGEST or end > len(data) or kind not in KINDS:
             return
         payload = data[at + _FRONT.size : end - _CHECK.size]
         expected = zlib.crc32(payload, zlib.crc32(_FRONT.pack(length, kind), zlib.crc32(_CHECK.pack(before))))
         (check,) = _CHECK.unpack_from(data, end - _CHECK.size)
+        # everything behind a broken chunk is unread: its checks continue one that is not there
         if check != expected:
             return
         yield Chunk(kind, payload, end, check)

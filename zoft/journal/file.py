@@ -74,6 +74,7 @@ def read(path: Path) -> Contents:
                 contents = Contents(_header(path, chunk))
             else:
                 _take(contents, chunk)
+            # up to here the file is whole; what follows is cut off when the journal is opened again
             end = chunk.end
         if contents is not None:
             records.require_consecutive(contents.records, contents.header["first"])
@@ -85,6 +86,7 @@ def read(path: Path) -> Contents:
             f"{path} is not a journal of zoft, or its first bytes are damaged: move it away, and the run goes on from "
             "its newest checkpoint"
         )
+    # damage is reported, not refused: the run goes on from the steps before it
     contents.damaged = len(data) - end
     return contents
 
@@ -119,8 +121,10 @@ class Journal:
             path: the file.
             header: see :class:`Contents`; ``format``, ``run`` and ``first`` are added.
         """
+        # run is a name by chance: a checkpoint says by it whether it belongs to this journal
         whole = {"format": FORMAT, "run": uuid.uuid4().hex, "first": 0, **header}
         data, _ = chunks.encode(chunks.HEADER, json.dumps(whole, sort_keys=True).encode(), 0)
+        # the earlier file is kept beside the new one: it may be all that is left of a run
         if path.exists():
             shared.close(_opened(path))  # refused while another process writes it
             path.replace(path.with_suffix(".old.bin"))
@@ -140,14 +144,17 @@ class Journal:
         journal, step = cls(path), -1
         cut: list[chunks.Chunk] = []
         for chunk in chunks.decode(path.read_bytes()):
+            # an observation stands before its step, and falls with it
             step = max(step, _last_step(chunk))
             if step < end:
                 journal._end, journal._check = chunk.end, chunk.check
             else:
                 cut.append(chunk)
+        # cut before anything is appended: a chunk behind a damaged one would never be read
         os.ftruncate(journal._file, journal._end)
         for chunk in cut:
             if chunk.kind == chunks.BLOCK:  # sealed steps, of which some may be kept
+                # sealed steps lie in one chunk, of which those before the cut are written anew
                 complete = [record for record in records.unseal(chunk.payload) if record.step < end]
                 if complete:
                     journal._write(chunks.BLOCK, records.seal(complete, with_losses=True))
@@ -184,6 +191,7 @@ class Journal:
         data, check = b"", 0
         waiting: list[Record] = []
 
+        # the whole file is made in memory, and takes the old one's place in one rename
         def put(kind: bytes, payload: bytes) -> None:
             nonlocal data, check
             encoded, check = chunks.encode(kind, payload, check)
@@ -196,6 +204,7 @@ class Journal:
             waiting.clear()
 
         for chunk in chunks.decode(self.path.read_bytes()):
+            # steps in a row become a block; what stands between them keeps its place
             if chunk.kind == chunks.STEP:
                 waiting.append(records.decode(chunk.payload))
             else:
@@ -204,6 +213,7 @@ class Journal:
                 put(chunk.kind, chunk.payload)
         put_waiting()
         _to_disk(lambda: write_atomically(self.path, data), self.path, len(data))
+        # the lock is the file's: it has to be taken for the new one
         shared.close(self._file)
         self._file, self._check, self._end = _opened(self.path), check, len(data)
 
@@ -218,12 +228,15 @@ class Journal:
 
         def write() -> None:
             view, at = memoryview(data), self._end
+            # a write may be short; what is missing follows at its own place
             while view:
                 done = os.pwrite(self._file, view, at)
                 view, at = view[done:], at + done
+            # on the disk before the step is written into the weights: the journal is never behind them
             _sync(self._file)
 
         _to_disk(write, self.path, len(data))
+        # only now: a write that failed leaves the end where it was, and the next one begins there
         self._check, self._end = check, self._end + len(data)
 
 
@@ -234,12 +247,14 @@ def _header(path: Path, chunk: chunks.Chunk) -> dict[str, Any]:
     if chunk.kind != chunks.HEADER:
         raise UserError(f"{path} does not begin with a header: it is not a journal of zoft")
     header = dict(json.loads(chunk.payload))
+    # each field that is read later: one of another type would fail somewhere in the run
     fine = isinstance(header.get("settings", {}), dict) and "run" in header and _is_factor(header.get("lr_factor", 1.0))
     fine = fine and type(header.get("first")) is int and 0 <= header["first"] < 1 << 32
     fine = fine and isinstance(header.get("weights"), str | None)
     if header.get("format") == FORMAT and not fine:
         raise ValueError("its header does not say what the run is")
     header.setdefault("weights", None)
+    # an older or newer format is no damage: it says so, and by which version it is read
     if header.get("format") != FORMAT:
         raise UserError(
             f"{path} has journal format {header.get('format')!r}, and this zoft reads format {FORMAT}: "
@@ -291,6 +306,7 @@ def _last_step(chunk: chunks.Chunk) -> int:
     if chunk.kind == chunks.OBSERVATION:
         return int(_NUMBER.unpack_from(chunk.payload)[0])
     if chunk.kind in (chunks.DIGEST, chunks.EVALUATION, chunks.NOTE):
+        # a digest, an evaluation or a note comes after its number of steps: it belongs to the step before
         return int(_NUMBER.unpack_from(chunk.payload)[0]) - 1
     return -1
 
@@ -304,6 +320,7 @@ def _opened(path: Path) -> int:
         file = shared.no_link(str(path), os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    # one writer: a second run in the same folder would mix its steps into this one's
     if not shared.lock(file):
         os.close(file)
         raise UserError(f"{path} is being written by another process: wait until it ends, or choose another output_dir")
@@ -311,6 +328,7 @@ def _opened(path: Path) -> int:
 
 
 def _sync(file: int) -> None:
+    # fdatasync leaves out the times of the file, which nothing here depends on
     getattr(os, "fdatasync", os.fsync)(file)
 
 

@@ -79,7 +79,9 @@ def encode(record: Record) -> bytes:
         >>> len(encode(record)), decode(encode(record)) == record
         (78, True)
     """
+    # no bytes at all for most steps
     extra = json.dumps(record.extra, separators=(",", ":")).encode() if record.extra else b""
+    # fixed fields first, so that lengths are known before what they are of
     fixed = _FIXED.pack(
         record.step,
         record.flags,
@@ -98,7 +100,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes) -> Record:
-    """The other way round."""
+    """The record that :func:`encode` made these bytes of."""
     step, flags, terms, bends, extra, seed, lr, eps, queries, tokens, loss, slope = _FIXED.unpack_from(data)
     at = _FIXED.size
     values = struct.unpack_from(f"<{terms + bends}d", data, at)
@@ -110,10 +112,10 @@ def decode(data: bytes) -> Record:
 
 
 def _fitting(extra: Any) -> dict[str, Any]:
-    """What is rarely there, in its shape.
+    """A record's extra fields, if they have the shapes that replay reads.
 
     Raises:
-        ValueError: it has another one.
+        ValueError: they have others.
     """
     fine = isinstance(extra, dict) and isinstance(extra.get("scalars", {}), dict)
     directions, parts = (extra.get("directions", []), extra.get("parts", 1)) if fine else ([], 0)
@@ -144,6 +146,7 @@ def require_consecutive(records: Sequence[Record], first: int) -> None:
     for number, record in enumerate(records, start=first):
         if record.step != number:
             raise ValueError(f"step {record.step} stands where step {number} belongs")
+        # queries only grow, and by no more than a step can make: a damaged total would end a budget at once
         if not 0 <= record.queries - queries < 1 << 32 and number > first:
             raise ValueError(f"step {number} has used {record.queries - queries} queries")
         queries = record.queries
@@ -166,10 +169,13 @@ def seal(records: Sequence[Record], *, with_losses: bool = False) -> bytes:
         records: of consecutive steps.
         with_losses: keep losses and slopes: a guard judges later steps by them.
     """
+    # what the weights need of all steps, one column a field: alike values lie together
     coefficients = [c for record in records for c in record.coefficients]
     bends = [c for record in records for c in record.curvatures]
+    # float32 where that is exact, as measured coefficients are; half the bytes
     narrow = _is_single(coefficients) and _is_single(bends)
     code = "f" if narrow else "d"
+    # by the step's place in the block, since most have the run's own directions
     extras = {i: r.extra["directions"] for i, r in enumerate(records) if "directions" in r.extra}
     columns: dict[str, array[Any]] = {
         "flags": array("H", [r.flags for r in records]),
@@ -178,6 +184,7 @@ def seal(records: Sequence[Record], *, with_losses: bool = False) -> bytes:
         "seed": array("Q", [r.seed for r in records]),
         "lr": array("d", [r.lr for r in records]),
         "eps": array("d", [r.eps for r in records]),
+        # differences: they are the same in most steps, and compress to nothing
         "queries": array("I", [b - a for a, b in _steps([r.queries for r in records])]),
         "coefficients": array(code, coefficients),
         "curvatures": array(code, bends),
@@ -194,8 +201,10 @@ def seal(records: Sequence[Record], *, with_losses: bool = False) -> bytes:
         "parts": last.extra.get("parts"),
         "losses": [r.loss for r in records] if with_losses else None,
         "slopes": [r.slope for r in records] if with_losses else None,
+        # each column's bytes, so that a reader can cut them apart again
         "sizes": [len(_shuffled(column)) for column in columns.values()],
     }
+    # empty fields are left out
     front = json.dumps({k: v for k, v in header.items() if v}, separators=(",", ":")).encode()
     body = b"".join(_shuffled(column) for column in columns.values())
     return zlib.compress(struct.pack("<I", len(front)) + front + body, 9)
@@ -206,6 +215,7 @@ def unseal(data: bytes) -> list[Record]:
     whole = _inflated(data)
     (length,) = struct.unpack_from("<I", whole)
     header = json.loads(whole[4 : 4 + length])
+    # checked before the loops below run that many times
     at, columns = 4 + length, []
     count, code = header["count"], header["code"]
     if not (isinstance(count, int) and 1 <= count <= BLOCK_STEPS) or code not in ("f", "d"):
@@ -216,6 +226,7 @@ def unseal(data: bytes) -> list[Record]:
     flags, terms, bends, seeds, rates, eps, gaps, coefficients, curvatures = columns
     queries, c, b, records = header["queries"], 0, 0, []
     losses, slopes = (header.get(name) or [float("nan")] * count for name in ("losses", "slopes"))
+    # NaN where losses were left out: metrics.csv has them
     directions = {int(i): which for i, which in header.get("directions", {}).items()}
     for i in range(count):
         queries += gaps[i]
@@ -229,6 +240,7 @@ def unseal(data: bytes) -> list[Record]:
         c, b = c + terms[i], b + bends[i]
     remembered = {key: header[key] for key in ("scalars", "parts") if key in header}
     last = records[-1]
+    # tokens and what parts remember are those after the last step: earlier ones are of no use to a run that goes on
     records[-1] = replace(last, tokens=header.get("tokens", 0), extra=_fitting(last.extra | remembered))
     return records
 
@@ -244,6 +256,7 @@ def _inflated(data: bytes) -> bytes:
 
 def _steps(values: list[int]) -> list[tuple[int, int]]:
     """(the one before, each); the first has itself before it."""
+    # differences within the block: its first step counts from itself, with the total in the header
     return list(zip([values[0], *values[:-1]], values, strict=True))
 
 
@@ -263,6 +276,7 @@ def _unshuffled(kind: str, data: bytes) -> array[Any]:
     size, count = column.itemsize, len(data) // column.itemsize
     whole = bytearray(len(data))
     for i in range(size):
+        # value i of byte plane p lies at p * count + i
         whole[i::size] = data[i * count : (i + 1) * count]
     column.frombytes(bytes(whole))
     return column

@@ -29,7 +29,7 @@ def pack(state: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """The other way round; tensors are on the CPU.
+    """The values that :func:`pack` made these bytes of; tensors are on the CPU.
 
     Raises:
         UserError: bytes that :func:`pack` did not write.

@@ -15,7 +15,7 @@ class ReplayAdam(Optimizer):
 
     m = sum_k beta1^k g_k / sum_k beta1^k,  v = sum_k beta2^k g_k^2 / sum_k beta2^k,  step = m / (sqrt(v) + epsilon),
     with g_k = sum_j a_j z_j, the whole estimate of k updates ago (k = 0 is this one): with one direction g_k^2 is
-    c^2 z^2 as in the paper. The weights are divided by what is there of their sum, which is Adam's bias correction for
+    c^2 z^2 as in the paper. The weights are divided by the sum of those in use, which is Adam's bias correction for
     a window. Each step draws ``history`` times the random numbers.
 
     Estimates of an earlier basis stand for other steps, so the window begins anew when the subspace changes its basis.

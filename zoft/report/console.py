@@ -81,7 +81,7 @@ class ProgressCallback(TrainerCallback):
         self._next_line = 0.0  # queries at which the next plain line is due
 
     def parts(self) -> dict[str, str]:
-        """What there is to tell now, by name, in the order of the line; what is not known is not there."""
+        """The figures of a progress line by name, in its order; those that are not known are left out."""
         parts = {"queries": f"queries {self._done:,}/{self._total:,}"}
         if "loss" in self._values:
             parts["loss"] = f"loss {self._values['loss']:.3f}"

@@ -121,7 +121,7 @@ class _Folder:
 def close_trackers() -> None:
     """Finish the wandb run of this process, if there is one: the next run in it would be written into the same.
 
-    Does not import wandb, and does nothing where nobody else has.
+    Does not import wandb, and does nothing where it has not been imported already.
 
     Example:
         >>> close_trackers()

@@ -333,7 +333,7 @@ class BoundFactored(BoundSubspace):
         return step
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
-        """``out += scale * z`` in one addition, so that whoever is interrupted can tell whether it took place."""
+        """``out += scale * z`` in one addition: an interrupt finds it done or not done."""
         if name not in self.forms:
             super().add_(out, direction, name, start, scale)
         else:

@@ -97,7 +97,7 @@ class OneWeight(NoiseSource):
         return self._ends[-1]
 
     def arrange(self, num_directions: int, still: frozenset[str]) -> None:
-        """So many directions a step; and these tensors do not move."""
+        """Settle how many directions a step has, and which tensors stand still."""
         self._places.clear()
         self.num_directions = num_directions
         self.sizes = {name: size for name, size in self.sizes.items() if name not in still}

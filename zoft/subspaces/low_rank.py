@@ -211,7 +211,7 @@ class BoundLowRank(BoundSubspace):
         return self._factor(direction, name, 0, rows), self._basis(direction, name).T.contiguous()
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
-        """``out += scale * z`` in one addition, so that whoever is interrupted can tell whether it took place."""
+        """``out += scale * z`` in one addition: an interrupt finds it done or not done."""
         if name not in self._columns:
             super().add_(out, direction, name, start, scale)
         elif not self._add_rows_(out, direction, name, start, scale):

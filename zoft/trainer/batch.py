@@ -45,7 +45,9 @@ class StepBatch:
             return self
         pieces = []
         for inputs in self.micro_batches:
+            # groups of rows that belong together (the options of one example) are never cut apart
             groups = groups_of(inputs)
+            # ceil(groups / parts): no part is empty
             size = -(-len(groups) // parts)
             for start in range(0, len(groups), size):
                 pieces.append(take(inputs, [row for group in groups[start : start + size] for row in group]))
@@ -82,11 +84,14 @@ class BatchSplitter:
         Raises:
             OutOfMemoryError: single examples do not fit either.
         """
+        # ends: parts double until a part is a single example
         while True:
             try:
                 return ask(batch.cut(self.parts))
             except OutOfMemoryError:
+                # a step of single examples cannot be made smaller
                 if self.parts >= batch.num_examples:
                     raise
+                # kept for later steps: the same size would run out of memory again
                 self.parts *= 2
                 log.warning("out of memory: the step is asked again in micro-batches of 1/%d the size", self.parts)

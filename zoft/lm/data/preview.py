@@ -37,7 +37,7 @@ class Way:
 
 
 def preview(examples: Sequence[Any], way: Way, tokenizer: Any, num_rows: int) -> Facts:
-    """What there is to know of one split.
+    """Facts of one split: rows, lengths, labels, and examples.
 
     Args:
         examples: of the split, all of one kind.

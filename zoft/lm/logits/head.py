@@ -122,7 +122,7 @@ def narrowed(module: nn.Module | None) -> Iterator[None]:
     """Within this block a layer behind which no position is mixed with others sees only those that the head will see.
 
     From the first position that is wanted to the right end: of rows with one answer token the last one alone. At the
-    others its output is zero, which nobody reads.
+    others its output is zero, and is not read.
 
     Args:
         module: of [B, T, H] to [B, T, H], position by position: the feed-forward part of the last block; None: nothing.

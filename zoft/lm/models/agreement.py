@@ -131,7 +131,7 @@ def require_classes(name: str, config: Mapping[str, Any], count: int, labels: Se
 
 
 def name_classes(model: PreTrainedModel, labels: Sequence[str]) -> None:
-    """Write the task's labels into the config of a fresh head, where whoever loads the model finds them."""
+    """Write the task's labels into the config of a fresh head: a model that is loaded later has their names."""
     if len(labels) == model.config.num_labels:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: place for place, label in enumerate(labels)}

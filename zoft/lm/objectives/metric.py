@@ -143,7 +143,7 @@ class Metric(Writing):
 
 
 def chooser_of(batch: Batch) -> Objective:
-    """The objective that scores what there is to choose from in this batch."""
+    """The objective that scores this batch: its options, or a head's classes."""
     if "word_ids" in batch:
         return LabelWords()
     return Options() if {"option_tokens", "option_len"} & batch.keys() else Classes()

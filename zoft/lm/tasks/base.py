@@ -75,7 +75,7 @@ class Task(Component):
         raise NotImplementedError
 
     def for_new_rows(self) -> tuple[NewRow, tuple[str, ...]]:
-        """How rows are read whose answer nobody knows yet: ((row, place) -> example, the names of the answers).
+        """How rows without answers are read: ((row, place) -> example, the names of the answers).
 
         The example's ``label`` means nothing. Without names the answers are each example's own options.
 

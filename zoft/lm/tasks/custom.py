@@ -208,7 +208,7 @@ class Custom(Task):
         counts = dict(wanted)
         if sum(wanted.values()) > _MOST_HELD_OUT * num_rows:
             for name, share in (("num_test", _TEST), ("num_dev", _DEV)):
-                if wanted[name] == type(self).__dataclass_fields__[name].default:  # nobody's choice
+                if wanted[name] == type(self).__dataclass_fields__[name].default:  # the default, and not asked for
                     counts[name] = min(wanted[name], max(1, int(num_rows * share)))
         if num_rows <= sum(counts.values()):
             raise UserError(

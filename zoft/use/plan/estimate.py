@@ -152,7 +152,7 @@ def _timed_steps(trainer: Any) -> list[float]:
 
 
 def free_mb(device: str) -> float | None:
-    """What is free on a device now; None where nobody says."""
+    """MiB that are free on a device now; None where that cannot be known."""
     from zoft.utils.lazy import torch
 
     if device.startswith("cuda"):
