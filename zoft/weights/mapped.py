@@ -22,6 +22,7 @@ class _Map(mmap.mmap):
     """A mapped file; the tensors in it keep it alive."""
 
     is_scratch = False  # what is written into it is kept
+    address = 0  # where it begins in memory
 
     def tensor(self, like: Tensor, offset: int) -> Tensor:
         """A tensor of this shape and dtype at ``offset`` bytes, with a storage of its own."""
@@ -32,7 +33,8 @@ class _Map(mmap.mmap):
 def _mapped(descriptor: int, size: int, access: int) -> _Map:
     pages = _Map(descriptor, size, access=access)
     # known by address, so that release() finds the map of any view
-    _maps[int(torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr())] = pages
+    pages.address = int(torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr())
+    _maps[pages.address] = pages
     return pages
 
 
@@ -137,9 +139,11 @@ def is_mapped(tensor: Tensor, *, to_write: bool = False) -> bool:
 def _map_of(tensor: Tensor) -> tuple[int, _Map] | None:
     """(where it begins in its map, the map)."""
     address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    for start, pages in list(_maps.items()):
-        if start <= address and address + size <= start + len(pages):
-            return address - start, pages
+    # A list made in one go: the copying thread asks here, and other models come and are collected meanwhile.
+    for reference in _maps.valuerefs():
+        pages = reference()
+        if pages is not None and pages.address <= address and address + size <= pages.address + len(pages):
+            return address - pages.address, pages
     return None
 
 

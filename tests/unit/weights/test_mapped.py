@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -31,6 +33,30 @@ def test_scratch_leaves_no_file(tmp_path):
     (copy,) = scratch_copies([torch.ones(10)], str(tmp_path))
     assert not list(tmp_path.iterdir())
     assert copy.sum() == 10
+
+
+def test_one_thread_releases_while_another_maps():
+    """The copying thread of engine=offload does so while other models come and are collected."""
+    (kept,) = scratch_copies([torch.ones(10)])
+    others = [scratch_copies([torch.ones(10)]) for _ in range(20)]
+    ended = threading.Event()
+
+    def releases():
+        while not ended.is_set():
+            release(kept)
+
+    before = sys.getswitchinterval()
+    with ThreadPoolExecutor(1) as thread:
+        sys.setswitchinterval(1e-6)
+        try:
+            released = thread.submit(releases)
+            for _ in range(100):
+                scratch_copies([torch.ones(10)])
+        finally:
+            ended.set()
+            sys.setswitchinterval(before)
+    released.result()
+    assert len(others) == 20
 
 
 def test_no_room_for_the_scratch_file_is_a_sentence(tmp_path, monkeypatch):
