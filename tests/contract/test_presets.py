@@ -63,6 +63,7 @@ PUBLISHED = [
     "addax",
     "deepzero",
     "one_point",
+    "qzo",
 ]
 
 every = pytest.mark.parametrize("name", PRESETS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import models
+from tests.few_bits import with_trained_scales
 from zoft import ZOConfig, ZOTrainer
 from zoft.config import compose
 from zoft.config.catalog import preset_files
@@ -34,6 +35,9 @@ SMALL = {
     "addax": ["estimator.long_tokens=5"],
     "mezo_svrg": ["estimator.interval=3", "estimator.anchor_batches=2"],
 }
+MODELS = {"qzo": with_trained_scales}
+"""What is trained by a method that is not about plain weights."""
+
 STEPS = 8
 TIMES = ("runtime", "per_second", "seconds")
 
@@ -83,7 +87,7 @@ def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", w
     parts = {part: getattr(cfg, part) for part in ("subspace", "estimator", "weighting", "optimizer")}
     data = rows()
     return ZOTrainer(
-        (model or models.tiny_opt)().to(dtype),
+        (model or MODELS.get(method, models.tiny_opt))().to(dtype),
         ZOConfig(**settings | given),
         train_dataset=data,
         eval_dataset=data[:3],

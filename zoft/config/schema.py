@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from zoft.config.quantized import check_quantization
 from zoft.engines._elsewhere import Elsewhere
 from zoft.engines.base import Engine
 from zoft.errors import UserError, did_you_mean
@@ -13,7 +14,7 @@ from zoft.estimators.nodes import Nodes
 from zoft.lm.models.device_map import check_device_map
 from zoft.lm.models.load import DTYPES
 from zoft.lm.models.peft.base import Peft
-from zoft.lm.models.quantized import QUANTIZATIONS, require_package
+from zoft.lm.models.quantized import QUANTIZATIONS
 from zoft.lm.models.trainable.base import Trainable
 from zoft.lm.objectives._written import ONE_SAMPLE
 from zoft.lm.objectives.base import Objective
@@ -50,7 +51,8 @@ class ModelConfig:
         dtype: of the weights: float32, bfloat16 or float16.
         attn_implementation: eager, sdpa, flash_attention_2, ...; null lets transformers choose.
         quantization: nf4 or int8 (bitsandbytes), int8_torchao, or null: the base's weights in few bits, frozen, below
-            an adapter (peft=lora trainable=adapter). A checkpoint that is quantised already is loaded as it is.
+            an adapter (peft=lora trainable=adapter), or with their scales trained (trainable=scales). A checkpoint that
+            is quantised already is loaded as it is.
         device_map: auto or balanced (whole layers on each GPU), a device, or a mapping from names of modules to
             devices; null: the run's one device.
     """
@@ -216,7 +218,7 @@ class ZoftConfig:
         self._check_engine()
         self._check_elsewhere()
         self._check_gradient()
-        self._check_quantization()
+        check_quantization(self)
         self._check_device_map()
         self._check_outputs()
         if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or isinstance(self.estimator, Nodes)):
@@ -296,18 +298,6 @@ class ZoftConfig:
         if self.subspace.observes_at(0) == "gradient":
             raise UserError(
                 f"objective={self.objective.name()} has no gradient, and subspace={self.subspace.name()} chooses by one"
-            )
-
-    def _check_quantization(self) -> None:
-        """Weights of few bits cannot take a step, and need their package."""
-        quantization = self.model.quantization
-        if quantization is None:
-            return
-        require_package(quantization)
-        if self.peft.name() == "none" or self.trainable.name() not in ("adapter", "auto"):
-            raise UserError(
-                f"model.quantization={quantization} leaves the base's weights in few bits, and a step is too small for "
-                "them: train an adapter on top (peft=lora trainable=adapter; prefix and prompt too)"
             )
 
     def _check_device_map(self) -> None:

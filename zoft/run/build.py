@@ -51,7 +51,7 @@ def load_fitting(cfg: ZoftConfig, tokenizer: Any, rows: dict[str, list[Any]]) ->
     """
     from zoft.lm.models.agreement import require_rows_fit
 
-    model = model_held_elsewhere(cfg, tokenizer) or load_model_of(cfg, tokenizer)
+    model = model_to_train(cfg, tokenizer)
     require_rows_fit(model, (row for part in rows.values() for row in part), tokenizer, cfg.model.name)
     return model
 
@@ -131,6 +131,16 @@ def _say_cut(rows: list[Any], limit: int, name: str, whole: Callable[[], list[An
         )
 
 
+def model_to_train(cfg: ZoftConfig, tokenizer: Any) -> Any:
+    """The model of a run; where a server has its base, the adapter on shapes alone.
+
+    Args:
+        cfg: of the run.
+        tokenizer: the run's.
+    """
+    return model_held_elsewhere(cfg, tokenizer) or load_model_of(cfg, tokenizer)
+
+
 def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
     """The model of a run, with its adapter and with the weights chosen that are trained.
 
@@ -156,7 +166,8 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
         tokenizer=tokenizer or tokenizer_of(cfg),
     )
     model = cfg.peft.wrap(model, cfg.seed, cfg.model.revision)
-    require_adapter(model, cfg.model.name)
+    if cfg.trainable.name() != "scales":
+        require_adapter(model, cfg.model.name)
     _trainable_of(cfg).apply(model)
     return model
 

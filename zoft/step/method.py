@@ -117,6 +117,31 @@ class Method:
                 f"set budget.queries to {self.queries_at(0)} or more, or take fewer directions"
             )
 
+    @property
+    def asks_for_gradient(self) -> str:
+        """The part that needs a derivative of the objective, as an argument (``estimator=backprop``); empty: none."""
+        estimator = self.estimator
+        if estimator.backpropagates or any(p.derivative for p in estimator.points(estimator.directions(0, 0))):
+            return f"estimator={estimator.name()}"
+        return f"subspace={self.subspace.name()}" if self.subspace.observes_at(0) == "gradient" else ""
+
+    def check_scales(self) -> None:
+        """Refuse what the scales of a quantised base cannot serve: vectors, read by kernels without a derivative.
+
+        Raises:
+            UserError: naming the part, and what to take instead.
+        """
+        if self.subspace.moves_outputs or self.subspace.observes_at(0) == "inputs":
+            raise UserError(
+                f"trainable=scales moves vectors, and subspace={self.subspace.name()} is about the inputs of matrices "
+                "that are trained: use subspace=full"
+            )
+        if self.asks_for_gradient:
+            raise UserError(
+                f"trainable=scales asks for losses alone, and {self.asks_for_gradient} for a gradient, which the "
+                "kernels of quantised layers do not have for their scales: use estimator=central in subspace=full"
+            )
+
     def check_step_seeds(self) -> None:
         """Refuse a subspace that keeps what a seed chose for several steps: every step is given one of its own.
 

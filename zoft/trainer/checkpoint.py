@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from zoft.errors import UserError
 from zoft.journal import snapshot, state
+from zoft.lm.models.scales import has_trained_scales
 from zoft.trainer.journaling import RunJournal
 from zoft.trainer.processes import Processes
 from zoft.trainer.protocol import HoldsObjects
@@ -99,11 +100,13 @@ class Checkpoints:
 
     def _write_weights(self, folder: Path) -> None:
         """The whole model as the Trainer saves it, or the adapter, or what is trained where that is a part."""
-        if not self._trains_a_part():
+        model, part = self.trainer.model, self._trains_a_part()
+        if not part:
             self.trainer.save_model(str(folder), _internal_call=True)
-            return
-        (folder / TRAINED).write_bytes(state.pack(dict(Weights(self.trainer.model).tensors)))
-        self.trainer.model.config.save_pretrained(folder)
+        if part or has_trained_scales(model):  # a saved model has the scales themselves, and not what was trained
+            (folder / TRAINED).write_bytes(state.pack(dict(Weights(model).tensors)))
+        if part:
+            model.config.save_pretrained(folder)
 
     def _trains_a_part(self) -> bool:
         """Whether less than half of the model is trained, and no setting asks for checkpoints with all of it."""

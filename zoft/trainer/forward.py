@@ -20,6 +20,7 @@ from zoft.lm.logits.support import no_trials
 from zoft.lm.models.agreement import align
 from zoft.lm.models.peft._positions import count_by_mask
 from zoft.lm.models.quantized import is_quantized
+from zoft.lm.models.scales import has_trained_scales
 from zoft.trainer.batch import Inputs, StepBatch
 from zoft.trainer.beginning import RunIdentity
 from zoft.trainer.narrow import check_narrow, feed_forward_of
@@ -39,6 +40,8 @@ def make_ready(trainer: HoldsObjects, identity: RunIdentity) -> None:
     count_by_mask(model)
     if trainer.objective is not None:
         trainer.model_accepts_loss_kwargs = False
+    if has_trained_scales(model):
+        trainer.method.check_scales()
     if is_quantized(model):
         identity.frozen_fingerprint()  # the first forward stores the same numbers otherwise
     if radius:

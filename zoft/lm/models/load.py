@@ -61,7 +61,7 @@ def load_model(
     """
     import transformers
 
-    arguments = _arguments(revision, dtype, attn_implementation, quantization, device_map)
+    arguments = _arguments(name, revision, dtype, attn_implementation, quantization, device_map)
     return _load_whole(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
 
 
@@ -174,7 +174,7 @@ def _load_classifier(
     import transformers
 
     cls = _class_of(name, revision)
-    arguments = _arguments(revision, dtype, attn_implementation, quantization, device_map)
+    arguments = _arguments(name, revision, dtype, attn_implementation, quantization, device_map)
     has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
     if has_head:
         said, _ = transformers.PretrainedConfig.get_config_dict(placed(name), revision=revision)
@@ -291,16 +291,34 @@ def _note_two_templates(name: str) -> None:
 
 
 def _arguments(
-    revision: str | None, dtype: str, attn_implementation: str | None, quantization: str | None, device_map: Any
+    name: str,
+    revision: str | None,
+    dtype: str,
+    attn_implementation: str | None,
+    quantization: str | None,
+    device_map: Any,
 ) -> dict[str, Any]:
     """What ``from_pretrained`` is given beside the name."""
     if dtype not in DTYPES:
         raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    arguments = {"dtype": getattr(torch, dtype), "revision": revision, **loading_arguments(quantization, dtype)}
+    stored = None if quantization is None else _stored_quantization(name, revision)
+    arguments = {"dtype": getattr(torch, dtype), "revision": revision}
+    arguments |= loading_arguments(quantization, dtype, stored)
     arguments |= placing_arguments(device_map)
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
     return arguments
+
+
+def _stored_quantization(name: str, revision: str | None) -> dict[str, Any] | None:
+    """How a checkpoint says that it is quantised; None where it does not, or where there is none to read."""
+    import transformers
+
+    try:
+        config, _ = transformers.PretrainedConfig.get_config_dict(_place(name), revision=revision)
+    except OSError:  # loading says what is wrong
+        return None
+    return config.get("quantization_config")
 
 
 def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:

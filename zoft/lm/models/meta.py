@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from zoft.errors import UserError
 from zoft.lm.models.files import placed
 from zoft.lm.models.load import _class_of
+from zoft.lm.models.quantized import NF4_BLOCK
 from zoft.utils.lazy import Tensor, torch
 
 
@@ -59,6 +61,32 @@ def wrapped_on_meta(model: Any, wrap: Callable[[Any], Any]) -> Any:
     wrapped = wrap(model)
     _replace(wrapped, lambda p: torch.empty_like(p, device="meta") if id(p) in base else None)
     return wrapped
+
+
+def quantize_on_meta(model: Any, quantization: str) -> None:
+    """Give a model without weights the sizes and dtypes that it has in few bits: codes, and scales beside them.
+
+    Args:
+        model: on the meta device, with or without an adapter.
+        quantization: a member of :data:`zoft.lm.models.quantized.QUANTIZATIONS`.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = set(get_keys_to_not_convert(base))
+    for name, module in base.named_modules():
+        plain = name.removesuffix(".base_layer")  # what an adapter has put itself in front of
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name and plain not in whole:
+            four, count = quantization == "nf4", module.weight.numel()
+            stored = torch.empty((count // 2, 1) if four else module.weight.shape, dtype=torch.int8, device="meta")
+            codes: Any = torch.nn.Parameter(stored, requires_grad=False)
+            if four:
+                scales = torch.empty(-(-count // NF4_BLOCK), device="meta")
+                codes.quant_state = SimpleNamespace(absmax=scales, nested=False, shape=module.weight.shape)
+            else:
+                codes.SCB = torch.empty(module.out_features, device="meta")
+            module.weight = codes
+    base.is_quantized = True
 
 
 def _replace(model: Any, make: Callable[[Tensor], Tensor | None]) -> None:

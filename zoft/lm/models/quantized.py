@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 QUANTIZATIONS = ("nf4", "int8", "int8_torchao")
 """nf4: 4 bits in blocks of 64 (bitsandbytes); int8: 8 bits, a scale a row (bitsandbytes); int8_torchao: torchao's."""
+
+NF4_BLOCK = 64
+"""How many weights share a scale."""
 
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8_torchao": "torchao"}
 
@@ -33,7 +37,7 @@ def require_package(quantization: str) -> None:
         )
 
 
-def loading_arguments(quantization: str | None, dtype: str) -> dict[str, Any]:
+def loading_arguments(quantization: str | None, dtype: str, stored: dict[str, Any] | None = None) -> dict[str, Any]:
     """What ``from_pretrained`` is given for a base of few bits; nothing for None.
 
     Weights are read and quantised on the device where they stay: the first GPU, or the CPU. What is computed with them
@@ -42,15 +46,20 @@ def loading_arguments(quantization: str | None, dtype: str) -> dict[str, Any]:
     Args:
         quantization: one of :data:`QUANTIZATIONS`, or None.
         dtype: of the computation and of what is not quantised: float32, bfloat16 or float16.
+        stored: the ``quantization_config`` of a checkpoint that is quantised already.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the package is not installed, or the checkpoint is quantised in another way.
     """
     if quantization is None:
         return {}
     import transformers
 
     require_package(quantization)
+    place = {"device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
+    if stored:
+        _require_stored_as(quantization, stored)
+        return place
     if quantization == "int8_torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -61,7 +70,23 @@ def loading_arguments(quantization: str | None, dtype: str) -> dict[str, Any]:
         )
     else:
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return {"quantization_config": config, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
+    return {"quantization_config": config, **place}
+
+
+def _require_stored_as(quantization: str, stored: dict[str, Any]) -> None:
+    """A checkpoint's own quantisation holds, so another one that was asked for would be ignored."""
+    if stored.get("quant_method") == "bitsandbytes":
+        four = stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"
+        kind = "int8" if stored.get("load_in_8bit") else "nf4" if four else "bitsandbytes"
+    elif stored.get("quant_method") == "torchao" and "Int8WeightOnly" in str(stored.get("quant_type")):
+        kind = "int8_torchao"
+    else:
+        kind = str(stored.get("quant_method"))
+    if kind != quantization:
+        raise UserError(
+            f"model.quantization={quantization} is asked for, and the checkpoint is quantised already, as {kind}: "
+            "leave model.quantization out, or give the model that it was made from"
+        )
 
 
 def keep_codes_as_loaded(model: nn.Module) -> None:
@@ -76,6 +101,8 @@ def keep_codes_as_loaded(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    # Every 8-bit layer says in every forward that its inputs are rounded to float16 on their way to 8 bits.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -84,7 +111,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def require_adapter(model: nn.Module, name: str) -> None:
-    """Refuse a base of few bits with nothing on top that could move.
+    """Refuse a base of few bits with nothing on top that could move, where its scales are not what is trained.
 
     A step of training is far smaller than the distance between two codes, so codes cannot take it.
 
@@ -98,8 +125,18 @@ def require_adapter(model: nn.Module, name: str) -> None:
     if is_quantized(model) and not hasattr(model, "peft_config"):
         raise UserError(
             f"model.name={name} is quantised, and a step is too small for weights of few bits: train an adapter on top "
-            "of them (peft=lora trainable=adapter; prefix and prompt too)"
+            "of them (peft=lora trainable=adapter; prefix and prompt too), or their scales (trainable=scales)"
         )
+
+
+def num_weights(parameter: Tensor) -> int:
+    """How many weights a parameter stands for: of 4 bits, two lie in a byte.
+
+    Args:
+        parameter: of a module.
+    """
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def stored_parts(parameter: Tensor) -> list[Tensor]:

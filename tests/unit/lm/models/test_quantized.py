@@ -1,4 +1,4 @@
-"""Quantised bases: adapters train on them, resume and replay to the bit, and what cannot be is one sentence."""
+"""Quantised bases: adapters and scales train, resume and replay to the bit, and what cannot be is one sentence."""
 
 import json
 
@@ -10,7 +10,8 @@ from zoft.config import compose
 from zoft.errors import UserError
 from zoft.lm.models import quantized
 from zoft.lm.models.load import load_model
-from zoft.run.build import load_model_of
+from zoft.lm.models.trainable.scales import Scales
+from zoft.run.build import arguments_of, load, load_model_of, make_trainer
 from zoft.run.train import run
 from zoft.weights.tensors import Weights
 
@@ -130,6 +131,95 @@ def test_a_checkpoint_that_is_quantised_already_wants_an_adapter(tmp_path):
     with pytest.raises(UserError, match=r"is quantised, and a step is too small"):
         load_model_of(compose(given))
     assert quantized.is_quantized(load_model_of(compose([*given, *LORA])))
+
+
+QZO = ("method=qzo", "optimizer.learning_rate=1")
+
+
+@pytest.mark.parametrize("quantization", quantized.QUANTIZATIONS)
+def test_scales_train_and_go_on_and_replay_to_the_bit(quantization, tmp_path, capsys):
+    """Whole, interrupted with a checkpoint, replayed; and the saved model is a quantised one of transformers' own."""
+    pytest.importorskip(PACKAGE[quantization])
+    from zoft.cli import main
+
+    given = [*arguments(tmp_path, tmp_path / "whole", *QZO), f"model.quantization={quantization}"]
+    report = run(compose(given))
+    cut = [*arguments(tmp_path, tmp_path / "cut", *QZO), f"model.quantization={quantization}"]
+    run(compose([*cut, "budget.queries=12"]))
+    assert run(compose(cut))["weights_sha256"] == report["weights_sha256"]
+    capsys.readouterr()
+    assert main(["replay", str(tmp_path / "whole"), "--output", str(tmp_path / "again")]) == 0
+    assert report["weights_sha256"] in capsys.readouterr().out
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        first, last, again = (
+            float(load_model(str(folder), quantization=quantization)(ids, labels=ids).loss)
+            for folder in (tmp_path / "model", tmp_path / "whole" / "model", tmp_path / "again")
+        )
+    assert first != last == again
+
+
+@pytest.mark.parametrize("quantization", quantized.QUANTIZATIONS)
+def test_a_saved_model_has_the_losses_of_moved_scales_and_the_base_none_of_them(quantization, tmp_path):
+    pytest.importorskip(PACKAGE[quantization])
+    arguments(tmp_path, tmp_path / "out")
+    ids = torch.arange(12).view(2, 6)
+    model = load_model(str(tmp_path / "model"), quantization=quantization).eval()
+    Scales().apply(model)
+    frozen = {n: [x.clone() for x in quantized.stored_parts(p)] for n, p in model.named_parameters()}
+    with torch.no_grad():
+        start = float(model(ids, labels=ids).loss)
+        for tensor in Weights(model).tensors.values():
+            tensor.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        moved = float(model(ids, labels=ids).loss)
+        model.save_pretrained(tmp_path / "saved")
+        for tensor in Weights(model).tensors.values():
+            tensor.zero_()
+        assert float(model(ids, labels=ids).loss) == start != moved
+        saved = load_model(str(tmp_path / "saved"), quantization=quantization).eval()
+        assert float(saved(ids, labels=ids).loss) == moved
+    for name, parameter in model.named_parameters():
+        now = quantized.stored_parts(parameter)
+        assert all(torch.equal(a, b) for a, b in zip(frozen[name], now, strict=False)), name
+
+
+def test_scales_that_are_quantised_once_more_are_refused(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    arguments(tmp_path, tmp_path / "out")
+    twice = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=twice, device_map={"": "cpu"}
+    )
+    with pytest.raises(UserError, match=r"quantised once more \(bnb_4bit_use_double_quant\)"):
+        Scales().apply(model)
+
+
+def test_another_quantisation_than_the_checkpoints_is_refused(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    arguments(tmp_path, tmp_path / "out")
+    load_model(str(tmp_path / "model"), quantization="int8").save_pretrained(tmp_path / "few")
+    with pytest.raises(UserError, match=r"the checkpoint is quantised already, as int8: leave model\.quantization out"):
+        load_model(str(tmp_path / "few"), quantization="nf4")
+
+
+@pytest.mark.parametrize("quantization", quantized.QUANTIZATIONS)
+def test_node_directions_train_a_lora_and_never_write_the_base(quantization, tmp_path):
+    pytest.importorskip(PACKAGE[quantization])
+    given = words(tmp_path, tmp_path / "whole", quantization, "method=zoft", "optimizer.learning_rate=1")
+    cfg = compose(given)
+    model, tokenizer, rows = load(cfg)
+    frozen = {n: quantized.stored_parts(p) for n, p in model.named_parameters() if not p.requires_grad}
+    frozen = {name: [(part, part.clone()) for part in parts] for name, parts in frozen.items()}
+    before = Weights(model).digest()
+    make_trainer(cfg, arguments_of(cfg), model, tokenizer, rows).train()
+    assert Weights(model).digest() != before
+    assert all(torch.equal(now, then) for parts in frozen.values() for now, then in parts)
+    report = run(compose([*given, f"output_dir={tmp_path / 'run'}"]))
+    cut = [*given, f"output_dir={tmp_path / 'cut'}"]
+    run(compose([*cut, "budget.queries=12"]))
+    assert run(compose(cut))["weights_sha256"] == report["weights_sha256"]
 
 
 def test_trained_tensors_on_meta_are_refused():

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.models import tiny_llama
 from tests.runs import WORDS, arguments, data_file, report, tiny_tokenizer, zoft
 from zoft.cli import main
 from zoft.lm.models.load import load_model_as
-from zoft.lm.models.meta import meta_model
+from zoft.lm.models.meta import meta_model, quantize_on_meta
+from zoft.lm.models.peft.lora import Lora
+from zoft.lm.models.trainable.scales import Scales
 from zoft.use.plan.memory import Size, of_backprop
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -83,6 +86,24 @@ def test_the_meta_model_has_the_shapes_of_the_loaded_one(kind: str, tmp_path: Pa
     shapes = [{n: (t.shape, t.dtype) for n, t in model.state_dict().items()} for model in (loaded, meta)]
     assert shapes[0] == shapes[1]
     assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+@pytest.mark.parametrize(("quantization", "bytes_a_weight"), [("nf4", 0.5), ("int8", 1.0), ("int8_torchao", 1.0)])
+def test_a_quantised_base_is_its_codes_and_scales(quantization: str, bytes_a_weight: float):
+    """Head and embeddings stay as they are; what is trained can be an adapter or the scales."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    with torch.device("meta"):
+        model, adapted = tiny_llama(**sizes), Lora(r=2).wrap(tiny_llama(**sizes), 0)
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    count, rows = sum(m.weight.numel() for m in linear), sum(m.out_features for m in linear)
+    for each in (model, adapted):
+        quantize_on_meta(each, quantization)
+    codes = [p for p in model.parameters() if not p.is_floating_point()]
+    assert sum(p.numel() for p in codes) == count * bytes_a_weight
+    assert len([p for p in adapted.parameters() if not p.is_floating_point()]) == len(codes) == len(linear)
+    trained, total = Scales().apply(model)
+    assert trained == (count // 64 if quantization == "nf4" else rows)
+    assert total - trained == sum(p.numel() for p in tiny_llama(**sizes).parameters())
 
 
 def test_backpropagation_is_estimated_with_what_a_process_holds():

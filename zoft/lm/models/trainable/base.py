@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from zoft.component import Component
 from zoft.errors import UserError
+from zoft.lm.models.quantized import num_weights
 from zoft.utils.lazy import nn
 
 _NORM_OR_BIAS = re.compile(r"(norm|(^|\.)ln_?\w*)(\.\w+)?\.(weight|bias)$|(^|\.)bias$|\.bias$", re.IGNORECASE)
@@ -39,7 +40,7 @@ class Trainable(Component):
         trained = total = 0
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen and parameter.is_floating_point())
-            total += parameter.numel()
+            total += num_weights(parameter)
             trained += parameter.numel() if parameter.requires_grad else 0
         if not trained:
             names = [name for name, _ in model.named_parameters()]
