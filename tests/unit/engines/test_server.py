@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from functools import partial
 from pathlib import Path
 
@@ -208,6 +209,18 @@ def test_fault_13_an_adapter_on_a_base_that_is_served_names_its_revision_too(of_
     assert any(tensor.is_meta for tensor in model.parameters())
 
 
+def test_a_check_and_an_estimate_of_time_load_no_base_either(of_runs, tmp_path, monkeypatch, capsys):
+    server, arguments = of_runs
+    words = arguments(tmp_path / "out", *LORA, "engine=server", f"engine.url={server.url}")
+    monkeypatch.setattr("zoft.lm.models.load.load_model_as", None)  # the server has it
+    assert main(["check", *words]) == 0
+    capsys.readouterr()
+    assert main(["estimate", *words, "--time", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["seconds"] > 0
+    assert found["method"]["parts"].get("weights", 0) < 0.1  # MiB: of the adapter
+
+
 def test_a_server_without_lora_is_refused_before_anything_is_read(tmp_path):
     with serving(Lora(r=2).wrap(models.tiny_llama(), seed=0), lora=False) as server:
         words = runs.arguments(tmp_path, tmp_path / "out", *LORA, "engine=server", f"engine.url={server.url}")
@@ -234,7 +247,7 @@ def test_a_server_without_lora_is_refused_before_anything_is_read(tmp_path):
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_what_does_not_go_together_is_one_sentence(more, sentence, tmp_path, monkeypatch):
-    monkeypatch.setattr("zoft.config.schema.require_package", lambda name: None)
+    monkeypatch.setattr("zoft.config.quantized.require_package", lambda name: None)
     with pytest.raises(UserError, match=sentence):
         compose([*runs.arguments(tmp_path, tmp_path / "out", "peft=lora"), "engine=server", *more])
 

@@ -315,7 +315,7 @@ def _stored_quantization(name: str, revision: str | None) -> dict[str, Any] | No
     import transformers
 
     try:
-        config, _ = transformers.PretrainedConfig.get_config_dict(_place(name), revision=revision)
+        config, _ = transformers.PretrainedConfig.get_config_dict(placed(name), revision=revision)
     except OSError:  # loading says what is wrong
         return None
     return config.get("quantization_config")

@@ -171,13 +171,14 @@ def _memory(estimate: Any) -> Finding:
 
 def _rehearsal(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Finding:
     """Two steps in a folder of their own; nothing of the run's is touched."""
-    from zoft.run.build import load_model_of, tokenizer_of
+    from zoft.run.build import model_to_train, tokenizer_of
     from zoft.run.rehearsal import rehearsing, rehearsing_trainer
 
     queries = sum(cfg.composition.queries_at(step) for step in range(_STEPS))
     with tempfile.TemporaryDirectory() as folder:
         cfg = rehearsing(cfg, folder, queries)
-        trainer = rehearsing_trainer(cfg, load_model_of(cfg), tokenizer_of(cfg), rows)
+        tokenizer = tokenizer_of(cfg)
+        trainer = rehearsing_trainer(cfg, model_to_train(cfg, tokenizer), tokenizer, rows)
         loss, skipped = float(trainer.train().training_loss), trainer.progress.num_skipped
     if skipped or not math.isfinite(loss):
         return Finding("rehearsal", "failed", f"the loss was not finite in {skipped} of {_STEPS} steps")

@@ -74,7 +74,7 @@ def estimate(cfg: ZoftConfig, *, probe: bool = False) -> Estimate:
 def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Estimate:
     """The estimate for encoded rows; no weight is loaded and no step made."""
     from zoft.lm import formats
-    from zoft.lm.models.meta import meta_model
+    from zoft.lm.models.meta import meta_model, quantize_on_meta
     from zoft.report.memory import PeakMemory
     from zoft.run.build import _trainable_of
     from zoft.utils.lazy import torch
@@ -96,6 +96,8 @@ def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Estimate:
     lora, adamw = (of_backprop(model, size, host, lora=lora) for lora in (True, False))
     with torch.device("meta"):
         wrapped = _wrapped(cfg, model)
+    if cfg.model.quantization is not None:
+        quantize_on_meta(wrapped, cfg.model.quantization)
     _trainable_of(cfg).apply(wrapped)
     own = of_method(cfg, wrapped, dataclasses.replace(size, kept_tokens=_kept(wrapped, rows)), host)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
@@ -116,7 +118,7 @@ def size_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Size:
 
 def seconds_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float:
     """Seconds to the end of training, by three steps of a run in a folder of its own; the first warms up."""
-    from zoft.run.build import load_model_of, tokenizer_of
+    from zoft.run.build import model_to_train, tokenizer_of
     from zoft.run.rehearsal import rehearsing, rehearsing_trainer
 
     costs = [cfg.composition.queries_at(step) for step in range(PROBED_STEPS)]
@@ -124,7 +126,8 @@ def seconds_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float:
     few = rows["train"][: PROBED_STEPS * batch * int(cfg.trainer.get("gradient_accumulation_steps", 1))]
     with tempfile.TemporaryDirectory() as folder:
         cfg = rehearsing(cfg, folder, sum(costs))
-        trainer = rehearsing_trainer(cfg, load_model_of(cfg), tokenizer_of(cfg), {**rows, "train": few})
+        tokenizer = tokenizer_of(cfg)
+        trainer = rehearsing_trainer(cfg, model_to_train(cfg, tokenizer), tokenizer, {**rows, "train": few})
         trainer.create_optimizer()
         began = time.perf_counter()
         for _ in trainer.query_forward.fill_prefix(few):

@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from zoft.engines._elsewhere import Elsewhere
+from zoft.lm.models.quantized import stored_parts
 from zoft.report.backprop import backprop_parts_mb, model_shape
 from zoft.weights.tensors import Weights
 
@@ -61,9 +63,10 @@ class Memory:
 def of_method(cfg: ZoftConfig, model: Any, size: Size, host_mb: float = 0.0) -> Memory:
     """Memory of this config's run.
 
-    Weights are there once. A query adds the hidden states of its forward, one block's at a time, and the logits that
-    are computed; an optimizer its float32 state in the coordinates of the subspace; layerwise perturbation one copy of
-    the largest matrix that it perturbs; 16-bit weights the float32 masters of small tensors.
+    Weights are there once, and not here where a server has them. A query adds the hidden states of its forward, one
+    block's at a time, and the logits that are computed; an optimizer its float32 state in the coordinates of the
+    subspace; layerwise perturbation one copy of the largest matrix that it perturbs; 16-bit weights the float32 masters
+    of small tensors.
 
     Args:
         cfg: the run's.
@@ -72,10 +75,12 @@ def of_method(cfg: ZoftConfig, model: Any, size: Size, host_mb: float = 0.0) -> 
         host_mb: of the interpreter and its libraries.
     """
     weights = Weights(model, shapes_only=True)
+    served = isinstance(cfg.engine, Elsewhere) and cfg.engine.holds_base
+    here = list(weights.tensors.values()) if served else _unique(model)
     parts = {
-        "weights": sum(t.numel() * t.element_size() for t in _unique(model)) / MB,
+        "weights": sum(t.numel() * t.element_size() for t in here) / MB,
         "optimizer state": _state_mb(cfg, weights),
-        "forward": _forward_mb(model, size),
+        "forward": 0.0 if served else _forward_mb(model, size),
         "a perturbed copy": _copy_mb(cfg, model, weights),
         "kept hidden states": _kept_mb(cfg, model, size),
         "chunks of noise": CHUNK_MB,
@@ -101,8 +106,8 @@ def of_backprop(model: Any, size: Size, host_mb: float = 0.0, *, lora: bool) -> 
 
 
 def _unique(model: Any) -> list[Any]:
-    """Every parameter and buffer once; tied ones are one."""
-    return list({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    """Every parameter and buffer once, and scales beside their codes; tied ones are one."""
+    return [*(part for parameter in model.parameters() for part in stored_parts(parameter)), *model.buffers()]
 
 
 def _forward_mb(model: Any, size: Size) -> float:
