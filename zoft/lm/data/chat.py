@@ -55,6 +55,7 @@ def rendered(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
     """
     contents = [message["content"] for message in chat.messages if message["role"] == "assistant"]
     salt = 0
+    # a salt until no message holds the mark
     while any(_MARK.format(salt, "")[:-2] in message["content"] for message in chat.messages):
         salt += 1
     places = iter(range(len(contents)))
@@ -63,6 +64,7 @@ def rendered(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
         for message in chat.messages
     ]
     text = _written(list(chat.messages), chat.where, tokenizer)
+    # the text with marks, cut at them: what the template writes between the contents
     between = re.split(
         "|".join(re.escape(_MARK.format(salt, k)) for k in range(len(contents))),
         _written(marked, chat.where, tokenizer),
@@ -82,11 +84,13 @@ def _spans(text: str, between: list[str], contents: list[str]) -> list[Span] | N
         return None
     place, spans = len(between[0]), []
     for content, behind in zip(contents, between[1:], strict=True):
+        # many templates trim what is said
         forms = (content, content.strip(), content.lstrip(), content.rstrip())  # many templates trim
         form = next((form for form in forms if text.startswith(form + behind, place)), None)
         if form is None:
             return None
         spans.append((place, place + len(form)))
+        # the next content stands behind this one and what the template writes after it
         place += len(form) + len(behind)
     return spans if place == len(text) else None
 
@@ -110,11 +114,13 @@ def _row(chat: Chat, tokenizer: Any, max_length: int, special: list[str]) -> Row
     text, spans = rendered(chat, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    # tokens with at least one character in an assistant's turn, or in the token that ends it
     which = _overlapping(offsets, _with_ends(text, spans, special))
     cut = max(0, len(ids) - max_length)
     bos = tokenizer.bos_token_id
     begins_turns = ids.count(bos) != 1  # as <|im_start|> does in some models: no mark of the text's beginning
     tail = without_beginning(ids, cut, None if begins_turns else bos)
+    # counted places move with the cut; the first token of all is predicted from nothing
     row = counted(tail, {place - cut for place in which if place - cut > 0})
     if all(label < 0 for label in row["labels"]):
         raise UserError(

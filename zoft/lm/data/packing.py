@@ -56,8 +56,10 @@ def pack(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any] | 
     sequences = [sequence for row in rows for sequence in row["sequences"]]
     longest = max(len(tree.tokens) for tree in trees)
     branching = any(tree.num_branches > 1 for tree in trees)
+    # cells of packed rows against cells of separate ones
     if len(trees) * longest > WORTH * len(sequences) * max(map(len, sequences)):
         return None
+    # attention masks of trees are [E, L, L]: they, and not the tokens, would take the memory
     if branching and len(trees) * longest**2 > MAX_MASK:
         return None
 
@@ -77,6 +79,7 @@ def pack(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any] | 
 
 
 def _tree(sequences: list[list[int]], lengths: list[int]) -> _Tree:
+    # the last token of a sequence predicts nothing
     fed = [sequence[:-1] for sequence in sequences]
     shared = _common(fed)
     tree = _Tree(fed[0][:shared], [0] * shared, list(range(shared)))
@@ -84,7 +87,9 @@ def _tree(sequences: list[list[int]], lengths: list[int]) -> _Tree:
         begins = len(tree.tokens)
         tree.tokens += ids[shared:]
         tree.segments += [option] * len(ids[shared:])
+        # an option goes on where the context ends, whatever stands between them in the row
         tree.positions += range(shared, len(ids))
+        # the places that predict its tokens: one before each
         scored = range(len(ids) - length, len(ids))
         tree.scored += [place if place < shared else begins + place - shared for place in scored]
     return tree
@@ -93,6 +98,7 @@ def _tree(sequences: list[list[int]], lengths: list[int]) -> _Tree:
 def _common(sequences: list[list[int]]) -> int:
     """How many first tokens all of them share."""
     first, *others = sequences
+    # the first place where one of the others differs, or ends
     for place, token in enumerate(first):
         if any(place >= len(other) or other[place] != token for other in others):
             return place

@@ -23,6 +23,7 @@ def examples_of(batch: Batch) -> list[Batch]:
 def of_lengths(batch: Batch, shortest: float, longest: float) -> Batch | None:
     """The examples whose longest row has between ``shortest`` and ``longest`` tokens; None if there are none."""
     lengths = lengths_of(batch)
+    # an example goes by its longest row: its options belong together
     groups = [rows for rows in groups_of(batch) if shortest <= max(int(lengths[row]) for row in rows) <= longest]
     if not groups:
         return None
@@ -36,6 +37,7 @@ def groups_of(batch: Batch) -> list[list[int]]:
     if options is None:
         return [[row] for row in range(count)]
     groups, row = [], 0
+    # num_options stands in every row of an example; its first row says how many follow
     while row < count:
         groups.append(list(range(row, row + int(options[row]))))
         row += int(options[row])
@@ -57,6 +59,7 @@ def take(batch: Batch, rows: list[int]) -> Batch:
     index = torch.tensor(rows, device=None if mask is None else mask.device)
     columns = slice(None)
     if mask is not None and mask.dim() == 2:
+        # a column that is padding in all of these rows is left out
         used = mask[index].any(0).nonzero()
         columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else columns
     taken: Batch = {}
@@ -70,6 +73,7 @@ def take(batch: Batch, rows: list[int]) -> Batch:
             taken[key] = value
             continue
         part = value[index.to(value.device)]
+        # [R, T] tensors lose the same columns; [R] ones have none
         taken[key] = part[:, columns] if mask is not None and part.shape[1:2] == mask.shape[1:2] else part
     return taken
 

@@ -35,6 +35,7 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
         options are right, ``also_right`` has the indices of the others; where answers are generated, ``answers`` has
         the gold ones.
     """
+    # all prompts in one call, and all prompts with options in another: a fast tokenizer works on lists
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
     whole = tokenizer([e.prompt + option for e in examples for option in e.options])["input_ids"]
     rows, first = [], 0
@@ -44,10 +45,12 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
         if not prompt:  # the first token of an answer is predicted from something
             mark = _first_token(tokenizer, example)
             prompt, sequences = [mark], [[mark, *ids] for ids in sequences]
+        # MeZO's rule: what encoding prompt + option adds in length is the option
         lengths = [len(ids) - len(prompt) for ids in sequences]
         room = max_length - example.max_new_tokens
         _check_lengths(example, lengths, room)
         _refuse_alike(example, sequences)
+        # each option's row is cut by itself: a long option takes more of its prompt away
         cut = [_cut(ids, room, tokenizer.bos_token_id) for ids in sequences]
         longest = max(cut, key=len)
         rows.append(
@@ -119,6 +122,7 @@ def _cut(ids: list[int], max_length: int, bos: int | None) -> list[int]:
     if len(ids) <= max_length:
         return ids
     tail = ids[len(ids) - max_length :]
+    # the beginning-of-text mark stays: models have learnt to attend to it
     return [ids[0], *tail[1:]] if bos is not None and ids[0] == bos else tail
 
 
@@ -144,8 +148,10 @@ class OptionCollator:
         """One batch of tensors."""
         same_number = len({len(row["sequences"]) for row in rows}) == 1
         several_right = any("also_right" in row for row in rows)
+        # one row a prompt needs options of one token, behind the same prompt, as many for every row
         one_row_each = same_number and not several_right and all(_single_tokens(row) for row in rows)
         if one_row_each and not self.one_row_per_option:
+            # the option's token is not fed: it is predicted at the last position
             ids, mask = self._pad([row["sequences"][0][:-1] for row in rows])
             tokens = torch.tensor([[sequence[-1] for sequence in row["sequences"]] for row in rows])
             labels = torch.tensor([row["label"] for row in rows])
@@ -157,6 +163,7 @@ class OptionCollator:
             "attention_mask": mask,
             "option_len": torch.tensor([length for row in rows for length in row["lengths"]]),
             "num_options": torch.tensor([size for size in sizes for _ in range(size)]),
+            # the label stands in every row of its example, so that rows can be taken without a table
             "labels": torch.tensor([row["label"] for row, size in zip(rows, sizes, strict=True) for _ in range(size)]),
         }
         if several_right:
@@ -168,6 +175,7 @@ class OptionCollator:
 
     def _pad(self, sequences: list[list[int]]) -> tuple[Any, Any]:
         longest = max(map(len, sequences))
+        # to a multiple: fewer shapes to compile for
         longest = -(-longest // self.multiple_of) * self.multiple_of
         ids = torch.full((len(sequences), longest), self.pad_token_id)
         mask = torch.zeros((len(sequences), longest), dtype=torch.int64)

@@ -45,6 +45,7 @@ class Positions:
 
     def of(self, values: Tensor) -> Tensor:
         """``values`` [B, T, ...] at the positions, [N, ...]: contiguous, so that one matrix product follows."""
+        # element of the flattened [B T]: row T + T + column, with column counted from the right end
         return values.flatten(0, 1).index_select(0, self.row * values.shape[1] + values.shape[1] + self.column)
 
     def chosen(self, which: Tensor) -> Positions:
@@ -74,8 +75,10 @@ def logits_of_rows(model: nn.Module, inputs: Inputs, positions: Positions, token
 
     def of_rows(forward: Forward, rows: Tensor) -> Tensor:
         if tokens is None:
+            # head(rows) as [1, N, H]: most classes hand [B, T, H] to their head, and so does this
             return forward(rows.unsqueeze(0))
         head: Any = head_of(model)
+        # z_t = w_t . h + b_t for the wanted tokens t alone
         weight = torch.nn.functional.embedding(tokens, head.weight)  # so that engines perturb these rows alone
         bias = None if head.bias is None else head.bias[tokens]
         # In float32: a logit of 17 is known to 0.06 in bfloat16, and what is wanted is the difference of two losses.
@@ -83,6 +86,7 @@ def logits_of_rows(model: nn.Module, inputs: Inputs, positions: Positions, token
         return torch.nn.functional.linear(rows.float(), weight.float(), wide).unsqueeze(0)
 
     logits = with_rows(model, inputs, positions, of_rows)
+    # a class may reshape behind its head; then rows cannot be taken back apart
     if logits.dim() != 3 or logits.shape[:2] != (1, len(positions)):
         raise CannotServeError(f"its logits come as {list(logits.shape)}")
     return logits[0]
@@ -98,17 +102,21 @@ def with_rows(
 
     def of_hidden(forward: Forward, hidden: Tensor) -> Tensor:
         calls.append(1)
+        # an adapter's virtual tokens make the hidden states longer than the input, never shorter
         batch, length = inputs["input_ids"].shape
         if hidden.dim() != 3 or hidden.shape[0] != batch or hidden.shape[1] < length:
             raise CannotServeError(f"its head is given {list(hidden.shape)} for a batch of [{batch}, {length}]")
         return compute(forward, positions.of(hidden))
 
+    # the model's own forward runs; its head is the one module that computes something else in it
     replaced: dict[nn.Module, Callable[..., Tensor]] = {head: of_hidden}
     narrowed = _narrowed.get()
     if narrowed is not None and len(positions):
+        # the head sees nothing in front of the first wanted position, so the last block's layer need not either
         replaced[narrowed] = _at_the_end(-int(positions.column.min()))
     with _replaced_forwards(replaced):
         logits = called(model, inputs)
+    # called twice (or never), it is not clear which call the rows belong to
     if len(calls) != 1:
         raise CannotServeError(f"its head is called {len(calls)} times in a forward")
     return logits
@@ -137,6 +145,7 @@ def narrowed(module: nn.Module | None) -> Iterator[None]:
 def _at_the_end(count: int) -> Callable[..., Tensor]:
     def of_end(forward: Forward, hidden: Tensor) -> Tensor:
         output = forward(hidden[:, -count:])  # [B, count, H]
+        # zeros in front keep the shape: what stands behind the layer expects [B, T, H]
         return torch.nn.functional.pad(output, (0, 0, hidden.shape[1] - output.shape[1], 0))
 
     return of_end
@@ -154,10 +163,12 @@ def recorded_call(model: nn.Module, inputs: Inputs) -> tuple[Tensor, HeadCall]:
     """The logits of a plain call, and the last call of the head in it; empty tensors where there was none."""
     head = head_of(model)
     assert head is not None
+    # an empty call first: a model that does not call its head leaves this one
     calls = [HeadCall(torch.empty(0), torch.empty(0))]
 
     def recording(forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
         output = forward(*args, **kwargs)
+        # hidden states handed over by name are not seen, and such a head counts as not called
         calls.append(HeadCall(args[0], output) if args else calls[0])
         return output
 
@@ -175,6 +186,7 @@ _replaced: dict[nn.Module, list[Any]] = {}  # module -> [calls in progress, its 
 @contextmanager
 def _replaced_forwards(computed: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
     token = _wanted.set(computed)
+    # the forward is replaced once, however many calls are in progress, and put back by the last
     for module in computed:
         if module in _replaced:
             _replaced[module][0] += 1

@@ -28,6 +28,7 @@ def logits_at(model: nn.Module, inputs: Inputs, positions: Positions, tokens: Te
         [N, V], or [N, C] with ``tokens``; float32. Where the forward runs elsewhere they are log-probabilities, which
         differ from logits by a number for each position.
     """
+    # engine=onnx or server: log-probabilities come from there, over the whole vocabulary
     runtime = runtime_of(model)
     if runtime is not None and tokens is not None:
         return runtime.log_probs(inputs, positions.row, positions.column, tokens.expand(len(positions), -1))
@@ -36,6 +37,7 @@ def logits_at(model: nn.Module, inputs: Inputs, positions: Positions, tokens: Te
         logits = _plainly(model, inputs, positions, known)
     elif tokens is None or not known.tokens:
         logits = logits_of_rows(model, inputs, positions)
+    # z of all tokens at the wanted rows: [N, V]
     else:
         return logits_of_rows(model, inputs, positions, tokens).float()
     return (logits if tokens is None else logits.index_select(1, tokens)).float()
@@ -59,10 +61,13 @@ def log_probs_at(model: nn.Module, inputs: Inputs, positions: Positions, targets
     if runtime is not None:
         return runtime.log_probs(inputs, positions.row, positions.column, targets.unsqueeze(1)).squeeze(1)
     known = probe(model, inputs, positions)
+    # all at once where they fit: one product of the head
     if known.rows and len(positions) * known.vocabulary <= MAX_LOGITS:
         return _log_probs(logits_at(model, inputs, positions), targets)
+    # chunk by chunk behind one forward: the head is the part that takes memory
     if known.rows and known.after is not None:
         return _in_chunks(model, inputs, positions, targets, known)
+    # a few sequences at a time: the model gives whole rows of logits only
     parts = _by_sequences(model, inputs, positions, known)
     return torch.cat([_log_probs(logits_at(model, part, within), targets[which]) for part, within, which in parts])
 
@@ -86,6 +91,7 @@ def log_probs_of(model: nn.Module, inputs: Inputs, positions: Positions, tokens:
 
 
 def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    # log p_t = z_t - log sum_v exp(z_v), in float32 whatever the logits are
     return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
@@ -101,6 +107,7 @@ def _plainly(model: nn.Module, inputs: Inputs, positions: Positions, known: Head
 
 def _in_chunks(model: nn.Module, inputs: Inputs, positions: Positions, targets: Tensor, known: HeadSupport) -> Tensor:
     """One forward, whose head goes through its rows a chunk at a time and keeps their log-probabilities only."""
+    # N x V <= MAX_LOGITS for each chunk
     size = max(1, MAX_LOGITS // known.vocabulary)
     say_once(model, f"logits are computed {size:,} positions at a time", logging.INFO)
     parts: list[Tensor] = []
@@ -123,11 +130,13 @@ def _by_sequences(
 ) -> Iterator[tuple[Inputs, Positions, Tensor]]:
     """(part of the batch, its positions, which of all they are): as many sequences as the bound allows, one or more."""
     batch, length = inputs["input_ids"].shape
+    # logits that a sequence costs: its positions where rows can be taken, else its whole length
     counts = torch.bincount(positions.row, minlength=batch).tolist()
     if not known.rows:
         num_columns = -int(positions.column.min()) if known.ends and takes(model, "logits_to_keep") else length
         counts = [num_columns if count else 0 for count in counts]
     cuts = [0]
+    # cut where the next sequence would exceed the bound; one sequence is never cut
     for row in range(1, batch):
         if sum(counts[cuts[-1] : row + 1]) * known.vocabulary > MAX_LOGITS:
             cuts.append(row)
@@ -135,6 +144,7 @@ def _by_sequences(
         say_once(model, "the logits of a batch are too many at once: it is computed in parts", logging.WARNING)
     for first, last in zip(cuts, [*cuts[1:], batch], strict=True):
         if any(counts[first:last]):
+            # positions of these sequences, with rows counted from the first of them
             which = (positions.row >= first) & (positions.row < last)
             part = {
                 key: value[first:last] if torch.is_tensor(value) and value.shape[:1] == (batch,) else value

@@ -44,6 +44,7 @@ def is_causal_lm(model: nn.Module) -> bool:
 
     bare = inner(model)
     names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    # a class of the library's own or derived from one, whose loss is the common one and not replaced
     return (
         any(cls.__name__ in names for cls in type(bare).__mro__)
         and not bare.config.is_encoder_decoder
@@ -65,6 +66,7 @@ def _way_of_calling(model: nn.Module, inputs: Inputs) -> tuple[object, ...]:
 def _is_served(model: nn.Module, inputs: Inputs) -> bool:
     if not could_be_served(model, inputs):
         return False
+    # by way of calling: the same class may add a term when it is given a count
     way, known = _way_of_calling(model, inputs), _agrees.setdefault(model, {})
     if way not in known:
         with torch.no_grad():
@@ -84,6 +86,7 @@ def could_be_served(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _loss_of_labels(model: nn.Module, inputs: Inputs) -> Tensor:
+    # labels are left out: the class's own loss would take the logits of all positions
     rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
     positions, targets = predictions(inputs["labels"])
     total = (
@@ -92,11 +95,13 @@ def _loss_of_labels(model: nn.Module, inputs: Inputs) -> Tensor:
         else inputs["labels"].new_zeros(()).float()
     )
     count = inputs.get("num_items_in_batch")
+    # L = -sum log p / n, n the labels or what the Trainer counted over all micro-batches
     return total / (len(positions) if count is None else torch.as_tensor(count, device=total.device))
 
 
 def predictions(labels: Tensor) -> tuple[Positions, Tensor]:
     """Where the labelled tokens are predicted, one position before each, and which they are."""
+    # label t is predicted at position t - 1
     row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     return Positions(row, column - labels.shape[1]), labels[row, column + 1]
 
@@ -113,6 +118,7 @@ def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
             return False if is_known_head(model) else None  # why has been said
         around = Positions(positions.row, positions.column + 1)  # so that the labels themselves lie in the piece
         piece, _ = piece_of(rest | {"labels": inputs["labels"]}, around, known.vocabulary)
+        # a count that no batch has: where the class does not divide by it, the losses differ
         if "num_items_in_batch" in inputs:
             piece["num_items_in_batch"] = torch.tensor(3 * len(positions), device=positions.row.device)
         loss = float(_loss_of_labels(model, piece))
@@ -124,6 +130,7 @@ def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
     output, calls = _with_marked_loss(model, piece)
     differs = _difference(output, calls, piece)
     if differs is None and calls:
+        # the cross-entropy itself must agree, up to the rounding of the logits
         wanted = calls[0].loss
         if not math.isfinite(wanted) or not wanted:
             return None
@@ -155,6 +162,7 @@ def _with_marked_loss(model: nn.Module, piece: Inputs) -> tuple[Any, list[_LossC
 
     def marked(*args: Any, **kwargs: Any) -> Tensor:
         loss = real(*args, **kwargs)
+        # the mark in place of the loss: what the class adds or multiplies afterwards shows beside it
         mark = torch.full_like(loss, _MARK)
         calls.append(_LossCall(float(loss), mark, mark._version))
         return mark

@@ -33,6 +33,7 @@ def serves(model: nn.Module, packed: Mapping[str, Any]) -> bool:
         return False
     config, length = inner(model).config.get_text_config(), packed["input_ids"].shape[1]
     try:
+        # a window or a table of positions that a packed row would exceed: its tokens would see less
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", *_WINDOWS)]
     except RuntimeError:  # a field that differs from layer to layer: such configs refuse to give one value
         return False
@@ -68,6 +69,7 @@ def packed_log_probs(
         return log_probs_at(model, arguments(model, packed["input_ids"], packed["attention_mask"]), positions, targets)
     if is_known(model, packed):
         return log_probs_at(model, _tree_inputs(model, packed), positions, targets)
+    # the first time for a model and size: separate rows say what is right
     plain = separately()
     if not trials_allowed() or not bool(torch.isfinite(plain).all()):
         return plain
@@ -82,6 +84,7 @@ def packed_log_probs(
         _refuse(model, f"their scores would be off by {float((packed_values - plain).detach().abs().max()):.2g}")
         return plain
     try:
+        # 16-bit agreement is not enough: what differs by a small term differs
         _check_in_wider_floats(model, packed, targets, separately)
     except FAILURES as error:  # out of memory, too: separate rows need less
         _refuse(model, error)
@@ -91,6 +94,7 @@ def packed_log_probs(
 
 
 def _size(packed: Mapping[str, Any]) -> int:
+    # rows of twice the length are another size: a class may treat long rows in another way
     return int(packed["input_ids"].shape[1]).bit_length()
 
 
@@ -140,10 +144,13 @@ def tree_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
         >>> (tree_mask(torch.tensor([[-1, 0, 1, 2]]), torch.float32)[0, 0] == 0).int().tolist()
         [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
     """
+    # query position i asks, key position j is asked
     asking, asked = segments.unsqueeze(2), segments.unsqueeze(1)
     length = segments.shape[1]
     before = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    # j is seen from i if it is in the context or in i's own option, is no padding, and stands in front
     seen = ((asked == 0) | (asked == asking)) & (asked >= 0) & before
     seen |= torch.eye(length, dtype=torch.bool, device=segments.device)  # padding sees itself: no empty softmax
     mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
+    # added to attention scores: 0 where seen, the dtype's lowest number elsewhere
     return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)

@@ -88,8 +88,10 @@ def probe(model: nn.Module, inputs: Inputs, positions: Positions) -> HeadSupport
         plainly = HeadSupport(
             head, _vocabulary(model, head), tolerance=_tolerance(getattr(inner(model), "dtype", None))
         )
+        # a trial is no query: nothing of it is differentiated or counted
         with torch.no_grad():
             support = _examine(model, inputs, positions, plainly) if trials_allowed() else None
+        # nothing was learnt (no trial allowed, or no finite logit): the next batch may tell
         if support is None:
             return plainly
         _known[model] = support
@@ -118,6 +120,7 @@ def close(values: Tensor, wanted: Tensor, tolerance: float) -> bool:
     """Whether two ways of computing the same numbers agree; where one has a NaN they do not."""
     if values.shape != wanted.shape:
         return False
+    # relative to the largest wanted number: logits near zero are off by as much as large ones
     return bool((values.detach() - wanted.detach()).abs().max() <= tolerance * wanted.detach().abs().max())
 
 
@@ -134,10 +137,13 @@ def piece_of(inputs: Inputs, positions: Positions, vocabulary: int) -> tuple[Inp
     """
     batch, length = inputs["input_ids"].shape
     values = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()]
+    # an argument of another shape ([B], [B, T, T]) cannot be cut along with the rows
     if any(value.shape[:2] != (batch, length) for value in values):
         return inputs, positions
+    # two sequences: whether a row depends on the others shows with two, and costs no more
     two = sorted({int(positions.row[0]), int(positions.row[-1])})
     stop = length + 1 + max(int(positions.column[positions.row == row].max()) for row in two)
+    # no more columns than a trial may make logits
     start = max(0, stop - max(4, PIECE // (vocabulary * len(two))))
     cut = {
         key: value[two, start:stop] if isinstance(value, torch.Tensor) and value.dim() else value
@@ -155,6 +161,7 @@ def _examine(model: nn.Module, inputs: Inputs, positions: Positions, plainly: He
     head = plainly.head
     if is_compiled(model):
         return plainly  # compiled code does not see the replaced head; ``logits_to_keep`` serves there
+    # nothing says which module is the head: its output would be guessed
     if head is None:
         refuse(model, what, "it names no output embeddings")
         return plainly
@@ -162,17 +169,20 @@ def _examine(model: nn.Module, inputs: Inputs, positions: Positions, plainly: He
         return None
     piece, where = piece_of(inputs, positions, plainly.vocabulary)
     whole: list[Tensor] = []
+    # the output as the head made it, before hooks of others
     handle = head.register_forward_hook(lambda _module, _args, output: whole.append(output))
     try:
         plain, call = recorded_call(model, piece)
     finally:
         handle.remove()
     wanted = where.of(plain)
+    # logits that are not finite agree with nothing, and say nothing of the head
     if not bool(torch.isfinite(wanted).all()):
         return None
     computed = whole[0] if whole and isinstance(whole[0], torch.Tensor) else plain
     tolerance = _tolerance(computed.dtype)  # under autocast the logits may come in float32 and yet have 16 bits
     try:
+        # [N, V] from rows against [B, T, V] from a plain call, at the same positions
         if not close(logits_of_rows(model, piece, where), wanted, tolerance):
             raise CannotServeError("its logits come out different when the head is given some rows only")
         _check_exactly(model, piece, where, wanted, call)
@@ -180,6 +190,7 @@ def _examine(model: nn.Module, inputs: Inputs, positions: Positions, plainly: He
         raise
     except FAILURES as error:
         refuse(model, what, error)
+        # ends=False: rows came out different, so the class's own slicing is not trusted either
         return replace(plainly, ends=False, tolerance=tolerance)
     tokens = _serves_tokens(model, piece, where, wanted, tolerance, call)
     return HeadSupport(head, plain.shape[-1], True, tokens, after=_after(model, whole, plain), tolerance=tolerance)
@@ -192,6 +203,7 @@ def _check_exactly(model: nn.Module, piece: Inputs, where: Positions, wanted: Te
         CannotServeError: they do.
     """
     head = head_of(model)
+    # the head's own output is handed back: what comes out must be the plain call's logits, to the bit
     behind = with_rows(model, piece, where, lambda _forward, _rows: where.of(call.output).unsqueeze(0))
     if behind.shape[:2] != (1, len(where)) or not torch.equal(behind[0], wanted):
         raise CannotServeError("what it does behind its head depends on more than the row")
@@ -199,6 +211,7 @@ def _check_exactly(model: nn.Module, piece: Inputs, where: Positions, wanted: Te
     weights = dict([*head.named_parameters(), *head.named_buffers()])
     if type(head) is torch.nn.Linear or not all(tensor.is_floating_point() for tensor in weights.values()):
         return  # a matrix product is one row after the other; quantised weights have no wider form to compare in
+    # in float64 two orders of one product agree to 1e-8: what is larger is a dependence, not rounding
     wide = {name: tensor.double() for name, tensor in weights.items()}
     hidden = call.hidden.double()
     every, rows = (torch.func.functional_call(head, wide, (h,)) for h in (hidden, where.of(hidden).unsqueeze(0)))
@@ -228,6 +241,7 @@ def _serves_tokens(
     head = head_of(model)
     if type(head) is not torch.nn.Linear:  # an adapter on it, quantised: its weight alone is not what it computes
         return False
+    # seven tokens spread over the vocabulary
     tokens = torch.arange(0, wanted.shape[1], -(-wanted.shape[1] // 7), device=wanted.device)
     few = wanted.index_select(1, tokens)
     try:
@@ -244,6 +258,7 @@ def _after(model: nn.Module, whole: list[Tensor], plain: Tensor) -> Callable[[Te
     """Which of the things that classes do behind their head gives these very logits."""
     if len(whole) != 1 or not isinstance(whole[0], torch.Tensor):
         return None
+    # soft caps and scales are named in configs; the one that gives these logits, to the bit, is the class's
     config = inner(model).config.get_text_config()
     for name, transform in _TRANSFORMS:
         factor = getattr(config, name, None) if name else 1.0

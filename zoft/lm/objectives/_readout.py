@@ -57,9 +57,12 @@ def of_scores(scores: Tensor, gold: Tensor, columns: Tensor, index: Tensor | Non
     own_scores = scores if index is None else scores.gather(1, index)
     losses = torch.nn.functional.cross_entropy(own_scores, gold, reduction="none")
     slopes = own_scores.detach().softmax(1)  # dL/dz = softmax(z) - onehot(y)
+    # -1 at the right answer: the softmax's gradient
     slopes[torch.arange(len(gold), device=gold.device), gold] -= 1
     if index is not None:
+        # columns of options that an example does not have get no slope
         slopes = torch.zeros_like(scores.detach()).scatter_add_(1, index, slopes)
+    # a shift of all scores moves no loss: it is taken out, and responses need not know it
     values = (scores - scores.mean(1, keepdim=True)).detach()
     order = torch.arange(len(gold), device=gold.device)
     return Readout(values, slopes, torch.zeros_like(order), columns, losses, order)
@@ -69,6 +72,7 @@ def of_losses(losses: Tensor, unit: Tensor) -> Readout:
     """Each position is seen in the loss of its own term; every term is one of a kind."""
     values = losses.detach()[unit].unsqueeze(1)
     zero = torch.zeros(1, dtype=torch.int64, device=unit.device)
+    # dL_u/dL_u = 1: the term is the value itself
     return Readout(values, torch.ones_like(values), torch.zeros_like(unit), zero, losses, unit)
 
 
@@ -79,6 +83,7 @@ def of_log_odds(losses: Tensor, gold: Tensor) -> Readout:
         losses: L = -log p of the right answer, [B].
         gold: [B] which answer is right.
     """
+    # expm1(0) = 0 would make infinite odds
     known = losses.detach().clamp_min(_FEW)
     values = -torch.log(torch.expm1(known))  # l(L) = log p / (1 - p)
     slopes = torch.expm1(-known)  # dL/dl = -(1 - p)
@@ -99,12 +104,15 @@ def of_sequences(log_probs: Tensor, rows: Tensor, lengths: Tensor, groups: Seque
     """
     num_rows, device = len(lengths), log_probs.device
     row_of = torch.repeat_interleave(torch.arange(num_rows, device=device), lengths)
+    # mean log-probability of each option: sum over its tokens / their number
     scores = log_probs.new_zeros(num_rows).index_add(0, row_of, log_probs) / lengths
     example = torch.repeat_interleave(torch.arange(len(groups), device=device), torch.tensor(groups, device=device))
+    # [B, O] with -inf where an example has fewer options: they get no probability
     padded = torch.nn.utils.rnn.pad_sequence(
         list(scores.split(list(groups))), batch_first=True, padding_value=-torch.inf
     )
     losses = torch.nn.functional.cross_entropy(padded, gold, reduction="none")
+    # dL/ds = softmax(s) - onehot, per option, and each of its positions has that slope
     share = padded.detach().softmax(1)
     share[torch.arange(len(gold), device=device), gold] -= 1
     of_row = torch.cat([one[:count] for one, count in zip(share, groups, strict=True)])
@@ -148,6 +156,7 @@ def of_hidden(
     Raises:
         UserError: the model's head cannot be given some of its positions.
     """
+    # known before the queries: a perturbed forward must call the model as the clean one does
     known = probe(model, inputs, places)
     if not known.rows or known.after is None:
         raise UserError(
@@ -164,9 +173,11 @@ def of_hidden(
         after = known.after
         assert after is not None
         with torch.inference_mode(False), torch.enable_grad():
+            # a graph of norm and head alone: it is as large as the positions, not as the model
             h = below.detach().clone().requires_grad_()
             logits_of = lambda part: after(forward(through(part).unsqueeze(0)))[0].float()  # noqa: E731
             outputs.extend((h.detach().float(), *_loss_and_slope(h, logits_of, terms, targets, known.vocabulary)))
+        # one row, so that what the class does behind its head has something to do
         return forward(rows[:1].unsqueeze(0))
 
     try:
@@ -186,9 +197,11 @@ def _loss_and_slope(
     """(terms [U], d(sum of terms)/dh [P, H]); token by token in chunks of bounded size."""
     if targets is None:
         losses = terms(logits_of(h))
+        # dL/dh by autograd through norm and head: [P, H]
         return losses.detach(), torch.autograd.grad(losses.sum(), h)[0]
     size = max(1, MAX_LOGITS // vocabulary)
     log_probs, slopes = [], []
+    # chunk by chunk: logits of all positions at once could take more memory than the model
     for start in range(0, len(h), size):
         part = h[start : start + size]
         piece = -torch.nn.functional.cross_entropy(logits_of(part), targets[start : start + size], reduction="none")
@@ -196,6 +209,7 @@ def _loss_and_slope(
         log_probs.append(piece.detach())
     values = torch.cat(log_probs).requires_grad_()
     losses = terms(values)
+    # dL/dh_p = dL/dlog p_p * dlog p_p/dh_p
     (weight,) = torch.autograd.grad(losses.sum(), values)
     return losses.detach(), weight.unsqueeze(1) * torch.cat(slopes)
 
@@ -216,6 +230,7 @@ def _under_norm(
     """(what enters the last normalisation, the way from there to the head), or the head's own input."""
     if norm is not None and len(entered) == 1 and entered[0].dim() == 3:
         below = places.of(entered[0])
+        # the norm must lead to the head's input, or something stands between them
         if torch.allclose(norm(below).float(), rows.float(), rtol=1e-2, atol=1e-2 * float(rows.abs().max())):
             return below, partial(_called, norm)
     return rows, lambda part: part

@@ -87,6 +87,7 @@ class CrossEntropy(Objective):
         if not is_counted(batch):  # a right row for each example, among the rows of its options
             example = example.unique_consecutive(return_inverse=True)[1]
         counts = torch.bincount(example, minlength=len(batch["labels"]) if is_counted(batch) else 0)
+        # mean over each example's own tokens: index_add sums them by example
         return found.new_zeros(len(counts)).index_add(0, example, found) / counts.clamp_min(1)
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,6 +129,7 @@ def _in_all_rows(batch: Batch, places: Positions) -> Positions:
 
 def _gold_rows(batch: Batch) -> list[int]:
     """Which rows of the one-row-an-option layout hold a right answer."""
+    # rows of an example stand together: first row + index of the right option
     rows, first = [], 0
     for size, index in zip(group_sizes(batch["num_options"]), gold_of(batch).tolist(), strict=True):
         rows.append(first + index)

@@ -53,6 +53,7 @@ class Options(Objective):
         """Cross-entropy of the gold option among the options, averaged over the prompts."""
         if "option_tokens" not in batch:
             return self.predict(model, batch)[0]
+        # the union of the batch's options: one product for all examples, then each takes its own
         candidates, index = batch["option_tokens"].unique(return_inverse=True)
         logits = logits_at(model, _inputs(model, batch), ends(batch), candidates)  # [B, C]
         return torch.nn.functional.cross_entropy(logits.gather(1, index), gold_of(batch))
@@ -82,6 +83,7 @@ class Options(Objective):
         if "option_tokens" not in batch:
             means = _means(log_probs, batch["option_len"])  # [R]
             examples = means.split(group_sizes(batch["num_options"]))
+            # examples have different numbers of options: the missing ones score -inf
             scores = torch.nn.utils.rnn.pad_sequence(list(examples), batch_first=True, padding_value=-torch.inf)
         return torch.nn.functional.cross_entropy(scores, gold), scores, _counted(batch, scores, gold)
 
@@ -110,6 +112,7 @@ def _of_sequences(model: nn.Module, batch: Batch, feedback: str) -> Readout:
     lengths, groups, inputs = batch["option_len"], group_sizes(batch["num_options"]), _inputs(model, batch)
 
     def readout_of(log_probs: Tensor) -> Readout:
+        # scores of options from their tokens' log-probabilities
         return of_sequences(log_probs, targets, lengths, groups, gold_of(batch))
 
     if feedback == "hidden":
@@ -132,6 +135,7 @@ def _counted(batch: Batch, scores: Tensor, gold: Tensor) -> Tensor:
     examples = batch["also_right"].split(group_sizes(batch["num_options"]))
     right = torch.nn.utils.rnn.pad_sequence(list(examples), batch_first=True)  # [B, O]
     best = scores.argmax(1, keepdim=True)
+    # a right answer of several: whichever of them is the best one counts
     return torch.where(right.gather(1, best).squeeze(1), best.squeeze(1), gold)
 
 
@@ -159,6 +163,7 @@ def option_log_probs(model: nn.Module, batch: Batch) -> Tensor:
 
 def _means(values: Tensor, lengths: Tensor) -> Tensor:
     """Means of consecutive stretches: values [N] and lengths [R] give [R]."""
+    # left-padded [R, longest] from one list of values: the last `length` places of each row
     longest = int(lengths.max())
     inside = torch.arange(longest, device=lengths.device) >= longest - lengths.unsqueeze(1)
     return values.new_zeros(inside.shape).masked_scatter(inside, values).sum(1) / lengths
@@ -181,7 +186,9 @@ def answers(input_ids: Tensor, lengths: Tensor) -> tuple[Positions, Tensor]:
         ([0, 0, 1], [-3, -2, -2], [5, 6, 8])
     """
     from_right = torch.arange(-input_ids.shape[1], 0, device=input_ids.device)
+    # from_right = -T ... -1; the last `length` columns of a row are its option's
     row, column = (from_right >= -lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    # a token is predicted one position before it stands
     return Positions(row, from_right[column] - 1), input_ids[row, column]
 
 
