@@ -32,11 +32,13 @@ def settle_elsewhere(engine: Engine, method: Method, objective: Objective | None
             "objective (objective=options, cross_entropy), or use engine=auto"
         )
     engine.check_objective(objective)
+    # settings of this process's forwards would be ignored
     for name in ("bf16", "fp16", "torch_compile"):
         if getattr(args, name):
             raise UserError(
                 f"trainer.{name}=true is about forwards of this process, and those of engine={engine.name()} run "
                 "elsewhere: leave it out, or use engine=auto"
             )
+    # last: a server is asked only once everything else fits
     engine.prepare()
     args.keep_frozen_prefix = False  # hidden states are not seen here

@@ -40,16 +40,19 @@ class Passes:
             stream: the Trainer's own.
             num_batches: as many as a step has.
         """
+        # the first step of a pass brings the pass's own stream
         if not self._num_steps:
             self._stream = stream
         num_new = self._fetch(num_batches)
         if not num_new and not self._num_steps:
             self._refuse_empty()
         # A pass that is shorter than a step: a pass without any step would end the run.
+        # a pass that is shorter than a step goes on with the next one, within the step
         while num_new and len(self._waiting) < num_batches and not self._num_steps:
             self._stream = self._next_pass()
             num_new = self._fetch(num_batches)
         if len(self._waiting) < num_batches:
+            # the rest of a pass waits for the next one's first micro-batches
             return []
         samples, self._waiting = self._waiting, []
         self._num_steps += 1
@@ -58,6 +61,7 @@ class Passes:
     def _fetch(self, num_batches: int) -> int:
         """Take micro-batches from the stream until ``num_batches`` wait; returns how many came."""
         num_before = len(self._waiting)
+        # no more than are lacking: what is taken from a stream cannot be put back
         try:
             self._waiting += itertools.islice(self._stream, max(0, num_batches - num_before))
         except ValueError as error:
@@ -72,6 +76,7 @@ class Passes:
         raise UserError(f"pass {self._number + 1} over the training rows found none: {why}")
 
     def _next_pass(self) -> Iterator[Any]:
+        # the number seeds the order of the rows: it counts passes the loop does not know of
         self._number += 1
         self._before += 1
         _set_epoch(self._loader, self._number)
@@ -86,8 +91,10 @@ class Passes:
         given = dict(given)
         self._num_steps = 0
         self._loader = given["train_dataloader"]
+        # resumed in this pass: the loop counts its steps from there
         is_resumed = given["resume_from_checkpoint"] is not None and given["epoch"] == given["epochs_trained"]
         num_skipped = given["steps_trained_in_current_epoch"]
+        # a stream has no length, so the Trainer cannot skip in it by number
         if is_resumed and num_skipped and self.skips and not has_length(self._loader):
             given["train_dataloader"] = self._behind(num_skipped)
             given["steps_trained_in_current_epoch"] = 0
@@ -98,6 +105,7 @@ class Passes:
 
     def _behind(self, num_batches: int) -> Any:
         """The loader behind its first ``num_batches`` micro-batches, which may lie several passes back."""
+        # pass by pass: a step may have begun in the pass before
         for batches in self._passes():
             num_skipped = sum(1 for _ in itertools.islice(batches, num_batches))
             rest = list(itertools.islice(batches, 1))

@@ -36,8 +36,10 @@ def make_ready(trainer: HoldsObjects, identity: RunIdentity) -> None:
         identity: of the run; it takes note of the tensors that are not trained.
     """
     model, radius = trainer.model, trainer.method.estimator.radius
+    # configs get the tokenizer's special tokens here, and not when training begins: an evaluation may come first
     align(model, trainer.processing_class)
     count_by_mask(model)
+    # the loss of an objective is a mean already: the Trainer's token count is not for it
     if trainer.objective is not None:
         trainer.model_accepts_loss_kwargs = False
     if has_trained_scales(model):
@@ -85,6 +87,7 @@ class QueryForward:
 
     def as_called(self, model: nn.Module) -> Callable[..., Any]:
         """The model as the Trainer's own loss should call it: in a query, for the labelled positions alone."""
+        # an evaluation may read the logits of all positions; a query reads its loss alone
         return functools.partial(own_loss, model) if self.is_querying and self._loss_is_enough() else model
 
     def _loss_is_enough(self) -> bool:
@@ -95,6 +98,7 @@ class QueryForward:
     def as_served(self, inputs: Inputs) -> Inputs:
         """The batch without packed rows where they are not used: kept hidden states are those of separate rows."""
         packed, prefix = inputs.get("packed"), self.frozen_prefix
+        # states of the frozen prefix belong to separate rows: packed ones would be computed whole
         keeps_states = prefix is not None and prefix.usable
         if packed is None or (not keeps_states and serves(self.trainer.model_wrapped, packed)):
             return inputs
@@ -105,12 +109,14 @@ class QueryForward:
         trainer = self.trainer
         model = trainer.model_wrapped
         for inputs in batch.micro_batches:
+            # as a query computes: the trial's numbers must be those of queries
             with torch.inference_mode(), trainer.compute_loss_context_manager():
                 if trainer.objective is not None:
                     trainer.objective.probe(model, self.as_served(inputs))
                 elif self._loss_is_enough():
                     is_counted = trainer.model_accepts_loss_kwargs and batch.num_items is not None
                     given = {**inputs, "num_items_in_batch": batch.num_items} if is_counted else inputs
+                    # known by the way in which the class is called: a count may change what it computes
                     if not is_known(model, given):
                         own_loss(model, **given)
 
@@ -124,6 +130,7 @@ class QueryForward:
             return
         self._has_tried_sizes = True
         evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+        # rows of every kind that the run may come to: for training, evaluation and results
         known = [trainer.train_dataset, *evaluated.values(), *trainer.held_out.values()]
         for row in one_of_each_size(row for rows in known if hasattr(rows, "__len__") for row in rows):
             self.try_out(StepBatch([trainer.collated([row])]))
@@ -139,6 +146,7 @@ class QueryForward:
             return
         self._has_checked_narrow = True  # a run that is resumed checks again
         trainer = self.trainer
+        # the model as it is called in queries, alone and without finding out anything else on the way
         with torch.no_grad(), trainer.compute_loss_context_manager(), sequential(), no_trials():
             check_narrow(functools.partial(trainer.compute_loss, trainer.model_wrapped, batch.micro_batches[0]))
 
@@ -147,10 +155,12 @@ class QueryForward:
     def keep_prefix(self, weights: Weights) -> None:
         """Find what lies below the trained weights, anew when ``model_init`` has made another model."""
         trainer = self.trainer
+        # compiled code does not see replaced forwards
         if not trainer.args.keep_frozen_prefix or trainer.args.torch_compile:
             return
         if trainer.objective is not None and trainer.objective.generates:  # with a cache: no call has whole rows
             return
+        # another model (of model_init): states of the last one are of no use
         if self.frozen_prefix is None or self.frozen_prefix.model is not trainer.model:
             self.frozen_prefix = FrozenPrefix.of(trainer.model, weights, trainer.args.frozen_prefix_mb)
 
@@ -176,9 +186,11 @@ class QueryForward:
             return
         by_length: dict[int, list[Any]] = {}
         for row in (row for rows in datasets for row in rows):
+            # padded to no length but their own: rows of equal length need no padding beside each other
             by_length.setdefault(trainer.data_collator([row])["input_ids"].shape[1], []).append(row)
         num_done = 0
         trainer.model.eval()
+        # short rows first, in the order of the data: the same groups in every session
         for rows in (by_length[length] for length in sorted(by_length)):
             for start in range(0, len(rows), group):
                 some = rows[start : start + group]

@@ -38,6 +38,7 @@ def guard(estimate: StepEstimate, recent: Sequence[Sequence[float]], factor: flo
         recent: (loss, slope) of the steps before.
         factor: how far is far, > 1.
     """
+    # a skipped step has nothing to shorten; nodes have no slopes to judge by
     if not estimate.is_usable or estimate.projected_grads is None:
         return estimate
     why = outlier(recent, estimate.loss, estimate.slope, factor)
@@ -63,14 +64,19 @@ def outlier(recent: Sequence[Sequence[float]], loss: float, slope: float, factor
         >>> outlier([(0.5, 1.0)] * 10, 0.5, 50.0, 10.0)
         ('|projected gradient| 50 is far above its running median 1', 0.2)
     """
+    # NaN is no part of a range, and nothing is compared with it
     finite = [(x, s) for x, s in recent if math.isfinite(x) and math.isfinite(s)]
+    # too few steps make no median that an outlier would stand out from
     if len(finite) < FEWEST or not (math.isfinite(loss) and math.isfinite(slope)):
         return None
+    # medians, not means: an outlier among the recent steps hardly moves them
     usual = median(s for _, s in finite)
     if slope > factor * usual > 0:
         return f"|projected gradient| {slope:.3g} is far above its running median {usual:.3g}", factor * usual / slope
     middle = median(x for x, _ in finite)
+    # median absolute deviation; bounded below, as a flat stretch would make every step an outlier
     spread = max(median(abs(x - middle) for x, _ in finite), 1e-3 * abs(middle), 1e-8)
     if loss > middle + factor * spread:
+        # slopes shortened as much as the loss is beyond the range
         return f"the loss {loss:.3g} is far above its running median {middle:.3g}", (factor * spread) / (loss - middle)
     return None

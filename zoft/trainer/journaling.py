@@ -69,16 +69,19 @@ class RunJournal:
         Args:
             resume: as ``trainer.train(resume_from_checkpoint=...)`` takes it.
         """
+        # rows may have changed since an earlier training of the same trainer
         self.identity.forget()
         if self.processes.count > 1:
             self.identity.require_same_everywhere()
         self.folder = Path(str(self.args.output_dir))
         answer: Beginning | UserError | None = None
+        # one process reads the folder: others could see it a moment later, and decide otherwise
         if self.processes.rank == 0:
             try:
                 answer, self.file = decide(self.args, self.identity, resume)
             except UserError as error:
                 answer = error
+        # an error is agreed on too: all processes raise it, and none waits for the others
         answer = self.processes.agree(answer)
         if not isinstance(answer, Beginning):
             assert answer is not None
@@ -95,6 +98,7 @@ class RunJournal:
             groups: of the optimizer; none where there is no optimizer yet.
         """
         if self._given_rate is None:
+            # remembered once: each return halves it, whatever the arguments say by then
             self._given_rate = self.args.learning_rate
         self.args.learning_rate = self._given_rate * self.lr_factor
         for group in groups:
@@ -103,6 +107,7 @@ class RunJournal:
 
     def keep_first(self, model: torch.nn.Module) -> None:
         """Where the run may have to go back: the weights that a new one begins with."""
+        # written before the first step, as a whole model may be larger than the run's checkpoints
         if self.file is not None and self.contents is None and self.args.guard == "rollback":
             weights = {name: tensor.detach() for name, tensor in Weights(model).tensors.items()}
             write_atomically(self.folder / _FIRST, state.pack(weights))
@@ -112,6 +117,7 @@ class RunJournal:
         journal, self.file = self.file, None
         if journal is not None:
             try:
+                # losses are what a guard judges a longer run by; without one a sealed journal is smaller
                 if finished:
                     journal.seal(with_losses=self.args.guard != "none")
             finally:
@@ -139,12 +145,15 @@ class RunJournal:
             progress: counters of the run, this step included.
             num_steps: of the whole run.
         """
+        # a step from the journal is in it
         if self.file is None or estimate.from_journal:
             return
         observed = estimate.observed()
         has_factors = observed is not None and estimate.factors is not None
+        # factors of every step could be larger than checkpoints: then checkpoints alone are resumed
         if has_factors and len(observed or b"") * num_steps > _FACTOR_BYTES:
             observed, has_factors = None, False
+        # before the step's record: a record without its observation could not be replayed
         if observed is not None:
             self.file.observation(estimate.step, observed)
         self.file.append(estimate.to_record(lr, progress.num_queries, progress.num_tokens, has_factors=has_factors))
@@ -152,6 +161,7 @@ class RunJournal:
     def take_out(self, step: int) -> None:
         """Cut the journal off before a step, and write no more into it."""
         if self.file is not None:
+            # closed and opened anew at the step: the file is cut there
             journal, self.file = self.file, None
             journal.close()
             Journal.open(journal.path, step).close()
@@ -182,10 +192,13 @@ class RunJournal:
         """
         every, is_alone = self.args.journal_hash_steps, self.file is None and self.processes.count == 1
         if not every or step % every or step == self._hashed or is_alone:
+            # once a step, and only where something is compared or written
             return
         self._hashed = step
+        # engine=offload: the hash is of weights that have their steps
         settle(session)
         sha = session.weights.digest()
+        # a step that is queried may differ: another device computes other last bits
         known = None if self.contents is None or not is_replaying else self.contents.digests.get(step)
         if known not in (None, sha):
             raise UserError(
@@ -193,6 +206,7 @@ class RunJournal:
                 "another version of torch computes other last bits; start from a checkpoint, or a new run"
             )
         shas = self.processes.gather(sha)
+        # all apply the same numbers to the same weights: a difference is a fault of the machine
         if len(set(shas)) > 1:
             raise RuntimeError(
                 f"the processes' weights differ after step {step} ({', '.join(x[:8] for x in shas)}): a device or "
@@ -206,6 +220,7 @@ class RunJournal:
     @property
     def num_returns(self) -> int:
         """How often a guard has sent the run back to an earlier step; each time its learning rate was halved."""
+        # lr_factor = 2^-returns
         return round(-math.log2(self.lr_factor))
 
     def go_back(self, back: RolledBack, model: torch.nn.Module) -> None:
@@ -222,12 +237,14 @@ class RunJournal:
                 "lower optimizer.learning_rate"
             )
         log.warning("%s; the run goes back to step %d at %g of its learning rate", back.reason, back.step, 0.5**times)
+        # checkpoints behind the step are of a path that is given up
         for checkpoint in snapshot.checkpoints(self.folder):
             if snapshot.step_of(checkpoint) > back.step:
                 shutil.rmtree(checkpoint)
         journal = Journal.open(self.folder / files.NAME, back.step)
         journal.note(back.step, {"lr_factor": 0.5})
         journal.close()
+        # the journal leads from the first weights to the step, without a query
         first = state.unpack((self.folder / _FIRST).read_bytes())
         with torch.no_grad():
             for name, tensor in Weights(model).tensors.items():

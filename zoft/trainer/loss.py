@@ -38,22 +38,28 @@ class StepLoss:
         losses, counts = [], []
         each = {"of_each": True} if batch.of_each else {}
         for inputs in batch.micro_batches:
+            # autocast as the Trainer would have it, around one micro-batch
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(
                     trainer.model_wrapped, dict(inputs), num_items_in_batch=batch.num_items, **each
                 )
+            # 16 bits of a loss of 4 are steps of 1/64: differences of two would be mostly rounding
             losses.append(loss.float())
             counts.append(self.num_terms(inputs))
         if batch.of_each:
             return torch.cat(losses)
+        # one micro-batch: its own mean, with no rounding by a weight
         if len(losses) == 1:
             return losses[0]
+        # L = sum_b L_b, each divided by the step's token count already
         if self.is_a_share(batch):
             return torch.stack(losses).sum()
+        # L = sum_b n_b L_b / sum_b n_b over the micro-batches b, n_b the terms of b's mean
         return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))
 
     def batch_of(self, micro_batches: list[Inputs], like: StepBatch) -> StepBatch:
         """Other rows than the step's, or a part of them: their loss is their own mean, and no share of the step's."""
+        # no count where the step has none: the class would divide by it
         if like.num_items is None:
             return StepBatch(micro_batches)
         return StepBatch(micro_batches, self.trainer._get_num_items_in_batch(micro_batches, self.processes.device))
@@ -61,6 +67,7 @@ class StepLoss:
     def is_a_share(self, batch: StepBatch) -> bool:
         """Whether micro-batch losses were already divided by the step's token count, so that they add up."""
         trainer = self.trainer
+        # TRL says itself whether its loss is divided
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # TRL's own word on it, where it has one
         if scaled is not None:
             return bool(scaled)
@@ -86,9 +93,11 @@ class StepLoss:
                         trainer.model_wrapped, dict(inputs), num_items_in_batch=batch.num_items * factor
                     )
                 )
+                # twice the count: a loss that is divided by it is halved, one that ignores it stays
                 for factor in (1, 2)
             ]
         tells = bool(numpy.isfinite(losses).all()) and losses[0] != 0  # zero where no label of the batch counts
+        # both facts in one all-reduce: true where they hold in any process
         uses, tells = map(bool, self.processes.sum(torch.tensor([tells and losses[0] != losses[1], tells])))
         if not tells:
             self.asks_for_scaling = True  # nothing can be seen in such a batch: the next one is asked
@@ -101,12 +110,14 @@ class StepLoss:
         """Over how many terms the loss of a micro-batch is a mean: its weight among the others."""
         objective = self.trainer.objective
         if objective is not None:
+            # rows of the first tensor: what a loss without an objective is taken to be a mean over
             return int(objective.num_terms(inputs))
         return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
 
     def over_processes(self, losses: Tensor, batch: StepBatch) -> Tensor:
         """One all-reduce: losses weighted by examples, or already shares of one mean."""
         if self.processes.count == 1:
+            # one process: no weighing, and no rounding by it
             return losses
         # L = sum_r n_r L_r / sum_r n_r over the processes r, each with a loss that is a mean of n_r terms
         weight = 1.0 if self.is_a_share(batch) else float(sum(map(self.num_terms, batch.micro_batches)))
@@ -118,6 +129,7 @@ def num_tokens(micro_batches: Sequence[Inputs]) -> int:
     """Tokens that a query of these micro-batches computes with."""
     total = 0
     for inputs in micro_batches:
+        # packed rows are those that are computed
         inputs = inputs.get("packed", inputs)
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         if isinstance(mask, Tensor):
@@ -164,6 +176,7 @@ def with_float32_losses(objective: Callable[[Any], Tensor]) -> Callable[[Any], T
 
     def computed(batch: Any) -> Tensor:
         nonlocal called
+        # after the first call, only where it was seen to be needed: a function mode costs every operation
         with widen if widen.needed or not called else nullcontext():
             loss = objective(batch)
         called = True

@@ -42,6 +42,7 @@ class MezoRowOrder(Sampler[int]):
     def __init__(self, num_rows: int, seed: int) -> None:
         first = torch.Generator().manual_seed(seed)
         self.num_rows = num_rows
+        # 64 bits of torch's global generator, drawn right after set_seed: what that Trainer seeds its sampler with
         self.seed = int(torch.empty((), dtype=torch.int64).random_(generator=first))
         self.epoch = 0
 
@@ -54,6 +55,7 @@ class MezoRowOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
+        # of each pass one permutation more is drawn than is used
         for _ in range(2 * self.epoch):
             torch.randperm(self.num_rows, generator=generator)
         return iter(torch.randperm(self.num_rows, generator=generator).tolist())

@@ -42,6 +42,7 @@ class TrainerReader:
         positions: Positions = own_places(model, part) if objective is None else objective.places(model, part)
         if objective is None and is_seq2seq(model, part):  # of what the decoder says
             labels = part["labels"]
+            # -T: a decoder's rows begin at the left end, whatever the encoder's padding
             return at_loss(
                 positions.row, positions.column, torch.full((len(labels),), -labels.shape[1], device=labels.device)
             )
@@ -59,6 +60,7 @@ class TrainerReader:
         """One forward, as the estimator's feedback asks."""
         objective, model = self.trainer.objective, self.trainer.model_wrapped
         feedback = self.feedback(part)
+        # exact: a probe-free reference, whose forward gives losses with a graph
         feedback = "loss" if feedback == "exact" else feedback
         with self.trainer.compute_loss_context_manager():
             if objective is None:
@@ -86,6 +88,7 @@ class TrainerReader:
             name = "the model's own loss" if objective is None else f"objective={objective.name()}"
             has = ", ".join(feedbacks) or "none"
             raise UserError(f"estimator.feedback={wanted} is not what {name} has: choose one of {has}, or auto")
+        # with many options each would have a response of its own, learnt from few examples
         if "scores" in feedbacks and "hidden" in feedbacks and _num_options(trainer.train_dataset) > _MOST_OPTIONS:
             return "hidden"
         return feedbacks[0]
@@ -99,6 +102,7 @@ def last_tokens(part: Any, last: int) -> Any:
         tensor([[3, 4]])
     """
     shape = part["input_ids"].shape
+    # more than half of a row: keeping a context would save less than it costs
     if 2 * last > shape[1]:
         return None
     return {
@@ -110,8 +114,10 @@ def last_tokens(part: Any, last: int) -> Any:
 def _starts(part: Any) -> Tensor:
     """Each row's first token, counted from the right end."""
     if "prompt_ids" in part:  # texts are written behind these
+        # texts have no row of their own yet: they are written behind their prompts
         return -torch.tensor([len(prompt) for prompt in part["prompt_ids"]], device=part["input_ids"].device)
     mask = part.get("attention_mask", torch.ones_like(part["input_ids"]))
+    # the first 1 of the mask: left padding is in front of it
     return mask.int().argmax(1) - mask.shape[1]
 
 

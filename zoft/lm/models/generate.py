@@ -80,8 +80,10 @@ def write(
     import transformers
 
     tokenizer = answering.tokenizer
+    # left-padded: every prompt ends at the right end, where its text goes on
     ids, mask = _padded(prompts, tokenizer.pad_token_id, next(model.parameters()).device)
     ends = _ends(model, tokenizer)
+    # a generator for every prompt: the same noise for it in any batch
     watch = _Watch(ids, ends, answering, temperature, [_generator(seed, prompt) for prompt in prompts])
     # Every setting that would change a choice is named: what the model's own generation_config says does not count.
     config = transformers.GenerationConfig(
@@ -106,6 +108,7 @@ def write(
         logits_processor=transformers.LogitsProcessorList([watch.choose]),
         stopping_criteria=transformers.StoppingCriteriaList([watch.finished]),
     )
+    # what was written stands behind the prompts' columns
     texts = [watch.text(row) for row in out[:, ids.shape[1] :].tolist()]
     return Written(texts, watch.margins.tolist(), watch.lengths.tolist())
 
@@ -131,10 +134,12 @@ def text_of(row: Sequence[int], answering: Answering, ends: Sequence[int]) -> st
         answering: how answers end.
         ends: tokens that end a text.
     """
+    # up to the first token that ends a text; behind it is padding
     end = next((place for place, token in enumerate(row) if token in ends), len(row))
     text: str = answering.tokenizer.decode(row[:end], skip_special_tokens=True)
     if not answering.stop:
         return text
+    # a stop text is part of the answer, as where it is read it marks the end
     before, stop, _ = text.partition(answering.stop)
     return before + stop
 
@@ -143,6 +148,7 @@ def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: the tokenizer's, and those of the model's own generation config (a turn's end)."""
     eos: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     more: list[Any] = eos if isinstance(eos, list) else [eos]
+    # chat models end a turn by a token of their generation config
     return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None})
 
 
@@ -168,18 +174,23 @@ class _Watch:
         if self.temperature:
             drawn = torch.stack([torch.rand(scores.shape[1], generator=one) for one in self.generators])
             # rand may give 0, whose noise would be -inf: the token is then not taken, as it should almost never be
+            # s + T g with g = -log(-log u): its largest is a draw from softmax(s / T) (Gumbel-max)
             scores = scores + self.temperature * -(-drawn.log()).log().to(scores)
+        # by how much the likeliest led: ties would be broken by last bits
         top = scores.topk(2, dim=-1).values
         margins = torch.minimum(self.margins, top[:, 0] - top[:, 1])
+        # once a text has ended its later tokens are padding
         self.margins = torch.where(self.done, self.margins, margins)
         return scores
 
     def finished(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """[B] whether an answer is complete."""
         del scores
+        # tokens of texts that have not ended yet, the ending one included
         self.lengths += ~self.done
         self.done = self.done | torch.isin(ids[:, -1], torch.tensor(self.ends, device=ids.device, dtype=ids.dtype))
         if self.answering.stop:
+            # a stop text may lie across tokens: the whole text is read
             rows = [
                 bool(done) or self.answering.stop in self.text(row)
                 for row, done in zip(ids[:, self.start :].tolist(), self.done.tolist(), strict=True)
@@ -193,6 +204,7 @@ class _Watch:
 
 
 def _generator(seed: int, prompt: Sequence[int]) -> Any:
+    # 56 bits of a hash of seed and prompt
     digest = hashlib.blake2b(f"{seed}:{','.join(map(str, prompt))}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 

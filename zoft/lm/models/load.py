@@ -87,6 +87,7 @@ def as_model(model: Any, peft_config: Any, seed: int) -> Any:
 
         from zoft.lm.models.peft.base import without_old_names
 
+        # an adapter draws its first weights from torch's global generator
         torch.manual_seed(seed)
         with without_old_names():
             model = get_peft_model(model, peft_config)
@@ -146,6 +147,7 @@ def _load_as(
     if kind == "masked":
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+        # before the weights are read: another class would load with a random head
         cls = _class_of(name, given["revision"])
         if cls is None or cls.__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
             raise UserError(
@@ -177,8 +179,10 @@ def _load_classifier(
     arguments = _arguments(name, revision, dtype, attn_implementation, quantization, device_map)
     has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
     if has_head:
+        # the config as it was saved: transformers fills in defaults for what it lacks
         said, _ = transformers.PretrainedConfig.get_config_dict(placed(name), revision=revision)
         require_classes(name, said, num_labels, labels)
+    # the head's first numbers come from the seed, and the caller's random state is not moved
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         arguments["num_labels"] = num_labels
@@ -216,6 +220,7 @@ def _class_of(name: str, revision: str | None) -> Any:
         return None
     named: Any = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
     is_model = inspect.isclass(named) and issubclass(named, transformers.PreTrainedModel)
+    # a class without labels has no loss
     return named if is_model and "labels" in inspect.signature(named.forward).parameters else None
 
 
@@ -241,6 +246,7 @@ def tokens_taken(name: str, revision: str | None, tokenizer: Any) -> int | None:
     text: Any = getattr(_config_of(placed(name), revision), "get_text_config", lambda: None)()
     said = [getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_sequence_length")]
     if getattr(text, "model_type", "") in _COUNT_FROM_PADDING:
+        # RoBERTa's positions begin behind the padding token's: that many fewer are for tokens
         said = [size - text.pad_token_id - 1 for size in said if size]
     return min((size for size in [*said, tokenizer.model_max_length] if size and 0 < size < _NO_LIMIT), default=None)
 
@@ -263,9 +269,11 @@ def load_tokenizer(
 
     tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision})
     _note_two_templates(name)
+    # OPT's tokenizer names </s> as the beginning of texts; MeZO's code trained with <s>
     if as_mezo and tokenizer.bos_token == "</s>" and tokenizer.convert_tokens_to_ids("<s>") == 0:
         tokenizer = _load(transformers.AutoTokenizer, name, {"revision": revision, "bos_token": "<s>"})
     tokenizer.padding_side = padding_side
+    # padded with the token that ends a text: it is masked, so that its value does not matter
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -346,6 +354,7 @@ def _load_whole(loader: Any, name: str, arguments: dict[str, Any], *, fresh_head
     reshaped = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
     lost = sorted({*report["missing_keys"], *reshaped})
     if fresh_head:
+        # of a fresh head the body must be whole; its own weights are drawn
         body = f"{model.base_model_prefix}."
         lost = [key for key in lost if key.startswith(body) and ".pooler." not in key]
     if lost:
@@ -356,6 +365,7 @@ def _load_whole(loader: Any, name: str, arguments: dict[str, Any], *, fresh_head
         )
     know_device_map(model, arguments.get("device_map"))
     require_in_memory(model, name)
+    # bitsandbytes packs its codes anew in the first forward: they are compared as they were loaded
     if is_quantized(model):
         keep_codes_as_loaded(model)
     return model

@@ -39,6 +39,7 @@ def meta_model(
         else:
             loader = _class_of(name, revision) or transformers.AutoModelForCausalLM
         more = {"attn_implementation": attention} if attention else {}
+        # from_config makes every tensor; on the meta device none takes memory
         with torch.device("meta"):
             make = loader.from_config if hasattr(loader, "from_config") else loader._from_config
             return make(config, dtype=getattr(torch, dtype), **more).eval()
@@ -56,9 +57,11 @@ def wrapped_on_meta(model: Any, wrap: Callable[[Any], Any]) -> Any:
         model: as :func:`meta_model` makes it.
         wrap: puts the adapter on; sees weights of the right shape that take no memory and are all zero.
     """
+    # zeros of any size take one number: expand() repeats it
     _replace(model, lambda p: torch.zeros((), dtype=p.dtype).expand(p.shape))
     base = {id(parameter) for parameter in model.parameters()}
     wrapped = wrap(model)
+    # the base goes back to meta, the adapter's own numbers stay
     _replace(wrapped, lambda p: torch.empty_like(p, device="meta") if id(p) in base else None)
     return wrapped
 
@@ -96,6 +99,7 @@ def _replace(model: Any, make: Callable[[Tensor], Tensor | None]) -> None:
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
+            # tied parameters are one object, and must be again
             if id(parameter) not in replaced:
                 new = make(parameter)
                 replaced[id(parameter)] = parameter if new is None else torch.nn.Parameter(new, requires_grad=False)

@@ -67,8 +67,10 @@ class Writing(Objective):
         """``num_samples`` times what the model writes, a text a prompt."""
         answering = batch["answering"]
         if self.max_new_tokens:
+            # the objective's own bound where it has one, else the task's
             answering = dataclasses.replace(answering, max_new_tokens=self.max_new_tokens)
         return [
+            # each sample with another seed; the same seeds at every point of a step
             write(model, batch["prompt_ids"], answering, temperature=self.temperature, seed=self.seed + number)
             for number in range(self.num_samples)
         ]
@@ -99,6 +101,7 @@ class Writing(Objective):
             raise UserError(f"objective.num_samples={self.num_samples}: {ONE_SAMPLE}")
         (written,) = self.written(model, batch)
         losses = self.losses_of(written.texts, batch)
+        # a text's term is read at the prompt's end, and in every call that wrote a token of it
         read = of_losses(losses, torch.arange(len(losses), device=losses.device))
         return dataclasses.replace(read, calls=torch.tensor(written.lengths, device=losses.device))
 
@@ -122,6 +125,7 @@ def scores_of(texts: list[str], batch: Batch) -> Tensor:
 
 def predictions_of_written(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """What is reported of greedy answers: F1 and exact match [B, 2], and zeros [B] in place of labels."""
+    # greedy whatever the objective samples with: what is reported must not depend on luck
     texts = write(model, batch["prompt_ids"], batch["answering"]).texts
     scores = scores_of(texts, batch).to(batch["input_ids"].device)
     return scores, torch.zeros(len(scores), dtype=torch.int64, device=scores.device)

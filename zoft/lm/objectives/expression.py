@@ -42,6 +42,7 @@ class Expression(Objective):
     def forms(self) -> tuple[str, ...]:
         """Rows that all terms can be computed from."""
         of_terms = [term.forms for term, _ in self.terms()]
+        # in the first term's order: it decides what the rows are
         return tuple(form for form in of_terms[0] if all(form in other for other in of_terms[1:]))
 
     @property
@@ -75,6 +76,7 @@ class Expression(Objective):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The weighted sum."""
         losses = [weight * term.loss(model, batch) for term, weight in self.terms()]
+        # from the first term on, so that no zero of another dtype or device is added
         return sum(losses[1:], losses[0])
 
     @property
@@ -91,6 +93,7 @@ class Expression(Objective):
         """(the weighted sum, the first term's predictions, its labels)."""
         (first, weight), *others = self.terms()
         loss, predictions, labels = first.predict(model, batch)
+        # predictions are the first term's: a second forward would give the same
         return sum((w * term.loss(model, batch) for term, w in others), weight * loss), predictions, labels
 
     def probe(self, model: nn.Module, batch: Batch) -> None:
@@ -107,6 +110,7 @@ class Expression(Objective):
         place = 0
         while place < len(self.formula):
             term = _TERM.match(self.formula, place)
+            # terms after the first need a sign between them
             if term is None or (pairs and not term["sign"]):
                 break
             if term["name"] not in components("objective") or term["name"] == self.name():
@@ -116,5 +120,6 @@ class Expression(Objective):
             pairs.append((term["name"], float(term["weight"] or 1) * (-1 if term["sign"] == "-" else 1)))
             place = term.end()
         rule = "objectives with weights joined by + and -, e.g. 'cross_entropy + 0.5*metric'"
+        # what is left unread is an error, and not a shorter formula
         self.require(bool(pairs) and place == len(self.formula), "formula", rule)
         return pairs

@@ -39,6 +39,7 @@ class LabelWords(Objective):
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, logits of the words [B, C], gold index [B])."""
+        # the words of the batch's examples, each looked up once
         words, index = batch["word_ids"].unique(return_inverse=True)
         scores = self._logits(model, batch, words).gather(1, index)
         return torch.nn.functional.cross_entropy(scores, batch["labels"]), scores, batch["labels"]
@@ -52,6 +53,7 @@ class LabelWords(Objective):
         """The masks."""
         del model
         rows = torch.arange(len(batch["labels"]), device=batch["labels"].device)
+        # columns count from the right end, as everywhere
         return Positions(rows, batch["mask_position"] - batch["input_ids"].shape[1])
 
     def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
@@ -60,6 +62,7 @@ class LabelWords(Objective):
         gold = batch["labels"]
         readout = of_scores(self._logits(model, batch, words), gold, words, index)
         if feedback == "log_odds":
+            # which word is right names the response: words differ in how their odds move
             return of_log_odds(readout.losses, batch["word_ids"].gather(1, gold.unsqueeze(1)).squeeze(1))
         return readout if feedback == "scores" else of_losses(readout.losses, readout.unit)
 

@@ -90,10 +90,12 @@ class Metric(Writing):
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(1 - metric, scores of the choices, labels); of what is written F1 and exact match [B, 2], and zeros."""
         if not is_written(batch):
+            # 0 or 1 an example: the mean moves in steps of 1 / B
             _, scores, gold = chooser_of(batch).predict(model, batch)
             if self.library:
                 return self._of_library([scores.argmax(1).tolist()], gold.tolist()).to(scores.device), scores, gold
             return 1 - (scores.argmax(1) == gold).float().mean(), scores, gold
+        # samples of one prompt are averaged before the metric's mean
         samples = self.texts(model, batch)
         scores = torch.stack([scores_of(texts, batch) for texts in samples]).mean(0).to(batch["input_ids"].device)
         labels = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
@@ -101,6 +103,7 @@ class Metric(Writing):
             read = batch["answering"].answer_in
             predictions = [[read(text) for text in texts] for texts in samples]
             return self._of_library(predictions, batch["answers"]).to(scores.device), scores, labels
+        # auto: the task's own metric
         name = batch["answering"].metric if self.metric == "auto" else self.metric
         return 1 - scores[:, _GENERATED.index(name)].mean(), scores, labels
 
@@ -114,6 +117,7 @@ class Metric(Writing):
         if is_written(batch):
             return super().losses(model, batch)
         _, scores, gold = chooser_of(batch).predict(model, batch)
+        # 1 where the best score is not the gold one
         return 1 - (scores.argmax(1) == gold).float()
 
     def losses_of(self, texts: list[str], batch: Batch) -> Tensor:
@@ -139,6 +143,7 @@ class Metric(Writing):
         """What is minimised of the `evaluate` metric, its mean over samples; float32."""
         values = [libraries.value_of(self.library, predictions, references) for predictions in samples]
         mean = torch.tensor(values).mean()
+        # minimised either way: 1 - metric, or the metric itself where less is better
         return 1 - mean if self.greater_is_better else mean
 
 

@@ -55,6 +55,7 @@ class Preference(Objective):
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, log-probabilities of both answers [B, 2], zeros [B]: the first one is right)."""
+        # log p of each answer, both rows of a pair one behind the other
         log_probs = sums(model, batch)
         losses = self._losses(log_probs, batch)
         return losses.mean(), log_probs.view(-1, 2), torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
@@ -75,6 +76,7 @@ class Preference(Objective):
         inputs = arguments(model, batch["input_ids"], batch["attention_mask"])
 
         def terms(log_probs: Tensor) -> Tensor:
+            # log p of each answer from its tokens', then the pair's loss: differentiable in each token
             return self._losses(log_probs.new_zeros(len(batch["labels"])).index_add(0, places.row, log_probs), batch)
 
         if feedback == "hidden":
@@ -88,7 +90,9 @@ class Preference(Objective):
                 "objective=preference needs each row's log-probabilities under the model before training: call "
                 "zoft.lm.objectives.preference.keep_reference(model, rows, collator) before you train"
             )
+        # log p / p_0 of both answers
         gains = (sums - batch["reference"]).view(-1, 2)
+        # L = -log sigmoid(beta (gain of the chosen - gain of the rejected))
         return -torch.nn.functional.logsigmoid(self.beta * (gains[:, 0] - gains[:, 1]))
 
 
@@ -115,10 +119,12 @@ def keep_reference(
         batch_size: pairs computed together; in the order of their lengths.
     """
     device = next(p.device for p in model.parameters() if not p.is_meta)  # a server may have the rest
+    # long pairs first: the largest batch fails first, if any does
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["input_ids"]))
     for start in range(0, len(order), batch_size):
         chosen = [rows[place] for place in order[start : start + batch_size]]
         batch = {key: value.to(device) for key, value in collator(chosen).items()}
+        # p_0: no gradient, and no graph of the frozen start
         with torch.no_grad():
             log_probs = sums(model, batch).view(-1, 2).tolist()
         for row, values in zip(chosen, log_probs, strict=True):
