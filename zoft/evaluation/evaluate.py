@@ -74,6 +74,7 @@ class Request:
             raise UserError(f"k={self.k} is not read by mode={self.mode}: set mode=icl, or calibrated")
         if self.k is not None and self.k < 1:
             raise UserError(f"k must be at least 1, got {self.k}")
+        # a row of the training split could be shown in front of itself
         if self.shown and self.split != "test":
             raise UserError(
                 f"split={self.split} and mode={self.mode} with k={self.shown}: a row would be its own example"
@@ -114,8 +115,10 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     from zoft.run.build import row_limit, tokenizer_of
 
     began = time.perf_counter()
+    # read and checked before the model, which takes longest to load
     splits = cfg.task.load()
     repeats.warn(splits)
+    # which objective scores the rows decides how they are encoded
     examples = getattr(splits, request.split)
     objective = formats.scorer_of(cfg.task, examples, cfg.objective)
     form = formats.nearest_format(cfg.task, examples, objective)
@@ -123,6 +126,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     _check(form, request, cfg, splits.train)
     passing.check(form, objective, request.pass_at, request.pass_reward)
     metrics = [request.metric] * bool(request.metric)
+    # it judges all rows together: a mean over batches would be another number
     if isinstance(objective, Metric) and objective.library:  # it judges all rows at the end, not each batch on the way
         metrics.append(split(objective.library)[0])
         objective = objective.without_library()
@@ -190,6 +194,7 @@ def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, 
     from zoft.run.build import arguments_of
     from zoft.utils.lazy import torch
 
+    # nothing is trained: trackers would open a run of their own
     cfg.tracker.report_to = []
     args = arguments_of(cfg)
     model = served_model(cfg, run, tokenizer)
@@ -198,6 +203,7 @@ def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, 
         require_rows_fit(model, rows, tokenizer, cfg.model.name)
         model = on_device(model, args.device)
     model = model.eval()
+    # the same autocast as in training: scores are compared with those of a run
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     autocast: Any = nullcontext if dtype is None else functools.partial(torch.autocast, args.device.type, dtype)
     collate = formats.collator_for(form, rows, tokenizer, cfg.task, objective)
@@ -216,6 +222,7 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
     from zoft.lm.models.load import load_model_as
     from zoft.run.build import tokenizer_of
 
+    # a run's folder has a whole model, or the adapter alone and the base's name
     kept = Path(run) / "model"
     adapter = bool(run) and (kept / "adapter_config.json").is_file()
     model: Any = load_model_as(
@@ -235,6 +242,7 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
         from zoft.lm.models.peft import load_adapter
 
         return load_adapter(model, kept)
+    # the config's model as a run would begin with it: its fresh adapter computes nothing yet
     return model if run else cfg.peft.wrap(model, cfg.seed, cfg.model.revision)
 
 
@@ -242,6 +250,7 @@ def _base_of(adapter: Path, name: str) -> str:
     """The model under an adapter: the config's, or where that was a folder of another place, the one it lies in."""
     from zoft.lm.models.peft._positions import adapter_config
 
+    # a config that names a local folder of another machine: the adapter knows where its base was
     if Path(name).expanduser().is_dir():
         return name
     base = adapter_config(adapter).get("base_model_name_or_path")
@@ -255,6 +264,7 @@ def _scored(scoring: Scoring, form: str, rows: Any, examples: Any, request: Requ
         return scoring.counted(rows)
     if form == "pairs":
         return scoring.pairs(rows)
+    # calibration sets each option against the same one behind a prompt without content
     against = None
     if request.mode == "calibrated":
         from zoft.lm.tasks.base import uncontextual
@@ -268,6 +278,7 @@ def _probed(scoring: Scoring, splits: Any, request: Request, encode: Any) -> Sco
     from zoft.evaluation.features import features
     from zoft.evaluation.linear_probe import probe
 
+    # fitted on train, its penalty chosen on dev, reported on the split that was asked for
     parts = {name: encode(getattr(splits, name)) for name in {"train", "dev", request.split}}
     labels = {name: [row["label"] for row in rows] for name, rows in parts.items()}
     count = max(max(values) for values in labels.values()) + 1
@@ -302,6 +313,7 @@ def _facts(
         "seconds": seconds,
         "output_dir": request.output_dir,
     }
+    # what was chosen or written, against labels or gold answers, as the metric wants them
     predictions = [row.get("answer", row.get("chosen")) for row in found.predictions]
     references = [row.get("answers", row.get("label")) for row in found.predictions]
     for name in metrics:
@@ -313,6 +325,7 @@ def _classes(form: str, examples: Sequence[Any], found: Scored) -> dict[str, Any
     """Figures of every class, where all rows have the same few."""
     from zoft.lm.metrics.classes import MOST, by_class
 
+    # a table of classes needs the same few options in every row
     options = tuple(getattr(examples[0], "options", ())) if form in ("options", "mask", "head") else ()
     if not 2 <= len(options) <= MOST or any(tuple(example.options) != options for example in examples):
         return {}
@@ -324,6 +337,7 @@ def _classes(form: str, examples: Sequence[Any], found: Scored) -> dict[str, Any
 def _write(output_dir: str, facts: dict[str, Any], found: Scored, examples: Any, form: str) -> None:
     """The predictions line by line, and the facts."""
     lines = []
+    # one line a row, in the rows' order: two evaluations can be compared line by line
     for number, (row, example) in enumerate(zip(found.predictions, examples, strict=True)):
         line: dict[str, Any] = {"row": number}
         if form in ("options", "mask", "head"):
@@ -394,6 +408,7 @@ def with_solved(task: Task, examples: Sequence[Example], train: Sequence[Example
     Raises:
         UserError: there are fewer than ``k``.
     """
+    # published tasks draw demonstrations from their whole training source, with MeZO's seeds
     if isinstance(task, RowsTask):
         shown = task.demonstrations(len(examples), k)
     else:

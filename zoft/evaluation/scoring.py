@@ -60,6 +60,7 @@ class Scoring:
     @property
     def dtype(self) -> str:
         """What the model computes in."""
+        # autocast decides over the weights' own dtype
         if torch.is_autocast_enabled(self.device.type):
             return str(torch.get_autocast_dtype(self.device.type)).removeprefix("torch.")
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
@@ -71,6 +72,7 @@ class Scoring:
 
     def predict(self, rows: Sequence[Row], collate: Callable[..., dict[str, Any]] | None = None) -> Any:
         """The objective's predictions of one batch."""
+        # lists and objects of a batch (prompts, answering) have no device
         batch = {
             key: value.to(self.device) if isinstance(value, torch.Tensor) else _moved(value, self.device)
             for key, value in (collate or self.collate)(rows).items()
@@ -92,6 +94,7 @@ class Scoring:
             against: the same options behind prompts without content: the sum of an option's log-probabilities there is
                 taken from that behind its own prompt (calibration).
         """
+        # options of several tokens are padded; alone they are not
         score: Scorer = self.scores
         score_alone: Scorer = self._alone if "sequences" in rows[0] else self.scores
         if against is not None:
@@ -110,6 +113,7 @@ class Scoring:
         """Scores of one row, each option in a forward of its own without padding, as MeZO evaluates."""
         from zoft.lm.data.tokens import OptionCollator
 
+        # each option by itself, as MeZO's code evaluates: no padding, and no other option beside it
         (row,) = rows
         collate = OptionCollator(0, one_row_per_option=True)
         each = [
@@ -121,6 +125,7 @@ class Scoring:
     def chosen(self, rows: Sequence[Row], choices: Sequence[Choice]) -> Scored:
         """Accuracy and loss of choices; a row may have several right ones."""
         right = [{row["label"], *row.get("also_right", ())} for row in rows]
+        # a binomial share: Wilson's interval holds near 0 and 1, and for few rows
         hits = [choice.chosen in own for choice, own in zip(choices, right, strict=True)]
         low, high = wilson(sum(hits), len(hits))
         loss = cross_entropy(choices, [row["label"] for row in rows])
@@ -146,6 +151,7 @@ class Scoring:
         predictions = []
         for number, row in enumerate(rows):
             texts = [texts[number] for texts in samples]
+            # the answer in a text, before it is compared with the gold ones
             found = [answering.answer_in(text) for text in texts]
             all_scores = [scored(one, row["answers"], as_mezo=answering.as_mezo) for one in found]
             scores: dict[str, Any] = {name: _mean([own[name] for own in all_scores]) for name in SCORES}
@@ -154,6 +160,7 @@ class Scoring:
             predictions.append(_texts(row, texts) | {"answer": found[0], "answers": row["answers"]} | scores)
         metrics: dict[str, float] = {}
         for name in SCORES:
+            # means over rows with an interval: rows are what was drawn, samples of one row are not
             values = [row[name] for row in predictions]
             low, high = mean_of_scores(values)
             metrics |= {name: _mean(values), f"{name}_low": low, f"{name}_high": high}
@@ -182,6 +189,7 @@ class Scoring:
         first = getattr(self.objective, "seed", 0)
         again: set[int] = set()
         samples = []
+        # a seed for every sample, the objective's own first
         for seed in range(first, first + getattr(self.objective, "num_samples", 1)):
             texts = [""] * len(rows)
 
@@ -191,6 +199,7 @@ class Scoring:
                     return write(self.model, prompts, answering, temperature=temperature, seed=seed)
 
             def put(numbers: list[int], texts: list[str] = texts, of: Callable[..., Written] = of) -> None:
+                # two tokens that are nearly as likely: the batch's rounding could decide, so it is written again alone
                 found = of(numbers)
                 for number, text, margin in zip(numbers, found.texts, found.margins, strict=True):
                     close = len(numbers) > 1 and margin <= self._close_logits

@@ -57,8 +57,10 @@ def run(cfg: ZoftConfig, callbacks: Sequence[Any] = (), opening: Opening | None 
     """
     from zoft.config import resolved_yaml
 
+    # each process runs this; the first one writes, says and decides
     first = int(os.environ.get("RANK", "0")) == 0
     there = folder.nearest(cfg.output_dir)
+    # before anything is loaded: a folder with another run in it is refused at once
     standing = _claim(cfg, resolved_yaml(cfg), first)
     if standing == "done":
         return _show_finished(cfg.output_dir)
@@ -67,6 +69,7 @@ def run(cfg: ZoftConfig, callbacks: Sequence[Any] = (), opening: Opening | None 
             trainer, splits, memory = _prepare(cfg, opening)
             for callback in callbacks:
                 trainer.add_callback(callback)
+        # a run that could not begin leaves the folder as it was found
         except BaseException:
             if first and standing == "new":
                 folder.release(cfg.output_dir, there)
@@ -84,6 +87,7 @@ def _train(
     try:
         return _carry_out(cfg, trainer, splits, memory, resuming=standing == "resume")
     except Exception as error:
+        # a full disk shows in many places, as an error of torch or safetensors too
         told = _of_disk(error, cfg.output_dir)
         if told is None:
             raise
@@ -104,12 +108,14 @@ def _of_disk(error: Exception, output_dir: str) -> UserError | None:
     if said is None:
         return None
     named = said.filename if isinstance(said.filename, str) else ""
+    # an error of another file (a cache, the user's data) is not about the run's folder
     ours = place in Path(named).absolute().parents
     return DiskFullError.of(said, Path(named) if ours else place, 0) if ours or said.errno == errno.ENOSPC else None
 
 
 def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
     """The first process decides about the folder and the others hear of it."""
+    # one process: no rendezvous, and accelerate need not be imported yet
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return folder.claim(cfg.output_dir, resolved)
     from datetime import timedelta
@@ -159,6 +165,7 @@ def _prepare(cfg: ZoftConfig, opening: Opening | None) -> tuple[ZOTrainer, dict[
     from zoft.trainer.signals import StopOnInterrupt
 
     args = arguments_of(cfg)
+    # the process's size before the model: what a run of any method would hold
     base_mb = PeakMemory("cpu").current_mb() if args.device.type == "cpu" else 0.0
     keep_in_folder(args)
     tokenizer, rows = load_rows(cfg, splits)
@@ -168,7 +175,8 @@ def _prepare(cfg: ZoftConfig, opening: Opening | None) -> tuple[ZOTrainer, dict[
     model = load_fitting(cfg, tokenizer, rows)
     chosen = _chosen(cfg, args, model, tokenizer, rows)
     trainer = make_trainer(cfg, args, model, tokenizer, rows)
-    trainer.create_optimizer()  # binds subspace and engine: parts that do not go together are found out here
+    # parts that do not go together are an error here, before the folder says that a run has begun
+    trainer.create_optimizer()
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
     forgive_trackers(trainer.callback_handler.callbacks)
@@ -216,6 +224,7 @@ def _chosen(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[s
     if args.world_size > 1:
         raise UserError(f"{cfg.auto[0]}=auto is chosen in one process: start the run without torchrun, or give a value")
     chosen = choose(cfg, model, tokenizer, rows)
+    # what the choice has cost is part of the budget
     args.max_steps = cfg.composition.steps_within(cfg.budget.queries - chosen.queries)
     return chosen
 
@@ -240,18 +249,23 @@ def _carry_out(
     _say_if_long(trainer, rows, known or 0)
     keep_reference(trainer, rows)
     _fill_frozen_prefix(trainer, rows)
+    # the peak of the zero-shot evaluation is inference's; that of training is taken anew below
     memory.reset()
     metric, final_file = _metric_of(cfg, rows), Path(cfg.output_dir) / results.FINAL
     zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory, metric)
     memory.reset()
+    # steps that are known come from the journal, and a new run begins at its first query
     trainer.train(resume_from_checkpoint=None if known is None else True)
     stops = [c for c in trainer.callback_handler.callbacks if isinstance(c, StopOnInterrupt) and c.stopped]
     if stops:
         if first:
             say(f"stopped after {trainer.state.global_step:,} steps; the same command goes on from there")
+        # 75 asks a scheduler for another start; a user's own Ctrl-C does not
         raise Requeued if stops[0].requeue else KeyboardInterrupt
+    # before the final evaluation, whose batches may be larger than training's
     peak = memory.peak_mb()
     final = _held_out(trainer, rows["test"], final_file, "final", memory, metric)
+    # a model that does not fit is refused before the one of an earlier try is replaced
     if first:
         trainer.checkpoints.refuse_full_disk(Path(cfg.output_dir) / "model")
     save_model(trainer, Path(cfg.output_dir) / "model")
@@ -294,6 +308,7 @@ def _say_if_long(trainer: ZOTrainer, rows: dict[str, list[Any]], known: int) -> 
     from zoft.report.pace import long_run_line, seconds_per_query
     from zoft.report.text import say
 
+    # queries of a step, from the budget: directions differ from method to method
     cost = trainer.args.budget_queries / trainer.args.max_steps
     left = round((trainer.args.max_steps - known) * cost)
     if not trainer.is_world_process_zero() or left < _FEW_QUERIES:
@@ -314,6 +329,7 @@ def clean_query(trainer: ZOTrainer, rows: list[Any]) -> None:
     args = trainer.args
     trainer.model.eval()
     for number in range(args.gradient_accumulation_steps):
+        # as large as a step's micro-batch; a short data set lends its first row
         chosen = rows[number * args.per_device_train_batch_size :][: args.per_device_train_batch_size] or rows[:1]
         batch = trainer.collated(chosen)
         with torch.no_grad(), trainer.compute_loss_context_manager(), no_trials():
@@ -329,6 +345,7 @@ def save_model(trainer: ZOTrainer, target: Path) -> None:
     """
     from zoft.journal import snapshot
 
+    # every process calls it, since saving may gather weights; the first one writes
     if not trainer.is_world_process_zero():
         trainer.save_model(str(target))
         return
@@ -357,6 +374,7 @@ def keep_reference(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
     from zoft.lm.objectives.preference import keep_reference
 
     trainer.model.eval()
+    # every split: an evaluation reports the same loss
     for part in rows.values():
         with trainer.compute_loss_context_manager():
             list(keep_reference(trainer.model, part, trainer.data_collator, trainer.args.per_device_eval_batch_size))
@@ -386,6 +404,7 @@ def _held_out(
 
     identity = trainer.journal.identity
     rows_now = identity.settings()["test_data"]
+    # an earlier answer holds for these weights, this base and these rows only
     of = {WEIGHTS: Weights(trainer.model).digest(), "frozen": identity.frozen_fingerprint(), "rows": rows_now}
     known = read_results(kept, of) if trainer.args.world_size == 1 else None
     if known is not None:  # with more processes, all must do the same whatever disk they see
@@ -416,6 +435,7 @@ def _chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
         return None
     row, form = rows["dev"][0], formats.format_of_row(rows["dev"][0])
     counts = {"options": len(row.get("sequences", ())), "mask": len(row.get("word_ids", ())), "pairs": 2}
+    # a guess among two at least: a row without options says nothing of chance
     return 1 / max(2, counts.get(form, formats.num_labels(cfg.task)))
 
 
