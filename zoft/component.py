@@ -73,6 +73,7 @@ class Component:
     def require(self, ok: bool, field: str, rule: str, hint: str = "") -> None:
         """Raise a :class:`UserError` that names ``field`` unless ``ok``; ``hint`` says what was probably meant."""
         if not ok:
+            # the field by its full name: the message may be read far from where the value was written
             value = getattr(self, field)
             raise UserError(f"{self.name()}.{field} must be {rule}, got {value!r}{hint and f': {hint}'}")
 
@@ -91,6 +92,7 @@ def components(group: str) -> dict[str, type[Component]]:
         >>> {"central", "one_sided"} <= set(components("estimator"))
         True
     """
+    # importing a group's files must stay cheap: components bring torch in lazily
     package = importlib.import_module(GROUPS[group])
     found: dict[str, type[Component]] = {}
     for module_info in pkgutil.iter_modules(package.__path__):
@@ -98,6 +100,7 @@ def components(group: str) -> dict[str, type[Component]]:
             continue
         module = importlib.import_module(f"{package.__name__}.{module_info.name}")
         found.update({cls.name(): cls for cls in vars(module).values() if _is_component_of(cls, module.__name__)})
+    # behind our own files: a package may bring a part, and under a name of ours replaces it
     for entry in importlib.metadata.entry_points(group=f"zoft.{group}"):
         cls = entry.load()
         file = inspect.getsourcefile(cls)
@@ -132,6 +135,7 @@ def from_file(group: str, choice: str) -> type[Component]:
         UserError: no such file or class, or it is no component of that group, saying what it lacks.
     """
     path, _, name = choice.rpartition(":")
+    # the file runs once a process, however often it is named
     where, base, known = f"{group}={choice}", base_of(group), parts_in(path, f"{group}={choice}")
     cls = known.get(name)
     if cls is None:
@@ -139,6 +143,7 @@ def from_file(group: str, choice: str) -> type[Component]:
         raise UserError(f"{where}: {path} {what} called {name!r}.{did_you_mean(name, known)}")
     if not issubclass(cls, base):
         raise UserError(f"{where}: {name} must inherit from {base.__module__}.{base.__name__}, or from one below it")
+    # a subclass with annotations and no decorator would silently have its base's fields alone
     if "__dataclass_fields__" not in vars(cls) and vars(cls).get("__annotations__"):
         raise UserError(f"{where}: put @dataclass above class {name}: its fields are its settings")
     return cls
@@ -166,6 +171,7 @@ def group_of(cls: type[Component]) -> str:
 def base_of(group: str) -> type[Component]:
     """The class that every component of a group inherits from."""
     module = importlib.import_module(f"{GROUPS[group]}.base")
+    # the base is called as its group is: estimator -> Estimator
     return next(
         value
         for value in vars(module).values()
@@ -183,6 +189,7 @@ def _is_component_of(value: Any, module_name: str) -> bool:
     return (
         inspect.isclass(value)
         and issubclass(value, Component)
+        # imported into the file (a base, a helper) is not defined by it
         and value.__module__ == module_name
         and not value.__name__.startswith("_")
     )
@@ -207,6 +214,7 @@ def create(group: str, choice: str | Component | None, default: str, **fields: A
         >>> create("optimizer", "sgd", "sgd").name()
         'sgd'
     """
+    # an instance is taken as it is: its fields are settled
     if isinstance(choice, Component):
         return choice
     name = default if choice is None else choice
@@ -223,6 +231,7 @@ def describe(cls: type[Component]) -> list[tuple[str, str, str, str]]:
     so it is written once.
     """
     meanings: dict[str, str] = {}
+    # from the first base down, so that a class's own words replace its base's
     for base in reversed(cls.__mro__):
         text = inspect.cleandoc(vars(base).get("__doc__") or "")
         meanings |= re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", text, re.M)

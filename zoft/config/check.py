@@ -50,6 +50,7 @@ class Checker:
         """
         refuse_targets(data, where)
         dropped: list[str] = []
+        # in the order of the file: the first error is the first one a reader would come to
         for key, value in data.items():
             if key == "hydra":
                 _check_hydra(value, where)
@@ -76,6 +77,7 @@ class Checker:
         for key in list(value):
             if key in _hints(cls):
                 _check_value(value[key], _hints(cls)[key], f"{group}.{key}", where)
+            # settings of the part that another file replaced belong to no part now
             elif replaced and any(key in _hints(other) for other in components(group).values()):
                 del value[key]
                 dropped.append(f"{group}.{key}")
@@ -115,6 +117,7 @@ def refuse_code(data: dict[str, Any], arguments: list[dict[str, Any]], where: st
     Raises:
         UserError: the file names one that the command line does not.
     """
+    # what the command line names itself is trusted: a person has typed it
     known = {name for argument in arguments for name in _code(argument.get("objective"))}
     for key, name in _code(data.get("objective")):
         if (key, name) not in known:
@@ -136,6 +139,7 @@ def _code(data: Any, depth: int = 0) -> list[tuple[str, str]]:
     found = []
     for key, value in data.items():
         text = str(value)
+        # ${...} may become anything once it is resolved, so it counts as code where code could stand
         refers = isinstance(value, str) and "${" in value and (depth == 1 or key in ("metric", "settings"))
         if (key == "function" and value) or (key == "metric" and text.startswith("evaluate:")) or refers:
             found.append((str(key), text))
@@ -168,6 +172,7 @@ def _near_root(key: str) -> str:
     if near.startswith(" Did"):
         return near
     homes = [group for group in GROUPS if any(key in _hints(cls) for cls in components(group).values())]
+    # a level down: groups of settings that are no components
     homes += [name for name in ("model", "budget", "tracker", "diagnostics") if key in _hints(_hints(ZoftConfig)[name])]
     if homes:
         return f" Did you mean {' or '.join(f'{home}.{key}' for home in homes[:3])}?"
@@ -204,6 +209,7 @@ def _check_value(value: Any, hint: Any, key: str, where: str) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    # a value that is filled in later cannot be checked yet
     if hint is Any or (isinstance(value, str) and (value == "???" or "${" in value)):
         return True
     origin = typing.get_origin(hint)
@@ -222,6 +228,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _fits_scalar(value: Any, hint: Any) -> bool:
+    # bool is an int in Python, and no number here
     if hint is bool or isinstance(value, bool):
         return isinstance(value, bool) and hint in (bool, str)
     if hint is float and isinstance(value, str):
@@ -231,6 +238,7 @@ def _fits_scalar(value: Any, hint: Any) -> bool:
             return False
     if hint is int and isinstance(value, str):
         return value.lstrip("+-").isdigit()
+    # OmegaConf would make text of a number, and a number of a whole one
     allowed = {int: (int,), float: (int, float), str: (str, int, float)}.get(hint)
     return allowed is None or isinstance(value, allowed)
 
@@ -265,6 +273,7 @@ def translated(experiments: Experiments | None = None) -> Iterator[None]:
         raise UserError(yaml_message(error, mark.name if mark else "a config")) from error
     except MissingConfigException as error:
         raise UserError(_named(_missing(error), experiments)) from error
+    # what these libraries raise for a user's mistake; anything else is ours, and keeps its traceback
     except (HydraException, OmegaConfBaseException, OSError, ValueError, TypeError, AssertionError) as error:
         raise UserError(_named(_sentence(error), experiments)) from error
 
@@ -293,6 +302,7 @@ def _sentence(error: BaseException) -> str:
         key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
         kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
         text = " ".join(kept)
+        # a reason that repeats an outer one says nothing new
         if text and not any(text in reason for reason in reasons):
             reasons.append(f"{text} (at {key})" if key else text)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)

@@ -81,6 +81,7 @@ class ZOSampler(BaseSampler):
         """The next point of the block that no trial has; one from elsewhere where all of them are under way."""
         with self._lock:
             known = known_values(study, self.space)
+            # points that were asked for and not answered yet are under way in other trials
             waiting = [values for values in self.points(known) if self._taken.get(key(values)) in (None, trial.number)]
             values = waiting[0] if waiting else self.space.values(self._elsewhere())
             self._taken[key(values)] = trial.number
@@ -103,6 +104,7 @@ class ZOSampler(BaseSampler):
         for _ in range(_MOST_KNOWN):
             block = {key(values): values for values in map(self.space.values, self.block)}
             missing = {name: values for name, values in block.items() if name not in known}
+            # missing points first: a step is taken when all of its block are known
             if missing:
                 return list(missing.values())
             self._tell(known)
@@ -113,11 +115,13 @@ class ZOSampler(BaseSampler):
         names = [key(self.space.values(u)) for u in self.block]
         self.num_stale = 0 if any(name not in self.known for name in names) else self.num_stale + 1
         for name in names:
+            # a failed point counts as bad as the worst so far, so that the search turns away from it
             worst = max(self.known.values(), default=0.0)
             self.known.setdefault(name, worst if math.isnan(known[name]) else known[name])
         losses = [self.known[name] for name in names]
         best = min(range(len(losses)), key=lambda i: losses[i])
         if losses[best] < self.lowest:
+            # a lower point than any: the search begins anew there, with a smaller radius
             self.lowest, self.start, self.search = losses[best], self.block[best], None
             self.radius *= _SHRINK if self.is_of_search else 1
         elif self.is_of_search and self.search is not None:
@@ -125,6 +129,7 @@ class ZOSampler(BaseSampler):
 
     def _next(self) -> list[list[float]]:
         """Both ends of each direction of a step, or where a step has led; a point from elsewhere after stale blocks."""
+        # blocks of known points only: the search goes round in a grid's cell
         self.is_of_search = self.num_stale < _STALE
         if not self.is_of_search:
             self.num_stale = 0
@@ -150,9 +155,11 @@ class ZOSampler(BaseSampler):
         """
         d, phi = self.space.width, 2.0
         for _ in range(40):
+            # phi^(d + 1) = phi + 1, by iteration from 2
             phi = (1 + phi) ** (1 / (d + 1))
         self.num_spread += 1
         shift = uniform(self.seed, 0, d)
+        # x_i = shift_i + n phi^-i mod 1: each new point falls into the largest gap
         return [(shift[i] + self.num_spread * phi ** -(i + 1)) % 1.0 for i in range(d)]
 
 
@@ -168,6 +175,7 @@ def known_values(study: Study, space: SearchSpace) -> dict[str, float]:
         space: of their parameters.
     """
     besides = study.user_attrs.get(UNCOUNTED, [])
+    # Optuna maximises or minimises; here lower is better
     sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
     known = {}
     for trial in study.get_trials(deepcopy=False):

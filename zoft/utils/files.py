@@ -29,12 +29,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: as the file system says; ``path`` is then what it was.
     """
+    # in the same folder, since a rename does not cross file systems
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         beside.unlink(missing_ok=True)  # of an earlier process of this number, or a link that somebody has put there
         with beside.open("xb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
+            # on the disk before the rename, or a crash could leave an empty file under the final name
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError:

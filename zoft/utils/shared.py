@@ -25,6 +25,7 @@ def no_link(path: str, flags: int) -> int:
         OSError: as the system says.
     """
     try:
+        # O_TRUNC comes later: nothing may be cut before it is known what the name leads to
         file = os.open(path, flags & ~os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK) and os.path.islink(path):
@@ -33,6 +34,7 @@ def no_link(path: str, flags: int) -> int:
             ) from None
         raise
     about = os.fstat(file)
+    # another name for the same file: writing here would change it there
     if stat.S_ISREG(about.st_mode) and about.st_nlink > 1:
         os.close(file)
         raise UserError(
@@ -67,6 +69,7 @@ def lock(file: int) -> bool:
     try:
         import fcntl
 
+        # without waiting: the caller says who has it
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -85,6 +88,7 @@ def close(file: int) -> None:
 def _close_in_child() -> None:
     for file in _locked:
         os.close(file)
+    # a child that keeps it open would keep the lock after its parent has died
     _locked.clear()
 
 

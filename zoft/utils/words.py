@@ -66,12 +66,14 @@ def read_words(
             if not value or (not equals and value.startswith("--")):
                 raise UserError(f"{name} is followed by a value: {name} VALUE. See zoft {verb} --help")
             _set(words.options, name, value)
+        # a key that was written like a flag is the likeliest slip
         elif word.startswith("-"):
             as_key = f" Did you mean {word.lstrip('-')}?" if name.lstrip("-") in keys and equals else ""
             near = as_key or did_you_mean(name, [*flags, *options, "--help"])
             raise UserError(f"zoft {verb} has no flag {word!r}.{near} See zoft {verb} --help")
         elif equals and name in keys:
             _set(words.own, name, value)
+        # a folder alone is likely a run or a model: which is for the user to say
         elif not equals and "run" in keys and Path(word).is_dir():
             raise UserError(
                 f"{word!r} is a folder: write run={word} for a run of zoft train, or model.name={word} for a model"
@@ -103,6 +105,7 @@ def refuse_near_miss(verb: str, word: str, keys: Iterable[str], others: Iterable
     """
     name, known = word.partition("=")[0], set(others)
     near = did_you_mean(name, {*keys, *known})
+    # nested keys belong to the config, whose own check says what is wrong with them
     if "." not in name and name.lstrip("+~") not in known and near.startswith(" Did"):
         raise UserError(f"zoft {verb} has no setting {name!r}.{near}")
 
