@@ -20,7 +20,7 @@ beside = $(PYTHON) -m venv build/$(1) && \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-quant test-triton gpu-check test-ui test-wheel fingerprint faults bench bench-demo bench-gpu bench-blackbox docs lint format constraints clean
+.PHONY: help install assets train test test-slow test-quant test-triton gpu-check test-ui test-wheel fingerprint faults bench bench-demo bench-gpu bench-scale bench-blackbox docs lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -77,6 +77,9 @@ gpu-check: install ## all that needs an NVIDIA GPU, in ten minutes and one table
 	$(call beside,gpu)
 	build/gpu/bin/python -m pip install --quiet --no-deps 'bitsandbytes==0.50.2'
 	build/gpu/bin/python scripts/gpu_check.py $(ARGS)
+
+bench-scale: $(INSTALLED) ## the tables of docs/scaling.md: 1, 2 and 4 processes, rows or points divided; 5 minutes
+	$(ENV) $(BIN)/python scripts/bench_scale.py $(ARGS)
 
 bench-blackbox: $(INSTALLED) ## the tables of docs/blackbox.md and attack.md (8 minutes); tune.md: scripts/bench_tune.py
 	$(ENV) $(BIN)/python scripts/bench_blackbox.py $(ARGS)

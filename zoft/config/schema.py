@@ -21,6 +21,7 @@ from zoft.lm.objectives.base import Objective
 from zoft.lm.tasks.base import Task
 from zoft.optimizers.base import Optimizer
 from zoft.step.method import NOTHING_TO_CLIP, Method
+from zoft.step.shares import grid_of
 from zoft.subspaces.base import Subspace
 from zoft.weightings.base import Weighting
 from zoft.weights.rounding import ROUNDINGS
@@ -221,6 +222,7 @@ class ZoftConfig:
         check_quantization(self)
         self._check_device_map()
         self._check_outputs()
+        self.check_processes(1)
         if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or isinstance(self.estimator, Nodes)):
             raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
 
@@ -283,6 +285,15 @@ class ZoftConfig:
                 "at learning_rate * vector_scale; train matrices (trainable=all), or use optimizer=sgd"
             )
         return found
+
+    def check_processes(self, world: int) -> None:
+        """Refuse a number of processes that cannot divide what they are to divide.
+
+        Args:
+            world: how many there are.
+        """
+        parallel = self.trainer.get("parallel", "data")
+        grid_of(parallel, self.trainer.get("parallel_directions", 0), world, self.estimator)
 
     def _check_gradient(self) -> None:
         """A metric or a reward has none."""

@@ -115,20 +115,21 @@ def _of_disk(error: Exception, output_dir: str) -> UserError | None:
 
 def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
     """The first process decides about the folder and the others hear of it."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     # one process: no rendezvous, and accelerate need not be imported yet
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world == 1:
         return folder.claim(cfg.output_dir, resolved)
-    from datetime import timedelta
-
+    cfg.check_processes(world)
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     from zoft.trainer.config import ZOConfig
     from zoft.trainer.ranks import require_same
+    from zoft.trainer.restarts import meeting
 
     # The processes meet here: what ZOConfig says later of how long to wait for each other would come too late.
     wait = float(cfg.trainer.get("ddp_timeout") or ZOConfig.ddp_timeout)
-    PartialState(cpu=not _has_cuda(), timeout=timedelta(seconds=wait))
+    PartialState(cpu=not _has_cuda(), **meeting(wait))
     require_same({"config": resolved})
     answer: list[Any] = [None]
     if first:

@@ -16,6 +16,7 @@ from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors
 from zoft.step.positions import NodePositions, Reader, expand
+from zoft.step.shares import Shares
 from zoft.subspaces._node_layers import Node
 from zoft.subspaces.nodes import NodeSpace
 from zoft.utils.lazy import torch
@@ -96,12 +97,14 @@ class NodeQueries:
         reader: reads the objective.
         gather: a tensor of this process -> those of all of them; None where there is one.
         rank: number of this process.
+        shares: which of a step's probes this process makes, where several have its rows.
     """
 
     session: NodeSession
     reader: Reader
     gather: Callable[[Tensor], list[Tensor]] | None = None
     rank: int = 0
+    shares: Shares = field(default_factory=Shares)
 
     def __call__(self, batch: Any, direction: Direction, estimator: Nodes) -> NodeEstimate:
         """The estimate of a step.
@@ -244,14 +247,43 @@ class NodeQueries:
         space = self._space()
         # total counts the positions of all processes: whichever has a position, its direction is the same
         at_once = max(1, _ROWS // max(1, total))  # few positions: several probes' directions are drawn in one call
-        for first in range(0, probes, at_once):
-            count = min(at_once, probes - first)
-            drawn = _Drawn(space, direction, first, count, total)
-            for part in parts:
-                changes = [self._probe(part, drawn, probe, eps) for probe in range(count)]
-                directions = {key: torch.stack([drawn.rows(key, part, j) for j in range(count)]) for key in drawn.kept}
+        some = [
+            _Drawn(space, direction, first, min(at_once, probes - first), total) for first in range(0, probes, at_once)
+        ]
+        asked = [] if self.shares.count == 1 else self._asked(parts, some, probes, eps)
+        for drawn in some:
+            for number, part in enumerate(parts):
+                if asked:  # what others' probes moved is drawn here too: names are enough
+                    found, sizes = asked[number]
+                    changes = found[drawn.first : drawn.first + drawn.count]
+                    for key, size in sizes.items():
+                        drawn.draw(key, size, part.places.rows.device)
+                else:
+                    changes = torch.stack([self._probe(part, drawn, probe, eps) for probe in range(drawn.count)])
+                count = range(drawn.count)
+                directions = {key: torch.stack([drawn.rows(key, part, j) for j in count]) for key in drawn.kept}
                 # [q, P_loss, C] -> [q, P, C]: a position reads the change of the loss's position that it belongs to
-                yield part, torch.stack(changes)[:, part.places.anchor], directions
+                yield part, changes[:, part.places.anchor], directions
+            drawn.kept.clear()
+
+    def _asked(
+        self, parts: list[_Part], some: list[_Drawn], probes: int, eps: float
+    ) -> list[tuple[Tensor, dict[str, int]]]:
+        """Of each part: (s' - s) / eps of all probes [q, A, C], each made by one process; and key -> m of its nodes."""
+        mine, sizes = self.shares.mine(probes), [dict[str, int]() for _ in parts]
+        found: list[list[Tensor]] = [[] for _ in parts]
+        for drawn in some:
+            here = [probe - drawn.first for probe in mine if 0 <= probe - drawn.first < drawn.count]
+            for number, part in enumerate(parts if here else ()):
+                found[number] += [self._probe(part, drawn, probe, eps) for probe in here]
+                sizes[number] = {key: v.shape[-1] for key, v in drawn.kept.items()}
+            drawn.kept.clear()
+        own = [torch.stack(changes) for changes in found]
+        whole = self.shares.joined(torch.cat([one.flatten(1) for one in own], dim=1), probes)
+        each = whole.split([one[0].numel() for one in own], dim=1)
+        return [
+            (changes.reshape(probes, *one.shape[1:]), keys) for changes, one, keys in zip(each, own, sizes, strict=True)
+        ]
 
     def _probe(self, part: _Part, drawn: _Drawn, probe: int, eps: float) -> Tensor:
         """(s' - s) / eps, [P, C]."""

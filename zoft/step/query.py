@@ -22,6 +22,7 @@ from zoft.optimizers._optional import TriesSteps, trials
 from zoft.step.estimate import StepEstimate
 from zoft.step.method import BACKWARD, Method
 from zoft.step.nodes import NodeQueries
+from zoft.step.shares import Shares
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces._observes import ObservesGradients, ObservesInputs
 from zoft.weightings.per_prompt import PerPrompt
@@ -50,6 +51,7 @@ class StepQueries:
         places: (batch, how many examples) -> for every process, the places of its examples in the batch of all.
         rank: number of this process.
         nodes: asks for node gradients, where the estimator makes its estimate of them.
+        shares: which of a step's points this process asks, where several have its rows.
     """
 
     method: Method
@@ -64,6 +66,7 @@ class StepQueries:
     places: Callable[[Any, int], list[list[int]]] = field(default=lambda batch, count: [list(range(count))])
     rank: int = 0
     nodes: NodeQueries | None = None
+    shares: Shares = field(default_factory=Shares)
 
     def __post_init__(self) -> None:
         self.session = self.optimizer.session
@@ -188,24 +191,28 @@ class StepQueries:
         """(every example's own directions, losses [P, B]), over the examples of all processes in their places."""
         examples = list(self.examples(batch))
         places = self.places(batch, len(examples))
-        losses = self._joined(self.session.losses_per_example(examples, points, places[self.rank]), places)
+        mine = [points[number] for number in self.shares.mine(len(points))]
+        own = self.session.losses_per_example(examples, mine, places[self.rank])
+        losses = self._joined(own, places, len(points))
         numbers = range(losses.shape[1])
         return [replace(direction, example=number) for direction in directions for number in numbers], losses
 
     def _of_each(self, batch: Any, points: list[Point], clean: Tensor | None) -> Tensor:
         """Each example's loss at all points, [P, B]; a clean loss that is known is taken for all of them."""
         asked = [point for point in points if clean is None or point.direction is not None]
-        own = self.session.losses(self.each(batch), asked).view(len(asked), -1)
-        found = self._joined(own, self.places(batch, own.shape[1]))
+        mine = [asked[number] for number in self.shares.mine(len(asked))]
+        own = self.session.losses(self.each(batch), mine).view(len(mine), -1)
+        found = self._joined(own, self.places(batch, own.shape[1]), len(asked))
         if clean is None:
             return found
         rows = iter(found.unbind())
         return torch.stack([clean.expand(found.shape[1]) if p.direction is None else next(rows) for p in points])
 
-    def _joined(self, losses: Tensor, places: list[list[int]]) -> Tensor:
-        """[P, B] of this process -> those of all, the columns in the order that one process would have."""
+    def _joined(self, losses: Tensor, places: list[list[int]], number: int) -> Tensor:
+        """[mine, B] of this process -> [P, B] of all, the columns in the order that one process would have."""
         if self.gather is not None:
             losses = torch.cat(self.gather(losses), dim=1)
+        losses = self.shares.joined(losses, number)
         order = torch.tensor([place for of_rank in places for place in of_rank]).argsort()
         return losses[:, order]
 
@@ -213,11 +220,11 @@ class StepQueries:
         """The objective at some points, those at the anchor among them; a clean loss that is known is not asked for."""
         at_theta = [p for p in points if not p.anchor and (clean is None or p.direction is not None)]
         at_anchor = [p for p in points if p.anchor]
-        losses = self.average(self.session.losses(batch, at_theta), batch) if at_theta else torch.empty(0)
+        losses = self._asked(batch, at_theta) if at_theta else torch.empty(0)
         of_theta, of_anchor = iter(losses.unbind()), iter(losses[:0].unbind())
         if at_anchor:  # all of them together: the weights go there and back once
             with self.session.at_anchor():
-                of_anchor = iter(self.average(self.session.losses(batch, at_anchor), batch).unbind())
+                of_anchor = iter(self._asked(batch, at_anchor).unbind())
         # back into the order of the points, in which estimators read their losses
         values = []
         for point in points:
@@ -228,6 +235,12 @@ class StepQueries:
             else:
                 values.append(next(of_theta))
         return torch.stack(values)
+
+    def _asked(self, batch: Any, points: list[Point]) -> Tensor:
+        """The objective at these points, each asked by one of the processes that have these rows."""
+        mine = [points[number] for number in self.shares.mine(len(points))]
+        own = self.average(self.session.losses(batch, mine), batch) if mine else torch.empty(0)
+        return self.shares.joined(own, len(points))
 
     # ---- the estimate ------------------------------------------------------------------------------------------------
 

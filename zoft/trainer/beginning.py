@@ -186,7 +186,8 @@ class RunIdentity:
         """
         args = self.trainer.args
         # these may change when a run is resumed, and not between processes of one run
-        more = {name: str(getattr(args, name)) for name in ("learning_rate", "max_steps", "lr_scheduler_type")}
+        names = ("learning_rate", "max_steps", "lr_scheduler_type", "parallel", "parallel_directions")
+        more = {name: str(getattr(args, name)) for name in names}
         settings = self._settings_without_rows() | more
         require_same({"settings": "\n".join(f"{name}: {value}" for name, value in settings.items())})
 
@@ -201,7 +202,8 @@ class RunIdentity:
         trainer, method, args = self.trainer, self.trainer.method, self.trainer.args
         settings: dict[str, Any] = {"seed": args.seed, "data_seed": args.data_seed}
         # rows of a step over all processes, however it is cut: that many make one loss
-        settings["batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        of_process = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        settings["batch"] = of_process * trainer.grid.rows.count
         settings["precision_update"] = args.precision_update
         settings["weight_decay"] = args.weight_decay
         settings["max_grad_norm"] = args.max_grad_norm

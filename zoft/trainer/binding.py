@@ -19,6 +19,7 @@ from zoft.step.nodes import NodeQueries
 from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer, decay_groups
 from zoft.trainer.batch import Inputs, StepBatch
+from zoft.trainer.grid import Grid
 from zoft.trainer.loss import StepLoss, with_float32_losses
 from zoft.trainer.processes import Processes
 from zoft.trainer.readout import TrainerReader
@@ -62,7 +63,7 @@ def queries_of(
     rows: StepRows,
     loss: StepLoss,
     reader: TrainerReader,
-    processes: Processes,
+    grid: Grid,
 ) -> StepQueries:
     """What asks the model, with what the method may want of the data and of the other processes.
 
@@ -72,17 +73,18 @@ def queries_of(
         rows: of a step, taken apart.
         loss: of a step.
         reader: reads the objective position by position, for node directions.
-        processes: each has a part of a step's rows.
+        grid: of processes: each has a part of a step's rows, or of its points, or of both.
 
     Raises:
         UserError: a method of one process in several.
     """
-    session, nodes, is_alone = optimizer.session, None, processes.count == 1
-    gather = None if is_alone else processes.gather
-    if not is_alone:
+    session, nodes, shares = optimizer.session, None, grid.shares()
+    gather = None if grid.rows.count == 1 else grid.rows.gather
+    if grid.world.count > 1:
         method.check_processes()
+    grid.refuse_traces(session)
     if isinstance(session, NodeSession):
-        nodes = NodeQueries(session, reader, gather, processes.rank)
+        nodes = NodeQueries(session, reader, gather, grid.rows.rank, shares)
     return StepQueries(
         method,
         optimizer,
@@ -91,11 +93,12 @@ def queries_of(
         select=rows.of_lengths,
         batches=rows.batches,
         average=loss.over_processes,
-        agree=None if is_alone else processes.agree,
+        agree=None if grid.world.count == 1 else grid.world.agree,
         gather=gather,
         places=rows.places,
-        rank=processes.rank,
+        rank=grid.rows.rank,
         nodes=nodes,
+        shares=shares,
     )
 
 

@@ -10,12 +10,15 @@ from enum import Enum
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from zoft.errors import UserError
 from zoft.estimators.nodes import Nodes
 from zoft.step.method import NOTHING_TO_CLIP, Method
+from zoft.step.shares import grid_of
 from zoft.trainer.guard import FEWEST, GUARDS
+from zoft.trainer.restarts import meeting
 from zoft.weights.rounding import ROUNDINGS
 
 log = logging.getLogger(__name__)
@@ -76,6 +79,9 @@ class ZOConfig(TrainingArguments):
         precision_update: how a step is written into bfloat16 and float16 weights: stochastic (small steps survive on
             average), master (a float32 copy takes them), nearest (they are lost), auto (a master for norms, biases and
             other small tensors, stochastic for the rest; nearest for MeZO's own numbers).
+        parallel: what the processes of torchrun divide: data (a step's rows), directions (its points, over the same
+            rows), both (a grid); docs/scaling.md.
+        parallel_directions: processes that divide a step's points under ``parallel=both``; the others have other rows.
 
     Example:
         >>> ZOConfig(output_dir="runs/demo", budget_queries=2000, report_to=[]).budget_queries
@@ -112,6 +118,14 @@ class ZOConfig(TrainingArguments):
     precision_update: str = field(
         default="auto", metadata={"help": "Updates of 16-bit weights: auto, stochastic, master or nearest."}
     )
+    parallel: str = field(
+        default="data",
+        metadata={"help": "What the processes divide: a step's rows (data), its points (directions), or both."},
+    )
+    parallel_directions: int = field(
+        default=0,
+        metadata={"help": "With parallel=both: processes that divide a step's points; the rest has other rows."},
+    )
     learning_rate: float = field(default=1e-6, metadata={"help": "Step size of the optimizer (MeZO's 1e-6)."})
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Schedule of the learning rate; constant as in MeZO."}
@@ -125,6 +139,8 @@ class ZOConfig(TrainingArguments):
         _refuse_numbers(self)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it, each process that torchrun started would train by itself
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not PartialState._shared_state:
+            PartialState(cpu=self.use_cpu, **meeting(self.ddp_timeout))
         super().__post_init__()
         if self.budget_queries is not None and self.budget_queries < 1:
             raise UserError(f"budget.queries must be at least 1, got {self.budget_queries}")
@@ -268,6 +284,7 @@ def settle_arguments(args: Any, method: Method, *, has_objective: bool) -> None:
         args.learning_rate *= estimator.num_directions
     if args.max_grad_norm and (estimator.backpropagates or isinstance(estimator, Nodes)):
         raise UserError(NOTHING_TO_CLIP.format(estimator.name()))
+    grid_of(args.parallel, args.parallel_directions, args.world_size, estimator)
     queries = getattr(args, "budget_queries", None)
     if queries is not None and args.max_steps <= 0:
         args.max_steps = method.steps_within(queries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,16 @@ from zoft.errors import UserError
 from zoft.trainer.ranks import gather, share_weights
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
-    """The processes that torchrun has started, or the one that there is.
+    """The processes that torchrun has started, or some of them, or the one that there is.
 
     Args:
         count: how many there are.
-        rank: number of this one.
+        rank: number of this one among them.
         device: of this one.
+        group: of some of them, as torch.distributed has it; None for all.
+        bytes_sent: of this one's numbers that the others were given so far.
 
     Example:
         >>> Processes(1, 0, torch.device("cpu")).gather("mine")
@@ -30,10 +33,23 @@ class Processes:
     count: int
     rank: int
     device: torch.device
+    group: Any = None
+    bytes_sent: int = 0
 
     def gather(self, value: Any) -> list[Any]:
         """What this process has and what the others have, by rank; tensors may differ in size."""
-        return [value] if self.count == 1 else gather(value)
+        if self.count == 1:
+            return [value]
+        self.bytes_sent += value.nbytes if isinstance(value, Tensor) else len(pickle.dumps(value))
+        return gather(value, self.group)
+
+    def gather_alike(self, numbers: Tensor) -> list[Tensor]:
+        """A tensor of this process and those of the others, by rank, all of one shape and dtype; one all-gather."""
+        own = numbers.to(self.device).contiguous()
+        values = [torch.empty_like(own) for _ in range(self.count)]
+        torch.distributed.all_gather(values, own, group=self.group)
+        self.bytes_sent += own.nbytes
+        return [value.to(numbers.device) for value in values]
 
     def agree(self, value: Any) -> Any:
         """What the first process has, in all of them."""
@@ -47,9 +63,9 @@ class Processes:
         """Numbers of all processes added up, float64 on the CPU; one all-reduce."""
         if self.count == 1:
             return numbers.double()
-        from accelerate.utils import reduce
-
-        total: Tensor = reduce(numbers.double().to(self.device), reduction="sum")
+        total = numbers.to(self.device, torch.float64, copy=True)
+        torch.distributed.all_reduce(total, group=self.group)
+        self.bytes_sent += total.nbytes
         return total.cpu()
 
     def wait(self) -> None:

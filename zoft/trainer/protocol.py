@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState
 from zoft.step.method import Method
 from zoft.step.update import ZOOptimizer
 from zoft.trainer.batch import Inputs
+from zoft.trainer.grid import Grid
 
 
 class HoldsObjects(Protocol):
@@ -45,6 +46,7 @@ class HoldsObjects(Protocol):
     mezo_protocol: bool
     direction_seeds: list[int] | None
     held_out: dict[str, Any]
+    grid: Grid
 
     @property
     def zo_optimizer(self) -> ZOOptimizer:

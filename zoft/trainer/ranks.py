@@ -112,8 +112,8 @@ def _digest(tensor: Tensor) -> bytes:
     return sha.digest()
 
 
-def gather(value: Any) -> list[Any]:
-    """The value of every process, by rank; all of them come here. Tensors may differ in size."""
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+def gather(value: Any, group: Any = None) -> list[Any]:
+    """The value of every process (of a group), by rank; all of them come here. Tensors may differ in size."""
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values

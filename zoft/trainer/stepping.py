@@ -24,10 +24,10 @@ from zoft.step.query import StepQueries
 from zoft.step.update import Progress
 from zoft.trainer.batch import BatchSplitter, StepBatch
 from zoft.trainer.forward import QueryForward
+from zoft.trainer.grid import Grid
 from zoft.trainer.guard import RolledBack, guard
 from zoft.trainer.journaling import RunJournal
 from zoft.trainer.loss import StepLoss, num_tokens
-from zoft.trainer.processes import Processes
 from zoft.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class RunSteps:
         forward: finds out what a query may leave out.
         loss: of a step.
         journal: knows the steps of a run that goes on.
-        processes: each has a part of a step's rows.
+        grid: of processes: each has a part of a step's rows, or of its points, or of both.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RunSteps:
         forward: QueryForward,
         loss: StepLoss,
         journal: RunJournal,
-        processes: Processes,
+        grid: Grid,
     ) -> None:
         self.args = args
         self.queries = queries
@@ -65,7 +65,7 @@ class RunSteps:
         self.forward = forward
         self.loss = loss
         self.journal = journal
-        self.processes = processes
+        self.grid = grid
         self.last_batch: StepBatch | None = None  # the rows that were queried last
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
         self._is_huge = False  # whether the step at hand is so long that weights may become infinite
@@ -90,7 +90,7 @@ class RunSteps:
             batch = self.loss.settle_scaling(batch)
         self._try_out(batch)
         began, progress = time.perf_counter(), self.optimizer.progress
-        with no_trials():
+        with no_trials(), self.grid.asking(batch):
             estimate = self._ask(batch, share_done)
         progress.seconds_forward += time.perf_counter() - began
         progress.steps += 1
@@ -127,7 +127,7 @@ class RunSteps:
             self.last_batch = part
             return self.queries.estimate(part, directions, estimator, lr=lr)
 
-        if self.processes.count > 1:  # all must ask alike, and one cannot know that another has to ask again
+        if self.grid.world.count > 1:  # all must ask alike, and one cannot know that another has to ask again
             return ask(batch)
         splitter = BatchSplitter(optimizer.progress.num_parts)
         estimate = splitter(ask, batch)
@@ -135,9 +135,9 @@ class RunSteps:
         return replace(estimate, num_parts=splitter.parts)
 
     def _num_tokens(self, batch: StepBatch) -> int:
-        """Tokens of a step, one query, over all processes."""
+        """Tokens of a step, one query, over all of its rows."""
         count = num_tokens([self.forward.as_served(inputs) for inputs in batch.micro_batches])
-        return count if self.processes.count == 1 else int(self.processes.sum(torch.tensor(float(count))))
+        return count if self.grid.rows.count == 1 else int(self.grid.rows.sum(torch.tensor(float(count))))
 
     def _count_skipped(self, estimate: StepEstimate) -> None:
         """A step whose losses are not finite does not reach the weights; many in a row end the run."""

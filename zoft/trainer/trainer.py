@@ -43,6 +43,7 @@ from zoft.trainer.elsewhere import settle_elsewhere
 from zoft.trainer.epochs import Passes, refuse_no_batch, refuse_training_rows
 from zoft.trainer.foreign import by_name, has_own_loss, refuse_generating, refuse_optimizers
 from zoft.trainer.forward import QueryForward, make_ready
+from zoft.trainer.grid import Grid
 from zoft.trainer.guard import RolledBack
 from zoft.trainer.journaling import RunJournal
 from zoft.trainer.loss import StepLoss
@@ -131,9 +132,10 @@ class ZOMixin(_Base):
             stay_in_place(self.engine, model, args)
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.args.world_size, self.args.process_index, self.args.device)
+        self.grid = Grid.of(self.args, self.processes, self.method.estimator)
         self.journal = RunJournal(self.args, RunIdentity(self), self.processes)
         self.checkpoints = Checkpoints(self, self.journal, self.processes)
-        self.step_loss = StepLoss(self, self.processes)
+        self.step_loss = StepLoss(self, self.grid.rows)
         self.query_forward = QueryForward(self, has_own_loss=own_loss)
         make_ready(self, self.journal.identity)
         self.query_forward.keep_prefix(Weights(self.model))
@@ -179,10 +181,10 @@ class ZOMixin(_Base):
             decayed, take = self.get_decay_parameter_names(model), self._next_estimate
             self.optimizer, self.engine_name = optimizer_of(method, self.engine, model, loss, args, decayed, take)
             self.query_forward.keep_prefix(Weights(model))
-            rows = StepRows(args, self.train_dataset, self.collated, loss, self.processes)
-            queries = queries_of(method, self.optimizer, rows, loss, TrainerReader(self), self.processes)
+            rows = StepRows(args, self.train_dataset, self.collated, loss, self.grid.rows)
+            queries = queries_of(method, self.optimizer, rows, loss, TrainerReader(self), self.grid)
             directions = StepDirections(method.estimator, args.seed, self.direction_seeds)
-            self.run_steps = RunSteps(args, queries, directions, self.query_forward, loss, self.journal, self.processes)
+            self.run_steps = RunSteps(args, queries, directions, self.query_forward, loss, self.journal, self.grid)
         return self.optimizer
 
     # ---- a training begins and ends ----------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ class ZOMixin(_Base):
         self.run_steps.start_clock()
         self.settle_weights()
         self.processes.share_weights(self.model)
-        self.step_loss.asks_for_scaling = self.processes.count > 1 or self.args.gradient_accumulation_steps > 1
+        self.step_loss.asks_for_scaling = self.grid.rows.count > 1 or self.args.gradient_accumulation_steps > 1
         return prepared
 
     # ---- rows --------------------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ class ZOMixin(_Base):
         with nullcontext() if is_training else every_row_in_order(self.args):
             loader = super()._get_dataloader(*pos, is_training=is_training, **kwargs)
         if is_training:
-            refuse_no_batch(self.args, loader, self.train_dataset)
+            refuse_no_batch(self.args, self.grid.divide(loader), self.train_dataset)
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -277,6 +279,10 @@ class ZOMixin(_Base):
         """As the Trainer's own; an objective's rows are evaluated longest first."""
         sampler = None if self.objective is None else longest_first(self.args, eval_dataset)
         return super()._get_eval_sampler(eval_dataset) if sampler is None else sampler
+
+    def get_tp_size(self) -> int:
+        """As the Trainer's own: how many processes have the same rows, which it takes into account in its sums."""
+        return int(super().get_tp_size()) * self.grid.directions.count
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -354,7 +360,7 @@ class ZOMixin(_Base):
             more["num_guarded_steps"] = self.progress.num_guarded + self.journal.num_returns
         if self.peak_memory_mb is not None:
             more["peak_memory_mb"] = self.peak_memory_mb()
-        complete(logs, self.progress, self.last_step, more)
+        complete(logs, self.progress, self.last_step, more | self.grid.traffic)
         super().log(logs, *args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:

@@ -1,0 +1,122 @@
+"""Which of a step's questions one of several processes asks, and how its answers come together with the others'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from zoft.errors import UserError
+from zoft.estimators.base import Estimator
+from zoft.estimators.nodes import Nodes
+from zoft.utils.lazy import Tensor, torch
+
+PARALLEL = ("data", "directions", "both")
+"""What processes divide: a step's rows, its points, or rows and points (a grid)."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Questions dealt in contiguous runs to processes that have the same rows.
+
+    Args:
+        count: how many processes ask.
+        rank: number of this one.
+        gather: answers of this process, float64 -> those of each, of the same shape.
+
+    Example:
+        >>> [list(Shares(2, rank).mine(5)) for rank in (0, 1)]
+        [[0, 1], [2, 3, 4]]
+    """
+
+    count: int = 1
+    rank: int = 0
+    gather: Callable[[Tensor], list[Tensor]] = lambda own: [own]
+
+    def mine(self, number: int) -> range:
+        """The questions that this process asks, of ``number``."""
+        return self._of(self.rank, number)
+
+    def joined(self, own: Tensor, number: int) -> Tensor:
+        """The answers to all questions, in their order: one gather of ``number / count`` answers.
+
+        Args:
+            own: to those of :meth:`mine`, [mine, ...], on any device.
+            number: of questions, [number, ...] comes back; bit for bit what each process has found.
+        """
+        if self.count == 1:
+            return own
+        # float64 holds every float32 and bfloat16; the longest share decides the size, so that all are alike
+        padded = own.new_zeros(-(-number // self.count), *own.shape[1:], dtype=torch.float64)
+        padded[: len(own)] = own
+        parts = [one[: len(self._of(rank, number))] for rank, one in enumerate(self.gather(padded))]
+        return torch.cat(parts).to(own.device, own.dtype)
+
+    def _of(self, rank: int, number: int) -> range:
+        return range(rank * number // self.count, (rank + 1) * number // self.count)
+
+
+def grid_of(parallel: str, directions: int, world: int, estimator: Estimator) -> tuple[int, int]:
+    """(processes that divide rows, processes that divide a step's points); their product is the world.
+
+    Args:
+        parallel: one of :data:`PARALLEL`.
+        directions: processes that divide the points under ``both``; 0 for the others.
+        world: how many processes there are.
+        estimator: whose points or probes are divided.
+
+    Raises:
+        UserError: settings that do not go together, or a number that does not come out even.
+
+    Example:
+        >>> from zoft.estimators.central import Central
+        >>> grid_of("both", 2, 4, Central(num_directions=3))
+        (2, 2)
+    """
+    if parallel not in PARALLEL:
+        raise UserError(f"trainer.parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
+    if parallel != "both":
+        if directions:
+            raise UserError(
+                f"trainer.parallel_directions={directions} is a side of the grid of trainer.parallel=both, and "
+                f"trainer.parallel={parallel} has none: leave it out"
+            )
+        directions = 1 if parallel == "data" else world
+    elif directions < 1:
+        raise UserError(
+            "trainer.parallel=both is a grid of rows x directions: give trainer.parallel_directions, the number of "
+            "processes that divide a step's points"
+        )
+    if world == 1:  # one process asks everything, whatever others would be asked
+        return 1, 1
+    if world % directions:
+        raise UserError(
+            f"trainer.parallel_directions={directions} does not divide the {world} processes that were started: start "
+            f"a multiple of {directions}"
+        )
+    if directions > 1:
+        _check_even(directions, estimator)
+    return world // directions, directions
+
+
+def _check_even(processes: int, estimator: Estimator) -> None:
+    """Every process asks as many perturbed points, or probes, as the others: the slowest one sets the pace."""
+    if estimator.backpropagates or (isinstance(estimator, Nodes) and estimator.feedback == "exact"):
+        raise UserError(
+            f"estimator={estimator.name()} has a backward pass, which is no point that another process could ask: use "
+            "trainer.parallel=data"
+        )
+    if isinstance(estimator, Nodes):
+        counts = {"estimator.first": estimator.first}
+        if estimator.every:
+            counts["estimator.num_directions"] = estimator.num_directions
+    else:
+        points = estimator.points(estimator.directions(0, 0))
+        perturbed = sum(point.direction is not None and not point.anchor for point in points)
+        counts = {"estimator.num_directions": perturbed}
+    for name, count in counts.items():
+        if count % processes:
+            what = f"{count} probes" if isinstance(estimator, Nodes) else f"{count} perturbed points"
+            raise UserError(
+                f"{processes} processes cannot divide the {what} of a step evenly (trainer.parallel): choose {name} so "
+                f"that {processes} divides them, or start another number of processes"
+            )
