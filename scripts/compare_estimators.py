@@ -159,7 +159,7 @@ def run_cell(method: str, rate: float, seed: int, budget: int, extra: list[str])
         "curve": curve,
         "seconds": seconds,
         "trained": trainer.zo_optimizer.session.weights.num_elements,
-        "state_elements": trainer.method.extra_elements(trainer.zo_optimizer.coordinates),
+        "state_elements": trainer.method.extra_elements(trainer.zo_optimizer.subspace),
         "skipped": trainer.progress.num_skipped,
         "failed": failed,
         "arguments": arguments,

@@ -33,7 +33,7 @@ def main(engines: list[str]) -> dict[str, float]:
     told["scratch"] = (
         max(sum(t.numel() * 4 for t in m.parameters(recurse=False)) for m in session.weights.owners) / 2**20
     )
-    told["scratch"] = min(told["scratch"], session.piece_bytes / 2**20)
+    told["scratch"] = min(told["scratch"], session.swapper.piece_bytes / 2**20)
     return told
 
 

@@ -142,7 +142,7 @@ class Measurement:
         queried = bool(estimator.points(self.probes)) and select(self.batch, estimator.queried_lengths) is not None
         share = estimator.share_of_backward(queried)
         near = select(self.batch, estimator.backpropagated_lengths)
-        _, run = loss_with_graph(self.session, near, frozenset(self.coordinates.still) or None)
+        _, run = loss_with_graph(self.session, near, frozenset(self.coordinates.backprop_names) or None)
         self.session.num_queries += BACKWARD
 
         def take(name: str, gradient: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -83,15 +83,6 @@ class LayerwiseSession(Session):
         self._too_large = 0  # bytes of an activation that keeps forwards apart
         self._has_said = False
 
-    @property
-    def piece_bytes(self) -> int:
-        """Matrices larger than this are perturbed in pieces."""
-        return self.swapper.piece_bytes
-
-    @piece_bytes.setter
-    def piece_bytes(self, value: int) -> None:
-        self.swapper.piece_bytes = value
-
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         """The objective at each point (see the base class)."""
         return torch.stack(self.evaluate_all([(batch, point) for point in points]))
@@ -132,10 +123,8 @@ class LayerwiseSession(Session):
         """After later queries: whether more are."""
         return self.survey.find_new()
 
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        with self.swapper.hooks():
-            yield
+    def _hooks(self) -> AbstractContextManager[None]:
+        return self.swapper.hooks()
 
     @contextmanager
     def _no_graph(self) -> Iterator[None]:
@@ -151,7 +140,7 @@ class LayerwiseSession(Session):
 
     def what_to_lower(self) -> str:
         """The setting of this engine that bounds its memory; errors for want of memory name it."""
-        return f"engine.piece_mb (now {self.piece_bytes >> 20})"
+        return f"engine.piece_mb (now {self.swapper.piece_bytes >> 20})"
 
     # ---- which points go together ------------------------------------------------------------------------------------
 
@@ -178,7 +167,7 @@ class LayerwiseSession(Session):
             log.info(
                 "engine=%s: an activation takes %d MiB, more than engine.piece_mb=%d: points go one after the other, "
                 "to keep within the memory of a forward, and z is made for each",
-                *(self.name, self._too_large >> 20, self.piece_bytes >> 20),
+                *(self.name, self._too_large >> 20, self.swapper.piece_bytes >> 20),
             )
         for direction, group in groupby(points, key=lambda point: point.direction):
             members = list(group)

@@ -82,10 +82,10 @@ def replayed(
     is_anchor = bool(anchor_batches(estimator, record.step))
     estimate = StepEstimate.from_record(record, drawn, observed, keeps_anchor=is_anchor)
     # bases and masks first, then the rule's state in that basis, as before the first query of the step
-    optimizer.coordinates.begin(drawn[0])
+    optimizer.subspace.begin(drawn[0])
     # what the subspace observed came from activations, and a replay makes no forward
     if estimate.observations is not None:
-        optimizer.coordinates.load_state_dict(estimate.observations)
+        optimizer.subspace.load_state_dict(estimate.observations)
     optimizer.begin(drawn[0])
     if estimate.eps:  # what walking to the points and back leaves in the weights, where that is not exact
         pass_over(optimizer.session, estimator.with_radius(estimate.eps).points(drawn))

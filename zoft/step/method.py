@@ -206,7 +206,7 @@ class Method:
         estimator = self.estimator
         if isinstance(estimator, NeedsBackward):
             # before arrange(): what is backpropagated has no direction, and counts for no dimension
-            coordinates.still = estimator.backprop_names(list(weights.tensors))
+            coordinates.backprop_names = estimator.backprop_names(list(weights.tensors))
         coordinates.arrange(
             estimator.across,
             estimator.num_directions,

@@ -282,7 +282,7 @@ class StepQueries:
         if near is None:
             return estimate
         # a hybrid backpropagates some tensors only, and no graph is kept below them
-        names = frozenset(self.session.coordinates.still) or None
+        names = frozenset(self.session.coordinates.backprop_names) or None
         loss, run = loss_with_graph(self.session, near, names)
         value = float(self.average(loss.view(1), near)[0])
         if not math.isfinite(value):

@@ -116,7 +116,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.rounding = rounding or Rounding("nearest")
         self.session = session
         self.next_estimate = next_estimate
-        self.coordinates: BoundSubspace = session.coordinates
+        self.subspace: BoundSubspace = session.coordinates
         self.names = {id(tensor): name for name, tensor in session.weights.tensors.items()}
         self.progress = Progress()
         self.moments: dict[str, dict[str, Tensor]] = {}
@@ -131,7 +131,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._context: dict[str, Any] = {}
         # from here on every direction that is drawn goes through the rule, in queries and in the step alike
         if component.shapes_directions:
-            self.coordinates.arrange(shape=self._shape)
+            self.subspace.arrange(shape=self._shape)
 
     # ---- what parts remember -----------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         for name in self.moments:
             self._transport(name, direction)
         if self.component.shapes_directions:
-            moving = [name for name in self.names.values() if self.coordinates.moves(direction, name)]
+            moving = [name for name in self.names.values() if self.subspace.moves(direction, name)]
             self._context = self.component.shape_context({n: self._moments(n) for n in moving}, direction.step)
 
     def _shape(self, z: Tensor, name: str, where: slice | Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             device = device_of(self.session, name)
             self.moments[name] = {
                 key: torch.full(shape, self.component.start_values.get(key, 0.0), dtype=torch.float32, device=device)
-                for key, shape in self.component.state_shapes(self.coordinates.shape(name)).items()
+                for key, shape in self.component.state_shapes(self.subspace.shape(name)).items()
             }
         return self.moments[name]
 
@@ -183,7 +183,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         state = self.moments.get(name, {})  # a component may keep less of some tensors
         # What is linear in the estimate (a running mean) goes along with the basis; squares stay as they are.
         for key in (key for key in self.component.linear_state if key in state):
-            state[key] = self.coordinates.transport(name, state[key], last, direction)
+            state[key] = self.subspace.transport(name, state[key], last, direction)
         self.history[name] = count, direction
 
     # ---- a step is written -------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         # a tensor that no direction moves, and that has no gradient, is left alone: no decay either
         def write(name: str, dense: Tensor | None = None) -> None:
-            group, moving = left.pop(name), [term for term in terms if self.coordinates.moves(term[0], name)]
+            group, moving = left.pop(name), [term for term in terms if self.subspace.moves(term[0], name)]
             if moving or dense is not None:
                 parameter, lr, decay = self.session.weights.tensors[name], group["lr"], group["weight_decay"]
                 move = partial(self._move, now, name, parameter, moving, lr, decay, dense)
@@ -256,11 +256,9 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         The coordinates are the tensors' own in every step, each draws by itself, and no component shapes directions.
         """
-        source = self.coordinates.source
+        source = self.subspace.source
         # BoundSubspace itself is subspace=full; others may read the weights when a step begins
-        is_full = (
-            type(self.coordinates) is BoundSubspace and isinstance(source, CounterNoise) and source.law != "sphere"
-        )
+        is_full = type(self.subspace) is BoundSubspace and isinstance(source, CounterNoise) and source.law != "sphere"
         return is_full and not self.component.shapes_directions
 
     def _move(
@@ -288,18 +286,18 @@ class ZOOptimizer(torch.optim.Optimizer):
             if not lr:
                 continue
             ends = None if summed is None else summed.add_(start, stop, update, lr)
-            for first, last in self.coordinates.pieces(name, start, stop):
+            for first, last in self.subspace.pieces(name, start, stop):
                 master = self._master_piece(name, first, last) if way == "master" else None
                 theta = self.session.piece(name, first, last) if master is None else master
                 if ends is None:
                     # theta <- theta - lr (lift(u) + decay theta), u the update in coordinates
-                    step = self.coordinates.lift(direction, name, update, start, first, last)
+                    step = self.subspace.lift(direction, name, update, start, first, last)
                     if decay:
                         step = step.add_(theta.to(step.dtype) * decay)
                     step = step.mul_(lr)
                 else:
                     # theta <- theta - (round(lift(s + lr u)) - round(lift(s))) - lr decay theta, s the sum before
-                    before, after = (self.coordinates.lift(direction, name, c, start, first, last) for c in ends)
+                    before, after = (self.subspace.lift(direction, name, c, start, first, last) for c in ends)
                     step = round_sum(theta, before, after, sum_bits, first)
                     if decay:
                         step = step.add_(theta.to(step.dtype) * (decay * lr))
@@ -309,29 +307,28 @@ class ZOOptimizer(torch.optim.Optimizer):
         self, now: _Now, name: str, terms: list[Term], state: dict[str, Tensor], count: int, dense: Tensor | None
     ) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, what the component makes of the estimate) for every chunk of the coordinates."""
-        whole = [(0, math.prod(self.coordinates.shape(name)))]
+        whole = [(0, math.prod(self.subspace.shape(name)))]
         records = [terms_ for record in now.records if (terms_ := self._record_of(now.direction, name, record))]
         curvatures = [now.curvatures[direction] for direction, _ in terms] if now.curvatures else None
-        for start, stop in whole if self.component.per_matrix else self.coordinates.chunks(name):
+        for start, stop in whole if self.component.per_matrix else self.subspace.chunks(name):
             # state and piece are views of the same chunk: the rule updates them in place
             piece = None if dense is None else dense.view(-1)[start:stop]
-            estimate = Estimate(self.coordinates, name, start, stop, terms, curvatures, records, piece)
+            estimate = Estimate(self.subspace, name, start, stop, terms, curvatures, records, piece)
             of_piece = state if self.component.per_matrix else {key: t.view(-1)[start:stop] for key, t in state.items()}
             yield start, stop, self.component.update_from(estimate, of_piece, count).view(-1)
 
     def _record_of(self, now: Direction, name: str, record: list[Term]) -> list[Term]:
         """The terms of an earlier step that moved this tensor; none where its basis was another one."""
-        coordinates = self.coordinates
-        moved = [term for term in record if coordinates.moves(term[0], name)]
-        return moved if all(coordinates.same_basis(name, direction, now) for direction, _ in moved) else []
+        moved = [term for term in record if self.subspace.moves(term[0], name)]
+        return moved if all(self.subspace.same_basis(name, direction, now) for direction, _ in moved) else []
 
     def _sum_of(self, name: str, parameter: nn.Parameter, now: _Now) -> Sum | None:
         """The sum of the steps in the basis of this one, where one is kept."""
-        direction, shape = now.direction, self.coordinates.shape(name)
+        direction, shape = now.direction, self.subspace.shape(name)
         if not self.rounding.sums(parameter, math.prod(shape)):
             return None
         summed = self.sums.get(name)
-        if summed is None or not self.coordinates.same_basis(name, summed.direction, direction):
+        if summed is None or not self.subspace.same_basis(name, summed.direction, direction):
             # coordinates in another basis are other numbers: what the old sum says is in the weights already
             total = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
             summed = self.sums[name] = Sum(total, now.number, direction)
@@ -344,14 +341,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         MeZO's own numbers have roundings in between.
         """
         is_multiple = self.component.is_identity and len(terms) == 1 and not decay
-        return is_multiple and parameter.dtype == torch.float32 and isinstance(self.coordinates.source, CounterNoise)
+        return is_multiple and parameter.dtype == torch.float32 and isinstance(self.subspace.source, CounterNoise)
 
     def _add_direction(
         self, name: str, parameter: nn.Parameter, direction: Direction, coefficient: float, lr: float
     ) -> None:
         # theta <- theta - lr c z
-        for first, last in self.coordinates.spans(name, 0, parameter.numel()) if lr else ():
-            self.coordinates.add_(self.session.piece(name, first, last), direction, name, first, -lr * coefficient)
+        for first, last in self.subspace.spans(name, 0, parameter.numel()) if lr else ():
+            self.subspace.add_(self.session.piece(name, first, last), direction, name, first, -lr * coefficient)
 
     def _master_piece(self, name: str, first: int, last: int) -> Tensor:
         """A view of the master of the flat piece [first, last), which is the weight itself where it is none of ours."""
@@ -383,7 +380,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             "sums": {name: asdict(summed) for name, summed in self.sums.items()},
             "records": [[[asdict(direction), coefficient] for direction, coefficient in r] for r in self.records],
             "scalars": self.scalars,
-            "subspace": self.coordinates.state_dict(),
+            "subspace": self.subspace.state_dict(),
             "anchor": self.session.anchor,
             "param_groups": groups,
         }
@@ -420,7 +417,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             for record in state_dict.get("records", [])
         ]
         self.scalars |= copy.deepcopy(state_dict.get("scalars", {}))
-        self.coordinates.load_state_dict(state_dict.get("subspace", {}))
+        self.subspace.load_state_dict(state_dict.get("subspace", {}))
         anchor = state_dict.get("anchor")
         self.session.anchor = anchor and {n: saved.to(tensors[n]).clone() for n, saved in anchor.items()}
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):

@@ -164,7 +164,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
         """All linear layers that move in the subspace; with basis=first none once some have been seen."""
         if self.subspace.basis == "first" and self._seen:
             return frozenset()
-        return frozenset(name for name in self.forms if name not in self.still)
+        return frozenset(name for name in self.forms if name not in self.backprop_names)
 
     def observe(self, direction: Direction, name: str, inputs: Tensor) -> None:
         """Take the inputs of a layer into its basis; a layer that is met again in a step adds to what it has seen."""

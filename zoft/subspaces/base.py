@@ -110,7 +110,7 @@ class BoundSubspace:
         self._kept: dict[tuple[Direction, str], Tensor] = {}
         self._kept_elements = 0
         self._kept_step = (-1, -1)
-        self.still: frozenset[str] = frozenset()  # trained by other means: no direction moves them
+        self.backprop_names: frozenset[str] = frozenset()  # trained by other means: no direction moves them
 
     # ---- a step begins -----------------------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class BoundSubspace:
     def moves(self, direction: Direction, name: str) -> bool:
         """Whether tensor ``name`` moves at all along this direction; where not, z is zero."""
         del direction
-        return name not in self.still
+        return name not in self.backprop_names
 
     def ever_moves(self, name: str) -> bool:
         """Whether tensor ``name`` moves in any step of a run."""

@@ -96,11 +96,11 @@ class OneWeight(NoiseSource):
         """d."""
         return self._ends[-1]
 
-    def arrange(self, num_directions: int, still: frozenset[str]) -> None:
+    def arrange(self, num_directions: int, left_out: frozenset[str]) -> None:
         """Settle how many directions a step has, and which tensors stand still."""
         self._places.clear()
         self.num_directions = num_directions
-        self.sizes = {name: size for name, size in self.sizes.items() if name not in still}
+        self.sizes = {name: size for name, size in self.sizes.items() if name not in left_out}
         self._ends = list(accumulate(self.sizes.values())) or [0]
 
     def place(self, direction: Direction) -> tuple[str, int, float]:
@@ -196,7 +196,7 @@ class BoundCoordinate(BoundSubspace):
         shape: Callable[[Tensor, str, slice | Tensor], Tensor] | None = None,
     ) -> None:
         """With q directions a step, step t has the coordinates q t to q t + q - 1 of the order."""
-        self.one.arrange(num_directions, self.still)
+        self.one.arrange(num_directions, self.backprop_names)
         super().arrange(across, num_directions, per_example=per_example, mixes=mixes, shape=shape)
 
     def dimension(self, direction: Direction) -> int:
@@ -206,7 +206,7 @@ class BoundCoordinate(BoundSubspace):
 
     def moves(self, direction: Direction, name: str) -> bool:
         """Whether the tensor holds the weight that moves; of a sum, any of the weights."""
-        return name not in self.still and any(self.one.place(part)[0] == name for part in _parts(direction))
+        return name not in self.backprop_names and any(self.one.place(part)[0] == name for part in _parts(direction))
 
     def gram(self, directions: Sequence[Direction]) -> Tensor:
         """d on the diagonal; off it, +-d where two directions of a step move the same weight, else 0."""

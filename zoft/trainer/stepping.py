@@ -119,11 +119,11 @@ class RunSteps:
         # eps has a schedule: by the run's length, or tied to the learning rate
         share_of_rate = lr / args.learning_rate if args.learning_rate else 1.0
         estimator = scheduled(self.queries.method.estimator, min(share_done, 1.0), share_of_rate)
-        observed = optimizer.coordinates.state_dict()
+        observed = optimizer.subspace.state_dict()
 
         def ask(part: StepBatch) -> StepEstimate:
             if part is not batch:  # asked again: what the first try has observed is forgotten
-                optimizer.coordinates.load_state_dict(observed)
+                optimizer.subspace.load_state_dict(observed)
             self.last_batch = part
             return self.queries.estimate(part, directions, estimator, lr=lr)
 

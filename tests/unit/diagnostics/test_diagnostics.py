@@ -102,7 +102,7 @@ def test_probes_and_gram():
     assert torch.allclose(gram, torch.eye(8, dtype=torch.float64) * D, atol=1e-3)
     assert gram_summary(gram)["gram_effective_rank"] == pytest.approx(8)
     assert gram_summary(gram)["gram_offdiagonal"] < 1e-5
-    again = ask.queries.optimizer.coordinates.gram(directions[:4])  # the run's own four are the first of the eight
+    again = ask.queries.optimizer.subspace.gram(directions[:4])  # the run's own four are the first of the eight
     assert torch.allclose(again, gram[:4, :4], atol=1e-4)
     assert gram_summary(torch.ones(5, 5))["gram_effective_rank"] == pytest.approx(1)
     assert gram_summary(torch.ones(1, 1))["gram_offdiagonal"] is None

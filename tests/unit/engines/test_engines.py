@@ -691,13 +691,13 @@ def test_forwards_that_would_take_too_much_memory_side_by_side_go_apart_and_say_
     monkeypatch.setattr(base, "_KEEP_MODELS", 0)
     model = tiny_llama()
     session, batch = bind(Layerwise(), model), batch_for(model)
-    session.piece_bytes = 100
+    session.swapper.piece_bytes = 100
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             session.losses(batch, POINTS)
     assert caplog.text.count("points go one after the other") == 1
     assert [len(group) for group in session.groups(POINTS)] == [1, 1, 1]
-    session.piece_bytes = 1 << 24
+    session.swapper.piece_bytes = 1 << 24
     session.losses(batch, POINTS)
     assert [len(group) for group in session.groups(POINTS)] == [2, 1]
 

@@ -175,7 +175,7 @@ def test_hybrid_moves_above_by_the_gradient_and_below_by_the_queries():
     estimator = made("hybrid", backprop_blocks=1, num_directions=2, eps=3e-4)
     run, plain = (steps(estimator, lr=0.1, engine="layerwise") for _ in range(2))
     before, gradients = tensors_of(plain.model), gradients_of(plain.model, plain.batch)
-    still = run.session.coordinates.still
+    still = run.session.coordinates.backprop_names
     assert {name.split(".")[3] for name in still if "layers" in name} == {"2"}
     assert {name for name in still if "layers" not in name} == {
         "model.decoder.final_layer_norm.weight",
@@ -207,7 +207,7 @@ def test_the_queries_of_hybrid_move_only_what_is_below(engine):
     with torch.no_grad():
         for point, loss in zip(points, losses.tolist(), strict=True):
             for name, tensor in other.named_parameters():
-                moves = name not in run.session.coordinates.still
+                moves = name not in run.session.coordinates.backprop_names
                 tensor.copy_(run.weights.tensors[name] + moves * point.scale * run.z(direction, name))
             assert loss == pytest.approx(float(other(**run.batch).loss), rel=1e-6)
 

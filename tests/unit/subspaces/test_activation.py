@@ -105,7 +105,7 @@ def test_what_has_no_inputs_moves_in_full():
     for name in ("embedding.weight", "linear.bias", "narrow.weight"):
         assert coordinates.shape(name) == coordinates.weights.tensors[name].shape
     assert coordinates.inputs_wanted(D) == {"linear.weight", "turned.weight"}
-    coordinates.still = frozenset({"linear.weight"})
+    coordinates.backprop_names = frozenset({"linear.weight"})
     assert coordinates.inputs_wanted(D) == {"turned.weight"}
 
 

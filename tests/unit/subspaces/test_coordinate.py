@@ -120,7 +120,7 @@ def test_only_the_tensor_that_holds_the_coordinate_moves_and_of_a_sum_each_that_
 
 def test_what_is_trained_by_other_means_is_no_coordinate():
     coordinates = Coordinate().bind(Weights(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))))
-    coordinates.still = frozenset({"0.weight", "1.bias"})
+    coordinates.backprop_names = frozenset({"0.weight", "1.bias"})
     coordinates.arrange("iid", 12)
     directions = [Direction(0, 0, probe) for probe in range(12)]
     assert coordinates.dimension(directions[0]) == 12

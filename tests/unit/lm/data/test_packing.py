@@ -294,8 +294,8 @@ def test_under_an_engine_the_losses_are_those_of_perturbed_weights(engine, famil
     estimator = with_fields(example("estimator", "central"), num_directions=2, eps=1e-2)
     chosen = example("engine", engine)
     session = bind(chosen, estimator, model, lambda batch: objective.loss(model, batch), "gaussian")
-    if hasattr(session, "piece_bytes"):
-        session.piece_bytes = 512  # so small that the head is a large matrix
+    if hasattr(session, "swapper"):
+        session.swapper.piece_bytes = 512  # so small that the head is a large matrix
     points = estimator.points(estimator.directions(3, 1))
     first = session.losses(COLLATE(rows), points)
     assert torch.equal(session.losses(COLLATE(rows), points), first)

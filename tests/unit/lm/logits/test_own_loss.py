@@ -235,8 +235,8 @@ def test_under_an_engine_the_losses_are_those_of_perturbed_weights(engine, famil
     session = bind(
         example("engine", engine), estimator, model, lambda inputs: own_loss(model, **inputs)["loss"], "gaussian"
     )
-    if hasattr(session, "piece_bytes"):
-        session.piece_bytes = 512
+    if hasattr(session, "swapper"):
+        session.swapper.piece_bytes = 512
     points = estimator.points(estimator.directions(3, 1))
     first = session.losses(batch, points)
     assert torch.equal(session.losses(batch, points), first)
