@@ -23,7 +23,7 @@ class Calibrated:
 
     def __call__(self, rows: Sequence[Row]) -> Tensor:
         """The scores of rows, each with the row ``against`` which it is; float64 [B, O]."""
-        own = self._sums(rows)
+        own_sums = self._sums(rows)
         missing = {str(row["against"]["sequences"]): row["against"] for row in rows}
         missing = {key: row for key, row in missing.items() if key not in self.known}
         if missing:
@@ -32,7 +32,7 @@ class Calibrated:
             sums = [row for part in parts for row in self._sums(part)]
             self.known |= dict(zip(missing, sums, strict=True))
         domains = [self.known[str(row["against"]["sequences"])] for row in rows]
-        return torch.stack([_less(one, other) for one, other in zip(own, domains, strict=True)])
+        return torch.stack([_less(one, other) for one, other in zip(own_sums, domains, strict=True)])
 
     def _sums(self, rows: Sequence[Row]) -> Tensor:
         means = self.scores(rows).double()
@@ -42,8 +42,8 @@ class Calibrated:
         return means * lengths
 
 
-def _less(own: Tensor, domain: Tensor) -> Tensor:
+def _less(sums: Tensor, domain: Tensor) -> Tensor:
     """Differences; options that the row lacks stay at -inf, in whatever width the two were padded to."""
-    lacking = own.isinf()
-    domain = torch.nn.functional.pad(domain, (0, max(0, len(own) - len(domain))))[: len(own)]
-    return torch.where(lacking, own, own - domain.where(~lacking, torch.zeros_like(domain)))
+    lacking = sums.isinf()
+    domain = torch.nn.functional.pad(domain, (0, max(0, len(sums) - len(domain))))[: len(sums)]
+    return torch.where(lacking, sums, sums - domain.where(~lacking, torch.zeros_like(domain)))

@@ -68,17 +68,17 @@ def choose(rows: Sequence[Row], score: Scorer, score_alone: Scorer, batch_size: 
         >>> [choice.chosen for choice in choose(rows, batch, lambda rows: torch.zeros(1, 2), 2, 1e-4)]
         [0, 1]
     """
-    found: list[Choice | None] = [None] * len(rows)
+    choices: list[Choice | None] = [None] * len(rows)
 
     def decide(numbers: list[int]) -> None:
         scores = score([rows[number] for number in numbers]).tolist()
         for number, row in zip(numbers, scores, strict=True):
-            found[number] = _choice(row)
+            choices[number] = _choice(row)
 
     in_batches(rows, batch_size, decide)
     return [
         _choice(score_alone([row])[0].tolist(), alone=True) if is_close(choice.scores, close) else choice
-        for row, choice in zip(rows, found, strict=True)
+        for row, choice in zip(rows, choices, strict=True)
         if choice is not None
     ]
 

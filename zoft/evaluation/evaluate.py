@@ -146,12 +146,12 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     rows = encode(examples)
     scoring = scoring_of(cfg, request.run, form, rows, tokenizer, objective)
     if request.mode == "linear_probe":
-        found = _probed(scoring, splits, request, encode)
+        scored = _probed(scoring, splits, request, encode)
     else:
-        found = _scored(scoring, form, rows, examples, request, encode)
-    facts = _facts(cfg, request, form, found, metrics, time.perf_counter() - began)
-    facts |= _classes(form, examples, found) | passing.of(found, request.pass_at, request.pass_reward)
-    _write(request.output_dir, facts, found, getattr(splits, request.split), form)
+        scored = _scored(scoring, form, rows, examples, request, encode)
+    facts = _facts(cfg, request, form, scored, metrics, time.perf_counter() - began)
+    facts |= _classes(form, examples, scored) | passing.of(scored, request.pass_at, request.pass_reward)
+    _write(request.output_dir, facts, scored, getattr(splits, request.split), form)
     facts["num_ungraded"] = _ungraded(request.output_dir)
     return facts
 
@@ -223,11 +223,11 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
     from zoft.run.build import tokenizer_of
 
     # a run's folder has a whole model, or the adapter alone and the base's name
-    kept = Path(run) / "model"
-    adapter = bool(run) and (kept / "adapter_config.json").is_file()
+    saved = Path(run) / "model"
+    adapter = bool(run) and (saved / "adapter_config.json").is_file()
     model: Any = load_model_as(
         formats.model_kind(cfg.task),
-        _base_of(kept, cfg.model.name) if adapter else str(kept.absolute()) if run else cfg.model.name,
+        _base_of(saved, cfg.model.name) if adapter else str(saved.absolute()) if run else cfg.model.name,
         revision=None if run and not adapter else cfg.model.revision,
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
@@ -241,7 +241,7 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
     if adapter:
         from zoft.lm.models.peft import load_adapter
 
-        return load_adapter(model, kept)
+        return load_adapter(model, saved)
     # the config's model as a run would begin with it: its fresh adapter computes nothing yet
     return model if run else cfg.peft.wrap(model, cfg.seed, cfg.model.revision)
 
@@ -294,7 +294,7 @@ def _probed(scoring: Scoring, splits: Any, request: Request, encode: Any) -> Sco
 
 
 def _facts(
-    cfg: ZoftConfig, request: Request, form: str, found: Scored, metrics: list[str], seconds: float
+    cfg: ZoftConfig, request: Request, form: str, scored: Scored, metrics: list[str], seconds: float
 ) -> dict[str, Any]:
     from zoft.lm import formats
     from zoft.lm.metrics.libraries import computed
@@ -305,23 +305,23 @@ def _facts(
         "task": cfg.task.name(),
         "prompt": getattr(cfg.task, "prompt", None),
         "split": request.split,
-        "num_rows": len(found.predictions),
+        "num_rows": len(scored.predictions),
         "num_demonstrations": request.shown,
         "metric": formats.reported(form, cfg.task),
-        **found.metrics,
-        "num_computed_alone": found.num_alone,
+        **scored.metrics,
+        "num_computed_alone": scored.num_alone,
         "seconds": seconds,
         "output_dir": request.output_dir,
     }
     # what was chosen or written, against labels or gold answers, as the metric wants them
-    predictions = [row.get("answer", row.get("chosen")) for row in found.predictions]
-    references = [row.get("answers", row.get("label")) for row in found.predictions]
+    predictions = [row.get("answer", row.get("chosen")) for row in scored.predictions]
+    references = [row.get("answers", row.get("label")) for row in scored.predictions]
     for name in metrics:
         facts["evaluate"] = facts.get("evaluate", {}) | computed(name, predictions, references)
     return facts
 
 
-def _classes(form: str, examples: Sequence[Any], found: Scored) -> dict[str, Any]:
+def _classes(form: str, examples: Sequence[Any], scored: Scored) -> dict[str, Any]:
     """Figures of every class, where all rows have the same few."""
     from zoft.lm.metrics.classes import MOST, by_class
 
@@ -330,15 +330,15 @@ def _classes(form: str, examples: Sequence[Any], found: Scored) -> dict[str, Any
     if not 2 <= len(options) <= MOST or any(tuple(example.options) != options for example in examples):
         return {}
     names = [option.strip() for option in options]
-    rows = found.predictions
+    rows = scored.predictions
     return by_class([row["label"] for row in rows], [row["chosen"] for row in rows], names)
 
 
-def _write(output_dir: str, facts: dict[str, Any], found: Scored, examples: Any, form: str) -> None:
+def _write(output_dir: str, facts: dict[str, Any], scored: Scored, examples: Any, form: str) -> None:
     """The predictions line by line, and the facts."""
     lines = []
     # one line a row, in the rows' order: two evaluations can be compared line by line
-    for number, (row, example) in enumerate(zip(found.predictions, examples, strict=True)):
+    for number, (row, example) in enumerate(zip(scored.predictions, examples, strict=True)):
         line: dict[str, Any] = {"row": number}
         if form in ("options", "mask", "head"):
             text = example.prompt or "".join("<mask>" if p.text is None else p.text for p in example.pieces)
@@ -418,4 +418,4 @@ def with_solved(task: Task, examples: Sequence[Example], train: Sequence[Example
         shown = [[train[index] for index in permutation(len(train), seed)[:k]] for seed in seeds]
     if shown and len(shown[0]) < k:
         raise UserError(f"k={k} demonstrations are wanted and there are {len(shown[0])} rows to show: lower k")
-    return [with_demonstrations(one, own, task.separator) for one, own in zip(examples, shown, strict=True)]
+    return [with_demonstrations(one, solved, task.separator) for one, solved in zip(examples, shown, strict=True)]

@@ -36,17 +36,17 @@ def features(scoring: Scoring, rows: Sequence[Row]) -> Tensor:
     backbone = inner(model).base_model
     prompts = [_prompt(row) for row in rows]
     collate = RightPaddedCollator(getattr(model.config, "pad_token_id", None) or 0)
-    found: dict[int, Tensor] = {}
+    by_row: dict[int, Tensor] = {}
 
     def put(numbers: list[int]) -> None:
         batch = {key: value.to(scoring.device) for key, value in collate([prompts[n] for n in numbers]).items()}
         with torch.inference_mode(), scoring.autocast():
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             states = backbone(**inputs).last_hidden_state.float()  # [B, T, H]
-        found.update(zip(numbers, _one_each(states, batch, prompts[numbers[0]]).cpu(), strict=True))
+        by_row.update(zip(numbers, _one_each(states, batch, prompts[numbers[0]]).cpu(), strict=True))
 
     in_batches(prompts, scoring.batch_size, put)
-    return torch.stack([found[number] for number in range(len(rows))])
+    return torch.stack([by_row[number] for number in range(len(rows))])
 
 
 def _prompt(row: Row) -> Row:

@@ -110,7 +110,7 @@ def evaluate(cfg: ZoftConfig, request: HarnessRequest) -> dict[str, Any]:
     with global_random_state_kept():
         transformers.set_seed(cfg.seed)  # rows may be drawn when a task is loaded
         tasks = harness_tasks.loaded_tasks(request.tasks, request.path, request.k, cfg.seed)
-        found, rows = harness_tasks.evaluated(
+        results, rows = harness_tasks.evaluated(
             tasks,
             on_device(model_of(cfg, request.run), args.device).eval(),
             tokenizer_of(cfg),
@@ -127,7 +127,7 @@ def evaluate(cfg: ZoftConfig, request: HarnessRequest) -> dict[str, Any]:
         "device": str(args.device),
         "dtype": cfg.model.dtype,
         "per_device_eval_batch_size": args.per_device_eval_batch_size,
-        **found,
+        **results,
         "seconds": time.perf_counter() - began,
         "output_dir": request.output_dir,
     }

@@ -62,20 +62,20 @@ def loaded_tasks(names: Sequence[str], path: str, k: int | None, seed: int) -> d
     """
     with quiet():
         manager = _manager(names, path)
-        found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+        merged: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in names:
             _refuse_unknown(name, manager)
             values = _loaded(name, manager)
-            twice = found["tasks"].keys() & values["tasks"].keys()
+            twice = merged["tasks"].keys() & values["tasks"].keys()
             if twice:
                 raise UserError(f"harness={name} has the task {min(twice)}, and so has another one: name it once")
             for part, members in values.items():
-                found[part] |= members
-        for name, task in found["tasks"].items():
+                merged[part] |= members
+        for name, task in merged["tasks"].items():
             _refuse_unfit(name, task)
             _show(name, task, k)
             task.set_fewshot_seed(seed=seed)
-    return found
+    return merged
 
 
 def evaluated(
@@ -148,10 +148,10 @@ def _manager(names: Sequence[str], path: str) -> Any:
     """The list of tasks; without the harness's own 14,000, which take ten seconds to read, where none is asked for."""
     from lm_eval.tasks import TaskManager
 
-    own = TaskManager(include_path=path or None, include_defaults=False)
+    manager = TaskManager(include_path=path or None, include_defaults=False)
     # A group may name any of the harness's own tasks.
-    if all(name in own.all_subtasks or (is_task_file(name) and not _is_group(name)) for name in names):
-        return own
+    if all(name in manager.all_subtasks or (is_task_file(name) and not _is_group(name)) for name in names):
+        return manager
     return TaskManager(include_path=path or None)
 
 
@@ -196,10 +196,10 @@ def _refuse_unfit(name: str, task: Any) -> None:
 
 def _show(name: str, task: Any, k: int | None) -> None:
     """Say how many solved rows are shown."""
-    own = task.get_config("num_fewshot")
-    if k and own == 0:  # the harness would leave it at 0, and say so in its log
+    num_shown = task.get_config("num_fewshot")
+    if k and num_shown == 0:  # the harness would leave it at 0, and say so in its log
         raise UserError(f"k={k} is not read by harness task {name}, which is defined without solved rows: leave k out")
-    if k is not None or own is None:
+    if k is not None or num_shown is None:
         task.set_config(key="num_fewshot", value=k or 0)
 
 
@@ -217,11 +217,11 @@ def _facts(results: dict[str, Any]) -> dict[str, Any]:
             "version": results["versions"].get(name),
             "config": results["configs"].get(name),
         }
-    for name, found in results.get("groups", {}).items():
+    for name, group in results.get("groups", {}).items():
         members = _members(name, results["group_subtasks"])
         part = [row for member in members for row in samples.get(member, ())]
         rows = sum(tasks[member]["num_rows"] for member in members if member in tasks)
-        groups[name] = {"metrics": _metrics(found, part), "num_rows": rows, "tasks": members}
+        groups[name] = {"metrics": _metrics(group, part), "num_rows": rows, "tasks": members}
     return {"tasks": tasks, "groups": groups, "num_rows": sum(task["num_rows"] for task in tasks.values())}
 
 
@@ -230,14 +230,14 @@ def _members(group: str, parts: dict[str, list[str]]) -> list[str]:
     return [task for part in parts[group] for task in (_members(part, parts) if part in parts else [part])]
 
 
-def _metrics(found: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _metrics(results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every metric with its standard error and 95 % interval; a filter's name stands behind the metric's."""
     values = {}
-    for key, value in found.items():
+    for key, value in results.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        stderr = found.get(f"{metric}_stderr,{kind}")
+        stderr = results.get(f"{metric}_stderr,{kind}")
         stderr = float(stderr) if isinstance(stderr, (int, float)) else None
         scores = [row[metric] for row in samples if row["filter"] == kind and metric in row]
         interval = _interval(float(value), stderr, scores)

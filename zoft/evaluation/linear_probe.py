@@ -58,10 +58,10 @@ def probe(train: tuple[Tensor, Sequence[int]], dev: tuple[Tensor, Sequence[int]]
     wanted = torch.tensor(dev[1], device=train[0].device)
     for penalty in PENALTIES:
         weight, bias = fit((train[0].double() - mean) / scale, train[1], num_labels, penalty)
-        made = Probe(mean, scale, weight, bias, penalty)
-        loss = float(torch.nn.functional.nll_loss(made.log_probs(dev[0]), wanted))
+        fitted = Probe(mean, scale, weight, bias, penalty)
+        loss = float(torch.nn.functional.nll_loss(fitted.log_probs(dev[0]), wanted))
         if best is None or loss < best[0]:
-            best = loss, made
+            best = loss, fitted
     assert best is not None
     return best[1]
 

@@ -41,11 +41,11 @@ def check(form: str, objective: Any, ks: Sequence[int], least: float | None) -> 
         )
 
 
-def of(found: Scored, ks: Sequence[int], least: float | None) -> dict[str, float]:
+def of(scored: Scored, ks: Sequence[int], least: float | None) -> dict[str, float]:
     """pass@k of what was written: right is a reward of ``least`` (1) or more, or an exact match.
 
     Args:
-        found: texts of every row with what each was worth.
+        scored: texts of every row with what each was worth.
         ks: of pass@k; nothing without.
         least: as for :func:`check`.
     """
@@ -55,5 +55,5 @@ def of(found: Scored, ks: Sequence[int], least: float | None) -> dict[str, float
         return list(row.get(many, [row.get(one, 0.0)]))
 
     enough = 1.0 if least is None else least
-    rights = [[value >= enough for value in values(row)] for row in found.predictions] if ks else []
+    rights = [[value >= enough for value in values(row)] for row in scored.predictions] if ks else []
     return passes(rights, ks)

@@ -126,7 +126,7 @@ class Scoring:
         """Accuracy and loss of choices; a row may have several right ones."""
         right = [{row["label"], *row.get("also_right", ())} for row in rows]
         # a binomial share: Wilson's interval holds near 0 and 1, and for few rows
-        hits = [choice.chosen in own for choice, own in zip(choices, right, strict=True)]
+        hits = [choice.chosen in right_of_row for choice, right_of_row in zip(choices, right, strict=True)]
         low, high = wilson(sum(hits), len(hits))
         loss = cross_entropy(choices, [row["label"] for row in rows])
         return Scored(
@@ -152,12 +152,12 @@ class Scoring:
         for number, row in enumerate(rows):
             texts = [texts[number] for texts in samples]
             # the answer in a text, before it is compared with the gold ones
-            found = [answering.answer_in(text) for text in texts]
-            all_scores = [scored(one, row["answers"], as_mezo=answering.as_mezo) for one in found]
-            scores: dict[str, Any] = {name: _mean([own[name] for own in all_scores]) for name in SCORES}
+            answers = [answering.answer_in(text) for text in texts]
+            all_scores = [scored(one, row["answers"], as_mezo=answering.as_mezo) for one in answers]
+            scores: dict[str, Any] = {name: _mean([of_sample[name] for of_sample in all_scores]) for name in SCORES}
             if len(texts) > 1:
-                scores["exact_matches"] = [own["exact_match"] for own in all_scores]
-            predictions.append(_texts(row, texts) | {"answer": found[0], "answers": row["answers"]} | scores)
+                scores["exact_matches"] = [of_sample["exact_match"] for of_sample in all_scores]
+            predictions.append(_texts(row, texts) | {"answer": answers[0], "answers": row["answers"]} | scores)
         metrics: dict[str, float] = {}
         for name in SCORES:
             # means over rows with an interval: rows are what was drawn, samples of one row are not
@@ -171,12 +171,12 @@ class Scoring:
         prompts = [row["prompt"] for row in rows]
         answers = [row["answers"][0] if len(row["answers"]) == 1 else row["answers"] for row in rows]
         of_samples = objective.rewards_of_samples(prompts, samples, answers)
-        values = [_mean(own) for own in zip(*of_samples, strict=True)]
+        values = [_mean(of_row) for of_row in zip(*of_samples, strict=True)]
         low, high = mean_of_numbers(values)
         predictions = [
             _texts(row, [texts[number] for texts in samples])
             | {"reward": values[number]}
-            | ({"rewards": [own[number] for own in of_samples]} if len(samples) > 1 else {})
+            | ({"rewards": [of_row[number] for of_row in of_samples]} if len(samples) > 1 else {})
             for number, row in enumerate(rows)
         ]
         return Scored({"reward": _mean(values), "reward_low": low, "reward_high": high}, predictions, num_alone)
@@ -200,8 +200,8 @@ class Scoring:
 
             def put(numbers: list[int], texts: list[str] = texts, of: Callable[..., Written] = of) -> None:
                 # two tokens that are nearly as likely: the batch's rounding could decide, so it is written again alone
-                found = of(numbers)
-                for number, text, margin in zip(numbers, found.texts, found.margins, strict=True):
+                written = of(numbers)
+                for number, text, margin in zip(numbers, written.texts, written.margins, strict=True):
                     close = len(numbers) > 1 and margin <= self._close_logits
                     texts[number] = of([number]).texts[0] if close else text
                     again.update({number} if close else ())
@@ -221,14 +221,14 @@ class Scoring:
         """Loss and perplexity of texts."""
         from zoft.lm.metrics.metrics import perplexity
 
-        found: dict[int, tuple[float, int]] = {}
+        by_row: dict[int, tuple[float, int]] = {}
 
         def put(numbers: list[int]) -> None:
             _, sums, counts = self.predict([rows[number] for number in numbers])
-            found.update(zip(numbers, zip(sums.tolist(), counts.tolist(), strict=True), strict=True))
+            by_row.update(zip(numbers, zip(sums.tolist(), counts.tolist(), strict=True), strict=True))
 
         in_batches(rows, self.batch_size, put)
-        ordered = [found[number] for number in range(len(rows))]
+        ordered = [by_row[number] for number in range(len(rows))]
         predictions = _Predictions([loss for loss, _ in ordered], [count for _, count in ordered])
         metrics = perplexity(predictions)  # it reads these two fields
         return Scored(metrics, [{"loss": loss, "tokens": count} for loss, count in ordered])
@@ -259,8 +259,8 @@ class Scoring:
         from zoft.lm.objectives.preference import sums
 
         with torch.inference_mode(), self.autocast():
-            found = sums(self.model, {key: value.to(self.device) for key, value in batch.items()})
-        return found.clamp_min(torch.finfo(torch.float32).min)
+            log_probs = sums(self.model, {key: value.to(self.device) for key, value in batch.items()})
+        return log_probs.clamp_min(torch.finfo(torch.float32).min)
 
 
 @dataclass

@@ -32,13 +32,13 @@ def write(folder: Path, **of: Any) -> int:
         folder: whose ``ungraded.jsonl`` grows; nothing is written where there is nothing to write.
         **of: what stands in front of each.
     """
-    found = take_ungraded()
-    if found:
+    ungraded = take_ungraded()
+    if ungraded:
         with (folder / NAME).open("ab") as file:
             file.write(
-                b"".join(json_line({**of, "prompt": one.prompt, "text": one.text, "why": one.why}) for one in found)
+                b"".join(json_line({**of, "prompt": one.prompt, "text": one.text, "why": one.why}) for one in ungraded)
             )
-    return len(found)
+    return len(ungraded)
 
 
 def count(folder: Path) -> int:

@@ -211,13 +211,13 @@ def weights_kept(model: Any) -> Iterator[None]:
     from zoft.utils.lazy import torch
     from zoft.weights.tensors import Weights
 
-    kept = {name: tensor.detach().cpu().clone() for name, tensor in Weights(model).tensors.items()}
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in Weights(model).tensors.items()}
     try:
         yield
     finally:
         with torch.no_grad():
             for name, tensor in Weights(model).tensors.items():
-                tensor.copy_(kept[name])
+                tensor.copy_(copies[name])
 
 
 def _radius(
@@ -277,12 +277,12 @@ def _slopes(
     return slopes, total / (len(radii) * RADIUS_DIRECTIONS)
 
 
-def plateau(slopes: dict[float, list[float]], told: dict[str, float] | None = None) -> float:
+def plateau(slopes: dict[float, list[float]], differences: dict[str, float] | None = None) -> float:
     """Of radii with the slopes along the same directions, the one whose slopes differ least from the next one's.
 
     Args:
         slopes: radius -> slope along each direction.
-        told: gets radius -> difference, as a share of the slopes.
+        differences: gets radius -> difference, as a share of the slopes.
 
     Example:
         >>> plateau({1e-4: [1.4, -2.9], 1e-3: [1.01, -2.0], 1e-2: [1.0, -2.0], 1e-1: [0.3, -0.9]})
@@ -295,8 +295,8 @@ def plateau(slopes: dict[float, list[float]], told: dict[str, float] | None = No
         size = sum(abs(a) + abs(b) for a, b in pairs) / 2
         change = sum(abs(a - b) for a, b in pairs) / size if size > 0 else math.inf  # no loss moved at all
         changes[eps] = change if math.isfinite(change) else math.inf
-    if told is not None:
-        told.update({f"{eps:g}": change for eps, change in changes.items() if math.isfinite(change)})
+    if differences is not None:
+        differences.update({f"{eps:g}": change for eps, change in changes.items() if math.isfinite(change)})
     if not any(map(math.isfinite, changes.values())):
         raise UserError("estimator.eps=auto: no loss moves at any radius up to 0.1: give a radius, estimator.eps=...")
     return min(changes, key=lambda eps: changes[eps])

@@ -202,8 +202,8 @@ def _trainable_of(cfg: ZoftConfig) -> Trainable:
     """What is trained; ``auto`` is the last block where layers' outputs move: there it pays most (docs/nodes.md)."""
     from zoft.lm.models.trainable.last_blocks import LastBlocks
 
-    own = cfg.trainable.name() != "auto" or cfg.peft.name() != "none" or not cfg.subspace.moves_outputs
-    return cfg.trainable if own else LastBlocks(num_blocks=1)
+    is_chosen = cfg.trainable.name() != "auto" or cfg.peft.name() != "none" or not cfg.subspace.moves_outputs
+    return cfg.trainable if is_chosen else LastBlocks(num_blocks=1)
 
 
 def tokenizer_of(cfg: ZoftConfig, run: str = "") -> Any:
@@ -216,10 +216,10 @@ def tokenizer_of(cfg: ZoftConfig, run: str = "") -> Any:
     from zoft.lm import formats
     from zoft.lm.models.load import load_tokenizer
 
-    kept = Path(run) / "model"
+    saved = Path(run) / "model"
     side = "left" if formats.model_kind(cfg.task) == "causal" else "right"
-    if run and (kept / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(kept.absolute()), padding_side=side)
+    if run and (saved / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(saved.absolute()), padding_side=side)
     return load_tokenizer(cfg.model.name, revision=cfg.model.revision, as_mezo=_as_mezo(cfg), padding_side=side)
 
 

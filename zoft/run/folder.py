@@ -150,18 +150,18 @@ def nearest(output_dir: str) -> Path:
     return next(path for path in (folder, *folder.parents) if os.path.exists(path) or path == path.parent)
 
 
-def release(output_dir: str, there: Path) -> None:
+def release(output_dir: str, nearest_folder: Path) -> None:
     """Take back a claim on a folder in which nothing has happened yet, so that a failed start leaves nothing behind.
 
     Args:
         output_dir: the folder that was claimed.
-        there: what :func:`nearest` said before the claim: it and what is above it was not made by the claim.
+        nearest_folder: what :func:`nearest` said before the claim: it and what is above it was not made by the claim.
     """
     folder = Path(output_dir)
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:
         (folder / CONFIG).unlink(missing_ok=True)
         unlock(output_dir)
-        while folder != there:
+        while folder != nearest_folder:
             try:
                 folder.rmdir()
             except OSError:  # not empty
@@ -216,8 +216,8 @@ def _identity(resolved: str) -> str:
 
 
 def _budget(resolved: str) -> int:
-    found = [line.split(":")[1] for key, line in keys_of(resolved) if key == "budget.queries"]
-    return int(found[0]) if found and found[0].strip().isdecimal() else 0
+    budgets = [line.split(":")[1] for key, line in keys_of(resolved) if key == "budget.queries"]
+    return int(budgets[0]) if budgets and budgets[0].strip().isdecimal() else 0
 
 
 def keys_of(resolved: str) -> list[tuple[str, str]]:
@@ -225,10 +225,10 @@ def keys_of(resolved: str) -> list[tuple[str, str]]:
     above: list[tuple[int, str]] = []  # (indentation, key)
     lines = []
     for line in resolved.splitlines():
-        found = re.match(r"( *)([^\s:#'\"-][^:]*):(?: |$)", line)
-        if found:
-            indent = len(found.group(1))
-            above = [*((i, key) for i, key in above if i < indent), (indent, found.group(2))]
+        match = re.match(r"( *)([^\s:#'\"-][^:]*):(?: |$)", line)
+        if match:
+            indent = len(match.group(1))
+            above = [*((i, key) for i, key in above if i < indent), (indent, match.group(2))]
         lines.append((".".join(key for _, key in above), line))
     return lines
 

@@ -50,17 +50,17 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
     session = optimizer.session
     settle(session)
     sha = session.weights.digest()
-    told = f"weights after step {steps:,} of {contents.end:,}: SHA-256 {sha}"
-    told += f"\n{checked} hashes of the journal were compared and are equal" if checked else ""
+    summary = f"weights after step {steps:,} of {contents.end:,}: SHA-256 {sha}"
+    summary += f"\n{checked} hashes of the journal were compared and are equal" if checked else ""
     if to is None and (why := _why_not_the_model(cfg, run, sha)):
-        told += f"\nthese are not the weights of model/: {why}"
+        summary += f"\nthese are not the weights of model/: {why}"
     if output is not None:
         model: Any = session.model
         with snapshot.replaced(Path(output)) as folder:
             model.save_pretrained(folder)
             tokenizer_of(cfg).save_pretrained(folder)
-        told += f"\nsaved to {output}"
-    return told
+        summary += f"\nsaved to {output}"
+    return summary
 
 
 def _why_not_the_model(cfg: ZoftConfig, run: Path, sha: str) -> str:

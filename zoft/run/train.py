@@ -59,7 +59,7 @@ def run(cfg: ZoftConfig, callbacks: Sequence[Any] = (), opening: Opening | None 
 
     # each process runs this; the first one writes, says and decides
     first = int(os.environ.get("RANK", "0")) == 0
-    there = folder.nearest(cfg.output_dir)
+    nearest_folder = folder.nearest(cfg.output_dir)
     # before anything is loaded: a folder with another run in it is refused at once
     standing = _claim(cfg, resolved_yaml(cfg), first)
     if standing == "done":
@@ -72,7 +72,7 @@ def run(cfg: ZoftConfig, callbacks: Sequence[Any] = (), opening: Opening | None 
         # a run that could not begin leaves the folder as it was found
         except BaseException:
             if first and standing == "new":
-                folder.release(cfg.output_dir, there)
+                folder.release(cfg.output_dir, nearest_folder)
             raise
         return _train(cfg, trainer, splits, memory, standing)
     finally:
@@ -88,10 +88,10 @@ def _train(
         return _carry_out(cfg, trainer, splits, memory, resuming=standing == "resume")
     except Exception as error:
         # a full disk shows in many places, as an error of torch or safetensors too
-        told = _of_disk(error, cfg.output_dir)
-        if told is None:
+        disk_error = _of_disk(error, cfg.output_dir)
+        if disk_error is None:
             raise
-        raise told from None
+        raise disk_error from None
     finally:
         from zoft.report.trackers import close_trackers
         from zoft.trainer.signals import StopOnInterrupt
@@ -396,7 +396,7 @@ def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
 
 
 def _held_out(
-    trainer: ZOTrainer, rows: list[Any], kept: Path, name: str, memory: PeakMemory, metric: str
+    trainer: ZOTrainer, rows: list[Any], file: Path, name: str, memory: PeakMemory, metric: str
 ) -> dict[str, float]:
     """The metric on the held-out rows at these weights; a resumed run finds the earlier answer in its folder."""
     from zoft.report.results import WEIGHTS, read_results, write_results
@@ -407,7 +407,7 @@ def _held_out(
     rows_now = identity.settings()["test_data"]
     # an earlier answer holds for these weights, this base and these rows only
     of = {WEIGHTS: Weights(trainer.model).digest(), "frozen": identity.frozen_fingerprint(), "rows": rows_now}
-    known = read_results(kept, of) if trainer.args.world_size == 1 else None
+    known = read_results(file, of) if trainer.args.world_size == 1 else None
     if known is not None:  # with more processes, all must do the same whatever disk they see
         return known
     output = trainer.predict(rows, metric_key_prefix="test")
@@ -416,8 +416,8 @@ def _held_out(
     values = {key.removeprefix("test_"): float(metrics[key]) for key in metrics if key in reported}
     values["peak_memory_mb"] = memory.peak_mb()
     if trainer.is_world_process_zero():
-        write_results(kept, values, of)
-        keep_rows(kept, row_values(metric, output.predictions, output.label_ids), of)
+        write_results(file, values, of)
+        keep_rows(file, row_values(metric, output.predictions, output.label_ids), of)
         say(f"{name:<9} held-out {_scores_text(values)} on {len(rows):,} rows")
     return values
 

@@ -26,14 +26,14 @@ def row_values(metric: str, predictions: Any, labels: Any) -> dict[str, list[flo
     """
     import numpy
 
-    found = numpy.asarray(predictions, dtype=numpy.float64)
+    columns = numpy.asarray(predictions, dtype=numpy.float64)
     if metric == "accuracy":
-        values = found.argmax(axis=1) == numpy.asarray(labels)
+        values = columns.argmax(axis=1) == numpy.asarray(labels)
     elif metric in ("f1", "exact_match"):
-        values = found[:, ("f1", "exact_match").index(metric)]
+        values = columns[:, ("f1", "exact_match").index(metric)]
     else:
-        values = found.reshape(len(found))
-    weights = numpy.asarray(labels, dtype=numpy.float64) if metric == "loss" else numpy.ones(len(found))
+        values = columns.reshape(len(columns))
+    weights = numpy.asarray(labels, dtype=numpy.float64) if metric == "loss" else numpy.ones(len(columns))
     return {"values": numpy.asarray(values, dtype=float).tolist(), "weights": weights.tolist()}
 
 
@@ -72,10 +72,12 @@ def verdict_line(metric: str, gain: tuple[float, float, float], num_rows: int) -
     """
     scale, digits, unit = (100, 1, " points") if metric == "accuracy" else (1, 3, "")
     middle, low, high = (scale * value for value in gain)
-    told = f"verdict   {middle:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}] on the same {num_rows:,} rows"
+    sentence = (
+        f"verdict   {middle:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}] on the same {num_rows:,} rows"
+    )
     if low <= 0 <= high:
-        return f"{told}: within noise, no gain can be told"
-    return f"{told}: {'better' if (middle > 0) != (metric in _DOWN) else 'WORSE'} than before"
+        return f"{sentence}: within noise, no gain can be told"
+    return f"{sentence}: {'better' if (middle > 0) != (metric in _DOWN) else 'WORSE'} than before"
 
 
 def next_lines(output_dir: str, *, chats: bool, chooses: bool, own: Sequence[str] = ()) -> list[str]:
@@ -110,9 +112,9 @@ def kept_rows(path: Path) -> dict[str, Any] | None:
     """The rows that :func:`keep_rows` wrote beside a file of numbers, where both are of the same weights and rows."""
     from zoft.report.results import read_json
 
-    numbers, found = read_json(path) or {}, read_json(_beside(path)) or {}
-    same = bool(found.get("of")) and all(numbers.get(name) == sha for name, sha in found["of"].items())
-    return found if same else None
+    numbers, rows = read_json(path) or {}, read_json(_beside(path)) or {}
+    same = bool(rows.get("of")) and all(numbers.get(name) == sha for name, sha in rows["of"].items())
+    return rows if same else None
 
 
 def gain_of(before: Path, after: Path) -> tuple[float, float, float] | None:

@@ -46,13 +46,13 @@ def read_names(text: str) -> list[int]:
     Raises:
         UserError: it is something else.
     """
-    found = [_NAME.fullmatch(name.strip()) for name in text.split(",")]
-    if not all(found):
+    matches = [_NAME.fullmatch(name.strip()) for name in text.split(",")]
+    if not all(matches):
         raise UserError(
             f"metric={text} is none that zoft eval computes beside a task's own: metric=pass@1,pass@8 (evaluate=NAME "
             "is for those of the evaluate library)"
         )
-    return list(dict.fromkeys(int(one[1]) for one in found if one))
+    return list(dict.fromkeys(int(one[1]) for one in matches if one))
 
 
 def passes(right: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, float]:

@@ -83,20 +83,20 @@ def attach(model: nn.Module) -> list[str]:
         UserError: there is no quantised layer, or one whose scales cannot move.
     """
     layers = [(name, module, scale_of(module)) for name, module in model.named_modules()]
-    found = [(name, module, scale) for name, module, scale in layers if scale is not None]
-    if not found:
+    scaled = [(name, module, scale) for name, module, scale in layers if scale is not None]
+    if not scaled:
         raise UserError(
             "trainable=scales steps on the scales of a quantised base, and this model has none that zoft knows "
             "(bitsandbytes' nf4 and int8, torchao's int8): give model.quantization=nf4, or choose another trainable="
         )
-    for _, module, scale in found:
+    for _, module, scale in scaled:
         if LOG_SCALE not in module._parameters:
             zeros = torch.zeros(scale.value.shape, dtype=torch.float32, device=scale.value.device)
             module.register_parameter(LOG_SCALE, torch.nn.Parameter(zeros))
             module.forward = functools.partial(_forward, module, module.forward)
             module.register_state_dict_post_hook(_save_moved)
     _let_the_trainer_train(model)
-    return [f"{name}.{LOG_SCALE}" if name else LOG_SCALE for name, _, _ in found]
+    return [f"{name}.{LOG_SCALE}" if name else LOG_SCALE for name, _, _ in scaled]
 
 
 def has_trained_scales(model: nn.Module) -> bool:

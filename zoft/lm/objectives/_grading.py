@@ -52,9 +52,9 @@ _ungraded: list[Ungraded] = []
 
 def take_ungraded() -> list[Ungraded]:
     """The texts of this process that got no number since this was asked last, in their order."""
-    found = list(_ungraded)
+    ungraded = list(_ungraded)
     _ungraded.clear()
-    return found
+    return ungraded
 
 
 class Judges:
@@ -83,9 +83,9 @@ class Judges:
             UserError: a text got no number and ``failed`` is None, or too many in a row got none, or the processes do
                 not start.
         """
-        found = self._answers([_line(self.function, job) for job in jobs], timeout, stops=failed is None)
+        grades = self._answers([_line(self.function, job) for job in jobs], timeout, stops=failed is None)
         values = []
-        for (prompt, text, _), answer in zip(jobs, found, strict=True):
+        for (prompt, text, _), answer in zip(jobs, grades, strict=True):
             if isinstance(answer, float):
                 self.num_in_a_row = 0
                 values.append(answer)
@@ -120,7 +120,7 @@ class Judges:
 
     def _answers(self, lines: list[bytes], timeout: float, *, stops: bool) -> list[float | str]:
         """A number, or why there is none, for each; with ``stops`` nothing is begun behind the first without one."""
-        found: list[float | str] = ["it was not asked"] * len(lines)
+        answers: list[float | str] = ["it was not asked"] * len(lines)
         waiting, busy = deque(range(len(lines))), dict[_Judge, int]()
         with selectors.DefaultSelector() as selector:
             try:
@@ -137,7 +137,7 @@ class Judges:
                         answer = judge.answer(ready=judge in ready, timeout=timeout)
                         if answer is None:
                             continue
-                        found[busy.pop(judge)] = answer
+                        answers[busy.pop(judge)] = answer
                         selector.unregister(judge.replies)
                         if judge.is_well:
                             self._idle.append(judge)
@@ -148,8 +148,8 @@ class Judges:
             finally:
                 for judge in busy:  # interrupted: what they work on is of no use
                     judge.end()
-        first = next((one for one in found if isinstance(one, str) and one != "it was not asked"), None)
-        return [first if stops and first and isinstance(one, str) else one for one in found]
+        first = next((one for one in answers if isinstance(one, str) and one != "it was not asked"), None)
+        return [first if stops and first and isinstance(one, str) else one for one in answers]
 
     def close(self) -> None:
         """End the processes."""
@@ -232,9 +232,9 @@ def judges(function: str, workers: int) -> Judges:
         function: by name.
         workers: how many.
     """
-    made = Judges(function, workers)
-    atexit.register(made.close)
-    return made
+    pool = Judges(function, workers)
+    atexit.register(pool.close)
+    return pool
 
 
 def name_of(function: Any) -> str:
@@ -249,8 +249,8 @@ def name_of(function: Any) -> str:
     if isinstance(function, str):
         return function
     module, name = getattr(function, "__module__", "") or "", getattr(function, "__qualname__", "")
-    there = sys.modules.get(module)
-    if module == "__main__" or not name.isidentifier() or getattr(there, name, None) is not function:
+    loaded = sys.modules.get(module)
+    if module == "__main__" or not name.isidentifier() or getattr(loaded, name, None) is not function:
         raise UserError(
             "objective.workers calls the function in processes of their own, which have to import it: put it into a "
             f"module or a file and give its name (function='rewards.py:judge'), not {name or function!r}"

@@ -47,12 +47,12 @@ def _judged(judge: Any, job: list[Any]) -> dict[str, Any]:
     function = judge.loaded()
     more = {"answers": [answer]} if takes_answers(function) else {}
     try:
-        found = list(function(prompts=[prompt], generations=[text], **more))
+        values = list(function(prompts=[prompt], generations=[text], **more))
     except Exception as error:
         return {"error": f"it raised {raised(error)}"}
-    number = number_of(found[0]) if len(found) == 1 else None
+    number = number_of(values[0]) if len(values) == 1 else None
     if number is None or not math.isfinite(number):
-        return {"error": f"it returned {found!r:.80} instead of a list of one finite number"}
+        return {"error": f"it returned {values!r:.80} instead of a list of one finite number"}
     return {"value": number}
 
 

@@ -83,12 +83,12 @@ class CrossEntropy(Objective):
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean negative log-probability of each example's own tokens, [B]."""
-        found, example = self.readout(model, batch, "loss").losses, self.places(model, batch).row
+        of_tokens, example = self.readout(model, batch, "loss").losses, self.places(model, batch).row
         if not is_counted(batch):  # a right row for each example, among the rows of its options
             example = example.unique_consecutive(return_inverse=True)[1]
         counts = torch.bincount(example, minlength=len(batch["labels"]) if is_counted(batch) else 0)
         # mean over each example's own tokens: index_add sums them by example
-        return found.new_zeros(len(counts)).index_add(0, example, found) / counts.clamp_min(1)
+        return of_tokens.new_zeros(len(counts)).index_add(0, example, of_tokens) / counts.clamp_min(1)
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, option scores [B, O], gold index [B]), all from one forward.

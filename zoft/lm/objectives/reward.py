@@ -78,8 +78,8 @@ class Reward(Writing):
         """The function's file, where it is named by one."""
         named = own_files.split(self.function)
         file = Path(named[0]).expanduser() if named else None
-        own = {f"{file.name}:{named[1]}": own_files.digest(str(file))} if named and file and file.is_file() else {}
-        return super().own_code() | own
+        digests = {f"{file.name}:{named[1]}": own_files.digest(str(file))} if named and file and file.is_file() else {}
+        return super().own_code() | digests
 
     def loaded(self) -> Function:
         """The function, imported.
@@ -108,7 +108,7 @@ class Reward(Writing):
             return judges(name_of(self.function), self.workers).grade(jobs, self.timeout, self.failed)
         more = {"answers": answers} if takes_answers(function) else {}
         try:
-            found = list(function(prompts=prompts, generations=texts, **more))
+            values = list(function(prompts=prompts, generations=texts, **more))
         except Exception as error:
             raise UserError(
                 f"objective.function={self._name} raised {raised(error)}, given {len(texts)} texts: with "
@@ -116,10 +116,10 @@ class Reward(Writing):
                 "command goes on from the last step"
             ) from error
         name = self._name
-        if len(found) != len(texts):
-            raise UserError(f"{name} must return a number for each of {len(texts)} generations, got {len(found)}")
+        if len(values) != len(texts):
+            raise UserError(f"{name} must return a number for each of {len(texts)} generations, got {len(values)}")
         numbers = []
-        for value in found:
+        for value in values:
             number = number_of(value)
             if number is None or not math.isfinite(number):
                 raise UserError(f"{name} must return finite numbers, got {value!r}")
@@ -141,9 +141,9 @@ class Reward(Writing):
 
     def losses_of_samples(self, samples: list[list[str]], batch: Batch) -> list[Tensor]:
         """Minus each text's reward, [B] each."""
-        answers = [own[0] if len(own) == 1 else own for own in batch["answers"]]
+        answers = [of_row[0] if len(of_row) == 1 else of_row for of_row in batch["answers"]]
         rewards = self.rewards_of_samples(batch["prompts"], samples, answers)
-        return [-torch.tensor(own, device=batch["input_ids"].device) for own in rewards]
+        return [-torch.tensor(of_row, device=batch["input_ids"].device) for of_row in rewards]
 
     def rewards_of_samples(self, prompts: list[str], samples: list[list[str]], answers: list[Any]) -> list[list[float]]:
         """:meth:`rewards` of every sample; with processes, of all texts side by side."""
@@ -162,25 +162,25 @@ def _loaded(path: str) -> Function:
         return _checked(getattr(module, name, None), path, name)
     sys.path.insert(0, os.getcwd())  # the `zoft` command does not look there by itself
     try:
-        found = getattr(importlib.import_module(module_name), name, None)
+        attribute = getattr(importlib.import_module(module_name), name, None)
     except ImportError as error:
         raise UserError(f"objective.function={path}: {error}; give module:function that Python can import") from error
     finally:
         sys.path.remove(os.getcwd())
-    return _checked(found, path, name)
+    return _checked(attribute, path, name)
 
 
-def _checked(found: Any, path: str, name: str) -> Function:
+def _checked(attribute: Any, path: str, name: str) -> Function:
     """The function, which must take prompts and generations."""
-    if not callable(found):
+    if not callable(attribute):
         raise UserError(f"objective.function={path}: the module has no function called {name}")
-    takes = inspect.signature(found).parameters
-    if not {"prompts", "generations"} <= takes.keys() and not _takes_any(found):
+    takes = inspect.signature(attribute).parameters
+    if not {"prompts", "generations"} <= takes.keys() and not _takes_any(attribute):
         raise UserError(
             f"objective.function={path} must take prompts and generations by these names, it takes "
             f"{', '.join(takes) or 'nothing'}"
         )
-    function: Function = found
+    function: Function = attribute
     return function
 
 
