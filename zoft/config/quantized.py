@@ -33,6 +33,17 @@ def _check_base(cfg: Any, quantization: str, *, scales: bool) -> None:
             "them: train an adapter on top (peft=lora trainable=adapter; prefix and prompt too), or the scales "
             "(trainable=scales)"
         )
+    if adapter and cfg.subspace.name() == "vectors":
+        raise UserError(
+            f"subspace=vectors moves normalisation weights and biases, and on a quantised base (model.quantization="
+            f"{quantization}) the adapter alone is trained, which has none: use subspace=full"
+        )
+    estimator = cfg.estimator
+    if quantization == "int8" and any(point.derivative for point in estimator.points(estimator.directions(0, 0))):
+        raise UserError(
+            f"estimator={estimator.name()} needs exact derivatives, which bitsandbytes' 8-bit layers do not have: use "
+            "estimator=central, or model.quantization=nf4"
+        )
     if cfg.engine.name() == "offload":
         raise UserError(
             f"engine=offload moves plain tensors, and model.quantization={quantization} has none: leave one of them out"

@@ -42,7 +42,11 @@ def test_every_subspace_goes_with_an_adapter_and_with_scales_or_says_why_not(sub
     for quantization in quantized.QUANTIZATIONS:
         cfg.model.quantization = quantization
         cfg.peft, cfg.trainable = Lora(), Adapter()
-        check_quantization(cfg)  # an adapter's matrices are plain ones
+        if subspace == "vectors":
+            with pytest.raises(UserError, match=r"the adapter alone is trained, which has none: use subspace=full"):
+                check_quantization(cfg)
+        else:  # an adapter's matrices are plain ones
+            check_quantization(cfg)
         cfg.peft, cfg.trainable = NoAdapter(), All()
         with pytest.raises(
             UserError, match=rf"model\.quantization={quantization} leaves the base's weights in few bits"
@@ -54,6 +58,15 @@ def test_every_subspace_goes_with_an_adapter_and_with_scales_or_says_why_not(sub
                 check_quantization(cfg)
         else:
             check_quantization(cfg)
+
+
+def test_exact_derivatives_through_8_bit_layers_are_refused(tmp_path):
+    words = ["peft=lora", "trainable=adapter", "method=forward_gradient"]
+    with pytest.raises(
+        UserError, match=r"^estimator=forward_gradient needs exact derivatives, which bitsandbytes' 8-bit"
+    ):
+        composed(tmp_path, *words, "model.quantization=int8")
+    composed(tmp_path, *words, "model.quantization=nf4")
 
 
 @pytest.mark.parametrize("subspace", sorted(set(components("subspace")) - NOT_VECTORS))
