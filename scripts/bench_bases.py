@@ -5,8 +5,9 @@
 
 Each cell trains the demo's model (SmolLM2-135M) for a budget of queries on the same rows, in a process of its own, and
 prints the mean loss over the same held-back rows before and after, seconds of a query, and the most memory that the
-process had in training, without the interpreter and its libraries. Cells run one after the other; one that zoft refuses is printed
-with its sentence. A base is left out where a method asks for another one (``qzo`` for a quantised one).
+process had in training, without the interpreter and its libraries. Cells run one after the other; one that zoft
+refuses is printed with its sentence. A base is left out where a method asks for another one (``qzo`` for a quantised
+one).
 """
 
 from __future__ import annotations
