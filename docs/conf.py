@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import notebooks  # noqa: E402
 
 project = "zoft"
 author = "zoft developers"
@@ -28,6 +30,17 @@ def as_pages(app: Any, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\(\.\./CONTRIBUTING\.md", "](contributing.md", source[0])
 
 
+def notebook_pages(app: Any) -> None:
+    """The notebooks as pages, with the outputs that they were kept with."""
+    del app
+    folder = ROOT / "docs" / "notebooks"
+    for path in folder.glob("*.ipynb"):
+        folder.joinpath(f"{path.stem}.md").write_text(
+            notebooks.as_page(notebooks.read(path), path.stem, folder), encoding="utf-8"
+        )
+
+
 def setup(app: Any) -> None:
     """Sphinx calls this."""
+    app.connect("builder-inited", notebook_pages)
     app.connect("source-read", as_pages)

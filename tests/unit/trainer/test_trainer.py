@@ -1063,7 +1063,7 @@ def test_plain_arguments_are_completed(make: Callable[..., ZOTrainer], tmp_path:
         seed=11,
         save_strategy="no",
     )
-    trainer = make(models.tiny_llama(), args=args)
+    trainer = make(models.tiny_llama(), args=args, estimator="central")
     assert isinstance(trainer.args, ZOConfig)
     assert (trainer.args.max_steps, trainer.args.per_device_train_batch_size, trainer.args.seed) == (2, 3, 11)
     assert (trainer.args.learning_rate, trainer.args.max_grad_norm) == (1e-6, 0.0)  # ours: 5e-5 and 1 are for backprop
