@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from dataclasses import replace
 from functools import cache
@@ -24,6 +25,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "es": ("es", {"num_directions": 4}),
     "grzo": ("grzo", {"num_directions": 2}),
     "svrg": ("mezo_svrg", {"anchor_batches": 2, "num_directions": 2}),
+    "per_prompt": ("es", {"num_directions": 4}),  # weighs the loss of each example
+    "trials": ("zo_sgd_cons", {"num_directions": 2}),  # asks where the step would lead: fewer points than processes
     "zoft": ("zoft", {"num_directions": 4, "every": 2}),
     "zoft_loss": ("zoft", {"num_directions": 4, "every": 1, "feedback": "loss"}),
 }
@@ -44,6 +47,7 @@ def train(method: str, folder: Path, *, world: int = 1, stop: int = 0, **given: 
 
     from tests import models
     from zoft import ZOConfig, ZOTrainer
+    from zoft.lm.objectives.cross_entropy import CrossEntropy
     from zoft.weights.tensors import Weights
 
     class StopAfter(TrainerCallback):
@@ -74,7 +78,8 @@ def train(method: str, folder: Path, *, world: int = 1, stop: int = 0, **given: 
         train_dataset=[{name: value[i] for name, value in batch.items()} for i in range(num_rows)],
         estimator=replace(cfg.estimator, **{"eps": 1e-2, **fields}),
         subspace=cfg.subspace,
-        weighting=cfg.weighting,
+        weighting="per_prompt" if method == "per_prompt" else cfg.weighting,
+        objective=CrossEntropy() if method == "per_prompt" else None,
         optimizer=replace(cfg.optimizer, learning_rate=None),
         callbacks=[StopAfter()],
     )
@@ -96,16 +101,19 @@ def refused(**given: Any) -> str:
     from zoft import ZOConfig, ZOTrainer
     from zoft.errors import UserError
 
-    parts = {name: given.pop(name) for name in ("estimator", "engine", "train_dataset") if name in given}
+    parts = {name: given.pop(name) for name in ("estimator", "train_dataset", "data_collator") if name in given}
     from tests import models
 
-    args = {"output_dir": "never", "max_steps": 1, "report_to": [], "use_cpu": True, "dataloader_pin_memory": False}
-    try:
-        trainer = ZOTrainer(models.tiny_llama(), ZOConfig(**args, **given), **parts)
-        trainer.create_optimizer()
-        trainer.get_train_dataloader()
-    except UserError as error:
-        return str(error)
+    args = {"max_steps": 1, "journal": False, "report_to": [], "use_cpu": True, "dataloader_pin_memory": False}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trainer = ZOTrainer(models.tiny_llama(), ZOConfig(output_dir=folder, **args, **given), **parts)
+            trainer.create_optimizer()
+            trainer.get_train_dataloader()
+            if "data_collator" in parts:
+                trainer.train()
+        except UserError as error:
+            return str(error)
     return ""
 
 
@@ -120,7 +128,13 @@ def refusals() -> dict[str, str]:
         def __iter__(self) -> Any:
             return iter(())
 
+    def drawn(rows: list[Any]) -> dict[str, Any]:
+        ids = torch.stack([row["input_ids"] for row in rows]) + int(os.environ["RANK"])
+        return {"input_ids": ids, "labels": ids}
+
+    rows = [{"input_ids": torch.arange(4, 9), "labels": torch.arange(4, 9)}] * 8
     return {
+        "rows": refused(parallel="directions", train_dataset=rows, data_collator=drawn),
         "trace": refused(parallel="directions", estimator=Central(noise="torch_sequential")),
         "odd": refused(parallel="directions", estimator=LeaveOneOut(num_directions=3)),
         "stream": refused(parallel="directions", train_dataset=Stream()),

@@ -108,6 +108,7 @@ def test_bytes_are_those_of_the_losses(few: Told):
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [
+        ("rows", "processes that share a step's points (trainer.parallel) were given other rows: the collator draws"),
         ("trace", "trainer.parallel=directions: MeZO's own arithmetic (estimator.noise=torch_sequential, or"),
         ("odd", "2 processes cannot divide the 3 perturbed points of a step evenly (trainer.parallel): choose"),
         ("stream", "trainer.parallel gives several processes the same rows, and a stream (IterableDataset) may"),
@@ -142,7 +143,7 @@ def test_every_question_is_asked_once(count: int, number: int):
 def all_methods(tmp_path_factory: pytest.TempPathFactory) -> Told:
     # accelerate repeats rows where a pass does not fill the last step of all processes: mezo's does not
     grid = [method for method in METHODS if method != "mezo"]
-    four = ["n_spsa", "fzoo", "es", "grzo", "svrg", "zoft", "zoft_loss"]
+    four = ["n_spsa", "fzoo", "es", "grzo", "per_prompt", "svrg", "trials", "zoft", "zoft_loss"]
     return told_of(tmp_path_factory.mktemp("all"), runs_of(list(METHODS), four=four, grid=grid))
 
 
