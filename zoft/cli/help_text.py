@@ -62,7 +62,7 @@ Examples:
   zoft train config=classify task.train=mail.csv 'task.template="{{text}} Spam?"' 'task.words={{ham: No, spam: Yes}}'
   zoft train -m config=quickstart seed=0,1,2 optimizer.learning_rate=1e-6,1e-5 launcher=joblib
   torchrun --nproc-per-node 2 -m zoft train config=quickstart   two processes, twice the batch
-  torchrun --nproc-per-node 2 -m zoft train config=quickstart trainer.parallel=directions   half of the points each
+  torchrun --nproc-per-node 2 -m zoft train config=quickstart method=es trainer.parallel=directions   half of its points
 
 Your own experiment is a YAML file; parts are chosen under `defaults`, everything else is a key:
   # @package _global_

@@ -124,7 +124,7 @@ class ZOConfig(TrainingArguments):
     )
     parallel_directions: int = field(
         default=0,
-        metadata={"help": "With parallel=both: processes that divide a step's points; the rest has other rows."},
+        metadata={"help": "With parallel=both: processes that divide a step's points; the others, its rows."},
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "Step size of the optimizer (MeZO's 1e-6)."})
     lr_scheduler_type: str = field(
