@@ -33,22 +33,6 @@ class KeepsWeightsAway:
         raise NotImplementedError
 
 
-def write(session: HasWeights, name: str, step: Callable[[], None], *, can_wait: bool) -> None:
-    """Carry out what moves a tensor by means of the session's ``apply_`` and ``piece``.
-
-    Args:
-        session: has the tensor.
-        name: of the tensor.
-        step: moves it; called once.
-        can_wait: whether it may be called later: it has all that it depends on.
-    """
-    # engine=offload: the tensor may rest in a file, and its step waits for the next visit
-    if isinstance(session, KeepsWeightsAway):
-        session.write(name, step, can_wait=can_wait)
-    else:
-        step()
-
-
 def settle(session: HasWeights | None) -> None:
     """Before weights are read or written from outside of the session: all steps have been written afterwards.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,18 +143,24 @@ class Method:
                 "kernels of quantised layers do not have for their scales: use estimator=central in subspace=full"
             )
 
-    def check_step_seeds(self) -> None:
-        """Refuse a subspace that keeps what a seed chose for several steps: every step is given one of its own.
+    def step_seeds(self, given: Sequence[int] | None) -> list[int] | None:
+        """The seed of each step's directions, where a recorded run gives them; None where the run derives its own.
+
+        Args:
+            given: one a step.
 
         Raises:
-            UserError: with what to do instead.
+            UserError: a subspace that keeps what a seed chose for several steps, with what to do instead.
         """
+        if given is None:
+            return None
         # a basis kept for several steps is drawn from the seed of their first: another seed would change it
         if self.subspace.keeps_choices or hasattr(self.subspace, "interval"):
             raise UserError(
                 f"direction_seeds gives every step a seed of its own, and subspace={self.subspace.name()} keeps "
                 "what the seed chose for several steps: use subspace=full"
             )
+        return [int(seed) for seed in given]
 
     def check_objective(self, objective: Any) -> None:
         """Refuse an objective that does not tell examples apart, where the weighting reads each one's loss.

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoft.engines._away import device_of, settle
-from zoft.engines._away import write as write_away
+from zoft.engines._away import KeepsWeightsAway, device_of, settle
 from zoft.engines.base import Session
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
@@ -222,6 +221,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         # the tensors that are not written yet: the loops below take them out one by one
         left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
 
+        away = self.session if isinstance(self.session, KeepsWeightsAway) else None
+
         # a tensor that no direction moves, and that has no gradient, is left alone: no decay either
         def write(name: str, dense: Tensor | None = None) -> None:
             group, moving = left.pop(name), [term for term in terms if self.subspace.moves(term[0], name)]
@@ -229,7 +230,10 @@ class ZOOptimizer(torch.optim.Optimizer):
                 parameter, lr, decay = self.session.weights.tensors[name], group["lr"], group["weight_decay"]
                 move = partial(self._move, now, name, parameter, moving, lr, decay, dense)
                 with torch.no_grad():
-                    write_away(self.session, name, move, can_wait=can_wait)
+                    if away is None:
+                        move()
+                    else:  # engine=offload: the tensor may rest in a file, and its step waits for the next visit
+                        away.write(name, move, can_wait=can_wait)
 
         # A backward pass hands over one gradient after the other, and frees it once its tensor is written.
         if estimate.backward is not None:

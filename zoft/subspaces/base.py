@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zoft.component import Component
 from zoft.errors import UserError
+from zoft.noise.counter import perturb_with
 from zoft.noise.direction import Direction
 from zoft.noise.joint import Antithetic, LinearCombination, Orthogonal, PerExample, StateShaped
 from zoft.noise.mezo import TorchSequentialNoise
@@ -259,6 +260,10 @@ class BoundSubspace:
         del direction
         return name not in self.backprop_names
 
+    def moving(self, directions: Collection[Direction]) -> set[str]:
+        """The tensors that move along any of these directions."""
+        return {name for name in self.weights.tensors if any(self.moves(d, name) for d in directions)}
+
     def ever_moves(self, name: str) -> bool:
         """Whether tensor ``name`` moves in any step of a run."""
         del name
@@ -335,9 +340,7 @@ class BoundSubspace:
         weight = self.weights.tensors[name].data.view(-1)[start:stop]
         if self.keeps:
             # kept z serves all points of the step, and the update
-            z = self.z(direction, name).view(-1)[start:stop]
-            for scale, out in zip(scales, outs, strict=True):
-                out.copy_(perturbed(weight, z, scale))
+            perturb_with(self.z(direction, name).view(-1)[start:stop], weight, scales, outs)
         else:
             self.source.perturb(weight, direction, name, start, scales, outs)
 

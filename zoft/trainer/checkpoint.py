@@ -190,16 +190,18 @@ class Checkpoints:
                 tensor.copy_(saved[name])
         return True
 
-    def load_random_state(self, folder: Path) -> None:
+    def load_random_state(self, checkpoint: str | None) -> None:
         """The global random states as they were; a process that was not there then takes the first one's."""
-        if (file := folder / RANDOM).is_file():
+        if checkpoint is not None and (file := Path(checkpoint) / RANDOM).is_file():
             with snapshot.reading(file):
                 of_ranks, rank = json.loads(file.read_text()), self.processes.rank
                 put_random_state(of_ranks[rank if rank < len(of_ranks) else 0])
 
-    def load_optimizer_and_schedule(self, folder: Path) -> None:
+    def load_optimizer_and_schedule(self, checkpoint: str | None) -> None:
         """The optimizer's state and the schedule's position; the schedule itself is the one of this run."""
-        optimizer, schedule = self.trainer.zo_optimizer, self.trainer.lr_scheduler
+        if checkpoint is None:
+            return
+        folder, optimizer, schedule = Path(checkpoint), self.trainer.zo_optimizer, self.trainer.lr_scheduler
         if not (folder / OPTIMIZER).is_file():
             raise UserError(f"{folder} holds a model alone (save_only_model): nothing can be resumed from it")
         with snapshot.reading(folder / OPTIMIZER):

@@ -108,9 +108,7 @@ class ZOMixin(_Base):
         self.engine_name = self.engine.name()  # the one that serves, once there is a session
         self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
         self.method.check_objective(self.objective)
-        self.direction_seeds = None if direction_seeds is None else [int(seed) for seed in direction_seeds]
-        if direction_seeds is not None:
-            self.method.check_step_seeds()
+        self.direction_seeds = self.method.step_seeds(direction_seeds)
         self.mezo_protocol = mezo_protocol
         self.held_out: dict[str, Any] = {}  # name -> rows that the Trainer knows not of, and that results are of
         self.peak_memory_mb: Callable[[], float] | None = None
@@ -119,9 +117,8 @@ class ZOMixin(_Base):
         refuse_optimizers(kwargs)
         args = copy.copy(as_zo_config(args, "zoft_run"))  # what is settled here must not reach the user's next trainer
         own_loss = has_own_loss(super().compute_loss)
-        other_loss = own_loss or type(self).compute_loss is not ZOMixin.compute_loss or kwargs.get("compute_loss_func")
-        is_named = is_named or mezo_protocol or bool(other_loss)
-        if not is_named and may_be(args, self.engine_name, self.objective):
+        is_named = is_named or mezo_protocol or own_loss or type(self).compute_loss is not ZOMixin.compute_loss
+        if not (is_named or kwargs.get("compute_loss_func")) and may_be(args, self.engine_name, self.objective):
             with global_random_state_kept():
                 model, peft_config = as_model(model, peft_config, args.seed), None
             self.method = recommended(model, self.objective, kwargs.get("train_dataset")) or self.method
@@ -271,9 +268,8 @@ class ZOMixin(_Base):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As the Trainer's own, or MeZO's order."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.mezo_protocol and has_length(rows):
-            return MezoRowOrder(len(rows), self.args.seed)
-        return super()._get_train_sampler(train_dataset)
+        order = MezoRowOrder(len(rows), self.args.seed) if self.mezo_protocol and has_length(rows) else None
+        return super()._get_train_sampler(train_dataset) if order is None else order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """As the Trainer's own; an objective's rows are evaluated longest first."""
@@ -301,8 +297,9 @@ class ZOMixin(_Base):
         """The objective's loss where one was given, else the Trainer's, in a query from the labelled positions only."""
         forward, objective = self.query_forward, self.objective
         if objective is None:
-            called = model if return_outputs else forward.as_called(model)
-            return super().compute_loss(called, inputs, return_outputs=return_outputs, **kwargs)
+            return super().compute_loss(
+                model if return_outputs else forward.as_called(model), inputs, return_outputs=return_outputs, **kwargs
+            )
         if return_outputs:
             loss, predictions, _ = objective.predict(model, forward.as_served(inputs))
             return loss, {"logits": predictions}
@@ -323,9 +320,8 @@ class ZOMixin(_Base):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's own, or MeZO's."""
-        if self.mezo_protocol:
-            return [name for name, _ in model.named_parameters() if decays(name)]
-        return list(super().get_decay_parameter_names(model))
+        names = [name for name, _ in model.named_parameters() if decays(name)]
+        return names if self.mezo_protocol else list(super().get_decay_parameter_names(model))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         """The slope before clipping: the projected gradients are clipped already (:func:`zoft.step.estimate.clip`)."""
@@ -438,13 +434,11 @@ class ZOMixin(_Base):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As the Trainer's own, without pickles."""
-        if checkpoint is not None:
-            self.checkpoints.load_random_state(Path(checkpoint))
+        self.checkpoints.load_random_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's own, without pickles; the schedule itself is the one of this run."""
-        if checkpoint is not None:
-            self.checkpoints.load_optimizer_and_schedule(Path(checkpoint))
+        self.checkpoints.load_optimizer_and_schedule(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is no loss scaler."""
@@ -457,12 +451,8 @@ class ZOTrainer(ZOMixin, Trainer):
 
     Example:
         >>> from zoft import ZOConfig, ZOTrainer
-        >>> trainer = ZOTrainer(  # doctest: +SKIP
-        ...     model="facebook/opt-125m",
-        ...     args=ZOConfig(output_dir="runs/demo", budget_queries=40_000, learning_rate=1e-6),
-        ...     train_dataset=rows,
-        ...     estimator="central",
-        ... )
+        >>> args = ZOConfig(output_dir="runs/demo", budget_queries=40_000, learning_rate=1e-6)  # doctest: +SKIP
+        >>> trainer = ZOTrainer("facebook/opt-125m", args, train_dataset=rows, estimator="central")  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
 
     References: Malladi et al. 2023 (MeZO) for the default composition: subspace full, estimator central, optimizer sgd.
