@@ -28,6 +28,7 @@ def as_pages(app: Any, docname: str, source: list[str]) -> None:
     """Links that lead out of docs/ in the repository, as pages of the site."""
     del app, docname
     source[0] = re.sub(r"\]\(\.\./CONTRIBUTING\.md", "](contributing.md", source[0])
+    source[0] = re.sub(r"\]\((notebooks/\w+)\.ipynb", r"](\1.md", source[0])
 
 
 def notebook_pages(app: Any) -> None:

@@ -2,10 +2,10 @@
 
 The number of directions follows from the method. The radius is measured: of a ladder of radii the one is taken at which
 slopes along a few directions change least from one rung to the next, between the rounding of the losses (too small) and
-the curvature (too large). The learning rate is searched: from the config's own, a few steps of training at a rate, then
-at the next one by a factor of four, in the direction in which the loss of a few dev rows falls, until it rises. Every
-trial begins at the same weights, which are put back. All queries count in the budget, and the run's folder keeps the
-choice.
+the curvature (too large). The learning rate is searched (:mod:`zoft.trainer.rate`): from the config's own, a few steps
+of training at a rate, then at the next one by a factor of four, in the direction in which the loss of a few dev rows
+falls, until it rises; what is chosen is tried for four times as long. All queries count in the budget, and the run's
+folder keeps the choice.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.run.rehearsal import rehearsing, rehearsing_trainer
+from zoft.trainer.rate import LONGER, MOST, MOST_TRIALS, NAME, SHARE, climb, few_queries, held, pays, weights_kept
 from zoft.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from zoft.trainer.trainer import ZOTrainer
 
 log = logging.getLogger("zoft.run.auto")
-NAME = "auto.json"
-FACTOR, MOST_TRIALS = 4.0, 6
-SHARE, MOST = 0.03, 0.25
-"""Of the budget: what a trial takes at least, and what the whole search may take."""
 RADII = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 RADIUS_DIRECTIONS = 3
 _FIRST_DROP = 0.01
@@ -61,7 +57,7 @@ class Choice:
         """For the console."""
         chosen = ", ".join(f"{name}={value:g}" for name, value in self.values.items())
         losses = {rate: "inf" if loss is None else f"{loss:.4g}" for rate, loss in self.trials.items()}
-        tried = ", ".join(f"{rate}: {loss}" for rate, loss in losses.items())
+        tried = "; ".join(f"{rate}: {loss}" for rate, loss in losses.items())
         return f"auto    {chosen}, by {self.queries:,} queries" + (f" (dev loss by rate: {tried})" if tried else "")
 
 
@@ -94,7 +90,9 @@ def choose(cfg: ZoftConfig, model: Any, tokenizer: Any, rows: dict[str, list[Any
         if "optimizer.learning_rate" in cfg.auto:
             trial = _Trials(cfg, folder, model, tokenizer, rows, choice)
             start = cfg.optimizer.learning_rate or _first_rate(cfg, folder, model, tokenizer, rows, choice)
-            _keep(cfg, choice, "optimizer.learning_rate", climb(start, trial, trial.may_go_on))
+            rate = climb(start, trial, trial.may_go_on)
+            best = min((loss for loss in choice.trials.values() if loss is not None), default=math.inf)
+            _keep(cfg, choice, "optimizer.learning_rate", held(rate, best, trial.longer))
     write_atomically(known, json.dumps(dataclasses.asdict(choice), indent=2) + "\n")
     return choice
 
@@ -127,32 +125,6 @@ def num_directions(cfg: ZoftConfig) -> int:
             wanted += 1
 
 
-def climb(start: float, loss: Callable[[float], float], may_go_on: Callable[[], bool]) -> float:
-    """The learning rate with the lowest loss on a ladder around ``start``, walked in the direction that pays.
-
-    Args:
-        start: the first rate.
-        loss: of a rate; infinite where it ruins the model.
-        may_go_on: whether another trial can be paid for.
-
-    Example:
-        >>> climb(1.0, lambda rate: abs(math.log(rate / 0.07)), lambda: True)
-        0.0625
-    """
-    losses = {0: loss(start)}
-    for sign in (1, -1):
-        rung = sign
-        while may_go_on():
-            losses[rung] = loss(start * FACTOR**rung)
-            ruined = sign < 0 and math.isinf(losses[rung])  # lower still
-            if not (losses[rung] < losses[rung - sign] or ruined):
-                break
-            rung += sign
-        if rung != sign or not may_go_on():  # it fell in this direction: the other one was not meant
-            break
-    return start * FACTOR ** min(losses, key=lambda rung: (losses[rung], rung))
-
-
 def _keep(cfg: ZoftConfig, choice: Choice, key: str, value: float) -> None:
     choice.values[key] = value
     apply(cfg, {key: value})
@@ -177,20 +149,21 @@ class _Trials:
         least = cfg.composition.queries_at(0)
         self.queries = max(least, int(SHARE * cfg.budget.queries) - self.cost)
         if 2 * (self.queries + self.cost) > MOST * cfg.budget.queries:
-            raise UserError(
-                f"optimizer.learning_rate=auto compares short trainings, and budget.queries={cfg.budget.queries} is "
-                f"too few for that ({2 * (self.queries + self.cost)} for the first two, and a quarter at most is spent "
-                "on it): raise the budget, or give a learning rate"
-            )
+            raise few_queries(cfg.budget.queries, 2 * (self.queries + self.cost))
 
     def may_go_on(self) -> bool:
         """Whether the budget allows another trial."""
-        spent = self.choice.queries + self.queries + self.cost
-        return len(self.choice.trials) < MOST_TRIALS and spent <= MOST * self.cfg.budget.queries
+        spent, cost, longer = self.choice.queries, self.queries + self.cost, LONGER * self.queries + self.cost
+        return len(self.choice.trials) < MOST_TRIALS and pays(spent, cost, longer, MOST * self.cfg.budget.queries)
 
-    def __call__(self, rate: float) -> float:
-        """Loss of the dev rows after a short training."""
-        cfg = rehearsing(self.cfg, self.folder, self.queries, lr_scheduler_type="constant", warmup_steps=0)
+    def longer(self, rate: float) -> float | None:
+        """Loss of the dev rows after a longer training; None where the budget does not pay for one."""
+        spent = self.choice.queries + LONGER * self.queries + self.cost
+        return self(rate, LONGER) if spent <= MOST * self.cfg.budget.queries else None
+
+    def __call__(self, rate: float, share: int = 1) -> float:
+        """Loss of the dev rows after a short training, or one so many times as long."""
+        cfg = rehearsing(self.cfg, self.folder, share * self.queries, lr_scheduler_type="constant", warmup_steps=0)
         apply(cfg, {"optimizer.learning_rate": rate})
         trainer = rehearsing_trainer(cfg, self.model, self.tokenizer, {**self.rows, "dev": self.dev})
         with weights_kept(self.model):
@@ -200,32 +173,20 @@ class _Trials:
             except NonFiniteLossError:
                 loss = math.inf
         loss = loss if math.isfinite(loss) else math.inf
-        self.choice.trials[f"{rate:.3g}"] = loss if math.isfinite(loss) else None
+        told = f"{rate:.3g}" + (f", {share} times as long" if share > 1 else "")
+        self.choice.trials[told] = loss if math.isfinite(loss) else None
         self.choice.queries += trainer.progress.num_queries + self.cost
         return loss
-
-
-@contextmanager
-def weights_kept(model: Any) -> Iterator[None]:
-    """The trained weights are put back at the end, bit for bit; the copy lies in the host's memory."""
-    from zoft.utils.lazy import torch
-    from zoft.weights.tensors import Weights
-
-    copies = {name: tensor.detach().cpu().clone() for name, tensor in Weights(model).tensors.items()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, tensor in Weights(model).tensors.items():
-                tensor.copy_(copies[name])
 
 
 def _radius(
     cfg: ZoftConfig, folder: str, model: Any, tokenizer: Any, rows: dict[str, list[Any]], choice: Choice
 ) -> float:
     """The radius at which slopes change least to the next one: (L(+eps) - L(-eps)) / 2 eps on a plateau."""
-    if not cfg.estimator.radius or cfg.subspace.observes_at(0):
+    if not cfg.estimator.radius or cfg.subspace.observes_at(0) or cfg.subspace.moves_outputs:
         why = f"subspace={cfg.subspace.name()} looks at the model first" if cfg.estimator.radius else "it has no radius"
+        if cfg.subspace.moves_outputs:
+            why = "its radius is in units of layers' outputs, and 0.1 of them is near the best (docs/nodes.md)"
         raise UserError(f"estimator.eps=auto cannot be measured with estimator={cfg.estimator.name()}: {why}")
     slopes, _ = _slopes(cfg, folder, model, tokenizer, rows, choice, RADII)
     return plateau(slopes, choice.slopes)

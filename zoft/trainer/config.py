@@ -18,6 +18,7 @@ from zoft.estimators.nodes import Nodes
 from zoft.step.method import NOTHING_TO_CLIP, Method
 from zoft.step.shares import grid_of
 from zoft.trainer.guard import FEWEST, GUARDS
+from zoft.trainer.rate import start_of
 from zoft.trainer.restarts import meeting
 from zoft.weights.rounding import ROUNDINGS
 
@@ -61,6 +62,8 @@ class ZOConfig(TrainingArguments):
 
     Args:
         budget_queries: forward passes of the objective, clean ones included, after which training stops.
+        learning_rate: step size; "auto" searches it before the first step, by short trainings whose queries count in
+            ``budget_queries`` (a quarter of it at most); ``output_dir/auto.json`` keeps what was tried.
         max_skipped_steps: steps in a row with a non-finite loss before the run stops; their weights stay untouched.
         keep_frozen_prefix: compute hidden states below the lowest trained block once per example and keep them.
         frozen_prefix_mb: memory bound of those hidden states, MiB; those beyond it are computed again.
@@ -126,7 +129,7 @@ class ZOConfig(TrainingArguments):
         default=0,
         metadata={"help": "With parallel=both: processes that divide a step's points; the others, its rows."},
     )
-    learning_rate: float = field(default=1e-6, metadata={"help": "Step size of the optimizer (MeZO's 1e-6)."})
+    learning_rate: Any = field(default=1e-6, metadata={"help": "Step size of the optimizer (MeZO's 1e-6)."})
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Schedule of the learning rate; constant as in MeZO."}
     )
@@ -137,6 +140,8 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         _refuse_meaningless(self)
         _refuse_numbers(self)
+        if isinstance(self.learning_rate, str) and self.learning_rate != "auto":
+            raise UserError(f'learning_rate must be a number or "auto", got {self.learning_rate!r}')
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it, each process that torchrun started would train by itself
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not PartialState._shared_state:
@@ -275,12 +280,14 @@ def settle_arguments(args: Any, method: Method, *, has_objective: bool) -> None:
     optimizer, estimator = method.optimizer, method.estimator
     for name in ("learning_rate", "weight_decay"):
         chosen, given = getattr(optimizer, name), getattr(args, name)
-        if chosen is None:
+        if chosen is None or given == "auto":
             continue
         if given not in (type(args).__dataclass_fields__[name].default, chosen):
             raise UserError(f"two values for {name}: {given} in the arguments and {chosen} on the optimizer")
         setattr(args, name, chosen)
-    if optimizer.scale_with_directions:
+    if args.learning_rate == "auto":
+        args.learning_rate = start_of(optimizer)
+    elif optimizer.scale_with_directions:
         args.learning_rate *= estimator.num_directions
     if args.max_grad_norm and (estimator.backpropagates or isinstance(estimator, Nodes)):
         raise UserError(NOTHING_TO_CLIP.format(estimator.name()))

@@ -29,8 +29,8 @@ def may_be(args: Any, engine: str, objective: Objective | None) -> bool:
         engine: its name.
         objective: or None for the model's own loss.
     """
-    chosen = args.learning_rate != type(args).__dataclass_fields__["learning_rate"].default or args.max_grad_norm
-    if chosen or engine not in ("auto", "nodes"):
+    default = type(args).__dataclass_fields__["learning_rate"].default
+    if args.learning_rate not in (default, "auto") or args.max_grad_norm or engine not in ("auto", "nodes"):
         return False
     return objective is None or objective.feedbacks not in ((), ("loss",))
 

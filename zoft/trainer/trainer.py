@@ -34,6 +34,7 @@ from zoft.step.estimate import StepEstimate
 from zoft.step.method import Method
 from zoft.step.update import Progress, ZOOptimizer
 from zoft.subspaces.base import Subspace
+from zoft.trainer import rate
 from zoft.trainer.batch import Inputs, StepBatch
 from zoft.trainer.beginning import RunIdentity
 from zoft.trainer.binding import StepRows, optimizer_of, queries_of
@@ -122,6 +123,7 @@ class ZOMixin(_Base):
             with global_random_state_kept():
                 model, peft_config = as_model(model, peft_config, args.seed), None
             self.method = recommended(model, self.objective, kwargs.get("train_dataset")) or self.method
+        self.seeks_rate = args.learning_rate == "auto"
         settle_elsewhere(self.engine, self.method, self.objective, args)
         settle_arguments(args, self.method, has_objective=objective is not None)
         with global_random_state_kept():
@@ -208,6 +210,10 @@ class ZOMixin(_Base):
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "watch"):  # one that measures the steps (zoft.diagnostics)
                 callback.watch(self)
+        if self.seeks_rate:
+            rate.choose(self, self.args.learning_rate, resuming=bool(resume))
+            self.seeks_rate = False
+            set_seed(self.args.seed)
         checkpoint, finished = self.journal.begin(resume), False
         try:
             self.journal.keep_first(self.model)
