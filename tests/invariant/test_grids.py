@@ -43,7 +43,7 @@ def runs_of(methods: list[str], *, four: list[str], grid: list[str]) -> list[dic
 def told_of(folder: Path, runs: list[dict[str, Any]]) -> Told:
     command = [sys.executable, "-m", "tests.invariant.in_grids", str(folder), json.dumps(runs)]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=280, check=False
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=580, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told: Told = {}
