@@ -193,10 +193,14 @@ OTHER = {
         "zoft show trainer, precision, budget, tracker, diagnostics, model: every key, its type, default and meaning."
     ),
     "journal": (
-        "usage: zoft journal show RUN [--json] [--all]\n\n"
+        "usage: zoft journal show RUN [--json] [--all]\n"
+        "       zoft journal merge RUN RUN... --output DIR [--as mean|sum] [--fold]\n\n"
         "RUN is a run's folder or a journal file. Prints what the run is and its steps (the first and last 20; --all\n"
         "for every one): queries, loss, |projected gradient|, learning rate, eps, coefficients. --json prints one\n"
-        "object a line. A finished run's journal is sealed: losses and slopes are then in metrics.csv alone."
+        "object a line. A finished run's journal is sealed: losses and slopes are then in metrics.csv alone.\n\n"
+        "merge makes one journal of those of workers that began at the same base with the same method (optimizer=sgd,\n"
+        "no decay): the mean of their models, or the sum of all steps. Coefficients of one direction are added up;\n"
+        "--fold puts all of them into as few steps as hold them. zoft replay DIR --output MODEL makes the model."
     ),
     "replay": (
         "usage: zoft replay RUN [GROUP=FILE.py:Class]... [--to STEP] [--output DIR]\n\n"

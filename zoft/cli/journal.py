@@ -1,4 +1,4 @@
-"""`zoft journal show`: what a run's journal says, step by step."""
+"""`zoft journal`: what a run's journal says, step by step (`show`); the journals of several runs as one (`merge`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, did_you_mean
+from zoft.utils.words import read_words
 
 if TYPE_CHECKING:
     from zoft.journal.file import Contents
@@ -17,17 +18,22 @@ _SHOWN = 20  # rows at either end
 
 
 def command(arguments: list[str]) -> int:
-    """Show a journal as a table, or as one JSON object a line.
+    """Show a journal as a table, or as one JSON object a line; or merge several.
 
     Args:
-        arguments: ``show RUN [--json] [--all]``; RUN is a run's folder or a journal file.
+        arguments: ``show RUN [--json] [--all]``, where RUN is a run's folder or a journal file; or ``merge RUN RUN...
+            --output DIR [--as mean|sum] [--fold]``.
     """
+    if arguments[:1] == ["merge"]:
+        return _merge(arguments[1:])
     flags = {word for word in arguments if word.startswith("-")}
     words = [word for word in arguments if word not in flags]
     for flag in sorted(flags - {"--json", "--all"}):
         raise UserError(f"zoft journal show knows no {flag}.{did_you_mean(flag, ['--json', '--all'])}")
     if words[:1] != ["show"] or len(words) != 2:
-        raise UserError("say which run: zoft journal show RUN [--json] [--all]")
+        raise UserError(
+            "say which run: zoft journal show RUN [--json] [--all], or zoft journal merge RUN RUN... --output DIR"
+        )
     from zoft.journal import file as journal
 
     path = journal_of(words[1])
@@ -38,6 +44,20 @@ def command(arguments: list[str]) -> int:
             print(json.dumps(as_row(record)))
         return 0
     print("\n".join(_lines(path, contents, everything="--all" in flags)))
+    return 0
+
+
+def _merge(arguments: list[str]) -> int:
+    from zoft.run.merge import merge_runs
+
+    words = read_words("journal", arguments, flags=["--fold"], options=["--output", "--as"])
+    if "--output" not in words.options:
+        raise UserError("say where to: zoft journal merge RUN RUN... --output DIR")
+    for run in words.rest:
+        if journal_of(run).parent != Path(run):
+            raise UserError(f"{run} is a file: give the run's folder, whose config says what the journal is of")
+    output, how = Path(words.options["--output"]), words.options.get("--as", "mean")
+    print("\n".join(merge_runs([Path(run) for run in words.rest], output, how, fold="--fold" in words.flags)))
     return 0
 
 

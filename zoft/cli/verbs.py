@@ -19,7 +19,7 @@ VERBS = {
     "data": "see the data of a run as the model will: zoft data show task=custom task.train=my.jsonl",
     "ls": "list what can be chosen: zoft ls, zoft ls estimator",
     "show": "one choice in full: zoft show estimator/central, zoft show config/quickstart",
-    "journal": "what a run's journal says, step by step: zoft journal show RUN",
+    "journal": "what a run's journal says, step by step: zoft journal show RUN; several as one: merge",
     "replay": "a run's weights at any step, from the base model and the journal: zoft replay RUN --to 100",
     "diff": "where two runs part: zoft diff RUN_A RUN_B",
     "attack": "adversarial examples against an image classifier that is only asked: zoft attack data=digits",
