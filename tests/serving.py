@@ -111,6 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = body.get("logprob_token_ids")
         make = self._scored if wanted else self._written
         choices = [{"index": number, **make(body, prompt)} for number, prompt in enumerate(body["prompt"])]
+        if fault == "cut":
+            choices[0] |= {"token_ids": choices[0]["token_ids"][:1], "finish_reason": "abort"}
         if fault == "nan":
             choices[0]["logprobs"]["top_logprobs"][0] = dict.fromkeys(choices[0]["logprobs"]["top_logprobs"][0])
         if fault == "other":  # somebody loads something else under this name while it is asked

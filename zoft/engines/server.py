@@ -24,6 +24,9 @@ from zoft.utils.lazy import Tensor, nn, torch
 _UNION = 64
 """Tokens that one request asks for at every prompt; where the prompts want more than that, each asks for its own."""
 
+_AT_ONCE = 64
+"""Requests of one prompt each that are on their way together."""
+
 T = TypeVar("T")
 Asked = TypeVar("Asked", Scoring, Writing)
 
@@ -109,8 +112,10 @@ class _Served:
         name = f"zoft-{uuid.uuid4().hex[:8]}"
         self.slots: dict[str, str] = {f"{name}-{number}": "" for number in range(self.size)}  # name -> digest
         self._used: list[str] = list(self.slots)  # the longest unused first
-        self._threads = ThreadPoolExecutor(self.size)
-        weakref.finalize(self, _leave, self.client, list(self.slots), self.folder, self._threads)
+        # two pools: who waits for the prompts of a point must not take the threads that they need
+        self._threads, self._prompts = ThreadPoolExecutor(self.size), ThreadPoolExecutor(_AT_ONCE)
+        pools = (self._threads, self._prompts)
+        weakref.finalize(self, _leave, self.client, list(self.slots), self.folder, pools)
 
     # ---- what is asked -----------------------------------------------------------------------------------------------
 
@@ -171,12 +176,14 @@ class _Served:
     def _write(self, name: str, digest: str, one: Writing) -> list[list[int]]:
         if not one.settings["temperature"]:
             return self.client.texts(name, digest, one.prompts, one.settings)
-        rows = []
-        for prompt in one.prompts:  # a prompt's noise comes from the seed and the prompt, at every point the same
+
+        def of(prompt: Sequence[int]) -> list[int]:
+            # a prompt's noise comes from the seed and the prompt, at every point the same; a request has one seed
             drawn = hashlib.blake2b(f"{one.settings['seed']}:{list(prompt)}".encode(), digest_size=7).digest()
             settings = {**one.settings, "seed": int.from_bytes(drawn, "little")}
-            rows += self.client.texts(name, digest, [prompt], settings)
-        return rows
+            return self.client.texts(name, digest, [prompt], settings)[0]
+
+        return list(self._prompts.map(of, one.prompts))  # of all points side by side: the server batches what is there
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
@@ -226,8 +233,9 @@ class _Served:
         building.rename(target)
 
 
-def _leave(client: Client, names: list[str], folder: Path, threads: ThreadPoolExecutor) -> None:
-    threads.shutdown(wait=False)
+def _leave(client: Client, names: list[str], folder: Path, pools: tuple[ThreadPoolExecutor, ...]) -> None:
+    for pool in pools:
+        pool.shutdown(wait=False)
     patient = Client(client.url, min(client.timeout, 5.0), 0)
     for name in names if folder.exists() else ():
         if (folder / name).exists():

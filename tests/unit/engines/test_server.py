@@ -22,6 +22,7 @@ from zoft.engines.server import Server
 from zoft.errors import ServerLostError, UserError
 from zoft.estimators.base import Point
 from zoft.lm.models.generate import Answering, write
+from zoft.lm.models.load import load_model
 from zoft.lm.models.peft.lora import Lora
 from zoft.lm.objectives.cross_entropy import CrossEntropy
 from zoft.lm.objectives.options import Options
@@ -129,6 +130,16 @@ def test_texts_are_written_there(tiny, temperature):
         assert found == write(here.model, prompts, answering).texts
 
 
+def test_a_text_that_was_cut_off_is_asked_again(tiny):
+    there, answering = session(Server(url=tiny.url)), Answering(runs.tiny_tokenizer(), 6)
+    for temperature in (0.0, 0.7):
+        wanted = write(there.model, [[4, 5, 6], [7, 8]], answering, temperature=temperature).texts
+        tiny.faults.append("cut")
+        num_asked = len(tiny.completions)
+        assert write(there.model, [[4, 5, 6], [7, 8]], answering, temperature=temperature).texts == wanted
+        assert len(tiny.completions) > num_asked + (2 if temperature else 1)
+
+
 def test_files_and_adapters_go_with_the_session(tiny):
     there = session(Server(url=tiny.url))
     there.losses(batch(), POINTS)
@@ -147,8 +158,6 @@ def test_files_and_adapters_go_with_the_session(tiny):
 @pytest.fixture
 def of_runs(tmp_path):
     runs.arguments(tmp_path, tmp_path / "out")
-    from zoft.lm.models.load import load_model
-
     with serving(Lora(r=2).wrap(load_model(str(tmp_path / "model")), seed=0)) as server:
         yield server, partial(runs.arguments, tmp_path)
 
@@ -169,6 +178,38 @@ def test_a_run_is_torchs_stops_with_75_and_goes_on_to_the_bit(of_runs, tmp_path,
     assert len((tmp_path / "cut" / "journal.bin").read_bytes()) > 0
     server.faults.clear()
     assert run(compose(arguments(tmp_path / "cut", *words)))["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_reward_of_texts_is_the_run_that_it_is_here(of_runs, tmp_path):
+    """Texts of a step's points are written there together; each prompt's rewards against its own."""
+    _, arguments = of_runs
+    tokenizer = runs.tiny_tokenizer()
+    words = [
+        *LORA,
+        "objective=reward",
+        "objective.function=tests.unit.engines.test_server:vowels",
+        "weighting=per_prompt",
+    ]
+    words += ["task.columns={prompt: text, reward: label}", "task.format=reward", "objective.max_new_tokens=3"]
+    words += ["estimator.eps=0.3", "estimator.num_directions=2", "task.num_test=4"]
+
+    def arguments_of(name, *more):
+        given = arguments(tmp_path / name, *words, *more)
+        return [word for word in given if not word.startswith(("task.template", "task.words"))]
+
+    here = run(compose(arguments_of("here", "engine=in_place")))
+    with serving(Lora(r=2).wrap(load_model(str(tmp_path / "model")), seed=0), tokenizer=tokenizer) as server:
+        there = run(compose(arguments_of("there", "engine=server", f"engine.url={server.url}")))
+    assert there["final"] == here["final"]
+    of_here, of_there = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("here", "there"))
+    for name, tensor in of_here.items():
+        torch.testing.assert_close(of_there[name], tensor, atol=1e-4, rtol=0)
+    before = load_file(tmp_path / "here" / "model" / "adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in before.items() if "lora_B" in name)  # something was learnt
+
+
+def vowels(prompts, generations):
+    return [sum(letter in "aeiou" for letter in text) for text in generations]
 
 
 def choices(*rows):
