@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from hydra.types import RunMode
 
+from tests.runs import arguments, report
+from zoft.cli import main
 from zoft.config.catalog import choices
 from zoft.config.foldername import named_after
 from zoft.config.loader import PRIMARY, Loader
@@ -23,9 +26,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE_RUN = """
 # Stands in for zoft.run.train in every process, workers too: Python imports sitecustomize when it starts.
 import sys, types
-def run(cfg):
+def run(cfg, shared=None):
     import json, os
-    os.makedirs(cfg.output_dir)
+    os.makedirs(cfg.output_dir, exist_ok=True)
+    if cfg.seed == 14:
+        os._exit(9)
+    if cfg.seed == 15 and not os.path.exists(os.path.join(cfg.output_dir, "begun")):
+        from zoft.errors import Requeued
+        open(os.path.join(cfg.output_dir, "begun"), "w").close()
+        raise Requeued
     if cfg.seed == 13:
         from zoft.errors import NonFiniteLossError
         raise NonFiniteLossError("10 losses in a row were not finite")
@@ -105,17 +114,58 @@ def test_a_failing_cell_does_not_stop_the_others(sweep, tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_job_that_dies_loses_no_other_and_one_that_is_told_to_stop_is_queued_again(sweep, tmp_path: Path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    done = sweep("config=smoke", "seed=14,15", "output_dir=out", "launcher=submitit_local")
+    assert done.returncode == 1, done.stderr
+    told = [line.split() for line in done.stdout.splitlines()[:3]]
+    assert told == [["cell", "eval_accuracy"], ["seed=14", "failed"], ["seed=15", "1.5"]]
+    assert "zoft: error: seed=14: its process ended without a result" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "work" / "out" / "seed=15" / "begun").is_file()
+
+
+def test_a_cell_that_is_told_to_stop_in_this_process_ends_the_sweep_with_75(sweep):
+    assert sweep("config=smoke", "seed=15,16", "output_dir=out").returncode == 75
+    assert sweep("config=smoke", "seed=15,16", "output_dir=out").returncode == 0  # and the same command goes on
+
+
+def test_a_launcher_that_starts_nothing_is_one_sentence(sweep, tmp_path: Path):
+    done = sweep("config=smoke", "seed=1,2", "output_dir=out", "launcher=submitit_slurm")
+    assert done.returncode == 2
+    assert "the launcher did not start a single cell: " in done.stderr
+
+
+def test_cells_of_one_process_load_the_model_once_and_are_the_runs_alone(tmp_path: Path, monkeypatch):
+    from zoft.lm.models import load
+
+    loads, real = [], load.load_model_as
+    monkeypatch.setattr(load, "load_model_as", lambda *given, **more: loads.append(given) or real(*given, **more))
+    words = arguments(tmp_path, tmp_path / "out", "trainable=last_blocks")
+    rates = "optimizer.learning_rate=0.001,0.01"
+    words = [word for word in words if not word.startswith(("optimizer.learning_rate", "output_dir"))]
+    assert main(["train", "-m", *words, rates, f"output_dir={tmp_path / 'out'}"]) == 0
+    assert len(loads) == 1
+    alone = [*words, "optimizer.learning_rate=0.01", f"output_dir={tmp_path / 'alone'}"]
+    assert main(["train", *alone]) == 0
+    second = tmp_path / "out" / "optimizer.learning_rate=0.01"  # behind another cell, whose weights the model had
+    assert report(tmp_path / "alone")["weights_sha256"] == report(second)["weights_sha256"]
+    loads.clear()
+    assert main(["train", "-m", *words, rates, f"output_dir={tmp_path / 'out'}"]) == 0  # all are there
+    assert not loads
+
+
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("given", "expected"),
     [
         (["seed=1,1"], "twice"),
         (["output_dir=a,b"], "output_dir cannot be swept"),
         (["seed=interval(0,1)"], "range(start,stop,step)"),
     ],
 )
-def test_sweeps_that_cannot_be(arguments: list[str], expected: str):
+def test_sweeps_that_cannot_be(given: list[str], expected: str):
     with pytest.raises(UserError) as caught:
-        expand(Loader(), arguments)
+        expand(Loader(), given)
     assert expected in str(caught.value)
 
 
@@ -148,7 +198,11 @@ def test_table():
 
 
 @pytest.mark.parametrize("launcher", choices("launcher"))
-def test_every_launcher_composes_and_writes_below_the_output_dir(launcher: str):
+def test_every_launcher_composes_and_writes_below_the_output_dir(launcher: str, capsys):
+    if launcher == "ray" and importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is None:
+        assert main(["train", "-m", "config=smoke", "seed=1,2", "launcher=ray"]) == 2
+        assert "launcher=ray needs a package: pip install 'zoft[ray]'" in capsys.readouterr().err
+        return
     loader = Loader()
     loader.sweeping = True
     cfg = loader.load_configuration(PRIMARY, [f"launcher={launcher}", "output_dir=out"], RunMode.RUN)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from zoft.bench.choosing import best_of
@@ -19,76 +16,14 @@ from zoft.diagnostics import DiagnosticsCallback
 from zoft.diagnostics.record import read_rows
 from zoft.errors import NonFiniteLossError
 from zoft.report.trackers import close_trackers
+from zoft.run.shared import Shared
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
-    from zoft.engines._frozen_prefix import FrozenPrefix
     from zoft.trainer.trainer import ZOTrainer
 
 DIAGNOSED = ("cosine", "cosine_by_chance", "norm_ratio", "snr", "gram_effective_rank", "fd_error_at_eps")
 """What a row keeps of a run's diagnostics, where the bench's base asks for them (``diagnostics=full``)."""
-
-
-@dataclass
-class Shared:
-    """What a process keeps from cell to cell: a model, a task's rows, their hidden states below the trained blocks."""
-
-    key: str = ""
-    tokenizer: Any = None
-    rows: dict[str, list[Any]] = field(default_factory=dict)
-    objective: Any = None  # what objective=auto is for these rows
-    prefixes: dict[str, FrozenPrefix] = field(default_factory=dict)
-    models: dict[str, tuple[Any, dict[str, Tensor]]] = field(default_factory=dict)  # and its trained weights as loaded
-
-    def of(self, cfg: ZoftConfig) -> tuple[Any, dict[str, list[Any]]]:
-        """(tokenizer, rows) of a run."""
-        from zoft.run.build import load_rows
-
-        key = repr((cfg.task, cfg.model, cfg.objective, cfg.estimator.noise))  # MeZO's own noise: its own tokens too
-        if key != self.key:
-            self.prefixes.clear()
-            self.tokenizer, self.rows = load_rows(cfg)
-            self.key, self.objective = key, cfg.objective
-        cfg.settle(self.objective)
-        return self.tokenizer, self.rows
-
-    def model(self, cfg: ZoftConfig) -> Any:
-        """The model of a run as it was loaded: the last cell's with its trained weights put back, where that is one.
-
-        What a run adds to a model goes with it: one with an adapter, a fresh head, autocast or codes is loaded anew.
-        """
-        from zoft.lm import formats
-        from zoft.run.build import load_model_of
-        from zoft.weights.tensors import Weights
-
-        plain = cfg.peft.name() == "none" and formats.model_kind(cfg.task) != "classifier"
-        if not plain or cfg.model.quantization or cfg.trainer.get("bf16") or cfg.trainer.get("fp16"):
-            self.models.clear()
-            return load_model_of(cfg, self.tokenizer)
-        key = repr((cfg.model, cfg.trainable, cfg.subspace.moves_outputs, formats.model_kind(cfg.task)))
-        if key not in self.models:
-            self.models.clear()  # one at a time: two may not fit
-            model = load_model_of(cfg, self.tokenizer)
-            self.models[key] = model, {name: own.detach().clone() for name, own in Weights(model).tensors.items()}
-        model, loaded = self.models[key]
-        with torch.no_grad():
-            for name, own in Weights(model).tensors.items():
-                own.copy_(loaded[name])
-        return model
-
-    def prefix(self, trainer: ZOTrainer) -> None:
-        """Fill the trainer's hidden states, with those of an earlier cell where the same blocks are frozen."""
-        own = trainer.query_forward.frozen_prefix
-        if own is None:
-            return
-        key = f"{own.first} {trainer.args.bf16} {trainer.args.fp16}"
-        if key in self.prefixes:
-            own.share(self.prefixes[key])
-        else:
-            for _ in trainer.query_forward.fill_prefix(*self.rows.values()):
-                pass
-            if own.usable:
-                self.prefixes[key] = own
 
 
 def run_cell(plan: Plan, cell: Cell, work: Path, shared: Shared) -> Row:

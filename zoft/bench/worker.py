@@ -18,7 +18,7 @@ from zoft.bench.plan import MODES, Cell, Plan
 from zoft.errors import UserError
 
 if TYPE_CHECKING:
-    from zoft.bench.cells import Shared
+    from zoft.run.shared import Shared
 
 _PAUSE = 1.0  # seconds between looks at what others have finished
 
@@ -84,7 +84,7 @@ def left(plan: Plan, rows: dict[Cell, Row]) -> list[Cell]:
 def work(plan: Plan) -> None:
     """One process: take cells until none is left; where the others are at the last ones, wait for them."""
     _quiet()
-    from zoft.bench.cells import Shared
+    from zoft.run.shared import Shared
 
     ledger, shared, here = Ledger(plan.output_dir), Shared(), ("", "")
     rows: dict[Cell, Row] = {}

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from zoft.errors import UserError
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
     from zoft.config.sweep import CellResult
+    from zoft.run.shared import Shared
 
 COLUMNS = ("zero_shot", "final", "num_queries", "seconds", "peak_memory_mb")
 """What a sweep's table shows of what its runs return; all their numbers when they have none of these."""
@@ -126,7 +128,15 @@ def run_cell(cfg: ZoftConfig) -> dict[str, Any]:
     """
     from zoft.run.train import run
 
-    return dict(run(cfg) or {})
+    return dict(run(cfg, shared=_shared()) or {})
+
+
+@lru_cache
+def _shared() -> Shared:
+    """What the cells of this process share: one load of the model, one reading of the rows."""
+    from zoft.run.shared import Shared
+
+    return Shared()
 
 
 def _sweep(overrides: list[str]) -> int:

@@ -258,7 +258,7 @@ def _words(hint: Any) -> str:
 
 # ---- What Hydra and OmegaConf complain about, as one sentence of zoft's ----------------------------------------------
 
-_PLUGINS = {"joblib": "hydra-joblib-launcher", "submitit": "hydra-submitit-launcher"}
+_PLUGINS = {"joblib": "hydra-joblib-launcher", "submitit": "hydra-submitit-launcher", "ray": "'zoft[ray]'"}
 
 
 @contextmanager

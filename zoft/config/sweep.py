@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
@@ -20,7 +22,7 @@ from zoft.config import own, texts
 from zoft.config.foldername import named_after, suffix
 from zoft.config.loader import DEFAULT_DIR, PRIMARY, Loader, to_config
 from zoft.config.schema import ZoftConfig
-from zoft.errors import UserError
+from zoft.errors import Requeued, UserError
 
 
 @dataclass
@@ -58,6 +60,9 @@ class RunCell:
         result = CellResult(os.path.basename(output_dir), output_dir)
         try:
             result.metrics = dict(self.run(to_config(cfg)) or {})
+        except Requeued:
+            _requeue()  # in a job of submitit; elsewhere the whole sweep ends, and the same command goes on
+            raise
         except Exception as error:  # whatever it is, the other cells are still worth their time
             if os.environ.get("ZOFT_TRACEBACK"):
                 raise
@@ -101,8 +106,76 @@ def multirun(overrides: list[str], run: Callable[[ZoftConfig], dict[str, Any] | 
         task_function=RunCell(run),
     )
     sweeper.validate_batch_is_legal = lambda batch: None  # done: see _base
-    batches = sweeper.sweep(arguments=[argument.input_line for argument in loader.parse(overrides)])
-    return [job.return_value for batch in batches for job in batch]
+    arguments = [argument.input_line for argument in loader.parse(overrides)]
+    try:
+        with _lost_jobs_are_results():
+            found = [job.return_value for batch in sweeper.sweep(arguments=arguments) for job in batch]
+    except Exception as error:  # a launcher that has lost a process gives no results at all: the folders have them
+        if os.environ.get("ZOFT_TRACEBACK"):
+            raise
+        if not any(os.path.isdir(os.path.join(base, name)) for name in cells.values()):
+            raise UserError(f"the launcher did not start a single cell: {' '.join(str(error).split())}") from error
+        found = [_Lost(f"{type(error).__name__}: {error}")] * len(cells)
+    places = [(name, os.path.join(base, name)) for name in cells.values()]
+    return [
+        one if isinstance(one, CellResult) else _of_folder(*place, one.why)
+        for one, place in zip(found, places, strict=True)
+    ]
+
+
+class _Lost:
+    """What stands in the place of a cell's result where its process ended without one."""
+
+    def __init__(self, why: str) -> None:
+        self.why = " ".join(why.split())[:300]
+
+    @property
+    def return_value(self) -> _Lost:
+        """As of Hydra's own results."""
+        return self
+
+
+def _of_folder(name: str, output_dir: str, why: str) -> CellResult:
+    """A cell's result from its folder, where it is finished; else the reason why there is none."""
+    from zoft.report.results import finished
+
+    facts = finished(Path(output_dir))
+    if facts is not None:
+        return CellResult(name, output_dir, facts)
+    return CellResult(name, output_dir, error=f"its process ended without a result ({why}); the same command goes on")
+
+
+def _requeue() -> None:
+    """Have submitit put this process's job back into the queue, as at the end of its time; elsewhere nothing."""
+    if "SUBMITIT_FOLDER" not in os.environ:
+        return
+    import submitit
+
+    os.kill(os.getpid(), submitit.JobEnvironment()._usr_sig())
+
+
+@contextmanager
+def _lost_jobs_are_results() -> Iterator[None]:
+    """A job of submitit whose process died is a result like the others, which are waited for."""
+    try:
+        from submitit.core.core import Job
+    except ImportError:
+        yield
+        return
+    wait = Job.results
+
+    def results(job: Any) -> Any:
+        try:
+            return wait(job)
+        except Exception:  # UncompletedJobError, FailedJobError: what they say is a traceback, which the log has
+            return [_Lost(f"job {job.job_id}, log {job.paths.stderr}")]
+
+    # Hydra's launcher asks one job after the other, and the first that has died would take the others' results along
+    Job.results = results  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Job.results = wait  # type: ignore[method-assign]
 
 
 def expand(loader: Loader, overrides: list[str]) -> dict[tuple[str, ...], str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
     from zoft.report.memory import PeakMemory
     from zoft.run.auto import Choice
+    from zoft.run.shared import Shared
     from zoft.trainer.trainer import ZOTrainer
 
 _FEW_QUERIES = 200
@@ -40,13 +41,16 @@ Opening = Callable[["ZoftConfig", dict[str, list[Any]]], list[str]]
 """(config, encoded rows by split) -> lines that are shown before the weights are loaded."""
 
 
-def run(cfg: ZoftConfig, callbacks: Sequence[Any] = (), opening: Opening | None = None) -> dict[str, Any]:
+def run(
+    cfg: ZoftConfig, callbacks: Sequence[Any] = (), opening: Opening | None = None, shared: Shared | None = None
+) -> dict[str, Any]:
     """Carry out one run in its folder; a run that is there already is resumed, a finished one is shown.
 
     Args:
         cfg: what `zoft.config.compose` gives.
         callbacks: the caller's own (``transformers.TrainerCallback``), heard after the run's.
         opening: says something of the run before its weights are loaded.
+        shared: what an earlier run of this process has loaded, and a later one may use.
 
     Returns:
         The facts of the report: zero-shot and final metric, queries, seconds, memory, ...
@@ -66,7 +70,7 @@ def run(cfg: ZoftConfig, callbacks: Sequence[Any] = (), opening: Opening | None 
         return _show_finished(cfg.output_dir)
     try:
         try:
-            trainer, splits, memory = _prepare(cfg, opening)
+            trainer, splits, memory = _prepare(cfg, opening, shared)
             for callback in callbacks:
                 trainer.add_callback(callback)
         # a run that could not begin leaves the folder as it was found
@@ -143,7 +147,9 @@ def _claim(cfg: ZoftConfig, resolved: str, first: bool) -> str:
     return str(standing)
 
 
-def _prepare(cfg: ZoftConfig, opening: Opening | None) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
+def _prepare(
+    cfg: ZoftConfig, opening: Opening | None, shared: Shared | None
+) -> tuple[ZOTrainer, dict[str, list[Any]], PeakMemory]:
     """Everything up to the first query; nothing but the config has been written when this fails."""
     require_fit(cfg)  # before a row is read, which may have to be fetched
     require_trackers(cfg)
@@ -169,11 +175,11 @@ def _prepare(cfg: ZoftConfig, opening: Opening | None) -> tuple[ZOTrainer, dict[
     # the process's size before the model: what a run of any method would hold
     base_mb = PeakMemory("cpu").current_mb() if args.device.type == "cpu" else 0.0
     keep_in_folder(args)
-    tokenizer, rows = load_rows(cfg, splits)
+    tokenizer, rows = load_rows(cfg, splits) if shared is None else shared.of(cfg, splits)
     if opening is not None and args.process_index == 0:
         for line in opening(cfg, rows):
             say(line)
-    model = load_fitting(cfg, tokenizer, rows)
+    model = load_fitting(cfg, tokenizer, rows) if shared is None else shared.model(cfg)
     chosen = _chosen(cfg, args, model, tokenizer, rows)
     trainer = make_trainer(cfg, args, model, tokenizer, rows)
     # parts that do not go together are an error here, before the folder says that a run has begun

@@ -14,13 +14,14 @@ import pytest
 
 from tests import runs
 from zoft.bench import worker
-from zoft.bench.cells import Shared, run_cell
+from zoft.bench.cells import run_cell
 from zoft.bench.choosing import best_point, rate_searches
 from zoft.bench.ledger import Ledger
 from zoft.bench.plan import MODES, Cell
 from zoft.bench.reading import fill_in, read_plan
 from zoft.bench.results import Results
 from zoft.cli import main
+from zoft.run.shared import Shared
 
 METHODS = "{mezo: 1e-2, broken: {learning_rate: 1e300, arguments: [method=mezo]}, adamw: 1e-2}"
 

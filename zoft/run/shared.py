@@ -1,0 +1,84 @@
+"""What runs in one process share, one behind the other: rows, their hidden states, and a model that is loaded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from zoft.utils.lazy import Tensor, torch
+
+if TYPE_CHECKING:
+    from zoft.config.schema import ZoftConfig
+    from zoft.engines._frozen_prefix import FrozenPrefix
+    from zoft.trainer.trainer import ZOTrainer
+
+
+_HERE = ("auto", "in_place", "layerwise", "side_path", "forward_mode", "nodes")
+_MOST = 1 << 31  # bytes of trained weights that are kept as they were loaded
+
+
+@dataclass
+class Shared:
+    """What a process keeps from cell to cell: a model, a task's rows, their hidden states below the trained blocks."""
+
+    key: str = ""
+    tokenizer: Any = None
+    rows: dict[str, list[Any]] = field(default_factory=dict)
+    objective: Any = None  # what objective=auto is for these rows
+    prefixes: dict[str, FrozenPrefix] = field(default_factory=dict)
+    models: dict[str, tuple[Any, dict[str, Tensor]]] = field(default_factory=dict)  # and its trained weights as loaded
+
+    def of(self, cfg: ZoftConfig, splits: Any = None) -> tuple[Any, dict[str, list[Any]]]:
+        """(tokenizer, rows) of a run; its rows, where they have been read already, are ``splits``."""
+        from zoft.run.build import load_rows
+
+        key = repr((cfg.task, cfg.model, cfg.objective, cfg.estimator.noise))  # MeZO's own noise: its own tokens too
+        if key != self.key:
+            self.prefixes.clear()
+            self.tokenizer, self.rows = load_rows(cfg, splits)
+            self.key, self.objective = key, cfg.objective
+        cfg.settle(self.objective)
+        return self.tokenizer, self.rows
+
+    def model(self, cfg: ZoftConfig) -> Any:
+        """The model of a run as it was loaded: the last cell's with its trained weights put back, where that is one.
+
+        What a run adds to a model goes with it: one with an adapter, a fresh head, autocast, codes or compiled parts is
+        loaded anew, as is one that is spread, offloaded or somewhere else. So is one of whose weights so many are
+        trained that a copy of them would be felt.
+        """
+        from zoft.lm import formats
+        from zoft.run.build import load_fitting
+        from zoft.weights.tensors import Weights
+
+        plain = cfg.peft.name() == "none" and formats.model_kind(cfg.task) != "classifier"
+        keeps = plain and cfg.engine.name() in _HERE and not (cfg.model.quantization or cfg.model.device_map)
+        if not keeps or any(cfg.trainer.get(name) for name in ("bf16", "fp16", "torch_compile")):
+            self.models.clear()
+            return load_fitting(cfg, self.tokenizer, self.rows)
+        key = repr((cfg.model, cfg.trainable, cfg.subspace.moves_outputs, formats.model_kind(cfg.task)))
+        if key not in self.models:
+            self.models.clear()  # one at a time: two may not fit
+            model = load_fitting(cfg, self.tokenizer, self.rows)
+            if sum(own.numel() * own.element_size() for own in Weights(model).tensors.values()) > _MOST:
+                return model
+            self.models[key] = model, {name: own.detach().clone() for name, own in Weights(model).tensors.items()}
+        model, loaded = self.models[key]
+        with torch.no_grad():
+            for name, own in Weights(model).tensors.items():
+                own.copy_(loaded[name])
+        return model
+
+    def prefix(self, trainer: ZOTrainer) -> None:
+        """Fill the trainer's hidden states, with those of an earlier cell where the same blocks are frozen."""
+        own = trainer.query_forward.frozen_prefix
+        if own is None:
+            return
+        key = f"{own.first} {trainer.args.bf16} {trainer.args.fp16}"
+        if key in self.prefixes:
+            own.share(self.prefixes[key])
+        else:
+            for _ in trainer.query_forward.fill_prefix(*self.rows.values()):
+                pass
+            if own.usable:
+                self.prefixes[key] = own
