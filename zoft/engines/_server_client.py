@@ -188,7 +188,7 @@ class Client:
         if not all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in written):
             raise BadReplyError("a choice has no token_ids")
         # what an engine that is stopped had by then is no text: it would be judged as if the model had ended there
-        for choice, ids in zip(found, written, strict=True):
+        for choice, ids in zip(choices, written, strict=True):
             reason, room = choice.get("finish_reason"), settings["max_new_tokens"]
             if reason not in ("stop", "length") or (reason == "length" and len(ids) < room):  # type: ignore[arg-type]
                 raise BadReplyError(f"a text of {len(ids)} tokens ended for {reason!r}")  # type: ignore[arg-type]
