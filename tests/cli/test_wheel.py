@@ -1,6 +1,7 @@
 """What users install: the wheel carries configs/, and runs from an empty folder without the repository."""
 
 import os
+import shlex
 import subprocess
 import sys
 import venv
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.runs import data_file
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ["train", "config=quickstart", "budget.queries=16", "output_dir=run"]
@@ -79,6 +82,73 @@ def test_trains_the_quickstart_from_an_empty_folder(installed, empty):
     python(installed, empty, "-m", "zoft", *QUICKSTART, *FEW_ROWS)
     assert [path.name for path in empty.iterdir()] == ["run"]
     assert (empty / "run" / "metrics.csv").stat().st_size > 0
+
+
+VERBS = {
+    "data show config=classify task.train=mail.jsonl model.name=base": "spam",
+    "check {words}": "Ready",
+    "estimate {words}": "this run",
+    "train {words} output_dir=runs/a": "chosen  method=zoft, as none was named",
+    "train {words} seed=1 output_dir=runs/b peft=lora": "verdict",
+    "eval run=runs/a": "accuracy",
+    "predict run=runs/a data=new.csv": "new.csv",
+    "generate run=runs/a prompt=free max_new_tokens=2": "",
+    "chat run=runs/a --compare max_new_tokens=2": "",
+    "plot runs/a": "curve.png",
+    "compare runs/a runs/b": "runs/compare",
+    "journal show runs/a": "steps",
+    "replay runs/a --output runs/again": "again",
+    "export run=runs/a output=whole": "whole",
+    "export run=runs/b output=adapter": "adapter",
+    "export run=runs/b output=merged --merge": "merged",
+    "export run=runs/a output=file --gguf": "gguf",
+    "train {words} output_dir=runs/sweep -m seed=0,1 budget.queries=6": "compare.md",
+    "diff runs/a runs/b": "differ in",
+    "show method/zoft": "whiten",
+    "show trainer": "per_device_train_batch_size",
+    "ls methods": "zoft",
+    "doctor": "torch",
+    "version": "zoft",
+}
+"""A verb with its words -> what it prints; in this order, as later ones use what earlier ones left."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_verb_from_an_empty_folder(installed, empty):
+    from tests.models import tiny_llama
+    from tests.unit.use.export.test_export import pairs_tokenizer
+
+    tokenizer = pairs_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 600}
+    tiny_llama(**sizes).save_pretrained(empty / "base")
+    tokenizer.save_pretrained(empty / "base")
+    data_file(empty / "mail.jsonl")
+    (empty / "new.csv").write_text("text\nyou call no\nfree\n")
+    words = (
+        "config=classify task.train=mail.jsonl model.name=base budget.queries=12 trainer.per_device_train_batch_size=4"
+    )
+    for verb, said in VERBS.items():
+        command = shlex.split(verb.format(words=words))
+        done = subprocess.run(
+            [sys.executable, "-m", "zoft", *command],
+            cwd=empty,
+            env={**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            input="free\n" if verb.startswith("chat") else "",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"zoft {verb}: {done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+        assert said in done.stdout + done.stderr, f"zoft {verb} printed {done.stdout[-1500:]}"
+    kept = {"base", "mail.jsonl", "new.csv", "runs", "whole", "adapter", "merged", "file"}
+    assert {path.name for path in empty.iterdir()} == kept, "nothing is written elsewhere"
+    loads = (
+        "from transformers import AutoModelForCausalLM as A; print(A.from_pretrained('empty/{}').config.hidden_size)"
+    )
+    for folder in ("whole", "merged"):
+        assert run(sys.executable, "-c", loads.format(folder), cwd=empty.parent).strip().endswith("32")
 
 
 @pytest.mark.slow

@@ -68,6 +68,9 @@ def test_the_protocol_drives_a_run_to_its_end(served: tuple[str, Path]):
             break
         time.sleep(0.5)
     told, _ = client.predict(api_name="/seen")
+    chosen = client.predict(str(folder / "out"), api_name="/earlier")
+    assert chosen[0] == str(folder / "out" / "config.yaml")
+    assert "is finished: try it or export it" in str(chosen)
     assert (folder / "out" / "report.json").is_file(), told
     command, told = client.predict(str(folder / "out"), api_name="/export")
     assert (folder / "out" / "export" / "README.md").is_file(), told

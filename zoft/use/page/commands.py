@@ -12,6 +12,8 @@ from pathlib import Path
 
 from zoft.errors import UserError
 
+MOST_RUNS = 50
+"""Earlier runs that can be chosen."""
 LAST_LINES = 200
 """Lines of a process's output that the page shows."""
 
@@ -51,6 +53,34 @@ class Fields:
         named = {"config": self.config, "model.name": self.model, "task.train": self.data}
         folder = [f"output_dir={self.output_dir.strip()}"] if self.output_dir.strip() else []
         return [f"{key}={value.strip()}" for key, value in named.items() if value.strip()] + more + folder
+
+
+def earlier_runs(root: Path = Path("runs")) -> list[str]:
+    """Folders of runs below a folder, the newest first.
+
+    Args:
+        root: where `zoft train` puts them.
+    """
+    found = [path.parent for path in root.glob("*/config.yaml")] + [
+        path.parent for path in root.glob("*/*/config.yaml")
+    ]
+    return [str(run) for run in sorted(found, key=lambda run: run.stat().st_mtime, reverse=True)][:MOST_RUNS]
+
+
+def state_of(run: str) -> str:
+    """How an earlier run stands, for people.
+
+    Args:
+        run: its folder.
+    """
+    from zoft.report.report import summary_lines
+    from zoft.report.results import finished, read_metrics
+
+    facts = finished(Path(run))
+    if facts is not None:
+        return "\n".join([f"{run} is finished: try it or export it below", *summary_lines(facts)])
+    steps = max((row["step"] for row in read_metrics(run)), default=0)
+    return f"{run} has come to step {steps:,}: Start or go on takes it up from there"
 
 
 def shown(verb: str, words: list[str]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from zoft.config.catalog import choices
 from zoft.errors import UserError
-from zoft.use.page.commands import Fields, Running, answer, shown
+from zoft.use.page.commands import Fields, Running, answer, earlier_runs, shown, state_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_METRICS = ("accuracy", "f1", "exact_match", "reward", "perplexity")
 _SECONDS = 2.0  # between two looks at a training
 
 
@@ -63,6 +64,12 @@ def page(folder: Path | None = None) -> Any:
     running = Running(Path(folder or tempfile.mkdtemp(prefix="zoft-ui-")) / "train.log")
     with gradio.Blocks(title="zoft") as blocks:
         gradio.Markdown("# zoft\nEvery button is a command, shown below it; the same in a terminal does the same.")
+        earlier = gradio.Dropdown(
+            ["", *earlier_runs()],
+            value="",
+            allow_custom_value=True,
+            label="an earlier run: go on, try, export",
+        )
         with gradio.Row():
             names = [*choices("config"), ""]
             config = gradio.Dropdown(names, value="quickstart", allow_custom_value=True, label="config")
@@ -82,6 +89,8 @@ def page(folder: Path | None = None) -> Any:
             prompt = gradio.Textbox(label="text for the model")
         with gradio.Row():
             write, export = gradio.Button("Try it"), gradio.Button("Export")
+        earlier.focus(lambda: gradio.Dropdown(choices=["", *earlier_runs()]), None, earlier, api_name=False)
+        earlier.input(_taken_up, earlier, [*fields, run, told, curve], api_name="earlier")
         for verb, button in looks.items():
             button.click(_look(verb), fields, [command, told], api_name=verb)
         start.click(_begin(running), fields, [command, told], api_name="start")
@@ -128,6 +137,25 @@ def _stopped(running: Running) -> Any:
     return stopped
 
 
+def _taken_up(run: str) -> tuple[str, str, str, str, str, str, str, str | None]:
+    """The fields of an earlier run, how it stands, and its loss beside its metric."""
+    run = run.strip()
+    if not (Path(run) / "config.yaml").is_file() or not run:
+        return "quickstart", "", "", "", "", "", f"{run or 'nothing'} holds no run" if run else "", None
+    return f"{run}/config.yaml", "", "", "", run, run, state_of(run), _curve(Path(run))
+
+
+def _curve(folder: Path) -> str | None:
+    """The picture of a run; None where nothing was logged yet."""
+    from zoft.report.plots import learning_curve
+    from zoft.report.results import read_metrics
+
+    logged = {name for row in read_metrics(folder) for name in row}
+    shown = next((name for name in _METRICS if f"eval_{name}" in logged), "accuracy")
+    path = learning_curve(folder, metric=shown)
+    return None if path is None else str(path)
+
+
 def _tried(run: str, prompt: str) -> tuple[str, str]:
     words = [f"run={run.strip()}", f"prompt={prompt}"]
     return shown("generate", words), answer("generate", words)
@@ -143,11 +171,9 @@ def _seen(running: Running) -> Any:
     gradio = require_gradio()
     if running.process is None:
         return gradio.skip(), gradio.skip()
-    from zoft.report.plots import learning_curve
-
     folder = folder_of(running.words)
-    path = learning_curve(folder, metric="accuracy") if folder and (folder / "metrics.jsonl").is_file() else None
-    return running.text(), (str(path) if path else gradio.skip())
+    path = _curve(folder) if folder else None
+    return running.text(), path or gradio.skip()
 
 
 def folder_of(words: list[str]) -> Path | None:

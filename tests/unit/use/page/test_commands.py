@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from zoft.cli import main
 from zoft.errors import UserError
 from zoft.use.page import commands
-from zoft.use.page.commands import Fields, Running, shown
+from zoft.use.page.commands import Fields, Running, earlier_runs, shown, state_of
 from zoft.use.page.page import folder_of, require_safe
 
 
@@ -59,3 +60,18 @@ def test_a_training_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.
     running.start(["config=smoke"])  # the same words go on
     running.stop()
     running.process.wait(timeout=20)
+
+
+def test_earlier_runs_are_offered_the_newest_first(tmp_path: Path):
+    for place, name in enumerate(("old", "sweep/cell", "new")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("seed: 0\n")
+        os.utime(tmp_path / name, (place, place))
+    (tmp_path / "empty").mkdir()
+    assert [Path(run).relative_to(tmp_path).as_posix() for run in earlier_runs(tmp_path)] == [
+        "new",
+        "sweep/cell",
+        "old",
+    ]
+    (tmp_path / "new" / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
+    assert "has come to step 4: Start or go on" in state_of(str(tmp_path / "new"))
