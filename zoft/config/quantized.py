@@ -38,6 +38,11 @@ def _check_base(cfg: Any, quantization: str, *, scales: bool) -> None:
             f"subspace=vectors moves normalisation weights and biases, and on a quantised base (model.quantization="
             f"{quantization}) the adapter alone is trained, which has none: use subspace=full"
         )
+    if adapter and cfg.engine.name() == "side_path" and quantization != "nf4":
+        raise UserError(
+            f"engine=side_path multiplies the rows of several points at once, and model.quantization={quantization} "
+            "rounds them together (bitsandbytes) or cannot (torchao): use engine=auto, or model.quantization=nf4"
+        )
     estimator = cfg.estimator
     if quantization == "int8" and any(point.derivative for point in estimator.points(estimator.directions(0, 0))):
         raise UserError(

@@ -60,6 +60,18 @@ def test_every_subspace_goes_with_an_adapter_and_with_scales_or_says_why_not(sub
             check_quantization(cfg)
 
 
+@pytest.mark.parametrize("quantization", quantized.QUANTIZATIONS)
+def test_rows_of_several_points_go_through_codes_together_where_they_are_not_rounded(quantization, tmp_path):
+    words = ["peft=lora", "trainable=adapter", "engine=side_path", f"model.quantization={quantization}"]
+    if quantization == "nf4":
+        composed(tmp_path, *words)
+        return
+    with pytest.raises(
+        UserError, match=rf"^engine=side_path multiplies the rows .* model\.quantization={quantization}"
+    ):
+        composed(tmp_path, *words)
+
+
 def test_exact_derivatives_through_8_bit_layers_are_refused(tmp_path):
     words = ["peft=lora", "trainable=adapter", "method=forward_gradient"]
     with pytest.raises(

@@ -91,7 +91,7 @@ def attach(model: nn.Module) -> list[str]:
         )
     for _, module, scale in scaled:
         if LOG_SCALE not in module._parameters:
-            zeros = torch.zeros(scale.value.shape, dtype=torch.float32, device=scale.value.device)
+            zeros = torch.zeros(scale.value.numel(), dtype=torch.float32, device=scale.value.device)
             module.register_parameter(LOG_SCALE, torch.nn.Parameter(zeros))
             module.forward = functools.partial(_forward, module, module.forward)
             module.register_state_dict_post_hook(_save_moved)
