@@ -37,7 +37,9 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):
 
 
 def register() -> None:
-    """Make the device type known, to the whole process and for good."""
+    """Make the device type known, to the whole process and for good; a second call does nothing."""
+    if hasattr(torch, "card"):
+        return
     module: Any = types.ModuleType("torch.card")
     module.is_available = lambda: True
     module.device_count = lambda: 2

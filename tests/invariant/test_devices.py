@@ -1,4 +1,4 @@
-"""No tensor is made on a device other than its weights': walk_devices.py, in a process of its own."""
+"""No tensor is made on a device other than its weights': two walks, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_walk_over_cards_that_are_not_there():
+@pytest.mark.parametrize("file", ["walk_devices.py", "walk_objectives.py"])
+def test_the_walk_over_cards_that_are_not_there(file):
     """It registers a device type, which stays for the whole process and which other tests would meet."""
     walk = [
         sys.executable,
@@ -19,7 +22,7 @@ def test_the_walk_over_cards_that_are_not_there():
         "-q",
         "-p",
         "no:cacheprovider",
-        str(Path(__file__).with_name("walk_devices.py")),
+        str(Path(__file__).with_name(file)),
     ]
     done = subprocess.run(walk, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

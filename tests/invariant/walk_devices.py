@@ -22,7 +22,7 @@ WALK = [
     if estimator == "central" and engine in ("in_place", "layerwise", "side_path") and subspace not in READS_VALUES
     if engine == "layerwise" or subspace in ("full", "low_rank")
 ]
-"""Three engines in two subspaces, every subspace in one; offload copies in a thread, and a thread pretends nothing."""
+"""Three engines in two subspaces, every subspace in one; offload copies in a thread: walk_objectives.py."""
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -30,23 +30,27 @@ def lengths(prompts, generations):
     return [len(prompt) / 10 + len(text) for prompt, text in zip(prompts, generations, strict=True)]
 
 
+OBJECTIVES = [
+    (Options(), tiny_llama(), COLLATE(SINGLE)),
+    (Options(), tiny_llama(), COLLATE(UNEQUAL)),
+    (Options(), tiny_llama(), COLLATE(LONG)),
+    (CrossEntropy(), tiny_llama(), COLLATE(SINGLE)),
+    (CrossEntropy(), tiny_llama(), COLLATE(UNEQUAL)),
+    (CrossEntropy(), tiny_llama(), CountedCollator(1)(TEXTS)),
+    (LabelWords(), tiny_roberta_mlm(), RIGHT(MASKED)),
+    (Classes(), tiny_bert_classifier(), RIGHT([{"input_ids": [0, 5, 6, 2], "label": 2}] * 2)),
+    (Metric(), tiny_llama(), COLLATE(UNEQUAL)),
+    (Metric(), WRITER, "generated"),
+    (Reward(function=lengths), WRITER, "generated"),
+    (Reward(function=lengths, temperature=1.0, num_samples=3), WRITER, "generated"),
+    (Expression(formula="options - 0.5*metric"), tiny_llama(), COLLATE(LONG)),
+]
+"""(objective, model, batch): one of each kind, most of them in several shapes."""
+
+
 @pytest.mark.parametrize(
     ("objective", "model", "batch"),
-    [
-        (Options(), tiny_llama(), COLLATE(SINGLE)),
-        (Options(), tiny_llama(), COLLATE(UNEQUAL)),
-        (Options(), tiny_llama(), COLLATE(LONG)),
-        (CrossEntropy(), tiny_llama(), COLLATE(SINGLE)),
-        (CrossEntropy(), tiny_llama(), COLLATE(UNEQUAL)),
-        (CrossEntropy(), tiny_llama(), CountedCollator(1)(TEXTS)),
-        (LabelWords(), tiny_roberta_mlm(), RIGHT(MASKED)),
-        (Classes(), tiny_bert_classifier(), RIGHT([{"input_ids": [0, 5, 6, 2], "label": 2}] * 2)),
-        (Metric(), tiny_llama(), COLLATE(UNEQUAL)),
-        (Metric(), WRITER, "generated"),
-        (Reward(function=lengths), WRITER, "generated"),
-        (Reward(function=lengths, temperature=1.0, num_samples=3), WRITER, "generated"),
-        (Expression(formula="options - 0.5*metric"), tiny_llama(), COLLATE(LONG)),
-    ],
+    OBJECTIVES,
     ids=lambda value: value.name() if hasattr(value, "name") else "",
 )
 def test_each_example_has_the_loss_that_it_has_alone(objective, model, batch):
