@@ -23,6 +23,7 @@ class ForwardState:
 
     Args:
         point: where in the weights' space it is.
+        moving: tensors that are perturbed there.
         clean: name -> storage of a tensor that is swapped right now.
         perturbed: name -> what it is swapped for.
         depth: name -> how many of the modules that hold it run; a tied tensor can be inside two at once.
@@ -34,6 +35,7 @@ class ForwardState:
     """
 
     point: Point = field(default_factory=Point)
+    moving: set[str] = field(default_factory=set)
     clean: dict[str, Tensor] = field(default_factory=dict)
     perturbed: dict[str, Tensor] = field(default_factory=dict)
     depth: Counter[str] = field(default_factory=Counter)
@@ -82,7 +84,8 @@ class Swapper:
         state = self.state = ForwardState(point)
         try:
             if point.direction is not None:
-                moving = [name for name in whole_forward if self.coordinates.moves(point.direction, name)]
+                state.moving = self.coordinates.moving([point.direction])
+                moving = [name for name in whole_forward if name in state.moving]
                 devices = {name: self.weights.tensors[name].device for name in moving}
                 # perturbed before the first module runs: they are read somewhere outside of their own
                 for device in dict.fromkeys(devices.values()):  # a lease is of one device
@@ -124,9 +127,8 @@ class Swapper:
         # what leaving undoes stands by visit: a module may be inside itself
         undo: list[Callable[[Any], None]] = [lambda _: state.depth.subtract(names)]
         state.undo.setdefault(id(module), []).append(undo)
-        direction = state.point.direction
         # a tied tensor that another running module has swapped already is not moved twice
-        fresh = [n for n in names if direction and not state.depth[n] and self.coordinates.moves(direction, n)]
+        fresh = [name for name in names if name in state.moving and not state.depth[name]]
         state.depth.update(names)
         pieces = [name for name in fresh if self.in_pieces(module, name)]
         visit = id(module), state.visits[id(module)]

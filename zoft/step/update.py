@@ -221,11 +221,13 @@ class ZOOptimizer(torch.optim.Optimizer):
         # the tensors that are not written yet: the loops below take them out one by one
         left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
 
+        of_terms = [self.subspace.moving([direction]) for direction, _ in terms]
         away = self.session if isinstance(self.session, KeepsWeightsAway) else None
 
         # a tensor that no direction moves, and that has no gradient, is left alone: no decay either
         def write(name: str, dense: Tensor | None = None) -> None:
-            group, moving = left.pop(name), [term for term in terms if self.subspace.moves(term[0], name)]
+            group = left.pop(name)
+            moving = [term for term, names in zip(terms, of_terms, strict=True) if name in names]
             if moving or dense is not None:
                 parameter, lr, decay = self.session.weights.tensors[name], group["lr"], group["weight_decay"]
                 move = partial(self._move, now, name, parameter, moving, lr, decay, dense)
