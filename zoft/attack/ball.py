@@ -115,5 +115,5 @@ class Aim:
 
     def reached(self, log_probabilities: np.ndarray) -> np.ndarray:
         """Whether it is reached, for each row of [n, classes]."""
-        found = log_probabilities.argmax(1)
-        return found != self.label if self.target is None else found == self.target
+        predicted = log_probabilities.argmax(1)
+        return predicted != self.label if self.target is None else predicted == self.target

@@ -51,8 +51,8 @@ class Classifier:
         Args:
             images: float32 [n, c, h, w] in [0, 1].
         """
-        found = [self._asked(images[i : i + self.batch]) for i in range(0, len(images), self.batch)]
-        return np.concatenate(found) if found else np.empty((0, len(self.labels)))
+        answers = [self._asked(images[i : i + self.batch]) for i in range(0, len(images), self.batch)]
+        return np.concatenate(answers) if answers else np.empty((0, len(self.labels)))
 
     def _asked(self, images: np.ndarray) -> np.ndarray:
         self.num_queries += len(images)

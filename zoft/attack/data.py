@@ -52,9 +52,9 @@ def digits() -> Setting:
         raise UserError("data=digits comes with scikit-learn, which is not installed: pip install 'zoft[attack]'")
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = (found.images / 16).astype(np.float32)[:, None]
-    labels = found.target.astype(np.int64)
+    dataset = load_digits()
+    images = (dataset.images / 16).astype(np.float32)[:, None]
+    labels = dataset.target.astype(np.int64)
     train, test = slice(None, -_DIGITS_TEST), slice(-_DIGITS_TEST, None)
     net = trained(lambda: mlp(64, 10), images[train], labels[train], epochs=60, seed=_SEED)
     classifier = Classifier(net, [str(digit) for digit in range(10)])

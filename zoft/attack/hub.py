@@ -92,8 +92,8 @@ def _load(model: str) -> tuple[Any, Any]:
 
 def _seen(processor: Any, picture: Any) -> np.ndarray:
     """float32 [1, 3, h, w] in [0, 1]; bicubic resizing may overshoot a little, which is cut off."""
-    made = processor(picture, do_normalize=False, do_rescale=True, rescale_factor=1 / 255, return_tensors="np")
-    return np.clip(np.asarray(made["pixel_values"], dtype=np.float32), 0, 1)
+    processed = processor(picture, do_normalize=False, do_rescale=True, rescale_factor=1 / 255, return_tensors="np")
+    return np.clip(np.asarray(processed["pixel_values"], dtype=np.float32), 0, 1)
 
 
 def _normalised(network: Any, processor: Any) -> Any:

@@ -103,5 +103,5 @@ class AttackMethod:
             return squares(subspace, draws, budget=budget)
         if self.name == "greedy":
             return greedy(subspace, draws, clean=clean, bounded=bounded)
-        own = draws.key % 2**31  # every image has directions of its own
-        return descent(subspace, self.parts, clean=clean, bounded=bounded, budget=budget, seed=own)
+        image_seed = draws.key % 2**31  # every image has directions of its own
+        return descent(subspace, self.parts, clean=clean, bounded=bounded, budget=budget, seed=image_seed)

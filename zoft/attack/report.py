@@ -83,10 +83,10 @@ def load(settings: AttackSettings) -> Setting:
 def _chosen(settings: AttackSettings, setting: Setting) -> tuple[np.ndarray, np.ndarray, range]:
     if settings.model:
         return setting.images, setting.labels, range(1)
-    first, count, there = settings.first or 0, settings.images or 0, len(setting.images)
-    if first + count > there:
+    first, count, total = settings.first or 0, settings.images or 0, len(setting.images)
+    if first + count > total:
         raise UserError(
-            f"data={settings.data} has {there:,} test images: images={count} from first={first} are too many"
+            f"data={settings.data} has {total:,} test images: images={count} from first={first} are too many"
         )
     part = slice(first, first + count)
     return setting.images[part], setting.labels[part], range(first, first + count)
@@ -101,9 +101,13 @@ def _grid(settings: AttackSettings, images: np.ndarray) -> int:
 def _in_bytes(setting: Setting, outcome: Outcome, target: int | None) -> dict[str, Any]:
     """A PNG has bytes: what the classifier says of the rounded image (one query more)."""
     said = setting.classifier(_rounded(outcome)[None])[0]
-    found = int(said.argmax())
-    flipped = found != outcome.label if target is None else found == target
-    return {"label": setting.classifier.labels[found], "probability": float(np.exp(said[found])), "success": flipped}
+    predicted = int(said.argmax())
+    flipped = predicted != outcome.label if target is None else predicted == target
+    return {
+        "label": setting.classifier.labels[predicted],
+        "probability": float(np.exp(said[predicted])),
+        "success": flipped,
+    }
 
 
 def _rounded(outcome: Outcome) -> np.ndarray:
@@ -139,12 +143,12 @@ def _earlier(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if {name for name in content if not is_unfinished(name)} <= {TRIPLETS, CURVE, PICTURE, IMAGES}:
         return None  # nothing, or what an attack that was killed has left: its results are written last
     try:
-        found = dict(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
+        results = dict(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise UserError(f"output_dir={folder} is not empty and holds no attack: choose another folder") from None
-    if found.get("settings") != asked:
+    if results.get("settings") != asked:
         raise UserError(f"output_dir={folder} holds another attack: choose another folder")
-    return found
+    return results
 
 
 def _write(

@@ -126,11 +126,11 @@ def greedy(subspace: ImageSubspace, draws: Draws, *, clean: float, bounded: bool
         for place in draws.permutation(subspace.num_elements):
             for sign in (1, -1):
                 other = z.copy()
-                there = other.reshape(-1)
-                there[place] += sign * step
+                flat = other.reshape(-1)
+                flat[place] += sign * step
                 if bounded:
-                    there[place] = min(1.0, max(-1.0, there[place]))
-                    if there[place] == z.reshape(-1)[place]:
+                    flat[place] = min(1.0, max(-1.0, flat[place]))
+                    if flat[place] == z.reshape(-1)[place]:
                         continue
                 (value,) = yield [other]
                 if value < best:

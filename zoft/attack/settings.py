@@ -1,4 +1,4 @@
-"""What `zoft attack` is told: key=value arguments, checked together before anything is loaded."""
+"""Settings of `zoft attack`: key=value arguments, checked together before anything is loaded."""
 
 from __future__ import annotations
 

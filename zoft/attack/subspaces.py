@@ -75,8 +75,8 @@ class ImageSubspace:
 
     @cached_property
     def _maps(self) -> tuple[np.ndarray, np.ndarray]:
-        made = _steps if self.kind == "square" else _waves
-        return made(self.shape[1], self.grid), made(self.shape[2], self.grid)
+        factory = _steps if self.kind == "square" else _waves
+        return factory(self.shape[1], self.grid), factory(self.shape[2], self.grid)
 
 
 def _steps(length: int, count: int) -> np.ndarray:

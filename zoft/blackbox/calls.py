@@ -44,10 +44,10 @@ def number(value: Any) -> Value:
         array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
         if array.size != 1:
             return NotANumberError(f"an array of shape {array.shape}")
-        found = float(array.reshape(-1)[0])
+        result = float(array.reshape(-1)[0])
     except (TypeError, ValueError):
         return NotANumberError(f"{value!r}"[:80])
-    return found if math.isfinite(found) else NotFiniteError(str(found))
+    return result if math.isfinite(result) else NotFiniteError(str(result))
 
 
 class Calls:

@@ -153,9 +153,9 @@ class LineSearch:
             self.past, free = (here, gradient), self.walk.free(gradient, here)
             newton, step = self.bends.direction(gradient, free), step * free
             if newton is not None and float(newton @ step) > 0:
-                found = self.along(here, newton, 1.0, float(newton @ step))
-                if found[1].any():
-                    return found
+                trial = self.along(here, newton, 1.0, float(newton @ step))
+                if trial[1].any():
+                    return trial
         return self.along(here, step, rate, slope)
 
     def along(self, here: Tensor, step: Tensor, rate: float, slope: float | None) -> tuple[float, Tensor]:

@@ -1,4 +1,4 @@
-"""The search itself, turned inside out: it says which points it wants to know, and is told what f is there."""
+"""A search by ask and tell: it names the points it needs, the caller evaluates f there and hands the values back."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Callback = Callable[[Result], Any]
 class Minimizer:
     """A search by ask and tell, for functions that are evaluated elsewhere.
 
-    A search is a function of its arguments and of what it is told: told the same values again, it asks for the same
-    points again, which is how one is resumed from a log. Ask and tell belong into one thread.
+    A search is a function of its arguments and of the values it is given: given the same values again, it asks for
+    the same points again, which is how one is resumed from a log. Call ask and tell from one thread.
 
     Args:
         x0: see :func:`zoft.minimize`, as for all that follows.
@@ -103,12 +103,12 @@ class Minimizer:
         """
         if not self._wanted:
             raise UserError("tell() answers ask(): there is no question open")
-        told = [number(value) for value in values]
-        if len(told) != len(self._wanted):
-            raise UserError(f"tell() needs {len(self._wanted)} values, one for each point of ask(), got {len(told)}")
+        results = [number(value) for value in values]
+        if len(results) != len(self._wanted):
+            raise UserError(f"tell() needs {len(self._wanted)} values, one for each point of ask(), got {len(results)}")
         points, self._wanted = self._wanted, []
-        self._note(points, told)
-        self._switch([value if isinstance(value, float) else math.nan for value in told])
+        self._note(points, results)
+        self._switch([value if isinstance(value, float) else math.nan for value in results])
 
     def result(self) -> Result:
         """Where the search stands, or how it ended."""
@@ -132,8 +132,8 @@ class Minimizer:
         return self.budget - self._result.num_queries - len(self._wanted)
 
     def values(self, points: list[Any]) -> list[float]:
-        """f at points, NaN where it failed: the search waits here until it is told."""
-        told = self._once_more(points, self._told(points))
+        """f at points, NaN where it failed: the search waits here until :meth:`tell` brings them."""
+        values = self._once_more(points, self._told(points))
         target = self.settings.target
         if target is not None and self.best <= target and self.best < self._doubted:
             fun = self._again(self._best_x) if self._result.noisy else self.best
@@ -141,18 +141,18 @@ class Minimizer:
                 self.note(x=self._best_x, fun=fun)
                 raise Stop("target", f"A value of {fun:.6g} reached target={target:g}.")
             self._doubted = self.best
-        return told
+        return values
 
-    def _once_more(self, points: list[Any], told: list[float]) -> list[float]:
+    def _once_more(self, points: list[Any], values: list[float]) -> list[float]:
         """A noisy f may fail by chance, too: ask again where it did, as long as that is of use."""
-        failed = [place for place, value in enumerate(told) if not math.isfinite(value)]
+        failed = [place for place, value in enumerate(values) if not math.isfinite(value)]
         affordable = self.left - len(failed) >= kept_for_the_end(self)
         if not failed or not self._result.noisy or self._chances <= 0 or not affordable:
-            return told
+            return values
         again = self._told([points[place] for place in failed])
         self._chances += sum(1 if math.isfinite(value) else -1 for value in again)
-        found = dict(zip(failed, again, strict=True))
-        return [found.get(place, value) for place, value in enumerate(told)]
+        second_values = dict(zip(failed, again, strict=True))
+        return [second_values.get(place, value) for place, value in enumerate(values)]
 
     def nearest(self, x: Any) -> tuple[Any, float]:
         """Of the last points at which f did not fail the one nearest to x, and f there."""
@@ -163,8 +163,8 @@ class Minimizer:
         assert len(points) <= self.left, "a step asks for no more than the budget has"
         self._wanted = points
         assert self._caller is not None
-        told: list[float] = self._caller.switch()
-        return told
+        values: list[float] = self._caller.switch()
+        return values
 
     def _again(self, x: Any) -> float:
         """The mean of more calls of a noisy f: the lowest value seen is a lucky one."""

@@ -47,15 +47,15 @@ def estimates(
     method = Method.of(subspace, estimator)
     check_method(method)
     coordinates, state = method.bind(Space(x).weights()), method.estimator.init()
-    found = np.empty((count, len(x)))
+    estimated = np.empty((count, len(x)))
     for step in range(count):
         directions = method.estimator.directions(seed, step)
         drawn = {direction: coordinates.z(direction, VECTOR).double().numpy() for direction in directions}
         losses = _losses(f, x, method.estimator, directions, drawn)
         coefficients = method.weighting.coefficients(method.estimator.measure(losses, state), _no_gram, {})
         terms = method.estimator.terms(list(zip(directions, coefficients.tolist(), strict=True)), state)
-        found[step] = sum(coefficient * drawn[direction] for direction, coefficient in terms)
-    return found
+        estimated[step] = sum(coefficient * drawn[direction] for direction, coefficient in terms)
+    return estimated
 
 
 def _losses(

@@ -48,10 +48,10 @@ class FunctionSession(Session):
         known = [self.clean if point.direction is None else None for point in points]
         wanted = [point for point, value in zip(points, known, strict=True) if value is None]
         size = max(1, _BLOCK // self.weights.num_elements)
-        found: list[float] = []
+        losses: list[float] = []
         for start in range(0, len(wanted), size):
-            found += self.ask([self.at(point) for point in wanted[start : start + size]])
-        answers = iter(found)
+            losses += self.ask([self.at(point) for point in wanted[start : start + size]])
+        answers = iter(losses)
         values = [next(answers) if value is None else value for value in known]
         self.num_failed = sum(not math.isfinite(value) for value in values)
         return torch.tensor(self._with_penalties(values), dtype=torch.float64)

@@ -78,13 +78,13 @@ class Space:
     def _scales(self, scale: Any) -> Values:
         scales = {}
         for name, value in self.x0.items():
-            mine = scale.get(name, 1.0) if isinstance(scale, Mapping) else scale
+            factor = scale.get(name, 1.0) if isinstance(scale, Mapping) else scale
             try:
-                tensor = torch.as_tensor(mine, dtype=torch.float64, device=value.device).expand(value.shape)
+                tensor = torch.as_tensor(factor, dtype=torch.float64, device=value.device).expand(value.shape)
             except (RuntimeError, TypeError, ValueError):
                 raise UserError(f"scale must be a number or have the shape of {self._called(name)}") from None
             if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
-                raise UserError(f"scale must be > 0 and finite, got {mine!r}")
+                raise UserError(f"scale must be > 0 and finite, got {factor!r}")
             scales[name] = tensor
         return scales
 
@@ -108,8 +108,8 @@ class Space:
 
     def x(self, u: Mapping[str, Tensor]) -> Any:
         """x in the user's form, its memory its own."""
-        made = {name: self._like(name, self.box.outside(name, value * self.scale[name])) for name, value in u.items()}
-        return made if self.is_dict else made[VECTOR]
+        values = {name: self._like(name, self.box.outside(name, value * self.scale[name])) for name, value in u.items()}
+        return values if self.is_dict else values[VECTOR]
 
     def _like(self, name: str, value: Tensor) -> Any:
         like = self.likes[name]

@@ -21,9 +21,9 @@ def split(overrides: list[str]) -> tuple[list[str], list[str], list[str]]:
     """
     others, chosen, given = [], [], []
     for override in overrides:
-        found, key = _WORD.fullmatch(override), override.lstrip("+").partition("=")[0]
-        if found and found["key"] in AUTO:
-            chosen.append(found["key"])
+        match, key = _WORD.fullmatch(override), override.lstrip("+").partition("=")[0]
+        if match and match["key"] in AUTO:
+            chosen.append(match["key"])
         else:
             others.append(override)
             given += [key] * (key in AUTO)

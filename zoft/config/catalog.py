@@ -47,14 +47,14 @@ def configs_dir() -> Path:
 
 def user_configs_dir() -> Path | None:
     """The working directory's own ``configs`` folder, unless it is the shipped one or absent."""
-    own = Path.cwd() / "configs"
-    return own if own.is_dir() and own.resolve() != configs_dir().resolve() else None
+    folder = Path.cwd() / "configs"
+    return folder if folder.is_dir() and folder.resolve() != configs_dir().resolve() else None
 
 
 def config_dirs() -> list[Path]:
     """Where presets are looked for, the user's first."""
-    own = user_configs_dir()
-    return [*([own] if own else []), configs_dir()]
+    user_dir = user_configs_dir()
+    return [*([user_dir] if user_dir else []), configs_dir()]
 
 
 def component_names(group: str, *, plugins: bool = True) -> list[str]:
@@ -81,13 +81,13 @@ def _plugin_names(group: str) -> frozenset[str]:
 
 def preset_files(group: str) -> dict[str, Path]:
     """Presets of a group: name -> YAML file; a user's file hides a shipped one of its name."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for folder in reversed(config_dirs()):
-        found.update({file.stem: file for file in (folder / group).glob("*.yaml")})
-    own = user_configs_dir()
-    if group == "config" and own:  # configs/mine.yaml is as good a place as configs/config/mine.yaml
-        found.update({file.stem: file for file in own.glob("*.yaml") if file.stem not in found})
-    return dict(sorted(found.items()))
+        files.update({file.stem: file for file in (folder / group).glob("*.yaml")})
+    user_dir = user_configs_dir()
+    if group == "config" and user_dir:  # configs/mine.yaml is as good a place as configs/config/mine.yaml
+        files.update({file.stem: file for file in user_dir.glob("*.yaml") if file.stem not in files})
+    return dict(sorted(files.items()))
 
 
 def choices(group: str, *, plugins: bool = True) -> list[str]:

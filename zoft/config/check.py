@@ -136,15 +136,15 @@ def _code(data: Any, depth: int = 0) -> list[tuple[str, str]]:
     """
     if not isinstance(data, dict):
         return []
-    found = []
+    code = []
     for key, value in data.items():
         text = str(value)
         # ${...} may become anything once it is resolved, so it counts as code where code could stand
         refers = isinstance(value, str) and "${" in value and (depth == 1 or key in ("metric", "settings"))
         if (key == "function" and value) or (key == "metric" and text.startswith("evaluate:")) or refers:
-            found.append((str(key), text))
-        found += _code(value, depth + 1)
-    return found
+            code.append((str(key), text))
+        code += _code(value, depth + 1)
+    return code
 
 
 def _check_hydra(value: Any, where: str) -> None:
@@ -300,8 +300,8 @@ def _sentence(error: BaseException) -> str:
     while link is not None:
         lines = [line.strip() for line in str(link).splitlines() if line.strip()]
         key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-        kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
-        text = " ".join(kept)
+        sentences = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+        text = " ".join(sentences)
         # a reason that repeats an outer one says nothing new
         if text and not any(text in reason for reason in reasons):
             reasons.append(f"{text} (at {key})" if key else text)

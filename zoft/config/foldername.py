@@ -1,4 +1,4 @@
-"""What a run's folder is called, so that different runs have different folders without being told."""
+"""The name of a run's folder, from its settings: different runs have different folders without anyone naming them."""
 
 from __future__ import annotations
 

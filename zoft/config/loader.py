@@ -63,9 +63,9 @@ def compose(overrides: list[str], *, runs_code: bool = True) -> ZoftConfig:
     cfg = loader.load([texts.argument(override) for override in overrides])
     if OmegaConf.to_container(cfg)["output_dir"] == DEFAULT_DIR:
         cfg.output_dir = DEFAULT_DIR + suffix(overrides)
-    made = to_config(cfg)
-    made.chosen = loader.chosen
-    return made
+    config = to_config(cfg)
+    config.chosen = loader.chosen
+    return config
 
 
 def to_config(cfg: DictConfig) -> ZoftConfig:
@@ -75,7 +75,7 @@ def to_config(cfg: DictConfig) -> ZoftConfig:
         if missing:
             raise UserError(f"{missing[0]} must be given: add {missing[0]}=...")
         try:
-            made = cast(ZoftConfig, OmegaConf.to_object(cfg))
+            config = cast(ZoftConfig, OmegaConf.to_object(cfg))
         except UserError as error:  # a component speaks of itself, the user knows it by its group
             message = str(error)
             for group in GROUPS:
@@ -84,9 +84,9 @@ def to_config(cfg: DictConfig) -> ZoftConfig:
                 if fields:
                     message = re.sub(rf"(?<![\w./=]){cls.name()}\.(?=(?:{fields})\b)", f"{group}.", message)
             raise UserError(message) from error
-    for doubt in made.doubts():
+    for doubt in config.doubts():
         _note_once(doubt)
-    return made
+    return config
 
 
 @lru_cache

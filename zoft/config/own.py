@@ -57,15 +57,15 @@ def register_named(overrides: Iterable[str]) -> set[tuple[str, str]]:
     Returns:
         (group, ``/abs/FILE.py:Class``) of each: the files that the user trusts.
     """
-    found = set()
+    names = set()
     for override in overrides:
         group, _, values = override.lstrip("+").partition("=")
         for value in values.split(",") if group in GROUPS else ():
             choice = value.strip("'\" ")
             if own_files.split(choice):
                 register(group, choice)
-                found.add((group, own_files.absolute(choice)))
-    return found
+                names.add((group, own_files.absolute(choice)))
+    return names
 
 
 def resolve(entry: dict[Any, Any], trusted: set[tuple[str, str]], where: str) -> dict[Any, Any]:

@@ -122,14 +122,14 @@ def _usual(task: Task) -> Objective | None:
     from zoft.component import create
 
     kind = task.kind
-    told = str(getattr(task, "format", ""))
-    if told == "auto" and kind != "head":
+    task_format = str(getattr(task, "format", ""))
+    if task_format == "auto" and kind != "head":
         source = str(getattr(task, "train", ""))
         if not source.endswith(SUFFIXES) or source.startswith(ASSET):
             return None  # of the hub: not fetched to compose a config
-        told = task.reading().format  # type: ignore[attr-defined]
-    made: Objective = create("objective", _PREFERRED.get(told) or formats.FORMS[kind].objective, "options")
-    return made
+        task_format = task.reading().format  # type: ignore[attr-defined]
+    objective: Objective = create("objective", _PREFERRED.get(task_format) or formats.FORMS[kind].objective, "options")
+    return objective
 
 
 def _is_mixture(name: str) -> bool:
@@ -149,5 +149,5 @@ def _folder(name: str) -> Path:
         return folder
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else folder
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else folder

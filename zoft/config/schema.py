@@ -271,20 +271,20 @@ class ZoftConfig:
         trainable, optimizer, q = self.trainable.name(), self.optimizer.name(), self.estimator.num_directions
         many = trainable in ("all", "last_blocks") or (trainable == "auto" and self.peft.name() == "none")
         full, adam = self.subspace.name() == "full", optimizer in ("adam", "adamw")
-        found = []
+        doubts = []
         if adam and many and full and q < FEW_FOR_ADAM and not self.estimator.backpropagates:
-            found.append(
+            doubts.append(
                 f"optimizer={optimizer} with num_directions={q} in subspace=full: of so few directions its second "
                 "moment measures their noise, not the gradient, and its state is two float32 numbers a weight; raise "
                 f"estimator.num_directions to {FEW_FOR_ADAM} or more, train few weights (trainable=norms_and_biases), "
                 "take few coordinates (subspace=two_sided), or use optimizer=sgd"
             )
         if optimizer == "muon" and trainable == "norms_and_biases":
-            found.append(
+            doubts.append(
                 "optimizer=muon orthogonalises matrices, and trainable=norms_and_biases trains none: all weights move "
                 "at learning_rate * vector_scale; train matrices (trainable=all), or use optimizer=sgd"
             )
-        return found
+        return doubts
 
     def check_processes(self, world: int) -> None:
         """Refuse a number of processes that cannot divide what they are to divide.
@@ -322,7 +322,7 @@ class ZoftConfig:
 
     def _check_outputs(self) -> None:
         """Where layers' outputs move, the objective must be read position by position, as the estimator asks."""
-        there, name = self.objective.feedbacks, self.objective.name()
+        feedbacks, name = self.objective.feedbacks, self.objective.name()
         if not self.subspace.moves_outputs or name == "auto":
             return
         if self.engine.name() not in ("auto", "nodes"):
@@ -330,18 +330,18 @@ class ZoftConfig:
                 f"engine={self.engine.name()} perturbs weights, and subspace=nodes moves layers' outputs: choose "
                 "engine=auto"
             )
-        if not there:
+        if not feedbacks:
             raise UserError(
                 f"objective={name} does not say which positions its loss is read from, and subspace=nodes moves those "
                 "alone: use objective=options or cross_entropy, or method=mezo"
             )
         wanted = str(getattr(self.estimator, "feedback", "auto"))
-        if wanted not in ("auto", "exact", *there):
+        if wanted not in ("auto", "exact", *feedbacks):
             raise UserError(
-                f"estimator.feedback={wanted} is not what objective={name} has: choose one of {', '.join(there)}, or "
-                "auto"
+                f"estimator.feedback={wanted} is not what objective={name} has: choose one of {', '.join(feedbacks)}, "
+                "or auto"
             )
-        if there == ("loss",):
+        if feedbacks == ("loss",):
             self._take_losses_alone(name)
 
     def _take_losses_alone(self, name: str) -> None:

@@ -50,14 +50,14 @@ Places = Any
 @lru_cache
 def places() -> dict[str, Places]:
     """Those of a whole run; a group's are those of all its components together."""
-    found = dict(_places_of(ZoftConfig))
+    places_by_key = dict(_places_of(ZoftConfig))
     for group in GROUPS:
-        found[group] = {}
+        places_by_key[group] = {}
         for cls in components(group).values():
-            found[group] |= _places_of(cls, getattr(cls, "escapes", ()))
+            places_by_key[group] |= _places_of(cls, getattr(cls, "escapes", ()))
     annotations = training_arguments.fields()
-    found["trainer"] = {name: Text() for name, kind in annotations.items() if kind in ("str", "str | None")}
-    return found | {"defaults": Each(Text())}
+    places_by_key["trainer"] = {name: Text() for name, kind in annotations.items() if kind in ("str", "str | None")}
+    return places_by_key | {"defaults": Each(Text())}
 
 
 def own_places(group: str, cls: type) -> None:
@@ -261,9 +261,9 @@ def _quoted(value: str, where: Text) -> str:
 def _run(text: str, where: Text, *, nulls: bool) -> str:
     """A value without quotes, with quotes where it needs some."""
     bare = text.strip()
-    made = _unescaped(bare, where)
+    unescaped = _unescaped(bare, where)
     typed = _TYPED.fullmatch(bare) and (nulls or bare.lower() != "null")
-    return text.replace(bare, f"'{made}'") if bare and (typed or made != bare) else text
+    return text.replace(bare, f"'{unescaped}'") if bare and (typed or unescaped != bare) else text
 
 
 def _unescaped(text: str, where: Text) -> str:

@@ -61,11 +61,11 @@ def explained() -> list[tuple[str, str, str, str]]:
 
 def _sources() -> list[tuple[Path, str]]:
     """The files that define the fields, and the class in each."""
-    found = []
+    sources = []
     transformers = importlib.util.find_spec("transformers")  # a top-level find_spec imports nothing
     if transformers is not None and transformers.submodule_search_locations:
-        found.append((Path(transformers.submodule_search_locations[0]) / "training_args.py", "TrainingArguments"))
-    return [*found, (Path(__file__).resolve().parent.parent / "trainer" / "config.py", "ZOConfig")]
+        sources.append((Path(transformers.submodule_search_locations[0]) / "training_args.py", "TrainingArguments"))
+    return [*sources, (Path(__file__).resolve().parent.parent / "trainer" / "config.py", "ZOConfig")]
 
 
 def _default_and_help(value: ast.expr | None) -> tuple[str, str]:

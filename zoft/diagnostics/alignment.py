@@ -72,15 +72,15 @@ def lifted(coordinates: BoundSubspace, name: str, terms: Sequence[Term], dense: 
     Returns:
         float32, flat: what ``optimizer=sgd`` with learning rate 1 and no decay would subtract.
     """
-    mine = [term for term in terms if coordinates.moves(term[0], name)]
-    if not mine:
+    moving = [term for term in terms if coordinates.moves(term[0], name)]
+    if not moving:
         return None if dense is None else dense
     total = torch.zeros(coordinates.weights.tensors[name].numel(), device=coordinates.weights.tensors[name].device)
     for start, stop in coordinates.chunks(name):
         piece = None if dense is None else dense[start:stop]
-        made = Estimate(coordinates, name, start, stop, mine, dense=piece).gradient().view(-1)
+        gradient = Estimate(coordinates, name, start, stop, moving, dense=piece).gradient().view(-1)
         for first, last in coordinates.pieces(name, start, stop):
-            total[first:last] += coordinates.lift(terms[0][0], name, made, start, first, last)
+            total[first:last] += coordinates.lift(terms[0][0], name, gradient, start, first, last)
     return total
 
 

@@ -106,12 +106,12 @@ class Asking:
 
     def all_slopes(self, probes: Sequence[Direction]) -> Tensor:
         """The projected gradients of all probes, asked in groups of the run's own q; those that are finite."""
-        q, found = self.estimator.num_directions, []
+        q, slopes = self.estimator.num_directions, []
         for start in range(0, len(probes) - q + 1, q):
             group = probes[start : start + q]
             if self(group) is not None:
-                found.append(self.slopes[tuple(group)])
-        return torch.cat(found) if found else torch.empty(0)
+                slopes.append(self.slopes[tuple(group)])
+        return torch.cat(slopes) if slopes else torch.empty(0)
 
 
 def further(own: Sequence[Direction], count: int, noise: str, *, given: bool) -> list[Direction]:

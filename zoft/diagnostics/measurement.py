@@ -66,16 +66,16 @@ class Measurement:
         assert trainer.run_steps.last_batch is not None
         self.step, self.batch = trainer.last_step, trainer.run_steps.last_batch
         self.estimator = trainer.method.estimator.with_radius(self.step.eps)
-        own = list(self.step.directions)
+        directions = list(self.step.directions)
         self.terms = list(self.step.terms or [])
         session = trainer.zo_optimizer.session
         run = session.coordinates
         given = trainer.direction_seeds is not None
-        self.probes = further(own, self._num_probes(run, own[0]), self.estimator.noise, given=given)
+        self.probes = further(directions, self._num_probes(run, directions[0]), self.estimator.noise, given=given)
         self.coordinates = mirrored(run, len(self.probes))
         self.session = Bystander(trainer.model, self.coordinates, session.objective)
         self.session.anchor = session.anchor
-        points, losses = self.estimator.points(own), self.step.losses
+        points, losses = self.estimator.points(directions), self.step.losses
         if self._probes_tell and losses.shape == (len(points),):
             self.session.know(self.batch, points, losses)
         self.asking = Asking(trainer.run_steps.queries, self.session, self.batch, self.estimator, remembered)
@@ -87,15 +87,15 @@ class Measurement:
         row |= {"num_directions": q, "eps": self.estimator.radius or None}
         tables: dict[str, Any] = {"step": row["step"]}
         gradient = self._gradient()
-        found = alignment(self.coordinates, self.terms, self._dense(), gradient)
-        row |= {"cosine": found.cosine, "estimate_norm": found.estimate_norm}
-        row |= {"gradient_norm": found.gradient_norm, "norm_ratio": found.norm_ratio}
+        aligned = alignment(self.coordinates, self.terms, self._dense(), gradient)
+        row |= {"cosine": aligned.cosine, "estimate_norm": aligned.estimate_norm}
+        row |= {"gradient_norm": aligned.gradient_norm, "norm_ratio": aligned.norm_ratio}
         if self.terms:
             row["cosine_by_chance"] = cosine_by_chance(len(self.terms), self._elements())
             gram = self._gram()
             row |= gram_summary(gram)
             tables["gram"] = normalised(gram).tolist()
-            self._probe(row, tables, gram, gradient, found.gradient_norm)
+            self._probe(row, tables, gram, gradient, aligned.gradient_norm)
         if self.wanted.eps:
             self._radius(row, tables, gradient)
         return row | {"diagnostics_queries": self.session.num_queries}, tables
@@ -154,12 +154,12 @@ class Measurement:
     def _fits(self) -> bool:
         """Whether one row's backward pass and the gradient would fit, as far as that can be known."""
         weights = self.coordinates.weights
-        there = memory_of(next(iter(weights.tensors.values())).device)
+        memory = memory_of(next(iter(weights.tensors.values())).device)
         shape, ids = model_shape(self.trainer.model, weights.num_elements), self.batch.micro_batches[0].get("input_ids")
-        if there is None or shape is None or not isinstance(ids, Tensor):
+        if memory is None or shape is None or not isinstance(ids, Tensor):
             return True
         parts = backprop_parts_mb(shape, batch=1, seq=ids.shape[-1])
-        return (sum(parts.values()) - parts["optimizer"]) * 2**20 + 4 * weights.num_elements < there
+        return (sum(parts.values()) - parts["optimizer"]) * 2**20 + 4 * weights.num_elements < memory
 
     # ---- probes ------------------------------------------------------------------------------------------------------
 

@@ -54,19 +54,19 @@ def draw_diagnostics(folder: str | Path, rows: Sequence[dict[str, str]], tables:
 
 
 def _panels(rows: Sequence[dict[str, str]], tables: dict[str, Any]) -> list[Panel]:
-    found: list[Panel] = []
+    panels: list[Panel] = []
     cosines, ratios = _series(rows, "cosine"), _series(rows, "snr")
     if cosines or ratios:
-        found.append(lambda axes: _draw_alignment(axes, cosines, _series(rows, "cosine_by_chance"), ratios))
+        panels.append(lambda axes: _draw_alignment(axes, cosines, _series(rows, "cosine_by_chance"), ratios))
     if tables.get("variance"):
-        found.append(lambda axes: _draw_variance(axes, tables["variance"], tables["step"]))
+        panels.append(lambda axes: _draw_variance(axes, tables["variance"], tables["step"]))
     errors = [row for row in tables.get("radius", {}).get("rows", ()) if row["error"]]
     if errors:
         own = [float(row["eps"]) for row in rows if row["eps"]]
-        found.append(lambda axes: _draw_radius(axes, errors, own[-1] if own else None, tables))
+        panels.append(lambda axes: _draw_radius(axes, errors, own[-1] if own else None, tables))
     if len(tables.get("gram", ())) > 1:
-        found.append(lambda axes: _draw_gram(axes, tables["gram"], tables["step"]))
-    return found
+        panels.append(lambda axes: _draw_gram(axes, tables["gram"], tables["step"]))
+    return panels
 
 
 def _series(rows: Sequence[dict[str, str]], name: str) -> Series:

@@ -51,11 +51,11 @@ class Record:
     def __init__(self, folder: Path, past: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.notes = folder, []
-        kept = [row for row in read_rows(folder) if int(row["step"]) <= past]
-        last = kept[-1] if kept else {}
+        rows = [row for row in read_rows(folder) if int(row["step"]) <= past]
+        last = rows[-1] if rows else {}
         self.num_queries = int(_number(last, "diagnostics_queries"))
         self.seconds = _number(last, "diagnostics_seconds")
-        lines = [csv_line(COLUMNS), *(csv_line([row[name] for name in COLUMNS]) for row in kept)]
+        lines = [csv_line(COLUMNS), *(csv_line([row[name] for name in COLUMNS]) for row in rows)]
         self._rows = RowFile(folder / CSV, lines)
         tables = read_tables(folder)
         if not isinstance(tables.get("step", 0), int) or tables.get("step", 0) > past:

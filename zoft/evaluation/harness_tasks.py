@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness: loaded, carried out in silence, and told in the words of `zoft eval`."""
+"""Tasks of EleutherAI's lm-evaluation-harness: loaded, run silently, and reported as `zoft eval` does."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class ProgressCallback(TrainerCallback):
         self._bar: Any = None  # tqdm's, on a terminal only
         self._training = False
         self._total = self._done = self._first = 0  # queries; _first: already done when this session began
-        self._logged = (0, 0)  # (step, queries) at the last row that told
+        self._logged = (0, 0)  # (step, queries) at the last row that had both
         self._values: dict[str, float] = {}  # the newest loss, peak_memory_mb and num_skipped_steps
         self._metric: tuple[str, float] | None = None
         self._batches = 0  # evaluated so far, while an evaluation runs

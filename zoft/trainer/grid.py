@@ -81,13 +81,13 @@ class Grid:
 
     def _gather(self, answers: Tensor) -> list[Tensor]:
         """One all-gather of the answers and of the rows' checksum behind them."""
-        told = self.directions.gather_alike(torch.cat((answers.flatten(), answers.new_tensor([self._rows_sum]))))
-        if any(float(one[-1]) != self._rows_sum for one in told):
+        gathered = self.directions.gather_alike(torch.cat((answers.flatten(), answers.new_tensor([self._rows_sum]))))
+        if any(float(one[-1]) != self._rows_sum for one in gathered):
             raise UserError(
                 "processes that share a step's points (trainer.parallel) were given other rows: the collator draws "
                 "random numbers, or the rows change while they are read; use trainer.parallel=data"
             )
-        return [one[:-1].view_as(answers) for one in told]
+        return [one[:-1].view_as(answers) for one in gathered]
 
     def divide(self, loader: Any) -> Any:
         """The Trainer's loader of training rows, whose batches are divided by :attr:`rows` alone.

@@ -73,8 +73,8 @@ class Evaluation:
     @property
     def status(self) -> str:
         """``failed`` or ``stopped`` if any repeat is, else ``done``."""
-        found = {outcome.status for outcome in self.outcomes}
-        return next(status for status in (FAILED, STOPPED, DONE) if status in found)
+        statuses = {outcome.status for outcome in self.outcomes}
+        return next(status for status in (FAILED, STOPPED, DONE) if status in statuses)
 
     @property
     def value(self) -> float:

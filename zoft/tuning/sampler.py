@@ -61,7 +61,7 @@ class ZOSampler(BaseSampler):
         self.start = self.space.units(x0)
         self.radius = 4 * _RADIUS * math.sqrt(self.space.width)  # the search's unit is a quarter of the cube's side
         self.lowest = math.inf
-        self.known: dict[str, float] = {}  # what was told, a failed point's value as bad as the worst
+        self.known: dict[str, float] = {}  # values of finished points; a failed one counts as the worst
         self.search: Minimizer | None = None
         self.num_begun = self.num_stale = self.num_spread = 0
         self._taken: dict[str, int] = {}  # key of a point -> the trial that has it

@@ -92,8 +92,8 @@ def _choice(name: str, items: Sequence[str]) -> CategoricalDistribution:
         )
     if len({written(option) for option in options}) < len(options) or len({*options}) < len(options):
         raise UserError(f"{written_as}: an option stands there twice")
-    found: CategoricalDistribution = load_optuna().distributions.CategoricalDistribution(options)
-    return found
+    categorical: CategoricalDistribution = load_optuna().distributions.CategoricalDistribution(options)
+    return categorical
 
 
 def _served(name: str, distribution: Any) -> BaseDistribution:
@@ -103,8 +103,8 @@ def _served(name: str, distribution: Any) -> BaseDistribution:
             f"space.{name}={distribution}: a step is not served; leave it out, or list the values in a choice"
         )
     parsed(name, text_of(distribution))  # a range that holds nothing is refused here
-    kept: BaseDistribution = distribution
-    return kept
+    served: BaseDistribution = distribution
+    return served
 
 
 def text_of(distribution: Any) -> str:

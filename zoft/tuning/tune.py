@@ -42,11 +42,11 @@ def _finite(value: Any) -> float:
     """A finite float, or a ValueError that says what it is instead."""
     from zoft.blackbox.calls import number
 
-    found = number(value)
-    if isinstance(found, BaseException):
-        raise ValueError(f"f returned {found}")
-    assert math.isfinite(found)
-    return found
+    result = number(value)
+    if isinstance(result, BaseException):
+        raise ValueError(f"f returned {result}")
+    assert math.isfinite(result)
+    return result
 
 
 def tune(

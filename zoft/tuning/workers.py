@@ -75,7 +75,7 @@ class Workers:
         return self.workers[-1]
 
     def close(self) -> None:
-        """End the processes: those at work are told as a scheduler would tell them, and may save."""
+        """End the processes: those at work get the signal a scheduler sends (SIGTERM), and may save first."""
         for worker in self.workers:
             if worker.busy:
                 worker.process.terminate()

@@ -75,7 +75,7 @@ def trials_allowed() -> bool:
 
 
 def is_known(model: nn.Module) -> bool:
-    """Whether a trial of this model's head has told something; elsewhere there is none to try."""
+    """Whether a trial of this model's head has given an answer; with another runtime there is no head to try."""
     if runtime_of(model) is not None:
         return True
     return model in _known and _known[model].head is head_of(model)  # another one: resized, an adapter put on it

@@ -69,7 +69,7 @@ def in_rows_order(values: Any, order: Sequence[int]) -> Any:
 def metric_in_rows_order(
     metric: Callable[[EvalPrediction], dict[str, float]], order: Sequence[int]
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """``metric`` as it would be called without the sorting: it may know by their order which rows it is told of."""
+    """``metric``, given the rows in their own order again: it may know a row by its place."""
 
     def sorted_back(given: EvalPrediction) -> dict[str, float]:
         return metric(type(given)(in_rows_order(given.predictions, order), in_rows_order(given.label_ids, order)))

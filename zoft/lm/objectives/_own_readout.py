@@ -1,4 +1,4 @@
-"""The model's own loss, told position by position: with labels for tokens, and of sequence classifiers."""
+"""The model's own loss, read position by position: with labels for tokens, and of sequence classifiers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def own_places(model: nn.Module, inputs: Inputs) -> Positions:
 
 
 def own_readout(model: nn.Module, inputs: Inputs, feedback: str) -> Readout:
-    """One forward, told position by position (:mod:`zoft.lm.objectives._readout`)."""
+    """One forward, read position by position (:mod:`zoft.lm.objectives._readout`)."""
     rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
     if could_be_served(model, inputs):
         return readout_of_tokens(model, rest, *predictions(inputs["labels"]), feedback)

@@ -80,7 +80,7 @@ class Objective(Component):
         return self.readout(model, batch, "loss").losses
 
     def readout(self, model: nn.Module, batch: Batch, feedback: str) -> Readout:
-        """One forward, told position by position (:mod:`zoft.lm.objectives._readout`).
+        """One forward, read position by position (:mod:`zoft.lm.objectives._readout`).
 
         Args:
             model: what is called.

@@ -49,7 +49,7 @@ class Classes(Objective):
 
 
 def of_classes(scores: Tensor, gold: Tensor, feedback: str) -> Readout:
-    """A classifier's logits [B, C], told as ``feedback`` asks."""
+    """A classifier's logits [B, C] as the kind of readout that ``feedback`` names."""
     readout = of_scores(scores, gold, torch.arange(scores.shape[1], device=scores.device))
     if feedback == "scores":
         return readout

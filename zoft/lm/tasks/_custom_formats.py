@@ -101,7 +101,7 @@ OPTIONAL = {
     ("reward", "reward"),
 }
 """(format, role) that rows can do without: chosen and rejected chats hold their prompt, a template names its texts, and
-a reward function need not be told anything but the prompt."""
+a reward function needs nothing but the prompt."""
 
 
 @dataclass(frozen=True)

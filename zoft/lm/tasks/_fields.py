@@ -1,4 +1,4 @@
-"""Values of a row's columns, checked: what is wrong is told with the source, the row and the mend."""
+"""Values of a row's columns, checked: an error names the source, the row and what to change."""
 
 from __future__ import annotations
 

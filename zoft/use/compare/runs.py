@@ -51,7 +51,7 @@ def read_runs(places: Sequence[str]) -> list[Run]:
     Raises:
         UserError: a folder that holds no run.
     """
-    found: dict[Path, Run] = {}
+    by_folder: dict[Path, Run] = {}
     for place in places:
         folder = Path(place)
         if not folder.is_dir():
@@ -59,8 +59,8 @@ def read_runs(places: Sequence[str]) -> list[Run]:
         runs = [path for path in _below(folder, _DEPTH) if (path / CONFIG).is_file()]
         if not runs:
             raise UserError(f"{place} holds no run of zoft train, nor does a folder in it")
-        found.update({path.resolve(): _read(path) for path in runs})
-    return list(found.values())
+        by_folder.update({path.resolve(): _read(path) for path in runs})
+    return list(by_folder.values())
 
 
 def _below(folder: Path, depth: int) -> list[Path]:
@@ -97,6 +97,6 @@ def _name(run: Run, differ: Sequence[str]) -> str:
     """The parts and values of a run that others have otherwise; the folder's name where there are many or none."""
     parts = [key for key in differ if "." not in key and "=" in run.settings.get(key, "")]
     values = [key for key in differ if "." in key and key.partition(".")[0] not in parts]
-    told = [run.settings[key] for key in parts]
-    told += [f"{key}={run.settings[key].partition(': ')[2]}" for key in values if key in run.settings]
-    return " ".join(told) if 0 < len(told) <= 3 else str(run.facts.get("method") or run.folder.name)
+    parts_of_name = [run.settings[key] for key in parts]
+    parts_of_name += [f"{key}={run.settings[key].partition(': ')[2]}" for key in values if key in run.settings]
+    return " ".join(parts_of_name) if 0 < len(parts_of_name) <= 3 else str(run.facts.get("method") or run.folder.name)

@@ -65,10 +65,10 @@ def write(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    made = {"csv": text.getvalue(), "md": markdown(rows), "html": _html(rows)}
-    for suffix, content in made.items():
+    written = {"csv": text.getvalue(), "md": markdown(rows), "html": _html(rows)}
+    for suffix, content in written.items():
         write_atomically(folder / f"{NAME}.{suffix}", content)
-    return [folder / f"{NAME}.{suffix}" for suffix in made]
+    return [folder / f"{NAME}.{suffix}" for suffix in written]
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

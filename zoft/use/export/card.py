@@ -100,8 +100,8 @@ def _parts(
 
 def _revision(folder: Path) -> str | None:
     """Of the base that an adapter was trained on."""
-    found = adapter_config(folder).get("revision")
-    return None if found is None else str(found)
+    revision = adapter_config(folder).get("revision")
+    return None if revision is None else str(revision)
 
 
 def _warnings(known: dict[str, Any], base: str) -> list[str]:
@@ -135,8 +135,8 @@ def _settings(known: dict[str, Any]) -> list[tuple[str, str]]:
 def _costs(known: dict[str, Any]) -> list[tuple[str, str]]:
     wanted = ("queries", "steps", "tokens", "wall time", "peak memory", "inference alone", "weights trained")
     rows = dict(fact_rows(known))
-    found = [(name, rows[name]) for name in (*wanted, "weights' SHA-256", "versions") if name in rows]
-    return [*found, ("device", str(known["device"]))] if "device" in known else found
+    costs = [(name, rows[name]) for name in (*wanted, "weights' SHA-256", "versions") if name in rows]
+    return [*costs, ("device", str(known["device"]))] if "device" in known else costs
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

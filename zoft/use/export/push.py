@@ -39,12 +39,12 @@ def push(folder: Path, name: str, *, public: bool) -> str:
 
     api = HfApi()
     try:
-        made = api.create_repo(name, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Add the export of a zoft run")
+        repository = api.create_repo(name, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Add the export of a zoft run")
     except Exception as error:  # the client raises a dozen kinds; the token is in none of their first lines
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"could not push to {name}: {reason:.200}; log in with `hf auth login` or HF_TOKEN. "
             f"The export is in {folder}"
         ) from None
-    return str(made)
+    return str(repository)

@@ -50,14 +50,14 @@ def written(loaded: Loaded, prompts: Sequence[Sequence[int]], how: Writing, mode
 
     writer = loaded.model if model is None else model
     with torch.inference_mode():
-        found = write(
+        sampled = write(
             writer,
             prompts,
             Answering(loaded.tokenizer, how.max_new_tokens),
             temperature=how.temperature,
             seed=how.seed,
         )
-    return found.texts
+    return sampled.texts
 
 
 def plain_ids(loaded: Loaded, prompt: str) -> list[int]:

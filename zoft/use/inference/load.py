@@ -98,8 +98,8 @@ def load_named(name: str, dtype: str = "float32") -> Loaded:
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
         base, revision = base_of(folder)
-        kept = name if (folder / "tokenizer_config.json").is_file() else base
-        tokenizer = load_tokenizer(kept, revision=revision if kept == base else None)
+        tokenizer_name = name if (folder / "tokenizer_config.json").is_file() else base
+        tokenizer = load_tokenizer(tokenizer_name, revision=revision if tokenizer_name == base else None)
         model = load_model_as("causal", base, revision=revision, dtype=dtype, tokenizer=tokenizer)
         return Loaded(load_adapter(model, folder).to(device()).eval(), tokenizer, name)
     tokenizer = load_tokenizer(name)

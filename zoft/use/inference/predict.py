@@ -51,16 +51,17 @@ def predict(run: str, data: str, output: str, overrides: list[str]) -> Predicted
 
     cfg = config_of(run, overrides)
     _check_output(output, data)
-    made, labels = cfg.task.for_new_rows()
+    examples_of, labels = cfg.task.for_new_rows()
     placed = list(read_placed(data, "test"))
-    examples = [made(row, where) for where, row in placed]  # what is wrong with a row is said before weights are read
-    found = _found(cfg, run, examples, labels)
-    rows = [row | more for (_, row), more in zip(placed, found, strict=True)]
-    taken = sorted(set(found[0]) & set(placed[0][1]))
+    # Before the weights are read: an error in a row should not cost minutes of loading.
+    examples = [examples_of(row, where) for where, row in placed]
+    predictions = _found(cfg, run, examples, labels)
+    rows = [row | more for (_, row), more in zip(placed, predictions, strict=True)]
+    taken = sorted(set(predictions[0]) & set(placed[0][1]))
     if taken:
         raise UserError(f"{data} has a column called {taken[0]!r}, as the prediction would be: rename it")
     _write(output, rows)
-    return Predicted(rows, tuple(found[0]), output)
+    return Predicted(rows, tuple(predictions[0]), output)
 
 
 def _found(cfg: ZoftConfig, run: str, examples: list[Any], labels: tuple[str, ...]) -> list[dict[str, Any]]:

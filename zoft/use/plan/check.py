@@ -75,10 +75,10 @@ def _data(cfg: ZoftConfig, splits: Any) -> Iterator[Finding]:
     read = f", {task.reading().sentence()}" if hasattr(task, "reading") else ""
     counts = ", ".join(f"{len(getattr(splits, name)):,} {name}" for name in ("train", "dev", "test"))
     yield Finding("data", "ok", f"{counts} rows of {getattr(task, 'train', '') or task.name()}{read}")
-    found = notes(splits)
-    for note in found:
+    remarks = notes(splits)
+    for note in remarks:
         yield Finding("leaks", "note", note)
-    if not found:
+    if not remarks:
         yield Finding("leaks", "ok", "no row stands in two splits, or twice in one")
     labels = [example.label for example in splits.train if getattr(example, "label", None) is not None]
     lacking = [number for number in range(len(getattr(splits.train[0], "options", ()))) if number not in labels]
@@ -122,10 +122,10 @@ def _round_trip(examples: Any, tokenizer: Any) -> Finding:
     ]
     if not lost:
         return Finding("tokenizer", "ok", f"{len(texts):,} texts come back from their tokens as they were")
-    told = (
+    message = (
         f"{len(lost):,} of {len(texts):,} texts do not come back from their tokens as they were, e.g. {lost[0][:60]!r}"
     )
-    return Finding("tokenizer", "note", told)
+    return Finding("tokenizer", "note", message)
 
 
 def _options(rows: Any, examples: Any) -> Iterator[Finding]:
@@ -136,8 +136,8 @@ def _options(rows: Any, examples: Any) -> Iterator[Finding]:
         ends = [tuple(ids[len(ids) - n :]) for ids, n in zip(row["sequences"], row["lengths"], strict=True)]
         if len(set(ends)) < len(ends):
             twice = next(place for place, end in enumerate(ends) if end in ends[:place])
-            told = f"{example.options[ends.index(ends[twice])]!r} and {example.options[twice]!r}"
-            yield Finding("options", "failed", f"{told} are the same tokens to this model: give them other words")
+            pair = f"{example.options[ends.index(ends[twice])]!r} and {example.options[twice]!r}"
+            yield Finding("options", "failed", f"{pair} are the same tokens to this model: give them other words")
             return
     yield Finding("options", "ok", "every option has tokens of its own")
 
@@ -149,22 +149,22 @@ def _cut(limit: int, examples: Any, rows: Any, encoded: Callable[[Any, int], lis
         return Finding(
             "length", "ok", f"at most {longest:,} tokens in a training row, none cut (of {limit:,} that are kept)"
         )
-    told = f"{cut.num_cut:,} of {cut.num_rows:,} training rows are cut at {limit:,} tokens (task.max_length)"
-    return Finding("length", "note" if cut.num_cut else "ok", f"{told}; the longest has {cut.longest:,}")
+    message = f"{cut.num_cut:,} of {cut.num_rows:,} training rows are cut at {limit:,} tokens (task.max_length)"
+    return Finding("length", "note" if cut.num_cut else "ok", f"{message}; the longest has {cut.longest:,}")
 
 
 def _memory(estimate: Any) -> Finding:
     from zoft.report.text import gib
 
     wanted = estimate.method.total_mb - estimate.method.host_mb
-    told = f"about {gib(estimate.method.total_mb)} on {estimate.device}"
+    message = f"about {gib(estimate.method.total_mb)} on {estimate.device}"
     if estimate.free_mb is None:
-        return Finding("memory", "ok", told)
+        return Finding("memory", "ok", message)
     fits = wanted <= estimate.free_mb
     return Finding(
         "memory",
         "ok" if fits else "failed",
-        f"{told}, {gib(estimate.free_mb)} free"
+        f"{message}, {gib(estimate.free_mb)} free"
         + ("" if fits else ": take a smaller batch, model.dtype=bfloat16, or fewer tokens"),
     )
 

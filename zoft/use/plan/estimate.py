@@ -67,8 +67,8 @@ def estimate(cfg: ZoftConfig, *, probe: bool = False) -> Estimate:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     _, rows = load_rows(cfg, splits)
-    made = of_rows(cfg, rows)
-    return dataclasses.replace(made, seconds=seconds_of(cfg, rows)) if probe else made
+    estimated = of_rows(cfg, rows)
+    return dataclasses.replace(estimated, seconds=seconds_of(cfg, rows)) if probe else estimated
 
 
 def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Estimate:

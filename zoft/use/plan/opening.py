@@ -14,14 +14,14 @@ def brief(found: Estimate) -> str:
     """The estimate in one line, for the beginning of a run."""
     from zoft.report.text import gib
 
-    told = f"memory  about {gib(found.method.total_mb)} on {found.device} by estimate"
+    line = f"memory  about {gib(found.method.total_mb)} on {found.device} by estimate"
     if found.adamw.parts:
-        told += (
+        line += (
             f"; by backpropagation LoRA {gib(found.lora.total_mb)}, AdamW on all weights {gib(found.adamw.total_mb)}"
         )
     if found.free_mb is None or found.method.total_mb - found.method.host_mb <= found.free_mb:
-        return told
-    return f"{told}; {gib(found.free_mb)} ARE FREE: take a smaller batch, or fewer tokens"
+        return line
+    return f"{line}; {gib(found.free_mb)} ARE FREE: take a smaller batch, or fewer tokens"
 
 
 def of_run(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> list[str]:

@@ -62,7 +62,7 @@ def counts_from_zero(folder: str | Path) -> bool:
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether a model's forward can be told where each token stands."""
+    """Whether a model's forward takes the position of each token."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 

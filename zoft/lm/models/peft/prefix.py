@@ -65,7 +65,7 @@ class Prefix(Peft):
 
 
 def _require_positions(model: nn.Module) -> None:
-    """Refuse a model whose text cannot be told to begin at 0."""
+    """Refuse a model that is no causal LM or takes no position ids: its text could not begin at 0."""
     if task_type_of(model) != "CAUSAL_LM" or not takes_positions(model):
         raise UserError(
             f"peft.layout=mezo has the text begin at position 0, and a {type(model).__name__} is "
