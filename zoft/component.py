@@ -1,4 +1,4 @@
-"""What a component is, and how it is found by its file's name.
+"""Components: the base class of every part that a config names, and the lookup by file name.
 
 A component is a dataclass whose fields are hyper-parameters. It is at once the thing that runs, the Hydra schema of
 its group, an entry of `zoft ls`, and a row of the contract tests. Adding one is adding one file to its group's folder,
@@ -94,18 +94,18 @@ def components(group: str) -> dict[str, type[Component]]:
     """
     # importing a group's files must stay cheap: components bring torch in lazily
     package = importlib.import_module(GROUPS[group])
-    found: dict[str, type[Component]] = {}
+    classes: dict[str, type[Component]] = {}
     for module_info in pkgutil.iter_modules(package.__path__):
         if module_info.name.startswith("_") or module_info.name == "base":
             continue
         module = importlib.import_module(f"{package.__name__}.{module_info.name}")
-        found.update({cls.name(): cls for cls in vars(module).values() if _is_component_of(cls, module.__name__)})
+        classes.update({cls.name(): cls for cls in vars(module).values() if _is_component_of(cls, module.__name__)})
     # behind our own files: a package may bring a part, and under a name of ours replaces it
     for entry in importlib.metadata.entry_points(group=f"zoft.{group}"):
         cls = entry.load()
         file = inspect.getsourcefile(cls)
-        found[entry.name] = _from_outside(cls, entry.name, own_files.digest(file) if file else "")
-    return dict(sorted(found.items()))
+        classes[entry.name] = _from_outside(cls, entry.name, own_files.digest(file) if file else "")
+    return dict(sorted(classes.items()))
 
 
 def find(group: str, choice: str) -> type[Component] | None:
@@ -157,10 +157,10 @@ def parts_in(path: str, where: str) -> dict[str, type[Component]]:
         where: what names it, for messages.
     """
     module, sha = own_files.module_of(path, where)
-    found = {name: cls for name, cls in vars(module).items() if _is_component_of(cls, module.__name__)}
-    for name, cls in found.items():
+    parts = {name: cls for name, cls in vars(module).items() if _is_component_of(cls, module.__name__)}
+    for name, cls in parts.items():
         _from_outside(cls, f"{Path(path).name}:{name}", sha).own_file = own_files.absolute(f"{path}:{name}")
-    return found
+    return parts
 
 
 def group_of(cls: type[Component]) -> str:

@@ -1,4 +1,4 @@
-"""What a user did wrong: what, where, how to mend it."""
+"""Errors that a user can mend: each message says what is wrong, where, and what to change."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def os_error_of(error: Exception) -> OSError | None:
     """
     if isinstance(error, OSError):
         return error
-    found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
-    return OSError(int(found.group(1)), os.strerror(int(found.group(1)))) if found else None
+    match = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
+    return OSError(int(match.group(1)), os.strerror(int(match.group(1)))) if match else None
 
 
 class NonFiniteLossError(RuntimeError):

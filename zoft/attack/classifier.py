@@ -1,4 +1,4 @@
-"""A classifier of which answers are all there is: images in, scores out, every image counted."""
+"""A black-box classifier: images in, scores out, no gradients; every image counts as a query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any image classifier of transformers, and an image file, as its own preprocessing shows it to the model."""
+"""Image classifiers of transformers and image files, put through the model's own preprocessing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search is: a generator that yields perturbations and is sent their losses."""
+"""Searches as generators: each yields the perturbations it wants evaluated and is sent their losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which perturbations are searched: single pixels, squares of them, or waves of low frequency."""
+"""Spaces of perturbations to search in: single pixels, squares of them, or waves of low frequency."""
 
 from __future__ import annotations
 

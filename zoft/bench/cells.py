@@ -47,13 +47,13 @@ def run_cell(plan: Plan, cell: Cell, work: Path, shared: Shared) -> Row:
         "identity": plan.identity(cell),
     }
     if cell.method in MODES:
-        made = _evaluated(plan, cell, work)
+        row = _evaluated(plan, cell, work)
     else:
         try:
-            made = _trained(plan, [*plan.arguments(cell), f"trainer.run_name={cell.name}"], work, shared)
+            row = _trained(plan, [*plan.arguments(cell), f"trainer.run_name={cell.name}"], work, shared)
         finally:
             close_trackers()  # the next cell's numbers belong to a run of their own
-    return about | made
+    return about | row
 
 
 def _evaluated(plan: Plan, cell: Cell, work: Path) -> Row:
@@ -116,10 +116,10 @@ def _trained(plan: Plan, arguments: list[str], work: Path, shared: Shared) -> Ro
 def _at_budget(row: Row, budget: int, scores: _Tests) -> Row:
     """What a row says where the run would have ended earlier; one that diverged later has not done so."""
     reached = any(point["queries"] > 0 for point in row["curve"] if point["queries"] <= budget)
-    own = row | {"failed": "" if row["queries"] >= budget else row["failed"]}
-    if own["failed"] or not reached:
-        return {"failed": own["failed"] or "was not evaluated", "test": None}
-    return {"failed": "", "test": scores.within(own, budget)}
+    marked = row | {"failed": "" if row["queries"] >= budget else row["failed"]}
+    if marked["failed"] or not reached:
+        return {"failed": marked["failed"] or "was not evaluated", "test": None}
+    return {"failed": "", "test": scores.within(marked, budget)}
 
 
 class _Tests:
@@ -202,13 +202,13 @@ class Milestones(TrainerCallback):
 
 def _diagnosed(work: Path) -> dict[str, float]:
     """Means over a run of what its diagnostics measured, of the cosine by its size."""
-    found: dict[str, float] = {}
+    diagnosed: dict[str, float] = {}
     for name in DIAGNOSED:
         values = [abs(float(line[name])) for line in read_rows(work) if line.get(name)]
         values = [value for value in values if math.isfinite(value)]
         if values:
-            found[name] = sum(values) / len(values)
-    return found
+            diagnosed[name] = sum(values) / len(values)
+    return diagnosed
 
 
 def _curve(history: list[dict[str, Any]], metric: str) -> list[dict[str, float]]:

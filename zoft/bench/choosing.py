@@ -1,4 +1,4 @@
-"""What is chosen by the dev rows: the best point of a run, and a method's learning rate."""
+"""Choices made on the dev rows: the best point of a run, and a method's learning rate."""
 
 from __future__ import annotations
 

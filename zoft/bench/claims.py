@@ -1,4 +1,4 @@
-"""Claims: files by which processes on many machines take turns, and by which the dead let go."""
+"""Claims: lock files by which processes on many machines share cells; those of dead processes are taken over."""
 
 from __future__ import annotations
 
@@ -93,15 +93,15 @@ def _make(claim: Claim) -> bool:
 
 def _take_over(claim: Claim) -> bool:
     """Move a dead process's claim away and make our own; of several who try, one succeeds."""
-    there = _read(claim.path)
-    if not there or not _is_dead(claim.path, there):
+    claimed = _read(claim.path)
+    if not claimed or not _is_dead(claim.path, claimed):
         return False
     away = claim.path.with_name(f".{claim.path.name}.{uuid.uuid4().hex}")
     try:
         claim.path.rename(away)
     except OSError:
         return False
-    if _read(away) != there:  # another process has taken it over since it was read: give it back
+    if _read(away) != claimed:  # another process has taken it over since it was read: give it back
         with contextlib.suppress(OSError):
             os.link(away, claim.path)
         away.unlink(missing_ok=True)

@@ -40,18 +40,18 @@ class Ledger:
         """
         try:
             row = dict(json.loads(self._file(cell).read_text(encoding="utf-8")))
-            own = list(row["identity"])
+            recorded = list(row["identity"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self._file(cell)} is not a row of this version ({error}): remove it, and its cell is run again"
             ) from error
-        if own != identity:
-            there, now = set(own) - set(identity), set(identity) - set(own)
+        if recorded != identity:
+            dropped, added = set(recorded) - set(identity), set(identity) - set(recorded)
             raise UserError(
                 f"output_dir={self.folder} holds another bench: {cell.name} was run with "
-                f"{' '.join(sorted(there)) or 'less'} and is now {' '.join(sorted(now)) or 'without it'}; "
+                f"{' '.join(sorted(dropped)) or 'less'} and is now {' '.join(sorted(added)) or 'without it'}; "
                 "choose another output_dir"
             )
         return row

@@ -62,9 +62,9 @@ def draw(plan: Plan, rows: Mapping[Cell, Row]) -> list[Path]:
 
 def colours(plan: Plan) -> dict[str, str]:
     """Method -> colour, the same in every picture."""
-    found = {**_REFERENCES, **_KNOWN}
+    known = {**_REFERENCES, **_KNOWN}
     free = iter(_COLOURS)
-    return {method: found.get(method) or next(free, "#8a8f98") for method in plan.runs}
+    return {method: known.get(method) or next(free, "#8a8f98") for method in plan.runs}
 
 
 def _curves(results: Results, file: Path) -> Path:
@@ -105,8 +105,8 @@ def _curves(results: Results, file: Path) -> Path:
 
 def _budgets(plan: Plan, rows: Mapping[Cell, Row], file: Path) -> Path:
     """Tasks across, prompts down: the test metric at each budget, a learning rate for each; bars from seed to seed."""
-    found = {budget: Results(plan, rows, budget) for budget in plan.all_budgets}
-    colour, last = colours(plan), found[plan.queries]
+    by_budget = {budget: Results(plan, rows, budget) for budget in plan.all_budgets}
+    colour, last = colours(plan), by_budget[plan.queries]
     prompts = [prompt for prompt in plan.prompts if any(last.of((task, prompt)) for task in plan.tasks)]
     tasks = [task for task in plan.tasks if any(last.of((task, prompt)) for prompt in prompts)]
     figure = _figure(4.1 * len(tasks) + 1.8, 3.2 * len(prompts) + 0.5)
@@ -116,16 +116,16 @@ def _budgets(plan: Plan, rows: Mapping[Cell, Row], file: Path) -> Path:
         _dress(panel)
         metric = "metric"
         for place, method in enumerate(plan.runs):
-            own = {b: r.results[group, method] for b, r in found.items() if (group, method) in r.results}
-            own = {budget: result for budget, result in own.items() if result.finished}
-            if not own:
+            curve = {b: r.results[group, method] for b, r in by_budget.items() if (group, method) in r.results}
+            curve = {budget: result for budget, result in curve.items() if result.finished}
+            if not curve:
                 continue
-            metric = next(iter(own.values())).metric
+            metric = next(iter(curve.values())).metric
             scale = 100.0 if metric == "accuracy" else 1.0
-            middle = [scale * mean(result.test()) for result in own.values()]
-            below = [m - scale * min(result.test()) for m, result in zip(middle, own.values(), strict=True)]
-            above = [scale * max(result.test()) - m for m, result in zip(middle, own.values(), strict=True)]
-            at = [budget * (1 + 0.012 * (place - len(plan.runs) / 2)) for budget in own]  # bars beside each other
+            middle = [scale * mean(result.test()) for result in curve.values()]
+            below = [m - scale * min(result.test()) for m, result in zip(middle, curve.values(), strict=True)]
+            above = [scale * max(result.test()) - m for m, result in zip(middle, curve.values(), strict=True)]
+            at = [budget * (1 + 0.012 * (place - len(plan.runs) / 2)) for budget in curve]  # bars beside each other
             style: Any = (0, (4, 2)) if method in plan.references else "-"
             look = {"color": colour[method], "lw": 1.6, "ls": style, "marker": "o", "ms": 3.5, "elinewidth": 0.8}
             handles[method] = panel.errorbar(at, middle, [below, above], **look)
@@ -221,14 +221,14 @@ def _rates(results: Results, file: Path) -> Path:
 
 def _distances(results: Results) -> dict[str, dict[str, list[float]]]:
     """Title of a panel -> method -> a number for each task and prompt; what was not measured is left out."""
-    found = {
+    distances = {
         "dev loss above the forward gradient's\n(for mezo: finite-difference noise), nats": _gaps_to(
             results, "forward_gradient"
         ),
         "dev loss above first-order AdamW's\n(noise of the directions), nats": _gaps_to(results, "adamw"),
         "queries to the target\n(a seed that fails counts 1.05 x budget)": _queries(results),
     }
-    return {title: values for title, values in found.items() if any(values.values())}
+    return {title: values for title, values in distances.items() if any(values.values())}
 
 
 def _gaps(results: Results, measured: dict[str, dict[str, list[float]]], file: Path) -> Path:
@@ -260,11 +260,11 @@ def _gaps_to(results: Results, reference: str) -> dict[str, list[float]]:
 
 
 def _queries(results: Results) -> dict[str, list[float]]:
-    plan, found = results.plan, dict[str, list[float]]()
+    plan, queries = results.plan, dict[str, list[float]]()
     for (group, method), result in results.results.items():
         if result.finished and math.isfinite(results.target(group)):
-            found.setdefault(method, []).append(mean(_capped(result.queries_to(results.target(group)), plan.queries)))
-    return found
+            queries.setdefault(method, []).append(mean(_capped(result.queries_to(results.target(group)), plan.queries)))
+    return queries
 
 
 def _capped(values: list[float], most: float) -> list[float]:

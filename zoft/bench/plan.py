@@ -1,4 +1,4 @@
-"""What a bench consists of: methods, tasks, prompts and seeds, and the cells they make."""
+"""The plan of a bench: its methods, tasks, prompts and seeds, and a cell for each combination."""
 
 from __future__ import annotations
 
@@ -131,11 +131,11 @@ class Plan:
         for task in self.tasks:
             for prompt in self.prompts:
                 yield from (Cell(task, prompt, mode) for mode in self.modes if (task, prompt, mode) not in self.unfit)
-                found = {method: (searches or {}).get((task, prompt, method)) for method in self.runs}
-                for method, search in found.items():
+                searched = {method: (searches or {}).get((task, prompt, method)) for method in self.runs}
+                for method, search in searched.items():
                     factors = self.rates if search is None else search.factors
                     yield from (Cell(task, prompt, method, factor, self.seeds[0]) for factor in factors)
-                for method, search in found.items():
+                for method, search in searched.items():
                     chosen = [] if search is None else sorted(set(search.chosen.values()))
                     yield from (
                         Cell(task, prompt, method, factor, seed) for factor in chosen for seed in self.seeds[1:]
@@ -157,32 +157,32 @@ class Plan:
 
         A method without a learning rate of its own in the plan gets one when the plan is filled in.
         """
-        made = self.shared_arguments(cell)
+        arguments = self.shared_arguments(cell)
         if cell.method in MODES:
-            return [*made, f"mode={cell.method}", *([f"k={self.demonstrations}"] if cell.method == "icl" else [])]
+            return [*arguments, f"mode={cell.method}", *([f"k={self.demonstrations}"] if cell.method == "icl" else [])]
         entry = self.methods[cell.method]
-        own = [*BUILT_IN.get(cell.method, []), *entry.arguments]
-        named = [] if any(word.startswith("method=") for word in own) else [f"method={cell.method}"]
-        made += [*named, *own, f"seed={cell.seed}", f"budget.queries={self.queries}"]
+        of_method = [*BUILT_IN.get(cell.method, []), *entry.arguments]
+        named = [] if any(word.startswith("method=") for word in of_method) else [f"method={cell.method}"]
+        arguments += [*named, *of_method, f"seed={cell.seed}", f"budget.queries={self.queries}"]
         if entry.learning_rate is not None:
-            made.append(f"optimizer.learning_rate={entry.learning_rate * (cell.factor or 1.0):.6g}")
-        return made
+            arguments.append(f"optimizer.learning_rate={entry.learning_rate * (cell.factor or 1.0):.6g}")
+        return arguments
 
     def identity(self, cell: Cell) -> list[str]:
         """What a cell's row depends on: arguments, what files say, and for a run how its best point is found."""
         digests = [self.digests[key] for key in (f"{cell.task}/{cell.prompt}", cell.method) if key in self.digests]
-        made = [*self.arguments(cell), f"digest={'-'.join(digests)}"]
+        arguments = [*self.arguments(cell), f"digest={'-'.join(digests)}"]
         if cell.method in MODES:
-            return made
-        made += [f"evaluations={self.evaluations}", f"select={self.select}"]
-        return [*made, f"budgets={sorted(self.budgets)}"] if self.budgets else made
+            return arguments
+        arguments += [f"evaluations={self.evaluations}", f"select={self.select}"]
+        return [*arguments, f"budgets={sorted(self.budgets)}"] if self.budgets else arguments
 
     def shared_arguments(self, cell: Cell) -> list[str]:
         """Those of the model and the data: the same for all methods of a task and prompt."""
-        made = [*self.base, *self.tasks[cell.task], f"task.prompt={cell.prompt}"]
-        if cell.prompt == "head" and not any(word.startswith("objective=") for word in made):
-            made.append("objective=classes")
-        return made
+        arguments = [*self.base, *self.tasks[cell.task], f"task.prompt={cell.prompt}"]
+        if cell.prompt == "head" and not any(word.startswith("objective=") for word in arguments):
+            arguments.append("objective=classes")
+        return arguments
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(Plan) if f.name not in ("about", "digests", "unfit"))

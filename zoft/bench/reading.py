@@ -58,17 +58,17 @@ def read_plan(words: list[str]) -> Plan:
     Raises:
         UserError: a file or key that is not there, a value of another kind, an argument that the bench itself varies.
     """
-    own, training, _, _ = read_words("bench", words, keys=(*FIELDS, "config"))
-    if "config" not in own:
+    settings, training, _, _ = read_words("bench", words, keys=(*FIELDS, "config"))
+    if "config" not in settings:
         raise UserError("zoft bench needs config=: a file of configs/bench (config=demo), a path, or an experiment")
-    name = own.pop("config")
+    name = settings.pop("config")
     content, about = _content(name)
     of_file = content.get("methods")
-    for key, text in own.items():
+    for key, text in settings.items():
         content[key] = _value(key, text, content)
     if isinstance(content.get("methods"), dict) and isinstance(of_file, dict):  # references keep what the file says
-        kept = {name: of_file[name] for name in _list(content.get("references", [])) if name in of_file}
-        content["methods"] = kept | content["methods"]
+        references = {name: of_file[name] for name in _list(content.get("references", [])) if name in of_file}
+        content["methods"] = references | content["methods"]
     plan = _made(content)
     plan.about = about
     plan.base += training
@@ -174,41 +174,41 @@ def _value(key: str, text: str, content: dict[str, Any]) -> Any:
         value = text
     if key in ("methods", "tasks") and isinstance(value, str | list):
         names = _words(value, key)
-        there = content.get(key) or {}
-        return {name: there.get(name) if isinstance(there, dict) else None for name in names}
+        section = content.get(key) or {}
+        return {name: section.get(name) if isinstance(section, dict) else None for name in names}
     return value
 
 
 def _made(content: dict[str, Any]) -> Plan:
     """A plan from plain values, each of its own kind."""
-    made: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
         if key == "tasks":
             tasks = dict.fromkeys(_words(value, key)) if isinstance(value, list) else _map(value, key)
-            made[key] = {
+            values[key] = {
                 str(name): [f"task={name}"] if arguments is None else _words(arguments, f"tasks.{name}")
                 for name, arguments in tasks.items()
             }
         elif key == "methods":
             methods = dict.fromkeys(_words(value, key)) if isinstance(value, list) else _map(value, key)
-            made[key] = {str(name): _entry(settings, str(name)) for name, settings in methods.items()}
+            values[key] = {str(name): _entry(settings, str(name)) for name, settings in methods.items()}
         elif key in ("base", "references", "prompts"):
-            made[key] = _words(value, key)
+            values[key] = _words(value, key)
         elif key in ("seeds", "budgets"):
-            made[key] = [_number(one, key, int) for one in _list(value)]
+            values[key] = [_number(one, key, int) for one in _list(value)]
         elif key == "rates":
-            made[key] = [_number(one, key, float) for one in _list(value)]
+            values[key] = [_number(one, key, float) for one in _list(value)]
         elif key in ("queries", "grow", "demonstrations", "evaluations", "jobs"):
-            made[key] = _number(value, key, int)
-            if key == "queries" and made[key] < 1:
+            values[key] = _number(value, key, int)
+            if key == "queries" and values[key] < 1:
                 raise UserError(f"queries must be at least 1, got {value!r}")
         elif key == "target":
-            made[key] = None if value is None else _number(value, key, float)
+            values[key] = None if value is None else _number(value, key, float)
         else:
-            made[key] = str(value)
-    if "methods" in made and not made["methods"]:
+            values[key] = str(value)
+    if "methods" in values and not values["methods"]:
         raise UserError("methods must be a list of at least one value, got none")
-    plan = Plan(**made)
+    plan = Plan(**values)
     if not plan.methods:
         plan.methods = {name: Entry() for name in STANDARD}
     for name in plan.references:
@@ -288,8 +288,8 @@ def _check(plan: Plan) -> None:
             raise UserError(f"{name!r} cannot name files: use letters, digits, and _.- between them")
     presets = preset_files("method")
     for name, entry in plan.methods.items():
-        own = [*BUILT_IN.get(name, []), *entry.arguments]
-        if name not in presets and not any(word.startswith("method=") for word in own):
+        arguments = [*BUILT_IN.get(name, []), *entry.arguments]
+        if name not in presets and not any(word.startswith("method=") for word in arguments):
             near = did_you_mean(name, [*presets, *BUILT_IN, *MODES])
             raise UserError(
                 f"there is no method called {name!r}.{near} A method of your own names its parts: "

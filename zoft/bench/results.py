@@ -1,4 +1,4 @@
-"""What the rows of a bench say: a method's scores over its seeds, queries to a target, gaps, ranks."""
+"""Results of a bench, computed from its rows: scores over a method's seeds, queries to a target, gaps, ranks."""
 
 from __future__ import annotations
 
@@ -163,13 +163,13 @@ class Results:
                 chosen = search.chosen.get(self.budget)
                 seeds = [] if chosen is None else [Cell(*group, method, chosen, s) for s in plan.seeds]
                 if rates:
-                    there = [rows[cell] for cell in seeds if cell in rows]
-                    self.results[group, method] = Result(method, there, rates, search, plan, self.budget)
+                    present = [rows[cell] for cell in seeds if cell in rows]
+                    self.results[group, method] = Result(method, present, rates, search, plan, self.budget)
 
     def of(self, group: Group) -> list[Result]:
         """The methods of a task and prompt, the best test metric first."""
-        there = [self.results[group, method] for method in self.plan.runs if (group, method) in self.results]
-        return sorted(there, key=Result.badness)
+        results = [self.results[group, method] for method in self.plan.runs if (group, method) in self.results]
+        return sorted(results, key=Result.badness)
 
     def target(self, group: Group) -> float:
         """The dev loss that queries are counted to: the plan's, or the lowest of the baseline's mean curve."""

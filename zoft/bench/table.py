@@ -57,16 +57,18 @@ def at_budgets(plan: Plan, rows: Mapping[Cell, Row]) -> list[str]:
     """
     if not plan.budgets:
         return []
-    found = {budget: Results(plan, rows, budget) for budget in plan.all_budgets}
+    by_budget = {budget: Results(plan, rows, budget) for budget in plan.all_budgets}
     parts = []
     for prompt in plan.prompts:
-        tasks = [task for task in plan.tasks if any(results.of((task, prompt)) for results in found.values())]
-        methods = [m for m in plan.runs if any(((t, prompt), m) in r.results for t in tasks for r in found.values())]
+        tasks = [task for task in plan.tasks if any(results.of((task, prompt)) for results in by_budget.values())]
+        methods = [
+            m for m in plan.runs if any(((t, prompt), m) in r.results for t in tasks for r in by_budget.values())
+        ]
         head = [f"prompt {prompt}", *(f"{task}, {budget}" for task in tasks for budget in plan.all_budgets)]
         lines = [_line(head), "|:--|" + "--:|" * (len(head) - 1)]
         for method in methods:
             label = f"*{method}*" if method in plan.references else method
-            cells = [_brief(r.results.get(((task, prompt), method))) for task in tasks for r in found.values()]
+            cells = [_brief(r.results.get(((task, prompt), method))) for task in tasks for r in by_budget.values()]
             lines.append(_line([label, *cells]))
         parts += ["\n".join(lines)] if methods else []
     if parts:
@@ -206,10 +208,10 @@ def _reached(queries: list[float]) -> str:
         >>> _reached([10.0, 30.0]), _reached([10.0, math.inf]), _reached([math.inf])
         ('20', '10 (1 of 2)', '-')
     """
-    there = [value for value in queries if math.isfinite(value)]
-    if not there:
+    finite = [value for value in queries if math.isfinite(value)]
+    if not finite:
         return "-"
-    return f"{mean(there):.0f}" + (f" ({len(there)} of {len(queries)})" if len(there) < len(queries) else "")
+    return f"{mean(finite):.0f}" + (f" ({len(finite)} of {len(queries)})" if len(finite) < len(queries) else "")
 
 
 def _untrained(row: Row | None) -> str:

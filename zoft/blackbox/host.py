@@ -1,4 +1,4 @@
-"""What a search needs of the code that runs it: values at points, the budget, and a place to note its best points."""
+"""The interface between a search and the code that runs it: values at points, the budget, a note of the best point."""
 
 from __future__ import annotations
 

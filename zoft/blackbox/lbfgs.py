@@ -1,4 +1,4 @@
-"""What the last steps say of the curvature: differences of gradients make a Newton-like direction (L-BFGS)."""
+"""L-BFGS: the curvature, from differences of the last steps' gradients, gives a Newton-like direction."""
 
 from __future__ import annotations
 

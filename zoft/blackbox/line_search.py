@@ -188,7 +188,7 @@ class LineSearch:
         other = self.at(here + best * step, here)
         return other if other[0] < value else (value, moved)
 
-    def at(self, there: Tensor, here: Tensor) -> tuple[float, Tensor]:
-        """(f, the way from here) at the point within bounds next to ``there``."""
-        self.walk.put(there)
+    def at(self, point: Tensor, here: Tensor) -> tuple[float, Tensor]:
+        """(f, the way from here) at the point within bounds next to ``point``."""
+        self.walk.put(point)
         return self.walk.value(), self.walk.vector() - here

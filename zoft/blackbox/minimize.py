@@ -1,4 +1,4 @@
-"""`zoft.minimize`: the smallest value of a function of which values are all there is."""
+"""`zoft.minimize`: minimise a function by its values alone, without gradients."""
 
 from __future__ import annotations
 

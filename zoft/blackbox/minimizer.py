@@ -194,10 +194,10 @@ class Minimizer:
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _switch(self, *told: list[float]) -> None:
+    def _switch(self, *values: list[float]) -> None:
         """Go on with the search until it wants to know more, or ends."""
         self._caller = self._greenlet.parent = greenlet.getcurrent()
-        self._greenlet.switch(*told)
+        self._greenlet.switch(*values)
 
     def _search(self) -> None:
         try:
@@ -219,10 +219,10 @@ class Minimizer:
             message += f" {result.num_failed} of {result.num_queries} queries failed; the first: {result.failures[0]}."
         result.status, result.message, result.success = status, message, success
 
-    def _note(self, points: list[Any], told: list[Value]) -> None:
+    def _note(self, points: list[Any], values: list[Value]) -> None:
         """Count, keep the best, and keep what failed."""
         result, is_first = self._result, not self._result.num_queries
-        for point, value in zip(points, told, strict=True):
+        for point, value in zip(points, values, strict=True):
             if isinstance(value, float):
                 self._finite.append((point, value))
                 if value < self.best:

@@ -1,4 +1,4 @@
-"""What a search hands back, and what it remembers on the way."""
+"""The result of a search, and the record of its steps."""
 
 from __future__ import annotations
 

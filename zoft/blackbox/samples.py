@@ -1,4 +1,4 @@
-"""Estimates of a gradient by the hundred: what docs/mathematics.md says of their mean and variance is measured here."""
+"""Many estimates of one gradient, to measure the mean and variance that docs/mathematics.md derives."""
 
 from __future__ import annotations
 

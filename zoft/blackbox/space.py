@@ -1,4 +1,4 @@
-"""What x is: a vector or a dict of arrays, numpy or torch; between the user's form and the tensors that move."""
+"""The form of x (a vector or a dict of arrays, numpy or torch), converted to the tensors a search moves and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pace for noise and kinks: no step is judged by a value; the length follows from how steps hang together."""
+"""The pace for noise and kinks: no single value judges a step; steps that agree in direction lengthen the next."""
 
 from __future__ import annotations
 

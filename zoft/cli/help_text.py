@@ -1,4 +1,4 @@
-"""What --help says; assembled from file names, so it is true and quick."""
+"""The text of --help; assembled from file names, so it is true and quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`optimizer.learning_rate=auto` in arguments and files: a word where numbers belong, kept apart as the list `auto`."""
+"""`optimizer.learning_rate=auto` in arguments and files: the word is taken out, and kept in the list `auto`."""
 
 from __future__ import annotations
 

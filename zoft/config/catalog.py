@@ -1,4 +1,4 @@
-"""What can be chosen: groups and their choices by file name, and where the shipped configs are; light."""
+"""The choices of each config group, found by file name, and the folder of shipped configs; imports nothing heavy."""
 
 from __future__ import annotations
 

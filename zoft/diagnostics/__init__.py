@@ -1,4 +1,4 @@
-"""What a run's estimates are worth: measured beside the run, from its own batches and directions."""
+"""How good a run's gradient estimates are: measured beside the run, from its own batches and directions."""
 
 from zoft.diagnostics.callback import DiagnosticsCallback
 

@@ -91,11 +91,13 @@ class Asking:
 
     def sizes(self, num_probes: int) -> list[int]:
         """The q for which there are groups: powers of two up to half of the probes, and the run's own."""
-        own = self.estimator.num_directions
+        num_directions = self.estimator.num_directions
         if any(self.remembered.get(part) for part in ("estimator", "weighting")):
-            return [own]  # its state is of that number of directions
+            return [num_directions]  # its state is of that number of directions
         powers = {1 << power for power in range(max(1, num_probes // 2).bit_length())}
-        return sorted(q for q in powers | {own} if q == own or (2 * q <= num_probes and self._takes(q)))
+        return sorted(
+            q for q in powers | {num_directions} if q == num_directions or (2 * q <= num_probes and self._takes(q))
+        )
 
     def _takes(self, num_directions: int) -> bool:
         try:
@@ -114,21 +116,21 @@ class Asking:
         return torch.cat(slopes) if slopes else torch.empty(0)
 
 
-def further(own: Sequence[Direction], count: int, noise: str, *, given: bool) -> list[Direction]:
+def further(step_directions: Sequence[Direction], count: int, noise: str, *, given: bool) -> list[Direction]:
     """The step's directions and more of their kind, ``count`` in all.
 
     Args:
-        own: the step's, by their probes.
+        step_directions: the step's, by their probes.
         count: how many are wanted.
         noise: where they come from, one of :data:`zoft.noise.source.SOURCES`.
         given: whether the steps have seeds of their own (``direction_seeds``).
     """
-    first, more = own[0], []
-    for probe in range(len(own), count):
+    first, more = step_directions[0], []
+    for probe in range(len(step_directions), count):
         if given:
             more.append(Direction(step_seed(first.seed, probe), first.step, probe))
         elif noise == "torch_sequential":  # that source is seeded by the direction's seed alone
             more.append(Direction(first.seed + probe, first.step, probe))
         else:
             more.append(replace(first, index=probe))
-    return [*own, *more]
+    return [*step_directions, *more]

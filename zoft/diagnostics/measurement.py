@@ -1,4 +1,4 @@
-"""One measurement: what a step's estimate is worth, from its batch, its weights and its directions."""
+"""One measurement of a step's estimate against the true gradient, on the step's batch, weights and directions."""
 
 from __future__ import annotations
 
@@ -183,8 +183,8 @@ class Measurement:
         return max(1, -(-wanted // q) if self.estimator.across != "orthogonal" else wanted // q) * q
 
     def _gram(self) -> Tensor:
-        own = isinstance(self.estimator, PerExample) or not self._probes_tell
-        directions = [direction for direction, _ in self.terms] if own else self.probes
+        reads_terms = isinstance(self.estimator, PerExample) or not self._probes_tell
+        directions = [direction for direction, _ in self.terms] if reads_terms else self.probes
         return self.coordinates.gram(directions[:_MOST])
 
     def _probe(
@@ -251,11 +251,11 @@ class Measurement:
         if exact is None:
             self._note("the loss has no forward derivative here: finite differences have nothing to be held to")
             return
-        own = self.estimator.radius
-        radii = [*self.wanted.eps, *([own] if own else [])]
+        radius = self.estimator.radius
+        radii = [*self.wanted.eps, *([radius] if radius else [])]
         table = radius_table(self.session, self.batch, directions, self.estimator, exact, radii)
         tables["radius"] = {"exact": source, "num_directions": len(directions), "rows": table}
-        row["fd_error_at_eps"] = next((one["error"] for one in table if one["eps"] == own), None)
+        row["fd_error_at_eps"] = next((one["error"] for one in table if one["eps"] == radius), None)
         best = min(table, key=lambda one: one["error"])
         row |= {"best_eps": best["eps"], "fd_error_at_best_eps": best["error"]}
 

@@ -62,8 +62,8 @@ def _panels(rows: Sequence[dict[str, str]], tables: dict[str, Any]) -> list[Pane
         panels.append(lambda axes: _draw_variance(axes, tables["variance"], tables["step"]))
     errors = [row for row in tables.get("radius", {}).get("rows", ()) if row["error"]]
     if errors:
-        own = [float(row["eps"]) for row in rows if row["eps"]]
-        panels.append(lambda axes: _draw_radius(axes, errors, own[-1] if own else None, tables))
+        radii = [float(row["eps"]) for row in rows if row["eps"]]
+        panels.append(lambda axes: _draw_radius(axes, errors, radii[-1] if radii else None, tables))
     if len(tables.get("gram", ())) > 1:
         panels.append(lambda axes: _draw_gram(axes, tables["gram"], tables["step"]))
     return panels
@@ -101,13 +101,13 @@ def _draw_variance(axes: Axes, table: Sequence[dict[str, Any]], step: int) -> No
     _legend(axes)
 
 
-def _draw_radius(axes: Axes, rows: Sequence[dict[str, float]], own: float | None, tables: dict[str, Any]) -> None:
+def _draw_radius(axes: Axes, rows: Sequence[dict[str, float]], radius: float | None, tables: dict[str, Any]) -> None:
     exact = {"jvp": "the exact JVP", "gradient": "the gradient's"}[tables["radius"]["exact"]]
     _dress(axes, f"finite difference against {exact}, relative error, step {tables['step']}")
     _both_log(axes, "eps")
     axes.plot([row["eps"] for row in rows], [row["error"] for row in rows], "-o", ms=5, lw=1.6, color=_BLUE)
-    if own:
-        axes.axvline(own, color=_GREEN, lw=1.4, ls=(0, (4, 3)), label=f"the run's eps, {own:.3g}")
+    if radius:
+        axes.axvline(radius, color=_GREEN, lw=1.4, ls=(0, (4, 3)), label=f"the run's eps, {radius:.3g}")
         _legend(axes)
 
 

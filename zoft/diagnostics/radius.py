@@ -30,9 +30,9 @@ def differences(
     session: Session, batch: Any, directions: Sequence[Direction], estimator: Estimator, eps: float
 ) -> Tensor:
     """The slopes that the estimator's formula gives at another radius; central differences where it has no slopes."""
-    own = isinstance(estimator, FiniteDifference) and estimator.measures_slopes
-    own = own and not isinstance(estimator, (PerExample, KeepsAnchor)) and not estimator.backpropagates
-    like = estimator if own else Central()
+    applies = isinstance(estimator, FiniteDifference) and estimator.measures_slopes
+    applies = applies and not isinstance(estimator, (PerExample, KeepsAnchor)) and not estimator.backpropagates
+    like = estimator if applies else Central()
     chosen = replace(like, num_directions=len(directions), eps=eps, across="iid")  # type: ignore[call-arg]
     return chosen.projected_grads(session.losses(batch, chosen.points(list(directions))))
 

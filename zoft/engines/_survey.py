@@ -1,4 +1,4 @@
-"""What queries find out about a model: which trained tensors it reads where no hook sees it, and what runs twice."""
+"""Facts that first queries establish of a model: tensors read where no hook sees it, modules that run twice."""
 
 from __future__ import annotations
 

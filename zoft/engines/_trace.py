@@ -1,4 +1,4 @@
-"""What a session promises whose queries leave a trace in the weights: MeZO's arithmetic does not come back exactly."""
+"""Sessions whose queries change the weights in the last bits: MeZO's +eps, -2 eps, +eps does not return exactly."""
 
 from __future__ import annotations
 

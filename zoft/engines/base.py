@@ -1,4 +1,4 @@
-"""What every engine promises: losses at points, with the weights unchanged afterwards, and the writing of a step."""
+"""The interface of every engine: losses at points, which leave the weights unchanged, and the writing of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a journal says of a step, to the byte: the record of one step, and blocks of many steps once sealed."""
+"""The bytes of a journal's steps: the record of one step, and sealed blocks of many."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a run tells: progress, metrics, curve, memory, report and trackers."""
+"""Output of a run: progress, metrics, curve, memory, report and trackers."""

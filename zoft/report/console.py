@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: a bar counted in queries, or plain lines where there is no terminal."""
+"""Progress on the terminal: a bar counted in queries, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 

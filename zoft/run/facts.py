@@ -1,4 +1,4 @@
-"""What a run says of itself: its opening lines, and the facts of its report."""
+"""Facts about a run: for its opening lines and for its report."""
 
 from __future__ import annotations
 

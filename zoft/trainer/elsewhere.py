@@ -1,4 +1,4 @@
-"""What a trainer settles where forwards run elsewhere: it refuses more, and keeps no hidden states."""
+"""Trainer settings for forwards that run in another runtime: more is refused, and no hidden states are kept."""
 
 from __future__ import annotations
 

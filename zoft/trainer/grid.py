@@ -124,9 +124,9 @@ class Grid:
 
 def _checksum(batch: StepBatch) -> int:
     """CRC-32 of all tensors of the micro-batches."""
-    found = 0
+    checksum = 0
     for inputs in batch.micro_batches:
         for value in inputs.values():
             if isinstance(value, Tensor):
-                found = zlib.crc32(bits_of(value), found)
-    return found
+                checksum = zlib.crc32(bits_of(value), checksum)
+    return checksum

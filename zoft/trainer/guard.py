@@ -1,4 +1,4 @@
-"""A running range of losses and slopes: which step is an outlier, and what is done about it."""
+"""A running range of losses and slopes: it finds steps that are outliers, and says how to treat them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What MeZO's published run draws from numpy's and torch's global generators: step seeds and the order of the rows."""
+"""MeZO's published draws from numpy's and torch's global generators: step seeds and the order of the rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainer's objects read of it, all of it, under Hugging Face's own names.
+"""The part of the Trainer that its objects read, under Hugging Face's own names, as a typing protocol.
 
 They hold the trainer itself where a subclass may replace what they call (``compute_loss``, ``save_model``), and where
 the Trainer puts another object in an attribute's place while they live (``model``, ``state``, ``lr_scheduler``).

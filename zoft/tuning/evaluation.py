@@ -1,4 +1,4 @@
-"""One evaluation: what is to be evaluated, and what came of it."""
+"""One evaluation of a search: the point, and the outcome of each of its jobs."""
 
 from __future__ import annotations
 

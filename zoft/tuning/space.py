@@ -1,4 +1,4 @@
-"""What is searched: Optuna's distributions by name, how each is written, and how each lies in the unit cube."""
+"""The search space: Optuna's distributions by name, how each is written, and how each lies in the unit cube."""
 
 from __future__ import annotations
 
@@ -281,8 +281,8 @@ class SearchSpace:
             raise UserError("the space is empty: give at least one parameter, e.g. learning_rate: log(1e-5,1e-1)")
         self.distributions = {name: parsed(name, text) for name, text in parameters.items()}
         self.parameters: dict[str, Range | Choice] = {
-            name: Choice(found) if hasattr(found, "choices") else Range(found)
-            for name, found in self.distributions.items()
+            name: Choice(distribution) if hasattr(distribution, "choices") else Range(distribution)
+            for name, distribution in self.distributions.items()
         }
 
     def texts(self) -> dict[str, str]:

@@ -14,8 +14,8 @@ _UNFINISHED = re.compile(r"\.(.+)\.\d+\.new")  # the name that a file has until 
 
 def cache_dir() -> Path:
     """$ZOFT_CACHE, else $XDG_CACHE_HOME/zoft, else ~/.cache/zoft. It may not exist yet."""
-    if own := os.environ.get("ZOFT_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("ZOFT_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zoft"
 
 

@@ -23,8 +23,8 @@ def split(text: object) -> tuple[str, str] | None:
         >>> split("./my_est.py:Wide"), split("central")
         (('./my_est.py', 'Wide'), None)
     """
-    found = _CHOICE.fullmatch(text) if isinstance(text, str) else None
-    return None if found is None else (found["path"], found["name"])
+    match = _CHOICE.fullmatch(text) if isinstance(text, str) else None
+    return None if match is None else (match["path"], match["name"])
 
 
 def absolute(text: str) -> str:

@@ -32,7 +32,7 @@ def words(folder, output_dir, *more):
         word
         for word in runs.arguments(folder, "unused")
         if not word.startswith(
-            ("output_dir", "budget", "optimizer", "task=", "trainer.eval", "trainer.save", "trainer.logging")
+            ("output_dir", "budget", "optimizer", "method", "task=", "trainer.eval", "trainer.save", "trainer.logging")
         )
     ]
     file = folder / "bench.yaml"

@@ -84,8 +84,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     differ = [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
     groups: dict[tuple[str | None, ...], Group] = {}
     for run in runs:
-        own = tuple(run.settings.get(key) for key in differ)
-        groups.setdefault(own, Group(_name(run, differ))).runs.append(run)
+        values = tuple(run.settings.get(key) for key in differ)
+        groups.setdefault(values, Group(_name(run, differ))).runs.append(run)
     names = [group.name for group in groups.values()]
     for group in groups.values():
         if names.count(group.name) > 1:  # what tells them apart is not in the name

@@ -132,9 +132,9 @@ def _write_vocabulary(writer: Any, config: Any, tokenizer: Any) -> None:
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
     for role in ("bos", "eos", "pad", "unk"):
-        own = getattr(tokenizer, f"{role}_token_id", None)
-        if own is not None:
-            getattr(writer, f"add_{role}_token_id")(int(own))
+        token_id = getattr(tokenizer, f"{role}_token_id", None)
+        if token_id is not None:
+            getattr(writer, f"add_{role}_token_id")(int(token_id))
     writer.add_add_bos_token(bool(tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]))
     if getattr(tokenizer, "chat_template", None):
         writer.add_chat_template(tokenizer.chat_template)

@@ -1,1 +1,1 @@
-"""What a finished run is used for: labels for new rows, texts, a conversation."""
+"""Inference with a finished run: labels for new rows, texts, a conversation."""

@@ -1,4 +1,4 @@
-"""What the page's fields become: a command of zoft, shown as it is run in a process of its own."""
+"""From the page's fields to a command of zoft, which is shown and run in a process of its own."""
 
 from __future__ import annotations
 

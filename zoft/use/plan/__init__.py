@@ -1,1 +1,1 @@
-"""Before a run: what it will take, and whether everything about it is in order."""
+"""Before a run: the memory and time it will need, and checks of its config, rows and model."""

@@ -1,4 +1,4 @@
-"""What a run will take: memory before any weight is loaded, time by a few steps where that is asked for."""
+"""Memory and time of a run: memory before any weight is loaded, time by a few steps where that is asked for."""
 
 from __future__ import annotations
 
@@ -99,9 +99,11 @@ def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Estimate:
     if cfg.model.quantization is not None:
         quantize_on_meta(wrapped, cfg.model.quantization)
     _trainable_of(cfg).apply(wrapped)
-    own = of_method(cfg, wrapped, dataclasses.replace(size, kept_tokens=_kept(wrapped, rows)), host)
+    memory = of_method(cfg, wrapped, dataclasses.replace(size, kept_tokens=_kept(wrapped, rows)), host)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return Estimate(cfg.model.name, num_params, trained, own, lora, adamw, device, free_mb(device), cfg.budget.queries)
+    return Estimate(
+        cfg.model.name, num_params, trained, memory, lora, adamw, device, free_mb(device), cfg.budget.queries
+    )
 
 
 def size_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Size:

@@ -131,8 +131,8 @@ def _copy_mb(cfg: ZoftConfig, model: Any, weights: Weights) -> float:
     except Exception:  # a subspace that looks at the numbers themselves
         log.debug("the engine is not known before the weights are", exc_info=True)
     subtracts = getattr(engine, "restore", "") == "subtract" or cfg.estimator.noise == "torch_sequential"
-    kept = engine.name() == "in_place" and not subtracts
-    return (sum(sizes) if kept else max(sizes, default=0)) / MB
+    is_copied = engine.name() == "in_place" and not subtracts
+    return (sum(sizes) if is_copied else max(sizes, default=0)) / MB
 
 
 def _state_mb(cfg: ZoftConfig, weights: Weights) -> float:
@@ -144,7 +144,7 @@ def _state_mb(cfg: ZoftConfig, weights: Weights) -> float:
         shapes = [method.bind(weights).shape(name) for name in weights.tensors]
     except Exception:  # a subspace that looks at the numbers themselves: every coordinate, at the most
         shapes = [tuple(tensor.shape) for tensor in weights.tensors.values()]
-    counts = [_count(own) for shape in shapes for own in rule.state_shapes(shape).values()]
+    counts = [_count(state_shape) for shape in shapes for state_shape in rule.state_shapes(shape).values()]
     masters = [t.numel() for t in weights.tensors.values() if t.element_size() < 4 and t.ndim < 2]
     return 4 * (sum(counts) + sum(masters)) / MB
 

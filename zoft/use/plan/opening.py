@@ -10,18 +10,17 @@ if TYPE_CHECKING:
     from zoft.use.plan.estimate import Estimate
 
 
-def brief(found: Estimate) -> str:
+def brief(estimate: Estimate) -> str:
     """The estimate in one line, for the beginning of a run."""
     from zoft.report.text import gib
 
-    line = f"memory  about {gib(found.method.total_mb)} on {found.device} by estimate"
-    if found.adamw.parts:
-        line += (
-            f"; by backpropagation LoRA {gib(found.lora.total_mb)}, AdamW on all weights {gib(found.adamw.total_mb)}"
-        )
-    if found.free_mb is None or found.method.total_mb - found.method.host_mb <= found.free_mb:
+    line = f"memory  about {gib(estimate.method.total_mb)} on {estimate.device} by estimate"
+    if estimate.adamw.parts:
+        lora, adamw = gib(estimate.lora.total_mb), gib(estimate.adamw.total_mb)
+        line += f"; by backpropagation LoRA {lora}, AdamW on all weights {adamw}"
+    if estimate.free_mb is None or estimate.method.total_mb - estimate.method.host_mb <= estimate.free_mb:
         return line
-    return f"{line}; {gib(found.free_mb)} ARE FREE: take a smaller batch, or fewer tokens"
+    return f"{line}; {gib(estimate.free_mb)} ARE FREE: take a smaller batch, or fewer tokens"
 
 
 def of_run(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> list[str]:
