@@ -32,7 +32,7 @@ ARGUMENTS = [
     ("+foo=1", "there is no key 'foo'"),
     ("+foo.bar.baz=1", "there is no key 'foo'"),
     ("optimizer.learning_rte=1", "Did you mean learning_rate?"),
-    ("optimizer.beta=0.5", "belongs to optimizer=cone, momentum"),
+    ("optimizer.adam_beta1=0.5", "belongs to optimizer=adam, adamw and replay_adam"),
     ("subspace.lw=gaussian", "Did you mean law?"),
     ("model.namee=x", "Did you mean name?"),
     ("model.d_type=x", "Did you mean dtype?"),
@@ -127,7 +127,7 @@ ARGUMENTS = [
 ]
 
 FILES = [
-    ("estimator: {epss: 1}", "estimator=central has no 'epss'. Did you mean eps?"),
+    ("estimator: {epss: 1}", "estimator=nodes has no 'epss'. Did you mean eps?"),
     ("estimatr: {eps: 1}", "Did you mean estimator?"),
     ("seeds: 1", "Did you mean seed?"),
     ("seed: one", "seed must be a whole number, got 'one'"),

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = [
     "task.num_train=4",
+    "trainer.load_best_model_at_end=false",  # nothing is saved on the way
     "task.num_dev=2",
     "task.num_test=2",
     "trainer.per_device_train_batch_size=2",
