@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,6 +280,7 @@ def arguments_of(cfg: ZoftConfig) -> Any:
     values.setdefault("dataloader_pin_memory", _has_cuda())
     if str(values.get("metric_for_best_model")).removeprefix("eval_") in METRICS["loss"]:
         values.setdefault("greater_is_better", False)
+    _check_best_checkpoint(values)
     if cfg.tracker.report_to:
         require_trackers(cfg)
         os.environ["WANDB_PROJECT"] = cfg.tracker.project
@@ -297,9 +298,20 @@ def arguments_of(cfg: ZoftConfig) -> Any:
     except (ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"trainer: {next(iter(str(error).splitlines()), error)}") from error
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     _check_best_metric(args, {name for names in METRICS.values() for name in names})
     return args
+
+
+def _check_best_checkpoint(values: Mapping[str, Any]) -> None:
+    """The best checkpoint is one that was saved when it was evaluated."""
+    save, judge = (str(values.get(f"{verb}_strategy", "no")) for verb in ("save", "eval"))
+    if values.get("load_best_model_at_end") and save not in ("best", judge):
+        raise UserError(
+            f"trainer.load_best_model_at_end=true goes back to a checkpoint, and trainer.save_strategy={save} with "
+            f"trainer.eval_strategy={judge} does not save one at each evaluation: set "
+            "trainer.load_best_model_at_end=false, or give both strategies the same value"
+        )
 
 
 def _check_best_metric(args: Any, computed: Collection[str]) -> None:

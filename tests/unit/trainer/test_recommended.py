@@ -46,7 +46,7 @@ class Other(ZOTrainer):
         {"rows": None},
         {"compute_loss_func": lambda outputs, labels, **_: outputs.loss},
     ],
-    ids=str,
+    ids=lambda given: " ".join(given),
 )
 def test_what_is_named_or_not_served_keeps_the_directions_in_the_weights(given: dict[str, Any], tmp_path: Any):
     assert trainer(tmp_path, **given).method.subspace.name() == "full"
