@@ -16,7 +16,7 @@ def test_the_shipped_bench_is_shown(tmp_path):
 
 
 def test_a_bench_from_an_experiment_on_the_command_line(tmp_path):
-    unused = ("output_dir", "budget", "optimizer", "trainer.eval", "trainer.save", "trainer.logging")
+    unused = ("output_dir", "budget", "method", "optimizer", "trainer.eval", "trainer.save", "trainer.logging")
     base = [word for word in runs.arguments(tmp_path, "unused") if not word.startswith(unused)]
     mine = tmp_path / "mine.yaml"
     mine.write_text("# @package _global_\ndefaults:\n  - override /trainable: all\nbudget: {queries: 8}\n")

@@ -114,6 +114,7 @@ def test_a_failing_cell_does_not_stop_the_others(sweep, tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_job_that_dies_loses_no_other_and_one_that_is_told_to_stop_is_queued_again(sweep, tmp_path: Path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     done = sweep("config=smoke", "seed=14,15", "output_dir=out", "launcher=submitit_local")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("file", ["walk_devices.py", "walk_objectives.py"])
+@pytest.mark.parametrize("file", ["walk_devices.py", pytest.param("walk_objectives.py", marks=pytest.mark.slow)])
 def test_the_walk_over_cards_that_are_not_there(file):
     """It registers a device type, which stays for the whole process and which other tests would meet."""
     walk = [

@@ -20,8 +20,8 @@ from zoft.lm.tasks.base import Task
 
 METHOD_GROUPS = ("subspace", "estimator", "weighting", "optimizer")
 """Who chooses one of these composes a method by hand."""
-BEST, FULL, FEW = "zoft", "mezo", "zo_adam"
-"""Where it serves; else for weights of a model; else for few of them: an adapter, norms and biases."""
+BEST, FULL, FEW, SCALES = "zoft", "mezo", "zo_adam", "qzo"
+"""Where it serves; for a model's weights; for few of them (adapters, norms, biases); for a quantised base's scales."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _PREFERRED = {"completion": "cross_entropy", "chat": "cross_entropy", "preference": "preference", "reward": "reward"}
 
@@ -76,6 +76,8 @@ def recommended(cfg: DictConfig) -> Recommended:
     Args:
         cfg: composed with :data:`BEST`; nothing of it is changed.
     """
+    if _name(cfg, "trainable") == "scales":
+        return Recommended(SCALES, "it trains the scales of a quantised base")
     why = why_not(cfg)
     if why is None:
         return Recommended(BEST, "node directions learn from the fewest queries, and serve here")
@@ -93,6 +95,9 @@ def why_not(cfg: DictConfig) -> str | None:
         return f"engine={engine} {'runs forwards elsewhere' if away else 'perturbs weights'}"
     if peft in ("prefix", "prompt"):
         return f"peft={peft} trains inputs of layers and not layers"
+    first = OmegaConf.to_object(cfg.estimator).queries_at(0)
+    if cfg.budget.queries < first:
+        return f"their first step alone costs {first} queries, of {cfg.budget.queries}"
     objective = _objective(cfg)
     if objective is not None and not objective.feedbacks:
         return f"objective={objective.name()} is one number for all that the model says"

@@ -151,8 +151,8 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
         scored = _scored(scoring, form, rows, examples, request, encode)
     facts = _facts(cfg, request, form, scored, metrics, time.perf_counter() - began)
     facts |= _classes(form, examples, scored) | passing.of(scored, request.pass_at, request.pass_reward)
-    _write(request.output_dir, facts, scored, getattr(splits, request.split), form)
     facts["num_ungraded"] = _ungraded(request.output_dir)
+    _write(request.output_dir, facts, scored, getattr(splits, request.split), form)
     return facts
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.engines._elsewhere import Elsewhere
 from zoft.errors import DiskFullError, Requeued, UserError, os_error_of
+from zoft.lm import formats
 from zoft.lm.models.files import placed
 from zoft.run import folder
 from zoft.run.build import (
@@ -156,6 +157,7 @@ def _prepare(
     if isinstance(cfg.engine, Elsewhere):
         cfg.engine.prepare()
     splits = cfg.task.load()  # what is wrong with the data is said before anything heavy is imported
+    formats.format_of(cfg.task, splits.train, formats.settled(cfg.task, splits.train, cfg.objective))
     placed(cfg.model.name)
     import transformers
 

@@ -103,3 +103,14 @@ def test_a_sweep_says_it_once_for_each_method(caplog: pytest.LogCaptureFixture):
     _base(loader, list(expand(loader, ["seed=0,1", "engine=auto,offload"])))
     said = [record.getMessage().split(",")[0] for record in caplog.records]
     assert said == ["chosen  method=zoft", "chosen  method=mezo"]
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        (["trainable=scales"], "qzo"),
+        (["task=sst2", "budget.queries=4"], "mezo"),  # four probes and a clean forward do not fit
+    ],
+)
+def test_scales_have_their_own_and_a_budget_pays_for_the_first_step(words: list[str], method: str):
+    assert compose(words).method == method

@@ -50,7 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(folder: Path, task: str, model: str = "causal") -> list[str]:
     """The arguments of a run of two steps."""
-    small = ["budget.queries=4", "trainer.eval_steps=2", "trainer.per_device_train_batch_size=2", "task.num_dev=2"]
+    small = [
+        "method=null",
+        "budget.queries=4",
+        "trainer.eval_steps=2",
+        "trainer.per_device_train_batch_size=2",
+        "task.num_dev=2",
+    ]
     if (folder / f"{task}.jsonl").exists():
         own = ["task=custom", f"task.train={folder / f'{task}.jsonl'}", "task.num_test=2", "task.num_train=4"]
         return [f"model.name={folder / model}", *own, *small]

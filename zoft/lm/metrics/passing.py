@@ -22,8 +22,8 @@ def pass_at(n: int, c: int, k: int) -> float:
         k: from 1.
 
     Example:
-        >>> pass_at(5, 2, 1), round(pass_at(5, 2, 3), 3), pass_at(5, 3, 3)
-        (0.4, 0.9, 1.0)
+        >>> [round(pass_at(5, c, k), 3) for c, k in ((2, 1), (2, 3), (3, 3))]
+        [0.4, 0.9, 1.0]
 
     References: Chen et al. 2021 (Codex, arXiv 2107.03374), equation 1.
     """

@@ -154,12 +154,18 @@ class Reward(Writing):
         return [flat[start : start + len(prompts)] for start in range(0, len(flat), len(prompts))]
 
 
-@lru_cache
 def _loaded(path: str) -> Function:
     module_name, _, name = path.rpartition(":")
+    # a file's path may be another file after a change of folder: own_files keeps modules by their content
     if own_files.split(path) is not None:
         module, _ = own_files.module_of(module_name, f"objective.function={path}")
         return _checked(getattr(module, name, None), path, name)
+    return _of_module(path)
+
+
+@lru_cache
+def _of_module(path: str) -> Function:
+    module_name, _, name = path.rpartition(":")
     sys.path.insert(0, os.getcwd())  # the `zoft` command does not look there by itself
     try:
         attribute = getattr(importlib.import_module(module_name), name, None)

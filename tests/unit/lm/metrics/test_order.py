@@ -130,6 +130,7 @@ def test_training_batches_of_alike_lengths(strategy: str, tmp_path: Path):
             tmp_path,
             train_dataset=data,
             processing_class=tiny_tokenizer(),
+            estimator="central",  # two queries a step
             args={"train_sampling_strategy": chosen, "max_steps": 8, "per_device_train_batch_size": 4, "seed": 1},
         )
         batches = [batch["attention_mask"] for batch in one.get_train_dataloader()]
