@@ -95,8 +95,8 @@ def why_not(cfg: DictConfig) -> str | None:
         return f"engine={engine} {'runs forwards elsewhere' if away else 'perturbs weights'}"
     if peft in ("prefix", "prompt"):
         return f"peft={peft} trains inputs of layers and not layers"
-    first = OmegaConf.to_object(cfg.estimator).queries_at(0)
-    if cfg.budget.queries < first:
+    first = _first_step(cfg)
+    if first is not None and cfg.budget.queries < first:
         return f"their first step alone costs {first} queries, of {cfg.budget.queries}"
     objective = _objective(cfg)
     if objective is not None and not objective.feedbacks:
@@ -111,6 +111,15 @@ def why_not(cfg: DictConfig) -> str | None:
 def _name(cfg: DictConfig, group: str) -> str:
     cls: Any = OmegaConf.get_type(cfg, group)
     return str(cls.name())
+
+
+def _first_step(cfg: DictConfig) -> int | None:
+    """Queries of the first step; None where a setting of the estimator is wrong, which is said where it is checked."""
+    try:
+        queries: int = OmegaConf.to_object(cfg.estimator).queries_at(0)
+    except UserError:
+        return None
+    return queries
 
 
 def _objective(cfg: DictConfig) -> Objective | None:
