@@ -8,10 +8,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-import socket
 import sys
 import tempfile
-import traceback
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -143,34 +141,6 @@ def refusals() -> dict[str, str]:
     }
 
 
-def in_processes(world: int, told: Path, call: Any) -> None:
-    """Fork ``world`` processes that each call it, and write what they return, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()})
-        code = 1
-        try:
-            told.with_suffix(f".{rank}").write_text(json.dumps(call()))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-        sys.exit(f"{told.name}: processes ended with {codes}")
-    told.write_text(json.dumps([json.loads(told.with_suffix(f".{rank}").read_text()) for rank in range(world)]))
-
-
 def main(folder: Path, runs: list[dict[str, Any]]) -> None:
     """All runs, each in processes of its own world.
 
@@ -182,6 +152,7 @@ def main(folder: Path, runs: list[dict[str, Any]]) -> None:
 
     import zoft.run.train
     import zoft.trainer.trainer  # noqa: F401  # what is slow about a start
+    from scripts.bench_scale import in_processes
 
     assert transformers.LlamaForCausalLM
     for run in runs:
@@ -201,7 +172,7 @@ def main(folder: Path, runs: list[dict[str, Any]]) -> None:
                     found[name] = train(**{"world": world, **given, "folder": folder / given.get("folder", name)})
             return found
 
-        in_processes(world, folder / f"{number}.json", call)
+        (folder / f"{number}.json").write_text(json.dumps(in_processes(world, call)))
 
 
 if __name__ == "__main__":

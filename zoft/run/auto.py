@@ -162,7 +162,7 @@ class _Trials:
         return self(rate, LONGER) if spent <= MOST * self.cfg.budget.queries else None
 
     def __call__(self, rate: float, share: int = 1) -> float:
-        """Loss of the dev rows after a short training, or one so many times as long."""
+        """Loss of the dev rows after a training of ``share`` times the shortest."""
         cfg = rehearsing(self.cfg, self.folder, share * self.queries, lr_scheduler_type="constant", warmup_steps=0)
         apply(cfg, {"optimizer.learning_rate": rate})
         trainer = rehearsing_trainer(cfg, self.model, self.tokenizer, {**self.rows, "dev": self.dev})
@@ -173,8 +173,8 @@ class _Trials:
             except NonFiniteLossError:
                 loss = math.inf
         loss = loss if math.isfinite(loss) else math.inf
-        told = f"{rate:.3g}" + (f", {share} times as long" if share > 1 else "")
-        self.choice.trials[told] = loss if math.isfinite(loss) else None
+        trial = f"{rate:.3g}" + (f", {share} times as long" if share > 1 else "")
+        self.choice.trials[trial] = loss if math.isfinite(loss) else None
         self.choice.queries += trainer.progress.num_queries + self.cost
         return loss
 

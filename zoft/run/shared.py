@@ -44,8 +44,8 @@ class Shared:
         """The model of a run as it was loaded: the last cell's with its trained weights put back, where that is one.
 
         What a run adds to a model goes with it: one with an adapter, a fresh head, autocast, codes or compiled parts is
-        loaded anew, as is one that is spread, offloaded or somewhere else. So is one of whose weights so many are
-        trained that a copy of them would be felt.
+        loaded anew, as is one that is spread, offloaded or somewhere else. So is one whose trained weights are
+        more than 2 GiB: a copy of them stays in memory.
         """
         from zoft.lm import formats
         from zoft.run.build import load_fitting

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from zoft.trainer.trainer import ZOTrainer
 
 _FEW_QUERIES = 200
-"""Below it no query is timed: a run of so few is not long, or says so soon enough by its bar."""
+"""A run of fewer queries is not timed: it is short, or its bar soon shows that it is not."""
 
 
 Opening = Callable[["ZoftConfig", dict[str, list[Any]]], list[str]]

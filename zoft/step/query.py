@@ -39,7 +39,7 @@ class StepQueries:
 
     Args:
         method: the composition.
-        optimizer: holds the session, and what parts remember from step to step; it is told that a step begins.
+        optimizer: holds the session, and what parts remember from step to step; hears when a step begins.
         examples: a batch as batches of one example each; for estimators with directions for each example.
         each: a batch whose loss is that of each of its examples, [B]; for weightings that ask for it.
         select: (batch, (shortest, longest)) -> the rows of that many tokens, or None if there are none.

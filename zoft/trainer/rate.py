@@ -120,7 +120,7 @@ def few_queries(budget: int, cost: int) -> UserError:
     )
 
 
-# ---- in a trainer that is told learning_rate="auto" ------------------------------------------------------------------
+# ---- in a trainer with learning_rate="auto" --------------------------------------------------------------------------
 
 
 def start_of(optimizer: Any) -> float:

@@ -326,8 +326,9 @@ class ZOMixin(_Base):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's own, or MeZO's."""
-        names = [name for name, _ in model.named_parameters() if decays(name)]
-        return names if self.mezo_protocol else list(super().get_decay_parameter_names(model))
+        if self.mezo_protocol:
+            return [name for name, _ in model.named_parameters() if decays(name)]
+        return list(super().get_decay_parameter_names(model))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         """The slope before clipping: the projected gradients are clipped already (:func:`zoft.step.estimate.clip`)."""
@@ -461,5 +462,6 @@ class ZOTrainer(ZOMixin, Trainer):
         >>> trainer = ZOTrainer("facebook/opt-125m", args, train_dataset=rows, estimator="central")  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
 
-    References: Malladi et al. 2023 (MeZO) for the default composition: subspace full, estimator central, optimizer sgd.
+    Without a part and a learning rate it takes node directions where they serve (docs/nodes.md), else MeZO's parts:
+    subspace full, estimator central, optimizer sgd (Malladi et al. 2023).
     """

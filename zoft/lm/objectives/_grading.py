@@ -27,7 +27,7 @@ START = 120.0
 """Seconds that a process may take to import the function."""
 
 MOST_IN_A_ROW = 32
-"""So many texts without a number, one behind the other, say that the function is broken, and not the texts."""
+"""Texts in a row without a number: it is the function that is broken then, and not the texts."""
 
 _SAID = 3  # failures that are warned of one by one
 
