@@ -12,7 +12,7 @@ from zoft.engines._away import KeepsWeightsAway
 from zoft.engines._blocks import Block, BlockStream, blocks_of
 from zoft.engines._lockstep import Barrier
 from zoft.engines._prefix import passes_through
-from zoft.engines._transfer import transfer_for
+from zoft.engines._transfer import Transfer, transfer_for
 from zoft.engines.base import Engine, Objective, Session
 from zoft.engines.layerwise import LayerwiseSession
 from zoft.errors import UserError
@@ -110,15 +110,12 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
         blocks, device = blocks_of(model), compute_device(model)
         self.transfer = transfer_for(device)
         trained, in_file = coordinates.weights.tensors, engine.rests_in_file(device)
-        rest = partial(_in_file, trained, engine.folder) if in_file else self._in_memory
+        rest = partial(_in_file, trained, engine.folder) if in_file else partial(_resting, self.transfer)
         self.stream = BlockStream(blocks, rest, self.transfer)
         super().__init__(model, coordinates, objective, engine.piece_mb)
         self._is_asked = False  # the points of a step are several forwards: blocks rest after the last
         self._handles = [handle for index, block in enumerate(blocks) for handle in self._at(index, block.module)]
         self._handles.append(model.register_forward_hook(self._after_a_forward, always_call=True))
-
-    def _in_memory(self, block: Block) -> list[Tensor]:
-        return [self.transfer.resting(tensor.data) for tensor in block.tensors.values()]
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
@@ -212,6 +209,26 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
         return self.transfer.device if name in self.stream.of else self.weights.tensors[name].device
 
 
+def stream_to_read(model: Any, engine: Offload, device: torch.device) -> None:
+    """Blocks rest and come when they compute, for a model whose weights do not move: forwards alone.
+
+    Args:
+        model: with or without an adapter, on the CPU; what stands outside of its blocks goes to the device.
+        engine: says where blocks rest.
+        device: the one that computes.
+    """
+    place_outside(model, device)
+    transfer, in_file = transfer_for(device), engine.rests_in_file(device)
+    rest = partial(_in_file, (), engine.folder) if in_file else partial(_resting, transfer)
+    stream = BlockStream(blocks_of(model), rest, transfer)
+    for index, block in enumerate(stream.blocks):
+        block.module.register_forward_pre_hook(lambda *_, index=index: stream.enter(index), prepend=True)
+        block.module.register_forward_hook(lambda *_, index=index: stream.leave(index), always_call=True)
+    # an adapter writes texts by its base's own forward
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.register_forward_hook(lambda *_: stream.rest(), always_call=True)
+
+
 def compute_device(model: nn.Module) -> torch.device:
     """The device of what stands outside of the blocks, else of the model.
 
@@ -252,6 +269,10 @@ def rest_in_files(blocks: Sequence[Block], trained: Collection[str], folder: str
     for block in blocks:
         for parameter, tensor in zip(block.tensors.values(), _in_file(trained, folder, block), strict=True):
             parameter.data = tensor
+
+
+def _resting(transfer: Transfer, block: Block) -> list[Tensor]:
+    return [transfer.resting(tensor.data) for tensor in block.tensors.values()]
 
 
 def _in_file(trained: Collection[str], folder: str | None, block: Block) -> list[Tensor]:

@@ -190,8 +190,8 @@ def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, 
     from zoft.evaluation.served import served_model
     from zoft.lm import formats
     from zoft.lm.models.agreement import require_rows_fit
-    from zoft.lm.models.device_map import on_device
     from zoft.run.build import arguments_of
+    from zoft.trainer.placing import to_read
     from zoft.utils.lazy import torch
 
     # nothing is trained: trackers would open a run of their own
@@ -201,25 +201,26 @@ def scoring_of(cfg: ZoftConfig, run: str, form: str, rows: Any, tokenizer: Any, 
     if model is None:
         model = model_of(cfg, run, tokenizer)
         require_rows_fit(model, rows, tokenizer, cfg.model.name)
-        model = on_device(model, args.device)
-    model = model.eval()
+        model = to_read(cfg.engine, model, args.device)
     # the same autocast as in training: scores are compared with those of a run
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     autocast: Any = nullcontext if dtype is None else functools.partial(torch.autocast, args.device.type, dtype)
     collate = formats.collator_for(form, rows, tokenizer, cfg.task, objective)
-    return Scoring(model, objective, collate, args.per_device_eval_batch_size, autocast)
+    return Scoring(model.eval(), objective, collate, args.per_device_eval_batch_size, autocast)
 
 
-def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
+def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None, *, plain: bool = False) -> Any:
     """The config's model, or a run's final one: its own folder, or its adapter on the config's model.
 
     Args:
         cfg: model, task and adapter.
         run: a run's folder, or the empty string.
         tokenizer: what rows are encoded by, if it is there already.
+        plain: whether a quantised base gets plain weights of the same values, as for merging an adapter into it.
     """
     from zoft.lm import formats
     from zoft.lm.models.load import load_model_as
+    from zoft.lm.models.quantized import dequantized
     from zoft.run.build import tokenizer_of
 
     # a run's folder has a whole model, or the adapter alone and the base's name
@@ -238,6 +239,7 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None) -> Any:
         seed=cfg.seed,
         tokenizer=tokenizer or tokenizer_of(cfg, run),
     )
+    model = dequantized(model) if plain else model
     if adapter:
         from zoft.lm.models.peft import load_adapter
 

@@ -92,8 +92,8 @@ def evaluate(cfg: ZoftConfig, request: HarnessRequest) -> dict[str, Any]:
 
     from zoft.evaluation.evaluate import model_of, write_files
     from zoft.lm import formats
-    from zoft.lm.models.device_map import on_device
     from zoft.run.build import arguments_of, tokenizer_of
+    from zoft.trainer.placing import to_read
     from zoft.utils.random_state import global_random_state_kept
 
     harness_tasks.require_harness()
@@ -112,7 +112,7 @@ def evaluate(cfg: ZoftConfig, request: HarnessRequest) -> dict[str, Any]:
         tasks = harness_tasks.loaded_tasks(request.tasks, request.path, request.k, cfg.seed)
         results, rows = harness_tasks.evaluated(
             tasks,
-            on_device(model_of(cfg, request.run), args.device).eval(),
+            to_read(cfg.engine, model_of(cfg, request.run), args.device),
             tokenizer_of(cfg),
             batch_size=args.per_device_eval_batch_size,
             autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,

@@ -104,6 +104,7 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
         **_settings(cfg, trainer),
         "device": str(trainer.args.device),
         "dtype": cfg.model.dtype,
+        "quantization": cfg.model.quantization,
         "seed": cfg.seed,
         "num_eval_rows": num_rows,
         "num_queries": progress.num_queries,

@@ -1,4 +1,4 @@
-"""Where the weights of a trainer's model are: on the device, or where engine=offload keeps its blocks."""
+"""Where the weights of a model are, in training and beyond: on the device, or where engine=offload keeps its blocks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 from zoft.engines._blocks import blocks_of
 from zoft.engines.base import Engine
-from zoft.engines.offload import Offload, place_outside, rest_in_files
+from zoft.engines.offload import Offload, place_outside, rest_in_files, stream_to_read
 from zoft.engines.server import Server
-from zoft.lm.models.device_map import is_spread, require_run_on
+from zoft.lm.models.device_map import is_spread, on_device, require_run_on
 from zoft.weights.tensors import Weights
 
 
@@ -40,6 +40,24 @@ def place(engine: Engine, model: nn.Module, device: torch.device) -> bool:
     elif not isinstance(engine, Server):
         require_run_on(model, device)
     return isinstance(engine, Offload | Server)
+
+
+def to_read(engine: Engine, model: Any, device: torch.device) -> Any:
+    """A model for forwards alone (evaluations, texts), in evaluation mode: where a run of this engine would have it.
+
+    Args:
+        engine: of the run.
+        model: as loaded, with or without an adapter.
+        device: of the forwards; a model that is spread over several devices stays where it is.
+
+    Raises:
+        UserError: the device map keeps the model on the CPU, and the device is another.
+    """
+    if isinstance(engine, Offload):
+        stream_to_read(model, engine, device)
+    else:
+        model = on_device(model, device)
+    return model.eval()
 
 
 def without_wrapping(accelerator: Any, engine: Engine) -> None:

@@ -110,6 +110,35 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
+def dequantized(model: Any) -> Any:
+    """The model with plain weights of the values that its codes stand for, for an export; a plain one as it is.
+
+    Args:
+        model: of transformers, without an adapter; a quantised one is changed.
+
+    Raises:
+        UserError: a quantisation whose values transformers cannot give.
+    """
+    if not is_quantized(model):
+        return model
+    for module in model.modules():  # transformers has no way for torchao's, whose tensors have their own
+        weight = module._parameters.get("weight")
+        if hasattr(weight, "__tensor_flatten__"):
+            module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
+    quantizer = model.hf_quantizer
+    if quantizer.quantization_config.quant_method == "torchao":
+        quantizer.remove_quantization_config(model)
+        return model
+    try:
+        return model.dequantize()
+    except NotImplementedError as error:
+        method = str(getattr(quantizer.quantization_config, "quant_method", "this way"))
+        raise UserError(
+            f"the base is quantised by {method}, whose values transformers cannot give: export the adapter as it is, "
+            "without --merge and --gguf"
+        ) from error
+
+
 def require_adapter(model: nn.Module, name: str) -> None:
     """Refuse a base of few bits with nothing on top that could move, where its scales are not what is trained.
 

@@ -33,7 +33,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")""",
 HEADS = {"causal": "CausalLM", "masked": "MaskedLM", "classifier": "SequenceClassification"}
 _SETTINGS = (
     *("method", "subspace", "law", "estimator", "num_directions", "eps", "weighting", "optimizer", "learning_rate"),
-    *("lr_scheduler_type", "batch_size", "num_train_rows", "objective", "peft", "trainable", "engine", "dtype", "seed"),
+    *("lr_scheduler_type", "batch_size", "num_train_rows", "objective", "peft", "trainable", "engine", "dtype"),
+    *("quantization", "seed"),
 )
 
 
@@ -90,6 +91,7 @@ def _parts(
         f"# {title}",
         f"{what} `{base}`, trained with forward passes only (zeroth-order) by zoft on `{known['data']}`.",
         *_warnings(known, base),
+        *_quantized(known, base, kind),
         f"## Load it\n\n```{fence}\n{load}\n```",
         f"## How good it is\n\n{_table(_results(known))}",
         f"## How it was trained\n\n{_table(_settings(known))}",
@@ -116,6 +118,16 @@ def _warnings(known: dict[str, Any], base: str) -> list[str]:
             "original weights its results differ a little. `--merge` exports the weights it was measured with."
         ]
     return []
+
+
+def _quantized(known: dict[str, Any], base: str, kind: str) -> list[str]:
+    quantization = known.get("quantization")
+    if quantization is None or kind != "adapter":
+        return []
+    return [
+        f"> **Note.** It was trained on `{base}` in {quantization}: on the plain weights, as below, its results "
+        "differ a little. `--merge` exports plain weights of the values that it was trained on."
+    ]
 
 
 def _results(known: dict[str, Any]) -> list[tuple[str, str]]:

@@ -74,14 +74,14 @@ def export_folder(cfg: ZoftConfig, run: str, output: str, *, merge: bool, name: 
 
 
 def merged_model(cfg: ZoftConfig, run: str) -> Any:
-    """The run's final model without an adapter: its weights with the adapter's added.
+    """The run's final model without an adapter: its weights with the adapter's added, plain ones of a quantised base.
 
     Raises:
         UserError: an adapter that is no change of weights (prefix and prompt tuning).
     """
     from zoft.evaluation.evaluate import model_of
 
-    model = model_of(cfg, run)
+    model = model_of(cfg, run, plain=True)
     if not hasattr(model, "merge_and_unload"):
         return model
     if not hasattr(model.base_model, "merge_and_unload"):

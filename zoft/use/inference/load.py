@@ -73,13 +73,14 @@ def load_run(run: str, overrides: list[str], *, with_base: bool = False) -> Load
     """
     from zoft.evaluation.evaluate import model_of
     from zoft.run.build import tokenizer_of
+    from zoft.trainer.placing import to_read
 
     _quiet()
     cfg = config_of(run, overrides)
-    model = model_of(cfg, run).to(device()).eval()
-    base = None
+    place = device(on_cpu=bool(cfg.trainer.get("use_cpu")))
+    model, base = to_read(cfg.engine, model_of(cfg, run), place), None
     if with_base and not (Path(run) / "model" / "adapter_config.json").is_file():
-        base = model_of(cfg, "").to(device()).eval()
+        base = to_read(cfg.engine, model_of(cfg, ""), place)
     return Loaded(model, tokenizer_of(cfg, run), run, cfg, base)
 
 
@@ -113,11 +114,12 @@ def require_writer(loaded: Loaded) -> None:
         raise UserError(f"{loaded.name} is a {kind}, which writes no text: zoft predict gives its labels")
 
 
-def device() -> Any:
-    """Where models go: the accelerator where there is one."""
+def device(*, on_cpu: bool = False) -> Any:
+    """Where models go: the accelerator where there is one, unless a run was made ``on_cpu`` (trainer.use_cpu)."""
     import torch
 
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    has_one = torch.accelerator.is_available() and not on_cpu
+    return torch.accelerator.current_accelerator() if has_one else torch.device("cpu")
 
 
 def _inner(model: Any) -> Any:

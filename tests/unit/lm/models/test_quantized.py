@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import runs
+from tests.used import chatting, used
 from zoft.config import compose
 from zoft.errors import UserError
 from zoft.lm.models import quantized
@@ -220,6 +221,34 @@ def test_node_directions_train_a_lora_and_never_write_the_base(quantization, tmp
     cut = [*given, f"output_dir={tmp_path / 'cut'}"]
     run(compose([*cut, "budget.queries=12"]))
     assert run(compose(cut))["weights_sha256"] == report["weights_sha256"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qzo"])
+@pytest.mark.parametrize("quantization", quantized.QUANTIZATIONS)
+def test_a_run_on_it_is_used_and_exported(quantization, method, tmp_path, capsys, monkeypatch):
+    """Labels, texts, an evaluation, and a merged model of plain weights that has the trained one's losses."""
+    pytest.importorskip(PACKAGE[quantization])
+    from zoft.cli import main
+    from zoft.evaluation.evaluate import model_of
+    from zoft.use.inference.load import config_of
+
+    chatting(tmp_path, **WIDE)
+    how = QZO if method == "qzo" else LORA
+    run(compose(runs.arguments(tmp_path, tmp_path / "run", *how, f"model.quantization={quantization}")))
+    said = used(tmp_path / "run", tmp_path / "used", capsys, monkeypatch)
+    assert said == used(tmp_path / "run", tmp_path / "again", capsys, monkeypatch)
+    assert main(["export", f"run={tmp_path / 'run'}", f"output={tmp_path / 'export'}", "--merge"]) == 0
+    if method == "lora":
+        assert main(["export", f"run={tmp_path / 'run'}", f"output={tmp_path / 'adapter'}"]) == 0
+        assert f"in {quantization}: on the plain weights" in (tmp_path / "adapter" / "README.md").read_text()
+    ids = torch.arange(12).view(2, 6)
+    trained = model_of(config_of(str(tmp_path / "run"), []), str(tmp_path / "run")).eval()
+    merged = load_model(str(tmp_path / "export"), quantization=None if method == "lora" else quantization).eval()
+    assert quantized.is_quantized(merged) == (method == "qzo")
+    rounded = 5e-3 if quantization == "int8" else 1e-5  # which rounds activations, too
+    with torch.no_grad():
+        losses = [float(model(ids, labels=ids).loss) for model in (trained, merged)]
+    assert losses[1] == pytest.approx(losses[0], rel=rounded)
 
 
 def test_trained_tensors_on_meta_are_refused():
