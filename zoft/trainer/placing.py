@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zoft.engines._blocks import blocks_of
+from zoft.engines._elsewhere import Elsewhere
 from zoft.engines.base import Engine
 from zoft.engines.offload import Offload, place_outside, rest_in_files, stream_to_read
 from zoft.engines.server import Server
@@ -40,6 +41,11 @@ def place(engine: Engine, model: nn.Module, device: torch.device) -> bool:
     elif not isinstance(engine, Server):
         require_run_on(model, device)
     return isinstance(engine, Offload | Server)
+
+
+def answers_when_bound(engine: Engine) -> bool:
+    """Whether a model has forwards only once its engine is bound: it brings the blocks, or another runtime answers."""
+    return isinstance(engine, Offload | Elsewhere)
 
 
 def to_read(engine: Engine, model: Any, device: torch.device) -> Any:

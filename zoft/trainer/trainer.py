@@ -20,7 +20,6 @@ from transformers.trainer_utils import has_length
 
 from zoft.component import create
 from zoft.engines._away import settle
-from zoft.engines._elsewhere import Elsewhere
 from zoft.engines._lockstep import sequential
 from zoft.engines.base import Engine
 from zoft.estimators.base import Estimator
@@ -49,7 +48,7 @@ from zoft.trainer.guard import RolledBack
 from zoft.trainer.journaling import RunJournal
 from zoft.trainer.loss import StepLoss
 from zoft.trainer.mezo import MezoRowOrder, decays
-from zoft.trainer.placing import place, stay_in_place, without_wrapping
+from zoft.trainer.placing import answers_when_bound, place, stay_in_place, without_wrapping
 from zoft.trainer.processes import Processes, check_processes
 from zoft.trainer.readout import TrainerReader
 from zoft.trainer.recommended import may_be, recommended
@@ -387,7 +386,7 @@ class ZOMixin(_Base):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own, for evaluate and predict; a data loader draws from the global random state."""
-        if isinstance(self.engine, Elsewhere):  # what answers for the model is there
+        if answers_when_bound(self.engine):
             self.create_optimizer()
         with global_random_state_kept(), reported_in_rows_order(self, dataloader) as in_order:
             return in_order(super().evaluation_loop(dataloader, *args, **kwargs))

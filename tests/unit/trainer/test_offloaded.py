@@ -48,6 +48,18 @@ def test_a_run_its_evaluations_and_its_resumed_half_are_those_of_the_resident_on
     assert Weights(reloaded).digest() == made[1][0]
 
 
+def test_an_evaluation_before_training_brings_blocks_too(tmp_path):
+    """Beside a GPU they are not on the device yet, and on a CPU the whole file would be read into memory."""
+    wanted = trainer_in(tmp_path / "layerwise", "layerwise").evaluate()["eval_loss"]
+    trainer = trainer_in(tmp_path / "offload", Offload("file"))
+    assert trainer.evaluate()["eval_loss"] == wanted
+    assert trainer.zo_optimizer.session.transfer.counts["up"] >= 3
+    trainer.train()
+    whole = trainer_in(tmp_path / "again", "layerwise")
+    whole.train()
+    assert told(trainer)[0] == told(whole)[0]
+
+
 def test_diagnostics_are_refused_before_training(tmp_path):
     trainer = trainer_in(tmp_path, "offload")
     trainer.add_callback(DiagnosticsCallback())
