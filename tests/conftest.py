@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["MPLBACKEND"] = "agg"
+os.environ.pop("COLUMNS", None)  # pytest-xdist says 80; what is printed is laid out for a terminal where one is named
 
 
 _frozen = [0]

@@ -76,4 +76,6 @@ def _dispatch(arguments: list[str]) -> int:
 def _complain(message: str) -> None:
     # Every process of a torchrun finds the same mistake; one says so.
     if os.environ.get("RANK", "0") == "0":
-        print(f"zoft: {message}", file=sys.stderr)
+        from zoft.utils.terminal import fitted
+
+        print(fitted(f"zoft: {message}", sys.stderr), file=sys.stderr)

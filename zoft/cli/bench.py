@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from zoft.errors import Requeued, UserError
+from zoft.utils.terminal import fitted
 
 
 def command(arguments: list[str]) -> int:
@@ -31,7 +32,7 @@ def command(arguments: list[str]) -> int:
     plan = read_plan([word for word in arguments if word not in flags])
     fill_in(plan)
     if "--plan" in flags:
-        print("\n".join([plan_text(plan), *_of_a_cell(plan)]))
+        print(fitted("\n".join([plan_text(plan), *_of_a_cell(plan)])))
         return 0
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from zoft.cli.generate import loaded_of, writing_of
 from zoft.errors import UserError
+from zoft.utils.terminal import columns, fitted
 from zoft.utils.words import read_words
 
 KEYS, FLAGS = ("run", "model", "system", "max_new_tokens", "temperature", "seed"), ("--compare",)
@@ -31,7 +32,6 @@ def command(arguments: list[str]) -> int:
     if compare and asked.get("model"):
         raise UserError("--compare shows a run's model beside the one before training: give run=DIR, not model=")
     how = writing_of(asked)
-    from zoft.report.text import columns
     from zoft.use.inference.chat import Talk
     from zoft.use.inference.generate import require_template
 
@@ -39,7 +39,7 @@ def command(arguments: list[str]) -> int:
     require_template(loaded)
     talk = Talk(loaded, how, compare, asked.get("system", ""), columns(sys.stdout))
     if sys.stdin.isatty():
-        print(f"talking with {loaded.name}; /reset begins anew, /quit or Ctrl-D ends")
+        print(fitted(f"talking with {loaded.name}; /reset begins anew, /quit or Ctrl-D ends"))
     talk.run(_lines(), lambda text: print(text, flush=True))
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+from zoft.utils.terminal import fitted
 from zoft.utils.words import read_words
 
 KEYS: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ def command(arguments: list[str]) -> int:
     for finding in checked(cfg, rehearse="--quick" not in flags):
         findings.append(finding)
         if "--json" not in flags:
-            print(line(Check(finding.name, finding.state, finding.text)), flush=True)
+            print(fitted(line(Check(finding.name, finding.state, finding.text))), flush=True)
     failed = [finding.name for finding in findings if finding.state == "failed"]
     if "--json" in flags:
         print(json.dumps({"ok": not failed, "checks": [vars(finding) for finding in findings]}, indent=2))

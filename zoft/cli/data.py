@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.utils.terminal import laid_out, width_of
 from zoft.utils.words import read_words
 
 ROWS = 3
@@ -19,6 +20,7 @@ ROWS = 3
 
 _MAX_TOKENS = 300  # of one row on the terminal; the middle of a longer one is left out
 _MAX_TEXT = 600  # characters
+_TOKENS_WIDTH = 80  # of a line of tokens where no terminal says another
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 BREAK, TAB = "↵", "⇥"
 _SPLITS = ("train", "dev", "test")
@@ -42,7 +44,7 @@ def command(arguments: list[str]) -> int:
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
     else:
-        print("\n".join(lines(facts, width=_width(), colour=_colour())))
+        print("\n".join(lines(facts, width=width_of(), colour=_colour())))
     return 0
 
 
@@ -144,12 +146,12 @@ def _way(cfg: Any, examples: Any, tokenizer: Any) -> tuple[Any, str, str | None]
     return way, objective.name(), refusal
 
 
-def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> list[str]:
+def lines(facts: dict[str, Any], *, width: int | None = None, colour: bool = False) -> list[str]:
     """The facts for people.
 
     Args:
         facts: what :func:`gathered` gives.
-        width: columns of the terminal.
+        width: columns of the terminal; None breaks lines of tokens at 80 columns, and no others.
         colour: whether tokens that count are coloured too; they are always marked.
     """
     printed = [
@@ -164,13 +166,14 @@ def lines(facts: dict[str, Any], *, width: int = 100, colour: bool = False) -> l
     if facts.get("classes"):
         printed += ["classes " + ", ".join(f"{place} {safe(name)}" for place, name in enumerate(facts["classes"][:12]))]
     printed += [f"{name:<7} {_summary(split)}" for name, split in facts["splits"].items()]
+    printed = _within("\n".join(printed), width)
     for name, split in facts["splits"].items():
         for number, row in enumerate(split["first"], start=1):
             printed += ["", f"--- {name}, row {number} of {split['rows']:,}" + _origin(row)]
             for part in row["parts"]:
                 printed += _part(part, width, colour)
             if row.get("options"):
-                printed += [_options(row["options"])]
+                printed += _within(_options(row["options"]), width)
             if "answers" in row:
                 printed += ["  answers  " + ", ".join(repr(safe(str(answer))) for answer in row["answers"][:12])]
             if "reward" in row:
@@ -225,7 +228,7 @@ def _origin(row: dict[str, Any]) -> str:
     return f" ({row['where']})" if row["where"] else ""
 
 
-def _part(part: dict[str, Any], width: int, colour: bool) -> list[str]:
+def _part(part: dict[str, Any], width: int | None, colour: bool) -> list[str]:
     cuts = [f"{part['cut']:,} of the beginning"] * bool(part["cut"])
     cuts += [f"{part['cut_end']:,} of the end"] * bool(part["cut_end"])
     head = f"{len(part['ids']):,} tokens, {sum(part['counted']):,} count" + (
@@ -234,8 +237,13 @@ def _part(part: dict[str, Any], width: int, colour: bool) -> list[str]:
     text = part["text"] if len(part["text"]) <= _MAX_TEXT else part["text"][:_MAX_TEXT] + " ..."
     printed = [f"  {part['name']}: {head}"]
     lines = visible(text).replace(BREAK, f"{BREAK}\n").split("\n")
-    printed += [f"  text     {line}" if not k else f"           {line}" for k, line in enumerate(lines)]
-    return printed + _tokens(part["tokens"], part["counted"], width - 11, colour)
+    for k, line in enumerate(lines):
+        printed += _within(f"  text     {line}" if not k else f"           {line}", width)
+    return printed + _tokens(part["tokens"], part["counted"], (width or _TOKENS_WIDTH) - 11, colour)
+
+
+def _within(text: str, width: int | None) -> list[str]:
+    return (laid_out(text, width) if width else text).split("\n")
 
 
 def _tokens(tokens: list[str], counted: list[bool], width: int, colour: bool) -> list[str]:
@@ -247,7 +255,7 @@ def _tokens(tokens: list[str], counted: list[bool], width: int, colour: bool) ->
     printed: list[str] = []
     text, marks, used = "", "", 0
     for token, counts in pairs:
-        room = _columns(token) + 1
+        room = _cells(token) + 1
         if used and used + room > max(20, width):
             printed += _line(text, marks, first=not printed)
             text, marks, used = "", "", 0
@@ -271,7 +279,7 @@ def _options(options: list[dict[str, Any]]) -> str:
     return "  options  " + ", ".join(shown)
 
 
-def _columns(text: str) -> int:
+def _cells(text: str) -> int:
     """How many cells of a terminal the text takes."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
@@ -281,12 +289,6 @@ def _num_rows(text: str) -> int:
     if not text.isdecimal() or int(text) > 1000:
         raise UserError(f"--rows must be a whole number up to 1000, got {text!r}")
     return int(text)
-
-
-def _width() -> int:
-    from zoft.report.text import columns
-
-    return columns(sys.stdout)
 
 
 def _colour() -> bool:

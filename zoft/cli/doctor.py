@@ -19,6 +19,7 @@ from typing import Any
 
 from zoft.errors import UserError, did_you_mean
 from zoft.utils.lazy import torch
+from zoft.utils.terminal import fitted
 
 PACKAGES = ("transformers", "datasets", "peft", "accelerate", "hydra-core")
 """What zoft cannot do without, besides torch."""
@@ -62,7 +63,7 @@ def command(arguments: list[str]) -> int:
     for check in checks():
         done.append(check)
         if not arguments:
-            print(line(check), flush=True)
+            print(fitted(line(check)), flush=True)
     failed = [check.name for check in done if check.state == "failed"]
     if arguments:
         print(json.dumps({"ok": not failed, "checks": [vars(check) for check in done]}, indent=2))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
+from zoft.utils.terminal import fitted
 from zoft.utils.words import read_words
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def command(arguments: list[str]) -> int:
         totals = {f"{name}_mb": getattr(estimated, name).total_mb for name in ("method", "lora", "adamw")}
         print(json.dumps(dataclasses.asdict(estimated) | totals))
     else:
-        print("\n".join(lines(estimated)))
+        print(fitted("\n".join(lines(estimated))))
     return 0
 
 

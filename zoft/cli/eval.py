@@ -9,6 +9,7 @@ from typing import Any
 from zoft.errors import UserError
 from zoft.lm.metrics.classes import table
 from zoft.lm.metrics.passing import read_names
+from zoft.utils.terminal import fitted
 from zoft.utils.words import read_words
 
 _HARNESS = ("harness", "harness_limit", "harness_path")
@@ -48,7 +49,7 @@ def command(arguments: list[str]) -> int:
     if as_json:
         print(json.dumps(facts))
     else:
-        print("\n".join(lines(facts)))
+        print(fitted("\n".join(lines(facts))))
     return 0
 
 

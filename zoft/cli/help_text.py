@@ -7,6 +7,7 @@ import textwrap
 
 from zoft.cli.verbs import VERBS
 from zoft.config.catalog import ORDER, choices
+from zoft.utils.terminal import fitted
 
 TOP = """\
 zoft: fine-tune language models with forward passes only (zeroth-order: no backward pass, the memory of inference).
@@ -58,7 +59,7 @@ Examples:
   zoft train config=classify task.train=mail.csv                your own rows; also instruct, chat, preference, reward
   zoft train model.name=Qwen/Qwen3-0.6B task=sst2 method=mezo optimizer.learning_rate=1e-6
   zoft train config=./mine.yaml output_dir=runs/mine            your own experiment
-  zoft train config=runs/mine/config.yaml output_dir=runs/again a run again, exactly
+  zoft train config=runs/mine/config.yaml output_dir=runs/two   a run again, exactly
   zoft train config=classify task.train=mail.csv 'task.template="{{text}} Spam?"' 'task.words={{ham: No, spam: Yes}}'
   zoft train -m config=quickstart seed=0,1,2 optimizer.learning_rate=1e-6,1e-5 launcher=joblib
   torchrun --nproc-per-node 2 -m zoft train config=quickstart   two processes, twice the batch
@@ -83,7 +84,7 @@ Exit codes: 0 done; 1 the run failed (non-finite loss); 2 something to mend (one
 OTHER = {
     "eval": (
         "usage: zoft eval [config=NAME_OR_PATH] [run=DIR] [mode=MODE] [k=N] [split=test] [evaluate=METRIC] [--json]\n"
-        "                 [group=choice]... [key=value]...\n"
+        "       [group=choice]... [key=value]...\n"
         "       zoft eval [config=NAME_OR_PATH] [run=DIR] harness=TASKS [harness_path=DIR] [harness_limit=N] [k=N]\n\n"
         "Computes the task's metric with its 95 % interval on held-out rows, and writes predictions.jsonl and\n"
         "evaluation.json. The model is the one that the arguments (those of zoft train) describe; with run=DIR it is\n"
@@ -94,7 +95,7 @@ OTHER = {
         "mode=linear_probe  logistic regression on the model's last hidden states, trained on the training rows\n\n"
         "split=test|dev|train. evaluate=METRIC adds a metric of the `evaluate` library (its name, or its folder).\n"
         "metric=pass@1,pass@8   for texts: how likely one of k samples is right (objective.num_samples=8 or more,\n"
-        "                   objective.temperature above 0); right is an exact match, or a reward of pass_reward=1\n"
+        "                       objective.temperature above 0); right is an exact match, or a reward of pass_reward=1\n"
         "Rows with the same few labels get precision, recall and F1 of each, and what each was taken for.\n"
         "Without output_dir= the files go to DIR/eval-MODE-SPLIT or <output_dir>-eval-MODE-SPLIT.\n\n"
         "harness=NAME,...   tasks of EleutherAI's lm-evaluation-harness instead (pip install 'zoft[harness]'), or\n"
@@ -143,22 +144,22 @@ OTHER = {
         "many machines as you like that share output_dir: each takes the cells that nobody has. Stopped, it goes on\n"
         "with the same command; a cell that was cut off goes on from its journal.\n\n"
         "Keys, in the file or here:\n"
-        "  methods=[mezo,fzoo]    names of configs/method; in the file with learning_rate and arguments of their own\n"
-        "  tasks={...}            name -> arguments that choose the task\n"
-        "  prompts=[aligned,none] task.prompt: the template, the raw text and the answers, or head\n"
-        "  seeds=[0,1,2]          the first one chooses the learning rate\n"
-        "  queries=N              budget of each run (default: the experiment's)\n"
-        "  budgets=[30,60]        smaller ones that every run is judged at, too, with a rate of its own for each\n"
-        "  rates=[0.25,0.5,1,2,4] times a method's learning rate; the dev rows choose, the other seeds run\n"
-        "  grow=2                 how many more rates are tried beyond the edge where the best one lies\n"
+        "  methods=[mezo,fzoo]     names of configs/method; in the file with learning_rate and arguments of their own\n"
+        "  tasks={...}             name -> arguments that choose the task\n"
+        "  prompts=[aligned,none]  task.prompt: the template, the raw text and the answers, or head\n"
+        "  seeds=[0,1,2]           the first one chooses the learning rate\n"
+        "  queries=N               budget of each run (default: the experiment's)\n"
+        "  budgets=[30,60]         smaller ones that every run is judged at, too, with a rate of its own for each\n"
+        "  rates=[0.25,0.5,1,2,4]  times a method's learning rate; the dev rows choose, the other seeds run\n"
+        "  grow=2                  how many more rates are tried beyond the edge where the best one lies\n"
         "  references=[zero_shot,icl,forward_gradient,adamw,lora]   also calibrated, linear_probe, other methods\n"
-        "  demonstrations=8       of icl\n"
-        "  evaluations=8          on the dev rows along a run; the best one's weights are tested\n"
-        "  select=loss            or metric: what the dev rows choose by\n"
-        "  baseline=mezo          whose dev loss queries are counted to, or target=0.4\n"
-        "  jobs=1                 processes on this machine\n"
-        "  base=[...]             arguments of `zoft train` for every cell; others you write are added to them\n"
-        "  output_dir=DIR         default runs/bench-NAME\n\n"
+        "  demonstrations=8        of icl\n"
+        "  evaluations=8           on the dev rows along a run; the best one's weights are tested\n"
+        "  select=loss             or metric: what the dev rows choose by\n"
+        "  baseline=mezo           whose dev loss queries are counted to, or target=0.4\n"
+        "  jobs=1                  processes on this machine\n"
+        "  base=[...]              arguments of `zoft train` for every cell; others you write are added to them\n"
+        "  output_dir=DIR          default runs/bench-NAME\n\n"
         "  --plan   print what would be run, and a cell's command, and stop\n"
         "  --draw   table and pictures of the cells that are there\n\n"
         "Examples:\n"
@@ -255,7 +256,11 @@ OTHER = {
 
 
 def of(verb: str | None) -> str:
-    """The help of a verb, or of zoft itself."""
+    """The help of a verb, or of zoft itself, for the terminal at hand."""
+    return fitted(_text(verb))
+
+
+def _text(verb: str | None) -> str:
     if verb == "train":
         return TRAIN.format(groups=_groups())
     if verb in OTHER:

@@ -8,6 +8,7 @@ import textwrap
 from zoft.component import GROUPS, components, group_of, parts_in
 from zoft.config.catalog import ORDER, first_comment, preset_files
 from zoft.errors import UserError, did_you_mean
+from zoft.utils.terminal import fitted
 
 ABOUT = {
     "config": "experiments: a whole run by name",
@@ -37,13 +38,13 @@ def command(arguments: list[str]) -> int:
     """
     files = [name for name in arguments if name.endswith(".py")]
     if files:
-        print("\n".join(line for file in files for line in _of_file(file)))
+        print(fitted("\n".join(line for file in files for line in _of_file(file))))
         return 0
     arguments = [name.removesuffix("s") if name.removesuffix("s") in ORDER else name for name in arguments]
     for group in arguments:
         if group not in ORDER:
             raise UserError(f"there is no group called {group!r}.{did_you_mean(group, ORDER)}")
-    print("\n\n".join(listing(group) for group in arguments or ORDER))
+    print(fitted("\n\n".join(listing(group) for group in arguments or ORDER)))
     return 0
 
 

@@ -12,6 +12,7 @@ from zoft.config.catalog import ORDER, choices, preset_files
 from zoft.config.training_arguments import explained
 from zoft.errors import UserError, did_you_mean
 from zoft.utils import own_files
+from zoft.utils.terminal import fitted
 
 _SECTIONS = {
     "trainer": "",
@@ -40,13 +41,13 @@ def shown(text: str) -> str:
     """The description of a choice."""
     if text in ORDER:
         sections = [section(text)] if text in _SECTIONS else []
-        return "\n\n".join([listing(text), *sections])
+        return fitted("\n\n".join([listing(text), *sections]))
     if text in _SECTIONS:
-        return section(text)
+        return fitted(section(text))
     group, name = _find(text.replace("=", "/", 1))
     part = find(group, name) if group in GROUPS else None
     if part is not None:
-        return _component(group, name, part)
+        return fitted(_component(group, name, part))
     file = preset_files(group)[name]
     return f"{group}={name}  ({file})\n\n{file.read_text(encoding='utf-8').rstrip()}"
 

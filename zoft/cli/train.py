@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
+from zoft.utils.terminal import fitted
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -117,7 +118,7 @@ class Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line."""
-        print(f"zoft: note: {record.getMessage()}", file=sys.stderr)
+        print(fitted(f"zoft: note: {record.getMessage()}", sys.stderr), file=sys.stderr)
 
 
 def run_cell(cfg: ZoftConfig) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import Requeued, UserError
+from zoft.utils.terminal import fitted
 from zoft.utils.words import read_words, refuse_near_miss
 
 if TYPE_CHECKING:
@@ -44,18 +44,19 @@ def command(arguments: list[str]) -> int:
         stop_early=_flag(asked.get("stop_early", "true")),
     )
     if SearchSpace(space).is_mostly_choices and settings.search == "zo":
-        print(
+        note = (
             "note: most of this space is choices, which have no slope that a zeroth-order search could follow: "
             "search=tpe (Optuna's) is the better tool for it (docs/tune.md)"
         )
+        print(fitted(note))
     for line in _of_a_job(training):
-        print(line)
+        print(fitted(line))
     from zoft.tuning.jobs import tune_training  # what is wrong with arguments and data has been said by now
 
     signal.signal(signal.SIGTERM, _requeue)
     show = Progress(settings.budget, settings.repeats, metric)
     tuned = tune_training(training, space, settings, metric=metric, output_dir=asked.get("output_dir"), callback=show)
-    print(summary(tuned, metric))
+    print(fitted(summary(tuned, metric)))
     return 0 if tuned.result.best else 1
 
 
@@ -170,10 +171,7 @@ def summary(tuned: Tuned, metric: str) -> str:
     lines = ["", result.table(metric=metric), ""]
     counts = f"{len(result.ranked)} points went to their end, {len(result.stopped)} were stopped at half"
     lines.append(f"{result.message} {counts}, {len(result.failed)} failed.")
-    lines += [
-        f"  failed: {as_arguments(e.values)}: {e.error}"[: 4 * shutil.get_terminal_size().columns]
-        for e in result.failed[:5]
-    ]
+    lines += [f"  failed: {as_arguments(e.values)}: {e.error}" for e in result.failed[:5]]
     lines.append(f"results {tuned.folder}: results.json, tune.png, journal.jsonl")
     if result.best:
         lines += [f"the best is in {tuned.best_folder}; to train it again:", f"  {tuned.command}"]

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from zoft.report.text import columns, duration, gib, say
+from zoft.report.text import duration, gib, say
+from zoft.utils.terminal import columns
 
 __all__ = ["ProgressCallback", "say"]
 

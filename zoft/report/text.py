@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import sys
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from zoft.utils.terminal import fitted
 
 
 def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
@@ -157,7 +157,7 @@ def finite(value: Any) -> Any:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print one line without breaking a progress bar that is being drawn.
+    """Print one line without breaking a progress bar that is being drawn; as several where the terminal is narrow.
 
     Args:
         text: the line.
@@ -168,13 +168,5 @@ def say(text: str, file: TextIO | None = None) -> None:
         zero-shot accuracy 62.4 %
     """
     stream = file or sys.stdout
-    tqdm.write(text, file=stream)
+    tqdm.write(fitted(text, stream), file=stream)
     stream.flush()  # a pipe keeps its text back otherwise, and it would come after the bar's lines
-
-
-def columns(stream: TextIO) -> int:
-    """How many characters fit on a line of the terminal behind `stream`; 80 where it does not say."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80  # some pseudo-terminals say 0
-    except (OSError, ValueError, AttributeError):
-        return shutil.get_terminal_size().columns

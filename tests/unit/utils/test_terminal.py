@@ -1,0 +1,67 @@
+"""Text on a narrow terminal: nothing is cut, words and commands stay whole, a second column stays a column."""
+
+import io
+
+import pytest
+
+from zoft.cli import VERBS, help_text
+from zoft.utils.terminal import columns, fitted, laid_out, width_of
+
+HELP = [None, *VERBS]
+
+
+def help_of(verb, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    return help_text.of(verb)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("verb", HELP)
+def test_help_fits_a_terminal_and_says_the_same(verb, width, monkeypatch):
+    text = help_of(verb, monkeypatch)
+    shown = laid_out(text, width)
+    assert shown.split() == text.split(), "a word is lost, cut or moved"
+    wide = [line for line in shown.splitlines() if len(line) > width]
+    commands = ("zoft ", "torchrun ")  # stand alone in their line, to be copied
+    assert all(line.lstrip().startswith(commands) for line in wide if len(line.split()) > 1), wide
+
+
+@pytest.mark.parametrize("verb", HELP)
+def test_help_fits_120_columns(verb, monkeypatch):
+    text = help_of(verb, monkeypatch)
+    assert max(map(len, text.splitlines())) <= 120
+    assert laid_out(text, 120) == text
+
+
+def test_a_second_column_stays_one():
+    line = "  seeds=[0,1,2]  the first one chooses the learning rate, the others measure"
+    assert laid_out(line, 48).splitlines() == [
+        "  seeds=[0,1,2]  the first one chooses the",
+        "                 learning rate, the others",
+        "                 measure",
+    ]
+
+
+def test_a_text_beside_a_long_command_goes_below_it():
+    line = "  zoft train config=quickstart peft=lora          train an adapter"
+    assert laid_out(line, 50).splitlines() == ["  zoft train config=quickstart peft=lora", "      train an adapter"]
+
+
+def test_a_row_of_a_table_is_left_alone():
+    row = "  method    loss    seconds    " + "x" * 60
+    assert laid_out(row, 40) == row
+
+
+def test_a_command_that_ends_a_sentence_is_not_broken():
+    shown = laid_out("  plot  a curve drawn again, also while it runs: zoft plot runs/mine", 50)
+    assert shown.splitlines()[-1] == "        zoft plot runs/mine"
+
+
+def test_a_file_has_no_width_and_columns_says_one(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    text = "word " * 60
+    assert width_of(io.StringIO()) is None
+    assert fitted(text, io.StringIO()) == text
+    assert columns(io.StringIO()) == 80
+    monkeypatch.setenv("COLUMNS", "50")
+    assert max(map(len, fitted(text, io.StringIO()).splitlines())) <= 50
