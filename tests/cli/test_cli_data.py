@@ -161,6 +161,16 @@ def shown(capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
+def test_show_counts_the_right_answers_tokens_where_options_are_compared(tmp_path, capsys, model):
+    """The header says of a row what the ^ below it mark: not the tokens of all options together."""
+    data = written(tmp_path / "a.jsonl", rows_of("text_label"))
+    words = arguments(model, data, *LABELLED, "--rows", "1")
+    train = json.loads(shown(capsys, *words, "--json"))["splits"]["train"]
+    marked = sum(train["first"][0]["parts"][0]["counted"])
+    assert train["counted"] == {"min": marked, "median": marked, "max": marked, "total": marked * train["rows"]}
+    assert f"; {marked} of them count" in shown(capsys, *words)
+
+
 def test_show_needs_no_weights_and_marks_what_counts(tmp_path, capsys, model):
     """As text and as JSON, which say the same."""
     bare = tmp_path / "bare"
@@ -181,7 +191,7 @@ def test_show_needs_no_weights_and_marks_what_counts(tmp_path, capsys, model):
     assert train["counted"] == {"min": 6, "median": 6, "max": 6, "total": 72}
     text = shown(capsys, *words)
     assert "chat messages (format=chat, found: messages=messages)" in text
-    assert "12 rows; 26 to 26 tokens (median 26); 6 to 6 of them count (23 % of all); none cut" in text
+    assert "12 rows; 26 tokens (median 26); 6 of them count (23 % of all); none cut" in text
     parts = [split["first"][0]["parts"][0] for split in facts["splits"].values()]
     marked = [token for one in parts for token, counts in zip(one["tokens"], one["counted"], strict=True) if counts]
     assert text.count("^") == len("".join(marked)) + 1  # and one in the line that explains the mark

@@ -214,14 +214,21 @@ def _summary(split: dict[str, Any]) -> str:
     share = f"{100 * counted['total'] / max(1, tokens['total']):.0f} % of all"
     parts = [
         f"{split['rows']:,} rows",
-        f"{tokens['min']:,} to {tokens['max']:,} tokens (median {tokens['median']:g})",
-        f"{counted['min']:,} to {counted['max']:,} of them count ({share})" if counted["max"] else "none of them count",
+        f"{_range(tokens)} tokens (median {tokens['median']:g})",
+        f"{_range(counted)} of them count{'s' * (counted['max'] == 1)} ({share})"
+        if counted["max"]
+        else "none of them count",
         f"{cut['rows']:,} cut by {cut['tokens']:,} tokens" if cut["rows"] else "none cut",
     ]
     if split.get("in_train"):
         parts.append(f"{split['in_train']:,} OF THEM STAND IN TRAIN TOO")
     labels = ", ".join(f"{safe(name)} {count:,}" for name, count in list(split["labels"].items())[:12])
     return "; ".join(parts + ([f"labels: {labels}"] if labels else []))
+
+
+def _range(spread: dict[str, Any]) -> str:
+    low, high = spread["min"], spread["max"]
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _origin(row: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ class Way:
         encode: (examples, max_length) -> the rows that training would have.
         max_length: tokens kept of a row.
         room: tokens of these that stay free for a text of the model's.
-        compares: whether every option's tokens count, and not the right one's alone.
+        compares: whether the loss is of all options, each behind the prompt, and not of the right one alone.
         writes: whether the model sees the prompt alone and its own text is judged: then nothing of the row counts.
     """
 
@@ -56,7 +56,7 @@ def preview(examples: Sequence[Any], way: Way, tokenizer: Any, num_rows: int) ->
     return {
         "rows": len(examples),
         "tokens": _spread([len(row["ids"]) for row in rows]),
-        "counted": _spread([sum(row["lengths"] if way.compares else row["counted"]) for row in rows]),
+        "counted": _spread([sum(row["counted"]) for row in rows]),
         "cut": {"rows": sum(map(bool, cut)), "tokens": sum(cut)},
         "labels": _labels(examples),
         "first": [
@@ -99,7 +99,7 @@ def _gold(row: Facts, whole: Facts) -> Facts:
     ids, length = row["sequences"][label], row["lengths"][label]
     counted = [place >= len(ids) - length for place in range(len(ids))]
     cut = len(whole["sequences"][label]) - len(ids)
-    return {"ids": ids, "counted": counted, "cut": cut, "cut_end": 0, "lengths": row["lengths"]}
+    return {"ids": ids, "counted": counted, "cut": cut, "cut_end": 0}
 
 
 def _prompt(row: Facts, whole: Facts) -> Facts:
