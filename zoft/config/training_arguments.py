@@ -79,7 +79,7 @@ def _default_and_help(value: ast.expr | None) -> tuple[str, str]:
         for key, text in zip(metadata.keys, metadata.values, strict=True):
             if isinstance(key, ast.Constant) and key.value == "help":
                 parts = [node.value for node in ast.walk(text) if isinstance(node, ast.Constant)]
-                help_text = "".join(part for part in parts if isinstance(part, str))
+                help_text = "".join(part for part in parts if isinstance(part, str)).replace("%%", "%")
     return ("" if default is None else ast.unparse(default)), help_text
 
 
