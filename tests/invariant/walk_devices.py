@@ -13,16 +13,21 @@ from tests.contract.discovered import CELLS, coordinates_of, example, with_field
 from tests.models import batch_for, tiny_llama
 from zoft.engines import _survey
 
+ENGINES = ("in_place", "layerwise", "side_path")
+
 READS_VALUES = ("sparse", "coordinate")
-"""One chooses by the weights' values; the other reuses hidden states where their values are equal. There are none."""
+"""One chooses by the weights' values; the other reuses hidden states where they are equal: walk_objectives.py."""
+
+ESTIMATORS = dict.fromkeys(ENGINES, "central") | {"forward_mode": "forward_gradient"}
+"""What each engine is asked by."""
 
 WALK = [
     (engine, subspace)
     for engine, estimator, subspace in CELLS
-    if estimator == "central" and engine in ("in_place", "layerwise", "side_path") and subspace not in READS_VALUES
+    if ESTIMATORS.get(engine) == estimator and subspace not in READS_VALUES
     if engine == "layerwise" or subspace in ("full", "low_rank")
 ]
-"""Three engines in two subspaces, every subspace in one; offload copies in a thread: walk_objectives.py."""
+"""Four engines in two subspaces, every subspace in one; offload copies in a thread: walk_objectives.py."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,7 +55,7 @@ def lease_of_one_device(lease, tensors):
 
 def ask(model, batch, engine, subspace):
     """Two steps of queries; then a step is written into every tensor."""
-    estimator = with_fields(example("estimator", "central"), num_directions=2, eps=1e-2)
+    estimator = with_fields(example("estimator", ESTIMATORS[engine]), num_directions=2, eps=1e-2)
     coordinates = coordinates_of(subspace, model, "gaussian")
     on_card = {key: like(value, "card:0") for key, value in batch.items()}
     session = example("engine", engine).bind(model, coordinates, lambda b: model(**b, use_cache=False).loss)
@@ -77,7 +82,7 @@ def test_all_is_made_where_the_weights_are(engine, subspace):
         ask(model, batch, engine, subspace)
 
 
-@pytest.mark.parametrize("engine", ["in_place", "layerwise", "side_path"])
+@pytest.mark.parametrize("engine", ESTIMATORS)
 def test_a_model_on_two_cards(engine):
     """As accelerate's device_map has it: each tensor's direction is made beside it, also of one read from outside."""
     model, batch = model_and_batch()

@@ -160,12 +160,21 @@ def test_metric_may_be_any_of_the_evaluate_library(tmp_path, monkeypatch):
             Metric(**fields)
 
 
-def test_preference_is_dpo_against_the_start():
+PAIRS = [([4, 5, 6], [7, 8], [9]), ([4, 6], [10], [11, 12, 13])]
+"""(prompt, better answer, other answer)."""
+
+
+def pair_rows() -> list[dict]:
+    """Two preference pairs, without their reference yet."""
+
     def answer(prompt: list[int], ids: list[int]) -> dict:
         return counted([*prompt, *ids], range(len(prompt), len(prompt) + len(ids)))
 
-    pairs = [([4, 5, 6], [7, 8], [9]), ([4, 6], [10], [11, 12, 13])]
-    rows = [{"chosen": answer(p, c), "rejected": answer(p, r), "input_ids": [*p, *c]} for p, c, r in pairs]
+    return [{"chosen": answer(p, c), "rejected": answer(p, r), "input_ids": [*p, *c]} for p, c, r in PAIRS]
+
+
+def test_preference_is_dpo_against_the_start():
+    rows = pair_rows()
     start, moved, collate = tiny_llama(0), tiny_llama(1), PairCollator(PAD)
     with pytest.raises(UserError, match="keep_reference"):
         Preference().loss(start, collate(rows))
@@ -179,7 +188,7 @@ def test_preference_is_dpo_against_the_start():
     with torch.no_grad():
         gains = [
             [log_prob(moved, [*p, *side], len(p)) - log_prob(start, [*p, *side], len(p)) for side in (c, r)]
-            for p, c, r in pairs
+            for p, c, r in PAIRS
         ]
         wanted = torch.stack([-torch.nn.functional.logsigmoid(0.3 * (c - r)) for c, r in gains]).mean()
         torch.testing.assert_close(Preference(beta=0.3).loss(moved, batch), wanted, rtol=1e-4, atol=1e-5)
