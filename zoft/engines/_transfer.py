@@ -21,7 +21,9 @@ class Transfer:
     """Copies in the order in which they are asked for, beside what computes: this is the CPU's, with a thread.
 
     ``counts`` has what was asked for: ``up`` and ``down`` (groups of copies), ``bytes_up`` and ``bytes_down``,
-    ``waits`` (for a group that computing cannot go on without) and ``buffers`` (bytes of device memory handed out).
+    ``waits`` (for a group that computing cannot go on without), ``pins`` (tensors put into pinned memory, to rest there
+    or on their way from a file), ``non_blocking`` (copies that the host does not wait for) and ``buffers`` (bytes of
+    device memory handed out).
 
     Args:
         device: the one that computes.
@@ -38,6 +40,7 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.counts: Counter[str] = Counter()
+        self._pinned: set[int] = set()  # addresses of what rests in pinned memory
         self._thread = ThreadPoolExecutor(1, "zoft-transfer")  # one: in the order asked for
 
     def buffer(self, num_bytes: int) -> Tensor:
@@ -48,7 +51,10 @@ class Transfer:
 
     def resting(self, tensor: Tensor) -> Tensor:
         """The tensor in host memory that copies can start from without a detour."""
-        return tensor.detach()
+        there = self._rest(tensor.detach())
+        self.counts["pins"] += 1
+        self._pinned.add(there.data_ptr())
+        return there
 
     def up(self, pairs: Pairs, then: Callable[[], None] | None = None) -> Any:
         """Begin to copy from where weights rest to the device, behind all that computes now.
@@ -89,7 +95,14 @@ class Transfer:
 
     def _count(self, way: str, pairs: Pairs) -> None:
         self.counts[way] += 1
+        for source, target in pairs:
+            is_pinned = (source if way == "up" else target).data_ptr() in self._pinned
+            self.counts["pins"] += way == "up" and not is_pinned
+            self.counts["non_blocking"] += way == "up" or is_pinned
         self.counts[f"bytes_{way}"] += sum(source.numel() * source.element_size() for source, _ in pairs)
+
+    def _rest(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def _begin(self, pairs: Pairs, then: Callable[[], None] | None) -> Future[Any]:
         return self._thread.submit(_copy, pairs, then)
@@ -116,10 +129,9 @@ class CudaTransfer(Transfer):
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)
 
-    def resting(self, tensor: Tensor) -> Tensor:
-        """A copy in pinned memory, of its own storage."""
-        with torch.inference_mode(False):
-            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach())
+    def _rest(self, tensor: Tensor) -> Tensor:
+        with torch.inference_mode(False):  # a copy in pinned memory, of its own storage
+            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
 
     def _begin(self, pairs: Pairs, then: Callable[[], None] | None) -> Future[Any]:
         computed = torch.cuda.Event()

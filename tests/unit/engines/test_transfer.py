@@ -39,13 +39,41 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "computes"))
     monkeypatch.setattr(torch.cuda, "stream", nothing)
     monkeypatch.setattr(torch.cuda, "device", nothing)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    pinned, empty_like, copy = set(), torch.empty_like, torch.Tensor.copy_
+
+    def pin(tensor):
+        told.append(("pin",))
+        pinned.add(tensor.data_ptr())
+        return tensor
+
+    def empty(like, *, pin_memory=False, **more):
+        made = empty_like(like, **more)
+        return pin(made) if pin_memory else made
+
+    def copied(target, source, non_blocking=False):
+        told.append(("copy", non_blocking))
+        return copy(target, source)
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in pinned)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pin(tensor.clone()))
+    monkeypatch.setattr(torch, "empty_like", empty)
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
     return told
 
 
-def use(transfer):
+class OnTheCard(torch.Tensor):
+    """Memory that says that it is a card's."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def use(transfer, *, in_memory=False):
     """Up, compute, down."""
-    resting, here, released = torch.arange(4.0), transfer.buffer(16).view(torch.float32), []
+    resting, released = torch.arange(4.0), []
+    here = transfer.buffer(16).view(torch.float32).as_subclass(OnTheCard)
+    if in_memory:
+        resting = transfer.resting(resting)
     transfer.wait(transfer.up([(resting, here)], lambda: released.append("up")))
     here.mul_(2)
     transfer.drain([transfer.down([(here, resting)], lambda: released.append("down"))])
@@ -55,16 +83,24 @@ def use(transfer):
     return transfer.counts
 
 
-def test_the_stand_in_counts_what_the_card_would(card):
-    assert use(Transfer(torch.device("cpu"))) == use(CudaTransfer(torch.device("cpu")))
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_stand_in_counts_what_the_card_would(card, in_memory):
+    """And what the card is said to have done, it has: pins, copies that nobody waits for, waits."""
+    counts = use(Transfer(torch.device("cpu")), in_memory=in_memory)
+    card.clear()
+    assert counts == use(CudaTransfer(torch.device("cpu")), in_memory=in_memory)
+    assert counts["pins"] == card.count(("pin",)) == 1
+    assert counts["non_blocking"] == card.count(("copy", True)) == 1 + in_memory
+    assert counts["waits"] == card.count(("wait", "computes"))
     assert transfer_for(torch.device("cpu")).counts == {}
 
 
 def test_copies_wait_for_what_computes_and_what_computes_waits_for_copies(card):
     transfer = CudaTransfer(torch.device("cpu"))
-    here = transfer.buffer(16).view(torch.float32)
+    here = transfer.buffer(16).view(torch.float32).as_subclass(OnTheCard)
     transfer.wait(transfer.up([(torch.ones(4), here)]))
-    assert card == [("record", "computes"), ("wait", "copies"), ("record", "copies"), ("wait", "computes")]
+    copies = [("pin",), ("copy", True), ("record", "copies")]
+    assert card == [("record", "computes"), ("wait", "copies"), *copies, ("wait", "computes")]
     transfer.close()
 
 
