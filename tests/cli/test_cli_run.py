@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,21 +94,52 @@ def test_losses_that_are_not_finite_end_with_1(
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-def test_ctrl_c_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    more = ("budget.queries=300", "trainer.eval_strategy='no'", "trainer.save_steps=1000", "trainer.logging_steps=1")
-    words = arguments(tmp_path, "out", *more)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zoft", "train", *words],
+def started(tmp_path: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "zoft", "train", *arguments(tmp_path, "out", *more)],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = tmp_path / "out" / "metrics.jsonl"
+
+
+def wait_for(there: Callable[[], object], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+    while time.monotonic() < deadline and process.poll() is None and not there():
+        time.sleep(0.005)
+
+
+def test_a_scheduler_that_stops_a_run_before_its_first_step_is_asked_for_another_start(tmp_path: Path):
+    process = started(tmp_path)
+    wait_for((tmp_path / "out" / "config.yaml").is_file, process)  # the folder is taken, and the model is being loaded
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors[-3000:]
+    assert errors.splitlines()[-1] == "zoft: stopped by a signal; the same command goes on"
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out" / "journal.bin").exists()
+
+
+def test_signals_that_follow_each_other_end_with_the_code_for_another_start(tmp_path: Path):
+    """Whatever the process is doing by then: the step, saving, leaving."""
+    process = started(tmp_path, "budget.queries=3000", "trainer.eval_strategy='no'", "trainer.logging_steps=1")
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.stat().st_size, process)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
         time.sleep(0.02)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors[-3000:]
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    more = ("budget.queries=300", "trainer.eval_strategy='no'", "trainer.save_steps=1000", "trainer.logging_steps=1")
+    words, process = arguments(tmp_path, "out", *more), started(tmp_path, *more)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.stat().st_size, process)
     os.kill(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors[-3000:]

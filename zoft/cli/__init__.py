@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
+from typing import Any
 
 from zoft.cli.verbs import VERBS
 
 SUCCESS, RUN_FAILED, BAD_INPUT, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes."""
+
+_ASK_FOR_ANOTHER_START = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,10 +32,50 @@ def main(argv: list[str] | None = None) -> int:
         zoft ...
         0
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    before = {number: signal.getsignal(number) for number in _ASK_FOR_ANOTHER_START}
+    try:
+        return _ended(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+def run() -> None:
+    """Run the process's own command and exit with its code: what the entry point of ``python -m zoft`` calls."""
+    sys.exit(_ended(sys.argv[1:]))  # signals stay as they are: one may come while the interpreter clears up
+
+
+def requeue_on_signals() -> None:
+    """SIGTERM and SIGUSR1 end the verb with :data:`REQUEUE` from here on, also before and after the training itself.
+
+    The first raises Requeued, a further one leaves at once with the same code. Not under torchrun: a process that waits
+    for others runs no handler, and has to die of the signal itself.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
+        for number in _ASK_FOR_ANOTHER_START:
+            signal.signal(number, _requeue)
+
+
+def _requeue(*_: Any) -> None:
+    from zoft.errors import Requeued
+
+    _leave_at_the_next()
+    raise Requeued
+
+
+def _leave_at_the_next() -> None:
+    for number in _ASK_FOR_ANOTHER_START:
+        if signal.getsignal(number) is _requeue:
+            signal.signal(number, lambda *_: os._exit(REQUEUE))
+
+
+def _ended(arguments: list[str]) -> int:
+    """Carry the command out, and say how it ended: its exit code."""
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt as stop:
+        _leave_at_the_next()
         requeued = any(
             cls.__name__ == "Requeued" for cls in type(stop).__mro__
         )  # by name: it need not be loaded for Ctrl-C
@@ -46,11 +91,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         _complain(f"error: {error}")
         return BAD_INPUT if isinstance(error, UserError) else RUN_FAILED
-
-
-def run() -> None:
-    """Run the process's own command and exit with its code: what the entry point of ``python -m zoft`` calls."""
-    sys.exit(main())
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import signal
 import sys
 from typing import Any
 
-from zoft.errors import Requeued, UserError
+from zoft.cli import requeue_on_signals
+from zoft.errors import UserError
 from zoft.utils.terminal import fitted
 
 
@@ -34,9 +34,7 @@ def command(arguments: list[str]) -> int:
     if "--plan" in flags:
         print(fitted("\n".join([plan_text(plan), *_of_a_cell(plan)])))
         return 0
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _requeue)
+    requeue_on_signals()
     from zoft.bench.ledger import Ledger
     from zoft.bench.worker import known, left, run_bench
 
@@ -95,7 +93,3 @@ def _of_a_cell(plan: Any) -> list[str]:
         return [line.replace("memory  ", "memory      ", 1) for line in of_run(cfg, load_rows(cfg)[1])]
     except (UserError, OSError):
         return []
-
-
-def _requeue(*_: Any) -> None:
-    raise Requeued

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoft.cli import requeue_on_signals
 from zoft.errors import UserError
 from zoft.utils.terminal import fitted
 
@@ -45,6 +46,7 @@ def command(arguments: list[str]) -> int:
     # Before torch is loaded: threads that spin while they wait take the cores from whoever else is on the machine; on a
     # busy one a query of the quickstart took 0.25 s without spinning and 0.99 s with it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    requeue_on_signals()
     flags = {_flag(argument) for argument in arguments if argument.startswith("-")}
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     _quiet()

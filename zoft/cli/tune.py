@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from zoft.errors import Requeued, UserError
+from zoft.cli import requeue_on_signals
+from zoft.errors import UserError
 from zoft.utils.terminal import fitted
 from zoft.utils.words import read_words, refuse_near_miss
 
@@ -53,7 +53,7 @@ def command(arguments: list[str]) -> int:
         print(fitted(line))
     from zoft.tuning.jobs import tune_training  # what is wrong with arguments and data has been said by now
 
-    signal.signal(signal.SIGTERM, _requeue)
+    requeue_on_signals()
     show = Progress(settings.budget, settings.repeats, metric)
     tuned = tune_training(training, space, settings, metric=metric, output_dir=asked.get("output_dir"), callback=show)
     print(fitted(summary(tuned, metric)))
@@ -130,10 +130,6 @@ def _flag(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise UserError(f"stop_early must be true or false, got {text!r}")
     return text.lower() == "true"
-
-
-def _requeue(*_: Any) -> None:
-    raise Requeued
 
 
 class Progress:
