@@ -41,17 +41,18 @@ def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
     return load_fitting(cfg, tokenizer, rows), tokenizer, rows
 
 
-def load_fitting(cfg: ZoftConfig, tokenizer: Any, rows: dict[str, list[Any]]) -> Any:
+def load_fitting(cfg: ZoftConfig, tokenizer: Any, rows: dict[str, list[Any]], base: Any = None) -> Any:
     """The model with the weights chosen that are trained, which has to know the rows' tokens.
 
     Args:
         cfg: the run's.
         tokenizer: the run's.
         rows: encoded ones, by split.
+        base: its model as it was loaded, without an adapter, where that is there already.
     """
     from zoft.lm.models.agreement import require_rows_fit
 
-    model = model_to_train(cfg, tokenizer)
+    model = model_to_train(cfg, tokenizer) if base is None else _ready_to_train(cfg, base)
     require_rows_fit(model, (row for part in rows.values() for row in part), tokenizer, cfg.model.name)
     return model
 
@@ -150,7 +151,6 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
     """
     from zoft.lm import formats
     from zoft.lm.models.load import load_model_as
-    from zoft.lm.models.quantized import require_adapter
 
     model = load_model_as(
         formats.model_kind(cfg.task),
@@ -165,6 +165,13 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
         seed=cfg.seed,
         tokenizer=tokenizer or tokenizer_of(cfg),
     )
+    return _ready_to_train(cfg, model)
+
+
+def _ready_to_train(cfg: ZoftConfig, model: Any) -> Any:
+    """The model with its adapter, and with the weights chosen that are trained."""
+    from zoft.lm.models.quantized import require_adapter
+
     model = cfg.peft.wrap(model, cfg.seed, cfg.model.revision)
     if cfg.trainable.name() != "scales":
         require_adapter(model, cfg.model.name)

@@ -26,7 +26,8 @@ class Shared:
     rows: dict[str, list[Any]] = field(default_factory=dict)
     objective: Any = None  # what objective=auto is for these rows
     prefixes: dict[str, FrozenPrefix] = field(default_factory=dict)
-    models: dict[str, tuple[Any, dict[str, Tensor]]] = field(default_factory=dict)  # and its trained weights as loaded
+    models: dict[str, tuple[Any, dict[str, Tensor]]] = field(default_factory=dict)
+    """The last one: the model that was trained, and what of its own weights was, as it was loaded."""
 
     def of(self, cfg: ZoftConfig, splits: Any = None) -> tuple[Any, dict[str, list[Any]]]:
         """(tokenizer, rows) of a run; its rows, where they have been read already, are ``splits``."""
@@ -43,30 +44,41 @@ class Shared:
     def model(self, cfg: ZoftConfig) -> Any:
         """The model of a run as it was loaded: the last cell's with its trained weights put back, where that is one.
 
-        What a run adds to a model goes with it: one with an adapter, a fresh head, autocast, codes or compiled parts is
-        loaded anew, as is one that is spread, offloaded or somewhere else. So is one whose trained weights are
-        more than 2 GiB: a copy of them stays in memory.
+        Below an adapter it is the base, from which the last cell's adapter is taken. What else a run adds to a model
+        goes with it: one with a fresh head, autocast, codes or compiled parts is loaded anew, as is one that is spread,
+        offloaded or somewhere else. So is one whose trained weights are more than 2 GiB: a copy of them stays in
+        memory.
         """
         from zoft.lm import formats
+        from zoft.lm.models.peft.base import unwrapped
         from zoft.run.build import load_fitting
         from zoft.weights.tensors import Weights
 
-        plain = cfg.peft.name() == "none" and formats.model_kind(cfg.task) != "classifier"
-        keeps = plain and cfg.engine.name() in _HERE and not (cfg.model.quantization or cfg.model.device_map)
+        kind, adapter = formats.model_kind(cfg.task), cfg.peft.name() != "none"
+        keeps = kind != "classifier" and (not adapter or cfg.trainable.name() in ("auto", "adapter"))
+        keeps = keeps and cfg.engine.name() in _HERE and not (cfg.model.quantization or cfg.model.device_map)
         if not keeps or any(cfg.trainer.get(name) for name in ("bf16", "fp16", "torch_compile")):
             self.models.clear()
             return load_fitting(cfg, self.tokenizer, self.rows)
-        key = repr((cfg.model, cfg.trainable, cfg.subspace.moves_outputs, formats.model_kind(cfg.task)))
-        if key not in self.models:
-            self.models.clear()  # one at a time: two may not fit
+        own = ("below an adapter",) if adapter else (cfg.trainable, cfg.subspace.moves_outputs)
+        key = repr((cfg.model, kind, *own))
+        last, loaded = self.models.pop(key, (None, {}))
+        self.models.clear()  # one at a time: two may not fit
+        if adapter:
+            base = None if last is None else unwrapped(last)
+            model = load_fitting(cfg, self.tokenizer, self.rows, base)
+        elif last is None:
             model = load_fitting(cfg, self.tokenizer, self.rows)
-            if sum(own.numel() * own.element_size() for own in Weights(model).tensors.values()) > _MOST:
+            tensors = Weights(model).tensors
+            if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > _MOST:
                 return model
-            self.models[key] = model, {name: own.detach().clone() for name, own in Weights(model).tensors.items()}
-        model, loaded = self.models[key]
-        with torch.no_grad():
-            for name, own in Weights(model).tensors.items():
-                own.copy_(loaded[name])
+            loaded = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        else:
+            model = last
+            with torch.no_grad():
+                for name, tensor in Weights(model).tensors.items():
+                    tensor.copy_(loaded[name])
+        self.models[key] = model, loaded
         return model
 
     def prefix(self, trainer: ZOTrainer) -> None:

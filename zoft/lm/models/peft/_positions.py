@@ -38,6 +38,14 @@ def count_by_mask(model: nn.Module) -> nn.Module:
     return model
 
 
+def forget_positions(base: nn.Module) -> None:
+    """Take back what :func:`count_by_mask` has put on the model below a prompt or prefix."""
+    for number, hook in list(base._forward_pre_hooks.items()):
+        if getattr(hook, "func", None) is _with_positions:
+            del base._forward_pre_hooks[number]
+            base._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
 def adapter_config(folder: str | Path) -> dict[str, Any]:
     """What an adapter's folder says of itself; nothing where the folder is none.
 

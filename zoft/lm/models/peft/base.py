@@ -59,6 +59,22 @@ class Peft(Component):
         return count_by_mask(wrapped)
 
 
+def unwrapped(model: Any) -> Any:
+    """The model below an adapter as it was before :meth:`Peft.wrap`, in evaluation mode; the adapter is lost.
+
+    Args:
+        model: a peft model whose base has not been trained.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    from zoft.lm.models.peft._positions import forget_positions
+
+    base = model.base_model.unload() if isinstance(model.base_model, BaseTuner) else model.get_base_model()
+    forget_positions(base)
+    vars(base).pop("peft_config", None)  # or peft would add a second adapter to the first one's
+    return base.eval()
+
+
 @contextmanager
 def without_old_names() -> Iterator[None]:
     """Keep from the user that peft still asks transformers by a name that goes: nothing of theirs is meant."""
