@@ -268,6 +268,10 @@ def test_rejection_imports_nothing_heavy():
         (["trainn"], "Did you mean train?"),
         (["config=quickstart"], "Did you mean zoft train?"),
         (["train", "--cgf"], "Did you mean --cfg?"),
+        (["train", "--config", "quickstart"], "Did you mean config=...?"),
+        (["train", "--method=mezo"], "Did you mean method=mezo?"),
+        (["version", "x"], "zoft version takes no arguments, got 'x'"),
+        (["completion", "x"], "zoft completion takes no arguments, got 'x'"),
         (["train", "--seed=1"], "Did you mean seed=1?"),
         (["train", "-m", "--cfg", "seed=1"], "drop -m"),
         (["ls", "estimatr"], "Did you mean estimator?"),
@@ -281,6 +285,22 @@ def test_rejection_imports_nothing_heavy():
 def test_other_commands(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
     assert main(arguments) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_folder_that_has_been_removed_is_a_sentence(tmp_path: Path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    code = "import os, sys; os.rmdir(os.getcwd()); from zoft.cli import main; sys.exit(main(['show', 'central']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "has been removed: cd to another one" in done.stderr
 
 
 def test_interruption_and_failure_have_their_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

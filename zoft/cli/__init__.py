@@ -96,6 +96,8 @@ def _ended(arguments: list[str]) -> int:
 def _dispatch(arguments: list[str]) -> int:
     from zoft.cli import help_text
 
+    _require_a_folder()
+
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if verb in ("-h", "--help", "help"):
         print(help_text.of(rest[0] if rest else None))
@@ -111,6 +113,16 @@ def _dispatch(arguments: list[str]) -> int:
         print(help_text.of(verb))
         return SUCCESS
     return int(importlib.import_module(f"zoft.cli.{verb}").command(rest))
+
+
+def _require_a_folder() -> None:
+    """Refuse to work in a folder that somebody has removed: every path of a user's begins there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        from zoft.errors import UserError
+
+        raise UserError("the folder that this command was started in has been removed: cd to another one") from None
 
 
 def _complain(message: str) -> None:

@@ -8,6 +8,7 @@ import importlib
 from zoft.cli.verbs import VERBS
 from zoft.component import GROUPS, components
 from zoft.config.catalog import ORDER, choices, preset_files
+from zoft.errors import UserError
 
 SCRIPT = """\
 _zoft() {
@@ -34,6 +35,8 @@ def command(arguments: list[str]) -> int:
     """
     if arguments[:1] == ["--words"]:
         print("\n".join(words(arguments[1] if len(arguments) > 1 else "")))
+    elif arguments:
+        raise UserError(f"zoft completion takes no arguments, got {arguments[0]!r}")
     else:
         print(SCRIPT, end="")
     return 0

@@ -94,12 +94,14 @@ def _flag(text: str) -> str:
 
 def _near_flag(text: str) -> str:
     """What was probably meant: a flag, or a key that others write as one."""
-    from zoft.config.catalog import ELSEWHERE
+    from zoft.config.catalog import ELSEWHERE, ORDER
 
     key, _, value = text.lstrip("-").partition("=")
     key = key.replace("-", "_")
     if key in ELSEWHERE:
         return f" Did you mean {ELSEWHERE[key]}={value or '...'}?"
+    if key in (*ORDER, "seed", "output_dir", "protocol"):
+        return f" Did you mean {key}={value or '...'}?"
     near = difflib.get_close_matches(text, [*_FLAGS, "--help"], n=1)
     if near:
         return f" Did you mean {near[0]}?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zoft
+from zoft.errors import UserError
 
 
 def command(arguments: list[str]) -> int:
@@ -11,6 +12,7 @@ def command(arguments: list[str]) -> int:
     Args:
         arguments: none.
     """
-    del arguments
+    if arguments:
+        raise UserError(f"zoft version takes no arguments, got {arguments[0]!r}")
     print(f"zoft {zoft.__version__}")
     return 0

@@ -57,6 +57,11 @@ def test_a_command_that_ends_a_sentence_is_not_broken():
     assert shown.splitlines()[-1] == "        zoft plot runs/mine"
 
 
+def test_an_error_of_a_verb_begins_in_its_own_line():
+    shown = laid_out("zoft: error: zoft bench needs config=: a file of configs/bench, a path, or an experiment", 60)
+    assert shown.splitlines()[0].startswith("zoft: error: zoft bench needs")
+
+
 def test_a_file_has_no_width_and_columns_says_one(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     text = "word " * 60
