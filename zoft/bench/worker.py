@@ -148,9 +148,8 @@ def outcome_line(row: Row, plan: Plan) -> str:
 
 def _quiet() -> None:
     """Cells tell their outcome, nothing else."""
-    import transformers
+    from zoft.lm.models.load import quiet
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     logging.getLogger("zoft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers(\.|$)")

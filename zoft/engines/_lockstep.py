@@ -10,34 +10,30 @@ from __future__ import annotations
 import contextvars
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from zoft.utils.lazy import torch
+from zoft.utils.meeting import MEET
 
 _SEQUENTIAL = contextvars.ContextVar("_SEQUENTIAL", default=False)
 
 
 @contextmanager
-def sequential() -> Iterator[None]:
+def sequential(*, on: bool = True) -> Iterator[None]:
     """Within this block a forward does not wait for the others: for code that must not be left halfway."""
-    token = _SEQUENTIAL.set(True)
+    token = _SEQUENTIAL.set(on)
     try:
         yield
     finally:
         _SEQUENTIAL.reset(token)
 
 
-@contextmanager
-def together() -> Iterator[None]:
+def together() -> AbstractContextManager[None]:
     """Within this block a forward waits for the others again, inside :func:`sequential` too."""
-    token = _SEQUENTIAL.set(False)
-    try:
-        yield
-    finally:
-        _SEQUENTIAL.reset(token)
+    return sequential(on=False)
 
 
 def is_sequential() -> bool:
@@ -99,6 +95,7 @@ class Lockstep:
         # each forward has context variables of its own, as a thread would
         for runner in runners:
             runner.gr_context = contextvars.copy_context()
+            runner.gr_context.run(MEET.set, self.sync)
         # what the caller has set, autocast and gradient mode, is what the scheduler itself runs in
         self._scheduler, self._ambient, self.is_running = greenlet.getcurrent(), _thread_state(), True
         try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from zoft.engines._lockstep import Lockstep
 from zoft.engines._trace import LeavesTrace
 from zoft.engines.base import Engine, Objective, Session, memory_errors_say, refuse_derivatives
 from zoft.errors import UserError
@@ -13,6 +16,7 @@ from zoft.estimators.base import Point
 from zoft.noise.mezo import TorchSequentialNoise
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, nn, torch
+from zoft.utils.meeting import MEET
 from zoft.weights.tensors import perturbed
 
 RESTORES = ("auto", "copy", "subtract")
@@ -54,30 +58,49 @@ class InPlace(Engine):
 class _CopySession(Session):
     """Each point is computed from a saved copy, and the copy is put back at the end: exact."""
 
+    def __init__(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> None:
+        super().__init__(model, coordinates, objective)
+        self._lockstep, self._meets = Lockstep(), False  # whether the objective waits for something outside
+
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
         refuse_derivatives(points, "in_place")
         with memory_errors_say("use engine=layerwise: a copy of what is trained is kept for engine.restore=copy"):
-            return self._losses(batch, points)
-
-    def _losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
-        # clones of what is trained; frozen weights are not copied
-        saved = {name: tensor.data.clone() for name, tensor in self.weights.tensors.items()}
-        results = []
-        try:
-            for point in points:
-                # always from the clean copy, never from the point before: no error adds up
+            # clones of what is trained; frozen weights are not copied
+            saved = {name: tensor.data.clone() for name, tensor in self.weights.tensors.items()}
+            calls = [partial(self._at, saved, batch, point) for point in points]
+            try:
+                # inference mode once for all: calls that take turns would leave it on
+                with torch.inference_mode() if self._meets else nullcontext():
+                    return torch.stack(self._lockstep.run(calls) if self._meets else [call() for call in calls])
+            finally:
                 for name, clean in saved.items():
-                    tensor = self.weights.tensors[name].data
-                    if point.direction is None or not self.coordinates.moves(point.direction, name):
-                        tensor.copy_(clean)
-                    else:
-                        # theta + s z, rounded once to the weight's dtype
-                        tensor.copy_(perturbed(clean, self.coordinates.z(point.direction, name), point.scale))
-                results.append(self.evaluate(batch))
+                    self.weights.tensors[name].data.copy_(clean)
+
+    def _at(self, saved: dict[str, Tensor], batch: Any, point: Point) -> Tensor:
+        def meet(*what: Any) -> Any:
+            self._meets = True
+            share = self._lockstep.sync(*what)
+            if self._lockstep.is_running:  # the weights are at another point meanwhile
+                self._move(saved, point)
+            return share
+
+        self._move(saved, point)
+        token = MEET.set(meet)
+        try:
+            return self.evaluate(batch)
         finally:
+            MEET.reset(token)
+
+    def _move(self, saved: dict[str, Tensor], point: Point) -> None:
+        # always from the clean copy, never from the point before: no error adds up
+        with torch.inference_mode(False), torch.no_grad():
             for name, clean in saved.items():
-                self.weights.tensors[name].data.copy_(clean)
-        return torch.stack(results)
+                tensor = self.weights.tensors[name].data
+                if point.direction is None or not self.coordinates.moves(point.direction, name):
+                    tensor.copy_(clean)
+                else:
+                    # theta + s z, rounded once to the weight's dtype
+                    tensor.copy_(perturbed(clean, self.coordinates.z(point.direction, name), point.scale))
 
 
 class _SubtractSession(LeavesTrace, Session):

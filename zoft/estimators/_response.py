@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from zoft.utils.lazy import Tensor, torch
 
-Tables = dict[str, "Tensor"]
-"""What a response is of: ``keys`` [K] and ``columns`` [C], int64 and sorted by first sight; ``counts`` [K]."""
-
 
 def taken_in(known: Tensor, seen: Tensor) -> Tensor:
     """``known`` with those of ``seen`` behind it that are new, in order.

@@ -104,16 +104,14 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     Raises:
         UserError: something does not go together; nothing is written then.
     """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     from zoft.lm import formats
     from zoft.lm.data import repeats
     from zoft.lm.metrics.libraries import split
+    from zoft.lm.models.load import quiet
     from zoft.lm.objectives.metric import Metric
     from zoft.run.build import row_limit, tokenizer_of
 
+    quiet()
     began = time.perf_counter()
     # read and checked before the model, which takes longest to load
     splits = cfg.task.load()
@@ -126,13 +124,10 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     _check(form, request, cfg, splits.train)
     passing.check(form, objective, request.pass_at, request.pass_reward)
     metrics = [request.metric] * bool(request.metric)
-    # it judges all rows together: a mean over batches would be another number
     if isinstance(objective, Metric) and objective.library:  # it judges all rows at the end, not each batch on the way
         metrics.append(split(objective.library)[0])
         objective = objective.without_library()
     if request.shown:
-        from zoft.evaluation.evaluate import with_solved
-
         examples = with_solved(cfg.task, examples, splits.train, request.shown)
     tokenizer = tokenizer_of(cfg, request.run)
     encode = functools.partial(

@@ -131,14 +131,14 @@ def begin(cfg: ZoftConfig) -> tuple[ZOOptimizer, StepDirections]:
     """
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    from zoft.lm.models.load import quiet
     from zoft.run.build import arguments_of, load_model_of
     from zoft.step.directions import StepDirections
     from zoft.step.update import ZOOptimizer, decay_groups
     from zoft.weights.rounding import Rounding
     from zoft.weights.tensors import Weights
 
+    quiet()
     cfg.tracker.report_to = []
     cfg.trainer |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     args, model, method = arguments_of(cfg), load_model_of(cfg), cfg.composition

@@ -59,10 +59,9 @@ def to_read(engine: Engine, model: Any, device: torch.device) -> Any:
     Raises:
         UserError: the device map keeps the model on the CPU, and the device is another.
     """
-    if isinstance(engine, Offload):
-        stream_to_read(model, engine, device)
-    else:
-        model = on_device(model, device)
+    if not isinstance(engine, Offload):
+        return on_device(model, device).eval()
+    stream_to_read(model, engine, device)
     return model.eval()
 
 

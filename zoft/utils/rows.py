@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from zoft.errors import DiskFullError
 from zoft.utils import shared
 from zoft.utils.files import write_atomically
 
@@ -82,25 +80,6 @@ class RowFile:
         with shared.open_own(self.path, "r+b") as file:
             file.seek(self._last)
             file.write(line)
-
-
-def append_to_disk(file: Any, path: Path, line: bytes) -> None:
-    """Append a line to an open file; it is on the disk when this returns.
-
-    Args:
-        file: opened for appending bytes.
-        path: its path, for the message.
-        line: with its newline.
-
-    Raises:
-        DiskFullError: it could not be written.
-    """
-    try:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise DiskFullError.of(error, path, len(line)) from error
 
 
 def drop_cut_line(file: Any) -> list[bytes]:

@@ -16,6 +16,7 @@ from zoft.estimators.central import Central
 from zoft.estimators.per_example import PerExample
 from zoft.lm.data.rows import examples_of
 from zoft.step.method import Method
+from zoft.utils.meeting import met
 from zoft.weights.tensors import Weights
 
 
@@ -33,6 +34,16 @@ def test_all_of_them_meet_at_every_place_in_order():
 
     assert together.run([lambda: forward(1), lambda: forward(2), lambda: forward(3)]) == [31, 32, 33]
     assert seen == [[1, 2, 3], [7, 8, 9]]
+
+
+def test_what_waits_for_others_outside_of_the_model_waits_for_all():
+    """Judges, who know of no engine; and alone where nothing runs side by side."""
+
+    def forward(x):
+        return met("judges", x, lambda brought: [(y, len(brought)) for y in brought])
+
+    assert Lockstep().run([lambda: forward(1), lambda: forward(2)]) == [(1, 2), (2, 2)]
+    assert forward(3) == (3, 1)
 
 
 def test_those_that_part_meet_again():

@@ -110,9 +110,6 @@ class Rated:
     where: str
 
 
-AnyExample = Example | Completion | Chat | Preference | Rated
-
-
 def num_chars(example: Any) -> int:
     """About how many characters an example holds.
 

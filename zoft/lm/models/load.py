@@ -65,6 +65,14 @@ def load_model(
     return _load_whole(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
 
 
+def quiet() -> None:
+    """transformers says errors alone, and shows no bar while it loads."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def as_model(model: Any, peft_config: Any, seed: int) -> Any:
     """The model to train; None where ``model_init`` makes it.
 

@@ -121,21 +121,20 @@ def dequantized(model: Any) -> Any:
     """
     if not is_quantized(model):
         return model
-    for module in model.modules():  # transformers has no way for torchao's, whose tensors have their own
-        weight = module._parameters.get("weight")
-        if hasattr(weight, "__tensor_flatten__"):
-            module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
     quantizer = model.hf_quantizer
-    if quantizer.quantization_config.quant_method == "torchao":
+    # transformers has no way for torchao's, whose tensors have their own
+    own = [module for module in model.modules() if hasattr(module._parameters.get("weight"), "__tensor_flatten__")]
+    for module in own:
+        module.weight = torch.nn.Parameter(module.weight.dequantize(), requires_grad=False)
+    if own:
         quantizer.remove_quantization_config(model)
         return model
     try:
         return model.dequantize()
     except NotImplementedError as error:
-        method = str(getattr(quantizer.quantization_config, "quant_method", "this way"))
         raise UserError(
-            f"the base is quantised by {method}, whose values transformers cannot give: export the adapter as it is, "
-            "without --merge and --gguf"
+            f"the base is quantised by {quantizer.quantization_config.quant_method}, whose values transformers cannot "
+            "give: export the adapter as it is, without --merge and --gguf"
         ) from error
 
 

@@ -29,6 +29,7 @@ START = 120.0
 MOST_IN_A_ROW = 32
 """Texts in a row without a number: it is the function that is broken then, and not the texts."""
 
+Job = tuple[str, str, Any]
 _SAID = 3  # failures that are warned of one by one
 
 
@@ -71,11 +72,11 @@ class Judges:
         self.num_said = 0
         self._idle: list[_Judge] = []
 
-    def grade(self, jobs: Sequence[tuple[str, str, Any]], timeout: float, failed: float | None) -> list[float]:
-        """A number for each of (prompt, text, answer), in their order.
+    def grade(self, each: Sequence[Sequence[Job]], timeout: float, failed: float | None) -> list[list[float]]:
+        """A number for each of (prompt, text, answer), in their order; all of them side by side.
 
         Args:
-            jobs: the answer has to be what JSON has.
+            each: lists of them; the answer has to be what JSON has.
             timeout: seconds that a text may take.
             failed: what a text counts that got no number; None ends the run there.
 
@@ -83,6 +84,7 @@ class Judges:
             UserError: a text got no number and ``failed`` is None, or too many in a row got none, or the processes do
                 not start.
         """
+        jobs = [job for one in each for job in one]
         grades = self._answers([_line(self.function, job) for job in jobs], timeout, stops=failed is None)
         values = []
         for (prompt, text, _), answer in zip(jobs, grades, strict=True):
@@ -94,7 +96,8 @@ class Judges:
             self._count(lost, failed)
             assert failed is not None
             values.append(float(failed))
-        return values
+        numbers = iter(values)
+        return [[next(numbers) for _ in one] for one in each]
 
     def _count(self, lost: Ungraded, failed: float | None) -> None:
         self.num_in_a_row += 1
@@ -270,7 +273,7 @@ def raised(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300] + where
 
 
-def _line(function: str, job: tuple[str, str, Any]) -> bytes:
+def _line(function: str, job: Job) -> bytes:
     try:
         return json.dumps(job).encode() + b"\n"
     except TypeError as error:

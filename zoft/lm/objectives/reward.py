@@ -20,6 +20,7 @@ from zoft.lm.objectives._written import Writing
 from zoft.lm.objectives.base import Batch
 from zoft.utils import own_files
 from zoft.utils.lazy import Tensor, nn, torch
+from zoft.utils.meeting import met
 
 Function = Callable[..., Sequence[float]]
 
@@ -34,9 +35,10 @@ class Reward(Writing):
 
     The name of a function is code to run: it is taken from the command line or from Python, never from a file.
 
-    With ``workers`` the function is called in that many processes, once a text (lists of one), so that slow judges work
-    side by side and one that hangs, dies or raises costs its own text: ``failed`` says what that counts. The run's
-    ``ungraded.jsonl`` has each of them. Without, it is called here with all texts of a query together.
+    With ``workers`` the function is called in that many processes, once a text (lists of one): slow judges work side by
+    side, on the texts of all points of a step, and one that hangs, dies or raises costs its own text: ``failed`` says
+    what that counts. The run's ``ungraded.jsonl`` has each of them. Without, it is called here with all texts of a
+    query together.
 
     Args:
         function: ``module:function``, where a module of the working directory is found too, or ``FILE.py:function``.
@@ -104,8 +106,8 @@ class Reward(Writing):
         """
         function = self.loaded()
         if self.workers:
-            jobs = list(zip(prompts, texts, answers, strict=True))
-            return judges(name_of(self.function), self.workers).grade(jobs, self.timeout, self.failed)
+            pool, jobs = judges(name_of(self.function), self.workers), list(zip(prompts, texts, answers, strict=True))
+            return list(met(pool, jobs, lambda each: pool.grade(each, self.timeout, self.failed)))
         more = {"answers": answers} if takes_answers(function) else {}
         try:
             values = list(function(prompts=prompts, generations=texts, **more))

@@ -72,10 +72,11 @@ def load_run(run: str, overrides: list[str], *, with_base: bool = False) -> Load
         with_base: whether the model before training is wanted too; an adapter's costs nothing.
     """
     from zoft.evaluation.evaluate import model_of
+    from zoft.lm.models.load import quiet
     from zoft.run.build import tokenizer_of
     from zoft.trainer.placing import to_read
 
-    _quiet()
+    quiet()
     cfg = config_of(run, overrides)
     place = device(on_cpu=bool(cfg.trainer.get("use_cpu")))
     model, base = to_read(cfg.engine, model_of(cfg, run), place), None
@@ -91,11 +92,11 @@ def load_named(name: str, dtype: str = "float32") -> Loaded:
         name: hub name, folder, or ``zoft:<asset>``; a folder may be an adapter's.
         dtype: of its weights.
     """
-    from zoft.lm.models.load import load_model_as, load_tokenizer
+    from zoft.lm.models.load import load_model_as, load_tokenizer, quiet
     from zoft.lm.models.peft import load_adapter
     from zoft.lm.models.peft._load import base_of
 
-    _quiet()
+    quiet()
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
         base, revision = base_of(folder)
@@ -125,10 +126,3 @@ def device(*, on_cpu: bool = False) -> Any:
 def _inner(model: Any) -> Any:
     """The transformers model inside an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _quiet() -> None:
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

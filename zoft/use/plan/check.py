@@ -41,15 +41,13 @@ def checked(cfg: ZoftConfig, *, rehearse: bool = True) -> Iterator[Finding]:
         rehearse: whether the weights are loaded for two steps at the end.
     """
     from zoft.lm.models.files import placed
+    from zoft.lm.models.load import quiet
 
     try:
         yield _config(cfg)
         splits = cfg.task.load()
         placed(cfg.model.name)
-        import transformers  # what is wrong with the data has been said by now
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        quiet()  # what is wrong with the data has been said by now: this imports transformers
         yield from _data(cfg, splits)
         yield from _rows(cfg, splits, rehearse)
     except UserError as error:

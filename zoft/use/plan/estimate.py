@@ -58,14 +58,12 @@ def estimate(cfg: ZoftConfig, *, probe: bool = False) -> Estimate:
         UserError: data, tokenizer or model cannot be read.
     """
     from zoft.lm.models.files import placed
+    from zoft.lm.models.load import quiet
     from zoft.run.build import load_rows
 
     splits = cfg.task.load()
     placed(cfg.model.name)
-    import transformers  # what is wrong with the data has been said by now
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()  # what is wrong with the data has been said by now: this imports transformers
     _, rows = load_rows(cfg, splits)
     estimated = of_rows(cfg, rows)
     return dataclasses.replace(estimated, seconds=seconds_of(cfg, rows)) if probe else estimated

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from tests import runs
+from tests import models, runs
+from tests.few_bits import coded
 from tests.used import chatting, used
 from zoft.config import compose
 from zoft.errors import UserError
@@ -249,6 +250,18 @@ def test_a_run_on_it_is_used_and_exported(quantization, method, tmp_path, capsys
     with torch.no_grad():
         losses = [float(model(ids, labels=ids).loss) for model in (trained, merged)]
     assert losses[1] == pytest.approx(losses[0], rel=rounded)
+
+
+def test_values_that_nobody_can_give_are_one_sentence(monkeypatch):
+    """As of GPTQ and AWQ, whose quantisers have no way back."""
+
+    def dequantize(*_):
+        raise NotImplementedError
+
+    model = coded(models.tiny_opt())
+    monkeypatch.setattr(type(model), "dequantize", dequantize)
+    with pytest.raises(UserError, match=r"^the base is quantised by few bits, .* without --merge and --gguf$"):
+        quantized.dequantized(model)
 
 
 def test_trained_tensors_on_meta_are_refused():

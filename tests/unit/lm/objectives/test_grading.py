@@ -7,12 +7,19 @@ import time
 import pytest
 
 from tests import runs
+from tests.contract.discovered import coordinates_of
+from tests.models import tiny_llama
+from tests.unit.lm.objectives.test_objectives_more import generated
+from zoft.component import create
 from zoft.config import compose
 from zoft.errors import UserError
+from zoft.estimators.base import Point
 from zoft.lm.objectives import _grading
 from zoft.lm.objectives.reward import Reward
+from zoft.noise.direction import Direction
 from zoft.report import ungraded
 from zoft.run.train import run
+from zoft.weights.tensors import Weights
 
 JUDGE = """import os, time
 def score(prompts, generations, answers):
@@ -33,6 +40,12 @@ def picky(prompts, generations):
     if "free" in prompts[0]:
         raise ValueError("no taste")
     return [generations[0].count("i")]
+def slow(prompts, generations):
+    began = time.time()
+    time.sleep(0.4)
+    with open("judged.txt", "a") as file:
+        file.write(f"{began} {time.time()}\\n")
+    return [len(prompts[0]) / 10 + sum(map(ord, generations[0])) / 100]
 """
 
 
@@ -114,6 +127,60 @@ def test_a_function_that_fails_always_ends_the_run_in_a_bounded_time(monkeypatch
 def test_settings_that_cannot_work_are_one_sentence(given, sentence):
     with pytest.raises(UserError, match=sentence):
         Reward(**{"function": "./judge.py:score", **given}).prepare()
+
+
+def most_at_once(path):
+    """How many texts were judged at the same time, at most; the file is begun anew."""
+    spans = [tuple(map(float, line.split())) for line in path.read_text().splitlines()]
+    path.unlink()
+    return max(sum(begin <= at < end for begin, end in spans) for at, _ in spans)
+
+
+def test_texts_of_all_points_are_judged_at_once(tmp_path):
+    """Two batches a query, a text each: four points' texts go to the judges together, and losses are those alone."""
+    model = tiny_llama(vocab_size=4 + len(runs.WORDS))
+    before = Weights(model).digest()
+    rows, collate, _ = generated()
+    batches = [collate(rows[:1]), collate(rows[1:2])]
+    points = [Point(Direction(3, 1, index), sign * 0.3) for index in range(2) for sign in (1, -1)]
+
+    def losses(**settings):
+        reward = Reward(function="./judge.py:slow", **settings)
+        session = create("engine", "in_place", "in_place").bind(
+            model,
+            coordinates_of("full", model, "gaussian"),
+            lambda several: sum(reward.loss(model, b) for b in several),
+        )
+        for _ in range(2):  # what waits for judges shows in the first queries
+            (tmp_path / "judged.txt").unlink(missing_ok=True)
+            found = session.losses(batches, points)
+        return found.tolist(), most_at_once(tmp_path / "judged.txt")
+
+    alone, one = losses()
+    assert len(set(alone)) > 2
+    assert one == 1
+    together, most = losses(workers=4)
+    assert together == alone
+    assert most == 4
+    assert Weights(model).digest() == before
+
+
+def test_a_judge_that_ends_the_run_leaves_the_weights_as_they_were():
+    model = tiny_llama(vocab_size=4 + len(runs.WORDS))
+    before = Weights(model).digest()
+    rows, collate, _ = generated()
+    batch, reward = collate(rows), Reward(function="./judge.py:picky", workers=2)
+    session = create("engine", "in_place", "in_place").bind(
+        model, coordinates_of("full", model, "gaussian"), lambda batch: reward.loss(model, batch)
+    )
+    points = [Point(Direction(3, 1), 0.3), Point(Direction(3, 1), -0.3)]
+    session.losses(batch, points)
+    batch["prompts"][-1] = "it is free"
+    with pytest.raises(UserError, match="no taste"):
+        session.losses(batch, points)
+    assert Weights(model).digest() == before
+    batch["prompts"][-1] = "it is"
+    assert len(session.losses(batch, points)) == 2
 
 
 def test_a_row_that_is_no_json_is_one_sentence():
