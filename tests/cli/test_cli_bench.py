@@ -1,5 +1,7 @@
 """`zoft bench` on the command line: help, the shipped plan, a mistake in one sentence, a bench in a process."""
 
+import re
+
 from tests import runs
 
 
@@ -24,8 +26,13 @@ def test_a_bench_from_an_experiment_on_the_command_line(tmp_path):
     done = runs.zoft("bench", *words, "evaluations=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2/4  custom/aligned/mezo-x1-seed0" in done.stdout
+    assert re.search(r"\(\d+ s; about \d\d:\d\d left\)", done.stdout), "how long is left is said from the first run on"
     assert (tmp_path / "runs" / "bench-mine" / "bench.md").read_text() in done.stdout
     assert not done.stderr
+    plan = runs.zoft("bench", *words, "--plan", "--time", cwd=tmp_path)
+    assert re.search(r"\ntime +about \d\d:\d\d to train 2 cells with jobs=1, by three steps", plan.stdout), plan.stderr
+    alone = runs.zoft("bench", *words, "--time", cwd=tmp_path)
+    assert (alone.returncode, "--time goes with --plan" in alone.stderr) == (2, True)
     others = [word for word in words if not word.startswith("methods=")]
     wrong = runs.zoft("bench", *others, "methods=[mezzo]", cwd=tmp_path)
     assert wrong.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterable
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from zoft.bench.claims import Claim, claimed, holder
-from zoft.bench.plan import Cell
+from zoft.bench.plan import Cell, Entry, Plan
 from zoft.errors import UserError
 from zoft.utils.files import write_atomically
 
-ROWS, WORK, FAILED = "cells", "work", "failed"
+ROWS, WORK, FAILED, PLAN = "cells", "work", "failed", "plan.json"
 Row = dict[str, Any]
 
 
@@ -27,6 +28,31 @@ class Ledger:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+
+    def keep_plan(self, plan: Plan) -> None:
+        """Write down what is run here, so that the folder alone says it later."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values = dataclasses.asdict(plan) | {"unfit": sorted(plan.unfit)}
+        write_atomically(self.folder / PLAN, json.dumps(values, indent=1) + "\n")
+
+    def plan(self) -> Plan:
+        """The plan that was last run here.
+
+        Raises:
+            UserError: none was, or by a version whose plans have other keys.
+        """
+        file = self.folder / PLAN
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            values["methods"] = {name: Entry(**settings) for name, settings in values["methods"].items()}
+            values["unfit"] = {(task, prompt, mode) for task, prompt, mode in values["unfit"]}
+            return Plan(**values | {"output_dir": str(self.folder)})  # it may have been moved
+        except FileNotFoundError:
+            raise UserError(
+                f"output_dir={self.folder} holds no {PLAN}: give the bench's own arguments too, config=NAME ..."
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is no plan of this version ({error}): give the bench's own arguments") from error
 
     def row(self, cell: Cell, identity: list[str]) -> Row | None:
         """A cell's row, or None where it is not finished.

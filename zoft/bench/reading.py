@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from zoft.bench.ledger import Ledger
 from zoft.bench.plan import BUILT_IN, FIELDS, MODES, STANDARD, Cell, Entry, Plan
 from zoft.config import texts
 from zoft.config.catalog import preset_files
@@ -53,14 +54,19 @@ def read_plan(words: list[str]) -> Plan:
 
     Args:
         words: ``config=`` (a file of configs/bench, a path, or an experiment of `zoft train`), keys of :class:`Plan`,
-            and arguments of `zoft train` for every cell.
+            and arguments of `zoft train` for every cell; or ``output_dir=`` alone, for the plan that was run there.
 
     Raises:
         UserError: a file or key that is not there, a value of another kind, an argument that the bench itself varies.
     """
     settings, training, _, _ = read_words("bench", words, keys=(*FIELDS, "config"))
     if "config" not in settings:
-        raise UserError("zoft bench needs config=: a file of configs/bench (config=demo), a path, or an experiment")
+        if settings.keys() == {"output_dir"} and not training:
+            return Ledger(settings["output_dir"]).plan()
+        raise UserError(
+            "zoft bench needs config=: a file of configs/bench (config=demo), a path, or an experiment; or output_dir= "
+            "alone, the folder of a bench that has begun"
+        )
     name = settings.pop("config")
     content, about = _content(name)
     of_file = content.get("methods")

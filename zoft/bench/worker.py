@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from zoft.bench.choosing import best_point, rate_searches
@@ -16,6 +17,7 @@ from zoft.bench.claims import Claim
 from zoft.bench.ledger import Ledger, Row
 from zoft.bench.plan import MODES, Cell, Plan
 from zoft.errors import UserError
+from zoft.report.text import duration
 
 if TYPE_CHECKING:
     from zoft.run.shared import Shared
@@ -34,6 +36,7 @@ def run_bench(plan: Plan) -> dict[Cell, Row]:
     """
     ledger = Ledger(plan.output_dir)
     rows = known(plan, ledger)  # another bench's folder is found out before anything runs
+    ledger.keep_plan(plan)
     ledger.forget_failures(left(plan, rows))
     if plan.jobs == 1:
         work(plan)
@@ -86,7 +89,7 @@ def work(plan: Plan) -> None:
     _quiet()
     from zoft.run.shared import Shared
 
-    ledger, shared, here = Ledger(plan.output_dir), Shared(), ("", "")
+    ledger, shared, pace, here = Ledger(plan.output_dir), Shared(), Pace(plan), ("", "")
     rows: dict[Cell, Row] = {}
     while True:
         rows = known(plan, ledger, rows)
@@ -99,7 +102,7 @@ def work(plan: Plan) -> None:
             with ledger.claimed(cell) as claim:
                 if claim is not None and not ledger.has(cell):
                     here = (cell.task, cell.prompt)
-                    _one(plan, cell, ledger, shared, claim)
+                    _one(plan, cell, ledger, shared, claim, pace)
                     break
         else:
             time.sleep(_PAUSE)
@@ -111,7 +114,34 @@ def _in_order(cells: list[Cell], here: tuple[str, str], ledger: Ledger) -> list[
     return sorted(cells, key=lambda c: ((c.task, c.prompt) != here, (c.task, c.prompt) in busy))
 
 
-def _one(plan: Plan, cell: Cell, ledger: Ledger, shared: Shared, claim: Claim) -> None:
+class Pace:
+    """How long this process's cells took, and so how long the others will.
+
+    Args:
+        plan: the bench.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.seconds: dict[bool, list[float]] = {False: [], True: []}  # of evaluations, of runs
+
+    def add(self, cell: Cell, seconds: float) -> None:
+        """A cell took so long."""
+        self.seconds[cell.seed is not None].append(seconds)
+
+    def left(self, done: int) -> str:
+        """The time to the end in words, by the mean run and the processes of this machine; empty before the first run.
+
+        Args:
+            done: cells that are finished. What is left counts as runs: evaluations are few, and come first.
+        """
+        runs, cells = self.seconds[True], self.plan.num_cells - done
+        if not runs or cells < 1:
+            return ""
+        return f"; about {duration(cells * fmean(runs) / self.plan.jobs)} left"
+
+
+def _one(plan: Plan, cell: Cell, ledger: Ledger, shared: Shared, claim: Claim, pace: Pace) -> None:
     from zoft.bench.cells import run_cell
 
     began = time.perf_counter()
@@ -128,8 +158,9 @@ def _one(plan: Plan, cell: Cell, ledger: Ledger, shared: Shared, claim: Claim) -
     ledger.write(cell, row)
     ledger.clear(cell)
     done = ledger.number_of_rows()
-    place = f"{done}/{max(done, plan.num_cells)}"
-    print(f"{place:>9}  {cell.name:<44} {outcome}  ({time.perf_counter() - began:.0f} s)", flush=True)
+    place, seconds = f"{done}/{max(done, plan.num_cells)}", time.perf_counter() - began
+    pace.add(cell, seconds)
+    print(f"{place:>9}  {cell.name:<44} {outcome}  ({seconds:.0f} s{pace.left(done)})", flush=True)
 
 
 def outcome_line(row: Row, plan: Plan) -> str:

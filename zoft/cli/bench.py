@@ -12,12 +12,15 @@ from zoft.cli import requeue_on_signals
 from zoft.errors import UserError
 from zoft.utils.terminal import fitted
 
+FLAGS = ("--plan", "--time", "--draw")
+
 
 def command(arguments: list[str]) -> int:
     """Bench.
 
     Args:
-        arguments: ``config=``, keys of the bench, arguments of `zoft train` for every cell, ``--plan``, ``--draw``.
+        arguments: ``config=``, keys of the bench, arguments of `zoft train` for every cell, and :data:`FLAGS`; or
+            ``output_dir=`` alone, for a bench that has begun.
 
     Returns:
         The exit code: 1 where cells could not be carried out.
@@ -28,11 +31,15 @@ def command(arguments: list[str]) -> int:
 
     _quiet()
     logging.getLogger("zoft").setLevel(logging.ERROR)  # what a method is warned of would be said for every cell
-    flags = {word for word in arguments if word in ("--plan", "--draw")}
-    plan = read_plan([word for word in arguments if word not in flags])
-    fill_in(plan)
+    flags = {word for word in arguments if word in FLAGS}
+    if "--time" in flags and "--plan" not in flags:
+        raise UserError("--time goes with --plan: a bench that runs says with every cell how long is left")
+    words = [word for word in arguments if word not in flags]
+    plan = read_plan(words)
+    if "--draw" not in flags or any(word.startswith("config=") for word in words):  # else as it was when it was run
+        fill_in(plan)
     if "--plan" in flags:
-        print(fitted("\n".join([plan_text(plan), *_of_a_cell(plan)])))
+        print(fitted("\n".join([plan_text(plan), *_of_a_cell(plan, probe="--time" in flags)])))
         return 0
     requeue_on_signals()
     from zoft.bench.ledger import Ledger
@@ -82,14 +89,33 @@ def plan_text(plan: Any) -> str:
     return "\n".join(lines)
 
 
-def _of_a_cell(plan: Any) -> list[str]:
-    """What the first cell that trains takes; nothing where its rows or its model are not at hand."""
+def _of_a_cell(plan: Any, *, probe: bool) -> list[str]:
+    """What the first cell that trains takes, and with ``probe`` three steps of it how long all of them.
+
+    Nothing where its rows or its model are not at hand, unless a probe is asked for.
+    """
     from zoft.config import compose
     from zoft.run.build import load_rows
+    from zoft.use.plan.estimate import seconds_of
     from zoft.use.plan.opening import of_run
 
     try:
         cfg = compose(plan.arguments(next(cell for cell in plan.cells() if cell.seed is not None)))
-        return [line.replace("memory  ", "memory      ", 1) for line in of_run(cfg, load_rows(cfg)[1])]
+        rows = load_rows(cfg)[1]
+        lines = [line.replace("memory  ", "memory      ", 1) for line in of_run(cfg, rows)]
+        return [*lines, _time_of(plan, seconds_of(cfg, rows))] if probe else lines
     except (UserError, OSError):
+        if probe:
+            raise
         return []
+
+
+def _time_of(plan: Any, seconds: float) -> str:
+    """The line that says how long the training of all cells takes, from what that of one does."""
+    from zoft.report.text import duration
+
+    runs = plan.num_cells - sum(cell.seed is None for cell in plan.cells())
+    return (
+        f"time        about {duration(runs * seconds / plan.jobs)} to train {runs:,} cells with jobs={plan.jobs}, by "
+        f"three steps of the first ({duration(seconds)} each); evaluations and loading come on top"
+    )

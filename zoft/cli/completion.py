@@ -63,8 +63,10 @@ def words(line: str) -> list[str]:
         keys = ["run=", "mode=", "k=", "split=", "evaluate=", "harness=", "harness_path=", "harness_limit=", "--json"]
         offered = [*_arguments(word), *keys]
     elif typed[0] == "bench":
+        from zoft.cli.bench import FLAGS
+
         benches = [f"config={name}" for name in preset_files("bench")]
-        offered = [*benches, *_arguments(word), *(f"{key}=" for key in BENCH_KEYS), "--plan", "--draw"]
+        offered = [*benches, *_arguments(word), *(f"{key}=" for key in BENCH_KEYS), *FLAGS]
     elif typed[0] == "data":
         offered = [*_arguments(word), "--rows", "--json"] if typed[1:] else ["show"]
     elif typed[0] == "doctor":

@@ -137,7 +137,8 @@ OTHER = {
         "SIGTERM and 130 interrupted: the same command goes on."
     ),
     "bench": (
-        "usage: zoft bench config=NAME_OR_PATH [key=value]... [group=choice]... [--plan] [--draw]\n\n"
+        "usage: zoft bench config=NAME_OR_PATH [key=value]... [group=choice]... [--plan [--time]] [--draw]\n"
+        "       zoft bench output_dir=DIR [--draw]\n\n"
         "Runs every method on every task with every prompt and seed at one budget of queries, beside the references,\n"
         "and writes bench.md, bench.csv (a row a cell) and pictures. config= is a file of configs/bench,\n"
         "a path, or an experiment of `zoft train`, which then is a bench of its task. Start the same command on as\n"
@@ -160,8 +161,10 @@ OTHER = {
         "  jobs=1                  processes on this machine\n"
         "  base=[...]              arguments of `zoft train` for every cell; others you write are added to them\n"
         "  output_dir=DIR          default runs/bench-NAME\n\n"
-        "  --plan   print what would be run, and a cell's command, and stop\n"
-        "  --draw   table and pictures of the cells that are there\n\n"
+        "  --plan   print what would be run, and a cell's command, and stop; with --time also how long training of\n"
+        "           all cells will take, by three steps of the first\n"
+        "  --draw   table and pictures of the cells that are there\n"
+        "The folder alone (output_dir=DIR) draws, or goes on with, the bench that was last run in it.\n\n"
         "Examples:\n"
         "  zoft bench config=demo jobs=2\n"
         "  zoft bench config=quickstart 'methods={mezo: 1e-3, fzoo: 1e-2}' references=[zero_shot] --plan\n\n"

@@ -72,9 +72,43 @@ def test_every_cell_has_a_row_and_nothing_else_is_left(bench):
         ("words", p, m) for p in plan.prompts for m in plan.runs if m != "broken"
     }
     assert {file.name for file in (folder / "out").iterdir()} == {
-        *("cells", "work", "bench.md", "bench.csv", "curves.png", "ranks.png", "rates.png", "gaps.png")
+        *("cells", "work", "plan.json", "bench.md", "bench.csv", "curves.png", "ranks.png", "rates.png", "gaps.png")
     }
     assert not list((folder / "out" / "work").iterdir())
+
+
+def test_the_folder_alone_draws_and_goes_on(bench, tmp_path, capsys, monkeypatch):
+    """Wherever it lies by then, and whatever has become of the file that the bench was read from."""
+    folder, _, plan, rows = bench
+    moved = tmp_path / "moved"
+    shutil.copytree(folder / "out", moved)
+    (moved / "bench.md").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "output_dir=moved", "--draw"]) == 0
+    assert (moved / "bench.md").read_text() == (folder / "out" / "bench.md").read_text()
+    assert "moved: bench.md" in capsys.readouterr().out
+    kept = read_plan([f"output_dir={folder / 'out'}"])
+    assert kept == plan
+    assert worker.known(kept, Ledger(kept.output_dir)) == rows
+    assert main(["bench", f"output_dir={folder / 'out'}"]) == 0  # nothing is left to do
+    assert main(["bench", "output_dir=moved", "jobs=2", "--draw"]) == 2
+    assert "zoft bench needs config=" in capsys.readouterr().err
+    assert main(["bench", "output_dir=nothing", "--draw"]) == 2
+    assert "holds no plan.json: give the bench's own arguments too" in capsys.readouterr().err
+    (moved / "plan.json").write_text("{}")
+    assert main(["bench", "output_dir=moved", "--draw"]) == 2
+    assert "is no plan of this version" in capsys.readouterr().err
+
+
+def test_what_is_left_is_said_from_the_first_run_on(bench):
+    _, _, plan, _ = bench
+    pace = worker.Pace(plan)
+    pace.add(Cell("words", "none", "zero_shot"), 1.0)
+    assert pace.left(1) == ""
+    pace.add(Cell("words", "none", "mezo", 1.0, 0), 60.0)
+    pace.add(Cell("words", "none", "mezo", 1.0, 1), 120.0)
+    assert pace.left(plan.num_cells - 2) == "; about 03:00 left"
+    assert pace.left(plan.num_cells) == ""
 
 
 def test_a_row_is_what_zoft_train_does(bench, tmp_path):
