@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from zoft.errors import UserError, did_you_mean
+from zoft.utils.words import read_words
 
 KEYS, FLAGS = ("output", "axis"), ("--json",)
 HELP = """\
@@ -28,13 +29,9 @@ def command(arguments: list[str]) -> int:
     Args:
         arguments: folders of runs or sweeps, ``axis=``, ``output=``, ``--json``.
     """
-    places, asked, flags = _parsed("compare", arguments)
+    asked, places, flags, _ = read_words("compare", arguments, keys=KEYS, flags=FLAGS)
     if not places:
         raise UserError("say which runs: zoft compare RUN_A RUN_B, or a sweep's folder")
-    return _carry_out(places, asked, as_json="--json" in flags)
-
-
-def _carry_out(places: list[str], asked: dict[str, str], *, as_json: bool) -> int:
     from zoft.use.compare.picture import AXES, picture
     from zoft.use.compare.runs import grouped, read_runs
     from zoft.use.compare.table import plain, table, write
@@ -48,21 +45,5 @@ def _carry_out(places: list[str], asked: dict[str, str], *, as_json: bool) -> in
     folder = Path(asked.get("output") or (places[0] if alone else "runs/compare"))
     folder.mkdir(parents=True, exist_ok=True)
     files = [path.name for path in [*write(rows, folder), picture(groups, folder, axis)] if path is not None]
-    print(json.dumps(rows) if as_json else f"{plain(rows)}\n\n{folder}: {', '.join(files)}")
+    print(json.dumps(rows) if "--json" in flags else f"{plain(rows)}\n\n{folder}: {', '.join(files)}")
     return 0
-
-
-def _parsed(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str], set[str]]:
-    places, asked, flags = [], {}, set()
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if word in FLAGS:
-            flags.add(word)
-        elif word.startswith("-"):
-            near = did_you_mean(word, [*FLAGS, "--help"])
-            raise UserError(f"zoft {verb} has no flag {word!r}.{near} See zoft {verb} --help")
-        elif equals and key in KEYS:
-            asked[key] = value
-        else:
-            places.append(word)
-    return places, asked, flags

@@ -41,12 +41,7 @@ class FrozenPrefix:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        blocks: list[nn.Module],
-        first: int,
-        outside: list[nn.Module],
-        max_bytes: int,
+        self, model: nn.Module, blocks: list[nn.Module], first: int, outside: list[nn.Module], max_bytes: int
     ) -> None:
         self.model = model
         self.blocks = blocks

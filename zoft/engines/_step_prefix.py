@@ -29,11 +29,7 @@ class StepPrefix:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        state: Callable[[], Counter[Any]],
-        begin: Callable[[], None],
-        moved: Callable[[], bool],
+        self, model: nn.Module, state: Callable[[], Counter[Any]], begin: Callable[[], None], moved: Callable[[], bool]
     ) -> None:
         self.model = model
         self.begin = begin

@@ -32,11 +32,7 @@ SHOWN = 32
 PREDICTIONS, FACTS = "predictions.jsonl", "evaluation.json"
 
 
-SERVES = {
-    "icl": ("options", "generate"),
-    "calibrated": ("options",),
-    "linear_probe": ("options", "mask", "head"),
-}
+SERVES = {"icl": ("options", "generate"), "calibrated": ("options",), "linear_probe": ("options", "mask", "head")}
 """Mode -> the forms of rows that it is for; every form where it is not listed."""
 
 

@@ -26,11 +26,7 @@ Name = tuple[int, ...]
 
 
 def merge(
-    journals: Sequence[tuple[str, Contents]],
-    how: str,
-    seed_of: Callable[[int], int],
-    *,
-    fold: bool = False,
+    journals: Sequence[tuple[str, Contents]], how: str, seed_of: Callable[[int], int], *, fold: bool = False
 ) -> tuple[dict[str, Any], list[Record]]:
     """The header and the steps of the merged journal.
 

@@ -18,17 +18,8 @@ __all__ = ["ProgressCallback", "say"]
 _REFRESH_SECONDS = 0.1  # of the bar: faster than the eye is wasted on steps of a millisecond
 _LINE_SHARE = 0.1  # of the run: how often a plain line is printed
 _BAR_CELLS = 10
-_EXPENDABLE = (
-    "bar",
-    "snr",
-    "slope",
-    "rate",
-    "skipped",
-    "evaluation",
-    "memory",
-    "time",
-)  # what a narrow terminal loses, in this order
-
+# what a narrow terminal loses, in this order
+_EXPENDABLE = ("bar", "snr", "slope", "rate", "skipped", "evaluation", "memory", "time")
 
 _SHOWN = ("loss", "projected_grad", "peak_memory_mb", "num_skipped_steps")  # of a log row
 

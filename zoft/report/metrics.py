@@ -124,10 +124,7 @@ class MetricsCallback(TrainerCallback):
         self._row = row
 
     def _encode(self, row: dict[str, Any]) -> dict[str, bytes]:
-        return {
-            CSV: csv_line(_cell(row.get(key)) for key in self.columns),
-            METRICS: json_line(finite(row)),
-        }
+        return {CSV: csv_line(_cell(row.get(key)) for key in self.columns), METRICS: json_line(finite(row))}
 
 
 def _prefixed(metric: str) -> str:

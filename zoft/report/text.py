@@ -19,10 +19,7 @@ def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         ("difference", _format(known, "difference_points", "{:+.1f} points")),
         ("paired gain", _gain(known)),
         ("evaluated on", _format(known, "num_eval_rows", "{:,} rows")),
-        (
-            "queries",
-            _join(_format(known, "num_queries", "{:,}"), _format(known, "budget_queries", "of {:,}")),
-        ),
+        ("queries", _join(_format(known, "num_queries", "{:,}"), _format(known, "budget_queries", "of {:,}"))),
         ("steps", _format(known, "num_steps", "{:,}")),
         ("steps skipped", _skipped(known)),
         ("texts ungraded", _ungraded(known)),

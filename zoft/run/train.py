@@ -279,10 +279,7 @@ def _carry_out(
         trainer.checkpoints.refuse_full_disk(Path(cfg.output_dir) / "model")
     save_model(trainer, Path(cfg.output_dir) / "model")
     facts = _facts(cfg, trainer, len(rows["test"])) | _scores(metric, zero_shot, final)
-    facts |= {
-        "peak_memory_mb": peak,
-        "inference_peak_mb": zero_shot["peak_memory_mb"],
-    }
+    facts |= {"peak_memory_mb": peak, "inference_peak_mb": zero_shot["peak_memory_mb"]}
     if facts.get("backprop_estimate_mb"):  # like with like: the process would hold the same libraries
         facts["backprop_estimate_mb"] += memory.base_mb
     gain = gain_of(zero_shot_file, final_file) if first else None

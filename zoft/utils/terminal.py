@@ -105,11 +105,6 @@ def _wrapped(text: str, first: str, others: str, width: int) -> list[str]:
     if whole and len(whole[0]) <= width - len(others):
         text = text[: whole.start()] + whole[0].replace(" ", _KEPT)
     filled = textwrap.wrap(
-        text,
-        width,
-        initial_indent=first,
-        subsequent_indent=others,
-        break_long_words=False,
-        break_on_hyphens=False,
+        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
     )
     return [line.replace(_KEPT, " ") for line in filled]

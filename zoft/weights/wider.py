@@ -87,10 +87,7 @@ def _around(unit: nn.Module, dtype: torch.dtype) -> list[Any]:
         while undo:
             undo.pop()()
 
-    return [
-        unit.register_forward_pre_hook(enter, prepend=True),
-        unit.register_forward_hook(leave, always_call=True),
-    ]
+    return [unit.register_forward_pre_hook(enter, prepend=True), unit.register_forward_hook(leave, always_call=True)]
 
 
 def _widen(module: nn.Module, dtype: torch.dtype) -> Callable[[], None]:

@@ -52,12 +52,7 @@ class Written:
 
 
 def write(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    answering: Answering,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
+    model: nn.Module, prompts: Sequence[Sequence[int]], answering: Answering, *, temperature: float = 0.0, seed: int = 0
 ) -> Written:
     """Continue prompts, all of them in one batch padded on the left.
 

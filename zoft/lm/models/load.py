@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 
-KINDS = {
-    "causal": "causal language model",
-    "masked": "masked language model",
-    "classifier": "sequence classifier",
-}
+KINDS = {"causal": "causal language model", "masked": "masked language model", "classifier": "sequence classifier"}
 """Kinds of models that tasks need, in words."""
 
 _COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "data2vec-text", "longformer", "mpnet")

@@ -135,13 +135,7 @@ Terms = Callable[["Tensor"], "Tensor"]
 
 
 def of_hidden(
-    model: nn.Module,
-    inputs: Inputs,
-    places: Positions,
-    unit: Tensor,
-    *,
-    terms: Terms,
-    targets: Tensor | None = None,
+    model: nn.Module, inputs: Inputs, places: Positions, unit: Tensor, *, terms: Terms, targets: Tensor | None = None
 ) -> Readout:
     """Each position is seen in its own last hidden state h; the loss's slope in h is that of norm and head alone.
 

@@ -51,11 +51,7 @@ def written(loaded: Loaded, prompts: Sequence[Sequence[int]], how: Writing, mode
     writer = loaded.model if model is None else model
     with torch.inference_mode():
         sampled = write(
-            writer,
-            prompts,
-            Answering(loaded.tokenizer, how.max_new_tokens),
-            temperature=how.temperature,
-            seed=how.seed,
+            writer, prompts, Answering(loaded.tokenizer, how.max_new_tokens), temperature=how.temperature, seed=how.seed
         )
     return sampled.texts
 

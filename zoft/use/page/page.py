@@ -65,10 +65,7 @@ def page(folder: Path | None = None) -> Any:
     with gradio.Blocks(title="zoft") as blocks:
         gradio.Markdown("# zoft\nEvery button is a command, shown below it; the same in a terminal does the same.")
         earlier = gradio.Dropdown(
-            ["", *earlier_runs()],
-            value="",
-            allow_custom_value=True,
-            label="an earlier run: go on, try, export",
+            ["", *earlier_runs()], value="", allow_custom_value=True, label="an earlier run: go on, try, export"
         )
         with gradio.Row():
             names = [*choices("config"), ""]
