@@ -76,7 +76,7 @@ def test_what_is_applied_to_a_tied_tensor_is_what_was_measured_in_both_layers():
         torch.no_grad(),
         session.seeing(space.nodes, *where) as seen,
         # the second layer's input is what the first one's move has made of it
-        session.moved(space.perturbed(), *where, lambda key, _size: seen[key] @ delta.T),
+        session.moved(space.nodes, *where, lambda key, _size: seen[key] @ delta.T),
     ):
         moved = ask.reader.read(batch).losses
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_what_is_applied_at_the_last_k_positions_is_what_was_measured_there():
         torch.no_grad(),
         behind(model) as handed,
         session.seeing(space.nodes, *where) as seen,
-        session.moved(space.perturbed(), *where, lambda key, _size: seen[key] @ delta.T),
+        session.moved(space.nodes, *where, lambda key, _size: seen[key] @ delta.T),
     ):
         model(**batch)
     space.weights.tensors[TIED].data += delta

@@ -171,8 +171,9 @@ def test_the_response_of_the_last_residual_is_the_identity_and_its_gradient_exac
     exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)
     found = ask(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
     space = ask.session.coordinates
-    (key, response), counts = next(iter(space.response.items())), space.tables["counts"]
+    response, counts = space.response["model.layers.2.mlp"], space.tables["counts"]
     torch.testing.assert_close(response[0] / counts[0], torch.eye(16), rtol=0, atol=0.15)
+    (key,) = space.nodes
     e, wanted = found.factors[key].e, exact.factors[key].e
     assert float(nn.functional.cosine_similarity(e.flatten(), wanted.flatten(), dim=0)) > 0.98
 
@@ -200,7 +201,7 @@ def test_what_is_applied_is_what_was_measured(family):
     from zoft.step.positions import expand
 
     at = expand(ask.reader.places(batch), space)
-    key, node = list(space.perturbed().items())[-1]
+    key, node = list(space.nodes.items())[-1]
     with torch.no_grad(), ask.session.seeing({key: node}, at.rows, at.columns, len(at.starts)) as seen:
         before = ask.reader.read(batch).losses.mean()
     torch.manual_seed(0)

@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from zoft.engines._context import ContextCache
+from zoft.engines._parts import Verdict, find_parts, outputs_of, seeing_sums
 from zoft.engines.base import Engine, Objective, Session, check_outputs, memory_errors_say
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator, Point
@@ -38,6 +40,8 @@ class Nodes(Engine):
         if isinstance(coordinates, NodeSpace) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             # cross-attention's keys are at the encoder's positions: the loss says nothing of those
             coordinates.leave_out(lambda name: "decoder." not in name or _CROSS.search(name) is not None)
+        if isinstance(coordinates, NodeSpace):
+            coordinates.use_parts(*find_parts(model, coordinates.nodes))
         return NodeSession(model, coordinates, objective)
 
 
@@ -46,6 +50,11 @@ class NodeSession(Session):
 
     _asking = False
     _contexts: ContextCache | None = None
+
+    @cached_property
+    def checked_parts(self) -> set[str]:
+        """Names of the parts whose rows alone have been compared with those of the whole forward."""
+        return set()
 
     def contexts(self, nodes: dict[str, Node], new_cache: Callable[[], Any]) -> ContextCache:
         """Keeps what a batch's forwards have in common, where outputs of these nodes move."""
@@ -133,6 +142,59 @@ class NodeSession(Session):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def adding(self, parts: dict[str, Node], rows: Tensor, column: Tensor, num_rows: int) -> Iterator[Verdict]:
+        """A forward within this block tells whether blocks add these parts to the residual stream unchanged.
+
+        Args:
+            parts: by name.
+            rows: [P] row of the batch of each position.
+            column: [P] where in it, counted from the right end (negative).
+            num_rows: rows of the batch.
+        """
+        one = next(iter(parts.values()))
+        with seeing_sums(self.model, parts, lambda x: _rows(x, rows, column, num_rows, one)) as verdict:
+            yield verdict
+
+    def inside(
+        self, part: Node, nodes: dict[str, Node], x: Tensor, e: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The node gradients inside a part, by the chain rule from those of its outputs; and what its nodes see.
+
+        The part is computed once more, of the rows x alone, and derived within: no other layer is run.
+
+        Args:
+            part: as :func:`zoft.engines._parts.find_parts` has it.
+            nodes: those that lie in it, by key.
+            x: its inputs, [P, n] float32.
+            e: gradient of its outputs, [P, m] float32.
+
+        Returns:
+            key -> e of the node, [P, m] float32; and key -> x of the node, [P, n].
+        """
+        rows, column = torch.arange(len(x), device=x.device), torch.full((len(x),), -1, device=x.device)
+        zeros = dict[str, Tensor]()
+
+        def shift(key: str, size: int) -> Tensor:
+            zeros[key] = torch.zeros(len(x), size, device=x.device, requires_grad=True)
+            return zeros[key]
+
+        # rows of length one: gradients of late training are small, and 16 bits hold no small numbers
+        device, e = e.device, e.to(x.device)  # blocks may lie on several devices, and e comes from behind the last one
+        length = e.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        own = {key: node for key, node in nodes.items() if node.behind is None}
+        with (
+            torch.enable_grad(),
+            self.seeing(nodes, rows, column, len(x)) as seen,
+            self.moved(own, rows, column, len(x), shift),
+        ):
+            y = outputs_of(part.module, x)
+            found = torch.autograd.grad(y, list(zeros.values()), (e / length).to(y.dtype), allow_unused=True)
+        return {
+            key: (torch.zeros_like(zero).detach() if one is None else one.float() * length).to(device)
+            for (key, zero), one in zip(zeros.items(), found, strict=True)
+        }, seen
 
 
 def _call(calls: dict[str, Any], key: str) -> str:

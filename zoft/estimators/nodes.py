@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from zoft.errors import UserError
@@ -11,6 +11,7 @@ from zoft.noise.direction import Direction
 from zoft.utils.lazy import Tensor
 
 FEEDBACK = ("auto", "scores", "hidden", "log_odds", "loss", "exact")
+RESPONSE = ("auto", "identity", "learnt")
 
 
 @dataclass
@@ -26,6 +27,10 @@ class Nodes(Estimator):
     where dL/ds is known in closed form: softmax(z) - onehot(y) for scores z. The response is what examples have in
     common and hardly moves, so it is learnt once (``first`` probes) and a step is one clean forward from then on.
 
+    Where blocks add their parts to a residual stream that ends in the last hidden state h, the response of h to a part
+    is the identity for the last block, and nearly so below: response=identity takes it as that, e_p = dL/dh_p, and no
+    probe is made at all.
+
     feedback=log_odds learns from losses alone: s = -log(exp(L) - 1), the log-odds of the right answer, with a response
     for each answer. feedback=loss keeps no response: e_p = (L' - L) / eps v_p, unbiased and noisy, from a probe in
     every step. feedback=exact is the reference: e by backpropagation to the nodes, 3 queries a step.
@@ -37,6 +42,10 @@ class Nodes(Estimator):
         eps: radius, in units of the outputs.
         feedback: scores (options, classes, label words), hidden (any vocabulary, completions, chats), log_odds, loss,
             exact, or auto: the first of these that the objective has.
+        response: identity (of the residual stream, no probes), learnt (from probes), or auto: a trainer takes identity
+            where no setting of probes is given, the objective has feedback=hidden, positions=loss, and every layer that
+            is trained lies in a part that its block adds unchanged, which it tries with two rows before training; else
+            learnt.
         first: probes in the first step, at least 1.
         every: steps from one step with probes to the next; 0: none after the first.
 
@@ -46,6 +55,7 @@ class Nodes(Estimator):
 
     eps: float = 0.1
     feedback: str = "auto"
+    response: str = "auto"
     first: int = 4
     every: int = 0
 
@@ -54,14 +64,26 @@ class Nodes(Estimator):
         super().check()
         self.require(0 < self.eps < float("inf"), "eps", "> 0 and finite")
         self.require(self.feedback in FEEDBACK, "feedback", f"one of {', '.join(FEEDBACK)}")
+        self.require(self.response in RESPONSE, "response", f"one of {', '.join(RESPONSE)}")
         self.require(self.first >= 1, "first", "at least 1")
         self.require(self.every >= 0, "every", "0 (no probe after the first step) or more")
         self.require(self.noise == "counter", "noise", "counter")
+        if self.response == "identity" and (self.feedback not in ("auto", "hidden") or self.of_probes()):
+            ignored = self.of_probes() or ["feedback"]
+            raise UserError(
+                f"nodes.response=identity is of the last hidden state and makes no probes: leave out {ignored[0]}, or "
+                "use response=learnt"
+            )
         # one probe says little of its own step: nothing is remembered that the next one could add to
         if self.feedback == "loss" and self.every != 1:
             raise UserError(
                 f"nodes.feedback=loss keeps no response and needs a probe in every step: set every=1, got {self.every}"
             )
+
+    def of_probes(self) -> list[str]:
+        """The settings of probes that are not as they come: somebody wants probes."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return [name for name in ("first", "every", "eps", "num_directions") if getattr(self, name) != defaults[name]]
 
     def check_with(self, method: Any) -> None:
         """Refuse other subspaces, and what weighs, shapes or tries directions."""
@@ -89,7 +111,7 @@ class Nodes(Estimator):
 
     def probes_at(self, step: int) -> int:
         """How many probes a step has."""
-        if self.feedback == "exact":
+        if self.feedback == "exact" or self.response == "identity":
             return 0
         # the response is unknown in the first step, so it is learnt from more probes
         if step == 0:

@@ -17,11 +17,13 @@ class Factors:
         e: [N, m], each weighted with its share of the loss.
         x: [N, n]; for layout=vector [N, m].
         layout: matrix (the tensor is [m, n]), turned ([n, m]), or vector ([m]: sum_p e_p * x_p).
+        noisy: whether e is from probes, most of whose square is noise.
     """
 
     e: Tensor
     x: Tensor
     layout: str = "matrix"
+    noisy: bool = True
 
     def dense(self) -> Tensor:
         """The gradient in the tensor's shape."""
@@ -64,7 +66,7 @@ def to_state(factors: Mapping[str, Factors]) -> dict[str, Any]:
         number = next(same, len(inputs))
         if number == len(inputs):
             inputs.append(one.x)
-        tensors[name] = [one.e, number, one.layout]
+        tensors[name] = [one.e, number, one.layout, one.noisy]
     return {"x": inputs, "tensors": tensors}
 
 
@@ -76,6 +78,4 @@ def of_state(state: Mapping[str, Any], device: torch.device | str) -> dict[str, 
         device: where the factors are to be.
     """
     inputs = [x.to(device) for x in state["x"]]
-    return {
-        name: Factors(e.to(device), inputs[number], layout) for name, (e, number, layout) in state["tensors"].items()
-    }
+    return {name: Factors(e.to(device), inputs[number], *more) for name, (e, number, *more) in state["tensors"].items()}

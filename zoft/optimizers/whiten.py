@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zoft.errors import UserError
@@ -26,8 +26,9 @@ class Whiten(ReadsFactors, Optimizer):
     sqrt(1 + t / cooling), whatever the trainer's own schedule of lr.
 
     The step is shortened where it promises too much: with p = <E^T X, step> the decrease of the loss that the last
-    batch's own gradient predicts, summed over all layers, lr p is at most ``trust`` times the loss (Polyak's step). A
-    loss of 0 or less (minus a reward) has no such bound.
+    batch's own gradient predicts, summed over all layers, lr p is at most ``trust`` times the loss (Polyak's step), or
+    ``trust_exact`` times, where node gradients are not from probes, whose noise is most of p. A loss of 0 or less
+    (minus a reward) has no such bound.
 
     Scales and shifts of normalisations have a second moment for each element: w <- w - lr * M / (mean x^2 + lambda).
 
@@ -38,6 +39,7 @@ class Whiten(ReadsFactors, Optimizer):
         ridge: lambda as a share of the mean of X's squared elements, > 0.
         cooling: steps after which steps begin to become shorter, above 0; 0: they never do.
         trust: bound on the predicted decrease of the loss in one step, as a share of the loss, > 0.
+        trust_exact: the same, where node gradients have no noise of probes.
 
     References: Benzing 2022 (FOOF, arXiv 2201.12250), section 3; Martens & Grosse 2015 (K-FAC); Polyak 1987 for the
     bound.
@@ -49,6 +51,7 @@ class Whiten(ReadsFactors, Optimizer):
     ridge: float = 0.1
     cooling: float = 8.0
     trust: float = 50.0
+    trust_exact: float = 0.25
 
     def check(self) -> None:
         """Refuse shares outside their ranges and an empty window."""
@@ -58,7 +61,8 @@ class Whiten(ReadsFactors, Optimizer):
         self.require(self.window >= 1, "window", "at least 1")
         self.require(0 < self.ridge < float("inf"), "ridge", "> 0 and finite")
         self.require(0 <= self.cooling < float("inf"), "cooling", "above 0 and finite, or 0 for none")
-        self.require(0 < self.trust < float("inf"), "trust", "> 0 and finite")
+        for name in ("trust", "trust_exact"):
+            self.require(0 < getattr(self, name) < float("inf"), name, "> 0 and finite")
 
     def check_with(self, method: Any) -> None:
         """Refuse estimators that do not know the layers' inputs."""
@@ -95,7 +99,8 @@ class Whiten(ReadsFactors, Optimizer):
             steps[name] = self._step(factor, states[name]).scaled(self._share(states[name]))
             # p <- p + <E^T X, step>
             promised += steps[name].inner(factor)
-        bound = self.trust * loss
+        is_noisy = any(one.noisy for one in factors.values())
+        bound = (self.trust if is_noisy else self.trust_exact) * loss
         # Polyak: lr p <= trust L, else the step is shortened to it
         if 0 < bound < lr * promised:
             steps = {name: one.scaled(bound / (lr * promised)) for name, one in steps.items()}
@@ -120,14 +125,14 @@ class Whiten(ReadsFactors, Optimizer):
         if factor.layout == "vector":
             # diagonal A: sum_p omega_p x_p^2, element by element
             second = (omega.unsqueeze(1) * x.square()).sum(0)  # [m]
-            return Factors(moved, x / (second + ridge), factor.layout)
+            return replace(factor, e=moved, x=x / (second + ridge))
         count, width = x.shape
         # N x N where positions are fewer: X (X^T O X + lambda I)^-1 = (X X^T O + lambda I)^-1 X with O = diag(omega)
         if count <= width:  # (X X^T diag(omega) + lambda I)^-1 X
             matrix = (x @ x.T) * omega + ridge * torch.eye(count, device=x.device)
-            return Factors(moved, torch.linalg.solve(matrix, x), factor.layout)
+            return replace(factor, e=moved, x=torch.linalg.solve(matrix, x))
         matrix = (x.T * omega) @ x + ridge * torch.eye(width, device=x.device)  # X (X^T diag(omega) X + lambda I)^-1
-        return Factors(moved, torch.linalg.solve(matrix, x, left=False), factor.layout)
+        return replace(factor, e=moved, x=torch.linalg.solve(matrix, x, left=False))
 
 
 def _take_in(factor: Factors, state: State, window: int) -> None:

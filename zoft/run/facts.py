@@ -20,7 +20,7 @@ def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any
     trained = trainer.zo_optimizer.session.weights.num_elements
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     percent = f"{100 * trained / total:.3g} %"
-    costs = _costs(cfg, trainer)
+    costs = _costs(trainer)
     sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
     q, eps = cfg.estimator.num_directions, cfg.estimator.radius
     law, directions = f" ({cfg.subspace.law})", f" (q={q}, eps={eps:g})" if eps else f" (q={q})"
@@ -38,9 +38,9 @@ def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any
     ]
 
 
-def _costs(cfg: ZoftConfig, trainer: ZOTrainer) -> list[int]:
+def _costs(trainer: ZOTrainer) -> list[int]:
     """Queries of every step of the run."""
-    return [cfg.composition.queries_at(step) for step in range(trainer.args.max_steps)]
+    return [trainer.method.queries_at(step) for step in range(trainer.args.max_steps)]
 
 
 def _scores_text(values: dict[str, float]) -> str:

@@ -190,7 +190,7 @@ def _prepare(
     trainer.remove_callback(transformers.ProgressCallback)
     forgive_trackers(trainer.callback_handler.callbacks)
     trainer.progress.num_queries = chosen.queries if chosen else 0
-    memory, costs = PeakMemory(str(args.device)), _costs(cfg, trainer)
+    memory, costs = PeakMemory(str(args.device)), _costs(trainer)
     trainer.peak_memory_mb, memory.base_mb = memory.peak_mb, base_mb
     measuring = _diagnostics(cfg)
     for callback in (

@@ -15,6 +15,7 @@ from zoft.estimators._response import answers, index_of, node_gradients, taken_i
 from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors
+from zoft.step.parts import go_inside
 from zoft.step.positions import NodePositions, Reader, expand
 from zoft.step.shares import Shares
 from zoft.subspaces._node_layers import Node
@@ -118,13 +119,20 @@ class NodeQueries:
         parts = [_Part(one, expand(self.reader.places(one), space)) for one in self.reader.parts(batch)]
         total = self._number(parts)
         probes, exact = estimator.probes_at(direction.step), estimator.feedback == "exact"
-        for part in parts:
+        shared = False
+        for number, part in enumerate(parts):
             # feedback=exact has its own forward, with a graph; the others share one clean forward with the probes
             if exact:
                 self._exactly(part)
+            elif space.shared is None and number == 0 and probes:
+                with self._keeping_context(part, wanted=True), self._seeing_sums(part) as adds_parts:
+                    self._cleanly(part)
+                shared = adds_parts()
             else:
                 with self._keeping_context(part, wanted=probes > 0):
                     self._cleanly(part)
+        if space.shared is None and probes:
+            space.shared = all(bool(one) for one in self._all(torch.tensor([shared])))
         # L = sum_i L_i / n over the terms i of all micro-batches and processes
         sums = [sum(float(part.clean.losses.detach().double().sum()) for part in parts)]
         sums.append(sum(len(part.clean.losses) for part in parts))
@@ -139,8 +147,14 @@ class NodeQueries:
         elif not exact:
             if probes:
                 self._learn(parts, direction, probes, estimator.eps, total)
-            self._answer(parts)
-        factors = self._factors(parts, num_terms)
+            if estimator.response == "identity":
+                self._pass_down(parts)
+            else:
+                self._answer(parts)
+        for part in parts:
+            go_inside(self.session, part.e, part.seen)
+        noisy = not exact and estimator.response != "identity"
+        factors = self._factors(parts, num_terms, noisy=noisy)
         # one number that is not finite would spread to the whole tensor
         usable = all(bool(torch.isfinite(one.e).all()) for one in factors.values())
         return NodeEstimate(factors if usable else {}, loss, queries, usable)
@@ -174,9 +188,21 @@ class NodeQueries:
         """The loss, what the nodes see, and what the objective is seen in."""
         at = part.places
         # not in inference mode: what is seen goes into factors, which are used outside of the query
-        with torch.no_grad(), self.session.seeing(self._space().nodes, at.rows, at.columns, len(at.starts)) as seen:
+        with torch.no_grad(), self.session.seeing(self._space().seen(), at.rows, at.columns, len(at.starts)) as seen:
             part.clean = self.reader.read(part.batch)
         part.seen = seen
+
+    @contextmanager
+    def _seeing_sums(self, part: _Part) -> Iterator[Callable[[], bool]]:
+        """A clean forward in here tells whether the parts of all blocks have one response."""
+        space, at = self._space(), part.places
+        asked = space.subspace.probed
+        if asked != "auto" or len(space.parts) < 2 or space.subspace.positions != "loss":
+            # one part alone is its own stream; what is asked for is done
+            yield lambda: asked == "shared"
+            return
+        with self.session.adding(space.parts, at.rows, at.columns, len(at.starts)) as verdict:
+            yield verdict
 
     @contextmanager
     def _keeping_context(self, part: _Part, *, wanted: bool) -> Iterator[None]:
@@ -228,7 +254,7 @@ class NodeQueries:
         space = self._space()
         with (
             torch.enable_grad(),
-            self.session.seeing(space.nodes, at.rows, at.columns, len(at.starts)) as seen,
+            self.session.seeing(space.seen(), at.rows, at.columns, len(at.starts)) as seen,
             self.session.moved(space.perturbed(), at.rows, at.columns, len(at.starts), shift),
         ):
             part.clean = self.reader.read(part.batch)
@@ -347,10 +373,15 @@ class NodeQueries:
                 sums[key] = sums[key] + answered_here if key in sums else answered_here
         # every process adds the answers of all, so that their responses stay the same
         counts += torch.stack(self._all(answered)).sum(0)
+        total_sums: dict[str, list[Tensor]] = {}
         for key, of_process in sums.items():
             total_sum = torch.stack([one.to(of_process.device) for one in self._all(of_process)]).sum(0)
-            old = space.response.get(key)
-            space.response[key] = total_sum if old is None else widened(old, num_keys, num_columns) + total_sum
+            total_sums.setdefault(space.response_of(key), []).append(total_sum)
+        for name, each in total_sums.items():
+            # parts that share a response: each has answered for all, so it is their mean
+            mean = each[0] if len(each) == 1 else torch.stack(each).mean(0)
+            old = space.response.get(name)
+            space.response[name] = mean if old is None else widened(old, num_keys, num_columns) + mean
         space.tables = {**known, "counts": counts}
 
     def _taken_in(self, known: Tensor | None, seen: Tensor) -> Tensor:
@@ -365,12 +396,20 @@ class NodeQueries:
             slopes = part.clean.slopes[part.places.anchor]
             keys = index_of(tables["keys"], part.places.keys(part.clean.keys, apart=apart).cpu())
             columns = index_of(tables["columns"], part.clean.columns.cpu()).to(slopes.device)
-            for key, response in space.response.items():
-                part.e[key] = node_gradients(slopes, response, tables["counts"], keys.to(slopes.device), columns)
+            for name, response in space.response.items():
+                e = node_gradients(slopes, response, tables["counts"], keys.to(slopes.device), columns)
+                part.e.update({key: e for key in part.seen if space.response_of(key) == name})
+
+    def _pass_down(self, parts: list[_Part]) -> None:
+        """e_p = dL/dh_p, with h the last hidden state: what a part adds to the residual stream reaches h as it is."""
+        space = self._space()
+        for part in parts:
+            slopes = part.clean.slopes[part.places.anchor]
+            part.e.update({key: slopes for key in part.seen if key.partition("@")[0] in space.parts})
 
     # ---- factors -----------------------------------------------------------------------------------------------------
 
-    def _factors(self, parts: list[_Part], num_terms: float) -> dict[str, Factors]:
+    def _factors(self, parts: list[_Part], num_terms: float, *, noisy: bool) -> dict[str, Factors]:
         """E and X of each tensor, over micro-batches, calls, tied layers and processes."""
         nodes = self._space().nodes
         pairs: dict[str, list[tuple[Tensor, Tensor, str]]] = {}
@@ -388,7 +427,7 @@ class NodeQueries:
             # dL/dW = sum_p e_p x_p^T: the rows of all calls one below the other, never their product
             e = torch.cat(self._all(torch.cat([pair[0] for pair in of_tensor])))
             x = torch.cat(self._all(torch.cat([pair[1] for pair in of_tensor])))
-            factors[name] = Factors(e, x, of_tensor[0][2])
+            factors[name] = Factors(e, x, of_tensor[0][2], noisy)
         return factors
 
     def _e(self, part: _Part, call: str, node: Node) -> Tensor | None:

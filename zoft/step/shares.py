@@ -105,6 +105,11 @@ def _check_even(processes: int, estimator: Estimator) -> None:
             f"estimator={estimator.name()} has a backward pass, which is no point that another process could ask: use "
             "trainer.parallel=data"
         )
+    if isinstance(estimator, Nodes) and estimator.response == "identity":
+        raise UserError(
+            "estimator.response=identity makes no probes that processes could divide: use trainer.parallel=data, or "
+            "estimator.response=learnt"
+        )
     if isinstance(estimator, Nodes):
         counts = {"estimator.first": estimator.first}
         if estimator.every:

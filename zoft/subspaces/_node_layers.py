@@ -22,8 +22,9 @@ class Node:
     Args:
         name: the tensor.
         module: the layer; its output is what is perturbed.
-        kind: linear (y = x W^T), conv1d (y = x W, transformers' GPT-2), scale (y = x_hat * w), shift (y = ... + w).
-        size: m, how many outputs the layer has.
+        kind: linear (y = x W^T), conv1d (y = x W, transformers' GPT-2), scale (y = x_hat * w), shift (y = ... + w), or
+            part (several layers of a block together, no tensor of its own: ``name`` is the module's).
+        size: m, how many outputs the layer has; of a part the most of any layer in it.
         behind: the node whose layer comes right behind this one, where e follows from its e by the chain rule (LoRA's
             A behind B: e_A = e_B B); None where this layer's own output is perturbed.
     """
@@ -36,7 +37,7 @@ class Node:
 
     def seen(self, x: Tensor) -> Tensor:
         """What the gradient is made of beside e, from rows x [P, n] of the layer's inputs: float32 [P, n] or [P, m]."""
-        if self.kind in ("linear", "conv1d"):
+        if self.kind in ("linear", "conv1d", "part"):
             return x.to(torch.float32)
         # dL/db = sum_p e_p 1: the input of a shift is one
         if self.kind == "shift":
@@ -120,10 +121,13 @@ def is_adapter(node: Node) -> bool:
 
 def is_mlp(node: Node) -> bool:
     """A matrix of a numbered layer outside of attention: gate, up, down, fc1, fc2, ...; no adapter, no router."""
-    matrix = node.kind in ("linear", "conv1d") and not is_adapter(node)
-    return (
-        matrix and layer_of(node.name) is not None and not (_ATTENTION.search(node.name) or _ROUTER.search(node.name))
-    )
+    return is_outside_attention(node) and not is_adapter(node)
+
+
+def is_outside_attention(node: Node) -> bool:
+    """The same, an adapter's matrices too."""
+    matrix = node.kind in ("linear", "conv1d") and layer_of(node.name) is not None
+    return matrix and not (_ATTENTION.search(node.name) or _ROUTER.search(node.name))
 
 
 def is_fresh_head(node: Node) -> bool:

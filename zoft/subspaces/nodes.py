@@ -18,6 +18,9 @@ from zoft.weights.tensors import Weights
 LAYERS = ("auto", "mlp", "linear", "all")
 POSITIONS = ("loss", "last", "all")
 DIRECTIONS = ("orthogonal", "iid")
+PROBED = ("auto", "layers", "parts", "shared")
+STREAM = "residual stream"
+"""Stands among the responses for that of all blocks' parts together."""
 
 
 @dataclass
@@ -41,6 +44,11 @@ class Nodes(Subspace):
             (``num_positions`` up to each of those), or all up to there.
         num_positions: for positions=last, at least 1.
         directions: orthogonal (over examples and probes of a step, of length sqrt(m)), or iid (Gaussian).
+        probed: whose outputs are perturbed. layers: each layer's own. parts: those of a block's feed-forward part (the
+            mlp of a Llama), and the node gradients of the layers in it follow by the chain rule inside the part, which
+            is exact and takes no forward of the model; other layers move their own. shared: the same, and all parts
+            have one response between them, because a block adds its part to the residual stream. auto: shared, where
+            blocks do add their part unchanged and positions=loss, else parts.
 
     References: node perturbation: Ren et al. 2023 (arXiv 2210.03310); Dalm et al. 2023 (arXiv 2310.00965).
     """
@@ -52,11 +60,13 @@ class Nodes(Subspace):
     positions: str = "loss"
     num_positions: int = 1
     directions: str = "orthogonal"
+    probed: str = "auto"
 
     def check(self) -> None:
         """Refuse unknown words and a count below 1."""
         super().check()
-        for field, known in (("layers", LAYERS), ("positions", POSITIONS), ("directions", DIRECTIONS)):
+        words = {"layers": LAYERS, "positions": POSITIONS, "directions": DIRECTIONS, "probed": PROBED}
+        for field, known in words.items():
             self.require(getattr(self, field) in known, field, f"one of {', '.join(known)}")
         self.require(self.num_positions >= 1, "num_positions", "at least 1")
         if self.num_positions > 1:
@@ -156,6 +166,9 @@ class NodeSpace(BoundSubspace):
         self.names = frozenset(node.name for node in nodes.values())
         self.response: dict[str, Tensor] = {}  # node -> sum of (values' - values) / eps v^T, float32 [K, C, m]
         self.tables: dict[str, Tensor] = {}  # keys [K], columns [C], counts [K]: what the response is of
+        self.parts: dict[str, Node] = {}  # by name: what is perturbed in place of the layers in it
+        self.inside: dict[str, str] = {}  # node -> its part
+        self.shared: bool | None = None  # whether parts have one response; None until a forward has shown it
 
     def moves(self, direction: Direction, name: str) -> bool:
         """Whether the tensor is a node's."""
@@ -180,9 +193,44 @@ class NodeSpace(BoundSubspace):
                 "that is trained: train it, or use method=mezo"
             )
 
+    def use_parts(self, parts: dict[str, Node], inside: dict[str, str]) -> None:
+        """Perturb parts in place of the layers in them, or no longer, where both are empty.
+
+        Args:
+            parts: by name.
+            inside: key of a node -> name of its part.
+
+        Raises:
+            UserError: the setting asks for parts, and there are none.
+        """
+        if not parts and self.subspace.probed in ("parts", "shared"):
+            raise UserError(
+                f"subspace.probed={self.subspace.probed} needs blocks with a feed-forward module of one input, in "
+                "which all trained matrices outside of attention lie, and there is none here: use "
+                "subspace.probed=layers"
+            )
+        # a response that was learnt of layers (by an earlier version, or where parts did not serve) goes on with them
+        is_of_layers = bool(self.response) and {key.partition("@")[0] for key in self.response} <= self.nodes.keys()
+        if self.subspace.probed == "layers" or is_of_layers:
+            parts, inside = {}, {}
+        self.parts, self.inside = parts, inside
+
     def perturbed(self) -> dict[str, Node]:
-        """The nodes whose own output is perturbed."""
-        return {key: node for key, node in self.nodes.items() if node.behind is None}
+        """What is perturbed: parts, and the nodes outside of them whose own output is."""
+        own = {key: node for key, node in self.nodes.items() if node.behind is None and key not in self.inside}
+        return {**own, **self.parts}
+
+    def seen(self) -> dict[str, Node]:
+        """Whose inputs a clean forward keeps."""
+        return {**self.nodes, **self.parts}
+
+    def response_of(self, key: str) -> str:
+        """Under which name the response of a node or part is kept.
+
+        Args:
+            key: of it; where a layer runs more than once, of one of its calls (``key@1``).
+        """
+        return STREAM if self.shared and key.partition("@")[0] in self.parts else key
 
     def directions(self, step: Direction, key: str, size: int, count: int, device: torch.device) -> Tensor:
         """v of one node for a step, [count, m], rows of mean square length m.
@@ -224,6 +272,10 @@ class NodeSpace(BoundSubspace):
         if "response" not in state:  # a step of the journal without probes
             return
         device = {key: self.weights.tensors[node.name].device for key, node in self.nodes.items()}
+        device.update({part: device[key] for key, part in self.inside.items()})
         response = state.get("response", {})
         self.response = {key: response[key].to(device.get(key.partition("@")[0], "cpu")).clone() for key in response}
         self.tables = {key: tensor.clone() for key, tensor in state.get("tables", {}).items()}
+        if self.response:
+            self.shared = STREAM in self.response
+            self.use_parts(self.parts, self.inside)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes
 from zoft.lm.objectives._own_readout import is_seq2seq, own_feedbacks, own_places, own_readout
 from zoft.step.positions import NodePositions, at_loss
 from zoft.trainer.protocol import HoldsObjects
@@ -75,7 +76,10 @@ class TrainerReader:
 
     def _chosen(self, part: Any) -> str:
         trainer = self.trainer
-        objective, wanted = trainer.objective, trainer.method.estimator.feedback  # type: ignore[attr-defined]
+        objective, estimator = trainer.objective, trainer.method.estimator
+        assert isinstance(estimator, Nodes)
+        # the identity is a response of the last hidden state
+        wanted = "hidden" if estimator.response == "identity" else estimator.feedback
         feedbacks = own_feedbacks(trainer.model_wrapped, part) if objective is None else objective.feedbacks
         if wanted == "exact" or wanted in feedbacks:
             return str(wanted)

@@ -52,6 +52,7 @@ from zoft.trainer.placing import answers_when_bound, place, stay_in_place, witho
 from zoft.trainer.processes import Processes, check_processes
 from zoft.trainer.readout import TrainerReader
 from zoft.trainer.recommended import may_be, recommended
+from zoft.trainer.response import settle_response
 from zoft.trainer.stepping import RunSteps, complete
 from zoft.utils.random_state import global_random_state_kept
 from zoft.weightings.base import Weighting
@@ -138,6 +139,7 @@ class ZOMixin(_Base):
         make_ready(self, self.journal.identity)
         self.query_forward.keep_prefix(Weights(self.model))
         self.query_forward.narrow()
+        settle_response(self)
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,76 @@
+"""Whether a trainer's node directions need probes: tried before the steps are counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import models
+from zoft import ZOConfig, ZOTrainer
+from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes
+from zoft.subspaces.nodes import Nodes as Outputs
+
+BUDGET = 12
+
+
+def trainer_of(tmp_path, model, estimator=None, train=("mlp",), **more):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(word in name for word in train))
+    batch = models.batch_for(model, rows=8, length=7)
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(8)]
+    args = ZOConfig(
+        output_dir=str(tmp_path), budget_queries=BUDGET, use_cpu=True, report_to=[], disable_tqdm=True,
+        save_strategy="no", logging_strategy="no", per_device_train_batch_size=4, dataloader_pin_memory=False,
+    )  # fmt: skip
+    parts = {"subspace": "nodes", "estimator": estimator, "optimizer": "whiten"} | more
+    return ZOTrainer(model, args, train_dataset=rows, **parts)
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2", "tiny_gemma", "tiny_cohere"])
+def test_blocks_that_add_their_parts_need_no_probes(tmp_path, family):
+    trainer = trainer_of(tmp_path, getattr(models, family)(), Nodes())
+    assert trainer.method.estimator.response == "identity"
+    assert trainer.args.max_steps == BUDGET
+    trainer.train()
+    assert trainer.progress.num_queries == BUDGET
+    assert not trainer.zo_optimizer.subspace.response
+
+
+@pytest.mark.parametrize("family", ["tiny_gemma2", "tiny_opt", "tiny_bloom"])
+def test_other_blocks_do(tmp_path, family):
+    """Gemma 2 normalises the part; the layers of OPT and Bloom lie in no part of one input."""
+    model = getattr(models, family)()
+    trainer = trainer_of(tmp_path, model, Nodes(), **({} if family == "tiny_gemma2" else {"train": ("fc", "dense")}))
+    assert trainer.method.estimator.response == "learnt"
+    trainer.train()
+    assert trainer.zo_optimizer.subspace.response
+    assert trainer.progress.num_queries == BUDGET
+
+
+@pytest.mark.parametrize(
+    ("estimator", "subspace"),
+    [
+        (Nodes(first=6), "nodes"),
+        (Nodes(every=4), "nodes"),
+        (Nodes(response="learnt"), "nodes"),
+        (Nodes(), Outputs(positions="last", num_positions=2)),
+        (Nodes(), Outputs(layers="linear")),
+        (Nodes(), Outputs(probed="layers")),
+    ],
+)
+def test_where_probes_are_asked_for_or_other_layers_move_they_are_made(tmp_path, estimator, subspace):
+    trainer = trainer_of(tmp_path, models.tiny_llama(), estimator, subspace=subspace, train=("mlp", "attn"))
+    assert trainer.method.estimator.response == "learnt"
+    assert trainer.args.max_steps < BUDGET
+
+
+def test_an_identity_that_does_not_hold_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"response=identity: blocks do not add .*response=learnt"):
+        trainer_of(tmp_path, models.tiny_gemma2(), Nodes(response="identity"))
+
+
+def test_the_method_of_nobody_is_settled_too(tmp_path):
+    """A trainer without parts takes node directions, and of those what the model allows."""
+    trainer = trainer_of(tmp_path, models.tiny_llama(), subspace=None, optimizer=None)
+    assert trainer.method.subspace.name() == "nodes"
+    assert trainer.method.estimator.response == "identity"

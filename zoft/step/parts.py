@@ -1,0 +1,71 @@
+"""Node gradients of layers inside a block's part, and whether parts reach the last hidden state as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from zoft.engines.nodes import NodeSession
+from zoft.errors import UserError
+from zoft.step.positions import Reader, expand
+from zoft.subspaces.nodes import NodeSpace
+from zoft.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def go_inside(session: NodeSession, e: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
+    """Add the node gradients of the layers in each part, by the chain rule from those of its outputs.
+
+    Args:
+        session: of engine=nodes.
+        e: key of a part or node, with the number of its call behind it (``key@1``) -> [P, m]; added to.
+        seen: the same key -> what it saw in the clean forward, [P, n].
+
+    Raises:
+        UserError: a part computes its rows alone otherwise than in the whole model.
+    """
+    space = session.coordinates
+    assert isinstance(space, NodeSpace)
+    # the sums of 16-bit numbers agree to two digits
+    close = 5e-2 if next(iter(session.weights.tensors.values())).element_size() < 4 else 1e-3
+    for call in [key for key in e if key.partition("@")[0] in space.parts]:
+        name, at, number = call.partition("@")
+        nodes = {key: space.nodes[key] for key, part in space.inside.items() if part == name}
+        of_nodes, inputs = session.inside(space.parts[name], nodes, seen[call], e[call])
+        if name not in session.checked_parts:
+            session.checked_parts.add(name)
+            for key, alone in inputs.items():
+                _check(name, key, alone, seen.get(f"{key}{at}{number}"), close)
+        e.update({f"{key}{at}{number}": of_node for key, of_node in of_nodes.items()})
+
+
+def _check(part: str, key: str, alone: Tensor, whole: Tensor | None, close: float) -> None:
+    """Refuse a part whose rows alone do not give a layer in it the inputs that it has in the whole forward."""
+    if whole is None or float((alone - whole).abs().max()) > close * max(1e-30, float(whole.abs().max())):
+        raise UserError(
+            f"subspace=nodes computes {part} position by position, and there {key} is given other values than in the "
+            "whole model: use subspace.probed=layers"
+        )
+
+
+def passes_down(session: NodeSession, reader: Reader, batch: Any) -> bool:
+    """Whether what each part that is trained gives is added unchanged to a residual stream that ends in what is read.
+
+    Then the response of the last hidden state to a part is the identity, up to what the blocks above it add.
+
+    Args:
+        session: of engine=nodes.
+        reader: reads the last hidden state.
+        batch: of a few rows; the forwards made of it are no queries.
+    """
+    space = session.coordinates
+    assert isinstance(space, NodeSpace)
+    if not space.parts or space.perturbed().keys() != space.parts.keys() or space.subspace.positions != "loss":
+        return False
+    part = next(iter(reader.parts(batch)))
+    at = expand(reader.places(part), space)
+    reader.read(part)  # the first reading of a model may try what its head can be asked for, with shorter rows
+    with torch.no_grad(), session.adding(space.parts, at.rows, at.columns, len(at.starts)) as verdict:
+        last = reader.read(part).values
+    return verdict(last)
