@@ -104,11 +104,13 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     from zoft.lm.data import repeats
     from zoft.lm.metrics.libraries import split
     from zoft.lm.models.load import quiet
+    from zoft.lm.objectives._grading import take_ungraded
     from zoft.lm.objectives.metric import Metric
     from zoft.run.build import row_limit, tokenizer_of
 
     quiet()
     began = time.perf_counter()
+    take_ungraded()  # of what this process did before: another evaluation, or a training that broke off
     # read and checked before the model, which takes longest to load
     splits = cfg.task.load()
     repeats.warn(splits)

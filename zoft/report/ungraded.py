@@ -16,6 +16,12 @@ NAME = "ungraded.jsonl"
 class UngradedCallback(TrainerCallback):
     """Writes them down after every step and evaluation; a step that is asked again after a kill is written again."""
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What this process has left of a run before (a cell that broke off) is not this one's."""
+        take_ungraded()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Of the step's queries, or of an evaluation."""
         write(Path(str(args.output_dir)), step=state.global_step)
@@ -34,6 +40,7 @@ def write(folder: Path, **of: Any) -> int:
     """
     ungraded = take_ungraded()
     if ungraded:
+        folder.mkdir(parents=True, exist_ok=True)
         with (folder / NAME).open("ab") as file:
             file.write(
                 b"".join(json_line({**of, "prompt": one.prompt, "text": one.text, "why": one.why}) for one in ungraded)

@@ -195,7 +195,9 @@ def test_a_run_counts_them_and_one_that_was_stopped_goes_on_with_a_number_for_th
     words += ["objective.workers=2", "weighting=ranks", "estimator.num_directions=2"]
     with pytest.raises(UserError, match=r"it raised ValueError: no taste \(judge.py, line 18\), for the text"):
         run(compose(words))
+    _grading._ungraded.append(_grading.Ungraded("p", "of another run", "it hung"))  # one that broke off in this process
     facts = run(compose([*words, "objective.failed=-1"]))
     rows = (tmp_path / "out" / ungraded.NAME).read_text().splitlines()
     assert facts["num_ungraded"] == len(rows) > 0
+    assert not [row for row in rows if "of another run" in row]
     assert f"texts ungraded | {len(rows):,}: `ungraded.jsonl` says why" in (tmp_path / "out" / "report.md").read_text()
