@@ -111,7 +111,7 @@ def test_every_format_goes_from_its_file_to_a_report(tmp_path, capsys, model, na
         assert not any("eval_accuracy" in row for row in rows)
 
 
-def test_the_best_checkpoint_is_that_of_the_lowest_perplexity(tmp_path, model):
+def test_the_best_checkpoint_is_that_of_the_lowest_perplexity(tmp_path, model, capsys):
     data = written(tmp_path / "chat.jsonl", rows_of("chat"))
     best = ("trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.load_best_model_at_end=true")
     words = arguments(model, data, "objective=cross_entropy", f"output_dir={tmp_path / 'out'}", *best)
@@ -121,7 +121,11 @@ def test_the_best_checkpoint_is_that_of_the_lowest_perplexity(tmp_path, model):
     run(compose([*words, "trainer.metric_for_best_model=perplexity"]))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     (state,) = (tmp_path / "out").glob("checkpoint-4/trainer_state.json")
-    lowest = min(row["eval_perplexity"] for row in rows if "eval_perplexity" in row)
+    evaluated = {row["step"]: row["eval_perplexity"] for row in rows if "eval_perplexity" in row and row["step"]}
+    lowest, last = min(evaluated.values()), max(evaluated)
+    (best,) = (step for step, perplexity in evaluated.items() if perplexity == lowest)
+    kept = f"kept      the weights of step {best} of {last}, the best dev perplexity on the way: {lowest:.4g}"
+    assert (kept in capsys.readouterr().out) is (best != last)
     assert json.loads(state.read_text())["best_metric"] == pytest.approx(lowest)
 
 

@@ -139,13 +139,7 @@ def add_(out: Tensor, law: str, key: int, start: int, scale: float, factor: floa
 
 
 def perturb(
-    weight: Tensor,
-    law: str,
-    key: int,
-    start: int,
-    scales: Sequence[float],
-    outs: Sequence[Tensor],
-    factor: float = 1.0,
+    weight: Tensor, law: str, key: int, start: int, scales: Sequence[float], outs: Sequence[Tensor], factor: float = 1.0
 ) -> None:
     """``outs[i] = weight + scales[i] * (factor * z)``, with z made once; see :func:`perturb_with` for the arithmetic.
 

@@ -25,7 +25,7 @@ from zoft.run.build import (
     require_trackers,
 )
 from zoft.run.facts import _costs, _facts, _opening_lines, _scores, _scores_text
-from zoft.run.verdict import gain_of, keep_rows, next_lines, row_values, verdict_line
+from zoft.run.verdict import gain_of, keep_rows, kept_line, next_lines, row_values, verdict_line
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -271,6 +271,8 @@ def _carry_out(
             say(f"stopped after {trainer.state.global_step:,} steps; the same command goes on from there")
         # 75 asks a scheduler for another start; a user's own Ctrl-C does not
         raise Requeued if stops[0].requeue else KeyboardInterrupt
+    if first and (kept := kept_line(trainer.args, trainer.state)) is not None:
+        say(kept)
     # before the final evaluation, whose batches may be larger than training's
     peak = memory.peak_mb()
     final = _held_out(trainer, rows["test"], final_file, "final", memory, metric)

@@ -61,6 +61,22 @@ def paired_gain(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, f
     return gain, gain + low, gain + high
 
 
+def kept_line(args: Any, state: Any) -> str | None:
+    """That the weights are not the last ones but the best on the dev rows; None where they are the last ones.
+
+    Args:
+        args: the trainer's.
+        state: the trainer's, after training.
+    """
+    best, last = state.best_global_step, state.global_step
+    if not args.load_best_model_at_end or not best or best == last:
+        return None
+    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
+    return (
+        f"kept      the weights of step {best:,} of {last:,}, the best dev {metric} on the way: {state.best_metric:.4g}"
+    )
+
+
 def verdict_line(metric: str, gain: tuple[float, float, float], num_rows: int) -> str:
     """The gain in a sentence.
 

@@ -58,12 +58,7 @@ def optimizer_of(
 
 
 def queries_of(
-    method: Method,
-    optimizer: ZOOptimizer,
-    rows: StepRows,
-    loss: StepLoss,
-    reader: TrainerReader,
-    grid: Grid,
+    method: Method, optimizer: ZOOptimizer, rows: StepRows, loss: StepLoss, reader: TrainerReader, grid: Grid
 ) -> StepQueries:
     """What asks the model, with what the method may want of the data and of the other processes.
 
@@ -114,12 +109,7 @@ class StepRows:
     """
 
     def __init__(
-        self,
-        args: Any,
-        dataset: Any,
-        collated: Callable[[Sequence[Any]], Inputs],
-        loss: StepLoss,
-        processes: Processes,
+        self, args: Any, dataset: Any, collated: Callable[[Sequence[Any]], Inputs], loss: StepLoss, processes: Processes
     ) -> None:
         self.args = args
         self.dataset = dataset
