@@ -75,9 +75,10 @@ class Nodes(Subspace):
     def check_with(self, method: Any) -> None:
         """Refuse estimators that perturb weights."""
         if method.estimator.name() != "nodes":
+            whole = "; method=adamw sets every part for backpropagation" if method.estimator.backpropagates else ""
             raise UserError(
                 f"subspace=nodes moves layers' outputs, and estimator={method.estimator.name()} moves weights: use "
-                "estimator=nodes, or subspace=full"
+                f"estimator=nodes, or subspace=full{whole}"
             )
 
     def bind(self, weights: Weights, noise: str = "counter") -> NodeSpace:
