@@ -14,6 +14,7 @@ from zoft.estimators.nodes import Nodes
 from zoft.lm.models.device_map import check_device_map
 from zoft.lm.models.load import DTYPES
 from zoft.lm.models.peft.base import Peft
+from zoft.lm.models.peft.lora import Lora
 from zoft.lm.models.quantized import QUANTIZATIONS
 from zoft.lm.models.trainable.base import Trainable
 from zoft.lm.objectives._written import ONE_SAMPLE
@@ -213,6 +214,9 @@ class ZoftConfig:
             raise UserError(f"seed must be 0 or more and below 2**32 (numpy takes no more), got {self.seed}")
         _one_of("protocol", self.protocol, PROTOCOLS)
         self._check_auto()
+        # node directions need no probes of what lies outside of attention, in most models
+        if self.subspace.moves_outputs and isinstance(self.peft, Lora) and self.peft.is_free:
+            self.peft = replace(self.peft, on="feed_forward")
         if self.protocol == "mezo":
             self._follow_mezo()
         self.composition.check_budget(self.budget.queries)

@@ -114,3 +114,21 @@ def test_a_sweep_says_it_once_for_each_method(caplog: pytest.LogCaptureFixture):
 )
 def test_scales_have_their_own_and_a_budget_pays_for_the_first_step(words: list[str], method: str):
     assert compose(words).method == method
+
+
+@pytest.mark.parametrize(
+    ("words", "on"),
+    [
+        (["peft=lora"], "feed_forward"),
+        (["peft=lora", "method=nodes"], "feed_forward"),
+        (["peft=lora", "method=mezo"], "auto"),
+        (["peft=lora", "peft.on=peft"], "peft"),
+        (["peft=lora", "peft.target_modules=[q_proj]"], "auto"),
+    ],
+)
+def test_where_a_lora_goes_that_nobody_has_placed(words: list[str], on: str):
+    cfg = compose(["task=custom", "task.train=labels.jsonl", *words])
+    assert cfg.peft.on == on  # type: ignore[attr-defined]
+    again = Path("again.yaml")
+    again.write_text(resolved_yaml(cfg))
+    assert compose(["config=again.yaml"]).peft.on == on  # type: ignore[attr-defined]

@@ -263,3 +263,28 @@ def test_fault_25_damaged_files_of_an_adapter_are_a_sentence(name, content, tmp_
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=r"cannot be (loaded|read)"):
         load_adapter(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "inside", "number"),
+    [
+        ("llama", "mlp.", 3), ("gpt2", "mlp.", 2), ("opt", "fc", 2), ("qwen", "mlp.", 3), ("bert", "dense", 2),
+        ("t5", "DenseReluDense", 2),
+    ],
+)  # fmt: skip
+def test_lora_on_the_feed_forward_part_of_every_block(family, inside, number):
+    """And on nothing of attention, whose c_proj and output.dense have the same last names."""
+    wrapped = Lora(on="feed_forward").wrap(EVERY[family](), 0)
+    adapted = {name.partition(".lora_")[0] for name in trained(wrapped) if ".lora_" in name}
+    assert all(inside in name and "attention" not in name and "attn" not in name for name in adapted)
+    assert len(adapted) >= 2 * number  # of two blocks or more
+    assert wrapped.eval()(**batch_for(EVERY[family]())).loss.isfinite()
+
+
+def test_lora_is_told_once_where_it_goes():
+    with pytest.raises(UserError, match="on must be auto with target_modules"):
+        Lora(on="feed_forward", target_modules=["q_proj"])
+    with pytest.raises(UserError, match="on must be one of auto, peft, feed_forward"):
+        Lora(on="mlp")
+    with pytest.raises(UserError, match=r"finds no matrix in the blocks .*peft.on=peft"):
+        Lora(on="feed_forward").wrap(torch.nn.Sequential(torch.nn.Linear(2, 2)), 0)
