@@ -95,6 +95,8 @@ def test_a_browser_shows_it_and_asks_nobody_else(served: tuple[str, Path]):
         WebDriverWait(driver, 60).until(lambda d: d.find_elements(By.XPATH, "//button[contains(., 'See the rows')]"))
         driver.find_element(By.XPATH, "//button[contains(., 'See the rows')]").click()
         WebDriverWait(driver, 120).until(lambda d: "zoft data show" in d.find_element(By.TAG_NAME, "body").text)
+        said = "return [...document.querySelectorAll('textarea')].some(t => t.value.includes('--- train, row 1'))"
+        WebDriverWait(driver, 300).until(lambda d: d.execute_script(said))
         SHOT.parent.mkdir(exist_ok=True)
         driver.save_screenshot(str(SHOT))
     finally:
