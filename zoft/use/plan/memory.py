@@ -65,8 +65,8 @@ def of_method(cfg: ZoftConfig, model: Any, size: Size, host_mb: float = 0.0) -> 
 
     Weights are there once, and not here where a server has them. A query adds the hidden states of its forward, one
     block's at a time, and the logits that are computed; an optimizer its float32 state in the coordinates of the
-    subspace; layerwise perturbation one copy of the largest matrix that it perturbs; 16-bit weights the float32 masters
-    of small tensors.
+    subspace, or a window of batches; layerwise perturbation one copy of the largest matrix that it perturbs; 16-bit
+    weights the float32 masters of small tensors.
 
     Args:
         cfg: the run's.
@@ -80,6 +80,7 @@ def of_method(cfg: ZoftConfig, model: Any, size: Size, host_mb: float = 0.0) -> 
     parts = {
         "weights": sum(t.numel() * t.element_size() for t in here) / MB,
         "optimizer state": _state_mb(cfg, weights),
+        "window of batches": _window_mb(cfg, weights, size),
         "forward": 0.0 if served else _forward_mb(model, size),
         "a perturbed copy": _copy_mb(cfg, model, weights),
         "kept hidden states": _kept_mb(cfg, model, size),
@@ -147,6 +148,16 @@ def _state_mb(cfg: ZoftConfig, weights: Weights) -> float:
     counts = [_count(state_shape) for shape in shapes for state_shape in rule.state_shapes(shape).values()]
     masters = [t.numel() for t in weights.tensors.values() if t.element_size() < 4 and t.ndim < 2]
     return 4 * (sum(counts) + sum(masters)) / MB
+
+
+def _window_mb(cfg: ZoftConfig, weights: Weights, size: Size) -> float:
+    """Inputs and node gradients that the rule keeps of the last batches, at the longest row's positions."""
+    window = getattr(cfg.optimizer, "window", 0)
+    if not window:
+        return 0.0
+    bound = cfg.composition.bind(weights)
+    shapes = [t.shape for name, t in weights.tensors.items() if t.ndim == 2 and bound.ever_moves(name)]
+    return 4 * window * size.batch * size.positions * sum(map(sum, shapes)) / MB
 
 
 def _kept_mb(cfg: ZoftConfig, model: Any, size: Size) -> float:

@@ -36,15 +36,17 @@ def words_of(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["optimizer=adam"], ["peft=lora"], ["engine=in_place"]], ids=["mezo", "adam", "lora", "in_place"]
+    "more",
+    [[], ["optimizer=adam"], ["peft=lora"], ["engine=in_place"], ["method=zoft", "trainable=last_blocks"]],
+    ids=["mezo", "adam", "lora", "in_place", "zoft"],
 )
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(more: list[str], large: Path, tmp_path: Path):
     """Both in processes of their own: resident memory is a process's."""
     given = [
-        *words_of(large, "budget.queries=4", *more)[:-1],
+        *words_of(large, "budget.queries=8", *more)[:-1],
         *more,
         f"output_dir={tmp_path / 'out'}",
-        "budget.queries=4",
+        "budget.queries=8",
     ]
     given = [word for word in dict.fromkeys(given) if word != f"output_dir={large / 'out'}"]
     told = zoft("estimate", *given, "--json", cwd=tmp_path)
