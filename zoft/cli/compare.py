@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from zoft.errors import UserError, did_you_mean
+from zoft.utils.terminal import width_of
 from zoft.utils.words import read_words
 
 KEYS, FLAGS = ("output", "axis"), ("--json",)
@@ -45,5 +46,5 @@ def command(arguments: list[str]) -> int:
     folder = Path(asked.get("output") or (places[0] if alone else "runs/compare"))
     folder.mkdir(parents=True, exist_ok=True)
     files = [path.name for path in [*write(rows, folder), picture(groups, folder, axis)] if path is not None]
-    print(json.dumps(rows) if "--json" in flags else f"{plain(rows)}\n\n{folder}: {', '.join(files)}")
+    print(json.dumps(rows) if "--json" in flags else f"{plain(rows, width_of())}\n\n{folder}: {', '.join(files)}")
     return 0

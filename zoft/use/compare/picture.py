@@ -47,8 +47,11 @@ def picture(groups: Sequence[Group], folder: Path, axis: str = "queries") -> Pat
         axes.grid(True, color="#e6e8ec", lw=0.8)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    # a run that logged no score has its line in the loss's panel alone
+    handles = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     path = folder / f"{NAME}.png"
     figure.savefig(path)
     return path
@@ -77,7 +80,8 @@ def _draw(axes: Any, points: list[tuple[float, float, float, float]], colour: st
         return
     cost = [point[0] for point in points]
     seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
-    axes.plot(cost, [scale * point[1] for point in points], color=colour, lw=1.8, label=group.name + seeds)
+    alone = {"marker": "o"} if len(points) == 1 else {}  # a line of one point is not seen
+    axes.plot(cost, [scale * point[1] for point in points], color=colour, lw=1.8, label=group.name + seeds, **alone)
     if len(group.runs) > 1:
         axes.fill_between(
             cost, *([scale * point[k] for point in points] for k in (2, 3)), color=colour, alpha=0.15, lw=0

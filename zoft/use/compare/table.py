@@ -78,11 +78,20 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "|:--" * len(cells[0]) + "|", *lines[1:]]) + "\n"
 
 
-def plain(rows: Sequence[dict[str, Any]]) -> str:
-    """The table for a terminal."""
+def plain(rows: Sequence[dict[str, Any]], room: int | None = None) -> str:
+    """The table for a terminal of so many columns; what does not fit is left out, as the files have it."""
     cells = [_head(), *map(said, rows)]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+    for name in ("", *_EXPENDABLE):
+        kept = [place for place, title in enumerate(cells[0]) if title != name]
+        cells = [[row[place] for place in kept] for row in cells]
+        widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+        if room is None or sum(widths) + 2 * len(widths) - 2 <= room:
+            break
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+_EXPENDABLE = ("peak", "time", "seeds", "queries")
+"""Columns that a narrow terminal loses, in this order."""
 
 
 def _head() -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from zoft.cli import main
 from zoft.lm.metrics.intervals import mean_of_seeds
-from zoft.use.compare.picture import curves
+from zoft.use.compare.picture import curves, picture
 from zoft.use.compare.runs import grouped, read_runs
 from zoft.use.compare.table import plain, table
 
@@ -92,6 +92,35 @@ def test_one_run_has_its_own_interval_and_an_unfinished_one_none(tmp_path: Path)
     assert rows[0]["low"] == pytest.approx(0.604, abs=1e-3)
     assert rows[1]["metric"] == "not finished"
     assert "not finished" in plain(rows)
+
+
+def test_a_narrow_terminal_loses_columns_and_no_row_is_broken(sweep: Path):
+    rows = table(grouped(read_runs([str(sweep)])))
+    whole = plain(rows)
+    assert plain(rows, 200) == whole
+    narrow = plain(rows, 80)
+    assert max(map(len, narrow.splitlines())) <= 80 < max(map(len, whole.splitlines()))
+    assert "peak" not in narrow
+    assert narrow.splitlines()[0].split()[:1] == ["run"]
+    assert "75.0 % [62.6, 87.4]" in plain(rows, 10), "what was reached is never left out"
+
+
+def test_a_run_without_a_score_is_named_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its line is in the loss's panel alone."""
+    from matplotlib.figure import Figure
+
+    scored, other = a_run(tmp_path / "scored", 0, 0.7), a_run(tmp_path / "other", 0, 0.7, eps=1e-2)
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    without = [{key: value for key, value in row.items() if not key.startswith("eval_")} for row in rows[:1]]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in without))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    groups = grouped(read_runs([str(scored), str(other)]))
+    picture(groups, tmp_path)
+    (legend,) = drawn[0].legends
+    assert {text.get_text() for text in legend.get_texts()} == {group.name for group in groups}
+    (single,) = (line for line in drawn[0].axes[1].get_lines() if len(line.get_xdata()) == 1)
+    assert single.get_marker() == "o"
 
 
 @pytest.mark.parametrize("axis", ["queries", "seconds", "tokens"])
