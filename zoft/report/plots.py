@@ -146,7 +146,7 @@ def _draw_metric(
         axes.axhline(zero_shot * scale, color=_GREY, lw=1.4, ls=(0, (4, 3)), label=f"test, before {said(zero_shot)}")
     if final is not None:
         star: dict[str, Any] = {"marker": "*", "s": 130, "color": _BLUE, "edgecolor": "white", "lw": 0.8, "zorder": 4}
-        axes.scatter([queries[-1]], [final * scale], label=f"test, at the end {said(final)}", **star)
+        axes.scatter([queries[-1]], [final * scale], label=f"test, final model {said(final)}", **star)
     _legend(axes)
 
 
