@@ -3,14 +3,16 @@
     python scripts/bench_nodes.py learn sms rt trec --method zoft --seeds 0 1 2 --marks 30 60
     python scripts/bench_nodes.py learn sms --method mezo --rate 1e-3 --marks 60 240
     python scripts/bench_nodes.py learn stories --marks 30 60          # completions: word problems and their answers
+    python scripts/bench_nodes.py cosine sms trec rt                   # the identity beside backpropagation
     python scripts/bench_nodes.py cost
     python scripts/bench_nodes.py memory
 
 ``learn`` trains the last block of the demo's model as `zoft train config=last_block` does, and prints dev and test loss
 and accuracy at each mark, a number of queries spent. ``cost`` times one step of the methods on the same batch, in turn,
 and prints medians, their ratios to the bare clean forward and to the steps of MeZO and AdamW, and the memory they take.
-``memory`` prints the most that a step of each takes, in a process of its own and through the whole model, beside
-inference on the same batch.
+``cosine`` prints, for all blocks and one batch, the cosine of response=identity's node gradients with those of
+backpropagation. ``memory`` prints the most that a step of each takes, in a process of its own and through the whole
+model, beside inference on the same batch.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import random
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,12 @@ import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from zoft.config import compose
+from zoft.noise.direction import Direction
 from zoft.report.memory import PeakMemory
 from zoft.run.build import arguments_of, load_model_of, load_rows, make_trainer
+from zoft.step.nodes import NodeQueries
 from zoft.trainer.batch import StepBatch
+from zoft.trainer.readout import TrainerReader
 
 TASKS = {
     "sms": ["task=sms_spam"],
@@ -135,6 +141,28 @@ def learn(options: argparse.Namespace) -> None:
             made.add_callback(at)
             print(f"{task}, {options.method}, seed {seed}", flush=True)
             made.train()
+
+
+def cosine(options: argparse.Namespace) -> None:
+    """Compare the identity's node gradients with exact ones, at each block's last matrix, and over all weights."""
+    for task in options.tasks:
+        words = ["method=zoft", "trainable=all", "budget.queries=10", "trainer.per_device_train_batch_size=16"]
+        made, rows = trainer_of([*TASKS[task], *words, "task.num_dev=8", "task.num_test=8"])
+        batch = StepBatch([dict(made._prepare_inputs(made.data_collator(rows["train"][:16])))])
+        identity, found = made.method.estimator, []
+        for estimator in (identity, replace(identity, response="auto", feedback="exact")):
+            made.method = replace(made.method, estimator=estimator)
+            queries = NodeQueries(made.zo_optimizer.session, TrainerReader(made))
+            with made.query_forward.querying():
+                found.append(queries(batch, Direction(0, 0), estimator).factors)
+        names = [name for name in found[0] if "down_proj" in name]
+        by_block = [_cosine(*(factors[name].e.flatten() for factors in found)) for name in names]
+        whole = _cosine(*(torch.cat([one.dense().flatten() for one in factors.values()]) for factors in found))
+        print(f"{task}: {' '.join(f'{one:.2f}' for one in by_block)}; all weights {whole:.2f}", flush=True)
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
 
 
 def cost(options: argparse.Namespace) -> None:
@@ -244,6 +272,9 @@ def main() -> None:
     one.add_argument("--marks", type=int, nargs="+", default=[30, 60])
     one.add_argument("--set", nargs="*", default=[], help="further arguments of zoft train")
     one.set_defaults(run=learn)
+    four = verbs.add_parser("cosine")
+    four.add_argument("tasks", nargs="+", choices=list(TASKS))
+    four.set_defaults(run=cosine)
     two = verbs.add_parser("cost")
     two.add_argument("--rounds", type=int, default=10)
     two.add_argument("--set", nargs="*", default=[], help="further arguments of zoft train")

@@ -93,7 +93,7 @@ def _trained(plan: Plan, arguments: list[str], work: Path, shared: Shared) -> Ro
         "learning_rate": trainer.args.learning_rate,
         "curve": _curve(trainer.state.log_history, metric),
         "queries": trainer.progress.num_queries,
-        "queries_a_step": cfg.composition.queries_at(1),
+        "queries_a_step": trainer.method.queries_at(1),
         "steps": trainer.progress.steps,
         "trained": trainer.zo_optimizer.session.weights.num_elements,
         "peak_memory_mb": peak,
@@ -170,8 +170,9 @@ def _trainer(
     trainer = make_trainer(cfg, arguments_of(cfg), model, tokenizer, rows)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    ends = [cfg.composition.steps_within(budget) for budget in plan.budgets]
-    trainer.add_callback(Milestones(steps, plan.evaluations, ends))
+    # the trainer's own method: node directions may have found that they need no probes, and take more steps
+    ends = [trainer.method.steps_within(budget) for budget in plan.budgets]
+    trainer.add_callback(Milestones(trainer.args.max_steps, plan.evaluations, ends))
     if cfg.diagnostics.every:
         trainer.add_callback(DiagnosticsCallback(**vars(cfg.diagnostics), draw=False))
     keep_reference(trainer, rows)

@@ -17,15 +17,20 @@ if TYPE_CHECKING:
 
 def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]]) -> list[str]:
     """What is about to happen, for the console."""
+    from zoft.estimators.nodes import Nodes
+
     trained = trainer.zo_optimizer.session.weights.num_elements
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     percent = f"{100 * trained / total:.3g} %"
     costs = _costs(trainer)
     sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
-    q, eps = cfg.estimator.num_directions, cfg.estimator.radius
+    estimator = trainer.method.estimator
+    q, eps = estimator.num_directions, estimator.radius
     law, directions = f" ({cfg.subspace.law})", f" (q={q}, eps={eps:g})" if eps else f" (q={q})"
-    if cfg.estimator.backpropagates and not eps:
+    if estimator.backpropagates and not eps:
         law = directions = ""  # nothing is drawn
+    if isinstance(estimator, Nodes) and estimator.response == "identity":
+        law, directions = "", " (no probes)"
     return [
         f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({percent}), {cfg.model.dtype}",
         f"task    {cfg.task.name()}: {sizes} rows",
