@@ -56,8 +56,10 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
         summary += f"\nthese are not the weights of model/: {why}"
     if output is not None:
         model: Any = session.model
+        from zoft.lm.models.names import without_asking
+
         with snapshot.replaced(Path(output)) as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **without_asking(model))
             tokenizer_of(cfg).save_pretrained(folder)
         summary += f"\nsaved to {output}"
     return summary

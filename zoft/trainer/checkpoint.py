@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from zoft.errors import UserError
 from zoft.journal import snapshot, state
+from zoft.lm.models.names import without_asking
 from zoft.lm.models.scales import has_trained_scales
 from zoft.trainer.journaling import RunJournal
 from zoft.trainer.processes import Processes
@@ -154,7 +155,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
-            model.save_pretrained(str(folder), state_dict=state_dict, is_main_process=first)
+            model.save_pretrained(str(folder), state_dict=state_dict, is_main_process=first, **without_asking(model))
         elif first:
             save_file(state_dict or model.state_dict(), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         if not first:

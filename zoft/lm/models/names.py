@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def portable_name(name: str) -> str:
@@ -26,6 +27,20 @@ def portable_name(name: str) -> str:
             return asset.hub
     folder = Path(name).expanduser()
     return str(folder.absolute()) if folder.is_dir() else name
+
+
+def without_asking(model: Any) -> dict[str, Any]:
+    """What ``save_pretrained`` of a demo base's adapter is told, so that peft asks no hub about its vocabulary.
+
+    Args:
+        model: any; of others than a peft model on a demo base nothing is told.
+    """
+    from zoft.lm.data.assets import ASSETS
+
+    configs = getattr(model, "peft_config", {}) if hasattr(model, "get_base_model") else {}
+    demo = {asset.hub for asset in ASSETS.values() if asset.hub}
+    ours = any(config.base_model_name_or_path in demo for config in configs.values())
+    return {"save_embedding_layers": False} if ours else {}
 
 
 def is_local(name: str) -> bool:

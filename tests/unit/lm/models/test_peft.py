@@ -12,6 +12,7 @@ from tests import models
 from tests.models import CAUSAL, EVERY, batch_for, tiny_bert_classifier, tiny_llama, tiny_roberta_mlm, tiny_t5
 from zoft.component import components, create
 from zoft.errors import UserError
+from zoft.lm.models.names import portable_name, without_asking
 from zoft.lm.models.peft.base import task_type_of
 from zoft.lm.models.peft.lora import Lora
 from zoft.lm.models.peft.none import NoAdapter
@@ -288,3 +289,16 @@ def test_lora_is_told_once_where_it_goes():
         Lora(on="mlp")
     with pytest.raises(UserError, match=r"finds no matrix in the blocks .*peft.on=peft"):
         Lora(on="feed_forward").wrap(torch.nn.Sequential(torch.nn.Linear(2, 2)), 0)
+
+
+def test_an_adapter_of_the_demo_base_is_saved_without_asking_the_hub(tmp_path, monkeypatch):
+    """peft looks there whether the vocabulary has grown; the demo contacts no hub, and offline it was a warning."""
+    asked = []
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *names, **_: asked.append(names))
+    wrapped = Lora().wrap(tiny_llama(), 0)
+    assert without_asking(wrapped) == without_asking(tiny_llama()) == {}
+    for config in wrapped.peft_config.values():
+        config.base_model_name_or_path = portable_name("zoft:smollm2-135m-instruct")
+    wrapped.save_pretrained(tmp_path, **without_asking(wrapped))
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert not asked
