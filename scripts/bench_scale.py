@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from zoft import ZOConfig, ZOTrainer
+from zoft.engines._stage import Stage
 from zoft.estimators.central import Central
 from zoft.trainer.processes import Processes
 from zoft.version import __version__
@@ -70,7 +73,8 @@ def trained(given: argparse.Namespace, *, world: int, mode: str, directions: int
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     ids = torch.randint(0, 2048, (4 * given.rows, given.length))
-    groups = {"data": 1, "directions": world, "both": 2}[mode]
+    groups = {"data": 1, "directions": world, "both": 2, "pipeline": world}[mode]
+    spans = Spans()
     with tempfile.TemporaryDirectory() as folder:
         args = ZOConfig(
             output_dir=folder, max_steps=given.steps, per_device_train_batch_size=given.rows * groups // world,
@@ -87,14 +91,67 @@ def trained(given: argparse.Namespace, *, world: int, mode: str, directions: int
             callbacks=[timed],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
+        with spans.noted():
+            trainer.train()
     return {
         "step": statistics.median(timed.steps[1:]),
         "cpu": statistics.median(timed.cpu[1:]),
         "write": statistics.median(timed.writes[1:]),
         "bytes": trainer.grid.traffic.get("bytes_sent", 0),
         "weights": sum(weight.numel() for weight in model.parameters()),
+        "held": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "spans": spans.of_steps[1:],
     }
+
+
+class Spans:
+    """CPU seconds of every forward of a pipeline's schedules in this process."""
+
+    def __init__(self) -> None:
+        self.of_steps: list[list[float]] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within this block every schedule is timed."""
+        run = Stage.run
+
+        def timed(stage: Stage, calls: Any, kinds: Any) -> list[Any]:
+            spans: list[float] = []
+
+            def clocked(call: Callable[[], Any]) -> Any:
+                began = time.process_time()
+                try:
+                    return call()
+                finally:  # a forward ends by an exception where the next process goes on
+                    spans.append(time.process_time() - began)
+
+            results = run(stage, [partial(clocked, call) for call in calls], kinds)
+            self.of_steps.append(spans[-len(calls) :])  # the ones before them found out how large hidden states are
+            return results
+
+        Stage.run = timed  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Stage.run = run  # type: ignore[method-assign]
+
+
+def idle_share(spans: list[list[float]]) -> float:
+    """How much of their time processes would wait that take this long for each forward, and have a core each.
+
+    Args:
+        spans: [stages][forwards], seconds.
+
+    Example:
+        >>> idle_share([[1.0, 1.0], [1.0, 1.0]]) == (2 - 1) / (2 + 2 - 1)
+        True
+    """
+    ends = [0.0] * len(spans[0])
+    for of_stage in spans:  # a forward begins where the stage before has ended it, and this one the forward before
+        free = 0.0
+        for number, seconds in enumerate(of_stage):
+            free = ends[number] = max(free, ends[number]) + seconds
+    return 1 - sum(map(sum, spans)) / (len(spans) * ends[-1])
 
 
 def talked(world: int) -> dict[str, float]:
@@ -175,6 +232,7 @@ def main() -> None:
     ranks_by_modes(given)
     by_directions(given)
     by_bytes(given)
+    by_stages(given)
 
 
 def ranks_by_modes(given: argparse.Namespace) -> None:
@@ -207,6 +265,24 @@ def by_directions(given: argparse.Namespace) -> None:
         found = in_processes(1, lambda q=q: trained(given, world=1, mode="data", directions=q))[0]
         step, write = found["cpu"], found["write"]
         print(f"| {q} | {step:.3f} | {write:.4f} | {1e3 * write / q:.1f} | {write / step:.1%} |", flush=True)
+
+
+def by_stages(given: argparse.Namespace) -> None:
+    """A pipeline: what its processes wait for, beside the formula of GPipe's bubble."""
+    print("\n| stages | q | forwards | weights a rank, most | s a step | CPU s, most | bytes sent | formula ", end="")
+    print("| idle, CPU | bubble | last stage, CPU |\n|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for world in (count for count in given.ranks if count > 1):
+        for q in (1, given.directions):
+            call = lambda world=world, q=q: trained(given, world=world, mode="pipeline", directions=q)  # noqa: E731
+            ranks = in_processes(world, call)
+            most = {name: max(rank[name] for rank in ranks) for name in ("step", "cpu", "bytes", "held")}
+            of_steps = zip(*(rank["spans"] for rank in ranks), strict=True)
+            idle = statistics.median(idle_share(list(spans)) for spans in of_steps)
+            last = sum(map(sum, ranks[-1]["spans"])) / sum(sum(map(sum, rank["spans"])) for rank in ranks)
+            sent = 2 * q * given.rows * given.length * given.hidden * 4 + 8 * (2 * q + 2)
+            shown = f"| {world} | {q} | {2 * q} | {most['held']:,} | {most['step']:.3f} | {most['cpu']:.3f} "
+            shown += f"| {most['bytes']} | {sent} | {idle:.0%} | {(world - 1) / (2 * q + world - 1):.0%} | {last:.0%} |"
+            print(shown, flush=True)
 
 
 def by_bytes(given: argparse.Namespace) -> None:

@@ -40,8 +40,8 @@ def runs_of(methods: list[str], *, four: list[str], grid: list[str]) -> list[dic
     ]
 
 
-def told_of(folder: Path, runs: list[dict[str, Any]]) -> Told:
-    command = [sys.executable, "-m", "tests.invariant.in_grids", str(folder), json.dumps(runs)]
+def told_of(folder: Path, runs: list[dict[str, Any]], module: str = "tests.invariant.in_grids") -> Told:
+    command = [sys.executable, "-m", module, str(folder), json.dumps(runs)]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=580, check=False
     )
@@ -124,7 +124,8 @@ def test_a_grid_has_two_sides():
     assert grid_of("data", 0, 4, Central()) == (4, 1)
     assert grid_of("directions", 0, 4, Central(num_directions=2)) == (1, 4)
     assert grid_of("both", 2, 6, Central()) == (3, 2)
-    with pytest.raises(UserError, match="must be one of data, directions, both, got 'rows'"):
+    assert grid_of("pipeline", 0, 4, Central(num_directions=3)) == (1, 4)
+    with pytest.raises(UserError, match="must be one of data, directions, both, pipeline, got 'rows'"):
         grid_of("rows", 0, 2, Central())
     with pytest.raises(UserError, match="parallel=data has none: leave it out"):
         grid_of("data", 2, 2, Central())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from zoft.lm.objectives.base import Objective
 from zoft.lm.tasks.base import Task
 from zoft.optimizers.base import Optimizer
 from zoft.step.method import NOTHING_TO_CLIP, Method
-from zoft.step.shares import grid_of
+from zoft.step.shares import check_pipeline, grid_of
 from zoft.subspaces.base import Subspace
 from zoft.weightings.base import Weighting
 from zoft.weights.rounding import ROUNDINGS
@@ -269,6 +270,7 @@ class ZoftConfig:
         self._check_elsewhere()
         self._check_gradient()
         self._check_outputs()
+        self.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
 
     def doubts(self) -> list[str]:
         """What can be run and is hardly meant, a sentence each."""
@@ -298,6 +300,10 @@ class ZoftConfig:
         """
         parallel = self.trainer.get("parallel", "data")
         grid_of(parallel, self.trainer.get("parallel_directions", 0), world, self.estimator)
+        if parallel == "pipeline" and world > 1:
+            names = [f"trainer.{n}" for n in ("narrow_last_block", "torch_compile") if self.trainer.get(n)]
+            names += ["model.quantization"] if self.model.quantization else []
+            check_pipeline(self.composition, self.engine.name(), self.objective, names)
 
     def _check_gradient(self) -> None:
         """A metric or a reward has none."""

@@ -19,7 +19,7 @@ def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any
     """What is about to happen, for the console."""
     from zoft.estimators.nodes import Nodes
 
-    trained = trainer.zo_optimizer.session.weights.num_elements
+    trained = trainer.stages.num_trained
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     percent = f"{100 * trained / total:.3g} %"
     costs = _costs(trainer)
@@ -95,12 +95,11 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
     from zoft.config import own
     from zoft.report import ungraded
     from zoft.report.backprop import backprop_estimate_mb, model_shape
-    from zoft.weights.tensors import Weights
 
-    weights, progress = Weights(trainer.model), trainer.progress
+    num_trained, progress = trainer.stages.num_trained, trainer.progress
     batch = trainer.args.per_device_train_batch_size
     longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
-    shape = model_shape(trainer.model, weights.num_elements)
+    shape = model_shape(trainer.model, num_trained)
     return {
         "run_name": Path(cfg.output_dir).name,
         "model": cfg.model.name,
@@ -122,9 +121,9 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
         "seconds_forward": progress.seconds_forward,
         "seconds_other": progress.seconds - progress.seconds_forward,
         "backprop_estimate_mb": backprop_estimate_mb(shape, batch=batch, seq=longest) if shape else None,
-        "num_trainable": weights.num_elements,
+        "num_trainable": num_trained,
         "num_params": sum(p.numel() for p in trainer.model.parameters()),
-        "weights_sha256": weights.digest(),
+        "weights_sha256": trainer.stages.digest(),
         "versions": {"zoft": __version__}
         | {
             name: importlib.metadata.version(name)

@@ -319,7 +319,8 @@ def _say_if_long(trainer: ZOTrainer, rows: dict[str, list[Any]], known: int) -> 
     # queries of a step, from the budget: directions differ from method to method
     cost = trainer.args.budget_queries / trainer.args.max_steps
     left = round((trainer.args.max_steps - known) * cost)
-    if not trainer.is_world_process_zero() or left < _FEW_QUERIES:
+    # a process of a pipeline cannot time a query by itself
+    if not trainer.is_world_process_zero() or left < _FEW_QUERIES or trainer.stages.is_pipeline:
         return
     prefix = trainer.query_forward.frozen_prefix  # a query begins above it; the timed ones do not
     share = 1.0 if prefix is None else 1 - prefix.first / len(prefix.blocks)
@@ -408,12 +409,11 @@ def _held_out(
     """The metric on the held-out rows at these weights; a resumed run finds the earlier answer in its folder."""
     from zoft.report.results import WEIGHTS, read_results, write_results
     from zoft.report.text import say
-    from zoft.weights.tensors import Weights
 
     identity = trainer.journal.identity
     rows_now = identity.settings()["test_data"]
     # an earlier answer holds for these weights, this base and these rows only
-    of = {WEIGHTS: Weights(trainer.model).digest(), "frozen": identity.frozen_fingerprint(), "rows": rows_now}
+    of = {WEIGHTS: trainer.stages.digest(), "frozen": identity.frozen_fingerprint(), "rows": rows_now}
     known = read_results(file, of) if trainer.args.world_size == 1 else None
     if known is not None:  # with more processes, all must do the same whatever disk they see
         return known

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from zoft.errors import UserError
+from zoft.estimators._anchor import KeepsAnchor
+from zoft.estimators._backward import NeedsBackward
 from zoft.estimators.base import Estimator
 from zoft.estimators.nodes import Nodes
+from zoft.estimators.per_example import PerExample
+from zoft.step.method import Method
 from zoft.utils.lazy import Tensor, torch
+from zoft.weightings.per_prompt import PerPrompt
 
-PARALLEL = ("data", "directions", "both")
-"""What processes divide: a step's rows, its points, or rows and points (a grid)."""
+PARALLEL = ("data", "directions", "both", "pipeline")
+"""What processes divide: a step's rows, its points, rows and points (a grid), or the model."""
+
+_STAGED = ("auto", "layerwise")
+"""The engines whose numbers a pipeline has."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Shares:
 
 
 def grid_of(parallel: str, directions: int, world: int, estimator: Estimator) -> tuple[int, int]:
-    """(processes that divide rows, processes that divide a step's points); their product is the world.
+    """(processes that divide rows, processes that have the same rows); their product is the world.
 
     Args:
         parallel: one of :data:`PARALLEL`.
@@ -93,7 +102,7 @@ def grid_of(parallel: str, directions: int, world: int, estimator: Estimator) ->
             f"trainer.parallel_directions={directions} does not divide the {world} processes that were started: start "
             f"a multiple of {directions}"
         )
-    if directions > 1:
+    if directions > 1 and parallel != "pipeline":
         _check_even(directions, estimator)
     return world // directions, directions
 
@@ -125,3 +134,40 @@ def _check_even(processes: int, estimator: Estimator) -> None:
                 f"{processes} processes cannot divide the {what} of a step evenly (trainer.parallel): choose {name} so "
                 f"that {processes} divides them, or start another number of processes"
             )
+
+
+def check_pipeline(method: Method, engine: str, objective: Any, settings: Collection[str] = ()) -> None:
+    """Refuse what needs tensors of several processes at once, or more than one call of the model for a loss.
+
+    Args:
+        method: what is trained with.
+        engine: its name, as it was asked for.
+        objective: the component, or None for the model's own loss.
+        settings: that are on and call the model otherwise, as arguments.
+
+    Raises:
+        UserError: naming the part, and what to take instead.
+    """
+    subspace, estimator, weighting, optimizer = method.subspace, method.estimator, method.weighting, method.optimizer
+    derivative = any(point.derivative for point in estimator.points(estimator.directions(0, 0)))
+    writes = objective is not None and (objective.generates or objective.name() == "preference")
+    refused = {
+        f"estimator={estimator.name()} asks for more than losses of the batch along directions of the step": (
+            isinstance(estimator, Nodes | NeedsBackward | KeepsAnchor | PerExample) or derivative
+        ),
+        f"only subspace=full is served, not subspace={subspace.name()}": subspace.name() != "full",
+        "subspace.law=sphere scales directions over all tensors": subspace.law == "sphere",
+        "estimator.noise=torch_sequential draws one tensor behind the other": estimator.noise != "counter",
+        "estimator.across=orthogonal compares directions over all tensors": estimator.across == "orthogonal",
+        f"weighting={weighting.name()} compares directions over all tensors": weighting.asks_gram,
+        f"weighting={weighting.name()} reads the loss of each example": isinstance(weighting, PerPrompt),
+        f"optimizer={optimizer.name()} shapes directions by the state of all tensors": optimizer.shapes_directions,
+        f"engine={engine} computes the whole model": engine not in _STAGED,
+        f"objective={writes and objective.name()} calls the model more than once for a loss": writes,
+    } | {f"{setting} is about a whole model of plain tensors": True for setting in settings}
+    why = next((why for why, is_so in refused.items() if is_so), None)
+    if why is not None:
+        raise UserError(
+            f"trainer.parallel=pipeline gives every process some blocks of the model, and {why}: choose another one, "
+            "or use trainer.parallel=data or directions"
+        )

@@ -167,6 +167,7 @@ class RunIdentity:
     def __init__(self, trainer: HoldsObjects) -> None:
         self.trainer = trainer
         self._settings: dict[str, Any] | None = None
+        self._digest: str | None = None  # of weights that no process has alone
 
     def forget(self) -> None:
         """Read the rows again: a new training begins."""
@@ -234,7 +235,11 @@ class RunIdentity:
 
     def weights_digest(self) -> str | None:
         """SHA-256 of what is trained; None before ``model_init`` has made the model."""
-        return None if self.trainer.model is None else Weights(self.trainer.model).digest()
+        return self._digest or (None if self.trainer.model is None else Weights(self.trainer.model).digest())
+
+    def gather_weights(self) -> None:
+        """Processes that have parts of the model hash it together; all come here, and one asks for it later."""
+        self._digest = None if self.trainer.stages.stage is None else self.trainer.stages.digest()
 
     def frozen_fingerprint(self) -> str | None:
         """A fingerprint of what is not trained: some numbers of every tensor, and the sum of all of its bits."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoft.engines._stage import Pipeline
 from zoft.engines.base import Engine
 from zoft.engines.nodes import NodeSession
 from zoft.lm.data.rows import examples_of, groups_of, of_lengths
@@ -47,10 +48,13 @@ def optimizer_of(
         decayed: names of the tensors that decay.
         next_estimate: what the Trainer's loop lets it apply.
     """
+    stage = engine.stage if isinstance(engine, Pipeline) else None
     weights, estimator = Weights(model), method.estimator
     coordinates = method.bind(weights)
     engine = engine.choose(estimator, coordinates, model)
-    session = engine.bind(model, coordinates, with_float32_losses(loss.of))
+    # only the last process of a pipeline comes to a loss
+    objective = loss.of if stage is not None and not stage.is_last else with_float32_losses(loss.of)
+    session = engine.bind(model, coordinates, objective)
     groups = decay_groups(weights, decayed, args.weight_decay)
     rounding = Rounding.chosen(args.precision_update, args.seed, estimator.noise)
     optimizer = ZOOptimizer(groups, method.optimizer, session, args.learning_rate, rounding, next_estimate)

@@ -68,13 +68,15 @@ class Checkpoints:
             state_.best_model_checkpoint = str(best)
         # every process has random states of its own, and one of them writes all
         randoms = self.processes.gather(random_state())
-        if args.should_save:
-            self.refuse_full_disk(target)
-            # under another name until it is whole
-            with snapshot.staged(target, self.journal.facts_at(state_.global_step)) as staged:
-                self._write(staged, randoms)
-        elif trainer.is_distributed_loading_by_transformers:
-            trainer.save_model(str(target), _internal_call=True)
+        moved = {} if args.save_only_model else trainer.stages.gathered(trainer.zo_optimizer.state_dict())
+        with trainer.stages.whole():
+            if args.should_save:
+                self.refuse_full_disk(target)
+                # under another name until it is whole
+                with snapshot.staged(target, self.journal.facts_at(state_.global_step)) as staged:
+                    self._write(staged, randoms, moved)
+            elif trainer.is_distributed_loading_by_transformers:
+                trainer.save_model(str(target), _internal_call=True)
         self.processes.wait()
         return target
 
@@ -88,12 +90,12 @@ class Checkpoints:
         if args.should_save and args.save_total_limit:
             snapshot.rotate(target, args.save_total_limit, {best})
 
-    def _write(self, folder: Path, randoms: list[dict[str, Any]]) -> None:
+    def _write(self, folder: Path, randoms: list[dict[str, Any]], moved: dict[str, Any]) -> None:
         trainer = self.trainer
         self._write_weights(folder)
         # save_only_model: the weights, and nothing to resume from
         if not trainer.args.save_only_model:
-            (folder / OPTIMIZER).write_bytes(state.pack(trainer.zo_optimizer.state_dict()))
+            (folder / OPTIMIZER).write_bytes(state.pack(moved))
             (folder / SCHEDULER).write_text(json.dumps(trainer.lr_scheduler.state_dict(), default=str))
             (folder / RANDOM).write_text(json.dumps(randoms))
         self._export_callbacks()
@@ -206,7 +208,8 @@ class Checkpoints:
         if not (folder / OPTIMIZER).is_file():
             raise UserError(f"{folder} holds a model alone (save_only_model): nothing can be resumed from it")
         with snapshot.reading(folder / OPTIMIZER):
-            optimizer.load_state_dict(state.unpack((folder / OPTIMIZER).read_bytes()))
+            saved = state.unpack((folder / OPTIMIZER).read_bytes())
+            optimizer.load_state_dict(self.trainer.stages.own_of(saved))
         with snapshot.reading(folder / SCHEDULER):
             saved = dict(json.loads((folder / SCHEDULER).read_text()))
             for of_this_run in ("base_lrs", "lr_lambdas", "_get_lr_called_within_step"):

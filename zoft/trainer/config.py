@@ -83,7 +83,8 @@ class ZOConfig(TrainingArguments):
             average), master (a float32 copy takes them), nearest (they are lost), auto (a master for norms, biases and
             other small tensors, stochastic for the rest; nearest for MeZO's own numbers).
         parallel: what the processes of torchrun divide: data (a step's rows), directions (its points, over the same
-            rows), both (a grid); docs/scaling.md.
+            rows), both (a grid), pipeline (the model: each has some of its blocks, and their weights alone);
+            docs/scaling.md.
         parallel_directions: processes that divide a step's points under ``parallel=both``; the others have other rows.
 
     Example:
@@ -123,7 +124,7 @@ class ZOConfig(TrainingArguments):
     )
     parallel: str = field(
         default="data",
-        metadata={"help": "What the processes divide: a step's rows (data), its points (directions), or both."},
+        metadata={"help": "What processes divide: a step's rows (data), its points (directions), both, or the model."},
     )
     parallel_directions: int = field(
         default=0,

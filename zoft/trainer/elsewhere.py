@@ -1,4 +1,4 @@
-"""Trainer settings for forwards that run in another runtime: more is refused, and no hidden states are kept."""
+"""Trainer settings for forwards of another runtime, or of several processes: more is refused, no hidden states kept."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from zoft.engines.base import Engine
 from zoft.errors import UserError
 from zoft.lm.objectives.base import Objective
 from zoft.step.method import Method
+from zoft.step.shares import check_pipeline
 
 
-def settle_elsewhere(engine: Engine, method: Method, objective: Objective | None, args: Any) -> None:
-    """Refuse, before the model is loaded, what another runtime does not compute, and settings it would ignore.
+def settle_forwards(engine: Engine, method: Method, objective: Objective | None, args: Any) -> None:
+    """Refuse, before the model is loaded, what other forwards do not compute, and settings they would ignore.
 
     Args:
-        engine: one of this process has nothing to settle.
+        engine: one of this process alone has nothing to settle.
         method: what is trained with.
         objective: or None for the model's own loss.
         args: of the Trainer; what cannot be seen from here is switched off in them.
@@ -23,6 +24,11 @@ def settle_elsewhere(engine: Engine, method: Method, objective: Objective | None
     Raises:
         UserError: with what to use instead.
     """
+    if args.parallel == "pipeline" and args.world_size > 1:
+        names = {"trainer.narrow_last_block": args.narrow_last_block, "trainer.torch_compile": args.torch_compile}
+        names["optimizer.learning_rate=auto"] = args.learning_rate == "auto"
+        check_pipeline(method, engine.name(), objective, [name for name, is_on in names.items() if is_on])
+        args.keep_frozen_prefix = False  # a process sees no rows below its own blocks
     if not isinstance(engine, Elsewhere):
         return
     engine.check_method(method)

@@ -108,6 +108,8 @@ class QueryForward:
         """Find out what can be left out of this model's forward on such rows."""
         trainer = self.trainer
         model = trainer.model_wrapped
+        if trainer.stages.stage is not None:  # this process has a part of the model: all was tried while it was whole
+            return
         for inputs in batch.micro_batches:
             # as a query computes: the trial's numbers must be those of queries
             with torch.inference_mode(), trainer.compute_loss_context_manager():

@@ -1,4 +1,4 @@
-"""The grid of a run's processes: those of one column divide a step's rows, those of one row divide its points."""
+"""The grid of a run's processes: those of one column divide a step's rows, those of one row its points or the model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from zoft.engines._stage import Stage
 from zoft.engines._trace import LeavesTrace
 from zoft.engines.base import Session
 from zoft.errors import UserError
@@ -28,15 +29,19 @@ class Grid:
     Args:
         world: all processes.
         directions: D, how many divide a step's points; 1 where all divide its rows.
+        is_pipeline: whether these D divide the model instead.
 
     Attributes:
         rows: the R processes that ask this one's points of other rows.
-        directions: the D processes that ask other points of this one's rows.
+        directions: the D processes that have this one's rows.
+        stage: of this process, in a pipeline, once it is taken.
         traffic: ``bytes_sent``, of this process's numbers in the last step that was asked; empty in one process.
     """
 
-    def __init__(self, world: Processes, directions: int = 1) -> None:
+    def __init__(self, world: Processes, directions: int = 1, *, is_pipeline: bool = False) -> None:
         self.world = world
+        self.is_pipeline = is_pipeline
+        self.stage: Stage | None = None
         alone = Processes(1, 0, world.device)
         self.rows, self.directions = world, alone
         if directions == world.count > 1:
@@ -60,15 +65,16 @@ class Grid:
             world: all processes.
             estimator: whose points may be divided.
         """
-        return cls(world, grid_of(args.parallel, args.parallel_directions, world.count, estimator)[1])
+        directions = grid_of(args.parallel, args.parallel_directions, world.count, estimator)[1]
+        return cls(world, directions, is_pipeline=args.parallel == "pipeline" and world.count > 1)
 
     def _bytes_sent(self) -> int:
         """Of this process's numbers, so far."""
-        return self.rows.bytes_sent + self.directions.bytes_sent
+        return self.rows.bytes_sent + self.directions.bytes_sent + (0 if self.stage is None else self.stage.bytes_sent)
 
     def shares(self) -> Shares:
-        """Which of a step's points this process asks."""
-        return Shares(self.directions.count, self.directions.rank, self._gather)
+        """Which of a step's points this process asks; in a pipeline all of them, with its part of the model."""
+        return Shares() if self.is_pipeline else Shares(self.directions.count, self.directions.rank, self.gather)
 
     @contextmanager
     def asking(self, batch: StepBatch) -> Iterator[None]:
@@ -79,7 +85,11 @@ class Grid:
         if self.world.count > 1:
             self.traffic = {"bytes_sent": self._bytes_sent() - before}
 
-    def _gather(self, answers: Tensor) -> list[Tensor]:
+    def holds(self, is_so: bool) -> bool:
+        """Whether something is so here, and in every other process of a pipeline: all come here."""
+        return is_so if not self.is_pipeline else all(map(bool, self.gather(torch.tensor(float(is_so)).double())))
+
+    def gather(self, answers: Tensor) -> list[Tensor]:
         """One all-gather of the answers and of the rows' checksum behind them."""
         gathered = self.directions.gather_alike(torch.cat((answers.flatten(), answers.new_tensor([self._rows_sum]))))
         if any(float(one[-1]) != self._rows_sum for one in gathered):
@@ -89,13 +99,13 @@ class Grid:
             )
         return [one[:-1].view_as(answers) for one in gathered]
 
-    def divide(self, loader: Any) -> Any:
-        """The Trainer's loader of training rows, whose batches are divided by :attr:`rows` alone.
+    def divide(self, loader: Any, is_training: bool) -> Any:
+        """The Trainer's loader of rows, whose batches are divided by :attr:`rows` alone, in a pipeline always.
 
         Raises:
             UserError: rows without a known number, which every process would draw for itself.
         """
-        if self.directions.count == 1:
+        if self.directions.count == 1 or not (is_training or self.is_pipeline):
             return loader
         shard = getattr(loader, "batch_sampler", None)
         if not isinstance(shard, BatchSamplerShard):

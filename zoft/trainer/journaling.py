@@ -73,6 +73,7 @@ class RunJournal:
         self.identity.forget()
         if self.processes.count > 1:
             self.identity.require_same_everywhere()
+            self.identity.gather_weights()
         self.folder = Path(str(self.args.output_dir))
         answer: Beginning | UserError | None = None
         # one process reads the folder: others could see it a moment later, and decide otherwise
@@ -197,7 +198,7 @@ class RunJournal:
         self._hashed = step
         # engine=offload: the hash is of weights that have their steps
         settle(session)
-        sha = session.weights.digest()
+        sha = self.identity.trainer.stages.digest()
         # a step that is queried may differ: another device computes other last bits
         known = None if self.contents is None or not is_replaying else self.contents.digests.get(step)
         if known not in (None, sha):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -34,8 +35,7 @@ class StepLoss:
 
         Or that of each of their examples, [B], where the batch asks for it.
         """
-        trainer = self.trainer
-        losses, counts = [], []
+        trainer, losses = self.trainer, []
         each = {"of_each": True} if batch.of_each else {}
         for inputs in batch.micro_batches:
             # autocast as the Trainer would have it, around one micro-batch
@@ -45,16 +45,24 @@ class StepLoss:
                 )
             # 16 bits of a loss of 4 are steps of 1/64: differences of two would be mostly rounding
             losses.append(loss.float())
-            counts.append(self.num_terms(inputs))
+        return self.joined(batch, losses)
+
+    def parts(self, batch: StepBatch) -> list[StepBatch]:
+        """A batch for each of its micro-batches, whose losses are :meth:`joined`."""
+        return [replace(batch, micro_batches=[inputs]) for inputs in batch.micro_batches]
+
+    def joined(self, batch: StepBatch, losses: Sequence[Any]) -> Tensor:
+        """The loss of a step from those of its micro-batches, in their order."""
         if batch.of_each:
-            return torch.cat(losses)
+            return torch.cat(list(losses))
         # one micro-batch: its own mean, with no rounding by a weight
         if len(losses) == 1:
             return losses[0]
         # L = sum_b L_b, each divided by the step's token count already
         if self.is_a_share(batch):
-            return torch.stack(losses).sum()
+            return torch.stack(list(losses)).sum()
         # L = sum_b n_b L_b / sum_b n_b over the micro-batches b, n_b the terms of b's mean
+        counts = [self.num_terms(inputs) for inputs in batch.micro_batches]
         return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))
 
     def batch_of(self, micro_batches: list[Inputs], like: StepBatch) -> StepBatch:

@@ -31,11 +31,14 @@ def stay_in_place(engine: Engine, model: nn.Module | None, args: Any) -> None:
         args._n_gpu = 1  # it is on all of them already, and the Trainer would replicate it
 
 
-def place(engine: Engine, model: nn.Module, device: torch.device) -> bool:
+def place(engine: Engine, model: nn.Module, device: torch.device, args: Any) -> bool:
     """Bring an offloaded model's other weights to the device, its blocks stay where they rest; whether all is placed.
 
-    The base of a server's model may be shapes alone, and its adapter is small: it stays where it is.
+    The base of a server's model may be shapes alone, and its adapter is small: it stays where it is. So does a model
+    that is going to be cut into a pipeline's stages.
     """
+    if _is_cut(args):
+        return True
     if isinstance(engine, Offload):
         place_outside(model, device)
     elif not isinstance(engine, Server):
@@ -43,9 +46,9 @@ def place(engine: Engine, model: nn.Module, device: torch.device) -> bool:
     return isinstance(engine, Offload | Server)
 
 
-def answers_when_bound(engine: Engine) -> bool:
-    """Whether a model has forwards only once its engine is bound: it brings the blocks, or another runtime answers."""
-    return isinstance(engine, Offload | Elsewhere)
+def answers_when_bound(engine: Engine, args: Any) -> bool:
+    """Whether a model has forwards only once its engine is bound: it brings blocks, or other processes answer."""
+    return isinstance(engine, Offload | Elsewhere) or _is_cut(args)
 
 
 def to_read(engine: Engine, model: Any, device: torch.device) -> Any:
@@ -65,7 +68,7 @@ def to_read(engine: Engine, model: Any, device: torch.device) -> Any:
     return model.eval()
 
 
-def without_wrapping(accelerator: Any, engine: Engine) -> None:
+def without_wrapping(accelerator: Any, engine: Engine, args: Any) -> None:
     """No DDP, FSDP or DeepSpeed and no loss scaler: there is no gradient to synchronise or to scale.
 
     Nor does accelerate move a model whose blocks rest elsewhere.
@@ -73,9 +76,14 @@ def without_wrapping(accelerator: Any, engine: Engine) -> None:
     Args:
         accelerator: of the Trainer; it is changed.
         engine: of the run.
+        args: of the Trainer.
     """
-    stays = {"device_placement": False} if isinstance(engine, Offload) else {}
+    stays = {"device_placement": False} if isinstance(engine, Offload) or _is_cut(args) else {}
     if isinstance(engine, Server):
         accelerator.device_placement = False
     accelerator.scaler = None
     accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True, **stays)
+
+
+def _is_cut(args: Any) -> bool:
+    return bool(args.parallel == "pipeline" and args.world_size > 1)

@@ -47,6 +47,12 @@ class HoldsObjects(Protocol):
     direction_seeds: list[int] | None
     held_out: dict[str, Any]
     grid: Grid
+    engine: Any
+    stages: Any  # zoft.trainer.stages.Stages, which holds the trainer
+    step_loss: Any
+    query_forward: Any
+    journal: Any
+    gather_function: Any
 
     @property
     def zo_optimizer(self) -> ZOOptimizer:
@@ -66,6 +72,12 @@ class HoldsObjects(Protocol):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model, or the adapter."""
+
+    def get_train_dataloader(self) -> Any:
+        """The loader of the training rows."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that decay."""
 
     def _load_best_model(self) -> None:
         """Take the weights of ``state.best_model_checkpoint``."""

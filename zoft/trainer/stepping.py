@@ -28,7 +28,6 @@ from zoft.trainer.grid import Grid
 from zoft.trainer.guard import RolledBack, guard
 from zoft.trainer.journaling import RunJournal
 from zoft.trainer.loss import StepLoss, num_tokens
-from zoft.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ class RunSteps:
             num_steps: of the whole run.
         """
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self._is_huge = _may_overflow(self.queries.session.weights, lr, estimate.terms or ())
+        self._is_huge = _may_overflow(self.queries.session.model, lr, estimate.terms or ())
         self.journal.append(estimate, lr, self.optimizer.progress, num_steps)
 
     def refuse_infinite_weights(self, estimate: StepEstimate | None) -> None:
@@ -218,7 +217,7 @@ class RunSteps:
             return
         settle(self.queries.session)
         weights = self.queries.session.weights
-        if all(bool(torch.isfinite(tensor).all()) for tensor in weights.tensors.values()):
+        if self.grid.holds(all(bool(torch.isfinite(tensor).all()) for tensor in weights.tensors.values())):
             return
         step = self.optimizer.progress.steps - 1
         self.journal.take_out(step)
@@ -249,10 +248,26 @@ class RunSteps:
         self._began = None
 
 
-def _may_overflow(weights: Weights, lr: float, terms: Sequence[Term]) -> bool:
-    """Whether a step is so long that the weights' dtype may not hold it."""
-    largest = min(torch.finfo(tensor.dtype).max for tensor in weights.tensors.values())
+def _may_overflow(model: torch.nn.Module, lr: float, terms: Sequence[Term]) -> bool:
+    """Whether a step is so long that the weights' dtypes may not hold it; the same in all processes of a pipeline."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    largest = min(torch.finfo(dtype).max for dtype in dtypes)
     return abs(lr) * max((1.0, *(abs(c) for _, c in terms))) * _MARGIN > largest
+
+
+def beside(trainer: Any) -> dict[str, Any]:
+    """What a log line of training says beside losses and costs.
+
+    Args:
+        trainer: of the run.
+    """
+    step = trainer.last_step
+    more = {"eps": trainer.method.estimator.radius if step is None else step.eps}
+    if trainer.args.guard != "none":
+        more["num_guarded_steps"] = trainer.progress.num_guarded + trainer.journal.num_returns
+    if trainer.peak_memory_mb is not None:
+        more["peak_memory_mb"] = trainer.peak_memory_mb()
+    return more | trainer.grid.traffic
 
 
 def complete(logs: dict[str, Any], progress: Progress, estimate: StepEstimate | None, more: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ from zoft.trainer.beginning import RunIdentity
 from zoft.trainer.binding import StepRows, optimizer_of, queries_of
 from zoft.trainer.checkpoint import Checkpoints
 from zoft.trainer.config import as_zo_config, settle_arguments
-from zoft.trainer.elsewhere import settle_elsewhere
+from zoft.trainer.elsewhere import settle_forwards
 from zoft.trainer.epochs import Passes, refuse_no_batch, refuse_training_rows
 from zoft.trainer.foreign import by_name, has_own_loss, refuse_generating, refuse_optimizers
 from zoft.trainer.forward import QueryForward, make_ready
@@ -53,7 +53,8 @@ from zoft.trainer.processes import Processes, check_processes
 from zoft.trainer.readout import TrainerReader
 from zoft.trainer.recommended import may_be, recommended
 from zoft.trainer.response import settle_response
-from zoft.trainer.stepping import RunSteps, complete
+from zoft.trainer.stages import Stages, in_every_process
+from zoft.trainer.stepping import RunSteps, beside, complete
 from zoft.utils.random_state import global_random_state_kept
 from zoft.weightings.base import Weighting
 from zoft.weights.tensors import Weights
@@ -124,7 +125,7 @@ class ZOMixin(_Base):
                 model, peft_config = as_model(model, peft_config, args.seed), None
             self.method = recommended(model, self.objective, kwargs.get("train_dataset")) or self.method
         self.seeks_rate = args.learning_rate == "auto"
-        settle_elsewhere(self.engine, self.method, self.objective, args)
+        settle_forwards(self.engine, self.method, self.objective, args)
         settle_arguments(args, self.method, has_objective=objective is not None)
         with global_random_state_kept():
             model = as_model(model, peft_config, args.seed)
@@ -132,6 +133,7 @@ class ZOMixin(_Base):
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.args.world_size, self.args.process_index, self.args.device)
         self.grid = Grid.of(self.args, self.processes, self.method.estimator)
+        self.stages = Stages(self)
         self.journal = RunJournal(self.args, RunIdentity(self), self.processes)
         self.checkpoints = Checkpoints(self, self.journal, self.processes)
         self.step_loss = StepLoss(self, self.grid.rows)
@@ -160,26 +162,26 @@ class ZOMixin(_Base):
 
     def collated(self, rows: Sequence[Any]) -> Inputs:
         """One batch of these rows, on the device."""
-        return self._prepare_inputs(self.data_collator(rows))
+        return self.stages.placed(self._prepare_inputs(self.data_collator(rows)))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's own, without gradient synchronisation and loss scaling."""
         super().create_accelerator_and_postprocess()
         shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
         check_processes(self.args, self.accelerator.num_processes, shards=shards)
-        without_wrapping(self.accelerator, self.engine)
+        without_wrapping(self.accelerator, self.engine, self.args)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """As the Trainer's own; the blocks of an offloaded model stay where they rest."""
-        if not place(self.engine, model, device):
+        """As the Trainer's own; a model stays where it is that is offloaded, or of which a part goes to the device."""
+        if not place(self.engine, model, device, self.args):
             super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """A :class:`zoft.step.update.ZOOptimizer` over the trainable weights, with the Trainer's decay groups."""
         if self.optimizer is None:
             model, args, method, loss = self.model if model is None else model, self.args, self.method, self.step_loss
-            decayed, take = self.get_decay_parameter_names(model), self._next_estimate
-            self.optimizer, self.engine_name = optimizer_of(method, self.engine, model, loss, args, decayed, take)
+            names, take = self.get_decay_parameter_names(model), self._next_estimate
+            self.optimizer, self.engine_name = optimizer_of(method, self.stages.take(), model, loss, args, names, take)
             self.query_forward.keep_prefix(Weights(model))
             rows = StepRows(args, self.train_dataset, self.collated, loss, self.grid.rows)
             queries = queries_of(method, self.optimizer, rows, loss, TrainerReader(self), self.grid)
@@ -242,8 +244,7 @@ class ZOMixin(_Base):
         prepared = super()._prepare_for_training(*args, **kwargs)
         self.passes = Passes(skips=not self.args.ignore_data_skip)
         self.run_steps.start_clock()
-        self.settle_weights()
-        self.processes.share_weights(self.model)
+        self.stages.share_weights()
         self.step_loss.asks_for_scaling = self.grid.rows.count > 1 or self.args.gradient_accumulation_steps > 1
         return prepared
 
@@ -267,9 +268,9 @@ class ZOMixin(_Base):
         if is_training:
             refuse_training_rows(self.args, self.train_dataset)
         with nullcontext() if is_training else every_row_in_order(self.args):
-            loader = super()._get_dataloader(*pos, is_training=is_training, **kwargs)
+            loader = self.grid.divide(super()._get_dataloader(*pos, is_training=is_training, **kwargs), is_training)
         if is_training:
-            refuse_no_batch(self.args, self.grid.divide(loader), self.train_dataset)
+            refuse_no_batch(self.args, loader, self.train_dataset)
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -300,6 +301,7 @@ class ZOMixin(_Base):
             self.last_step = self.run_steps.next(batch, self.state.global_step / max(1, self.state.max_steps))
         return torch.tensor(self.last_step.loss, device=self.args.device)
 
+    @in_every_process
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The objective's loss where one was given, else the Trainer's, in a query from the labelled positions only."""
         forward, objective = self.query_forward, self.objective
@@ -359,12 +361,7 @@ class ZOMixin(_Base):
         """Every line carries queries, tokens and seconds; a training line also loss, projected gradient and eps."""
         if self.optimizer is not None:
             self.run_steps.read_clock()
-        more = {"eps": self.method.estimator.radius if self.last_step is None else self.last_step.eps}
-        if self.args.guard != "none":
-            more["num_guarded_steps"] = self.progress.num_guarded + self.journal.num_returns
-        if self.peak_memory_mb is not None:
-            more["peak_memory_mb"] = self.peak_memory_mb()
-        complete(logs, self.progress, self.last_step, more | self.grid.traffic)
+        complete(logs, self.progress, self.last_step, beside(self))
         super().log(logs, *args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
@@ -388,7 +385,7 @@ class ZOMixin(_Base):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own, for evaluate and predict; a data loader draws from the global random state."""
-        if answers_when_bound(self.engine):
+        if answers_when_bound(self.engine, self.args):
             self.create_optimizer()
         with global_random_state_kept(), reported_in_rows_order(self, dataloader) as in_order:
             return in_order(super().evaluation_loop(dataloader, *args, **kwargs))
@@ -402,10 +399,15 @@ class ZOMixin(_Base):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             with torch.inference_mode(), self.compute_loss_context_manager():
                 batch = self.query_forward.as_served(self._prepare_inputs(inputs))
-                loss, predictions, labels = self.objective.predict(model, batch)
+                loss, predictions, labels = self.stages.everywhere(self.objective.predict, model, batch)
         return (loss, None, None) if prediction_loss_only else (loss, predictions, labels)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's own; of a pipeline the first process gathers the model."""
+        with self.stages.whole():
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the Trainer's own, without pickles, and whole or not at all."""
@@ -429,14 +431,14 @@ class ZOMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer's own, where the checkpoint holds more than what is trained."""
-        with snapshot.reading(Path(resume_from_checkpoint)):
+        with snapshot.reading(Path(resume_from_checkpoint)), self.stages.refilled():
             if not self.checkpoints.load_trained(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         """As the Trainer's own, where the checkpoint holds more than what is trained; none but a whole one."""
         self.checkpoints.verify_best(folder := Path(str(self.state.best_model_checkpoint)))
-        with snapshot.reading(folder):
+        with snapshot.reading(folder), self.stages.refilled():
             if not self.checkpoints.load_trained(folder):
                 super()._load_best_model()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.estimators.base import Measured
@@ -26,6 +26,8 @@ class Align(Weighting):
 
     References: ZO-Align in Multi-Query Paradox (arXiv 2509.15552), in this form as a least-squares problem.
     """
+
+    asks_gram: ClassVar[bool] = True
 
     ridge: float = 1e-6
 

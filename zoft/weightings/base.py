@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from zoft.component import Component
 from zoft.estimators.base import Measured
@@ -17,6 +17,9 @@ Gram = Callable[[], "Tensor"]
 @dataclass
 class Weighting(Component):
     """How slopes along directions become the coefficients a_j of the estimate sum_j a_j z_j."""
+
+    asks_gram: ClassVar[bool] = False
+    """Whether it asks for inner products of directions, which are sums over all tensors."""
 
     def check_with(self, method: Any) -> None:
         """Refuse the other parts of a :class:`zoft.step.method.Method` that make no sense with this weighting."""

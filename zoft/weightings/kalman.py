@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
@@ -35,6 +35,8 @@ class Kalman(Weighting):
 
     References: BSZO (arXiv 2601.01452); Kalman 1960.
     """
+
+    asks_gram: ClassVar[bool] = True
 
     prior: float = 1.0
     noise: float = 1.0

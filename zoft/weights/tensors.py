@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 
 from zoft.errors import UserError
 from zoft.noise.counter import perturb_with
@@ -60,13 +61,7 @@ class Weights:
 
     def digest(self) -> str:
         """SHA-256 over names, dtypes and bits: equal exactly when two sets of weights are bit-identical."""
-        sha = hashlib.sha256()
-        for name, tensor in self.tensors.items():
-            sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-            # bits, not values: -0.0 and 0.0, or two NaNs, are different weights
-            sha.update(bits_of(tensor))
-            release(tensor)  # what rests in a file need not stay in memory for having been looked at
-        return sha.hexdigest()
+        return digest_of(self.tensors.items())
 
     def check_eps(self, eps: float) -> None:
         """Refuse an ``eps`` that the dtype cannot represent at the scale of most of the weights.
@@ -98,6 +93,21 @@ class Weights:
                 f"{message}: raise estimator.eps to {2 * smallest:.1g} or more, or load the weights in float32"
             )
         log.warning("%s: those hardly move; load the weights in float32 to train them", message)
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bits of tensors, one after the other.
+
+    Args:
+        tensors: names and values; each is let go of before the next one is asked for.
+    """
+    sha = hashlib.sha256()
+    for name, tensor in tensors:
+        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+        # bits, not values: -0.0 and 0.0, or two NaNs, are different weights
+        sha.update(bits_of(tensor))
+        release(tensor)  # what rests in a file need not stay in memory for having been looked at
+    return sha.hexdigest()
 
 
 def bits_of(tensor: Tensor) -> memoryview:
