@@ -105,7 +105,7 @@ def test_an_export_loads_elsewhere_and_computes_the_same(
     assert not torch.allclose(expected, logits(model_of(config_of(str(runs / name), ["peft=none"]), "")), atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 1e-2), ("q8_0", 5e-2)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 1e-3), ("q8_0", 5e-2)])
 def test_a_gguf_file_is_read_by_others(kind: str, tolerance: float, runs: Path, tmp_path: Path, capsys: Any):
     import gguf
     import torch
@@ -121,7 +121,10 @@ def test_a_gguf_file_is_read_by_others(kind: str, tolerance: float, runs: Path, 
     assert [bytes(tokens.parts[i]).decode() for i in tokens.data[:3]] == ["<s>", "<pad>", "</s>"]
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     cfg = config_of(str(runs / "adapter"), [])
-    torch.testing.assert_close(logits(model), logits(model_of(cfg, str(runs / "adapter"))), rtol=0, atol=tolerance)
+    # of the length of all logits: training may have made them ten times as large as they were
+    expected = logits(model_of(cfg, str(runs / "adapter")))
+    off = float((logits(model) - expected).norm() / expected.norm())
+    assert off < tolerance, off
     assert f"llama-cli -m {file.name}" in (folder / "README.md").read_text()
 
 
