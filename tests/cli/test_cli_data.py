@@ -120,7 +120,8 @@ def test_the_best_checkpoint_is_that_of_the_lowest_perplexity(tmp_path, model, c
     assert not (tmp_path / "out").exists()
     run(compose([*words, "trainer.metric_for_best_model=perplexity"]))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    (state,) = (tmp_path / "out").glob("checkpoint-4/trainer_state.json")
+    states = (tmp_path / "out").glob("checkpoint-*/trainer_state.json")
+    state = max(states, key=lambda file: int(file.parent.name.partition("-")[2]))
     evaluated = {row["step"]: row["eval_perplexity"] for row in rows if "eval_perplexity" in row and row["step"]}
     lowest, last = min(evaluated.values()), max(evaluated)
     (best,) = (step for step, perplexity in evaluated.items() if perplexity == lowest)

@@ -43,7 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> None:
     """Run the process's own command and exit with its code: what the entry point of ``python -m zoft`` calls."""
-    sys.exit(_ended(sys.argv[1:]))  # signals stay as they are: one may come while the interpreter clears up
+    code = _ended(sys.argv[1:])
+    # the interpreter gives handlers back as it clears up, and a signal would kill it then: the code is decided
+    for number in _ASK_FOR_ANOTHER_START:
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def requeue_on_signals() -> None:

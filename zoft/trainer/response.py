@@ -66,19 +66,26 @@ def _take(trainer: Any, method: Method, response: str) -> None:
 def _holds(trainer: Any) -> bool:
     try:
         rows = [trainer.train_dataset[number] for number in range(min(2, len(trainer.train_dataset)))]
-    except (TypeError, KeyError, IndexError, NotImplementedError):  # a stream, or none
+        batch = StepBatch([trainer.collated(rows)])
+    except (
+        TypeError,
+        KeyError,
+        IndexError,
+        ValueError,
+        NotImplementedError,
+    ):  # a stream, no rows, or not of this collator
         return False
     weights = Weights(trainer.model)
     space = trainer.method.bind(weights)
     session = trainer.engine.choose(trainer.method.estimator, space, trainer.model).bind(
         trainer.model, space, trainer.step_loss.of
     )
-    if not rows or not isinstance(session, NodeSession):
+    if not isinstance(session, NodeSession):
         return False
     was_training = trainer.model.training
     trainer.model.eval()
     try:
         with torch.no_grad():
-            return passes_down(session, TrainerReader(trainer), StepBatch([trainer.collated(rows)]))
+            return passes_down(session, TrainerReader(trainer), batch)
     finally:
         trainer.model.train(was_training)

@@ -57,6 +57,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in pinned)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pin(tensor.clone()))
     monkeypatch.setattr(torch, "empty_like", empty)
+    monkeypatch.setattr(_transfer.torch, "empty_like", empty)  # where it has been asked for before, it is kept
     monkeypatch.setattr(torch.Tensor, "copy_", copied)
     return told
 
