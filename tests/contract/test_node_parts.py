@@ -7,10 +7,14 @@ import torch
 
 from tests import models
 from tests.contract.test_nodes import EXACT, gradients, lora, only, queries
+from zoft.engines.nodes import NodeSession
 from zoft.errors import UserError
 from zoft.estimators.nodes import Nodes as Estimator
 from zoft.noise.direction import Direction
+from zoft.optimizers.whiten import Whiten
+from zoft.step.method import Method
 from zoft.subspaces.nodes import STREAM
+from zoft.subspaces.nodes import Nodes as Subspace
 
 MLP = ("mlp",)
 PROBES = Estimator(first=3, eps=1e-2)
@@ -151,6 +155,25 @@ def test_further_down_the_identity_points_the_way_of_the_gradient():
     exact = queries(model, "loss")(batch, Direction(0, 0), EXACT).factors
     for name, one in exact.items():
         assert float(torch.nn.functional.cosine_similarity(found[name].e.flatten(), one.e.flatten(), dim=0)) > 0.5, name
+
+
+@pytest.mark.parametrize("given", [{"directions": "iid"}, {"probed": "shared"}])
+def test_the_identity_refuses_settings_of_what_is_probed(given):
+    with pytest.raises(UserError, match=f"makes no probes: leave out subspace.{next(iter(given))}"):
+        Method(Subspace(**given), Estimator(response="identity"), Method.of().weighting, Whiten())
+
+
+def test_what_layers_see_inside_a_part_is_compared_once_and_not_in_every_step(monkeypatch):
+    model = only(models.tiny_llama(), *MLP)
+    batch, ask = models.batch_for(model, rows=4, length=7), queries(model)
+    wanted = []
+    inside = NodeSession.inside
+    monkeypatch.setattr(
+        NodeSession, "inside", lambda *args, looking: wanted.append(looking) or inside(*args, looking=looking)
+    )
+    for step in range(2):
+        ask(batch, Direction(0, step), Estimator(response="identity"))
+    assert wanted == [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize("given", [{"first": 8}, {"every": 2}, {"eps": 0.5}, {"num_directions": 2}])

@@ -10,8 +10,8 @@ from typing import Any
 from zoft.engines._prefix import longest_stack
 from zoft.subspaces._node_layers import Node, is_outside_attention
 from zoft.utils.lazy import Tensor, nn, torch
+from zoft.weights.tensors import ATTENTION
 
-_ATTENTION = ("attn", "attention")
 Rows = Callable[["Tensor"], "Tensor"]
 """[B, T, H] -> [P, H], at the positions of a step."""
 Verdict = Callable[..., bool]
@@ -118,7 +118,7 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
     for block in blocks:
         handles.append(block.register_forward_pre_hook(entering, with_kwargs=True))
         for name, child in block.named_children():
-            is_attention = any(word in name.lower() for word in _ATTENTION) and "norm" not in name.lower()
+            is_attention = ATTENTION.search(name) is not None and "norm" not in name.lower()
             if child in held or is_attention:
                 handles.append(child.register_forward_hook(adding(block)))
         handles.append(block.register_forward_hook(leaving))

@@ -158,7 +158,7 @@ class NodeSession(Session):
             yield verdict
 
     def inside(
-        self, part: Node, nodes: dict[str, Node], x: Tensor, e: Tensor
+        self, part: Node, nodes: dict[str, Node], x: Tensor, e: Tensor, *, looking: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The node gradients inside a part, by the chain rule from those of its outputs; and what its nodes see.
 
@@ -169,9 +169,10 @@ class NodeSession(Session):
             nodes: those that lie in it, by key.
             x: its inputs, [P, n] float32.
             e: gradient of its outputs, [P, m] float32.
+            looking: whether what the nodes see is wanted.
 
         Returns:
-            key -> e of the node, [P, m] float32; and key -> x of the node, [P, n].
+            key -> e of the node, [P, m] float32; and key -> x of the node, [P, n], if wanted.
         """
         rows, column = torch.arange(len(x), device=x.device), torch.full((len(x),), -1, device=x.device)
         zeros = dict[str, Tensor]()
@@ -186,7 +187,7 @@ class NodeSession(Session):
         own = {key: node for key, node in nodes.items() if node.behind is None}
         with (
             torch.enable_grad(),
-            self.seeing(nodes, rows, column, len(x)) as seen,
+            self.seeing(nodes if looking else {}, rows, column, len(x)) as seen,
             self.moved(own, rows, column, len(x), shift),
         ):
             y = outputs_of(part.module, x)

@@ -94,6 +94,11 @@ class Nodes(Estimator):
             )
         if method.weighting.name() != "mean":
             raise UserError(f"{reason}has no directions for weighting={method.weighting.name()}: use weighting=mean")
+        if self.response == "identity" and method.subspace.of_probes():
+            raise UserError(
+                "estimator.response=identity makes no probes: leave out "
+                f"subspace.{method.subspace.of_probes()[0]}, or use estimator.response=learnt"
+            )
         optimizer = method.optimizer
         if optimizer.uses_directions:
             raise UserError(

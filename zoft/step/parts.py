@@ -32,11 +32,11 @@ def go_inside(session: NodeSession, e: dict[str, Tensor], seen: dict[str, Tensor
     for call in [key for key in e if key.partition("@")[0] in space.parts]:
         name, at, number = call.partition("@")
         nodes = {key: space.nodes[key] for key, part in space.inside.items() if part == name}
-        of_nodes, inputs = session.inside(space.parts[name], nodes, seen[call], e[call])
-        if name not in session.checked_parts:
-            session.checked_parts.add(name)
-            for key, alone in inputs.items():
-                _check(name, key, alone, seen.get(f"{key}{at}{number}"), close)
+        is_first = name not in session.checked_parts
+        session.checked_parts.add(name)
+        of_nodes, inputs = session.inside(space.parts[name], nodes, seen[call], e[call], looking=is_first)
+        for key, alone in inputs.items():
+            _check(name, key, alone, seen.get(f"{key}{at}{number}"), close)
         e.update({f"{key}{at}{number}": of_node for key, of_node in of_nodes.items()})
 
 

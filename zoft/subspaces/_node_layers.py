@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zoft.utils.lazy import Tensor, nn, torch
-from zoft.weights.tensors import Weights, layer_of
+from zoft.weights.tensors import ATTENTION, ROUTER, Weights, layer_of
 
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|classifier_router)\.", re.IGNORECASE)
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|predictions\.decoder|embed_\w+|wte|word_embeddings)\.")
 _LORA = re.compile(r"\.lora_([AB])\.")
 
@@ -127,7 +125,7 @@ def is_mlp(node: Node) -> bool:
 def is_outside_attention(node: Node) -> bool:
     """The same, an adapter's matrices too."""
     matrix = node.kind in ("linear", "conv1d") and layer_of(node.name) is not None
-    return matrix and not (_ATTENTION.search(node.name) or _ROUTER.search(node.name))
+    return matrix and not (ATTENTION.search(node.name) or ROUTER.search(node.name))
 
 
 def is_fresh_head(node: Node) -> bool:
@@ -137,4 +135,4 @@ def is_fresh_head(node: Node) -> bool:
 
 def is_linear(node: Node) -> bool:
     """Any matrix but a router, adapters included."""
-    return node.kind in ("linear", "conv1d") and not _ROUTER.search(node.name)
+    return node.kind in ("linear", "conv1d") and not ROUTER.search(node.name)

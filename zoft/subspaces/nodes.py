@@ -72,6 +72,12 @@ class Nodes(Subspace):
         if self.num_positions > 1:
             self.require(self.positions == "last", "positions", "last, where num_positions is given")
 
+    def of_probes(self) -> list[str]:
+        """The settings of probes that are not as they come: somebody wants probes."""
+        return [
+            name for name, usual in (("directions", "orthogonal"), ("probed", "auto")) if getattr(self, name) != usual
+        ]
+
     def check_with(self, method: Any) -> None:
         """Refuse estimators that perturb weights."""
         if method.estimator.name() != "nodes":

@@ -38,7 +38,8 @@ def settle_response(trainer: Any) -> None:
         return
     asked = estimator.response
     # settings of probes, or processes that divide them: a learnt response is what is wanted
-    if asked == "auto" and (estimator.of_probes() or trainer.grid.directions.count > 1):
+    wants_probes = estimator.of_probes() or method.subspace.of_probes() or trainer.grid.directions.count > 1
+    if asked == "auto" and wants_probes:
         return _take(trainer, method, "learnt")
     _take(trainer, method, "identity")
     try:
@@ -67,14 +68,8 @@ def _holds(trainer: Any) -> bool:
     try:
         rows = [trainer.train_dataset[number] for number in range(min(2, len(trainer.train_dataset)))]
         batch = StepBatch([trainer.collated(rows)])
-    except (
-        TypeError,
-        KeyError,
-        IndexError,
-        ValueError,
-        NotImplementedError,
-    ):  # a stream, no rows, or not of this collator
-        return False
+    except (TypeError, KeyError, IndexError, ValueError, NotImplementedError):
+        return False  # a stream, no rows, or rows that are not of this collator
     weights = Weights(trainer.model)
     space = trainer.method.bind(weights)
     session = trainer.engine.choose(trainer.method.estimator, space, trainer.model).bind(

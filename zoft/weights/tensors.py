@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterable
 
 from zoft.errors import UserError
@@ -12,6 +13,11 @@ from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.mapped import release
 
 log = logging.getLogger(__name__)
+
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+"""In the names of a block's attention and of what lies in it."""
+ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|classifier_router)\.", re.IGNORECASE)
+"""In the names of tensors that choose experts."""
 
 
 class Weights:

@@ -56,10 +56,13 @@ def test_other_blocks_do(tmp_path, family):
         (Nodes(), Outputs(positions="last", num_positions=2)),
         (Nodes(), Outputs(layers="linear")),
         (Nodes(), Outputs(probed="layers")),
+        (Nodes(), Outputs(probed="shared")),
+        (Nodes(), Outputs(directions="iid")),
     ],
 )
 def test_where_probes_are_asked_for_or_other_layers_move_they_are_made(tmp_path, estimator, subspace):
-    trainer = trainer_of(tmp_path, models.tiny_llama(), estimator, subspace=subspace, train=("mlp", "attn"))
+    train = ("mlp", "attn") if getattr(subspace, "layers", "") == "linear" else ("mlp",)
+    trainer = trainer_of(tmp_path, models.tiny_llama(), estimator, subspace=subspace, train=train)
     assert trainer.method.estimator.response == "learnt"
     assert trainer.args.max_steps < BUDGET
 

@@ -9,9 +9,9 @@ from typing import Any
 from zoft.errors import UserError
 from zoft.lm.models.peft.base import Peft
 from zoft.utils.lazy import nn, torch
+from zoft.weights.tensors import ATTENTION, ROUTER
 
 ON = ("auto", "peft", "feed_forward")
-_OTHER = re.compile(r"attn|attention|(^|\.)(gate|router|classifier_router|shared_expert_gate)$", re.IGNORECASE)
 
 
 @dataclass
@@ -88,7 +88,7 @@ def feed_forward_of(model: nn.Module) -> str:
         number = max((i for i, word in enumerate(words) if word.isdecimal()), default=None)
         is_matrix = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
         behind = "" if number is None else ".".join(words[number + 1 :])  # mlp.up_proj, fc1: behind the block's number
-        if behind and is_matrix and not _OTHER.search(behind):
+        if behind and is_matrix and not (ATTENTION.search(behind) or ROUTER.search(f"{behind}.")):
             inside.add(re.escape(behind))
     if not inside:
         raise UserError(
