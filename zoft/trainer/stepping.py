@@ -67,6 +67,7 @@ class RunSteps:
         self.grid = grid
         self.last_batch: StepBatch | None = None  # the rows that were queried last
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
+        self._largest = _largest_number(queries.session.model)
         self._is_huge = False  # whether the step at hand is so long that weights may become infinite
 
     def next(self, batch: StepBatch, share_done: float) -> StepEstimate:
@@ -201,7 +202,7 @@ class RunSteps:
             num_steps: of the whole run.
         """
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self._is_huge = _may_overflow(self.queries.session.model, lr, estimate.terms or ())
+        self._is_huge = _may_overflow(self._largest, lr, estimate.terms or ())
         self.journal.append(estimate, lr, self.optimizer.progress, num_steps)
 
     def refuse_infinite_weights(self, estimate: StepEstimate | None) -> None:
@@ -248,10 +249,14 @@ class RunSteps:
         self._began = None
 
 
-def _may_overflow(model: torch.nn.Module, lr: float, terms: Sequence[Term]) -> bool:
-    """Whether a step is so long that the weights' dtypes may not hold it; the same in all processes of a pipeline."""
+def _largest_number(model: torch.nn.Module) -> float:
+    """What the narrowest dtype of a model's parameters can hold; the same in all processes of a pipeline."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    largest = min(torch.finfo(dtype).max for dtype in dtypes)
+    return float(min(torch.finfo(dtype).max for dtype in dtypes))
+
+
+def _may_overflow(largest: float, lr: float, terms: Sequence[Term]) -> bool:
+    """Whether a step is so long that the weights' dtypes may not hold it."""
     return abs(lr) * max((1.0, *(abs(c) for _, c in terms))) * _MARGIN > largest
 
 
