@@ -63,8 +63,11 @@ def _gain(known: dict[str, Any]) -> str | None:
     if "gain" not in known or "gain_interval" not in known:
         return None
     scale, digits = (100, 1) if known["metric"] == "accuracy" else (1, 3)
-    low, high = (scale * end for end in known["gain_interval"])
-    return f"{scale * known['gain']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] on the same rows"
+    low, high = known["gain_interval"]
+    # rows of a loss or a reward that all changed alike have no interval
+    has_one = None not in (low, high) and math.isfinite(high - low)
+    interval = f" [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]" if has_one else ""
+    return f"{scale * known['gain']:+.{digits}f}{interval} on the same rows"
 
 
 def _skipped(known: dict[str, Any]) -> str | None:

@@ -284,7 +284,7 @@ def _carry_out(
     facts |= {"peak_memory_mb": peak, "inference_peak_mb": zero_shot["peak_memory_mb"]}
     if facts.get("backprop_estimate_mb"):  # like with like: the process would hold the same libraries
         facts["backprop_estimate_mb"] += memory.base_mb
-    gain = gain_of(zero_shot_file, final_file) if first else None
+    gain = gain_of(metric, zero_shot_file, final_file) if first else None
     if gain is not None:
         facts |= {"gain": gain[0], "gain_interval": gain[1:]}
     if first:

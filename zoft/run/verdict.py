@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft.lm.metrics.intervals import mean_of_numbers
+from zoft.lm.metrics.intervals import mean_of_seeds
 from zoft.utils.files import write_atomically
 
 _DOWN = ("loss",)  # the lower the better
+_SHARES = ("accuracy", "f1", "exact_match")  # of a row it is 0 to 1
 
 
 def row_values(metric: str, predictions: Any, labels: Any) -> dict[str, list[float]]:
@@ -37,18 +38,24 @@ def row_values(metric: str, predictions: Any, labels: Any) -> dict[str, list[flo
     return {"values": numpy.asarray(values, dtype=float).tolist(), "weights": weights.tolist()}
 
 
-def paired_gain(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float, float] | None:
+def paired_gain(metric: str, before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float, float] | None:
     """(gain, low, high) of the metric over the same rows, 95 %; None where the rows are not the same.
 
-    d_i = after_i - before_i: their mean over rows of equal weight, the ratio sum d_i / sum w_i over rows of w_i tokens.
+    d_i = after_i - before_i: their mean over rows of equal weight, the ratio sum d_i / sum w_i over rows of w_i tokens;
+    of few rows with Student's t. Rows that all changed alike have no spread to tell an interval by: then at most a
+    share p of others would do otherwise, (1 - p)^n = 0.05, which bounds what lies between 0 and 1 in a row; a loss or
+    a reward is not bounded, and its interval infinite.
 
     Example:
         >>> one = {"values": [0.0, 0.0, 1.0, 0.0], "weights": [1.0] * 4}
         >>> two = {"values": [1.0, 1.0, 1.0, 0.0], "weights": [1.0] * 4}
-        >>> "{:.2f} {:.2f} {:.2f}".format(*paired_gain(one, two))
-        '0.50 -0.07 1.07'
+        >>> "{:.2f} {:.2f} {:.2f}".format(*paired_gain("accuracy", one, two))
+        '0.50 -0.42 1.42'
+        >>> "{:.2f} {:.2f} {:.2f}".format(*paired_gain("accuracy", one, one))
+        '0.00 -0.53 0.53'
 
-    References: Cochran 1977, Sampling Techniques, chapter 6 (ratio estimators).
+    References: Cochran 1977, Sampling Techniques, chapter 6 (ratio estimators); Hanley and Lippman-Hand 1983, If
+    nothing goes wrong, is everything all right? (the bound for rows that are all alike).
     """
     if before["weights"] != after["weights"] or len(before["values"]) < 2:
         return None
@@ -57,7 +64,13 @@ def paired_gain(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, f
     gain = math.fsum(differences) / math.fsum(weights)
     # around the gain: residuals d_i - gain * w_i, on the scale of the mean
     share = len(weights) / math.fsum(weights)
-    low, high = mean_of_numbers([share * (d - gain * w) for d, w in zip(differences, weights, strict=True)])
+    residuals = [share * (d - gain * w) for d, w in zip(differences, weights, strict=True)]
+    if max(map(abs, residuals)) <= 1e-9 * max(1.0, abs(gain)):
+        # (1 - p)^n = 0.05; d_i is between -1 and 1
+        p = 1 - 0.05 ** (1 / len(weights))
+        bounds = (gain - p * (1 + gain), gain + p * (1 - gain)) if metric in _SHARES else (-math.inf, math.inf)
+        return gain, *bounds
+    low, high = mean_of_seeds(residuals)
     return gain, gain + low, gain + high
 
 
@@ -85,9 +98,16 @@ def verdict_line(metric: str, gain: tuple[float, float, float], num_rows: int) -
         'verdict   +38.2 points [+33.1, +43.3] on the same 500 rows: better than before'
         >>> verdict_line("loss", (-0.01, -0.04, 0.02), 80)
         'verdict   -0.010 [-0.040, +0.020] on the same 80 rows: within noise, no gain can be told'
+        >>> verdict_line("reward", (1.0, -math.inf, math.inf), 16)
+        'verdict   +1.000 on the same 16 rows, each by as much: no interval can be told from that'
     """
     scale, digits, unit = (100, 1, " points") if metric == "accuracy" else (1, 3, "")
     middle, low, high = (scale * value for value in gain)
+    if not math.isfinite(high - low):
+        change = "each by as much" if middle else "none of which changed"
+        return (
+            f"verdict   {middle:+.{digits}f} on the same {num_rows:,} rows, {change}: no interval can be told from that"
+        )
     sentence = (
         f"verdict   {middle:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}] on the same {num_rows:,} rows"
     )
@@ -133,12 +153,12 @@ def kept_rows(path: Path) -> dict[str, Any] | None:
     return rows if same else None
 
 
-def gain_of(before: Path, after: Path) -> tuple[float, float, float] | None:
+def gain_of(metric: str, before: Path, after: Path) -> tuple[float, float, float] | None:
     """The gain between two files of numbers, where both have kept their rows and these are the same."""
     one, two = kept_rows(before), kept_rows(after)
     if one is None or two is None or one["of"].get("rows") != two["of"].get("rows"):
         return None
-    return paired_gain(one, two)
+    return paired_gain(metric, one, two)
 
 
 def _beside(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.runs import arguments
 from zoft.cli import main
 from zoft.config import compose
 from zoft.report.health import HealthCallback, warn_unmoved
+from zoft.report.text import fact_rows
 from zoft.run.train import run
 from zoft.run.verdict import next_lines, paired_gain, row_values, verdict_line
 
@@ -23,7 +25,7 @@ def test_a_paired_interval_is_narrower_where_rows_go_together():
     before = generator.random(400) < 0.5
     after = before | (generator.random(400) < 0.1)  # none is lost: pairs know it
     rows = [{"values": values.astype(float).tolist(), "weights": [1.0] * 400} for values in (before, after)]
-    gain = paired_gain(*rows)
+    gain = paired_gain("accuracy", *rows)
     assert gain is not None
     middle, low, high = gain
     assert middle == pytest.approx(after.mean() - before.mean())
@@ -33,13 +35,36 @@ def test_a_paired_interval_is_narrower_where_rows_go_together():
 
 def test_a_loss_is_paired_by_tokens():
     one = row_values("loss", numpy.array([4.0, 9.0]), numpy.array([2, 3]))
-    two = row_values("loss", numpy.array([2.0, 6.0]), numpy.array([2, 3]))
-    gain = paired_gain(one, two)
+    two = row_values("loss", numpy.array([2.1, 5.9]), numpy.array([2, 3]))
+    gain = paired_gain("loss", one, two)
     assert gain is not None
-    assert gain == pytest.approx((-1, -1, -1))  # every token's by as much
-    assert verdict_line("loss", gain, 2).endswith("better than before")
+    assert gain[0] == pytest.approx(-1)  # 5 tokens, 5 nats
+    assert gain[1] < -1 < gain[2]
     assert verdict_line("accuracy", (-0.2, -0.3, -0.1), 9).endswith("WORSE than before")
-    assert paired_gain(one, row_values("loss", numpy.array([2.0, 6.0]), numpy.array([3, 2]))) is None
+    assert paired_gain("loss", one, row_values("loss", numpy.array([2.0, 6.0]), numpy.array([3, 2]))) is None
+
+
+def test_rows_that_all_changed_alike_have_a_bound_from_their_number():
+    rows = [{"values": [value] * 20, "weights": [1.0] * 20} for value in (0.0, 1.0)]
+    share = 1 - 0.05 ** (1 / 20)  # 14 %: 20 rows say no more of the others
+    assert paired_gain("accuracy", *rows) == pytest.approx((1, 1 - 2 * share, 1))
+    assert paired_gain("accuracy", rows[0], rows[0]) == pytest.approx((0, -share, share))
+    gain = paired_gain("reward", *rows)
+    assert gain == (1, -math.inf, math.inf)
+    line = verdict_line("reward", gain, 20)
+    assert line == "verdict   +1.000 on the same 20 rows, each by as much: no interval can be told from that"
+    known = {"metric": "reward", "gain": 1.0, "gain_interval": gain[1:]}
+    assert dict(fact_rows(known))["paired gain"] == "+1.000 on the same rows"
+    line = verdict_line("loss", (0.0, -math.inf, math.inf), 9)
+    assert line.startswith("verdict   +0.000 on the same 9 rows, none of which changed")
+
+
+def test_few_rows_take_students_t():
+    before = {"values": [0.0] * 8, "weights": [1.0] * 8}
+    after = {"values": [1.0] * 3 + [0.0] * 5, "weights": [1.0] * 8}
+    gain = paired_gain("accuracy", before, after)
+    assert gain is not None
+    assert gain[1] < 0  # three rows of eight can be luck (McNemar's exact test: p = 0.25)
 
 
 def test_a_run_ends_with_verdict_and_next_commands(tmp_path: Path, capsys: Any):
