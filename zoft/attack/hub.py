@@ -10,6 +10,7 @@ import numpy as np
 from zoft.attack.classifier import Classifier
 from zoft.attack.data import Setting
 from zoft.errors import UserError
+from zoft.lm.hub import has_cached, not_here, not_waited_for, out_of_reach
 from zoft.utils.lazy import torch
 
 _BATCH = 32
@@ -74,16 +75,20 @@ def _load(model: str) -> tuple[Any, Any]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if not Path(model).is_dir() and not has_cached(model) and out_of_reach():
+        raise not_here(f"model={model}", "a folder with an image classifier of transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
+        with not_waited_for():
+            config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"model={model} cannot be loaded: {reason}") from None
     if type(config) not in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise UserError(f"model={model} is a {config.model_type} model, which is no image classifier of transformers")
     try:
-        network = transformers.AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32)
-        processor = transformers.AutoImageProcessor.from_pretrained(model)
+        with not_waited_for():
+            network = transformers.AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32)
+            processor = transformers.AutoImageProcessor.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"model={model} cannot be loaded as an image classifier: {reason}") from None

@@ -11,6 +11,7 @@ from typing import Any
 from zoft.errors import UserError, did_you_mean
 from zoft.lm.data import _json, _parquet
 from zoft.lm.data._json import lines_of
+from zoft.lm.hub import not_here, not_waited_for, out_of_reach
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -178,10 +179,13 @@ def _from_hub(source: str, split: str) -> Iterator[tuple[str, Row]]:
     name, _, rest = source.partition(":")
     subset, _, chosen = rest.partition(":")
     try:
-        loaded = datasets.load_dataset(name, subset or None, split=chosen or split)
+        with not_waited_for():
+            loaded = datasets.load_dataset(name, subset or None, split=chosen or split)
         for number, row in enumerate(loaded, start=1):
             yield f"{source}: row {number}", dict(row)
     except Exception as error:  # the hub client raises a dozen kinds; the user needs one sentence
+        if out_of_reach():
+            raise not_here(f"the dataset {source}", f"a local file ({', '.join(SUFFIXES)})") from None
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"could not load {source!r} ({chosen or split}): {first_line}; give a local file instead "

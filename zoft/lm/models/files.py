@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.lm.hub import has_cached, not_here, out_of_reach
 
 _LARGEST = {"config.json": 1 << 24, "tokenizer.json": 1 << 29, "index": 1 << 27}  # bytes
 _MOST_LAYERS = 2000
 _LAYERS = re.compile(r"(num_.*layers|n_layers?|.*_layers|depth|num_blocks)")
 _MOST_EXPERTS = 100_000
 _NEEDED = {"tokenizer.json": ("model",), "adapter_config.json": ("peft_type",)}
+
+INSTEAD = "a folder with config.json and model.safetensors, or zoft:smollm2-135m-instruct (`zoft fetch` brings it)"
+"""What a model's name can be where there is no hub."""
 
 
 def placed(name: str) -> str:
@@ -23,7 +27,7 @@ def placed(name: str) -> str:
         name: a hub name, a folder, or ``zoft:NAME``, which is fetched on first use.
 
     Raises:
-        UserError: what looks like a folder is none.
+        UserError: what looks like a folder is none, or the hub's name of a model that is neither cached nor in reach.
     """
     if name.startswith("zoft:"):
         from zoft.lm.data.assets import fetch
@@ -33,7 +37,11 @@ def placed(name: str) -> str:
     path = Path(name).expanduser()
     if looks_local and not path.is_dir():
         raise UserError(f"there is no model folder {name} (looked in {Path.cwd()})")
-    return str(path) if path.is_dir() else name
+    if path.is_dir():
+        return str(path)
+    if not has_cached(name) and out_of_reach():
+        raise not_here(f"model.name={name}", INSTEAD)
+    return name
 
 
 def check_files(name: str, folder: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
+from zoft.lm.hub import not_here, not_waited_for, out_of_reach
 from zoft.lm.models.agreement import agree, name_classes, require_classes
 from zoft.lm.models.device_map import know_device_map, placing_arguments, require_in_memory
-from zoft.lm.models.files import check_files, placed
+from zoft.lm.models.files import INSTEAD, check_files, placed
 from zoft.lm.models.quantized import is_quantized, keep_codes_as_loaded, loading_arguments
 from zoft.utils.lazy import torch
 
@@ -184,7 +185,8 @@ def _load_classifier(
     has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
     if has_head:
         # the config as it was saved: transformers fills in defaults for what it lacks
-        said, _ = transformers.PretrainedConfig.get_config_dict(placed(name), revision=revision)
+        with not_waited_for():
+            said, _ = transformers.PretrainedConfig.get_config_dict(placed(name), revision=revision)
         require_classes(name, said, num_labels, labels)
     # the head's first numbers come from the seed, and the caller's random state is not moved
     with torch.random.fork_rng():
@@ -232,7 +234,8 @@ def _config_of(place: str, revision: str | None) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        with not_waited_for():
+            return transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     except UserError:
         raise
     except Exception:  # an adapter's folder, nothing at all, or a damaged one: loading says which
@@ -327,7 +330,8 @@ def _stored_quantization(name: str, revision: str | None) -> dict[str, Any] | No
     import transformers
 
     try:
-        config, _ = transformers.PretrainedConfig.get_config_dict(placed(name), revision=revision)
+        with not_waited_for():
+            config, _ = transformers.PretrainedConfig.get_config_dict(placed(name), revision=revision)
     except OSError:  # loading says what is wrong
         return None
     return config.get("quantization_config")
@@ -338,13 +342,16 @@ def _load(loader: Any, name: str, arguments: dict[str, Any]) -> Any:
     if Path(place).is_dir():
         check_files(name, Path(place))
     try:  # False, not the default: that asks on the terminal whether to run the repository's code
-        return loader.from_pretrained(place, trust_remote_code=False, **arguments)
+        with not_waited_for():
+            return loader.from_pretrained(place, trust_remote_code=False, **arguments)
     except UserError:
         raise
     except Exception as error:  # the files are the user's: whatever they bring down is theirs to mend
         first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
         if "device_map" in first_line:  # a module that the map leaves out, or that the model does not have
             raise UserError(f"model.device_map does not go with model.name={name}: {first_line}") from error
+        if not Path(place).is_dir() and isinstance(error, OSError) and out_of_reach():  # cached in part, or elsewise
+            raise not_here(f"model.name={name}", INSTEAD) from error
         raise UserError(
             f"could not load model.name={name}: {first_line} "
             "Give a folder with config.json and model.safetensors, or a hub name this machine can reach or has cached"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.lm.hub import not_waited_for
 from zoft.lm.models.files import placed
 from zoft.lm.models.load import _class_of
 from zoft.lm.models.quantized import NF4_BLOCK
@@ -32,7 +33,8 @@ def meta_model(
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(placed(name), revision=revision, trust_remote_code=False)
+        with not_waited_for():
+            config = transformers.AutoConfig.from_pretrained(placed(name), revision=revision, trust_remote_code=False)
         if kind == "classifier":
             config.num_labels = num_labels
             loader: Any = transformers.AutoModelForSequenceClassification

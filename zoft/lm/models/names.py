@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from zoft.lm.hub import out_of_reach
+
 
 def portable_name(name: str) -> str:
     """A base model's name that says the same from every folder.
@@ -30,17 +32,19 @@ def portable_name(name: str) -> str:
 
 
 def without_asking(model: Any) -> dict[str, Any]:
-    """What ``save_pretrained`` of a demo base's adapter is told, so that peft asks no hub about its vocabulary.
+    """What ``save_pretrained`` of an adapter is told, so that peft asks no hub whether its base's vocabulary has grown.
 
     Args:
-        model: any; of others than a peft model on a demo base nothing is told.
+        model: any; nothing is told but of a peft model whose base is the demo's, or on a hub that cannot be reached:
+            there peft would wait for minutes, and take the vocabulary for the base's own.
     """
     from zoft.lm.data.assets import ASSETS
 
     configs = getattr(model, "peft_config", {}) if hasattr(model, "get_base_model") else {}
     demo = {asset.hub for asset in ASSETS.values() if asset.hub}
-    ours = any(config.base_model_name_or_path in demo for config in configs.values())
-    return {"save_embedding_layers": False} if ours else {}
+    bases = [config.base_model_name_or_path or "" for config in configs.values()]
+    asks_for_nothing = any(name in demo or (not Path(name).is_dir() and out_of_reach()) for name in bases)
+    return {"save_embedding_layers": False} if asks_for_nothing else {}
 
 
 def is_local(name: str) -> bool:

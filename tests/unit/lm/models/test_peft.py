@@ -302,3 +302,10 @@ def test_an_adapter_of_the_demo_base_is_saved_without_asking_the_hub(tmp_path, m
     wrapped.save_pretrained(tmp_path, **without_asking(wrapped))
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert not asked
+    for config in wrapped.peft_config.values():
+        config.base_model_name_or_path = "gpt2"
+    monkeypatch.setattr("zoft.lm.models.names.out_of_reach", lambda: "")
+    assert without_asking(wrapped) == {}  # peft may ask
+    monkeypatch.setattr("zoft.lm.models.names.out_of_reach", lambda: "nothing answers")
+    wrapped.save_pretrained(tmp_path, **without_asking(wrapped))
+    assert not asked
