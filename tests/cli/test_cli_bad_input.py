@@ -61,7 +61,39 @@ ARGUMENTS = [
     ("trainer.nonsense_of_all_kinds=1", "not a field of transformers.TrainingArguments"),
     ("trainer.disable_tqdm=true", "plain lines where there is no terminal"),
     ("trainer.resume_from_checkpoint=x", "the same command resumes"),
+    # what transformers would take for something else, or would not heed
+    ("trainer.eval_steps=0", "trainer.eval_steps must be a whole number of steps from 1 on, or a share of the run"),
+    ("trainer.eval_steps=-1", "got -1; trainer.eval_strategy=no evaluates at no step"),
+    ("trainer.eval_steps=2.5", "or a share of the run between 0 and 1, got 2.5"),
+    ("trainer.save_steps=0", "got 0; trainer.save_strategy=no saves no checkpoint"),
+    ("trainer.logging_steps=-2", "got -2; trainer.logging_strategy=no logs nothing"),
+    ("trainer.eval_delay=-3", "trainer.eval_delay must be at least 0, got -3"),
+    ("trainer.warmup_steps=-1", "trainer.warmup_steps must be at least 0, got -1"),
+    ("trainer.warmup_steps=5", "warmup_steps=5 would be ignored: trainer.lr_scheduler_type=constant has no warmup"),
+    ("+trainer.lr_scheduler_kwargs={a: 1}", "trainer.lr_scheduler_kwargs would be ignored"),
+    ("trainer.save_total_limit=0", "must be at least 1, got 0; leave it out to keep all checkpoints"),
+    ("trainer.eval_accumulation_steps=0", "trainer.eval_accumulation_steps must be at least 1, got 0"),
+    ("trainer.dataloader_num_workers=-1", "trainer.dataloader_num_workers must be at least 0, got -1"),
+    ("trainer.dataloader_persistent_workers=true", "set trainer.dataloader_num_workers too"),
+    ("trainer.dataloader_prefetch_factor=2", "set trainer.dataloader_num_workers too"),
+    ("trainer.per_device_train_batch_size=0", "trainer.per_device_train_batch_size must be at least 1, got 0"),
+    ("trainer.frozen_prefix_mb=-1", "trainer.frozen_prefix_mb must be at least 0, got -1"),
+    ("trainer.journal_hash_steps=-1", "trainer.journal_hash_steps must be at least 0, got -1"),
+    ("trainer.max_grad_norm=-1", "trainer.max_grad_norm must be at least 0, got -1; 0 clips nothing"),
+    ("trainer.ddp_timeout=0", "trainer.ddp_timeout must be at least 1, got 0"),
+    ("trainer.log_level=eror", "trainer.log_level=eror is none of its values. Did you mean error?"),
+    ("trainer.train_sampling_strategy=sequental", "is none of its values. Did you mean sequential?"),
+    ("trainer.label_smoothing_factor=0.5", "would not be heeded: the run's objective computes the loss"),
+    ("trainer.prediction_loss_only=true", "would not be heeded"),
+    ("trainer.eval_do_concat_batches=false", "would not be heeded"),
+    ("trainer.push_to_hub=true", "`zoft export run=DIR --push OWNER/NAME`"),
     # parts that do not go together
+    ("peft=lora trainable=all", "trainable=all trains weights of the base model, and only the adapter is saved"),
+    ("peft=lora trainable=last_blocks", "only the adapter is saved: use trainable=adapter, or peft=none"),
+    ("trainable=adapter", "trainable=adapter needs an adapter: choose peft=lora"),
+    ("method=mezo engine=in_place engine.restore=subtract model.dtype=bfloat16", "does not bring bfloat16 weights"),
+    ("method=lozo estimator.noise=torch_sequential", "subspace=low_rank needs estimator.noise=counter"),
+    ("method=mezo estimator.noise=torch_sequential subspace.law=sphere", "subspace.law=sphere needs noise=counter"),
     ("estimator=forward_gradient engine=layerwise", "engine=layerwise evaluates losses"),
     ("estimator=forward_gradient engine=in_place", "needs exact derivatives: choose engine=auto"),
     ("estimator=central engine=forward_mode", "estimator=central needs losses"),
@@ -164,7 +196,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(("argument", "expected"), ARGUMENTS, ids=[argument for argument, _ in ARGUMENTS])
 def test_argument(argument: str, expected: str, empty_folder: Path):
     with pytest.raises(UserError) as caught:
-        compose(argument.split(" ") if argument.startswith("estimator=") else [argument])
+        compose([argument] if "{" in argument else argument.split(" "))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400

@@ -9,6 +9,7 @@ from typing import Any
 from zoft.config.quantized import check_quantization
 from zoft.engines._elsewhere import Elsewhere
 from zoft.engines.base import Engine
+from zoft.engines.in_place import NO_WAY_BACK
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator
 from zoft.estimators.nodes import Nodes
@@ -17,7 +18,7 @@ from zoft.lm.models.load import DTYPES
 from zoft.lm.models.peft.base import Peft
 from zoft.lm.models.peft.lora import Lora
 from zoft.lm.models.quantized import QUANTIZATIONS
-from zoft.lm.models.trainable.base import Trainable
+from zoft.lm.models.trainable.base import NO_ADAPTER, OF_THE_BASE, Trainable
 from zoft.lm.objectives._written import ONE_SAMPLE
 from zoft.lm.objectives.base import Objective
 from zoft.lm.tasks.base import Task
@@ -25,6 +26,7 @@ from zoft.optimizers.base import Optimizer
 from zoft.step.method import NOTHING_TO_CLIP, Method
 from zoft.step.shares import check_pipeline, grid_of
 from zoft.subspaces.base import Subspace
+from zoft.trainer.values import require_taken
 from zoft.weightings.base import Weighting
 from zoft.weights.rounding import ROUNDINGS
 
@@ -220,7 +222,9 @@ class ZoftConfig:
             self.peft = replace(self.peft, on="feed_forward")
         if self.protocol == "mezo":
             self._follow_mezo()
+        require_taken(self.trainer, "trainer.")
         self.composition.check_budget(self.budget.queries)
+        self._check_trainable()
         self._check_engine()
         self._check_elsewhere()
         self._check_gradient()
@@ -242,6 +246,17 @@ class ZoftConfig:
             raise UserError(
                 f"{self.auto[0]}=auto does not go with protocol=mezo, whose numbers are MeZO's: give a value"
             )
+
+    def _check_trainable(self) -> None:
+        """What is trained must be there, and be saved; regex alone has to see the model's names."""
+        trainable, has_adapter = self.trainable.name(), self.peft.name() != "none"
+        if trainable == "adapter" and not has_adapter:
+            raise UserError(NO_ADAPTER)
+        if has_adapter and trainable in ("all", "last_blocks", "norms_and_biases"):
+            raise UserError(OF_THE_BASE.format(trainable, ""))
+        subtracts = getattr(self.engine, "restore", "") == "subtract"
+        if subtracts and not has_adapter and self.model.dtype != "float32":
+            raise UserError(NO_WAY_BACK.format(self.model.dtype))
 
     def _follow_mezo(self) -> None:
         """One switch for MeZO's numbers: its stream of z, its rows and batches."""

@@ -38,6 +38,24 @@ REFUSED = {
 }
 """Fields that a run does not take -> why."""
 
+UNHEEDED = {
+    "label_smoothing_factor": "the run's objective computes the loss, and smooths no labels",
+    "prediction_loss_only": "a run reports the metric of what the model predicts",
+    "batch_eval_metrics": "the metric is of all held-out rows at once",
+    "eval_do_concat_batches": "the metric is of all held-out rows at once",
+    "include_for_metrics": "the metric reads predictions and answers alone",
+    "label_names": "the task says what is an answer",
+    "length_column_name": "the lengths of rows are counted",
+    "do_train": "zoft train trains, evaluates and tests; zoft eval and zoft predict do without training",
+    "do_eval": "when to evaluate is trainer.eval_strategy",
+    "do_predict": "zoft predict run=DIR data=FILE answers new rows",
+    "local_rank": "torchrun says which process this is",
+    "parallelism_config": "what processes divide is trainer.parallel",
+    "enable_jit_checkpoint": "a run that is told to stop (SIGTERM) saves itself, and the same command goes on",
+    "push_to_hub": "a finished run is published by `zoft export run=DIR --push OWNER/NAME`",
+}
+"""Fields that would change nothing in a run, or break it, unless they are left at transformers' default -> why."""
+
 _SIMPLE: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
@@ -57,6 +75,12 @@ def explained() -> list[tuple[str, str, str, str]]:
             if item.target.id not in HOMES.keys() | REFUSED.keys():
                 rows[item.target.id] = (item.target.id, ast.unparse(item.annotation), *_default_and_help(item.value))
     return [rows[name] for name in sorted(rows)]
+
+
+@lru_cache
+def _defaults() -> dict[str, str]:
+    """Field name -> its default, as Python writes it."""
+    return {name: default for name, _, default, _ in explained()}
 
 
 def _sources() -> list[tuple[Path, str]]:
@@ -114,6 +138,8 @@ def check(name: str, value: Any, where: str) -> None:
     if name in REFUSED:
         raise UserError(f"{where}: trainer.{name} cannot be set here: {REFUSED[name]}")
     known = fields()
+    if name in UNHEEDED and value is not None and repr(value) != _defaults().get(name):
+        raise UserError(f"{where}: trainer.{name}={value} would not be heeded: {UNHEEDED[name]}; leave it out")
     if known and name not in known:
         usable = known.keys() - HOMES.keys() - REFUSED.keys()
         raise UserError(

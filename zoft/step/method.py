@@ -58,6 +58,7 @@ class Method:
     def __post_init__(self) -> None:
         for part in (self.subspace, self.estimator, self.weighting, self.optimizer):
             part.check_with(self)
+        self.subspace.check_noise(self.estimator.noise)
 
     @classmethod
     def of(

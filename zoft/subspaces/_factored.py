@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
 from zoft.noise.source import CounterNoise, NoiseSource
-from zoft.subspaces._matrices import matmul, refuse_sequential, rows_of
+from zoft.subspaces._matrices import matmul, rows_of
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights, perturbed
@@ -99,15 +99,10 @@ class Factored(Subspace):
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The counter, over the coordinates: there is no published stream of structured directions."""
-        self.refuse_sequential(noise)
-        super().source(weights, noise)  # refuses an unknown one
+        self.check_noise(noise)
         # the counter's stream is of C's size; sphere's length is over coordinates, not weights
         shapes = {name: math.prod(form.shape) for name, form in self.forms(weights).items()}
         return CounterNoise(self.law, weights.sizes() | shapes)
-
-    def refuse_sequential(self, noise: str) -> None:
-        """MeZO's own stream has no directions of this form."""
-        refuse_sequential(self.name(), noise)
 
 
 class BoundFactored(BoundSubspace):

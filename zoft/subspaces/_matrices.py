@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from zoft.errors import UserError
 from zoft.noise.source import sample
 from zoft.utils.lazy import Tensor, torch
 
@@ -28,15 +27,6 @@ def haar(key: int, rows: int, columns: int, device: torch.device) -> Tensor:
     q, r = torch.linalg.qr(gaussian)
     # Q's columns are unique up to sign only; R with a positive diagonal makes them Haar (Mezzadri 2007)
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).to(torch.float32).contiguous().to(device)
-
-
-def refuse_sequential(subspace: str, noise: str) -> None:
-    """MeZO's own stream is of the full space's directions."""
-    if noise == "torch_sequential":
-        raise UserError(
-            f"noise=torch_sequential draws MeZO's directions, which move every weight by itself: subspace={subspace} "
-            "needs estimator.noise=counter"
-        )
 
 
 def rows_of(given: Tensor, first: int, count: int) -> Tensor:

@@ -57,6 +57,9 @@ class Subspace(Component):
     laws: ClassVar[tuple[str, ...]] = LAWS
     """The laws that it draws by."""
 
+    serves_sequential: ClassVar[bool] = False
+    """Whether MeZO's own stream of numbers, one for every weight, makes its directions."""
+
     law: str = "gaussian"
 
     def check(self) -> None:
@@ -65,6 +68,24 @@ class Subspace(Component):
 
     def check_with(self, method: Any) -> None:
         """Refuse the other parts of a :class:`zoft.step.method.Method` that make no sense with this subspace."""
+
+    def check_noise(self, noise: str) -> None:
+        """Refuse a noise source that does not make this subspace's directions.
+
+        Raises:
+            UserError: MeZO's own stream, where directions are not Gaussian ones of every weight; an unknown one.
+        """
+        if noise not in SOURCES:
+            raise UserError(f"estimator.noise must be one of {', '.join(SOURCES)}, got {noise!r}")
+        if noise == "torch_sequential" and not self.serves_sequential:
+            raise UserError(
+                f"noise=torch_sequential draws MeZO's directions, which move every weight by itself: subspace="
+                f"{self.name()} needs estimator.noise=counter"
+            )
+        if noise == "torch_sequential" and self.law != "gaussian":
+            raise UserError(
+                f"noise=torch_sequential draws Gaussian directions; subspace.law={self.law} needs noise=counter"
+            )
 
     def observes_at(self, step: int) -> str:
         """What is looked at before the queries of this step.
@@ -80,15 +101,10 @@ class Subspace(Component):
         raise NotImplementedError
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
-        """The noise source by name; MeZO's own stream exists for Gaussian directions only."""
-        if noise not in SOURCES:
-            raise UserError(f"estimator.noise must be one of {', '.join(SOURCES)}, got {noise!r}")
+        """The noise source by name."""
+        self.check_noise(noise)
         if noise == "counter":
             return CounterNoise(self.law, weights.sizes())
-        if self.law != "gaussian":
-            raise UserError(
-                f"noise=torch_sequential draws Gaussian directions; subspace.law={self.law} needs noise=counter"
-            )
         return TorchSequentialNoise([(n, t.shape, t.dtype, t.device) for n, t in weights.tensors.items()])
 
 

@@ -52,15 +52,6 @@ class Blocks(Subspace):
         """Coordinates are the elements of the tensors that move."""
         return BoundBlock(weights, self.source(weights, noise), self)
 
-    def source(self, weights: Weights, noise: str) -> NoiseSource:
-        """The counter: MeZO's own stream runs over all weights, and has a seed for every direction."""
-        if noise == "torch_sequential":
-            raise UserError(
-                "noise=torch_sequential draws MeZO's directions, which move every weight: subspace=blocks needs "
-                "estimator.noise=counter"
-            )
-        return super().source(weights, noise)
-
 
 class BoundBlock(BoundPartial):
     """The full space restricted to the block of the step; what does not move has z = 0.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.weights.tensors import Weights
@@ -14,6 +15,8 @@ class Full(Subspace):
 
     References: Malladi et al. 2023 (MeZO) for Gaussian directions; Spall 1992 (SPSA) for Rademacher ones.
     """
+
+    serves_sequential: ClassVar[bool] = True
 
     def bind(self, weights: Weights, noise: str = "counter") -> BoundSubspace:
         """Coordinates are the tensors' own elements."""

@@ -68,12 +68,7 @@ class LowRank(Subspace):
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The counter: there is no published stream of low-rank directions."""
-        if noise == "torch_sequential":
-            raise UserError(
-                "noise=torch_sequential draws MeZO's directions, which are of full rank: subspace=low_rank needs "
-                "estimator.noise=counter"
-            )
-        super().source(weights, noise)  # refuses an unknown one
+        self.check_noise(noise)
         # the counter's law is over coordinates: those of U for a matrix, the tensor's own else
         return CounterNoise(self.law, {n: math.prod(_shape(t, self.rank)) for n, t in weights.tensors.items()})
 

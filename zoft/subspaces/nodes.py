@@ -89,8 +89,7 @@ class Nodes(Subspace):
 
     def bind(self, weights: Weights, noise: str = "counter") -> NodeSpace:
         """The nodes of the trained tensors."""
-        if noise != "counter":
-            raise UserError(f"subspace=nodes draws by the counter: noise={noise} is for directions in the weights")
+        self.check_noise(noise)
         nodes = self.chosen(weights)
         return NodeSpace(weights, CounterNoise(self.law, weights.sizes()), nodes, self)
 

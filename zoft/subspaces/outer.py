@@ -10,7 +10,6 @@ from zoft.noise import counter
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.joint import Antithetic, LinearCombination
 from zoft.noise.source import CounterNoise, NoiseSource, sample
-from zoft.subspaces._matrices import refuse_sequential
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights
@@ -58,8 +57,7 @@ class Outer(Subspace):
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """Products of two factors, for what is large enough."""
-        refuse_sequential(self.name(), noise)
-        super().source(weights, noise)  # refuses an unknown one
+        self.check_noise(noise)
         sizes = {
             name: _sides(tensor) for name, tensor in weights.tensors.items() if tensor.dim() >= 2 and tensor.numel()
         }

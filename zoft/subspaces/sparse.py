@@ -82,15 +82,6 @@ class Sparse(Subspace):
         """Coordinates are the tensors' elements; those that stand still are zero."""
         return BoundSparse(weights, self.source(weights, noise), self)
 
-    def source(self, weights: Weights, noise: str) -> NoiseSource:
-        """The counter: MeZO's own stream moves every weight."""
-        if noise == "torch_sequential":
-            raise UserError(
-                "noise=torch_sequential draws MeZO's directions, which move every weight: subspace=sparse needs "
-                "estimator.noise=counter"
-            )
-        return super().source(weights, noise)
-
 
 class BoundSparse(ObservesGradients, BoundSubspace):
     """Coordinates are the tensor's elements times the mask; lifting multiplies by the mask (again) and 1 / sqrt(s).

@@ -27,6 +27,7 @@ class Vectors(Subspace):
     """
 
     has_matrices: ClassVar[bool] = False
+    serves_sequential: ClassVar[bool] = True
 
     def bind(self, weights: Weights, noise: str = "counter") -> BoundVector:
         """Coordinates are the elements of the vectors."""

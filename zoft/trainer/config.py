@@ -20,6 +20,7 @@ from zoft.step.shares import grid_of
 from zoft.trainer.guard import FEWEST, GUARDS
 from zoft.trainer.rate import start_of
 from zoft.trainer.restarts import meeting
+from zoft.trainer.values import require_taken
 from zoft.weights.rounding import ROUNDINGS
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,6 @@ _MEANINGLESS = {
     "resume_from_checkpoint": "the Trainer does not read it here: call trainer.train(resume_from_checkpoint=...)",
 }
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
-_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _SEEDS = ("seed", "data_seed")
 
 
@@ -150,13 +150,9 @@ class ZOConfig(TrainingArguments):
         super().__post_init__()
         if self.budget_queries is not None and self.budget_queries < 1:
             raise UserError(f"budget.queries must be at least 1, got {self.budget_queries}")
-        if self.max_skipped_steps < 1:
-            raise UserError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
         if self.precision_update not in ROUNDINGS:
             raise UserError(f"precision.update must be one of {', '.join(ROUNDINGS)}, got {self.precision_update!r}")
         self._check_guard()
-        if self.max_grad_norm < 0:
-            raise UserError(f"max_grad_norm must be 0 (no clipping) or more, got {self.max_grad_norm}")
         if self.budget_queries is not None and self.max_steps > 0:
             raise UserError("give budget_queries or max_steps, not both: the budget decides when training stops")
 
@@ -168,8 +164,6 @@ class ZOConfig(TrainingArguments):
             raise UserError(f"guard_factor must be larger than 1, got {self.guard_factor}")
         if self.guard_steps < FEWEST:
             raise UserError(f"guard_steps must be at least {FEWEST}, got {self.guard_steps}")
-        if self.guard_back < 1:
-            raise UserError(f"guard_back must be at least 1, got {self.guard_back}")
         if self.guard == "rollback" and not self.journal:
             raise UserError("guard=rollback goes back by the journal: leave journal=true")
 
@@ -185,11 +179,8 @@ def _refuse_meaningless(args: TrainingArguments, *, but: tuple[str, ...] = ()) -
 
 
 def _refuse_numbers(args: TrainingArguments) -> None:
-    """Numbers that would end in a traceback of the data loader or of a random generator."""
-    for name in _AT_LEAST_ONE:
-        value = getattr(args, name)
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+    """What would be taken for something else, or end in a traceback in the middle of a run."""
+    require_taken(vars(args))
     for name in _SEEDS:
         value = getattr(args, name)
         if isinstance(value, int) and not 0 <= value < 2**32:

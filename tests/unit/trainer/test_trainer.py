@@ -1001,7 +1001,7 @@ def test_meaningless_settings_of_plain_arguments_are_refused(make: Callable[...,
         ({"budget_queries": lambda: 0}, "budget.queries must be at least 1"),
         ({"budget_queries": lambda: 10, "max_steps": lambda: 5}, "budget_queries or max_steps, not both"),
         ({"max_skipped_steps": lambda: 0}, "max_skipped_steps must be at least 1"),
-        ({"max_grad_norm": lambda: -1.0}, "max_grad_norm must be 0"),
+        ({"max_grad_norm": lambda: -1.0}, "max_grad_norm must be at least 0, got -1.0; 0 clips nothing"),
         (
             {"learning_rate": lambda: 1e-2, "optimizer": lambda: SGD(learning_rate=1e-3)},
             "two values for learning_rate: 0.01 in the arguments and 0.001 on the optimizer",

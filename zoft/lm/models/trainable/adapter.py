@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zoft.errors import UserError
-from zoft.lm.models.trainable.base import Trainable
+from zoft.lm.models.trainable.base import NO_ADAPTER, Trainable
 from zoft.utils.lazy import nn
 
 
@@ -16,5 +16,5 @@ class Adapter(Trainable):
     def chosen(self, model: nn.Module) -> set[str]:
         """The names that PEFT left trainable."""
         if not hasattr(model, "peft_config"):
-            raise UserError("trainable=adapter needs an adapter: choose peft=lora, peft=prefix or peft=prompt")
+            raise UserError(NO_ADAPTER)
         return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

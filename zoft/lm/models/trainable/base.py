@@ -12,6 +12,12 @@ from zoft.utils.lazy import nn
 
 _NORM_OR_BIAS = re.compile(r"(norm|(^|\.)ln_?\w*)(\.\w+)?\.(weight|bias)$|(^|\.)bias$|\.bias$", re.IGNORECASE)
 
+OF_THE_BASE = (
+    "trainable={} trains weights of the base model{}, and only the adapter is saved: use trainable=adapter, or "
+    "peft=none"
+)
+NO_ADAPTER = "trainable=adapter needs an adapter: choose peft=lora, peft=prefix or peft=prompt"
+
 
 @dataclass
 class Trainable(Component):
@@ -33,10 +39,7 @@ class Trainable(Component):
         chosen = self.chosen(model)
         saved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if hasattr(model, "peft_config") and not chosen <= saved:
-            raise UserError(
-                f"trainable={self.name()} trains weights of the base model (such as {min(chosen - saved)}), and only "
-                "the adapter is saved: use trainable=adapter, or peft=none"
-            )
+            raise UserError(OF_THE_BASE.format(self.name(), f" (such as {min(chosen - saved)})"))
         trained = total = 0
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen and parameter.is_floating_point())

@@ -1,0 +1,112 @@
+"""Training arguments that transformers would silently take for something else, or fall over later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from zoft.errors import UserError, did_you_mean
+
+_AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_prefetch_factor": 1,
+    "save_total_limit": 1,
+    "max_skipped_steps": 1,
+    "guard_back": 1,
+    "ddp_timeout": 1,
+    "eval_delay": 0,
+    "warmup_steps": 0,
+    "dataloader_num_workers": 0,
+    "frozen_prefix_mb": 0,
+    "journal_hash_steps": 0,
+    "max_grad_norm": 0,
+}
+_MEANING = {
+    "save_total_limit": "; leave it out to keep all checkpoints",
+    "eval_accumulation_steps": "; leave it out to move predictions to the host at the end",
+    "max_grad_norm": "; 0 clips nothing",
+}
+_EVERY = {
+    "logging_steps": "logs nothing",
+    "eval_steps": "evaluates at no step",
+    "save_steps": "saves no checkpoint",
+}
+"""Steps from one to the next -> what its strategy "no" does."""
+_WORDS = {
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "log_level_replica": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+}
+"""Choices that transformers looks up late, or not at all."""
+_NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+_NO_KWARGS = ("constant", "constant_with_warmup")
+
+
+def require_taken(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse numbers and words that would be replaced, ignored, or fallen over in the middle of a run.
+
+    Args:
+        values: training arguments by name; those that are left out are not looked at.
+        prefix: before each name in the message: ``trainer.`` where they stand in a config.
+
+    Raises:
+        UserError: saying which one, and what it can be.
+
+    Example:
+        >>> require_taken({"eval_steps": 0}, "trainer.")
+        Traceback (most recent call last):
+        zoft.errors.UserError: trainer.eval_steps must be a whole number of steps from 1 on, or a share of the run \
+between 0 and 1, got 0; trainer.eval_strategy=no evaluates at no step
+    """
+    for sentence in (*_numbers(values, prefix), *_words(values, prefix), *_ignored(values, prefix)):
+        raise UserError(sentence)
+
+
+def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, least in _AT_LEAST.items():
+        value = values.get(name)
+        if _is_number(value) and not value >= least:
+            yield f"{prefix}{name} must be at least {least}, got {value}{_MEANING.get(name, '')}"
+    for name, nothing in _EVERY.items():
+        value = values.get(name)
+        # transformers takes 0 for "as logging_steps", and counts backwards from a negative number
+        if _is_number(value) and not (0 < value < 1 or (value >= 1 and value % 1 == 0)):
+            yield (
+                f"{prefix}{name} must be a whole number of steps from 1 on, or a share of the run between 0 and 1, "
+                f"got {value}; {prefix}{name.removesuffix('steps')}strategy=no {nothing}"
+            )
+
+
+def _words(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, words in _WORDS.items():
+        if values.get(name, words[0]) not in words:
+            yield f"{prefix}{name}={values[name]} is none of its values.{did_you_mean(str(values[name]), words)}"
+
+
+def _ignored(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    schedule = values.get("lr_scheduler_type", "constant")
+    schedule = str(getattr(schedule, "value", schedule))
+    if values.get("warmup_steps") and schedule in _NO_WARMUP:
+        yield (
+            f"{prefix}warmup_steps={values['warmup_steps']} would be ignored: {prefix}lr_scheduler_type={schedule} has "
+            f"no warmup; use {prefix}lr_scheduler_type=constant_with_warmup, linear or cosine"
+        )
+    if values.get("lr_scheduler_kwargs") and schedule in _NO_KWARGS:
+        yield (
+            f"{prefix}lr_scheduler_kwargs would be ignored: {prefix}lr_scheduler_type={schedule} takes none; leave "
+            "them out, or choose a schedule that does"
+        )
+    if not values.get("dataloader_num_workers"):
+        for name in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
+            if values.get(name):
+                yield (
+                    f"{prefix}{name}={values[name]} would be ignored without workers that load rows: set "
+                    f"{prefix}dataloader_num_workers too, or leave it out"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
