@@ -81,7 +81,7 @@ ARGUMENTS = [
     ("trainer.journal_hash_steps=-1", "trainer.journal_hash_steps must be at least 0, got -1"),
     ("trainer.max_grad_norm=-1", "trainer.max_grad_norm must be at least 0, got -1; 0 clips nothing"),
     ("trainer.ddp_timeout=0", "trainer.ddp_timeout must be at least 1, got 0"),
-    ("trainer.log_level=eror", "trainer.log_level=eror is none of its values. Did you mean error?"),
+    ("trainer.log_level=warn", "trainer.log_level=warn is none of its values. Did you mean warning?"),
     ("trainer.train_sampling_strategy=sequental", "is none of its values. Did you mean sequential?"),
     ("trainer.label_smoothing_factor=0.5", "would not be heeded: the run's objective computes the loss"),
     ("trainer.prediction_loss_only=true", "would not be heeded"),

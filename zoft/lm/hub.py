@@ -55,10 +55,10 @@ def not_waited_for() -> Iterator[None]:
     if switched_off() or not out_of_reach():
         yield
         return
-    from huggingface_hub import constants
+    import huggingface_hub
 
-    loaded: Any = sys.modules.get("datasets.config")  # it has copied the switch
-    holders = [constants] if loaded is None else [constants, loaded]
+    # datasets has copied the switch
+    holders: list[Any] = [huggingface_hub.constants, *filter(None, [sys.modules.get("datasets.config")])]
     before = [holder.HF_HUB_OFFLINE for holder in holders]
     try:
         for holder in holders:

@@ -67,7 +67,7 @@ between 0 and 1, got 0; trainer.eval_strategy=no evaluates at no step
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for name, least in _AT_LEAST.items():
-        value = values.get(name)
+        value: Any = values.get(name)
         if _is_number(value) and not value >= least:
             yield f"{prefix}{name} must be at least {least}, got {value}{_MEANING.get(name, '')}"
     for name, nothing in _EVERY.items():
