@@ -1,10 +1,12 @@
-"""Node directions of objectives that tell each example's loss and no more: rewards of texts, and preferences."""
+"""Node directions by objective: rewards of texts and preferences, which tell losses alone, and options of one token."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from tests import models
 from tests.models import PAD, tiny_llama
 from tests.runs import WORDS, tiny_tokenizer
 from zoft import ZOConfig, ZOTrainer
@@ -16,6 +18,7 @@ from zoft.lm.data.examples import Rated
 from zoft.lm.data.generated import GeneratedCollator, encode_generated
 from zoft.lm.data.pairs import PairCollator
 from zoft.lm.models.generate import Answering, write
+from zoft.lm.objectives.options import Options
 from zoft.lm.objectives.preference import Preference, keep_reference
 from zoft.lm.objectives.reward import Reward
 from zoft.noise.direction import Direction
@@ -117,6 +120,54 @@ def test_a_text_has_a_direction_at_each_of_its_tokens_and_none_behind_them(tmp_p
     with trainer.query_forward.querying():
         found = trainer.run_steps.queries.nodes(StepBatch([rows]), Direction(0, 0), trainer.method.estimator)
     assert {len(one.e) for one in found.factors.values()} == {sum(lengths)}
+
+
+# ---- options of one token --------------------------------------------------------------------------------------------
+
+
+def options(model, candidates=(5, 9, 12)):
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(3, vocabulary, (4, 6), generator=torch.Generator().manual_seed(3))
+    labels = torch.tensor([0, 2, 1, 0])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {**batch, "option_tokens": torch.tensor([list(candidates)] * 3 + [list(candidates[::-1])])}
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2", "tiny_gemma2", "tiny_cohere"])
+def test_options_of_one_token_read_their_own_rows_of_the_head_alone(family, monkeypatch):
+    """Gemma 2 caps its logits and Cohere scales them, which is done to the options' alone."""
+    model = getattr(models, family)().eval()
+    batch, objective = options(model), Options()
+    objective.probe(model, batch)
+    entered: list = []
+    norm = model.transformer.ln_f if family == "tiny_gpt2" else model.model.norm
+    handle = norm.register_forward_pre_hook(lambda _m, args: entered.append(args[0]))
+    loss = objective.loss(model, batch)
+    handle.remove()
+    (wanted,) = torch.autograd.grad(loss * 4, entered)
+    widths = []
+    head = model.get_output_embeddings()
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: widths.append(len(w)) or linear(x, w, b))
+    found = objective.readout(model, batch, "hidden")
+    monkeypatch.undo()
+    torch.testing.assert_close(found.losses.mean(), loss)
+    torch.testing.assert_close(found.slopes, wanted[:, -1], rtol=1e-4, atol=1e-7)
+    assert 3 in widths
+    assert len(head.weight) not in widths
+
+
+def test_options_under_a_head_with_an_adapter_read_it_whole():
+    """An adapter on the head is no plain matrix whose rows can be taken."""
+    plain, adapted = tiny_llama(), tiny_llama()
+    adapted = get_peft_model(adapted, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    batch, objective = options(plain), Options()
+    found = []
+    for model in (plain.eval(), adapted.eval()):
+        objective.probe(model, batch)
+        found.append(objective.readout(model, batch, "hidden"))
+    torch.testing.assert_close(found[0].slopes, found[1].slopes, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[0].losses, found[1].losses)
 
 
 # ---- preferences -----------------------------------------------------------------------------------------------------

@@ -74,22 +74,34 @@ def logits_of_rows(model: nn.Module, inputs: Inputs, positions: Positions, token
     """
 
     def of_rows(forward: Forward, rows: Tensor) -> Tensor:
-        if tokens is None:
-            # head(rows) as [1, N, H]: most classes hand [B, T, H] to their head, and so does this
-            return forward(rows.unsqueeze(0))
-        head: Any = head_of(model)
-        # z_t = w_t . h + b_t for the wanted tokens t alone
-        weight = torch.nn.functional.embedding(tokens, head.weight)  # so that engines perturb these rows alone
-        bias = None if head.bias is None else head.bias[tokens]
-        # In float32: a logit of 17 is known to 0.06 in bfloat16, and what is wanted is the difference of two losses.
-        wide = None if bias is None else bias.float()
-        return torch.nn.functional.linear(rows.float(), weight.float(), wide).unsqueeze(0)
+        # head(rows) as [1, N, H]: most classes hand [B, T, H] to their head, and so does this
+        return forward(rows.unsqueeze(0)) if tokens is None else logits_of_tokens(model, rows, tokens).unsqueeze(0)
 
     logits = with_rows(model, inputs, positions, of_rows)
     # a class may reshape behind its head; then rows cannot be taken back apart
     if logits.dim() != 3 or logits.shape[:2] != (1, len(positions)):
         raise CannotServeError(f"its logits come as {list(logits.shape)}")
     return logits[0]
+
+
+def logits_of_tokens(model: nn.Module, rows: Tensor, tokens: Tensor) -> Tensor:
+    """What a plain linear head gives for some tokens, without what its class does behind it.
+
+    Args:
+        model: what is called.
+        rows: [N, H] hidden states.
+        tokens: [C] the tokens.
+
+    Returns:
+        float32 [N, C].
+    """
+    head: Any = head_of(model)
+    # z_t = w_t . h + b_t for the wanted tokens t alone
+    weight = torch.nn.functional.embedding(tokens, head.weight)  # so that engines perturb these rows alone
+    bias = None if head.bias is None else head.bias[tokens]
+    # In float32: a logit of 17 is known to 0.06 in bfloat16, and what is wanted is the difference of two losses.
+    wide = None if bias is None else bias.float()
+    return torch.nn.functional.linear(rows.float(), weight.float(), wide)
 
 
 def with_rows(

@@ -12,7 +12,7 @@ from functools import partial
 
 from zoft.errors import UserError
 from zoft.lm.logits.call import Inputs, inner
-from zoft.lm.logits.head import Forward, Positions, with_rows
+from zoft.lm.logits.head import Forward, Positions, logits_of_tokens, with_rows
 from zoft.lm.logits.logits import MAX_LOGITS
 from zoft.lm.logits.support import probe
 from zoft.utils.lazy import Tensor, nn, torch
@@ -131,11 +131,18 @@ def _keys_of(tokens: Tensor) -> Tensor:
 # ---- the hidden state under the head ---------------------------------------------------------------------------------
 
 Terms = Callable[["Tensor"], "Tensor"]
-"""Log-probabilities or logits -> the terms of the loss."""
+"""Log-probabilities of tokens, or logits of options -> the terms of the loss."""
 
 
 def of_hidden(
-    model: nn.Module, inputs: Inputs, places: Positions, unit: Tensor, *, terms: Terms, targets: Tensor | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    places: Positions,
+    unit: Tensor,
+    *,
+    terms: Terms,
+    targets: Tensor | None = None,
+    options: Tensor | None = None,
 ) -> Readout:
     """Each position is seen in its own last hidden state h; the loss's slope in h is that of norm and head alone.
 
@@ -144,8 +151,9 @@ def of_hidden(
         inputs: its keyword arguments.
         places: P positions.
         unit: [P] the term each belongs to.
-        terms: the logits [P, V], or the targets' log-probabilities [P], to the terms of the loss [U].
-        targets: [P] the token that is predicted at each position; None hands the logits to ``terms``.
+        terms: the targets' log-probabilities [P], or the options' logits [P, C], to the terms of the loss [U].
+        targets: [P] the token that is predicted at each position.
+        options: [C] the tokens whose logits alone decide the loss, in place of ``targets``.
 
     Raises:
         UserError: the model's head cannot be given some of its positions.
@@ -169,10 +177,19 @@ def of_hidden(
         with torch.inference_mode(False), torch.enable_grad():
             # a graph of norm and head alone: it is as large as the positions, not as the model
             h = below.detach().clone().requires_grad_()
-            logits_of = lambda part: after(forward(through(part).unsqueeze(0)))[0].float()  # noqa: E731
+
+            def logits_of(part: Tensor) -> Tensor:
+                row = through(part)
+                if options is None:
+                    return after(forward(row.unsqueeze(0)))[0].float()
+                # two options need two rows of the head: the whole vocabulary's is most of what a step would read
+                if known.tokens:
+                    return after(logits_of_tokens(model, row, options).unsqueeze(0))[0]
+                return after(forward(row.unsqueeze(0)))[0].index_select(1, options).float()
+
             outputs.extend((h.detach().float(), *_loss_and_slope(h, logits_of, terms, targets, known.vocabulary)))
-        # one row, so that what the class does behind its head has something to do
-        return forward(rows[:1].unsqueeze(0))
+        # what the class does behind its head is known, and needs no more than a number to be done with
+        return rows.new_zeros(1, 1, 1)
 
     try:
         with torch.no_grad():

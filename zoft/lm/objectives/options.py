@@ -95,8 +95,8 @@ def _of_tokens(model: nn.Module, batch: Batch, feedback: str) -> Readout:
     if feedback == "hidden":
         cross_entropy = torch.nn.functional.cross_entropy
         return of_hidden(
-            model, inputs, places, torch.arange(len(gold), device=gold.device),
-            terms=lambda logits: cross_entropy(logits.gather(1, batch["option_tokens"]), gold, reduction="none"),
+            model, inputs, places, torch.arange(len(gold), device=gold.device), options=candidates,
+            terms=lambda logits: cross_entropy(logits.gather(1, index), gold, reduction="none"),
         )  # fmt: skip
     readout = of_scores(logits_at(model, inputs, places, candidates), gold, candidates, index)
     if feedback == "scores":
