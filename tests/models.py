@@ -73,6 +73,20 @@ def tiny_cohere(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
     return _build("CohereForCausalLM", "CohereConfig", seed, small | more | fields, attn)
 
 
+def tiny_olmo2(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM that normalises what attention and feed-forward parts give, and not what they are given."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 64}
+    return _build("Olmo2ForCausalLM", "Olmo2Config", seed, small | more | fields, attn)
+
+
+def tiny_granite(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM whose blocks scale what they add to the residual stream."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 64, "residual_multiplier": 0.25}
+    return _build("GraniteForCausalLM", "GraniteConfig", seed, small | more | fields, attn)
+
+
 def tiny_bloom(seed: int = 0, *, attn: str = "eager", **fields: Any) -> Any:
     """A causal LM without positions: attention falls with the distance (ALiBi)."""
     sizes = {"hidden_size": 16, "n_layer": 2, "n_head": 2}

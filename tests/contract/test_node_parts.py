@@ -57,17 +57,27 @@ def test_gradients_of_an_adapter_inside_a_part_are_autograds(targets):
     ("family", "is_shared"),
     [
         ("tiny_llama", True), ("tiny_qwen", True), ("tiny_gpt2", True), ("tiny_gemma", True), ("tiny_cohere", True),
-        ("tiny_gemma2", False),
+        ("tiny_gemma2", True), ("tiny_olmo2", True), ("tiny_granite", False),
     ],
 )  # fmt: skip
 def test_parts_share_a_response_where_blocks_add_them_to_the_residual_stream(family, is_shared):
-    """Gemma 2 normalises what a part gives before it is added."""
+    """Gemma 2 normalises what a part gives before it is added, which counts as the part's; Granite scales it."""
     model = only(getattr(models, family)(), *MLP)
     ask = queries(model)
     ask(models.batch_for(model, rows=4, length=7), Direction(0, 0), PROBES)
     space = ask.session.coordinates
     assert space.shared is is_shared
     assert set(space.response) == ({STREAM} if is_shared else set(space.parts))
+
+
+def test_a_normalisation_that_is_given_something_else_than_the_part_does_not_count_as_the_parts():
+    """Its name promises that it stands behind the part; what it is given shows whether it does."""
+    model = only(models.tiny_gemma2(), *MLP)
+    for block in model.model.layers:
+        block.post_feedforward_layernorm.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+    ask = queries(model)
+    ask(models.batch_for(model, rows=4, length=7), Direction(0, 0), PROBES)
+    assert not ask.session.coordinates.shared
 
 
 def test_the_shared_response_is_the_mean_of_the_blocks_own():
@@ -131,7 +141,9 @@ def test_a_part_that_mixes_positions_is_refused():
         queries(model)(models.batch_for(model, rows=4, length=7), Direction(0, 0), PROBES)
 
 
-@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2", "tiny_gemma", "tiny_cohere"])
+@pytest.mark.parametrize(
+    "family", ["tiny_llama", "tiny_gpt2", "tiny_gemma", "tiny_gemma2", "tiny_olmo2", "tiny_cohere"]
+)
 def test_of_the_last_block_the_identity_is_the_gradient_itself(family):
     """Nothing but norm and head lies behind it: e = dL/dh, without a probe, is what backpropagation finds."""
     model = getattr(models, family)()

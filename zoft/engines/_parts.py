@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from zoft.weights.tensors import ATTENTION
 
 Rows = Callable[["Tensor"], "Tensor"]
 """[B, T, H] -> [P, H], at the positions of a step."""
+_NORM_BEHIND = re.compile(r"^post_(feedforward|mlp|ffn)_(layer)?norm$")
+"""A block's normalisation of what its feed-forward part gives, by the names that transformers' classes use."""
 Verdict = Callable[..., bool]
 """Of :func:`seeing_sums`: takes the last hidden states [P, H] or nothing."""
 
@@ -42,7 +45,8 @@ def find_parts(model: nn.Module, nodes: Mapping[str, Node]) -> tuple[dict[str, N
             continue
         name, of_part = names[holders[0]], set(holders[0].modules())
         held = {key: node for key, node in nodes.items() if node.module in of_part}
-        parts[name] = Node(name, holders[0], "part", max(node.size for node in held.values()))
+        norm = next((child for child_name, child in block.named_children() if _NORM_BEHIND.search(child_name)), None)
+        parts[name] = Node(name, holders[0], "part", max(node.size for node in held.values()), norm=norm)
         inside.update(dict.fromkeys(held, name))
     return parts, inside
 
@@ -60,12 +64,12 @@ def _is_of_one_tensor(module: nn.Module) -> bool:
     return len(required) == 2 and not has_experts  # self and the hidden states
 
 
-def outputs_of(module: nn.Module, x: Tensor) -> Tensor:
+def outputs_of(part: Node, x: Tensor) -> Tensor:
     """A part's outputs [P, m] of rows of its inputs [P, n] alone, each as a sequence of one token."""
     # float32 rows that were computed in the part's dtype go back into it without a rounding
-    dtype = next((t.dtype for t in module.parameters() if t.is_floating_point()), x.dtype)
-    y = module(x.to(dtype).unsqueeze(1))
-    return (y[0] if isinstance(y, tuple) else y).squeeze(1)
+    dtype = next((t.dtype for t in part.module.parameters() if t.is_floating_point()), x.dtype)
+    y = _first(part.module(x.to(dtype).unsqueeze(1)))
+    return (y if part.norm is None else _first(part.norm(y))).squeeze(1)
 
 
 @contextmanager
@@ -73,7 +77,7 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
     """A forward in here tells whether every block adds its part to what enters it: out = in + attention + part.
 
     Where it does, an output of any part is a place of the residual stream. It does not where a normalisation follows
-    the part (Gemma 3) or the sum (BERT), or a factor scales it (Granite).
+    the sum (BERT), or a factor scales what a part gives (Granite).
 
     Args:
         model: the whole model.
@@ -84,16 +88,26 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
         The verdict, to be asked for behind the forward; handed the last hidden states [P, H], it is also whether these
         are what leaves the last block.
     """
-    held, stack = {node.module for node in parts.values()}, longest_stack(model)
-    blocks = [block for block in stack if held & set(block.children())]
+    held, stack = {node.module: node for node in parts.values()}, longest_stack(model)
+    blocks = [block for block in stack if held.keys() & set(block.children())]
     left: list[Tensor] = []
     errors: list[float] = []
-    state: dict[nn.Module, Tensor] = {}  # block -> in, then in + attention + part
+    state: dict[nn.Module, Tensor] = {}  # block -> in, then in + part
+    # block -> what may be added for attention: its output, or that of the normalisation behind it (Gemma 2 and 3)
+    attended: dict[nn.Module, list[Tensor]] = {}
+    given: dict[nn.Module, Tensor] = {}  # normalisation behind a part -> what the part gave
 
     def entering(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, torch.Tensor):
-            state[block] = rows(hidden.detach()).float()
+            state[block], attended[block] = rows(hidden.detach()).float(), []
+
+    def attending(block: nn.Module) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if block in state:
+                attended[block].append(rows(_first(output).detach()).float())
+
+        return hook
 
     def adding(block: nn.Module) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -102,9 +116,21 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
 
         return hook
 
+    def giving(norm: nn.Module) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            given[norm] = rows(_first(output).detach())
+
+        return hook
+
+    def normalising(norm: nn.Module, args: Any) -> None:
+        # what this normalisation is given must be what the part gave, and nothing else
+        if not torch.equal(rows(args[0].detach()), given.pop(norm)):
+            errors.append(float("inf"))
+
     def leaving(block: nn.Module, _args: Any, output: Any) -> None:
         if block in state:
-            errors.append(_off(rows(_first(output).detach()), state.pop(block)))
+            out, inner = rows(_first(output).detach()), state.pop(block)
+            errors.append(min(_off(out, inner + more) for more in attended.pop(block) or [torch.zeros_like(inner)]))
 
     def at_end(_module: nn.Module, _args: Any, output: Any) -> None:
         left.append(rows(_first(output).detach()))
@@ -118,9 +144,14 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
     for block in blocks:
         handles.append(block.register_forward_pre_hook(entering, with_kwargs=True))
         for name, child in block.named_children():
-            is_attention = ATTENTION.search(name) is not None and "norm" not in name.lower()
-            if child in held or is_attention:
-                handles.append(child.register_forward_hook(adding(block)))
+            if child in held:
+                norm = held[child].norm
+                handles.append(held[child].last.register_forward_hook(adding(block)))
+                if norm is not None:
+                    handles.append(child.register_forward_hook(giving(norm)))
+                    handles.append(norm.register_forward_pre_hook(normalising))
+            elif ATTENTION.search(name):
+                handles.append(child.register_forward_hook(attending(block)))
         handles.append(block.register_forward_hook(leaving))
     try:
         yield verdict

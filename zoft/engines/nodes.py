@@ -136,7 +136,7 @@ class NodeSession(Session):
 
             return hook
 
-        handles = [node.module.register_forward_hook(move(key, node)) for key, node in nodes.items()]
+        handles = [node.last.register_forward_hook(move(key, node)) for key, node in nodes.items()]
         try:
             yield
         finally:
@@ -190,7 +190,7 @@ class NodeSession(Session):
             self.seeing(nodes if looking else {}, rows, column, len(x)) as seen,
             self.moved(own, rows, column, len(x), shift),
         ):
-            y = outputs_of(part.module, x)
+            y = outputs_of(part, x)
             found = torch.autograd.grad(y, list(zeros.values()), (e / length).to(y.dtype), allow_unused=True)
         return {
             key: (torch.zeros_like(zero).detach() if one is None else one.float() * length).to(device)

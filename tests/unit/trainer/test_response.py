@@ -26,7 +26,9 @@ def trainer_of(tmp_path, model, estimator=None, train=("mlp",), **more):
     return ZOTrainer(model, args, train_dataset=rows, **parts)
 
 
-@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2", "tiny_gemma", "tiny_cohere"])
+@pytest.mark.parametrize(
+    "family", ["tiny_llama", "tiny_gpt2", "tiny_gemma", "tiny_gemma2", "tiny_olmo2", "tiny_cohere"]
+)
 def test_blocks_that_add_their_parts_need_no_probes(tmp_path, family):
     trainer = trainer_of(tmp_path, getattr(models, family)(), Nodes())
     assert trainer.method.estimator.response == "identity"
@@ -36,11 +38,11 @@ def test_blocks_that_add_their_parts_need_no_probes(tmp_path, family):
     assert not trainer.zo_optimizer.subspace.response
 
 
-@pytest.mark.parametrize("family", ["tiny_gemma2", "tiny_opt", "tiny_bloom"])
+@pytest.mark.parametrize("family", ["tiny_granite", "tiny_opt", "tiny_bloom"])
 def test_other_blocks_do(tmp_path, family):
-    """Gemma 2 normalises the part; the layers of OPT and Bloom lie in no part of one input."""
+    """Granite scales the part; the layers of OPT and Bloom lie in no part of one input."""
     model = getattr(models, family)()
-    trainer = trainer_of(tmp_path, model, Nodes(), **({} if family == "tiny_gemma2" else {"train": ("fc", "dense")}))
+    trainer = trainer_of(tmp_path, model, Nodes(), **({} if family == "tiny_granite" else {"train": ("fc", "dense")}))
     assert trainer.method.estimator.response == "learnt"
     trainer.train()
     assert trainer.zo_optimizer.subspace.response
@@ -69,7 +71,7 @@ def test_where_probes_are_asked_for_or_other_layers_move_they_are_made(tmp_path,
 
 def test_an_identity_that_does_not_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"response=identity: blocks do not add .*response=learnt"):
-        trainer_of(tmp_path, models.tiny_gemma2(), Nodes(response="identity"))
+        trainer_of(tmp_path, models.tiny_granite(), Nodes(response="identity"))
 
 
 def test_the_method_of_nobody_is_settled_too(tmp_path):
