@@ -121,6 +121,21 @@ def tiny_mixtral(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
     return _build("MixtralForCausalLM", "MixtralConfig", seed, small | more | fields, attn)
 
 
+def tiny_qwen3_moe(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
+    """A causal LM of eight small experts, three a token, whose shares do not sum to one."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64, "num_experts": 8}
+    experts = {"num_experts_per_tok": 3, "moe_intermediate_size": 8, "norm_topk_prob": False}
+    return _build("Qwen3MoeForCausalLM", "Qwen3MoeConfig", seed, small | more | experts | fields, attn)
+
+
+def tiny_gpt_oss(seed: int = 0, *, attn: str = "eager", **fields: Any) -> Any:
+    """A causal LM whose experts are transposed and have biases."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64, "num_local_experts": 4}
+    return _build("GptOssForCausalLM", "GptOssConfig", seed, small | more | {"num_experts_per_tok": 2} | fields, attn)
+
+
 def tiny_vit(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
     """An image classifier: convolutions, and a parameter of the root of its embeddings."""
     import transformers

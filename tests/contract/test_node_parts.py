@@ -32,9 +32,9 @@ def test_a_blocks_feed_forward_part_is_perturbed_as_a_whole_and_its_layers_are_n
     assert len(space.parts) == len(set(space.inside.values())) >= 2
 
 
-@pytest.mark.parametrize("family", ["tiny_opt", "tiny_bert_classifier", "tiny_bloom", "tiny_mixtral"])
+@pytest.mark.parametrize("family", ["tiny_opt", "tiny_bert_classifier", "tiny_bloom"])
 def test_layers_without_such_a_part_move_their_own_outputs(family):
-    """OPT's and BERT's lie in the block itself, Bloom's is handed a residual, Mixtral's has experts."""
+    """OPT's and BERT's lie in the block itself, Bloom's is handed a residual."""
     model = only(getattr(models, family)(), "fc1", "fc2", "dense", "attn", "attention", "classifier")
     space = space_of(model, layers="linear")
     assert not space.parts

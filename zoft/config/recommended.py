@@ -22,7 +22,8 @@ METHOD_GROUPS = ("subspace", "estimator", "weighting", "optimizer")
 """Who chooses one of these composes a method by hand."""
 BEST, FULL, FEW, SCALES = "zoft", "mezo", "zo_adam", "qzo"
 """Where it serves; for a model's weights; for few of them (adapters, norms, biases); for a quantised base's scales."""
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_OTHER_EXPERTS = ("aria", "aria_text", "gpt_oss", "openai_privacy_filter")
+"""Model types whose experts lie transposed or have biases: node directions do not know their gradients."""
 _PREFERRED = {"completion": "cross_entropy", "chat": "cross_entropy", "preference": "preference", "reward": "reward"}
 
 
@@ -103,8 +104,8 @@ def why_not(cfg: DictConfig) -> str | None:
         return f"objective={objective.name()} is one number for all that the model says"
     if objective is not None and objective.feedbacks == ("loss",):
         return f"objective={objective.name()} gives each written text one number and nothing else"
-    if peft == "none" and _is_mixture(str(cfg.model.name)):
-        return "experts of a mixture lie in one tensor, whose inputs are each token's own"
+    if peft == "none" and _has_other_experts(str(cfg.model.name)):
+        return "experts of this mixture lie transposed, or have biases"
     return None
 
 
@@ -146,14 +147,14 @@ def _usual(task: Task) -> Objective | None:
     return objective
 
 
-def _is_mixture(name: str) -> bool:
-    """Whether the config beside a model's weights says that it has experts; False where none can be read."""
+def _has_other_experts(name: str) -> bool:
+    """Whether the config beside a model's weights names such a model type; False where none can be read."""
     try:
         said = json.loads((_folder(name) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, UserError):
         return False
     parts = [said, *(value for value in said.values() if isinstance(value, dict))] if isinstance(said, dict) else []
-    return any(isinstance(part.get(key), int) and part[key] > 1 for part in parts for key in _EXPERTS)
+    return any(part.get("model_type") in _OTHER_EXPERTS for part in parts)
 
 
 def _folder(name: str) -> Path:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from zoft.engines._prefix import longest_stack
-from zoft.subspaces._node_layers import Node, is_outside_attention
+from zoft.subspaces._node_layers import Node, is_experts, is_outside_attention
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import ATTENTION
 
@@ -25,7 +25,7 @@ def find_parts(model: nn.Module, nodes: Mapping[str, Node]) -> tuple[dict[str, N
     """The feed-forward parts that hold nodes, and which part each of those nodes lies in.
 
     A part is the one module directly below a block that holds all of the block's trained matrices outside of
-    attention, if it computes position by position from one tensor: no experts, no second argument.
+    attention, if it computes position by position from one tensor: no experts in a list of modules, no second argument.
 
     Args:
         model: the whole model.
@@ -52,16 +52,19 @@ def find_parts(model: nn.Module, nodes: Mapping[str, Node]) -> tuple[dict[str, N
 
 
 def _is_of_one_tensor(module: nn.Module) -> bool:
-    """Whether a module is called with one tensor, and no expert of a mixture lies in it."""
+    """Whether a module is called with one tensor, and gives each position what follows from that position alone."""
     required = [
         one
         for one in inspect.signature(type(module).forward).parameters.values()
         if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
     ]
-    has_experts = any(isinstance(below, torch.nn.ModuleList) for below in module.modules()) or any(
-        tensor.dim() > 2 for tensor in module.parameters()
+    # experts that are modules are each given other rows, and a convolution mixes positions
+    is_other = any(
+        isinstance(below, torch.nn.ModuleList)
+        or (not is_experts(below) and any(tensor.dim() > 2 for tensor in below.parameters(recurse=False)))
+        for below in module.modules()
     )
-    return len(required) == 2 and not has_experts  # self and the hidden states
+    return len(required) == 2 and not is_other  # self and the hidden states
 
 
 def outputs_of(part: Node, x: Tensor) -> Tensor:

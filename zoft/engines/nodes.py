@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from zoft.engines._context import ContextCache
+from zoft.engines._experts import calls_of
 from zoft.engines._parts import Verdict, find_parts, outputs_of, seeing_sums
 from zoft.engines.base import Engine, Objective, Session, check_outputs, memory_errors_say
 from zoft.errors import UserError
@@ -159,7 +160,7 @@ class NodeSession(Session):
 
     def inside(
         self, part: Node, nodes: dict[str, Node], x: Tensor, e: Tensor, *, looking: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """The node gradients inside a part, by the chain rule from those of its outputs; and what its nodes see.
 
         The part is computed once more, of the rows x alone, and derived within: no other layer is run.
@@ -172,7 +173,8 @@ class NodeSession(Session):
             looking: whether what the nodes see is wanted.
 
         Returns:
-            key -> e of the node, [P, m] float32; and key -> x of the node, [P, n], if wanted.
+            key -> e of the node, [P, m] float32; key -> x of the node, [P, n], if wanted, of experts in any case; and
+            key -> number of the expert that each row belongs to, int64: of k experts a token, P k rows.
         """
         rows, column = torch.arange(len(x), device=x.device), torch.full((len(x),), -1, device=x.device)
         zeros = dict[str, Tensor]()
@@ -184,18 +186,33 @@ class NodeSession(Session):
         # rows of length one: gradients of late training are small, and 16 bits hold no small numbers
         device, e = e.device, e.to(x.device)  # blocks may lie on several devices, and e comes from behind the last one
         length = e.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        own = {key: node for key, node in nodes.items() if node.behind is None}
+        experts = {key: node for key, node in nodes.items() if node.kind == "experts"}
+        layers = {key: node for key, node in nodes.items() if key not in experts}
+        own = {key: node for key, node in layers.items() if node.behind is None}
+        if experts:
+            length = length.max()  # an expert is given its rows in an order of its own
+        tensors = {key: self.weights.tensors[node.name] for key, node in experts.items()}
         with (
             torch.enable_grad(),
-            self.seeing(nodes if looking else {}, rows, column, len(x)) as seen,
+            self.seeing(layers if looking else {}, rows, column, len(x)) as seen,
             self.moved(own, rows, column, len(x), shift),
+            calls_of(tensors, {key: node.module for key, node in experts.items()}) as calls,
         ):
             y = outputs_of(part, x)
-            found = torch.autograd.grad(y, list(zeros.values()), (e / length).to(y.dtype), allow_unused=True)
-        return {
-            key: (torch.zeros_like(zero).detach() if one is None else one.float() * length).to(device)
-            for (key, zero), one in zip(zeros.items(), found, strict=True)
-        }, seen
+            zeros_of = [*zeros.values(), *(call.zero for each in calls.values() for call in each)]
+            found = torch.autograd.grad(y, zeros_of, (e / length).to(y.dtype), allow_unused=True)
+        gradients = iter(
+            (torch.zeros_like(zero).detach() if one is None else one.float() * length).to(device)
+            for zero, one in zip(zeros_of, found, strict=True)
+        )
+        of_nodes, numbers = {key: next(gradients) for key in zeros}, dict[str, Tensor]()
+        for key, each in calls.items():
+            if not each:  # no positions
+                continue
+            of_nodes[key] = torch.cat([next(gradients) for _ in each])
+            seen[key] = torch.cat([call.x for call in each])
+            numbers[key] = torch.cat([torch.full((len(call.x),), call.number) for call in each]).to(device)
+        return of_nodes, seen, numbers
 
 
 def _call(calls: dict[str, Any], key: str) -> str:

@@ -16,20 +16,31 @@ class Factors:
     Args:
         e: [N, m], each weighted with its share of the loss.
         x: [N, n]; for layout=vector [N, m].
-        layout: matrix (the tensor is [m, n]), turned ([n, m]), or vector ([m]: sum_p e_p * x_p).
+        layout: matrix (the tensor is [m, n]), turned ([n, m]), vector ([m]: sum_p e_p * x_p), or experts ([E, m, n]: of
+            expert j the sum over its own rows).
         noisy: whether e is from probes, most of whose square is noise.
+        expert: [N] int64, which expert each row is of.
+        num_experts: E.
     """
 
     e: Tensor
     x: Tensor
     layout: str = "matrix"
     noisy: bool = True
+    expert: Tensor | None = None
+    num_experts: int = 0
 
     def dense(self) -> Tensor:
         """The gradient in the tensor's shape."""
         if self.layout == "vector":
             # vector: sum_p e_p x_p, element by element; matrix: sum_p e_p x_p^T = E^T X
             return (self.e * self.x).sum(0)
+        if self.expert is not None:
+            dense = self.e.new_zeros(self.num_experts, self.e.shape[1], self.x.shape[1])
+            for number in self.expert.unique().tolist():
+                rows = self.expert == number
+                dense[number] = self.e[rows].T @ self.x[rows]
+            return dense
         return self.x.T @ self.e if self.layout == "turned" else self.e.T @ self.x
 
     def inner(self, other: Factors) -> float:
@@ -37,11 +48,15 @@ class Factors:
         if self.layout == "vector":
             return float((self.dense().double() * other.dense().double()).sum())
         # <E^T X, F^T Y> = sum_pq (e_p . f_q)(x_p . y_q): N x N numbers, the matrices are never made
-        return float(((self.e @ other.e.T).double() * (self.x @ other.x.T).double()).sum())
+        products = (self.e @ other.e.T).double() * (self.x @ other.x.T).double()
+        if self.expert is not None and other.expert is not None:
+            products = products * (self.expert.unsqueeze(1) == other.expert)  # two experts are two matrices
+        return float(products.sum())
 
     def to(self, device: torch.device) -> Factors:
         """The same on a device."""
-        return replace(self, e=self.e.to(device), x=self.x.to(device))
+        expert = None if self.expert is None else self.expert.to(device)
+        return replace(self, e=self.e.to(device), x=self.x.to(device), expert=expert)
 
     def scaled(self, factor: float) -> Factors:
         """``factor`` times this."""
@@ -66,7 +81,8 @@ def to_state(factors: Mapping[str, Factors]) -> dict[str, Any]:
         number = next(same, len(inputs))
         if number == len(inputs):
             inputs.append(one.x)
-        tensors[name] = [one.e, number, one.layout, one.noisy]
+        more = [] if one.expert is None else [one.expert, one.num_experts]
+        tensors[name] = [one.e, number, one.layout, one.noisy, *more]
     return {"x": inputs, "tensors": tensors}
 
 
@@ -78,4 +94,7 @@ def of_state(state: Mapping[str, Any], device: torch.device | str) -> dict[str, 
         device: where the factors are to be.
     """
     inputs = [x.to(device) for x in state["x"]]
-    return {name: Factors(e.to(device), inputs[number], *more) for name, (e, number, *more) in state["tensors"].items()}
+    return {
+        name: Factors(e, inputs[number], *more).to(torch.device(device))
+        for name, (e, number, *more) in state["tensors"].items()
+    }

@@ -86,8 +86,8 @@ class Whiten(ReadsFactors, Optimizer):
 
         Args:
             factors: of the gradient estimate, by tensor.
-            states: the windows: ``x`` [N, n], ``e`` [N, m], ``age`` [N] in batches, ``share`` [N]; and ``count``, of
-                the tensor's steps; updated.
+            states: the windows: ``x`` [N, n], ``e`` [N, m], ``age`` [N] in batches, ``share`` [N], of experts
+                ``expert`` [N]; and ``count``, of the tensor's steps; updated.
             loss: the clean loss of the batch.
             lr: the learning rate.
         """
@@ -126,13 +126,26 @@ class Whiten(ReadsFactors, Optimizer):
             # diagonal A: sum_p omega_p x_p^2, element by element
             second = (omega.unsqueeze(1) * x.square()).sum(0)  # [m]
             return replace(factor, e=moved, x=x / (second + ridge))
-        count, width = x.shape
-        # N x N where positions are fewer: X (X^T O X + lambda I)^-1 = (X X^T O + lambda I)^-1 X with O = diag(omega)
-        if count <= width:  # (X X^T diag(omega) + lambda I)^-1 X
-            matrix = (x @ x.T) * omega + ridge * torch.eye(count, device=x.device)
-            return replace(factor, e=moved, x=torch.linalg.solve(matrix, x))
-        matrix = (x.T * omega) @ x + ridge * torch.eye(width, device=x.device)  # X (X^T diag(omega) X + lambda I)^-1
-        return replace(factor, e=moved, x=torch.linalg.solve(matrix, x, left=False))
+        if factor.expert is not None:
+            # one second moment an expert, of its own rows; lambda is that of an expert with an average share of them
+            experts, solved = state["expert"], torch.empty_like(x)
+            ridge = ridge / max(1, len(experts.unique()))
+            for number in experts.unique().tolist():
+                rows = experts == number
+                solved[rows] = _whitened(x[rows], omega[rows], ridge)
+            return replace(factor, e=moved, x=solved, expert=experts)
+        return replace(factor, e=moved, x=_whitened(x, omega, ridge))
+
+
+def _whitened(x: Tensor, omega: Tensor, ridge: Tensor) -> Tensor:
+    """X A^-1, with A = X^T diag(omega) X + lambda I."""
+    count, width = x.shape
+    # N x N where positions are fewer: X (X^T O X + lambda I)^-1 = (X X^T O + lambda I)^-1 X with O = diag(omega)
+    if count <= width:  # (X X^T diag(omega) + lambda I)^-1 X
+        matrix = (x @ x.T) * omega + ridge * torch.eye(count, device=x.device)
+        return torch.linalg.solve(matrix, x)
+    matrix = (x.T * omega) @ x + ridge * torch.eye(width, device=x.device)  # X (X^T diag(omega) X + lambda I)^-1
+    return torch.linalg.solve(matrix, x, left=False)
 
 
 def _take_in(factor: Factors, state: State, window: int) -> None:
@@ -145,10 +158,12 @@ def _take_in(factor: Factors, state: State, window: int) -> None:
         "age": torch.zeros(rows, device=factor.x.device),
         "share": torch.full((rows,), 1.0 / max(1, rows), device=factor.x.device),
     }
+    if factor.expert is not None:
+        fresh["expert"] = factor.expert
     # older than the window is gone; what stays is a batch older
     if "age" in state:
         is_recent = state["age"] + 1 < window
-        older = {key: state[key][is_recent] for key in ("x", "e", "age", "share")}
+        older = {key: state[key][is_recent] for key in fresh}
         older["age"] = older["age"] + 1
         fresh = {key: torch.cat((older[key], fresh[key])) for key in fresh}
     count = state["count"] + 1 if "count" in state else torch.ones((), device=factor.x.device)

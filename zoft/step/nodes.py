@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _ROWS = 256  # directions of a node that are drawn together
 _MOST = 4096  # keys times columns of a response: beyond it, options are not what examples have in common
-_LAYOUTS = {"linear": "matrix", "conv1d": "turned", "scale": "vector", "shift": "vector"}
+_LAYOUTS = {"experts": "experts", "linear": "matrix", "conv1d": "turned", "scale": "vector", "shift": "vector"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class _Part:
     context: Context | None = None  # what is in front of them
     seen: dict[str, Tensor] = field(default_factory=dict)
     e: dict[str, Tensor] = field(default_factory=dict)
+    experts: dict[str, Tensor] = field(default_factory=dict)  # of each row of e and seen, the expert it is of
     offset: int = 0  # number of its first position in the step, over all processes
 
     def takes_part(self, call: str) -> Tensor | None:
@@ -152,7 +153,8 @@ class NodeQueries:
             else:
                 self._answer(parts)
         for part in parts:
-            go_inside(self.session, part.e, part.seen)
+            self._end_texts(part)
+            part.experts = go_inside(self.session, part.e, part.seen)
         noisy = not exact and estimator.response != "identity"
         factors = self._factors(parts, num_terms, noisy=noisy)
         # one number that is not finite would spread to the whole tensor
@@ -407,27 +409,39 @@ class NodeQueries:
             slopes = part.clean.slopes[part.places.anchor]
             part.e.update({key: slopes for key in part.seen if key.partition("@")[0] in space.parts})
 
+    def _end_texts(self, part: _Part) -> None:
+        """No gradient at the calls behind a text's end: an expert's rows are not told apart by text."""
+        for call, e in part.e.items():
+            is_written = part.takes_part(call)
+            if is_written is not None:
+                part.e[call] = e * is_written.unsqueeze(1)
+
     # ---- factors -----------------------------------------------------------------------------------------------------
 
     def _factors(self, parts: list[_Part], num_terms: float, *, noisy: bool) -> dict[str, Factors]:
         """E and X of each tensor, over micro-batches, calls, tied layers and processes."""
         nodes = self._space().nodes
         pairs: dict[str, list[tuple[Tensor, Tensor, str]]] = {}
+        experts: dict[str, list[Tensor]] = {}
         for key, node in nodes.items():
             for part in parts:
                 for call in [name for name in part.seen if name.partition("@")[0] == key]:
                     e, x = self._e(part, call, node), part.seen[call]
                     if e is not None:
                         # a text that has ended at this call has no loss behind it
-                        is_written = part.takes_part(call)
+                        is_written = None if call in part.experts else part.takes_part(call)
                         e, x = (e, x) if is_written is None else (e[is_written], x[is_written])
                         pairs.setdefault(node.name, []).append((e / num_terms, x, _LAYOUTS[node.kind]))
+                    if call in part.experts:
+                        experts.setdefault(node.name, []).append(part.experts[call])
         factors = {}
         for name, of_tensor in pairs.items():
             # dL/dW = sum_p e_p x_p^T: the rows of all calls one below the other, never their product
             e = torch.cat(self._all(torch.cat([pair[0] for pair in of_tensor])))
             x = torch.cat(self._all(torch.cat([pair[1] for pair in of_tensor])))
-            factors[name] = Factors(e, x, of_tensor[0][2], noisy)
+            numbers = torch.cat(self._all(torch.cat(experts[name]))) if name in experts else None
+            count = len(self.session.weights.tensors[name]) if name in experts else 0
+            factors[name] = Factors(e, x, of_tensor[0][2], noisy, numbers, count)
         return factors
 
     def _e(self, part: _Part, call: str, node: Node) -> Tensor | None:

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def go_inside(session: NodeSession, e: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
+def go_inside(session: NodeSession, e: dict[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add the node gradients of the layers in each part, by the chain rule from those of its outputs.
 
     Args:
         session: of engine=nodes.
         e: key of a part or node, with the number of its call behind it (``key@1``) -> [P, m]; added to.
-        seen: the same key -> what it saw in the clean forward, [P, n].
+        seen: the same key -> what it saw in the clean forward, [P, n]; what experts see is added.
+
+    Returns:
+        key of experts -> the number of the expert that each of its rows belongs to, int64.
 
     Raises:
         UserError: a part computes its rows alone otherwise than in the whole model.
@@ -29,15 +32,19 @@ def go_inside(session: NodeSession, e: dict[str, Tensor], seen: dict[str, Tensor
     assert isinstance(space, NodeSpace)
     # the sums of 16-bit numbers agree to two digits
     close = 5e-2 if next(iter(session.weights.tensors.values())).element_size() < 4 else 1e-3
+    experts: dict[str, Tensor] = {}
     for call in [key for key in e if key.partition("@")[0] in space.parts]:
         name, at, number = call.partition("@")
         nodes = {key: space.nodes[key] for key, part in space.inside.items() if part == name}
         is_first = name not in session.checked_parts
         session.checked_parts.add(name)
-        of_nodes, inputs = session.inside(space.parts[name], nodes, seen[call], e[call], looking=is_first)
-        for key, alone in inputs.items():
-            _check(name, key, alone, seen.get(f"{key}{at}{number}"), close)
+        of_nodes, inputs, numbers = session.inside(space.parts[name], nodes, seen[call], e[call], looking=is_first)
+        for key in inputs.keys() - numbers.keys():
+            _check(name, key, inputs[key], seen.get(f"{key}{at}{number}"), close)
         e.update({f"{key}{at}{number}": of_node for key, of_node in of_nodes.items()})
+        seen.update({f"{key}{at}{number}": inputs[key] for key in numbers})
+        experts.update({f"{key}{at}{number}": each for key, each in numbers.items()})
+    return experts
 
 
 def _check(part: str, key: str, alone: Tensor, whole: Tensor | None, close: float) -> None:

@@ -20,7 +20,8 @@ class Node:
     Args:
         name: the tensor.
         module: the layer; its output is what is perturbed.
-        kind: linear (y = x W^T), conv1d (y = x W, transformers' GPT-2), scale (y = x_hat * w), shift (y = ... + w), or
+        kind: linear (y = x W^T), conv1d (y = x W, transformers' GPT-2), scale (y = x_hat * w), shift (y = ... + w),
+            experts (a mixture's, [E, m, n]: inside a part, a token's own experts alone use their matrices), or
             part (several layers of a block together, no tensor of its own: ``name`` is the module's).
         size: m, how many outputs the layer has; of a part the most of any layer in it.
         behind: the node whose layer comes right behind this one, where e follows from its e by the chain rule (LoRA's
@@ -68,7 +69,7 @@ def find_nodes(weights: Weights) -> dict[str, Node]:
             if kind is None or (kind == "shift" and matrix):  # a bias beside its matrix: the matrix does its work
                 continue
             tensor = weights.tensors[name]
-            size = tensor.shape[1 if kind == "conv1d" else 0]
+            size = tensor.shape[0 if kind == "linear" or tensor.dim() == 1 else 1]
             # a tied tensor is several nodes of one tensor: their factors are added
             key, count = name, 0
             while key in nodes:
@@ -92,11 +93,19 @@ def _of_other_layers(weights: Weights) -> set[str]:
 def _kind(module: nn.Module, attribute: str, tensor: Tensor) -> str | None:
     if attribute == "bias" and tensor.dim() == 1:
         return "shift" if _is_matrix(module) or _is_norm(module) else None
+    if tensor.dim() == 3 and is_experts(module):
+        return "experts"
     if attribute != "weight":
         return None
     if tensor.dim() == 2 and _is_matrix(module):
         return "conv1d" if type(module).__name__ == "Conv1D" else "linear"
     return "scale" if tensor.dim() == 1 and _is_norm(module) else None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds a mixture's experts as transformers does, each one's matrices [m, n] as a Linear's."""
+    # gpt-oss has them transposed and with biases
+    return getattr(module, "is_transposed", True) is False and not getattr(module, "has_bias", False)
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -132,7 +141,7 @@ def is_mlp(node: Node) -> bool:
 
 def is_outside_attention(node: Node) -> bool:
     """The same, an adapter's matrices too."""
-    matrix = node.kind in ("linear", "conv1d") and layer_of(node.name) is not None
+    matrix = node.kind in ("linear", "conv1d", "experts") and layer_of(node.name) is not None
     return matrix and not (ATTENTION.search(node.name) or ROUTER.search(node.name))
 
 
@@ -143,4 +152,4 @@ def is_fresh_head(node: Node) -> bool:
 
 def is_linear(node: Node) -> bool:
     """Any matrix but a router, adapters included."""
-    return node.kind in ("linear", "conv1d") and not ROUTER.search(node.name)
+    return node.kind in ("linear", "conv1d", "experts") and not ROUTER.search(node.name)

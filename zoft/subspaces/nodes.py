@@ -34,8 +34,9 @@ class Nodes(Subspace):
 
     At positions=loss the gradient that reaches the loss through earlier positions (by attention) is left out; in the
     last block there is none. Layers are ``torch.nn.Linear`` and transformers' ``Conv1D``; normalisations' scales and
-    shifts and LoRA's A and B are nodes too. A bias beside a trained matrix, embeddings, a vocabulary's head, and
-    experts that lie in one tensor are none: they stand still.
+    shifts and LoRA's A and B are nodes too. The experts of a mixture are nodes inside their
+    block's part, each of the tokens that are sent to it. A bias beside a trained matrix, embeddings, a vocabulary's
+    head, and experts that lie transposed (gpt-oss) are none: they stand still.
 
     Args:
         layers: mlp (matrices outside of attention, and a fresh classifier's), linear (all matrices), all
@@ -111,7 +112,7 @@ class Nodes(Subspace):
                 "mlp": [is_mlp],
                 "linear": [is_linear],
                 "all": [_any],
-                # a mixture's experts lie in one tensor and are no nodes: auto does not fall back on its attention
+                # experts that are no nodes (transposed, as gpt-oss has them): auto does not fall back on attention
                 "auto": [is_mlp] if _has_experts(weights) else [is_mlp, _any],
             }[self.layers]
         for rule in rules:
@@ -135,8 +136,8 @@ def _nothing(subspace: Nodes, weights: Weights, every: dict[str, Node]) -> str:
     reason = f"subspace=nodes finds no layer for subspace.layers={subspace.layers} among what is trained"
     if _has_experts(weights):
         return (
-            f"{reason}: the experts of this mixture lie in one tensor, whose inputs are a token's own; use "
-            "subspace.layers=linear (its attention), or method=mezo"
+            f"{reason}: the experts of this mixture are not held as transformers holds most (one matrix [m, n] an "
+            "expert, without biases); use subspace.layers=linear (its attention), or method=mezo"
         )
     if every:
         return f"{reason} (such as {next(iter(every))}): use subspace.layers=auto"
@@ -220,6 +221,12 @@ class NodeSpace(BoundSubspace):
         if self.subspace.probed == "layers" or is_of_layers:
             parts, inside = {}, {}
         self.parts, self.inside = parts, inside
+        alone = next((key for key, node in self.nodes.items() if node.kind == "experts" and key not in inside), None)
+        if alone is not None:
+            raise UserError(
+                f"subspace=nodes knows the gradients of experts ({alone}) inside of their block's feed-forward part "
+                "alone: use subspace.probed=auto, subspace.layers=linear (attention), or method=mezo"
+            )
 
     def perturbed(self) -> dict[str, Node]:
         """What is perturbed: parts, and the nodes outside of them whose own output is."""
@@ -227,8 +234,8 @@ class NodeSpace(BoundSubspace):
         return {**own, **self.parts}
 
     def seen(self) -> dict[str, Node]:
-        """Whose inputs a clean forward keeps."""
-        return {**self.nodes, **self.parts}
+        """Whose inputs a clean forward keeps; those of experts are computed once more, inside their part."""
+        return {**{key: node for key, node in self.nodes.items() if node.kind != "experts"}, **self.parts}
 
     def response_of(self, key: str) -> str:
         """Under which name the response of a node or part is kept.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
+import transformers
 
-from zoft.config import compose
+from zoft.config import compose, recommended
 from zoft.config.resolved import resolved_yaml
 
 ROWS = {
@@ -23,7 +25,7 @@ def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, row in ROWS.items():
         Path(name).write_text(json.dumps(row) + "\n")
-    for name, said in (("experts", {"num_local_experts": 4}), ("plain", {"num_local_experts": 1})):
+    for name, said in (("transposed", {"model_type": "gpt_oss"}), ("mixture", {"model_type": "mixtral"})):
         Path(name).mkdir()
         (Path(name) / "config.json").write_text(json.dumps({"text_config": said}))
 
@@ -36,7 +38,7 @@ def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("config=preference task.train=choices.jsonl", "zoft", "fewest queries"),
         ("task=custom task.train=labels.jsonl peft=lora", "zoft", "fewest queries"),
         ("task=custom task.train=missing.jsonl", "zoft", "fewest queries"),
-        ("task=sst2 model.name=plain optimizer.learning_rate=2", "zoft", "fewest queries"),
+        ("task=sst2 model.name=mixture optimizer.learning_rate=2", "zoft", "fewest queries"),
         ("task=custom task.train=prompts.jsonl", "mezo", "objective=reward gives each written text one number"),
         ("task=custom task.train=prompts.jsonl peft=lora", "zo_adam", "objective=reward gives each written text"),
         ("task=sst2 objective=metric trainable=norms_and_biases", "zo_adam", "objective=metric gives"),
@@ -45,7 +47,7 @@ def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("task=sst2 engine=offload", "mezo", "engine=offload perturbs weights"),
         ("peft=lora engine=server", "zo_adam", "engine=server runs forwards elsewhere"),
         ("task=sst2 protocol=mezo", "mezo", "protocol=mezo"),
-        ("task=sst2 model.name=experts", "mezo", "experts of a mixture"),
+        ("task=sst2 model.name=transposed", "mezo", "experts of this mixture lie transposed"),
     ],
 )
 def test_a_run_without_a_method_takes_what_serves_and_says_why(words: str, method: str, why: str):
@@ -132,3 +134,14 @@ def test_where_a_lora_goes_that_nobody_has_placed(words: list[str], on: str):
     again = Path("again.yaml")
     again.write_text(resolved_yaml(cfg))
     assert compose(["config=again.yaml"]).peft.on == on  # type: ignore[attr-defined]
+
+
+def test_the_model_types_whose_experts_are_not_served_are_those_of_transformers():
+    """Its classes say in their decorator that matrices lie transposed, or have biases."""
+    folder = Path(transformers.__file__).parent / "models"
+    found = {
+        path.parent.name
+        for path in folder.glob("*/modeling_*.py")
+        if re.search(r"use_experts_implementation\([^)]*(is_transposed|has_bias)=True", path.read_text())
+    }
+    assert found == {name.removesuffix("_text") for name in recommended._OTHER_EXPERTS}
