@@ -401,8 +401,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         settle(self.session)
         self.progress = Progress(**state_dict["progress"])
         tensors, device = self.session.weights.tensors, partial(device_of, self.session)
-        self.moments = {
-            name: {key: value.to(device(name), torch.float32).clone() for key, value in state.items()}
+        self.moments = {  # numbers of experts are integers
+            name: {
+                key: value.to(device(name), torch.float32 if value.is_floating_point() else value.dtype).clone()
+                for key, value in state.items()
+            }
             for name, state in state_dict["state"].items()
         }
         self.masters = {  # without one, or with another setting, the master begins at the weight
