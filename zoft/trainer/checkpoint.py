@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -106,10 +107,27 @@ class Checkpoints:
         model, part = self.trainer.model, self._trains_a_part()
         if not part:
             self.trainer.save_model(str(folder), _internal_call=True)
-        if part or has_trained_scales(model):  # a saved model has the scales themselves, and not what was trained
+        # a saved model has the scales themselves, and not what was trained
+        if part or has_trained_scales(model) or self._is_renamed(folder):
             (folder / TRAINED).write_bytes(state.pack(dict(Weights(model).tensors)))
         if part:
             model.config.save_pretrained(folder)
+
+    def _is_renamed(self, folder: Path) -> bool:
+        """Whether a saved model lacks a trained tensor's name: classes split fused experts, the Trainer reads by name.
+
+        It would leave such a tensor as it is when it reads the file, and say so in a warning alone.
+        """
+        model = self.trainer.model
+        if hasattr(model, "peft_config"):
+            return False  # PEFT names an adapter's tensors as it reads them
+        names: set[str] = set()
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                names |= set(tensors.keys())
+        # a tied tensor is saved under one of its names
+        saved = {id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name in names}
+        return bool(names) and any(id(tensor) not in saved for tensor in model.parameters() if tensor.requires_grad)
 
     def _trains_a_part(self) -> bool:
         """Whether less than half of the model is trained, and no setting asks for checkpoints with all of it."""
