@@ -190,30 +190,37 @@ class HeldTensors:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Within this block the first process has the whole model; all processes come here, and may be inside it."""
-        if self.is_whole:
+
+        def gather() -> None:
+            for name, tensor in self.gathered(self.parameters):
+                if tensor is not None:
+                    self.parameters[name].data = tensor
+            if self.rank == 0:
+                self._train_all()
+
+        with self._whole_after(gather):
             yield
-            return
-        for name, tensor in self.gathered(self.parameters):
-            if tensor is not None:
-                self.parameters[name].data = tensor
-        if self.rank == 0:
-            self._train_all()
-        self.is_whole = True
-        try:
-            yield
-        finally:
-            self.drop()
 
     @contextmanager
     def refilled(self) -> Iterator[None]:
         """Within this block every process has memory for all parameters, to read a checkpoint into them."""
+
+        def allocate() -> None:
+            for parameter in self.parameters.values():
+                if _is_stand_in(parameter):
+                    parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=self.device)
+            self._train_all()
+
+        with self._whole_after(allocate):
+            yield
+
+    @contextmanager
+    def _whole_after(self, fill: Callable[[], None]) -> Iterator[None]:
+        """Within this block the model is whole, by ``fill`` unless it was so before, which keeps it so."""
         if self.is_whole:
             yield
             return
-        for parameter in self.parameters.values():
-            if _is_stand_in(parameter):
-                parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=self.device)
-        self._train_all()
+        fill()
         self.is_whole = True
         try:
             yield
