@@ -25,11 +25,13 @@ class HealthCallback(TrainerCallback):
     Args:
         chance: accuracy of a guess; None where the metric is another one.
         num_rows: rows that the accuracy on the way is measured on.
+        asks_directions: whether a step asks for directions or makes probes, of which more would help.
     """
 
-    def __init__(self, chance: float | None, num_rows: int) -> None:
+    def __init__(self, chance: float | None, num_rows: int, *, asks_directions: bool = True) -> None:
         self.chance = chance
         self.num_rows = num_rows
+        self.more = "more estimator.num_directions, " if asks_directions else ""
         self.first: float | None = None
         self.warned: set[str] = set()
 
@@ -70,7 +72,7 @@ class HealthCallback(TrainerCallback):
                 "chance",
                 f"after a quarter of the budget the dev accuracy, {100 * accuracy:.1f} %, cannot be told from guessing "
                 f"({100 * self.chance:.1f} %): try another learning rate (optimizer.learning_rate={rate / 3:.3g} or "
-                f"{rate * 3:.3g}), more estimator.num_directions, or fewer trained weights (peft=lora)",
+                f"{rate * 3:.3g}), {self.more}or fewer trained weights (peft=lora)",
             )
 
     def _warn(self, kind: str, text: str) -> None:

@@ -204,7 +204,8 @@ def _prepare(
             peak_mb=memory.peak_mb,
             snr=lambda: None if measuring is None else measuring.snr,
         ),
-        HealthCallback(_chance(cfg, rows), len(rows["dev"])),
+        # the first step has most of them: node directions without probes make one query in every step
+        HealthCallback(_chance(cfg, rows), len(rows["dev"]), asks_directions=trainer.method.queries_at(0) > 1),
     ):
         trainer.add_callback(callback)
     if measuring is not None:

@@ -119,6 +119,15 @@ def test_chance_level_is_said_once_and_a_learning_run_is_not(caplog: Any):
     assert watched([{"eval_accuracy": 0.5}], caplog, chance=None) == []
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_more_directions_are_named_only_where_a_step_asks_for_some(asks: bool, caplog: Any):
+    callback: Any = HealthCallback(0.5, 100, asks_directions=asks)
+    with caplog.at_level(logging.WARNING, logger="zoft"):
+        callback.on_log(Args(), State(), None, {"eval_accuracy": 0.5})
+    assert ("more estimator.num_directions" in caplog.text) is asks
+    assert "fewer trained weights" in caplog.text
+
+
 def test_weights_that_do_not_move_are_said(caplog: Any):
     with caplog.at_level(logging.WARNING, logger="zoft"):
         warn_unmoved("a", "b", 10, 1e-9)
