@@ -121,7 +121,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _require_a_folder() -> None:
-    """Refuse to work in a folder that somebody has removed: every path of a user's begins there."""
+    """Refuse to work in a folder that was removed: every relative path begins there."""
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -43,7 +43,7 @@ def command(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
-    # Before torch is loaded: threads that spin while they wait take the cores from whoever else is on the machine; on a
+    # Before torch is loaded: threads that spin while they wait take the cores from other processes of the machine; on a
     # busy one a query of the quickstart took 0.25 s without spinning and 0.99 s with it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     requeue_on_signals()

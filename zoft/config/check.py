@@ -50,7 +50,7 @@ class Checker:
         """
         refuse_targets(data, where)
         dropped: list[str] = []
-        # in the order of the file: the first error is the first one a reader would come to
+        # in the order of the file: the first error is the one nearest to the top
         for key, value in data.items():
             if key == "hydra":
                 _check_hydra(value, where)

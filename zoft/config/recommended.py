@@ -129,7 +129,7 @@ def _objective(cfg: DictConfig) -> Objective | None:
         objective: Any = OmegaConf.to_object(cfg.objective)
         task: Any = OmegaConf.to_object(cfg.task)
         return objective if objective.name() != "auto" else _usual(task)
-    except Exception:  # whatever it is, it is said where the run looks at it
+    except Exception:  # an error of any kind is said where the run reads the same rows
         return None
 
 

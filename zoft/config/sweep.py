@@ -63,7 +63,7 @@ class RunCell:
         except Requeued:
             _requeue()  # in a job of submitit; elsewhere the whole sweep ends, and the same command goes on
             raise
-        except Exception as error:  # whatever it is, the other cells are still worth their time
+        except Exception as error:  # an error of any kind ends this cell, and no other
             if os.environ.get("ZOFT_TRACEBACK"):
                 raise
             result.error = " ".join(str(error).split()) or type(error).__name__

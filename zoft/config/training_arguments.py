@@ -51,7 +51,7 @@ UNHEEDED = {
     "do_predict": "zoft predict run=DIR data=FILE answers new rows",
     "local_rank": "torchrun says which process this is",
     "parallelism_config": "what processes divide is trainer.parallel",
-    "enable_jit_checkpoint": "a run that is told to stop (SIGTERM) saves itself, and the same command goes on",
+    "enable_jit_checkpoint": "a run that gets SIGTERM saves itself, and the same command continues it",
     "push_to_hub": "a finished run is published by `zoft export run=DIR --push OWNER/NAME`",
 }
 """Fields that would change nothing in a run, or break it, unless they are left at transformers' default -> why."""

@@ -81,7 +81,7 @@ class Nodes(Estimator):
             )
 
     def of_probes(self) -> list[str]:
-        """The settings of probes that are not as they come: somebody wants probes."""
+        """Names of the settings of probes that differ from their defaults: they ask for probes."""
         defaults = {field.name: field.default for field in fields(self)}
         return [name for name in ("first", "every", "eps", "num_directions") if getattr(self, name) != defaults[name]]
 

@@ -150,12 +150,12 @@ class BoundActivation(ObservesInputs, BoundFactored):
         self._seen: dict[str, tuple[int, Tensor]] = {}  # name -> the step it was seen in, A
         self._before: dict[str, tuple[int, Tensor]] = {}  # the one before that
         self._followed: dict[str, Tensor] = {}  # Oja's K [n, columns]
-        self._sketches: dict[str, Tensor] = {}  # [r, n]: what the step's inputs so far come to, for a layer seen twice
+        self._sketches: dict[str, Tensor] = {}  # [r, n]: sum over the step's inputs so far, for a layer that runs twice
 
     # ---- what the layers see -----------------------------------------------------------------------------------------
 
     def begin(self, direction: Direction) -> None:
-        """What the last step's inputs come to is of no more use."""
+        """Forget the sums of the last step's inputs."""
         super().begin(direction)
         # a sketch of this step goes on with further micro-batches; those of an earlier step end
         self._sketches = {n: sketch for n, sketch in self._sketches.items() if self._seen[n][0] == direction.step}
@@ -196,7 +196,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
             inputs = torch.cat((before, inputs.to(torch.float32)))
         start = self._random(direction, name, self.subspace.rank)
         basis = power_iteration(inputs, start, self.subspace.power_iterations)
-        # S = (Y^T Y)^(1/2) A^T with Y = H A, r rows instead of as many as tokens
+        # S = (Y^T Y)^(1/2) A^T with Y = H A, r rows instead of one a token
         self._sketches[name] = _root(_product(inputs, basis)) @ basis.T
         return basis
 
@@ -204,7 +204,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
         """One step of Oja's rule on K, and the columns of it that are active: A."""
         rank, shared = self.subspace.rank, self.subspace.shared_columns
         columns = min(self.subspace.basis_columns, inputs.shape[1])
-        if name not in self._followed:  # K begins where it would come to rest if all batches were like the first
+        if name not in self._followed:  # K begins at its limit for batches that are all like the first
             start = self._random(direction, name, columns)
             self._followed[name] = power_iteration(inputs, start, self.subspace.power_iterations)
         else:

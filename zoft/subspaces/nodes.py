@@ -74,7 +74,7 @@ class Nodes(Subspace):
             self.require(self.positions == "last", "positions", "last, where num_positions is given")
 
     def of_probes(self) -> list[str]:
-        """The settings of probes that are not as they come: somebody wants probes."""
+        """Names of the settings of probes that differ from their defaults: they ask for probes."""
         return [
             name for name, usual in (("directions", "orthogonal"), ("probed", "auto")) if getattr(self, name) != usual
         ]

@@ -32,7 +32,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     # in the same folder, since a rename does not cross file systems
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        beside.unlink(missing_ok=True)  # of an earlier process of this number, or a link that somebody has put there
+        beside.unlink(missing_ok=True)  # of an earlier process of this number, or a link put there by another user
         with beside.open("xb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()

@@ -96,7 +96,7 @@ def refuse_near_miss(verb: str, word: str, keys: Iterable[str], others: Iterable
         others: the names that a config begins with.
 
     Raises:
-        UserError: the name is none of the others, and near to one of ``keys`` or of the others.
+        UserError: the name is not known, and near to one of ``keys`` or of the other names.
 
     Example:
         >>> refuse_near_miss("tune", "repeat=3", ["repeats"], ["seed"])

@@ -32,10 +32,10 @@ def portable_name(name: str) -> str:
 
 
 def without_asking(model: Any) -> dict[str, Any]:
-    """What ``save_pretrained`` of an adapter is told, so that peft asks no hub whether its base's vocabulary has grown.
+    """Arguments for ``save_pretrained`` of an adapter, so that peft asks no hub for its base's vocabulary.
 
     Args:
-        model: any; nothing is told but of a peft model whose base is the demo's, or on a hub that cannot be reached:
+        model: any; arguments are needed for an adapter whose base is the demo's, or on a hub that cannot be reached:
             there peft would wait for minutes, and take the vocabulary for the base's own.
     """
     from zoft.lm.data.assets import ASSETS

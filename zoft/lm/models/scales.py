@@ -137,7 +137,7 @@ def _moved_scales(module: nn.Module) -> Iterator[None]:
 
 
 def _save_moved(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A layer's part of ``state_dict``: the moved scales in the place of the loaded ones, and nothing of zoft's."""
+    """A layer's part of ``state_dict``: the moved scales under the loaded ones' names, without zoft's own tensors."""
     del metadata
     log_scale, scale = state.pop(prefix + LOG_SCALE), scale_of(module)
     assert scale is not None, "attached to it"

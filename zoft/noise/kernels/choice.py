@@ -88,7 +88,7 @@ def _is_built(kind: str) -> bool:
 
 
 def _activate(device: torch.device, agrees: Callable[[Kernels], bool]) -> None:
-    from zoft.noise.kernels import cpu, cuda  # here, for whoever only asks for help reads this file too
+    from zoft.noise.kernels import cpu, cuda  # here and not above: `--help` reads this file too, and needs neither
 
     kind = device.type
     try:

@@ -134,7 +134,7 @@ def _results(known: dict[str, Any]) -> list[tuple[str, str]]:
     rows = dict(fact_rows(known))
     names = {"zero-shot": "before training", "final": "after training", "difference": "difference"}
     metric = known["metric"]
-    found = [(f"{metric}, {told}", rows[name]) for name, told in names.items() if name in rows]
+    found = [(f"{metric}, {label}", rows[name]) for name, label in names.items() if name in rows]
     if "evaluated on" in rows:
         found.append(("rows", f"{rows['evaluated on']}, held out; intervals are 95 %"))
     return found
@@ -152,4 +152,4 @@ def _costs(known: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|:--|:--|", *(f"| {name} | {told} |" for name, told in rows)])
+    return "\n".join(["| | |", "|:--|:--|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -79,7 +79,9 @@ def page(folder: Path | None = None) -> Any:
             looks = {verb: gradio.Button(label) for verb, label in _LOOKS.items()}
             start, stop = gradio.Button("Start or go on", variant="primary"), gradio.Button("Stop")
         command = gradio.Code(label="command", language="shell", interactive=False)
-        told = gradio.Textbox(label="what it says", lines=14, max_lines=30, interactive=False, elem_classes="told")
+        console = gradio.Textbox(
+            label="what it says", lines=14, max_lines=30, interactive=False, elem_classes="console"
+        )
         curve = gradio.Image(label="curve", interactive=False)
         with gradio.Row():
             run = gradio.Textbox(label="a finished run's folder")
@@ -87,15 +89,15 @@ def page(folder: Path | None = None) -> Any:
         with gradio.Row():
             write, export = gradio.Button("Try it"), gradio.Button("Export")
         earlier.focus(lambda: gradio.Dropdown(choices=["", *earlier_runs()]), None, earlier, api_name=False)
-        earlier.input(_taken_up, earlier, [*fields, run, told, curve], api_name="earlier")
+        earlier.input(_taken_up, earlier, [*fields, run, console, curve], api_name="earlier")
         for verb, button in looks.items():
-            button.click(_look(verb), fields, [command, told], api_name=verb)
-        start.click(_begin(running), fields, [command, told], api_name="start")
-        stop.click(_stopped(running), None, told, api_name="stop")
-        write.click(_tried, [run, prompt], [command, told], api_name="generate")
-        export.click(_exported, run, [command, told], api_name="export")
+            button.click(_look(verb), fields, [command, console], api_name=verb)
+        start.click(_begin(running), fields, [command, console], api_name="start")
+        stop.click(_stopped(running), None, console, api_name="stop")
+        write.click(_tried, [run, prompt], [command, console], api_name="generate")
+        export.click(_exported, run, [command, console], api_name="export")
         gradio.Timer(_SECONDS).tick(
-            lambda: _seen(running), None, [told, curve], api_name="seen", show_progress="hidden"
+            lambda: _seen(running), None, [console, curve], api_name="seen", show_progress="hidden"
         )
     return blocks
 
@@ -200,7 +202,7 @@ def serve(host: str, port: int, token: str) -> None:
         share=False,
         auth=("zoft", token) if token else None,
         theme=theme,
-        css=".told textarea {font-family: monospace}",
+        css=".console textarea {font-family: monospace}",
         allowed_paths=[],
         footer_links=[],
     )

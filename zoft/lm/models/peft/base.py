@@ -77,7 +77,7 @@ def unwrapped(model: Any) -> Any:
 
 @contextmanager
 def without_old_names() -> Iterator[None]:
-    """Keep from the user that peft still asks transformers by a name that goes: nothing of theirs is meant."""
+    """Silence the warning that peft calls transformers by a deprecated name: users cannot change that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`?is_gradient_checkpointing", FutureWarning)
         yield
