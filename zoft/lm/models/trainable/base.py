@@ -16,7 +16,7 @@ OF_THE_BASE = (
     "trainable={} trains weights of the base model{}, and only the adapter is saved: use trainable=adapter, or "
     "peft=none"
 )
-NO_ADAPTER = "trainable=adapter needs an adapter: choose peft=lora, peft=prefix or peft=prompt"
+NO_ADAPTER = "trainable=adapter needs an adapter: choose peft=lora, peft=prefix or peft=prompt, or another trainable"
 
 
 @dataclass
