@@ -24,26 +24,35 @@ def space_of(model, feedback="hidden", **fields):
     return queries(model, feedback, **fields).session.coordinates
 
 
-@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen", "tiny_gpt2", "tiny_gemma", "tiny_gemma2", "tiny_cohere"])
+@pytest.mark.parametrize(
+    "family", ["tiny_llama", "tiny_qwen", "tiny_gpt2", "tiny_gemma", "tiny_gemma2", "tiny_cohere", "tiny_opt"]
+)
 def test_a_blocks_feed_forward_part_is_perturbed_as_a_whole_and_its_layers_are_not(family):
-    space = space_of(only(getattr(models, family)(), *MLP))
+    space = space_of(only(getattr(models, family)(), *MLP, "fc"))
     assert set(space.perturbed()) == set(space.parts)
     assert set(space.inside) == set(space.nodes)
     assert len(space.parts) == len(set(space.inside.values())) >= 2
 
 
-@pytest.mark.parametrize("family", ["tiny_opt", "tiny_bert_classifier", "tiny_bloom"])
+@pytest.mark.parametrize("family", ["tiny_bert_classifier", "tiny_bloom"])
 def test_layers_without_such_a_part_move_their_own_outputs(family):
-    """OPT's and BERT's lie in the block itself, Bloom's is handed a residual."""
+    """BERT's are two modules, one of which adds what it is given; Bloom's is handed a residual."""
     model = only(getattr(models, family)(), "fc1", "fc2", "dense", "attn", "attention", "classifier")
     space = space_of(model, layers="linear")
     assert not space.parts
     assert set(space.perturbed()) == set(space.nodes)
 
 
-@pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], ["gate_proj", "q_proj"]])
-def test_gradients_of_an_adapter_inside_a_part_are_autograds(targets):
-    model = lora(models.tiny_llama(), targets)
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("tiny_llama", ["gate_proj", "up_proj", "down_proj"]),
+        ("tiny_llama", ["gate_proj", "q_proj"]),
+        ("tiny_opt", ["fc1", "fc2"]),
+    ],
+)
+def test_gradients_of_an_adapter_inside_a_part_are_autograds(family, targets):
+    model = lora(getattr(models, family)(), targets)
     batch = models.batch_for(model, rows=3, length=7)
     ask = queries(model, "loss", positions="all")
     assert ask.session.coordinates.parts
@@ -57,12 +66,12 @@ def test_gradients_of_an_adapter_inside_a_part_are_autograds(targets):
     ("family", "is_shared"),
     [
         ("tiny_llama", True), ("tiny_qwen", True), ("tiny_gpt2", True), ("tiny_gemma", True), ("tiny_cohere", True),
-        ("tiny_gemma2", True), ("tiny_olmo2", True), ("tiny_granite", False),
+        ("tiny_gemma2", True), ("tiny_olmo2", True), ("tiny_opt", True), ("tiny_granite", False),
     ],
 )  # fmt: skip
 def test_parts_share_a_response_where_blocks_add_them_to_the_residual_stream(family, is_shared):
     """Gemma 2 normalises what a part gives before it is added, which counts as the part's; Granite scales it."""
-    model = only(getattr(models, family)(), *MLP)
+    model = only(getattr(models, family)(), *MLP, "fc")
     ask = queries(model)
     ask(models.batch_for(model, rows=4, length=7), Direction(0, 0), PROBES)
     space = ask.session.coordinates
@@ -70,11 +79,24 @@ def test_parts_share_a_response_where_blocks_add_them_to_the_residual_stream(fam
     assert set(space.response) == ({STREAM} if is_shared else set(space.parts))
 
 
-def test_a_normalisation_that_is_given_something_else_than_the_part_does_not_count_as_the_parts():
-    """Its name promises that it stands behind the part; what it is given shows whether it does."""
-    model = only(models.tiny_gemma2(), *MLP)
-    for block in model.model.layers:
-        block.post_feedforward_layernorm.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+def test_two_matrices_of_a_block_are_a_part_with_the_activation_between_them():
+    """Of OPT: fc1, activation, fc2."""
+    model = only(models.tiny_opt(), "fc")
+    batch = models.batch_for(model, rows=3, length=7)
+    found = queries(model, "loss", positions="all")(batch, Direction(0, 0), EXACT).factors
+    wanted = gradients(model, batch)
+    for name, one in found.items():
+        torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-4, atol=1e-7)
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(("family", "later"), [("tiny_gemma2", "post_feedforward_layernorm"), ("tiny_opt", "fc2")])
+def test_a_module_that_is_given_something_else_than_the_one_before_it_gave_is_noticed(family, later):
+    """Its name promises that it stands behind it; what it is given shows whether it does."""
+    model = only(getattr(models, family)(), *MLP, "fc")
+    for name, module in model.named_modules():
+        if name.endswith(later):
+            module.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
     ask = queries(model)
     ask(models.batch_for(model, rows=4, length=7), Direction(0, 0), PROBES)
     assert not ask.session.coordinates.shared
@@ -124,7 +146,7 @@ def test_a_response_goes_on_as_it_was_learnt(probed):
 
 def test_a_part_that_is_asked_for_and_not_there_is_refused():
     with pytest.raises(UserError, match="probed=layers"):
-        space_of(models.tiny_opt(), probed="shared")
+        space_of(models.tiny_bloom(), probed="shared")
     with pytest.raises(UserError, match="probed must be one of auto, layers, parts, shared"):
         space_of(models.tiny_llama(), probed="blocks")
 
@@ -142,13 +164,13 @@ def test_a_part_that_mixes_positions_is_refused():
 
 
 @pytest.mark.parametrize(
-    "family", ["tiny_llama", "tiny_gpt2", "tiny_gemma", "tiny_gemma2", "tiny_olmo2", "tiny_cohere"]
+    "family", ["tiny_llama", "tiny_gpt2", "tiny_gemma", "tiny_gemma2", "tiny_olmo2", "tiny_cohere", "tiny_opt"]
 )
 def test_of_the_last_block_the_identity_is_the_gradient_itself(family):
     """Nothing but norm and head lies behind it: e = dL/dh, without a probe, is what backpropagation finds."""
     model = getattr(models, family)()
     last = len(next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))) - 1
-    model = only(model, f"s.{last}.mlp", f"h.{last}.mlp")
+    model = only(model, f"s.{last}.mlp", f"h.{last}.mlp", f"s.{last}.fc")
     batch = models.batch_for(model, rows=4, length=7)
     found = queries(model, "hidden")(batch, Direction(0, 0), Estimator(response="identity"))
     exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from zoft.engines._prefix import longest_stack
@@ -25,7 +26,8 @@ def find_parts(model: nn.Module, nodes: Mapping[str, Node]) -> tuple[dict[str, N
     """The feed-forward parts that hold nodes, and which part each of those nodes lies in.
 
     A part is the one module directly below a block that holds all of the block's trained matrices outside of
-    attention, if it computes position by position from one tensor: no experts in a list of modules, no second argument.
+    attention, if it computes position by position from one tensor (no experts in a list of modules, no second
+    argument), with the normalisation behind it; or two matrices directly below a block, with an activation between.
 
     Args:
         model: the whole model.
@@ -39,16 +41,33 @@ def find_parts(model: nn.Module, nodes: Mapping[str, Node]) -> tuple[dict[str, N
     for block in longest_stack(model):
         of_block = set(block.modules())
         matrices = {node.module for node in nodes.values() if node.module in of_block and is_outside_attention(node)}
-        holders = [child for child in block.children() if matrices & set(child.modules())]
-        # one child holds all of them, and is no matrix itself (fc1 and fc2 of OPT lie in the block)
-        if len(holders) != 1 or holders[0] in matrices or not _is_of_one_tensor(holders[0]):
+        chain = _chain(block, matrices)
+        if chain is None:
             continue
-        name, of_part = names[holders[0]], set(holders[0].modules())
+        name, of_part = names[chain[0]], {module for link in chain for module in link.modules()}
         held = {key: node for key, node in nodes.items() if node.module in of_part}
-        norm = next((child for child_name, child in block.named_children() if _NORM_BEHIND.search(child_name)), None)
-        parts[name] = Node(name, holders[0], "part", max(node.size for node in held.values()), norm=norm)
+        size = max(node.size for node in held.values())
+        parts[name] = Node(name, chain[0], "part", size, then=chain[1:])
         inside.update(dict.fromkeys(held, name))
     return parts, inside
+
+
+def _chain(block: nn.Module, matrices: set[nn.Module]) -> tuple[nn.Module, ...] | None:
+    """The modules of a block that its hidden states go through one after the other, with all these matrices in them."""
+    children = dict(block.named_children())
+    holders = [child for child in children.values() if matrices & set(child.modules())]
+    if len(holders) == 1 and holders[0] not in matrices and _is_of_one_tensor(holders[0]):
+        return (holders[0], *(child for name, child in children.items() if _NORM_BEHIND.search(name)))
+    # fc1 and fc2 of OPT lie in the block itself, with the activation between them
+    between = [child for name, child in children.items() if "act" in name and not list(child.parameters())]
+    layers = [
+        layer for holder in holders if isinstance(layer := getattr(holder, "base_layer", holder), torch.nn.Linear)
+    ]
+    if len(holders) == len(layers) == 2 and len(between) == 1:  # with or without an adapter around each
+        first, second = layers
+        if (first.in_features, first.out_features) == (second.out_features, second.in_features):
+            return (holders[0], between[0], holders[1])
+    return None
 
 
 def _is_of_one_tensor(module: nn.Module) -> bool:
@@ -71,8 +90,10 @@ def outputs_of(part: Node, x: Tensor) -> Tensor:
     """A part's outputs [P, m] of rows of its inputs [P, n] alone, each as a sequence of one token."""
     # float32 rows that were computed in the part's dtype go back into it without a rounding
     dtype = next((t.dtype for t in part.module.parameters() if t.is_floating_point()), x.dtype)
-    y = _first(part.module(x.to(dtype).unsqueeze(1)))
-    return (y if part.norm is None else _first(part.norm(y))).squeeze(1)
+    y = x.to(dtype).unsqueeze(1)
+    for module in (part.module, *part.then):
+        y = _first(module(y))
+    return y.squeeze(1)
 
 
 @contextmanager
@@ -98,7 +119,7 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
     state: dict[nn.Module, Tensor] = {}  # block -> in, then in + part
     # block -> what may be added for attention: its output, or that of the normalisation behind it (Gemma 2 and 3)
     attended: dict[nn.Module, list[Tensor]] = {}
-    given: dict[nn.Module, Tensor] = {}  # normalisation behind a part -> what the part gave
+    given: dict[nn.Module, Tensor] = {}  # a later module of a part -> what the one before it gave
 
     def entering(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -119,15 +140,15 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
 
         return hook
 
-    def giving(norm: nn.Module) -> Callable[..., None]:
+    def giving(later: nn.Module) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            given[norm] = rows(_first(output).detach())
+            given[later] = rows(_first(output).detach())
 
         return hook
 
-    def normalising(norm: nn.Module, args: Any) -> None:
-        # what this normalisation is given must be what the part gave, and nothing else
-        if not torch.equal(rows(args[0].detach()), given.pop(norm)):
+    def taking(later: nn.Module, args: Any) -> None:
+        # what it is given must be what the module before it gave, and nothing else
+        if later not in given or not torch.equal(rows(args[0].detach()), given.pop(later)):
             errors.append(float("inf"))
 
     def leaving(block: nn.Module, _args: Any, output: Any) -> None:
@@ -148,11 +169,11 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
         handles.append(block.register_forward_pre_hook(entering, with_kwargs=True))
         for name, child in block.named_children():
             if child in held:
-                norm = held[child].norm
-                handles.append(held[child].last.register_forward_hook(adding(block)))
-                if norm is not None:
-                    handles.append(child.register_forward_hook(giving(norm)))
-                    handles.append(norm.register_forward_pre_hook(normalising))
+                part = held[child]
+                handles.append(part.last.register_forward_hook(adding(block)))
+                for before, later in pairwise((part.module, *part.then)):
+                    handles.append(before.register_forward_hook(giving(later)))
+                    handles.append(later.register_forward_pre_hook(taking))
             elif ATTENTION.search(name):
                 handles.append(child.register_forward_hook(attending(block)))
         handles.append(block.register_forward_hook(leaving))

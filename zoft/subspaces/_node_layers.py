@@ -26,8 +26,9 @@ class Node:
         size: m, how many outputs the layer has; of a part the most of any layer in it.
         behind: the node whose layer comes right behind this one, where e follows from its e by the chain rule (LoRA's
             A behind B: e_A = e_B B); None where this layer's own output is perturbed.
-        norm: of a part, the normalisation that its output goes through before a block adds it (Gemma 2 and 3): what
-            comes out of it counts as the part's output.
+        then: of a part, the modules that its output goes through before a block adds it, one after the other: a
+            normalisation (Gemma 2 and 3), or activation and second matrix behind the first one (OPT). What comes out of
+            the last one is the part's output.
     """
 
     name: str
@@ -35,12 +36,12 @@ class Node:
     kind: str
     size: int
     behind: str | None = None
-    norm: nn.Module | None = None
+    then: tuple[nn.Module, ...] = ()
 
     @property
     def last(self) -> nn.Module:
         """The module whose output is perturbed."""
-        return self.module if self.norm is None else self.norm
+        return self.then[-1] if self.then else self.module
 
     def seen(self, x: Tensor) -> Tensor:
         """What the gradient is made of beside e, from rows x [P, n] of the layer's inputs: float32 [P, n] or [P, m]."""
