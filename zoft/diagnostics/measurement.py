@@ -17,7 +17,7 @@ from zoft.diagnostics.radius import exact_slopes, radius_table
 from zoft.diagnostics.variance import Law, variance_table
 from zoft.engines._backward import loss_with_graph
 from zoft.errors import OutOfMemoryError, UserError
-from zoft.estimators._anchor import KeepsAnchor, anchor_batches
+from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators._backward import NeedsBackward
 from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction
@@ -167,7 +167,8 @@ class Measurement:
     def _probes_tell(self) -> bool:
         """Whether more directions can be asked of this step's batch."""
         estimator = self.estimator
-        return not estimator.backpropagates and not anchor_batches(estimator, self.step.step)
+        makes_anchor = isinstance(estimator, KeepsAnchor) and estimator.batches_at(self.step.step) > 0
+        return not (estimator.backpropagates or makes_anchor)
 
     def _num_probes(self, coordinates: BoundSubspace, direction: Direction) -> int:
         """A multiple of the step's own q; as many as wanted, as exist, and as are asked at once."""

@@ -28,8 +28,3 @@ def pass_over(session: Session, points: Sequence[Point]) -> None:
     """What :meth:`LeavesTrace.pass_over` does; nothing where weights come back exactly."""
     if isinstance(session, LeavesTrace):
         session.pass_over(points)
-
-
-def take_path(session: Session) -> list[Point] | None:
-    """What :meth:`LeavesTrace.take_path` says; None where queries leave no trace."""
-    return session.take_path() if isinstance(session, LeavesTrace) else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zoft.engines._trace import pass_over
 from zoft.errors import UserError
-from zoft.estimators._anchor import anchor_batches
+from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators.base import Estimator
 from zoft.journal.records import Record
 from zoft.noise.direction import Direction, step_seed
@@ -79,7 +79,7 @@ def replayed(
     # lr is what the run's schedule gave then; a replay has no schedule of its own
     for group in optimizer.param_groups:
         group["lr"] = record.lr
-    is_anchor = bool(anchor_batches(estimator, record.step))
+    is_anchor = isinstance(estimator, KeepsAnchor) and estimator.batches_at(record.step) > 0
     estimate = StepEstimate.from_record(record, drawn, observed, keeps_anchor=is_anchor)
     # bases and masks first, then the rule's state in that basis, as before the first query of the step
     optimizer.subspace.begin(drawn[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class StepEstimate:
     directions: Sequence[Direction]
     terms: Sequence[Term] | None = None
     curvatures: Sequence[float] | None = None
-    losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    losses: Tensor = field(default_factory=partial(torch.empty, 0))
     projected_grads: Tensor | None = None
     loss: float = math.nan
     num_queries: int = 0

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from zoft.engines._backward import Backward, loss_with_graph
-from zoft.engines._trace import take_path
-from zoft.estimators._anchor import anchor_batches
+from zoft.engines._trace import LeavesTrace
+from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators._backward import NeedsBackward
 from zoft.estimators.base import Estimator, Point
 from zoft.estimators.nodes import Nodes
 from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction
-from zoft.optimizers._optional import TriesSteps, trials
+from zoft.optimizers._optional import TriesSteps
 from zoft.step.estimate import StepEstimate
 from zoft.step.method import BACKWARD, Method
 from zoft.step.nodes import NodeQueries
@@ -86,7 +86,8 @@ class StepQueries:
         estimator = estimator or self.method.estimator
         # a copy: what parts remember changes only once the step is applied
         memory = self.optimizer.memory()
-        take_path(self.session)  # begins a new one: what was walked outside of steps is no part of this one
+        if isinstance(self.session, LeavesTrace):
+            self.session.take_path()  # begins a new one: what was walked outside of steps is no part of this one
         clean, scored, observations = self._begin(batch, directions[0])
         blank = StepEstimate(
             directions, eps=estimator.radius, num_queries=scored, observations=observations, memory=memory
@@ -97,12 +98,14 @@ class StepQueries:
             estimate = self._with_gradient(blank, batch, estimator)
         else:
             estimate = self._all(blank, batch, estimator, clean, lr)
-        path = take_path(self.session)
-        # where queries leave errors in the weights, a replay can walk the same points, and nothing but those
-        estimate = replace(estimate, leaves_no_trace=path is None or path == estimator.points(directions))
+        if isinstance(self.session, LeavesTrace):
+            # where queries leave errors in the weights, a replay can walk the same points, and nothing but those
+            estimate = replace(estimate, leaves_no_trace=self.session.take_path() == estimator.points(directions))
         if not estimate.is_usable:  # a step that comes to nothing is not remembered either, and has no slope
             return replace(estimate, memory=self.optimizer.memory(), projected_grads=torch.tensor([torch.nan]))
-        return replace(estimate, keeps_anchor=bool(anchor_batches(estimator, estimate.step)))
+        if isinstance(estimator, KeepsAnchor):
+            estimate = replace(estimate, keeps_anchor=estimator.batches_at(estimate.step) > 0)
+        return estimate
 
     def _all(
         self, blank: StepEstimate, batch: Any, estimator: Estimator, clean: Tensor | None, lr: float
@@ -113,7 +116,7 @@ class StepQueries:
         losses = losses if examples is None else losses.mean(1)  # every example counts alike
         estimate = self._measured(blank, directions, losses, estimator, examples)
         estimate = replace(estimate, num_queries=blank.num_queries + queries)
-        if estimate.is_usable and trials(self.method.optimizer):
+        if estimate.is_usable and isinstance(self.method.optimizer, TriesSteps):
             return self._try_the_step(estimate, batch, estimate.loss if estimator.asks_clean_loss else None, lr)
         return estimate
 
@@ -178,8 +181,7 @@ class StepQueries:
         if isinstance(self.method.weighting, PerPrompt):
             return directions, self._of_each(batch, points, clean), queries
         step = directions[0].step
-        wide = anchor_batches(estimator, step)
-        if wide:
+        if isinstance(estimator, KeepsAnchor) and (wide := estimator.batches_at(step)):
             # L(theta + s z) = 1/B sum_b L_b(theta + s z); the data may have fewer batches than were asked for
             over = [self._at(one, points) for one in self.batches(batch, wide, step)]
             return directions, torch.stack(over).mean(0), queries - len(points) * (wide - len(over))
@@ -238,6 +240,8 @@ class StepQueries:
 
     def _asked(self, batch: Any, points: list[Point]) -> Tensor:
         """The objective at these points, each asked by one of the processes that have these rows."""
+        if self.shares.count == 1:
+            return self.average(self.session.losses(batch, points), batch)
         mine = [points[number] for number in self.shares.mine(len(points))]
         own = self.average(self.session.losses(batch, mine), batch) if mine else torch.empty(0)
         return self.shares.joined(own, len(points))

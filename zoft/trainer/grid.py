@@ -78,12 +78,11 @@ class Grid:
 
     @contextmanager
     def asking(self, batch: StepBatch) -> Iterator[None]:
-        """In here answers are about these rows: they are compared whenever answers come together."""
+        """In here the answers of several processes are about these rows: they are compared when they come together."""
         self._rows_sum = float(_checksum(batch)) if self.directions.count > 1 else 0.0
         before = self._bytes_sent()
         yield
-        if self.world.count > 1:
-            self.traffic = {"bytes_sent": self._bytes_sent() - before}
+        self.traffic = {"bytes_sent": self._bytes_sent() - before}
 
     def holds(self, is_so: bool) -> bool:
         """Whether something is so here, and in every other process of a pipeline: all come here."""

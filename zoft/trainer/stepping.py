@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from zoft.engines._away import settle
 from zoft.errors import NonFiniteLossError
-from zoft.estimators._anchor import anchor_batches
+from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators.base import scheduled
 from zoft.journal.records import Record
 from zoft.lm.logits.support import no_trials
@@ -90,7 +91,8 @@ class RunSteps:
             batch = self.loss.settle_scaling(batch)
         self._try_out(batch)
         began, progress = time.perf_counter(), self.optimizer.progress
-        with no_trials(), self.grid.asking(batch):
+        asking = self.grid.asking(batch) if self.grid.world.count > 1 else nullcontext()
+        with no_trials(), asking:
             estimate = self._ask(batch, share_done)
         progress.seconds_forward += time.perf_counter() - began
         progress.steps += 1
@@ -108,7 +110,8 @@ class RunSteps:
         self.forward.try_out_sizes()
         self.forward.try_out(batch)
         self.forward.check_narrow(batch)
-        if count := anchor_batches(self.queries.method.estimator, step):
+        estimator = self.queries.method.estimator
+        if isinstance(estimator, KeepsAnchor) and (count := estimator.batches_at(step)):
             for other in self.queries.batches(batch, count, step):
                 self.forward.try_out(other)
 
