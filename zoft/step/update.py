@@ -123,6 +123,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.sums: dict[str, Sum] = {}
         self.history: dict[str, tuple[int, Direction]] = {}  # name -> number of its updates, a direction of the last
         self.records: list[list[Term]] = []  # the last steps, as many as the component looks back at
+        self._history_length = component.history_length
         remembered = component.init() if isinstance(component, RescalesCoefficients) else {}
         self.scalars: dict[str, dict[str, Any]] = {"optimizer": remembered}  # what parts of the method remember
         self.direction: Direction | None = None  # one of the step in progress
@@ -245,8 +246,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         for name in list(left):
             write(name)
         # a window over the last steps' directions and coefficients, which are drawn again where they are needed
-        if self.component.history_length:
-            self.records = [*self.records, terms][-self.component.history_length :]
+        if self._history_length:
+            self.records = [*self.records, terms][-self._history_length :]
 
     def _steps_of(self, estimate: StepEstimate, lr: float) -> Mapping[str, Factors]:
         """What the component makes of all factors together; themselves where it works on tensors."""

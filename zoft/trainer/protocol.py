@@ -6,7 +6,7 @@ the Trainer puts another object in an attribute's place while they live (``model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ class HoldsObjects(Protocol):
     model: Any
     model_wrapped: nn.Module  # the model as the Trainer's loop calls it
     model_accepts_loss_kwargs: bool  # it divides its loss by the token count it is given
+    compute_loss: Callable[..., Any]  # (model, micro-batch, ...) -> its loss
     compute_loss_func: Any  # a loss of the user's own, which is given that count too
     compute_metrics: Any
     label_smoother: Any
@@ -63,9 +64,6 @@ class HoldsObjects(Protocol):
 
     def collated(self, rows: Sequence[Any]) -> Inputs:
         """One batch of these rows, on the device."""
-
-    def compute_loss(self, model: nn.Module, inputs: Inputs, *args: Any, **kwargs: Any) -> Any:
-        """The loss of a micro-batch."""
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
         """Autocast, where the arguments ask for it."""

@@ -29,16 +29,6 @@ _OF_TENSORS = ("state", "masters", "history", "sums")
 """What an optimizer's state has by tensor."""
 
 
-def in_every_process(method: Callable[..., Any]) -> Callable[..., Any]:
-    """What a method of a trainer, which calls the model once, returns in the last process of a pipeline: in all."""
-
-    @functools.wraps(method)
-    def called(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        return trainer.stages.everywhere(method, trainer, *args, **kwargs)
-
-    return called
-
-
 class Stages:
     """This process's stage.
 
@@ -110,6 +100,8 @@ class Stages:
         trainer.gather_function = trainer.accelerator.gather_for_metrics = functools.partial(_own, trainer.accelerator)
         self.stage = Stage(model, grid.world.rank, grid.world.count, trainer.args.device, forward, grid.gather)
         grid.stage = self.stage
+        # from here on the loss comes out in the last process alone; whoever asks for it outside of a step needs it too
+        trainer.compute_loss = functools.partial(self.everywhere, trainer.compute_loss)
 
     def _first_rows(self) -> StepBatch:
         if self.trainer.train_dataset is None:

@@ -183,8 +183,9 @@ class RunSteps:
 
     def _replayed(self, record: Record, observed: bytes | None) -> StepEstimate:
         """The estimate of a step that the journal knows, counted as it was then."""
-        estimate = replayed(self.optimizer, self.directions, record, observed)
         progress = self.optimizer.progress
+        estimate = replayed(self.optimizer, self.directions, record, observed)
+        estimate = replace(estimate, num_queries=record.queries - progress.num_queries)
         progress.steps, progress.num_queries = record.step + 1, record.queries
         progress.num_tokens = record.tokens or progress.num_tokens
         progress.num_skipped += record.skipped

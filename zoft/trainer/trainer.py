@@ -53,7 +53,7 @@ from zoft.trainer.processes import Processes, check_processes
 from zoft.trainer.readout import TrainerReader
 from zoft.trainer.recommended import may_be, recommended
 from zoft.trainer.response import settle_response
-from zoft.trainer.stages import Stages, in_every_process
+from zoft.trainer.stages import Stages
 from zoft.trainer.stepping import RunSteps, beside, complete
 from zoft.utils.random_state import global_random_state_kept
 from zoft.weightings.base import Weighting
@@ -301,7 +301,6 @@ class ZOMixin(_Base):
             self.last_step = self.run_steps.next(batch, self.state.global_step / max(1, self.state.max_steps))
         return torch.tensor(self.last_step.loss, device=self.args.device)
 
-    @in_every_process
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The objective's loss where one was given, else the Trainer's, in a query from the labelled positions only."""
         forward, objective = self.query_forward, self.objective
@@ -345,7 +344,9 @@ class ZOMixin(_Base):
 
     def floating_point_ops(self, inputs: Inputs) -> float:
         """2 N per token and query; the Trainer's own figure is 6 N (a forward and a backward pass)."""
-        return super().floating_point_ops(inputs) / 3 * self.method.queries_at(max(0, self.progress.steps - 1))
+        step = self.last_step  # none before the first step of a training, which may go on from a checkpoint
+        num_queries = self.method.queries_at(max(0, self.progress.steps - 1)) if step is None else step.num_queries
+        return super().floating_point_ops(inputs) / 3 * num_queries
 
     # ---- between steps -----------------------------------------------------------------------------------------------
 
