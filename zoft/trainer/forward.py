@@ -65,6 +65,7 @@ class QueryForward:
     def __init__(self, trainer: HoldsObjects, *, has_own_loss: bool) -> None:
         self.trainer = trainer
         self.has_own_loss = has_own_loss
+        self.is_of_trl = any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
         self.is_querying = False  # what is computed now is a query of a step, and no evaluation
         self.frozen_prefix: FrozenPrefix | None = None
         self.narrow_layer: nn.Module | None = None  # computed only where the loss looks
@@ -75,7 +76,7 @@ class QueryForward:
         """Evaluation mode (no dropout), and the frozen prefix reused."""
         model, self.is_querying = self.trainer.model_wrapped, True
         model.eval()
-        if any(cls.__module__.startswith("trl.") for cls in type(self.trainer).__mro__):
+        if self.is_of_trl:
             model.training = True  # TRL decides by the root's flag alone whether a loss is logged as training
         try:
             with self.reusing_prefix():
@@ -170,7 +171,7 @@ class QueryForward:
     def reusing_prefix(self) -> Iterator[None]:
         """Forwards begin at the lowest trained block, wherever that is exact, and end where the loss looks."""
         prefix = nullcontext() if self.frozen_prefix is None else self.frozen_prefix.reused()
-        with prefix, narrowed(self.narrow_layer):
+        with prefix, nullcontext() if self.narrow_layer is None else narrowed(self.narrow_layer):
             yield
 
     def fill_prefix(self, *datasets: Sequence[Any], group: int = 16) -> Iterator[int]:

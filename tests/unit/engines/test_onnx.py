@@ -16,8 +16,10 @@ from zoft.engines.in_place import InPlace
 from zoft.engines.onnx import Onnx
 from zoft.errors import UserError
 from zoft.estimators.base import Point
-from zoft.lm.logits.call import called
+from zoft.lm.logits.head import Positions
+from zoft.lm.logits.logits import logits_at
 from zoft.lm.models.peft.lora import Lora
+from zoft.lm.objectives.classes import Classes
 from zoft.lm.objectives.options import Options
 from zoft.noise.direction import Direction
 from zoft.run.train import run
@@ -205,4 +207,6 @@ def test_a_model_that_is_answered_for_is_not_called(both):
     _, there = both
     assert runtime_of(there.model) is there
     with pytest.raises(UserError, match="forward runs elsewhere"):
-        called(there.model, {"input_ids": batch()["input_ids"]})
+        logits_at(there.model, {"input_ids": batch()["input_ids"]}, Positions(torch.tensor([0]), torch.tensor([-1])))
+    with pytest.raises(UserError, match="forward runs elsewhere"):
+        Classes().predict(there.model, batch())

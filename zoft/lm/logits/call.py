@@ -47,17 +47,21 @@ def arguments(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> In
     return inputs
 
 
-def called(model: nn.Module, inputs: Mapping[str, Any], **more: Any) -> Tensor:
-    """The logits of one call, [B, T, V] or what the head was made to give; no key-value cache is built.
+def refuse_elsewhere(model: nn.Module) -> None:
+    """Refuse to call a model whose forward runs elsewhere, where log-probabilities of tokens are all there is.
 
     Raises:
-        UserError: the model's forward runs elsewhere, where log-probabilities of tokens are all there is.
+        UserError: it does.
     """
     if runtime_of(model) is not None:
         raise UserError(
             "the model's forward runs elsewhere, where tokens are scored and nothing else of it can be had: choose an "
             "objective that scores tokens (objective=options, cross_entropy), or engine=auto"
         )
+
+
+def called(model: nn.Module, inputs: Mapping[str, Any], **more: Any) -> Tensor:
+    """The logits of one call, [B, T, V] or what the head was made to give; no key-value cache is built."""
     parameters = _parameters(inner(model))
     if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         more["use_cache"] = False

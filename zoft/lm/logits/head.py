@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -204,7 +205,7 @@ def _replaced_forwards(computed: Mapping[nn.Module, Callable[..., Tensor]]) -> I
             _replaced[module][0] += 1
         else:
             _replaced[module] = [1, vars(module).get("forward")]
-            module.forward = _asking(module, module.forward)
+            module.forward = partial(_forward_as_wanted, module, module.forward)
     try:
         yield
     finally:
@@ -219,9 +220,6 @@ def _replaced_forwards(computed: Mapping[nn.Module, Callable[..., Tensor]]) -> I
                     module.forward = forward
 
 
-def _asking(module: nn.Module, forward: Forward) -> Forward:
-    def asking(*args: Any, **kwargs: Any) -> Tensor:
-        compute = _wanted.get().get(module)
-        return forward(*args, **kwargs) if compute is None else compute(forward, *args, **kwargs)
-
-    return asking
+def _forward_as_wanted(module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+    compute = _wanted.get().get(module)
+    return forward(*args, **kwargs) if compute is None else compute(forward, *args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from zoft.lm.logits.call import Inputs, called, takes
+from zoft.lm.logits.call import Inputs, called, refuse_elsewhere, takes
 from zoft.lm.logits.head import Forward, Positions, logits_of_rows, with_rows
 from zoft.lm.logits.support import HeadSupport, probe, say_once
 from zoft.utils.lazy import Tensor, nn, torch
@@ -27,10 +27,14 @@ def logits_at(model: nn.Module, inputs: Inputs, positions: Positions, tokens: Te
     Returns:
         [N, V], or [N, C] with ``tokens``; float32. Where the forward runs elsewhere they are log-probabilities, which
         differ from logits by a number for each position.
+
+    Raises:
+        UserError: the forward runs elsewhere, where logits of the whole vocabulary cannot be had.
     """
     # engine=onnx or server: log-probabilities come from there, over the whole vocabulary
-    runtime = runtime_of(model)
-    if runtime is not None and tokens is not None:
+    if tokens is None:
+        refuse_elsewhere(model)
+    elif (runtime := runtime_of(model)) is not None:
         return runtime.log_probs(inputs, positions.row, positions.column, tokens.expand(len(positions), -1))
     known = probe(model, inputs, positions)
     if not known.rows:
@@ -60,10 +64,15 @@ def log_probs_at(model: nn.Module, inputs: Inputs, positions: Positions, targets
     runtime = runtime_of(model)
     if runtime is not None:
         return runtime.log_probs(inputs, positions.row, positions.column, targets.unsqueeze(1)).squeeze(1)
+    return log_probs_here(model, inputs, positions, targets)
+
+
+def log_probs_here(model: nn.Module, inputs: Inputs, positions: Positions, targets: Tensor) -> Tensor:
+    """:func:`log_probs_at` of a model that is called in this process."""
     known = probe(model, inputs, positions)
     # all at once where they fit: one product of the head
-    if known.rows and len(positions) * known.vocabulary <= MAX_LOGITS:
-        return _log_probs(logits_at(model, inputs, positions), targets)
+    if known.rows and len(targets) * known.vocabulary <= MAX_LOGITS:
+        return _log_probs(logits_of_rows(model, inputs, positions), targets)
     # chunk by chunk behind one forward: the head is the part that takes memory
     if known.rows and known.after is not None:
         return _in_chunks(model, inputs, positions, targets, known)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from zoft.lm.logits.call import Inputs, inner
 from zoft.lm.logits.head import Positions
-from zoft.lm.logits.logits import log_probs_at
+from zoft.lm.logits.logits import log_probs_here
 from zoft.lm.logits.support import FAILURES, piece_of, probe, refuse, tolerance_of, trials_allowed
 from zoft.lm.logits.support import is_known as is_known_head
 from zoft.utils.lazy import Tensor, nn, torch
@@ -64,11 +64,13 @@ def _way_of_calling(model: nn.Module, inputs: Inputs) -> tuple[object, ...]:
 
 
 def _is_served(model: nn.Module, inputs: Inputs) -> bool:
-    if not could_be_served(model, inputs):
+    if not _labels_tokens(inputs):
         return False
     # by way of calling: the same class may add a term when it is given a count
     way, known = _way_of_calling(model, inputs), _agrees.setdefault(model, {})
     if way not in known:
+        if not is_causal_lm(model):
+            return False
         with torch.no_grad():
             agrees = _compare(model, inputs) if trials_allowed() else None
         if agrees is None:
@@ -79,10 +81,14 @@ def _is_served(model: nn.Module, inputs: Inputs) -> bool:
 
 def could_be_served(model: nn.Module, inputs: Inputs) -> bool:
     """Whether this is a causal model's loss of labels for its own tokens."""
+    return _labels_tokens(inputs) and is_causal_lm(model)
+
+
+def _labels_tokens(inputs: Inputs) -> bool:
+    """Whether there is a label for each token, which nobody has shifted yet."""
     ids, labels = inputs.get("input_ids"), inputs.get("labels")
-    if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
-        return False
-    return "shift_labels" not in inputs and is_causal_lm(model)
+    of_tokens = isinstance(ids, torch.Tensor) and isinstance(labels, torch.Tensor) and labels.shape == ids.shape
+    return of_tokens and "shift_labels" not in inputs
 
 
 def _loss_of_labels(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -90,13 +96,13 @@ def _loss_of_labels(model: nn.Module, inputs: Inputs) -> Tensor:
     rest = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
     positions, targets = predictions(inputs["labels"])
     total = (
-        -log_probs_at(model, rest, positions, targets).sum()
-        if len(positions)
+        -log_probs_here(model, rest, positions, targets).sum()
+        if len(targets)
         else inputs["labels"].new_zeros(()).float()
     )
     count = inputs.get("num_items_in_batch")
     # L = -sum log p / n, n the labels or what the Trainer counted over all micro-batches
-    return total / (len(positions) if count is None else torch.as_tensor(count, device=total.device))
+    return total / (len(targets) if count is None else torch.as_tensor(count, device=total.device))
 
 
 def predictions(labels: Tensor) -> tuple[Positions, Tensor]:

@@ -76,14 +76,19 @@ def trials_allowed() -> bool:
 
 def is_known(model: nn.Module) -> bool:
     """Whether a trial of this model's head has given an answer; with another runtime there is no head to try."""
-    if runtime_of(model) is not None:
-        return True
-    return model in _known and _known[model].head is head_of(model)  # another one: resized, an adapter put on it
+    return runtime_of(model) is not None or _known_of(model) is not None
+
+
+def _known_of(model: nn.Module) -> HeadSupport | None:
+    known = _known.get(model)
+    # another head than then: the vocabulary was resized, or an adapter put on it
+    return known if known is not None and known.head is head_of(model) else None
 
 
 def probe(model: nn.Module, inputs: Inputs, positions: Positions) -> HeadSupport:
     """What is known of this model; found out with its first batch, anew as long as that says nothing."""
-    if not is_known(model):
+    support = _known_of(model)
+    if support is None:
         head = head_of(model)
         plainly = HeadSupport(
             head, _vocabulary(model, head), tolerance=_tolerance(getattr(inner(model), "dtype", None))
@@ -95,7 +100,7 @@ def probe(model: nn.Module, inputs: Inputs, positions: Positions) -> HeadSupport
         if support is None:
             return plainly
         _known[model] = support
-    return _known[model]
+    return support
 
 
 def tolerance_of(model: nn.Module) -> float:

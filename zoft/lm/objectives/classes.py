@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zoft.errors import UserError
-from zoft.lm.logits.call import called, inner
+from zoft.lm.logits.call import called, inner, refuse_elsewhere
 from zoft.lm.logits.head import Positions
 from zoft.lm.objectives._readout import Readout, of_log_odds, of_losses, of_scores
 from zoft.lm.objectives.base import Batch, Objective
@@ -30,6 +30,7 @@ class Classes(Objective):
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, logits of the classes [B, C], gold class [B])."""
+        refuse_elsewhere(model)
         scores = called(model, {name: batch[name] for name in ("input_ids", "attention_mask")}).float()
         return torch.nn.functional.cross_entropy(scores, batch["labels"]), scores, batch["labels"]
 
