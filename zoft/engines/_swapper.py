@@ -84,7 +84,7 @@ class Swapper:
         state = self.state = ForwardState(point)
         try:
             if point.direction is not None:
-                state.moving = self.coordinates.moving([point.direction])
+                state.moving = self.coordinates.moving(point.direction)
                 moving = [name for name in whole_forward if name in state.moving]
                 devices = {name: self.weights.tensors[name].device for name in moving}
                 # perturbed before the first module runs: they are read somewhere outside of their own

@@ -180,7 +180,7 @@ class LayerwiseSession(Session):
     def _prefix_reused(self, points: Sequence[Point]) -> Iterator[None]:
         """Where these points move some blocks only, the layers below them run once."""
         directions = {point.direction for point in points if point.direction is not None}
-        moving = self.coordinates.moving(directions)
+        moving = set[str]().union(*map(self.coordinates.moving, directions))
         if len(moving) == len(self.weights.tensors) or self.survey.whole_forward or self.swapper.compiled:
             yield
             return

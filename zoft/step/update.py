@@ -182,8 +182,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         count, last = self.history[name]
         state = self.moments.get(name, {})  # a component may keep less of some tensors
         # What is linear in the estimate (a running mean) goes along with the basis; squares stay as they are.
-        for key in (key for key in self.component.linear_state if key in state):
-            state[key] = self.subspace.transport(name, state[key], last, direction)
+        for key in self.component.linear_state:
+            if key in state:
+                state[key] = self.subspace.transport(name, state[key], last, direction)
         self.history[name] = count, direction
 
     # ---- a step is written -------------------------------------------------------------------------------------------
@@ -209,26 +210,29 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.session.keep_anchor()
         terms = list(estimate.terms)
         self.direction = terms[0][0] if terms else estimate.directions[0]
-        curvatures = estimate.curvatures or ()
-        # z_j^T H z_j by direction: a tensor may be moved by some of the step's directions only
-        along = dict(zip((d for d, _ in terms), curvatures, strict=bool(curvatures)))
+        along: dict[Direction, float] = {}
+        if estimate.curvatures:  # z_j^T H z_j by direction: a tensor may be moved by some of the step's only
+            along = dict(zip([d for d, _ in terms], estimate.curvatures, strict=True))
         if isinstance(self.component, RescalesCoefficients):
             scaled = self.component.coefficients([coefficient for _, coefficient in terms], self.scalars["optimizer"])
             terms = [(d, coefficient) for (d, _), coefficient in zip(terms, scaled, strict=True)]
         # counted before the tensors are written: the number keys the random bits of rounding
         self.progress.updates += 1
         now = _Now(self.direction, self.progress.updates, along, list(self.records))
-        can_wait = self._can_wait and estimate.backward is None and not estimate.factors
         # the tensors that are not written yet: the loops below take them out one by one
         left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
 
-        of_terms = [self.subspace.moving([direction]) for direction, _ in terms]
+        terms_of: dict[str, list[Term]] = {}
+        for direction, coefficient in terms:
+            for name in self.subspace.moving(direction):
+                terms_of.setdefault(name, []).append((direction, coefficient))
         away = self.session if isinstance(self.session, KeepsWeightsAway) else None
+        can_wait = away is not None and self._can_wait and estimate.backward is None and not estimate.factors
 
         # a tensor that no direction moves, and that has no gradient, is left alone: no decay either
         def write(name: str, dense: Tensor | None = None) -> None:
             group = left.pop(name)
-            moving = [term for term, names in zip(terms, of_terms, strict=True) if name in names]
+            moving = terms_of.get(name, [])
             if moving or dense is not None:
                 parameter, lr, decay = self.session.weights.tensors[name], group["lr"], group["weight_decay"]
                 move = partial(self._move, now, name, parameter, moving, lr, decay, dense)
@@ -241,21 +245,23 @@ class ZOOptimizer(torch.optim.Optimizer):
         # A backward pass hands over one gradient after the other, and frees it once its tensor is written.
         if estimate.backward is not None:
             estimate.backward(write)
-        for name, factor in self._steps_of(estimate, float(self.param_groups[0]["lr"])).items():
-            write(name, factor.dense())
+        if estimate.factors:
+            for name, factor in self._steps_of(estimate.factors, estimate.loss).items():
+                write(name, factor.dense())
         for name in list(left):
             write(name)
         # a window over the last steps' directions and coefficients, which are drawn again where they are needed
         if self._history_length:
             self.records = [*self.records, terms][-self._history_length :]
 
-    def _steps_of(self, estimate: StepEstimate, lr: float) -> Mapping[str, Factors]:
+    def _steps_of(self, of_estimate: Mapping[str, Factors], loss: float) -> Mapping[str, Factors]:
         """What the component makes of all factors together; themselves where it works on tensors."""
-        factors = {name: factor.to(device_of(self.session, name)) for name, factor in (estimate.factors or {}).items()}
-        if not factors or not isinstance(self.component, ReadsFactors):
+        factors = {name: factor.to(device_of(self.session, name)) for name, factor in of_estimate.items()}
+        if not isinstance(self.component, ReadsFactors):
             return factors
+        lr, states = float(self.param_groups[0]["lr"]), {name: self._moments(name) for name in factors}
         with torch.no_grad():
-            return self.component.steps(factors, {name: self._moments(name) for name in factors}, estimate.loss, lr)
+            return self.component.steps(factors, states, loss, lr)
 
     @property
     def _can_wait(self) -> bool:
@@ -353,9 +359,12 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _add_direction(
         self, name: str, parameter: nn.Parameter, direction: Direction, coefficient: float, lr: float
     ) -> None:
+        if not lr:  # a warm-up begins: the weights stay, wherever they are
+            return
         # theta <- theta - lr c z
-        for first, last in self.subspace.spans(name, 0, parameter.numel()) if lr else ():
-            self.subspace.add_(self.session.piece(name, first, last), direction, name, first, -lr * coefficient)
+        theta = parameter.data.view(-1)
+        for first, last in self.subspace.spans(name, 0, parameter.numel()):
+            self.subspace.add_(theta[first:last], direction, name, first, -lr * coefficient)
 
     def _master_piece(self, name: str, first: int, last: int) -> Tensor:
         """A view of the master of the flat piece [first, last), which is the weight itself where it is none of ours."""

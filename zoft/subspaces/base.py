@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -276,9 +276,9 @@ class BoundSubspace:
         del direction
         return name not in self.backprop_names
 
-    def moving(self, directions: Collection[Direction]) -> set[str]:
-        """The tensors that move along any of these directions."""
-        return {name for name in self.weights.tensors if any(self.moves(d, name) for d in directions)}
+    def moving(self, direction: Direction) -> set[str]:
+        """The tensors that move along a direction."""
+        return {name for name in self.weights.tensors if self.moves(direction, name)}
 
     def ever_moves(self, name: str) -> bool:
         """Whether tensor ``name`` moves in any step of a run."""
