@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -217,3 +218,23 @@ class ElsewhereSession(Session):
             return clean
         # W + s z
         return perturbed(clean, self.coordinates.z(direction, name), point.scale)
+
+
+def saved_name(name: str) -> str:
+    """As an adapter's file has it: without the adapter's own name.
+
+    Example:
+        >>> saved_name("base_model.model.lm.q_proj.lora_A.default.weight")
+        'base_model.model.lm.q_proj.lora_A.weight'
+    """
+    *front, _adapter, last = name.split(".")
+    return ".".join([*front, last])
+
+
+def digest_of(adapter: Adapter) -> str:
+    """A name for an adapter's numbers: other numbers have another one."""
+    sha = hashlib.sha256()
+    for name, tensor in adapter.items():
+        sha.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:24]

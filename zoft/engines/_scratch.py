@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 from zoft.utils.lazy import Tensor, torch
@@ -45,25 +46,25 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._free: dict[torch.device, list[Tensor]] = {}
+        self._free: dict[torch.device, list[Tensor]] = {}  # the smallest buffer first
 
     def lease(self, like: Sequence[Tensor]) -> Lease:
         """Memory for tensors of these shapes and dtypes, on the first one's device; its contents are arbitrary."""
         size = sum(aligned(tensor.numel() * tensor.element_size()) for tensor in like)
         free = self._free.setdefault(like[0].device, [])
         # best fit: a large buffer is left for a large module
-        fitting = [i for i, buffer in enumerate(free) if buffer.numel() >= size]
-        if fitting:
-            return Lease(free.pop(min(fitting, key=lambda i: free[i].numel())), like)
+        at = bisect_left(free, size, key=torch.Tensor.numel)
+        if at < len(free):
+            return Lease(free.pop(at), like)
         if free:
             # a larger buffer takes the place of the largest: in time all of them fit the largest module
-            free.pop(max(range(len(free)), key=lambda i: free[i].numel()))
+            free.pop()
         with torch.inference_mode(False):
             return Lease(torch.empty(size, dtype=torch.uint8, device=like[0].device), like)
 
     def give_back(self, lease: Lease) -> None:
         """The lease's tensors must not be used any more."""
-        self._free[lease.buffer.device].append(lease.buffer)
+        insort(self._free[lease.buffer.device], lease.buffer, key=torch.Tensor.numel)
 
 
 def aligned(size: int) -> int:

@@ -198,9 +198,9 @@ def graphs_exist() -> bool:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether some module runs compiled code, which no forward may leave halfway."""
-    return may_be_compiled() and any(
-        module._compiled_call_impl is not None
-        or type(module).__name__ == "OptimizedModule"
-        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
+    for module in model.modules() if may_be_compiled() else ():
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            return True
+        if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+            return True
+    return False

@@ -7,14 +7,31 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from zoft.engines._lockstep import Lockstep
 from zoft.engines._pieces import LinearCall, Reads
 from zoft.engines._scratch import Lease, Scratch
 from zoft.estimators.base import Point
+from zoft.noise.direction import Direction
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, nn, torch
+
+
+@dataclass
+class Visit:
+    """What leaving a module takes back.
+
+    Args:
+        swapped: names of its tensors that were swapped on the way in.
+        lease: memory of what they were swapped for.
+        mode: context in which its large tensors are read in pieces.
+    """
+
+    swapped: list[str] = field(default_factory=list)
+    lease: Lease | None = None
+    mode: Any = None
 
 
 @dataclass
@@ -31,7 +48,7 @@ class ForwardState:
         entered_since: the same, since the model was called.
         visits: how often each module was entered.
         modes: contexts that are open.
-        undo: what leaving a module does, for each time that it was entered.
+        running: modules that have been entered and not left, with each visit: a module may be inside itself.
     """
 
     point: Point = field(default_factory=Point)
@@ -43,7 +60,7 @@ class ForwardState:
     entered_since: set[str] = field(default_factory=set)
     visits: Counter[Any] = field(default_factory=Counter)
     modes: list[Any] = field(default_factory=list)
-    undo: dict[int, list[list[Callable[[Any], None]]]] = field(default_factory=dict)
+    running: dict[nn.Module, list[Visit]] = field(default_factory=dict)
 
 
 class Swapper:
@@ -63,6 +80,7 @@ class Swapper:
         self.state = ForwardState()
         self.compiled = False  # the model: a large matrix cannot be read in pieces there
         self.largest_output = 0  # bytes: of a module that holds trained weights, in the last call of losses
+        self._names = {module: [name for _, name in held] for module, held in self.weights.owners.items()}
         self.watched: dict[str, type] = {}  # name -> class by which a read outside of the tensor's module is noticed
 
     @property
@@ -85,11 +103,13 @@ class Swapper:
         try:
             if point.direction is not None:
                 state.moving = self.coordinates.moving(point.direction)
-                moving = [name for name in whole_forward if name in state.moving]
-                devices = {name: self.weights.tensors[name].device for name in moving}
+                by_device: dict[torch.device, list[str]] = {}  # a lease is of one device
+                for name in whole_forward:
+                    if name in state.moving:
+                        by_device.setdefault(self.weights.tensors[name].device, []).append(name)
                 # perturbed before the first module runs: they are read somewhere outside of their own
-                for device in dict.fromkeys(devices.values()):  # a lease is of one device
-                    self._swap(state, [name for name in moving if devices[name] == device])
+                for names in by_device.values():
+                    self._swap(state, names)
                 # counted as entered, so that their own module does not perturb them once more
                 state.depth.update(whole_forward)
             yield state
@@ -104,11 +124,9 @@ class Swapper:
     def hooks(self) -> Iterator[None]:
         """Within this block modules that hold trained tensors call :meth:`_enter` and :meth:`_leave`."""
         handles = []
+        enter, leave = uncompiled(self._enter), uncompiled(self._leave)
         try:
-            for module, held in self.weights.owners.items():
-                names = [name for _, name in held]
-                enter = uncompiled(lambda m, _i, names=names: self._enter(m, names))
-                leave = uncompiled(lambda m, _i, output, names=names: self._leave(m, names, output))
+            for module in self.weights.owners:
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
             yield
@@ -116,42 +134,51 @@ class Swapper:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: nn.Module, names: list[str]) -> None:
-        state = self.state
+    def _enter(self, module: nn.Module, _inputs: Any) -> None:
+        state, names = self.state, self._names[module]
         # What a module does with its own tensors is no read outside of it, and a watched one costs a call each time.
         if self.watched:
             self._look_away(names)
         state.entered.update(names)
         state.entered_since.update(names)
         state.visits[id(module)] += 1
-        # what leaving undoes stands by visit: a module may be inside itself
-        undo: list[Callable[[Any], None]] = [lambda _: state.depth.subtract(names)]
-        state.undo.setdefault(id(module), []).append(undo)
-        # a tied tensor that another running module has swapped already is not moved twice
-        fresh = [name for name in names if name in state.moving and not state.depth[name]]
+        visit = Visit()
+        state.running.setdefault(module, []).append(visit)
+        whole: list[str] = []
+        pieces: dict[str, Tensor] = {}
+        for name in names:
+            # a tied tensor that another running module has swapped already is not moved twice
+            if name in state.moving and not state.depth[name]:
+                if self.in_pieces(module, name):
+                    pieces[name] = self.weights.tensors[name]
+                else:
+                    whole.append(name)
         state.depth.update(names)
-        pieces = [name for name in fresh if self.in_pieces(module, name)]
-        visit = id(module), state.visits[id(module)]
+        number = id(module), state.visits[id(module)]
         if pieces:
-            mode = Reads(self, {name: self.weights.tensors[name] for name in pieces}, visit).mode()
-            mode.__enter__()
-            state.modes.append(mode)
-            undo.append(lambda _: state.modes.pop().__exit__(None, None, None))
-        whole = [name for name in fresh if name not in pieces]
+            visit.mode = Reads(self, pieces, number).mode()
+            visit.mode.__enter__()
+            state.modes.append(visit.mode)
         if whole:
-            lease = self._swap(state, whole, visit)
-            undo.append(lambda output: self._swap_back(state, whole, lease, output))
+            visit.lease = self._swap(state, whole, number)
+            visit.swapped = whole
 
-    def _leave(self, module: nn.Module, names: list[str], output: Any) -> None:
+    def _leave(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
             self.see(output)
-        visits = self.state.undo.get(id(module), [])
-        # last in, first out: modes close in the order in which they were opened
-        for undo in reversed(visits.pop() if visits else []):
-            undo(output)
+        state, names = self.state, self._names[module]
+        visits = state.running.get(module)
+        if visits:
+            visit = visits.pop()
+            # the other way round than on the way in: modes close in the order in which they were opened
+            if visit.lease is not None:
+                self._swap_back(state, visit.swapped, visit.lease, output)
+            if visit.mode is not None:
+                state.modes.pop().__exit__(None, None, None)
+            state.depth.subtract(names)
         # the module has read what is its own; from here on a read is one from outside
         for name in names if self.watched else ():
-            if name in self.watched and not self.state.depth[name]:
+            if name in self.watched and not state.depth[name]:
                 self.weights.tensors[name].__class__ = self.watched[name]
 
     def see(self, output: Tensor) -> None:
@@ -169,7 +196,7 @@ class Swapper:
         """Replace the storage of some tensors by perturbed ones."""
         # points side by side come here together: z is made once for all of them
         like = [self.weights.tensors[name].data for name in names]
-        lease: Lease = self.sync(("whole", visit), state.point, lambda points: self._perturbed(names, like, points))
+        lease: Lease = self.sync(("whole", visit), state.point, partial(self._perturbed, names, like))
         if self.watched:  # another forward may have left the module meanwhile
             self._look_away(names)
         for name, clean, perturbed in zip(names, like, lease.tensors, strict=True):
@@ -216,14 +243,16 @@ class Swapper:
 
     def perturb(self, name: str, start: int, points: Sequence[Point], outs: Sequence[Tensor]) -> None:
         """``outs[i]`` = the flat piece from ``start`` on of tensor ``name`` at ``points[i]``; z once a direction."""
+        along: dict[Direction, tuple[list[float], list[Tensor]]] = {}
+        for point, out in zip(points, outs, strict=True):
+            assert point.direction is not None
+            scales, same = along.setdefault(point.direction, ([], []))
+            scales.append(point.scale)
+            same.append(out)
         with torch.inference_mode(False), torch.no_grad():  # what is kept of z is used outside of this query too
-            for direction in dict.fromkeys(point.direction for point in points):
-                same = [i for i, point in enumerate(points) if point.direction == direction]
-                assert direction is not None
+            for direction, (scales, same) in along.items():
                 # outs[i] = W + s_i z: the same z for every point along this direction
-                self.coordinates.perturb(
-                    direction, name, start, [points[i].scale for i in same], [outs[i] for i in same]
-                )
+                self.coordinates.perturb(direction, name, start, scales, same)
 
     # ---- large matrices ----------------------------------------------------------------------------------------------
 

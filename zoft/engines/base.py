@@ -228,5 +228,6 @@ def of_example(point: Point, index: int) -> Point:
 
 def refuse_derivatives(points: Sequence[Point], engine: str) -> None:
     """Engines that only evaluate losses say so when asked for exact derivatives."""
-    if any(point.derivative for point in points):
-        raise UserError(f"engine={engine} evaluates losses; exact derivatives need engine=forward_mode (or auto)")
+    for point in points:
+        if point.derivative:
+            raise UserError(f"engine={engine} evaluates losses; exact derivatives need engine=forward_mode (or auto)")

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from zoft.engines._away import device_of
@@ -169,12 +170,12 @@ class LayerwiseSession(Session):
                 "to keep within the memory of a forward, and z is made for each",
                 *(self.name, self._too_large >> 20, self.swapper.piece_bytes >> 20),
             )
-        for direction, group in groupby(points, key=lambda point: point.direction):
-            members = list(group)
+        for direction, group in groupby(points, key=attrgetter("direction")):
             if direction is None or self.coordinates.keeps or not self._side_by_side:
-                yield from ([member] for member in members)
+                for point in group:
+                    yield [point]
             else:
-                yield members
+                yield list(group)
 
     @contextmanager
     def _prefix_reused(self, points: Sequence[Point]) -> Iterator[None]:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from zoft.engines._elsewhere import Adapter, Backend, Elsewhere, Scoring, Writing
+from zoft.engines._elsewhere import Adapter, Backend, Elsewhere, Scoring, Writing, digest_of, saved_name
 from zoft.engines._server_client import BadReplyError, Client
 from zoft.errors import UserError
 from zoft.subspaces.base import BoundSubspace
@@ -241,23 +241,3 @@ def _leave(client: Client, names: list[str], folder: Path, pools: tuple[ThreadPo
         if (folder / name).exists():
             patient.unload(name)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def saved_name(name: str) -> str:
-    """As an adapter's file has it: without the adapter's own name.
-
-    Example:
-        >>> saved_name("base_model.model.lm.q_proj.lora_A.default.weight")
-        'base_model.model.lm.q_proj.lora_A.weight'
-    """
-    *front, _adapter, last = name.split(".")
-    return ".".join([*front, last])
-
-
-def digest_of(adapter: Adapter) -> str:
-    """A name for an adapter's numbers: other numbers have another one."""
-    sha = hashlib.sha256()
-    for name, tensor in adapter.items():
-        sha.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()[:24]

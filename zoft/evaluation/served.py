@@ -44,7 +44,7 @@ def _load(weights: Any, folder: Path) -> None:
     """An adapter's numbers from its folder."""
     from safetensors.torch import load_file
 
-    from zoft.engines.server import saved_name
+    from zoft.engines._elsewhere import saved_name
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
