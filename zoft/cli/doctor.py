@@ -116,7 +116,7 @@ def package(name: str) -> Check:
 
 def noise(device: torch.device) -> Iterator[Check]:
     """Whether a device's noise is compiled, whether that gives the same bits, and what an element of each law takes."""
-    from zoft.noise import kernels
+    from zoft.noise import counter, kernels
     from zoft.noise import source as noise_
 
     log = logging.getLogger("zoft.noise.kernels")
@@ -129,7 +129,7 @@ def noise(device: torch.device) -> Iterator[Check]:
     title, why = f"noise on {device.type}", kernels.why(device)
     state = "ok" if how == "compiled" or os.environ.get("ZOFT_COMPILE") == "never" else "note"
     yield Check(title, state, f"{how}: {why}", {"how": how, "why": why})
-    compiled = kernels.of(device)
+    compiled = counter.compiled_on(device)
     if compiled:
         same = noise_.agrees(compiled, device, thorough=device.type == "cpu")
         text = "compiled and eager agree" if same else "compiled and eager noise differ: set ZOFT_COMPILE=never"

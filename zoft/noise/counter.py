@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from statistics import NormalDist
 
-from zoft.noise import kernels
-from zoft.noise.kernels import Stream
+from zoft.noise.kernels import Kernels, Stream, choice
 from zoft.utils.lazy import Tensor, torch
 
 LAWS = ("gaussian", "rademacher")
@@ -25,6 +24,11 @@ FIXED_POINT = 1 << 16
 _CHUNK_WORDS = 1 << 17  # words hashed at a time: 512 KiB of int32 stays in the cache and bounds the temporaries
 _BLOCK_WORDS = 1 << 30  # a word index beyond this moves to another key, so int32 counters never overflow
 _PER_WORD = {"words": 1, "gaussian": 2, "rademacher": 32}  # elements made of one word
+
+
+def compiled_on(device: torch.device | str) -> Kernels | None:
+    """The compiled noise in use on a device, None where it is eager."""
+    return choice.ACTIVE.get(torch.device(device).type)
 
 
 def random_words(key: int, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
@@ -42,7 +46,7 @@ def random_words(key: int, start: int, stop: int, device: torch.device | str = "
         int32 tensor of shape [stop - start].
     """
     out = torch.empty(stop - start, dtype=torch.int32, device=device)
-    compiled = kernels.of(device)
+    compiled = compiled_on(device)
     # eager code hashes in pieces that stay in the cache; a kernel needs no temporaries
     at_most = None if compiled else _chunk(device)
     for stream, offset, at, until in _streams("words", key, start, stop, device, at_most=at_most):
@@ -71,7 +75,7 @@ def sample(law: str, key: int, start: int, stop: int, device: torch.device | str
         >>> bool((sample("gaussian", 7, 3, 9) == sample("gaussian", 7, 0, 9)[3:]).all())
         True
     """
-    if compiled := kernels.of(device):
+    if compiled := compiled_on(device):
         out = torch.empty(stop - start, device=device)
         for stream, offset, at, until in _streams(law, key, start, stop, device):
             compiled.draw(stream, offset, out[at:until])
@@ -102,7 +106,7 @@ def gather(law: str, key: int, indices: Tensor, count: int, factor: float = 1.0)
     """
     block_size = _BLOCK_WORDS * _PER_WORD[law]
     out = torch.empty(indices.shape, device=indices.device)
-    compiled = kernels.of(indices.device)
+    compiled = compiled_on(indices.device)
     # within one block of words a kernel can take any index
     if compiled and count <= block_size:
         ((stream, *_),) = _streams(law, key, 0, 1, indices.device, factor)
@@ -126,7 +130,7 @@ def add_(out: Tensor, law: str, key: int, start: int, scale: float, factor: floa
         scale: rounded to float32.
         factor: rounded to float32.
     """
-    compiled, stop = kernels.of(out.device), start + out.numel()
+    compiled, stop = compiled_on(out.device), start + out.numel()
     if compiled and out.dtype != torch.float32:
         compiled = None
     at_most = None if compiled else 2 * _chunk(out.device)
@@ -152,7 +156,7 @@ def perturb(
         outs: like ``weight``; a single one may be ``weight`` itself.
         factor: rounded to float32.
     """
-    compiled, stop = kernels.of(weight.device), start + weight.numel()
+    compiled, stop = compiled_on(weight.device), start + weight.numel()
     if compiled and weight.dtype not in compiled.dtypes:
         compiled = None
     at_most = None if compiled else 2 * _chunk(weight.device)
@@ -178,7 +182,7 @@ def perturb_with(z: Tensor, weight: Tensor, scales: Sequence[float], outs: Seque
 
 def squared_norm(key: int, count: int, device: torch.device | str = "cpu") -> int:
     """||z||^2 of the first ``count`` Gaussian elements, as an exact integer in units of 2^-32."""
-    if compiled := kernels.of(device):
+    if compiled := compiled_on(device):
         pieces = _streams("gaussian", key, 0, count, device, at_most=1 << 26)  # int64 sums of these cannot overflow
         return sum(compiled.squared_norm(stream, offset, until - at) for stream, offset, at, until in pieces)
     total, step = 0, 2 * _chunk(device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zoft.errors import UserError
-from zoft.noise import kernels
+from zoft.noise import counter
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import CounterNoise, NoiseSource, sample
 from zoft.subspaces.base import BoundSubspace, Subspace
@@ -215,7 +215,7 @@ class BoundLowRank(BoundSubspace):
 
     def _add_rows_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> bool:
         """The same compiled, where that is in use and the piece is whole rows; returns whether it was done."""
-        compiled, n = kernels.of(out.device), self._columns[name]
+        compiled, n = counter.compiled_on(out.device), self._columns[name]
         if compiled is None or start % n or out.numel() % n or out.dtype != torch.float32:
             return False
         left = self._factor(direction, name, start // n, (start + out.numel()) // n)

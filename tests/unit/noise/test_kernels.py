@@ -12,7 +12,7 @@ import torch
 from zoft.errors import UserError
 from zoft.lm.data import assets
 from zoft.noise import counter, kernels
-from zoft.noise.counter import random_words, squared_norm
+from zoft.noise.counter import compiled_on, random_words, squared_norm
 from zoft.noise.direction import Direction
 from zoft.noise.kernels import choice, cpu
 from zoft.noise.mezo import TorchSequentialNoise
@@ -38,7 +38,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> cpu.CpuKernels:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A process that has not chosen yet, and an empty cache folder."""
-    for name, value in (("_active", {}), ("_why", {}), ("_broken", set())):
+    for name, value in (("ACTIVE", {}), ("_why", {}), ("_broken", set())):
         monkeypatch.setattr(choice, name, value)
     monkeypatch.delenv("ZOFT_COMPILE", raising=False)
     monkeypatch.setenv("ZOFT_CACHE", str(tmp_path / "cache"))
@@ -230,16 +230,16 @@ def test_gather_of_a_tensor_that_is_not_among_the_shapes():
 def test_compiled_where_it_pays(fresh):
     few, many = 1000, choice.WORTH_BUILDING["cpu"]
     assert prepare(few, CPU) == "eager"
-    assert kernels.of(CPU) is None
+    assert compiled_on(CPU) is None
     assert "fewer than pay" in kernels.why(CPU)
     assert not fresh.exists()  # a small run writes nothing
     assert prepare(many, CPU) == "compiled"
-    assert kernels.of(CPU) is not None
+    assert compiled_on(CPU) is not None
     assert [path.name for path in (fresh / "compiled").iterdir()] == [cpu.library().name]
-    choice._active.clear()
+    choice.ACTIVE.clear()
     assert prepare(few, CPU) == "compiled"  # it is built: nothing is to be paid
     assert prepare(many, torch.device("meta")) == "eager"
-    assert kernels.of("cpu:0") is kernels.of(CPU)
+    assert compiled_on("cpu:0") is compiled_on(CPU)
 
 
 @needs_compiler
@@ -248,7 +248,7 @@ def test_the_environment_decides(fresh, monkeypatch):
     assert prepare(1, CPU) == "compiled"
     monkeypatch.setenv("ZOFT_COMPILE", "never")
     assert prepare(1 << 40, CPU) == "eager"
-    assert kernels.of(CPU) is None
+    assert compiled_on(CPU) is None
     assert kernels.why(CPU) == "ZOFT_COMPILE=never"
     monkeypatch.setenv("ZOFT_COMPILE", "auto")
     assert prepare(1 << 40, CPU) == "compiled"
@@ -265,7 +265,7 @@ def warned(caplog) -> list[str]:
     with caplog.at_level(logging.WARNING, logger="zoft"):
         assert prepare(1 << 40, CPU) == "eager"
         assert prepare(1 << 40, CPU) == "eager"
-    assert kernels.of(CPU) is None
+    assert compiled_on(CPU) is None
     assert CounterNoise("gaussian", {"w": 9}).draw(HERE, "w", 0, 9, CPU, F32).numel() == 9
     return [record.message for record in caplog.records]
 

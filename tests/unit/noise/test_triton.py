@@ -34,7 +34,7 @@ def test_without_a_card(file, interpret):
 def test_no_triton_is_said_once_and_the_noise_is_eager(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "zoft.noise.kernels.noise_triton", None)
-    for name, value in (("_active", {}), ("_why", {}), ("_broken", set())):
+    for name, value in (("ACTIVE", {}), ("_why", {}), ("_broken", set())):
         monkeypatch.setattr(choice, name, value)
     monkeypatch.setenv("ZOFT_COMPILE", "auto")
     card = torch.device("cuda")

@@ -19,6 +19,6 @@ the eager code's). `zoft doctor` says what is in use, and how fast it is here.
 """
 
 from zoft.noise.kernels.base import Kernels, Stream
-from zoft.noise.kernels.choice import MODES, of, prepare, using, why
+from zoft.noise.kernels.choice import MODES, prepare, using, why
 
-__all__ = ["MODES", "Kernels", "Stream", "of", "prepare", "using", "why"]
+__all__ = ["MODES", "Kernels", "Stream", "prepare", "using", "why"]

@@ -23,19 +23,16 @@ MODES = ("auto", "always", "never")
 # to 0.5 ns of memory traffic an element.
 WORTH_BUILDING = {"cpu": 1 << 20, "cuda": 1 << 22}
 
-_active: dict[str, Kernels] = {}
+ACTIVE: dict[str, Kernels] = {}
+"""Kind of device -> the compiled noise in use there; eager code where there is none."""
+
 _why: dict[str, str] = {}
 _broken: set[str] = set()
 
 
-def of(device: torch.device | str) -> Kernels | None:
-    """The compiled noise in use on a device, None where it is eager."""
-    return _active.get(_kind(device)) if _active else None
-
-
 def why(device: torch.device | str) -> str:
     """Why the noise of a device is compiled or eager, in a few words."""
-    return _why.get(_kind(device), "not asked for")
+    return _why.get(torch.device(device).type, "not asked for")
 
 
 def prepare(num_elements: int, device: torch.device, agrees: Callable[[Kernels], bool]) -> str:
@@ -50,35 +47,31 @@ def prepare(num_elements: int, device: torch.device, agrees: Callable[[Kernels],
     if mode not in MODES:
         raise UserError(f"ZOFT_COMPILE must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "never":
-        _active.pop(kind, None)
+        ACTIVE.pop(kind, None)
         _why[kind] = "ZOFT_COMPILE=never"
     elif kind not in WORTH_BUILDING:
         _why[kind] = f"there is no compiled noise for {kind}"
-    elif kind not in _active and kind not in _broken:
+    elif kind not in ACTIVE and kind not in _broken:
         if mode == "always" or num_elements >= WORTH_BUILDING[kind] or _is_built(kind):
             _activate(device, agrees)
         else:
             _why[kind] = f"{num_elements:,} elements: fewer than pay for compiling (ZOFT_COMPILE=always does)"
-    return "compiled" if kind in _active else "eager"
+    return "compiled" if kind in ACTIVE else "eager"
 
 
 @contextmanager
 def using(device: torch.device | str, chosen: Kernels | None) -> Iterator[None]:
     """These kernels, or with None the eager code, on a device for a while: for measuring one against the other."""
-    kind = _kind(device)
-    before = _active.pop(kind, None)
+    kind = torch.device(device).type
+    before = ACTIVE.pop(kind, None)
     try:
         if chosen is not None:
-            _active[kind] = chosen
+            ACTIVE[kind] = chosen
         yield
     finally:
-        _active.pop(kind, None)
+        ACTIVE.pop(kind, None)
         if before is not None:
-            _active[kind] = before
-
-
-def _kind(device: torch.device | str) -> str:
-    return device.split(":")[0] if isinstance(device, str) else device.type
+            ACTIVE[kind] = before
 
 
 def _is_built(kind: str) -> bool:
@@ -100,4 +93,4 @@ def _activate(device: torch.device, agrees: Callable[[Kernels], bool]) -> None:
         _why[kind] = str(error).split("\n")[0]
         log.warning("the noise on %s is not compiled, training is slower by some of it: %s", kind, _why[kind])
     else:
-        _active[kind], _why[kind] = loaded, loaded.about
+        ACTIVE[kind], _why[kind] = loaded, loaded.about
