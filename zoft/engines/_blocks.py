@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoft.engines._scratch import Lease, aligned
+from zoft.engines._swapper import Lease, aligned
 from zoft.engines._transfer import Transfer
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.mapped import release

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from zoft.estimators.base import Point
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, torch
-
-if TYPE_CHECKING:
-    from zoft.engines._scratch import Scratch
 
 
 class LinearCall(NamedTuple):
@@ -32,7 +29,7 @@ class Reader(Protocol):
     """What of a swapper is needed here."""
 
     coordinates: BoundSubspace
-    scratch: Scratch
+    scratch: Any  # zoft.engines._swapper.Scratch
     piece_bytes: int
 
     @property
