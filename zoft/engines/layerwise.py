@@ -153,8 +153,9 @@ class LayerwiseSession(Session):
         with torch.inference_mode(), self._prefix_reused(points) if same_batch else nullcontext():
             waiting = iter(pairs)
             for group in self.groups(points):
-                together = islice(waiting, len(group))
-                results += self.swapper.lockstep.run([partial(self._loss_at, *pair) for pair in together])
+                calls = [partial(self._loss_at, *pair) for pair in islice(waiting, len(group))]
+                # a forward alone waits for nobody
+                results += self.swapper.lockstep.run(calls) if len(calls) > 1 else [calls[0]()]
         return results
 
     def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:

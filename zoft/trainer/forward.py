@@ -69,7 +69,7 @@ class QueryForward:
         self.is_querying = False  # what is computed now is a query of a step, and no evaluation
         self.frozen_prefix: FrozenPrefix | None = None
         self.narrow_layer: nn.Module | None = None  # computed only where the loss looks
-        self._has_tried_sizes = self._has_checked_narrow = False
+        self._has_tried_sizes = False
 
     @contextmanager
     def querying(self) -> Iterator[None]:
@@ -144,10 +144,9 @@ class QueryForward:
             self.narrow_layer = feed_forward_of(self.trainer.model, self.trainer.method.subspace)
 
     def check_narrow(self, batch: StepBatch) -> None:
-        """The first batch's loss is computed with the last block whole, too."""
-        if self.narrow_layer is None or self._has_checked_narrow:
+        """The first batch's loss is computed with the last block whole, too; a run that is resumed checks again."""
+        if self.narrow_layer is None:
             return
-        self._has_checked_narrow = True  # a run that is resumed checks again
         trainer = self.trainer
         # the model as it is called in queries, alone and without finding out anything else on the way
         with torch.no_grad(), trainer.compute_loss_context_manager(), sequential(), no_trials():

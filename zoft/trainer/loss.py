@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -133,7 +133,7 @@ class StepLoss:
         return (total[:-1] / total[-1]).float()
 
 
-def num_tokens(micro_batches: Sequence[Inputs]) -> int:
+def num_tokens(micro_batches: Iterable[Inputs]) -> int:
     """Tokens that a query of these micro-batches computes with."""
     total = 0
     for inputs in micro_batches:

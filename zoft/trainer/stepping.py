@@ -69,6 +69,7 @@ class RunSteps:
         self.last_batch: StepBatch | None = None  # the rows that were queried last
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
         self._largest = _largest_number(queries.session.model)
+        self._is_first = True  # whether the next step is the first of this training
         self._is_huge = False  # whether the step at hand is so long that weights may become infinite
 
     def next(self, batch: StepBatch, share_done: float) -> StepEstimate:
@@ -107,9 +108,12 @@ class RunSteps:
     def _try_out(self, batch: StepBatch) -> None:
         """What a model allows is found out before the queries, which must all be alike."""
         step = self.optimizer.progress.steps
-        self.forward.try_out_sizes()
+        is_first, self._is_first = self._is_first, False
+        if is_first:
+            self.forward.try_out_sizes()
         self.forward.try_out(batch)
-        self.forward.check_narrow(batch)
+        if is_first:
+            self.forward.check_narrow(batch)
         estimator = self.queries.method.estimator
         if isinstance(estimator, KeepsAnchor) and (count := estimator.batches_at(step)):
             for other in self.queries.batches(batch, count, step):
@@ -139,7 +143,7 @@ class RunSteps:
 
     def _num_tokens(self, batch: StepBatch) -> int:
         """Tokens of a step, one query, over all of its rows."""
-        count = num_tokens([self.forward.as_served(inputs) for inputs in batch.micro_batches])
+        count = num_tokens(map(self.forward.as_served, batch.micro_batches))
         return count if self.grid.rows.count == 1 else int(self.grid.rows.sum(torch.tensor(float(count))))
 
     def _count_skipped(self, estimate: StepEstimate) -> None:
