@@ -1,4 +1,4 @@
-"""A method bound to model and rows: the optimizer that writes steps, and the queries that ask for them."""
+"""A method bound to model and rows: the optimizer that writes steps, and what makes their estimates."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from zoft.engines.base import Engine
 from zoft.engines.nodes import NodeSession
 from zoft.lm.data.rows import examples_of, groups_of, of_lengths
 from zoft.noise.direction import step_seed
+from zoft.step.directions import StepDirections
 from zoft.step.estimate import StepEstimate
 from zoft.step.method import Method
 from zoft.step.nodes import NodeQueries
 from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer, decay_groups
 from zoft.trainer.batch import Inputs, StepBatch
-from zoft.trainer.grid import Grid
 from zoft.trainer.loss import StepLoss, with_float32_losses
 from zoft.trainer.processes import Processes
+from zoft.trainer.protocol import HoldsObjects
 from zoft.trainer.readout import TrainerReader
+from zoft.trainer.stepping import RunSteps
 from zoft.weights.rounding import Rounding
 from zoft.weights.tensors import Weights
 
@@ -61,30 +63,26 @@ def optimizer_of(
     return optimizer, engine.name()
 
 
-def queries_of(
-    method: Method, optimizer: ZOOptimizer, rows: StepRows, loss: StepLoss, reader: TrainerReader, grid: Grid
-) -> StepQueries:
-    """What asks the model, with what the method may want of the data and of the other processes.
+def steps_of(trainer: HoldsObjects, optimizer: ZOOptimizer) -> RunSteps:
+    """The steps of a run: they ask the model, with what the method may want of the data and of the other processes.
 
     Args:
-        method: what is to be known of a step.
-        optimizer: bound to the model.
-        rows: of a step, taken apart.
-        loss: of a step.
-        reader: reads the objective position by position, for node directions.
-        grid: of processes: each has a part of a step's rows, or of its points, or of both.
+        trainer: of the run.
+        optimizer: bound to its model.
 
     Raises:
         UserError: a method of one process in several.
     """
+    args, method, loss, grid = trainer.args, trainer.method, trainer.step_loss, trainer.grid
     session, nodes, shares = optimizer.session, None, grid.shares()
+    rows = StepRows(args, trainer.train_dataset, trainer.collated, loss, grid.rows)
     gather = None if grid.rows.count == 1 else grid.rows.gather
     if grid.world.count > 1:
         method.check_processes()
     grid.refuse_traces(session)
     if isinstance(session, NodeSession):
-        nodes = NodeQueries(session, reader, gather, grid.rows.rank, shares)
-    return StepQueries(
+        nodes = NodeQueries(session, TrainerReader(trainer), gather, grid.rows.rank, shares)
+    queries = StepQueries(
         method,
         optimizer,
         examples=rows.examples,
@@ -99,6 +97,8 @@ def queries_of(
         nodes=nodes,
         shares=shares,
     )
+    directions = StepDirections(method.estimator, args.seed, trainer.direction_seeds)
+    return RunSteps(args, queries, directions, trainer.query_forward, loss, trainer.journal, grid)
 
 
 class StepRows:

@@ -91,6 +91,18 @@ class QueryForward:
         # an evaluation may read the logits of all positions; a query reads its loss alone
         return functools.partial(own_loss, model) if self.is_querying and self._loss_is_enough() else model
 
+    def of_objective(self, model: nn.Module, inputs: Inputs, return_outputs: bool, *, of_each: bool) -> Any:
+        """The objective's loss of a micro-batch; that of each example, or predictions too, where they are asked for."""
+        objective = self.trainer.objective
+        if return_outputs:
+            loss, predictions, _ = objective.predict(model, self.as_served(inputs))
+            return loss, {"logits": predictions}
+        # What is written parts sooner or later: no waiting for others, and nothing of a step's first query reused.
+        with sequential() if objective.generates else nullcontext():
+            if of_each:
+                return objective.losses(model, {name: value for name, value in inputs.items() if name != "packed"})
+            return objective.loss(model, self.as_served(inputs))
+
     def _loss_is_enough(self) -> bool:
         """Whether the model's own loss is all that is read of its outputs."""
         trainer = self.trainer

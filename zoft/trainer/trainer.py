@@ -20,7 +20,6 @@ from transformers.trainer_utils import has_length
 
 from zoft.component import create
 from zoft.engines._away import settle
-from zoft.engines._lockstep import sequential
 from zoft.engines.base import Engine
 from zoft.estimators.base import Estimator
 from zoft.journal import snapshot
@@ -28,7 +27,6 @@ from zoft.lm.metrics.order import every_row_in_order, longest_first, reported_in
 from zoft.lm.models.load import as_model
 from zoft.lm.objectives.base import Objective
 from zoft.optimizers.base import Optimizer
-from zoft.step.directions import StepDirections
 from zoft.step.estimate import StepEstimate
 from zoft.step.method import Method
 from zoft.step.update import Progress, ZOOptimizer
@@ -36,7 +34,7 @@ from zoft.subspaces.base import Subspace
 from zoft.trainer import rate
 from zoft.trainer.batch import Inputs, StepBatch
 from zoft.trainer.beginning import RunIdentity
-from zoft.trainer.binding import StepRows, optimizer_of, queries_of
+from zoft.trainer.binding import optimizer_of, steps_of
 from zoft.trainer.checkpoint import Checkpoints
 from zoft.trainer.config import as_zo_config, settle_arguments
 from zoft.trainer.elsewhere import settle_forwards
@@ -50,7 +48,6 @@ from zoft.trainer.loss import StepLoss
 from zoft.trainer.mezo import MezoRowOrder, decays
 from zoft.trainer.placing import answers_when_bound, place, stay_in_place, without_wrapping
 from zoft.trainer.processes import Processes, check_processes
-from zoft.trainer.readout import TrainerReader
 from zoft.trainer.recommended import may_be, recommended
 from zoft.trainer.response import settle_response
 from zoft.trainer.stages import Stages
@@ -183,10 +180,7 @@ class ZOMixin(_Base):
             names, take = self.get_decay_parameter_names(model), self._next_estimate
             self.optimizer, self.engine_name = optimizer_of(method, self.stages.take(), model, loss, args, names, take)
             self.query_forward.keep_prefix(Weights(model))
-            rows = StepRows(args, self.train_dataset, self.collated, loss, self.grid.rows)
-            queries = queries_of(method, self.optimizer, rows, loss, TrainerReader(self), self.grid)
-            directions = StepDirections(method.estimator, args.seed, self.direction_seeds)
-            self.run_steps = RunSteps(args, queries, directions, self.query_forward, loss, self.journal, self.grid)
+            self.run_steps = steps_of(self, self.optimizer)
         return self.optimizer
 
     # ---- a training begins and ends ----------------------------------------------------------------------------------
@@ -303,19 +297,10 @@ class ZOMixin(_Base):
 
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The objective's loss where one was given, else the Trainer's, in a query from the labelled positions only."""
-        forward, objective = self.query_forward, self.objective
-        if objective is None:
-            return super().compute_loss(
-                model if return_outputs else forward.as_called(model), inputs, return_outputs=return_outputs, **kwargs
-            )
-        if return_outputs:
-            loss, predictions, _ = objective.predict(model, forward.as_served(inputs))
-            return loss, {"logits": predictions}
-        # What is written parts sooner or later: no waiting for others, and nothing of a step's first query reused.
-        with sequential() if objective.generates else nullcontext():
-            if kwargs.get("of_each"):
-                return objective.losses(model, {name: value for name, value in inputs.items() if name != "packed"})
-            return objective.loss(model, forward.as_served(inputs))
+        if self.objective is not None:
+            return self.query_forward.of_objective(model, inputs, return_outputs, of_each=bool(kwargs.get("of_each")))
+        called = model if return_outputs else self.query_forward.as_called(model)
+        return super().compute_loss(called, inputs, return_outputs=return_outputs, **kwargs)
 
     def _next_estimate(self) -> StepEstimate:
         """What the Trainer's loop lets the optimizer apply, once; the journal has it first."""
