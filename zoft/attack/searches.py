@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 
 from zoft.attack.subspaces import ImageSubspace
+from zoft.noise.counter import random_words
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import random_words
 
 Search = Generator[list[np.ndarray], Sequence[float], None]
 """Yields z's [channels, rows, columns] of the subspace, in units of the ball (its bound is 1), and is sent one loss for

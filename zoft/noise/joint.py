@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from zoft.errors import UserError
+from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import NoiseSource, sample
+from zoft.noise.source import NoiseSource
 from zoft.utils.lazy import Tensor, torch
 
 ACROSS = ("iid", "antithetic", "orthogonal")

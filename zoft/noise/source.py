@@ -10,27 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from zoft.errors import UserError
 from zoft.noise import counter, kernels
 from zoft.noise.counter import random_words, sample, squared_norm
-from zoft.noise.direction import Direction, key_of, step_seed
+from zoft.noise.direction import Direction, key_of
 from zoft.utils.lazy import Tensor, torch
-
-__all__ = [
-    "LAWS",
-    "SOURCES",
-    "CounterNoise",
-    "Direction",
-    "NoiseSource",
-    "agrees",
-    "check_law",
-    "key_of",
-    "prepare",
-    "random_words",
-    "sample",
-    "squared_norm",
-    "step_seed",
-]
 
 LAWS = (*counter.LAWS, "sphere")
 """Laws of one direction; each has mean 0 and E||z||^2 = number of elements."""
@@ -222,12 +205,6 @@ def _specimens(device: torch.device, thorough: bool) -> list[Tensor]:
     if thorough:
         specimens += [random_words(7, 1, size, device), torch.tensor(squared_norm(7, size, device))]
     return specimens
-
-
-def check_law(law: str, where: str) -> None:
-    """Refuse a law that does not exist, naming ``where`` it was asked for."""
-    if law not in LAWS:
-        raise UserError(f"{where} must be one of {', '.join(LAWS)}, got {law!r}")
 
 
 _T = TypeVar("_T")

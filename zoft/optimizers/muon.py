@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zoft.errors import UserError
+from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import sample
 from zoft.optimizers.base import Estimate, Optimizer, State
 from zoft.utils.lazy import Tensor, torch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError, did_you_mean
-from zoft.noise.source import random_words
+from zoft.noise.counter import random_words
 from zoft.utils.lazy import Tensor, torch
 
 _PIECE = 1 << 20  # elements looked at at a time, a multiple of 8: bounds the temporaries

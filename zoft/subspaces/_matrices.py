@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from zoft.noise.source import sample
+from zoft.noise.counter import sample
 from zoft.utils.lazy import Tensor, torch
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
+from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import NoiseSource, sample
+from zoft.noise.source import NoiseSource
 from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout
 from zoft.subspaces._matrices import haar
 from zoft.subspaces._observes import ObservesInputs

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import NoiseSource, sample
+from zoft.noise.source import NoiseSource
 from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights

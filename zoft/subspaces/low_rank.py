@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from zoft.errors import UserError
 from zoft.noise import counter
+from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import CounterNoise, NoiseSource, sample
+from zoft.noise.source import CounterNoise, NoiseSource
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights, perturbed

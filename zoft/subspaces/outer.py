@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass, field, replace
 
 from zoft.noise import counter
+from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.joint import Antithetic, LinearCombination
-from zoft.noise.source import CounterNoise, NoiseSource, sample
+from zoft.noise.source import CounterNoise, NoiseSource
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights

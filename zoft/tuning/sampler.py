@@ -13,8 +13,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from zoft.blackbox.minimizer import Minimizer
+from zoft.noise.counter import random_words
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import random_words
 from zoft.tuning.space import SearchSpace, Values, key
 
 SPREAD = 4

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zoft.noise.counter import random_words
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import random_words
 from zoft.utils.lazy import Tensor, torch
 
 ROUNDINGS = ("auto", "stochastic", "master", "nearest")

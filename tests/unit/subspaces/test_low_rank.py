@@ -13,8 +13,9 @@ from tests.models import batch_for, tiny_llama, tiny_opt
 from zoft.errors import UserError
 from zoft.estimators.central import projected_grad
 from zoft.noise import kernels
+from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import LAWS, sample
+from zoft.noise.source import LAWS
 from zoft.subspaces import base, low_rank
 from zoft.subspaces.full import Full
 from zoft.subspaces.low_rank import BoundLowRank, LowRank
