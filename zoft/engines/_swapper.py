@@ -26,17 +26,11 @@ _ALIGN = 64  # bytes: a view begins where vector instructions like it
 
 @dataclass
 class Visit:
-    """What leaving a module takes back.
+    """What leaving a module takes back."""
 
-    Args:
-        swapped: names of its tensors that were swapped on the way in.
-        lease: memory of what they were swapped for.
-        mode: context in which its large tensors are read in pieces.
-    """
-
-    swapped: list[str] = field(default_factory=list)
-    lease: Lease | None = None
-    mode: Any = None
+    swapped: list[str] = field(default_factory=list)  # names of its tensors that were swapped on the way in
+    lease: Lease | None = None  # the memory of what they were swapped for
+    mode: Any = None  # the context in which its large tensors are read in pieces
 
 
 @dataclass
@@ -279,6 +273,16 @@ class Swapper:
         return None
 
 
+def may_be_compiled() -> bool:
+    """Whether anything in this process can be compiled code of torch."""
+    return "torch._dynamo" in sys.modules  # torch.compile imports it; importing it for nothing takes seconds
+
+
+def uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that torch.compile does not trace: it would compile it again for every module, up to its limit."""
+    return torch.compiler.disable(hook) if may_be_compiled() else hook
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -342,16 +346,3 @@ class Scratch:
 def aligned(size: int) -> int:
     """The bytes that a tensor of ``size`` bytes takes in a buffer."""
     return -(-size // _ALIGN) * _ALIGN
-
-
-# ---- compiled code ---------------------------------------------------------------------------------------------------
-
-
-def may_be_compiled() -> bool:
-    """Whether anything in this process can be compiled code of torch."""
-    return "torch._dynamo" in sys.modules  # torch.compile imports it; importing it for nothing takes seconds
-
-
-def uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """A hook that torch.compile does not trace: it would compile it again for every module, up to its limit."""
-    return torch.compiler.disable(hook) if may_be_compiled() else hook

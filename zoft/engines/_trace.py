@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zoft.engines.base import Session
 from zoft.estimators.base import Point
 
 
@@ -22,9 +21,3 @@ class LeavesTrace:
     def take_path(self) -> list[Point]:
         """The points that queries have left a trace of since the last call."""
         raise NotImplementedError
-
-
-def pass_over(session: Session, points: Sequence[Point]) -> None:
-    """What :meth:`LeavesTrace.pass_over` does; nothing where weights come back exactly."""
-    if isinstance(session, LeavesTrace):
-        session.pass_over(points)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zoft.engines._trace import pass_over
+from zoft.engines._trace import LeavesTrace
 from zoft.errors import UserError
 from zoft.estimators._anchor import KeepsAnchor
 from zoft.estimators.base import Estimator
@@ -45,15 +45,14 @@ class StepDirections:
         """
         if self.seeds is not None and step >= len(self.seeds):
             raise UserError(f"direction_seeds has {len(self.seeds)} entries, step {step} needs one more")
+        seed = self.seed if self.seeds is None else self.seeds[step]
+        plain = self.estimator.directions(seed, step)
         # a recorded run has one seed a step: the first direction is drawn from that seed itself, as MeZO's code draws
         if self.seeds is not None:
-            seed = self.seeds[step]
-            plain = self.estimator.directions(seed, step)
             return [Direction(step_seed(seed, d.index) if d.index else seed, step, d.index) for d in plain]
-        plain = self.estimator.directions(self.seed, step)
         # that source is seeded by the direction's seed alone, so every direction of a run needs another seed
         if self.estimator.noise == "torch_sequential":
-            first = step_seed(self.seed, step)
+            first = step_seed(seed, step)
             return [Direction(first + d.index, step, d.index) for d in plain]
         return plain
 
@@ -87,6 +86,7 @@ def replayed(
     if estimate.observations is not None:
         optimizer.subspace.load_state_dict(estimate.observations)
     optimizer.begin(drawn[0])
-    if estimate.eps:  # what walking to the points and back leaves in the weights, where that is not exact
-        pass_over(optimizer.session, estimator.with_radius(estimate.eps).points(drawn))
+    # what walking to the points and back leaves in the weights, where that is not exact
+    if estimate.eps and isinstance(optimizer.session, LeavesTrace):
+        optimizer.session.pass_over(estimator.with_radius(estimate.eps).points(drawn))
     return estimate
