@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _FEW_QUERIES = 200
 """A run of fewer queries is not timed: it is short, or its bar soon shows that it is not."""
 
-
 Opening = Callable[["ZoftConfig", dict[str, list[Any]]], list[str]]
 """(config, encoded rows by split) -> lines that are shown before the weights are loaded."""
 
@@ -206,10 +205,9 @@ def _prepare(
         ),
         # the first step has most of them: node directions without probes make one query in every step
         HealthCallback(_chance(cfg, rows), len(rows["dev"]), asks_directions=trainer.method.queries_at(0) > 1),
+        *([] if measuring is None else [measuring]),
     ):
         trainer.add_callback(callback)
-    if measuring is not None:
-        trainer.add_callback(measuring)
     if trainer.is_world_process_zero():
         for line in [*_opening_lines(cfg, trainer, rows), *([chosen.line()] if chosen else [])]:
             say(line)
@@ -243,7 +241,6 @@ def _carry_out(
     cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]], memory: PeakMemory, *, resuming: bool
 ) -> dict[str, Any]:
     from zoft.config import own
-    from zoft.lm import formats
     from zoft.report import results
     from zoft.report.health import warn_unmoved
     from zoft.report.plots import learning_curve
@@ -305,8 +302,7 @@ def _carry_out(
         if gain is not None:
             say(verdict_line(metric, gain, len(rows["test"])))
         say(f"run     {cfg.output_dir}: report.md, curve.png, metrics.csv, model/")
-        form = formats.format_of_row(rows["train"][0])
-        chooses = form in ("options", "mask", "head")
+        chooses = formats.format_of_row(rows["train"][0]) in ("options", "mask", "head")
         for line in next_lines(cfg.output_dir, chats=_chats(cfg), chooses=chooses, own=own.words(cfg)):
             say(line)
     return facts
@@ -341,9 +337,8 @@ def clean_query(trainer: ZOTrainer, rows: list[Any]) -> None:
     for number in range(args.gradient_accumulation_steps):
         # as large as a step's micro-batch; a short data set lends its first row
         chosen = rows[number * args.per_device_train_batch_size :][: args.per_device_train_batch_size] or rows[:1]
-        batch = trainer.collated(chosen)
         with torch.no_grad(), trainer.compute_loss_context_manager(), no_trials():
-            trainer.compute_loss(trainer.model, batch)
+            trainer.compute_loss(trainer.model, trainer.collated(chosen))
 
 
 def save_model(trainer: ZOTrainer, target: Path) -> None:
@@ -377,8 +372,6 @@ def known_steps(output_dir: str) -> int | None:
 
 def keep_reference(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
     """Log-probabilities of preference pairs under the model before training, once for all rows; else nothing."""
-    from zoft.lm import formats
-
     if formats.format_of_row(rows["train"][0]) != "pairs":
         return
     from zoft.lm.objectives.preference import keep_reference
@@ -419,9 +412,8 @@ def _held_out(
     if known is not None:  # with more processes, all must do the same whatever disk they see
         return known
     output = trainer.predict(rows, metric_key_prefix="test")
-    metrics = output.metrics
     reported = {f"test_{name}" for names in METRICS.values() for name in names}
-    values = {key.removeprefix("test_"): float(metrics[key]) for key in metrics if key in reported}
+    values = {key.removeprefix("test_"): float(value) for key, value in output.metrics.items() if key in reported}
     values["peak_memory_mb"] = memory.peak_mb()
     if trainer.is_world_process_zero():
         write_results(file, values, of)
@@ -438,8 +430,6 @@ def _chats(cfg: ZoftConfig) -> bool:
 
 def _chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
     """The accuracy of a guess among the answers of a row; None where another metric is reported."""
-    from zoft.lm import formats
-
     if _metric_of(cfg, rows) != "accuracy":
         return None
     row, form = rows["dev"][0], formats.format_of_row(rows["dev"][0])
