@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zoft.attack import pictures
-from zoft.attack.attack import attack
-from zoft.attack.data import digits, fashion_mnist
-from zoft.attack.methods import AttackMethod
-from zoft.attack.report import curve, summary
-from zoft.attack.settings import RADII
+from zoft.blackbox.attack import pictures
+from zoft.blackbox.attack.attack import attack
+from zoft.blackbox.attack.data import digits, fashion_mnist
+from zoft.blackbox.attack.methods import AttackMethod
+from zoft.blackbox.attack.report import curve, summary
+from zoft.blackbox.attack.settings import RADII
 from zoft.lm.metrics.intervals import wilson
 
 ROWS = {

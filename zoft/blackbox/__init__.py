@@ -1,1 +1,1 @@
-"""The nouns on any function: `zoft.minimize`, its ask/tell form, and what they are made of."""
+"""The nouns on any function: `zoft.minimize`, its ask/tell form, and attacks on image classifiers."""

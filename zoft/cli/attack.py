@@ -16,10 +16,10 @@ def command(arguments: list[str]) -> int:
         arguments: ``key=value``, and ``--json``.
     """
     words = read_words("attack", arguments, flags=["--json"])
-    from zoft.attack.settings import AttackSettings
+    from zoft.blackbox.attack.settings import AttackSettings
 
     settings = AttackSettings.of(words.rest).resolved()
-    from zoft.attack.report import carry_out
+    from zoft.blackbox.attack.report import carry_out
 
     results = carry_out(settings, progress=_progress)
     if words.flags:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from zoft.attack.searches import Search
-from zoft.attack.subspaces import ImageSubspace
+from zoft.blackbox.attack.searches import Search
+from zoft.blackbox.attack.subspaces import ImageSubspace
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from zoft.attack.ball import Ball
-from zoft.attack.descent import Composition, descent
-from zoft.attack.searches import Draws, Search, flips, greedy, squares
-from zoft.attack.subspaces import ImageSubspace
+from zoft.blackbox.attack.ball import Ball
+from zoft.blackbox.attack.descent import Composition, descent
+from zoft.blackbox.attack.searches import Draws, Search, flips, greedy, squares
+from zoft.blackbox.attack.subspaces import ImageSubspace
 from zoft.errors import UserError, did_you_mean
 
 COMPOSITIONS = {

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from zoft.attack.subspaces import ImageSubspace
+from zoft.blackbox.attack.subspaces import ImageSubspace
 from zoft.noise.counter import random_words
 from zoft.noise.direction import Direction, key_of
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoft.attack.attack import Outcome
+from zoft.blackbox.attack.attack import Outcome
 from zoft.utils.files import write_filled
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def curves(
     """Success rate against queries, stairs with their 95 % Wilson intervals.
 
     Args:
-        methods: name -> rows (queries, rate, low, high), as :func:`zoft.attack.report.curve` gives them.
+        methods: name -> rows (queries, rate, low, high), as :func:`zoft.blackbox.attack.report.curve` gives them.
         path: of the PNG.
         budget: where the lines end.
         title: above it.

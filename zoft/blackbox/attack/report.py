@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from zoft.attack.attack import Outcome, attack
-from zoft.attack.data import Setting, digits, fashion_mnist
-from zoft.attack.hub import hub
-from zoft.attack.settings import AttackSettings
+from zoft.blackbox.attack.attack import Outcome, attack
+from zoft.blackbox.attack.data import Setting, digits, fashion_mnist
+from zoft.blackbox.attack.hub import hub
+from zoft.blackbox.attack.settings import AttackSettings
 from zoft.errors import UserError
 from zoft.lm.metrics.intervals import wilson
 from zoft.utils.files import is_unfinished, remove_unfinished, write_atomically, write_filled
@@ -155,7 +155,7 @@ def _write(
     folder: Path, results: dict[str, Any], outcomes: list[Outcome], names: Sequence[str], settings: AttackSettings
 ) -> None:
     """Pictures first; the results are the last file, and say that all is there."""
-    from zoft.attack import pictures
+    from zoft.blackbox.attack import pictures
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from zoft.attack.ball import LOSSES, Aim, Ball
-from zoft.attack.classifier import Classifier
-from zoft.attack.methods import AttackMethod
-from zoft.attack.searches import Search
-from zoft.attack.subspaces import ImageSubspace
+from zoft.blackbox.attack.ball import LOSSES, Aim, Ball
+from zoft.blackbox.attack.classifier import Classifier
+from zoft.blackbox.attack.methods import AttackMethod
+from zoft.blackbox.attack.searches import Search
+from zoft.blackbox.attack.subspaces import ImageSubspace
 from zoft.errors import UserError
 
 _AT_ONCE = 64  # images that are attacked side by side
@@ -75,7 +75,7 @@ def attack(
         norm: ``linf`` or ``l2``.
         radius: bound on the perturbation in this norm.
         budget: most queries for an image, the clean one counted.
-        method: a name of :data:`zoft.attack.methods.METHODS`, or one with settings.
+        method: a name of :data:`zoft.blackbox.attack.methods.METHODS`, or one with settings.
         subspace: ``pixels``, ``square`` or ``low_frequency``.
         grid: rows and columns of a square or low-frequency subspace.
         loss: ``margin`` or ``cross_entropy``.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.attack.ball import LOSSES, Ball
-from zoft.attack.methods import AttackMethod
-from zoft.attack.subspaces import SUBSPACES
+from zoft.blackbox.attack.ball import LOSSES, Ball
+from zoft.blackbox.attack.methods import AttackMethod
+from zoft.blackbox.attack.subspaces import SUBSPACES
 from zoft.errors import UserError, did_you_mean
 from zoft.utils.words import read_words
 

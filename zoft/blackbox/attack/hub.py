@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from zoft.attack.classifier import Classifier
-from zoft.attack.data import Setting
+from zoft.blackbox.attack.classifier import Classifier
+from zoft.blackbox.attack.data import Setting
 from zoft.errors import UserError
 from zoft.lm.hub import has_cached, not_here, not_waited_for, out_of_reach
 from zoft.utils.lazy import torch

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zoft.attack import data
-from zoft.attack.attack import attack
-from zoft.attack.ball import Aim, Ball
-from zoft.attack.classifier import Classifier
-from zoft.attack.methods import METHODS, AttackMethod
-from zoft.attack.report import curve, median_interval, summary
-from zoft.attack.subspaces import ImageSubspace
+from zoft.blackbox.attack import data
+from zoft.blackbox.attack.attack import attack
+from zoft.blackbox.attack.ball import Aim, Ball
+from zoft.blackbox.attack.classifier import Classifier
+from zoft.blackbox.attack.methods import METHODS, AttackMethod
+from zoft.blackbox.attack.report import curve, median_interval, summary
+from zoft.blackbox.attack.subspaces import ImageSubspace
 from zoft.errors import UserError
 
 SHAPE = (1, 6, 6)

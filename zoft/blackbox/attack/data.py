@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zoft.attack.classifier import Classifier
+from zoft.blackbox.attack.classifier import Classifier
 from zoft.errors import UserError
 from zoft.utils.lazy import torch
 from zoft.utils.random_state import global_random_state_kept
