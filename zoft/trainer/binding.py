@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from zoft.lm.data.rows import examples_of, groups_of, of_lengths
 from zoft.noise.direction import step_seed
 from zoft.step.directions import StepDirections
 from zoft.step.estimate import StepEstimate
-from zoft.step.method import Method
 from zoft.step.nodes import NodeQueries
 from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer, decay_groups
@@ -31,25 +30,17 @@ from zoft.weights.tensors import Weights
 
 
 def optimizer_of(
-    method: Method,
-    engine: Engine,
-    model: nn.Module,
-    loss: StepLoss,
-    args: Any,
-    decayed: Iterable[str],
-    next_estimate: Callable[[], StepEstimate],
+    trainer: HoldsObjects, model: nn.Module, next_estimate: Callable[[], StepEstimate]
 ) -> tuple[ZOOptimizer, str]:
     """The optimizer over the trained weights, and the name of the engine that serves.
 
     Args:
-        method: what is bound.
-        engine: the one that was asked for.
+        trainer: of the run.
         model: whose weights are trained.
-        loss: of a step, which the engine computes at the points.
-        args: of the Trainer.
-        decayed: names of the tensors that decay.
         next_estimate: what the Trainer's loop lets it apply.
     """
+    args, method, loss = trainer.args, trainer.method, trainer.step_loss
+    engine: Engine = trainer.stages.take()
     stage = engine.stage if isinstance(engine, Pipeline) else None
     weights, estimator = Weights(model), method.estimator
     coordinates = method.bind(weights)
@@ -57,7 +48,7 @@ def optimizer_of(
     # only the last process of a pipeline comes to a loss
     objective = loss.of if stage is not None and not stage.is_last else with_float32_losses(loss.of)
     session = engine.bind(model, coordinates, objective)
-    groups = decay_groups(weights, decayed, args.weight_decay)
+    groups = decay_groups(weights, trainer.get_decay_parameter_names(model), args.weight_decay)
     rounding = Rounding.chosen(args.precision_update, args.seed, estimator.noise)
     optimizer = ZOOptimizer(groups, method.optimizer, session, args.learning_rate, rounding, next_estimate)
     return optimizer, engine.name()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.trainer.batch import StepBatch
@@ -154,7 +155,8 @@ def choose(trainer: Any, start: float, *, resuming: bool) -> None:
     args.learning_rate = found["values"]["optimizer.learning_rate"]
     args.max_steps = trainer.method.steps_within(args.budget_queries - found["queries"])
     trainer.create_optimizer()
-    trainer.progress.num_queries = found["queries"]
+    trainer.progress.num_queries, trainer.seeks_rate = found["queries"], False
+    set_seed(args.seed)  # a search draws rows: the run has the order that it would have had without one
 
 
 def _searched(trainer: Any, start: float) -> dict[str, Any]:

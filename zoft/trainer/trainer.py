@@ -176,9 +176,8 @@ class ZOMixin(_Base):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """A :class:`zoft.step.update.ZOOptimizer` over the trainable weights, with the Trainer's decay groups."""
         if self.optimizer is None:
-            model, args, method, loss = self.model if model is None else model, self.args, self.method, self.step_loss
-            names, take = self.get_decay_parameter_names(model), self._next_estimate
-            self.optimizer, self.engine_name = optimizer_of(method, self.stages.take(), model, loss, args, names, take)
+            model = self.model if model is None else model
+            self.optimizer, self.engine_name = optimizer_of(self, model, self._next_estimate)
             self.query_forward.keep_prefix(Weights(model))
             self.run_steps = steps_of(self, self.optimizer)
         return self.optimizer
@@ -209,8 +208,6 @@ class ZOMixin(_Base):
                 callback.watch(self)
         if self.seeks_rate:
             rate.choose(self, self.args.learning_rate, resuming=bool(resume))
-            self.seeks_rate = False
-            set_seed(self.args.seed)
         checkpoint, finished = self.journal.begin(resume), False
         try:
             self.journal.keep_first(self.model)
@@ -337,10 +334,9 @@ class ZOMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's own, once the weights are known to be numbers."""
-        step = self.last_step
+        step, session = self.last_step, self.zo_optimizer.session
         self.run_steps.refuse_infinite_weights(step)
-        is_replaying = step is not None and step.from_journal
-        self.journal.digest(self.zo_optimizer.session, self.state.global_step, is_replaying=is_replaying)
+        self.journal.digest(session, self.state.global_step, is_replaying=step is not None and step.from_journal)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -376,9 +372,7 @@ class ZOMixin(_Base):
         with global_random_state_kept(), reported_in_rows_order(self, dataloader) as in_order:
             return in_order(super().evaluation_loop(dataloader, *args, **kwargs))
 
-    def prediction_step(
-        self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
+    def prediction_step(self, model: Any, inputs: Inputs, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The objective's predictions and labels, so that metrics are computed over options; else the Trainer's."""
         with self.query_forward.reusing_prefix():
             if self.objective is None:
