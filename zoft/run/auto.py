@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +187,7 @@ def _radius(
         if cfg.subspace.moves_outputs:
             why = "its radius is in units of layers' outputs, and 0.1 of them is near the best (docs/nodes.md)"
         raise UserError(f"estimator.eps=auto cannot be measured with estimator={cfg.estimator.name()}: {why}")
-    slopes, _ = _slopes(cfg, folder, model, tokenizer, rows, choice, RADII)
+    slopes, _ = _slopes(cfg, folder, model, tokenizer, rows, choice, *RADII)
     return plateau(slopes, choice.slopes)
 
 
@@ -198,20 +197,14 @@ def _first_rate(
     """Where the search begins without a rate in the config: a step of the estimate takes a hundredth of the loss."""
     if cfg.optimizer.name() not in ("sgd", "momentum") or not cfg.estimator.radius or cfg.subspace.observes_at(0):
         return 1e-3  # what is scaled by the rule itself
-    slopes, loss = _slopes(cfg, folder, model, tokenizer, rows, choice, (cfg.estimator.radius,))
+    slopes, loss = _slopes(cfg, folder, model, tokenizer, rows, choice, cfg.estimator.radius)
     squares = [slope**2 for slope in slopes[cfg.estimator.radius]]
     # a step -lr g z changes the loss by -lr g^2
     return float(f"{_FIRST_DROP * abs(loss) / max(sum(squares) / len(squares), 1e-12):.1g}")
 
 
 def _slopes(
-    cfg: ZoftConfig,
-    folder: str,
-    model: Any,
-    tokenizer: Any,
-    rows: dict[str, list[Any]],
-    choice: Choice,
-    radii: Sequence[float],
+    cfg: ZoftConfig, folder: str, model: Any, tokenizer: Any, rows: dict[str, list[Any]], choice: Choice, *radii: float
 ) -> tuple[dict[float, list[float]], float]:
     """Radius -> slope along each of a few directions, on one batch; and the mean loss there."""
     from zoft.estimators.central import Central
