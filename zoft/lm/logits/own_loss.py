@@ -59,8 +59,10 @@ def is_known(model: nn.Module, inputs: Inputs) -> bool:
 
 def _way_of_calling(model: nn.Module, inputs: Inputs) -> tuple[object, ...]:
     """What a class may let its loss depend on besides the rows: some take a count and do not use it."""
-    router = getattr(getattr(inner(model), "config", None), "output_router_logits", None)
-    return frozenset(inputs), model.training, router
+    bare = inner(model)
+    router = getattr(getattr(bare, "config", None), "output_router_logits", None)
+    # a loss function of the model's own, which can be put in the class's place at any time
+    return frozenset(inputs), model.training, router, id(vars(bare).get("_loss_function"))
 
 
 def _is_served(model: nn.Module, inputs: Inputs) -> bool:

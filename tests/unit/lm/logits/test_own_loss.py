@@ -122,6 +122,14 @@ def test_other_kinds_of_models_are_left_alone(make, told):
     assert told() == []
 
 
+def test_a_loss_that_takes_the_place_of_the_common_one_is_the_one_from_then_on():
+    model, batch = tiny_llama(), labelled(0)
+    with torch.no_grad():
+        own_loss(model, **batch)
+        model.loss_function = lambda logits, labels, **_: logits.mean()
+        assert torch.equal(own_loss(model, **batch).loss, plainly(model, batch))
+
+
 def with_another_loss(model):
     forward = type(model).forward
 
