@@ -1,4 +1,7 @@
-"""A small server over a real tiny model that speaks what zoft asks of vLLM: loopback only, in a thread, with faults."""
+"""A small server over a real tiny model that speaks what zoft asks of vLLM: loopback only, in a thread, with faults.
+
+Its replies, refusals among them, are those of vLLM 0.32.0 (`tests/unit/engines/test_vllm.py` asks that one).
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,22 @@ class TinyServer(ThreadingHTTPServer):
         model: a base with a LoRA on it, whose tensors are replaced by those of each loaded adapter.
         lora: whether adapters can be loaded.
         tokenizer: for texts that end at a string.
+        context: tokens of a prompt and what is written behind it.
+        max_rank: of adapters.
     """
 
     daemon_threads = True
 
-    def __init__(self, model: Any, *, lora: bool = True, tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: Any, *, lora: bool = True, tokenizer: Any = None, context: int = 64, max_rank: int = 8
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.context, self.max_rank = context, max_rank
         self.model, self.lora, self.tokenizer = model.eval(), lora, tokenizer
         self.adapters: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
+        self.in_place: set[str] = set()  # adapters that vLLM reads again from their folder in every step
         self.cache: dict[Any, torch.Tensor] = {}  # as a prefix cache: by name and salt, not by what the adapter is
+        self.not_numbers: set[Any] = set()  # names and prompts whose log-probabilities are none
         self.faults: list[str] = []  # what goes wrong with the next completions, one each
         self.completions: list[dict[str, Any]] = []  # bodies
         self.lock = threading.Lock()
@@ -50,9 +60,15 @@ class TinyServer(ThreadingHTTPServer):
         return self.cache[key]
 
     def load(self, name: str, path: str) -> None:
-        """As peft saved it."""
+        """As peft saved it.
+
+        Raises:
+            ValueError: an adapter of too high a rank.
+        """
         tensors = load_file(Path(path) / "adapter_model.safetensors")
-        json.loads((Path(path) / "adapter_config.json").read_text())
+        rank = json.loads((Path(path) / "adapter_config.json").read_text())["r"]
+        if rank > self.max_rank:
+            raise ValueError(f"LoRA rank {rank} is greater than max_lora_rank {self.max_rank}.")
         named = {f"{key.removesuffix('.weight')}.default.weight": value for key, value in tensors.items()}
         assert named.keys() == {n for n, p in self.model.named_parameters() if p.requires_grad}
         self.adapters[name] = (path, named)
@@ -66,8 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        cards = [{"id": "tiny", "root": "tiny", "parent": None}]
-        cards += [{"id": name, "root": path, "parent": "tiny"} for name, (path, _) in self.server.adapters.items()]
+        cards = [{"id": "tiny", "root": "tiny", "parent": None, "max_model_len": self.server.context}]
+        cards += [{"id": name, "root": path, "parent": "tiny", "max_model_len": None} for name, (path, _) in self.server.adapters.items()]
         self._reply(200, {"object": "list", "data": cards})
 
     def do_POST(self) -> None:
@@ -82,18 +98,24 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/load_lora_adapter" and self.server.lora:
             return self._load(body["lora_name"], body["lora_path"], body.get("load_inplace", False))
         if self.path == "/v1/unload_lora_adapter" and self.server.lora:
-            self.server.adapters.pop(body["lora_name"], None)
+            if self.server.adapters.pop(body["lora_name"], None) is None:
+                return _error(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
             return 200, "Success"
         if self.path == "/v1/completions":
             return self._completed(body)
         return 404, {"detail": "Not Found"}
 
     def _load(self, name: str, path: str, inplace: bool) -> tuple[int, Any]:
-        if not Path(path).is_dir():
-            return 404, {"error": {"message": f"No adapter found for {path}"}}
         if name in self.server.adapters and not inplace:
-            return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}
-        self.server.load(name, path)
+            return _error(400, f"The lora adapter '{name}' has already been loaded.")
+        try:
+            self.server.load(name, path)
+        except FileNotFoundError:
+            return _error(404, f"Loading lora {name} failed: No adapter found for {path}")
+        except ValueError as error:
+            return _error(500, f"Call to add_lora method failed: Worker failed with error '{error}'")
+        if inplace:
+            self.server.in_place.add(name)
         return 200, f"Success: LoRA adapter '{name}' added successfully."
 
     def _completed(self, body: dict[str, Any]) -> tuple[int, Any]:
@@ -101,20 +123,28 @@ class _Handler(BaseHTTPRequestHandler):
         server.completions.append(body)
         fault = server.faults.pop(0) if server.faults else ""
         if fault == "down":
-            return 500, {"error": {"message": "EngineDeadError"}}
+            return _error(500, "EngineDeadError")
         if fault == "restarted":
             server.adapters.clear()
         if name not in server.adapters:
-            return 404, {"error": {"message": f"The model `{name}` does not exist."}}
+            return _error(404, f"The model `{name}` does not exist.")
         if "prompt_logprobs" in body:
-            return 400, {"error": {"message": "prompt_logprobs with LoRA is wrong"}}
+            return _error(400, "prompt_logprobs with LoRA is wrong")
+        if max(map(len, body["prompt"])) >= server.context:
+            return _error(400, f"This model's maximum context length is {server.context} tokens.")
+        if name in server.in_place:
+            server.load(name, server.adapters[name][0])
         wanted = body.get("logprob_token_ids")
+        if len(wanted or ()) > 128:
+            return _error(400, f"Requested logprob_token_ids of length {len(wanted)}, more than 128")
+        if fault == "nan":
+            server.not_numbers.add((name, tuple(body["prompt"][0])))
+        if wanted and any((name, tuple(prompt)) in server.not_numbers for prompt in body["prompt"]):
+            return _error(400, "Out of range float values are not JSON compliant")
         make = self._scored if wanted else self._written
         choices = [{"index": number, **make(body, prompt)} for number, prompt in enumerate(body["prompt"])]
         if fault == "cut":
             choices[0] |= {"token_ids": choices[0]["token_ids"][:1], "finish_reason": "abort"}
-        if fault == "nan":
-            choices[0]["logprobs"]["top_logprobs"][0] = dict.fromkeys(choices[0]["logprobs"]["top_logprobs"][0])
         if fault == "other":  # somebody loads something else under this name while it is asked
             server.adapters[name] = ("/elsewhere", server.adapters[name][1])
         self.late = fault == "late"
@@ -131,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _written(self, body: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
         drawn = torch.Generator().manual_seed(body["seed"])
         row: list[int] = []
-        while len(row) < body["max_tokens"]:
+        while len(row) < min(body["max_tokens"], self.server.context - len(prompt)):  # and says nothing of it
             scores = self.server.log_probs(body["model"], body["cache_salt"], [*prompt, *row])
             if body["temperature"]:
                 noise = -(-torch.rand(len(scores), generator=drawn).log()).log()
@@ -139,8 +169,11 @@ class _Handler(BaseHTTPRequestHandler):
             row.append(int(scores.argmax()))
             text = self.server.tokenizer.decode(row) if body["stop"] else ""
             if row[-1] in body["stop_token_ids"] or any(stop in text for stop in body["stop"]):
-                break
-        return {"text": "", "finish_reason": "stop", "token_ids": row if body.get("return_token_ids") else None}
+                return self._text(body, row, "stop")
+        return self._text(body, row, "length")
+
+    def _text(self, body: dict[str, Any], row: list[int], reason: str) -> dict[str, Any]:
+        return {"text": "", "finish_reason": reason, "token_ids": row if body.get("return_token_ids") else None}
 
     def _reply(self, status: int, reply: Any) -> None:
         data = json.dumps(reply).encode()
@@ -150,6 +183,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         with suppress(BrokenPipeError):
             self.wfile.write(data)
+
+
+def _error(status: int, message: str) -> tuple[int, Any]:
+    return status, {"error": {"message": message, "param": None, "code": status}}
 
 
 @contextmanager

@@ -20,11 +20,18 @@ NO_LORA = (
     "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (scripts/serve_vllm.md)"
 )
 _LONGEST_WAIT = 30.0  # seconds between two tries
+_TOKENS = 128  # that vLLM scores behind a prompt in one request, at most
+_NOT_A_NUMBER = "json compliant"  # in its error where a log-probability is none, which JSON cannot say
+_NEVER = ("not support", "expected target modules")  # of an adapter, in what vLLM says of one that it cannot load
 _wait = time.sleep
 
 
 class BadReplyError(Exception):
     """A reply that cannot be used: late, short, of another adapter, no JSON, or an error of the server's own."""
+
+
+class NotANumberError(BadReplyError):
+    """A log-probability behind one of the prompts of a request is no number."""
 
 
 class Client:
@@ -38,6 +45,7 @@ class Client:
 
     def __init__(self, url: str, timeout: float, retries: int) -> None:
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
+        self.context: int | None = None  # tokens of a prompt and what is written behind it, once the server has said
 
     # ---- one request -------------------------------------------------------------------------------------------------
 
@@ -72,16 +80,23 @@ class Client:
         Raises:
             BadReplyError: it may succeed when it is repeated.
             UserError: it will not.
+            NotANumberError: the reply would have to hold something that is no number.
         """
         status, reply = self.ask(method, path, body)
         if status == 200:
             return reply
         said = _message(reply)
+        if _NOT_A_NUMBER in said.lower():
+            raise NotANumberError(said)
+        raise self.failure(status, said, path)
+
+    def failure(self, status: int, said: str, path: str) -> Exception:
+        """What a reply that is none is raised as: one that another try may mend, or one for the user."""
         if "lora is not enabled" in said.lower() or "enable_lora" in said.lower():
-            raise UserError(NO_LORA.format(self.url))
+            return UserError(NO_LORA.format(self.url))
         if status in (404, 408, 409, 425, 429) or status >= 500:  # 404: it has been started anew, without adapters
-            raise BadReplyError(f"{status} {said}")
-        raise UserError(f"engine=server: {self.url}{path} refuses the request: {said} ({status})")
+            return BadReplyError(f"{status} {said}")
+        return UserError(f"engine=server: {self.url}{path} refuses the request: {said} ({status})")
 
     def repeated(self, what: str, attempt: Callable[[], T]) -> T:
         """What ``attempt`` returns, tried again a bounded number of times with growing pauses.
@@ -115,6 +130,8 @@ class Client:
         rows = reply.get("data") if isinstance(reply, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise BadReplyError("/v1/models lists nothing")
+        lengths = [row["max_model_len"] for row in rows if isinstance(row.get("max_model_len"), int)]
+        self.context = min(lengths, default=None)
         return rows
 
     def base(self) -> dict[str, Any]:
@@ -139,8 +156,26 @@ class Client:
         return bases[0]
 
     def load(self, name: str, path: str) -> None:
-        """Load an adapter, in place of the one of this name."""
-        self.asked("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path, "load_inplace": True})
+        """Load an adapter under a name that nothing has; one that has it already is left as it is.
+
+        Never ``load_inplace``: vLLM reads such an adapter from its folder again before every step of its scheduler.
+
+        Raises:
+            BadReplyError: it may succeed when it is repeated.
+            UserError: the server does not take such adapters.
+        """
+        status, reply = self.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        said = _message(reply)
+        if status == 200 or "already been loaded" in said:  # by a request whose reply came too late
+            return
+        if "max_lora_rank" in said:
+            raise UserError(
+                f"engine=server: the server at {self.url} does not take adapters of this rank ({said}): start it with "
+                "--max-lora-rank of at least peft.r"
+            )
+        if any(words in said for words in _NEVER):
+            raise UserError(f"engine=server: the server at {self.url} cannot load this adapter: {said}")
+        raise self.failure(status, said, "/v1/load_lora_adapter")
 
     def unload(self, name: str) -> None:
         """Let go of an adapter; whatever comes of it."""
@@ -162,10 +197,26 @@ class Client:
             prompts: token ids.
             tokens: which are wanted.
         """
-        choices = self._completed(
-            name, salt, prompts, max_tokens=1, temperature=0.0, logprobs=len(tokens),
-            logprob_token_ids=list(tokens), return_tokens_as_token_ids=True,
-        )  # fmt: skip
+        pieces = [
+            self._scores(name, salt, prompts, tokens[first : first + _TOKENS])
+            for first in range(0, len(tokens), _TOKENS)
+        ]
+        return [[value for part in parts for value in part] for parts in zip(*pieces, strict=True)]
+
+    def _scores(
+        self, name: str, salt: str, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
+    ) -> list[list[float]]:
+        try:
+            choices = self._completed(
+                name, salt, prompts, max_tokens=1, temperature=0.0, logprobs=len(tokens),
+                logprob_token_ids=list(tokens), return_tokens_as_token_ids=True,
+            )  # fmt: skip
+        except NotANumberError:
+            # the whole reply is lost to one number: halves find out whose it is
+            if len(prompts) == 1:
+                return [[float("nan")] * len(tokens)]
+            half = len(prompts) // 2
+            return [row for some in (prompts[:half], prompts[half:]) for row in self._scores(name, salt, some, tokens)]
         return [_scores_of(choice, tokens) for choice in choices]
 
     def texts(
@@ -196,6 +247,7 @@ class Client:
 
     def _completed(self, name: str, salt: str, prompts: Sequence[Sequence[int]], **more: Any) -> list[dict[str, Any]]:
         """The choices, one a prompt in their order."""
+        self._fit(prompts, more["max_tokens"])
         body = {"model": name, "prompt": [list(prompt) for prompt in prompts], "cache_salt": salt, "top_p": 1.0, "n": 1}
         reply = self.asked("POST", "/v1/completions", body | more)
         if not isinstance(reply, dict) or reply.get("model") != name:
@@ -207,6 +259,15 @@ class Client:
         if [choice["index"] for choice in choices] != list(range(len(prompts))):
             raise BadReplyError(f"{len(choices)} choices for {len(prompts)} prompts")
         return choices
+
+    def _fit(self, prompts: Sequence[Sequence[int]], room: int) -> None:
+        """vLLM writes less than it was asked for where its context ends: such a text would never become whole."""
+        longest = max(map(len, prompts))
+        if self.context is not None and longest + room > self.context:
+            raise UserError(
+                f"engine=server: a prompt of {longest} tokens and {room} behind it do not fit into the {self.context} of "
+                f"the server at {self.url}: start it with a larger --max-model-len, or lower task.max_length"
+            )
 
 
 def _scores_of(choice: Mapping[str, Any], tokens: Sequence[int]) -> list[float]:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +35,8 @@ Asked = TypeVar("Asked", Scoring, Writing)
 class Server(Elsewhere):
     """A vLLM server that serves LoRA: it holds the base, and every point is an adapter that it loads.
 
-    Adapters are written to a folder that both can read and loaded in place, under a name each. Candidates are scored by
-    the log-probabilities of the next token, every position with a request of its own (prompts share the server's
+    Adapters are written to a folder that both can read and loaded under the digest of their numbers. Candidates are
+    scored by the log-probabilities of the next token, every position with a request of its own (prompts share the server's
     prefix cache); texts are generated there. A server that fails is asked again, and then the run stops as for a
     signal, with exit code 75: the same command goes on.
 
@@ -47,7 +47,7 @@ class Server(Elsewhere):
         timeout: seconds that a reply may take.
         retries: how often a failed request is repeated, with growing pauses.
 
-    References: docs.vllm.ai (LoRA adapters, load_inplace; logprob_token_ids); Sarkar et al. 2025 (EGGROLL), whose
+    References: docs.vllm.ai (LoRA adapters; logprob_token_ids); Sarkar et al. 2025 (EGGROLL), whose
     population is made of adapters as well.
     """
 
@@ -101,7 +101,7 @@ class Server(Elsewhere):
 
 
 class _Served:
-    """Adapters in the server's slots, by the digest of their numbers."""
+    """Adapters on the server, by the digest of their numbers."""
 
     def __init__(self, engine: Server, model: Any) -> None:
         self.client, self.size = engine.client(), engine.max_adapters
@@ -109,13 +109,12 @@ class _Served:
         shared = engine.folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
         self.folder = Path(tempfile.mkdtemp(prefix="zoft-", dir=shared))
         self.folder.chmod(0o755)  # the server may run as another user
-        name = f"zoft-{uuid.uuid4().hex[:8]}"
-        self.slots: dict[str, str] = {f"{name}-{number}": "" for number in range(self.size)}  # name -> digest
-        self._used: list[str] = list(self.slots)  # the longest unused first
+        self.prefix = f"zoft-{uuid.uuid4().hex[:8]}"
+        self.digests: list[str] = []  # of those that are loaded, the longest unused first
         # two pools: who waits for the prompts of a point must not take the threads that they need
         self._threads, self._prompts = ThreadPoolExecutor(self.size), ThreadPoolExecutor(_AT_ONCE)
         pools = (self._threads, self._prompts)
-        weakref.finalize(self, _leave, self.client, list(self.slots), self.folder, pools)
+        weakref.finalize(self, _leave, self.client, self.prefix, self.digests, self.folder, pools)
 
     # ---- what is asked -----------------------------------------------------------------------------------------------
 
@@ -143,13 +142,14 @@ class _Served:
         self, asked: dict[int, Asked], digests: dict[int, str], ask: Callable[[str, str, Asked], T]
     ) -> dict[int, T]:
         """Those whose adapters have room together, all at once."""
-        names = self._loaded({digests[number]: one.adapter for number, one in asked.items()})
+        adapters = {digests[number]: one.adapter for number, one in asked.items()}
+        self._load(adapters)
 
         def of(number: int) -> T:
-            return ask(names[digests[number]], digests[number], asked[number])
+            return ask(self._name(digests[number]), digests[number], asked[number])
 
         replies = list(self._threads.map(of, asked))
-        self._check_versions(names)  # nobody has loaded anything else there meanwhile
+        self._check_versions(adapters)  # nobody has loaded anything else there meanwhile
         return dict(zip(asked, replies, strict=True))
 
     def _score(self, name: str, digest: str, one: Scoring) -> Tensor:
@@ -187,45 +187,50 @@ class _Served:
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
-    def _loaded(self, adapters: dict[str, Adapter]) -> dict[str, str]:
-        """digest -> the name it is served under; what the server has lost is loaded again."""
-        roots = {card.get("id"): card.get("root") for card in self.client.cards()}
-        for name, digest in self.slots.items():
-            if digest and roots.get(name) != str(self._path(name, digest)):
-                self.slots[name] = ""
-        names = {digest: name for name, digest in self.slots.items() if digest in adapters}
-        free = [name for name in self._used if name not in names.values()]
-        new = dict(zip([digest for digest in adapters if digest not in names], free, strict=False))
-        for digest, name in new.items():
-            self._write_adapter(name, digest, adapters[digest])
-        list(self._threads.map(lambda item: self.client.load(item[1], str(self._path(item[1], item[0]))), new.items()))
-        for digest, name in new.items():
-            self.slots[name] = digest
-            for other in self._path(name, digest).parent.iterdir():
-                if other.name != digest:
-                    shutil.rmtree(other, ignore_errors=True)
-        names |= new
-        self._used = [n for n in self._used if n not in names.values()] + list(names.values())
-        return names
+    def _load(self, adapters: dict[str, Adapter]) -> None:
+        """Load what the server has not, or has no longer; what has been unused the longest makes room."""
+        roots = self._roots()
+        lost = [digest for digest in self.digests if roots.get(self._name(digest)) != str(self.folder / digest)]
+        new = [digest for digest in adapters if digest not in self.digests or digest in lost]
+        unused = [digest for digest in self.digests if digest not in adapters]
+        room = self.size - len(adapters)
+        # a name that is loaded from elsewhere is in the way of ours
+        for digest in {*lost, *unused[: max(0, len(unused) - room)]}:
+            self._let_go(digest, known=self._name(digest) in roots)
+        for digest in new:
+            self._write_adapter(self.folder / digest, adapters[digest])
+        # in place, as whoever leaves at the end holds this list; before the loads, of which one may fail
+        self.digests[:] = [digest for digest in self.digests if digest not in adapters] + list(adapters)
+        list(self._threads.map(lambda digest: self.client.load(self._name(digest), str(self.folder / digest)), new))
 
-    def _check_versions(self, names: dict[str, str]) -> None:
-        roots = {card.get("id"): card.get("root") for card in self.client.cards()}
-        for digest, name in names.items():
-            if roots.get(name) != str(self._path(name, digest)):
-                self.slots[name] = ""
-                raise BadReplyError(f"{name} is another version of the adapter: {roots.get(name)}")
+    def _let_go(self, digest: str, known: bool) -> None:
+        if known:
+            self.client.unload(self._name(digest))
+        self.digests.remove(digest)
+        shutil.rmtree(self.folder / digest, ignore_errors=True)
 
-    def _path(self, name: str, digest: str) -> Path:
-        return self.folder / name / digest
+    def _check_versions(self, digests: Iterable[str]) -> None:
+        roots = self._roots()
+        for digest in digests:
+            found = roots.get(self._name(digest))
+            if found != str(self.folder / digest):
+                raise BadReplyError(f"{self._name(digest)} is another adapter: {found}")
 
-    def _write_adapter(self, name: str, digest: str, adapter: Adapter) -> None:
+    def _roots(self) -> dict[Any, Any]:
+        """What the server has, and the folder that it came from."""
+        return {card.get("id"): card.get("root") for card in self.client.cards()}
+
+    def _name(self, digest: str) -> str:
+        """Another version of an adapter has another name: no reply can be of the wrong one, no cache either."""
+        return f"{self.prefix}-{digest}"
+
+    def _write_adapter(self, target: Path, adapter: Adapter) -> None:
         """As peft saves one, in a folder that appears whole."""
         from safetensors.torch import save_file
 
-        target = self._path(name, digest)
         if target.exists():
             return
-        building = target.with_name(f"{digest}.part")
+        building = target.with_name(f"{target.name}.part")
         building.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(str(building))
         tensors = {saved_name(key): tensor.detach().cpu().contiguous() for key, tensor in adapter.items()}
@@ -233,11 +238,12 @@ class _Served:
         building.rename(target)
 
 
-def _leave(client: Client, names: list[str], folder: Path, pools: tuple[ThreadPoolExecutor, ...]) -> None:
+def _leave(
+    client: Client, prefix: str, digests: list[str], folder: Path, pools: tuple[ThreadPoolExecutor, ...]
+) -> None:
     for pool in pools:
         pool.shutdown(wait=False)
     patient = Client(client.url, min(client.timeout, 5.0), 0)
-    for name in names if folder.exists() else ():
-        if (folder / name).exists():
-            patient.unload(name)
+    for digest in digests:
+        patient.unload(f"{prefix}-{digest}")
     shutil.rmtree(folder, ignore_errors=True)

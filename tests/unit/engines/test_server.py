@@ -59,7 +59,8 @@ def test_losses_are_torchs_at_every_point_with_few_slots(tiny, rows, objective):
     wanted = session(InPlace(), objective).losses(rows, POINTS)
     there = session(Server(url=tiny.url, max_adapters=2), objective)
     torch.testing.assert_close(there.losses(rows, POINTS), wanted, atol=1e-5, rtol=0)
-    assert {len(tiny.adapters), len({body["model"] for body in tiny.completions})} == {2}  # one name a slot, reused
+    assert len(tiny.adapters) == 2
+    assert len({body["model"] for body in tiny.completions}) == len(POINTS)  # no two of them share a name
     assert all("prompt_logprobs" not in body and body["max_tokens"] == 1 for body in tiny.completions)
 
 
@@ -85,7 +86,7 @@ def test_an_adapter_that_is_there_is_not_loaded_again(tiny, monkeypatch):
     there = session(Server(url=tiny.url))
     for seed in range(3):
         there.losses(batch(seed=seed), [Point()])
-    assert len(loads) == 1
+    assert len(loads) == 1  # vLLM reads what is loaded in place again before every step
     files = list(there.backend.folder.rglob("adapter_model.safetensors"))
     assert len(files) == 1
 
@@ -106,6 +107,57 @@ def test_not_a_number_is_the_loss_that_it_is(tiny):
     tiny.faults.append("nan")
     losses = there.losses(batch(), POINTS)
     assert int(losses.isnan().sum()) == 1
+    ((name, prompt),) = tiny.not_numbers
+    asked = [body["prompt"] for body in tiny.completions if body["model"] == name]
+    assert sorted(map(len, asked)) == [1, 2, 3]  # JSON has no such number, so the whole reply is an error
+    assert [list(prompt)] in asked
+
+
+def test_an_adapter_of_too_high_a_rank_is_one_sentence_and_no_lost_server(tiny):
+    tiny.max_rank = 1
+    with pytest.raises(UserError, match=r"greater than max_lora_rank 1.*start it with --max-lora-rank"):
+        session(Server(url=tiny.url)).losses(batch(), POINTS)
+
+
+def test_what_does_not_fit_into_the_servers_context_is_one_sentence(tiny):
+    """vLLM cuts such a text, and says only that it has reached its length."""
+    there, answering = session(Server(url=tiny.url)), Answering(runs.tiny_tokenizer(), 6)
+    tiny.context = 8
+    write(there.model, [[4, 5]], answering)
+    with pytest.raises(UserError, match=r"3 tokens and 6 behind it do not fit into the 8 .*--max-model-len"):
+        write(there.model, [[4, 5, 6], [7, 8]], answering)
+    with pytest.raises(UserError, match=r"9 tokens and 1 behind it .*task.max_length"):
+        there.losses(batch(), [Point()])
+
+
+def test_a_load_whose_reply_came_too_late_is_no_refusal(tiny, monkeypatch):
+    there, ask = session(Server(url=tiny.url)), _server_client.Client.ask
+    late = []
+
+    def impatient(client, method, path, body=None):
+        reply = ask(client, method, path, body)
+        if "/load_lora" in path and not late:
+            late.append(path)
+            raise _server_client.BadReplyError("no reply within 1 s")
+        return reply
+
+    monkeypatch.setattr(_server_client.Client, "ask", impatient)
+    wanted = session(InPlace()).losses(batch(), POINTS)
+    torch.testing.assert_close(there.losses(batch(), POINTS), wanted, atol=1e-5, rtol=0)
+    assert late
+
+
+def test_more_tokens_than_one_request_may_name_are_asked_in_several(monkeypatch):
+    client, asked = _server_client.Client("http://127.0.0.1:1", retries=0, timeout=1.0), []
+
+    def answer(_method, _path, body):
+        asked.append(body["logprob_token_ids"])
+        row = {f"token_id:{token}": -float(token) for token in body["logprob_token_ids"]}
+        return 200, choices({"index": 0, "logprobs": {"top_logprobs": [row]}})
+
+    monkeypatch.setattr(client, "ask", answer)
+    assert client.scores("tiny", "salt", [[1]], list(range(300))) == [[-float(token) for token in range(300)]]
+    assert max(map(len, asked)) <= 128
 
 
 def test_a_server_that_is_gone_ends_the_run_after_a_few_tries(tiny):
