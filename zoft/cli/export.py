@@ -10,14 +10,14 @@ from zoft.utils.words import read_words
 KEYS = ("run", "output", "quantize", "push")
 FLAGS = ("--merge", "--gguf", "--public")
 HELP = """\
-usage: zoft export run=DIR [--merge | --gguf [--quantize f32|f16|q8_0]] [--push OWNER/NAME [--public]] [output=DIR]
+usage: zoft export run=DIR [--merge | --gguf [--quantize f32|f16|q8_0|q4_0]] [--push OWNER/NAME [--public]] [output=DIR]
 
 A finished run's model as something that others load, with a model card (README.md) from its report: data, budget,
 method with its settings, seed, versions, memory, metric with its interval, how to load it.
 
 (no flag)     the model, or the adapter, as it is: loads with from_pretrained, or PeftModel.from_pretrained
 --merge       an adapter is added into its base: one model, that needs no peft
---gguf        one file for llama.cpp; --quantize f16 (default), f32 or q8_0. Llama and Qwen models with BPE
+--gguf        one file for llama.cpp; --quantize f16 (default), f32, q8_0 or q4_0. Llama and Qwen models with BPE
 --push NAME   upload the export to the hub, private unless --public is given; a login (hf auth login) is needed
 
 An adapter names its base by a name that loads from any folder: a base of yours by its absolute path, with a warning

@@ -339,7 +339,7 @@ class ZoftConfig:
     def _check_device_map(self) -> None:
         """One part alone says where weights are."""
         engine = self.engine.name()
-        if self.model.device_map is not None and engine in ("offload", "onnx", "server"):
+        if self.model.device_map is not None and engine in ("llamacpp", "offload", "onnx", "server"):
             raise UserError(
                 f"model.device_map={self.model.device_map} says where weights are, and so does engine={engine}: leave "
                 "it out, or use engine=auto"

@@ -65,6 +65,14 @@ class Elsewhere(Engine):
     about_quantization: ClassVar[str] = ""
     """How the frozen weights are held in few bits with this engine."""
 
+    def served_name(self) -> str:
+        """What the base is known by where the other runtime alone has it: a run does not go on with another one."""
+        raise NotImplementedError
+
+    def base_mb(self) -> float:
+        """MiB of this process's memory that the other runtime's base takes."""
+        return 0.0
+
     def prepare(self) -> None:
         """Refuse, before anything is loaded, what only a run needs: packages, a server."""
 

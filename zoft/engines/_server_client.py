@@ -265,8 +265,8 @@ class Client:
         longest = max(map(len, prompts))
         if self.context is not None and longest + room > self.context:
             raise UserError(
-                f"engine=server: a prompt of {longest} tokens and {room} behind it do not fit into the {self.context} of "
-                f"the server at {self.url}: start it with a larger --max-model-len, or lower task.max_length"
+                f"engine=server: a prompt of {longest} tokens and {room} behind it do not fit into the {self.context} "
+                f"of the server at {self.url}: start it with a larger --max-model-len, or lower task.max_length"
             )
 
 

@@ -36,9 +36,9 @@ class Server(Elsewhere):
     """A vLLM server that serves LoRA: it holds the base, and every point is an adapter that it loads.
 
     Adapters are written to a folder that both can read and loaded under the digest of their numbers. Candidates are
-    scored by the log-probabilities of the next token, every position with a request of its own (prompts share the server's
-    prefix cache); texts are generated there. A server that fails is asked again, and then the run stops as for a
-    signal, with exit code 75: the same command goes on.
+    scored by the log-probabilities of the next token, every position with a request of its own (prompts share the
+    server's prefix cache); texts are generated there. A server that fails is asked again, and then the run stops as for
+    a signal, with exit code 75: the same command goes on.
 
     Args:
         url: where the server listens.
@@ -194,7 +194,7 @@ class _Served:
         new = [digest for digest in adapters if digest not in self.digests or digest in lost]
         unused = [digest for digest in self.digests if digest not in adapters]
         room = self.size - len(adapters)
-        # a name that is loaded from elsewhere is in the way of ours
+        # a name that is loaded from elsewhere is in the way of ours; the server forgets an unused version by itself
         for digest in {*lost, *unused[: max(0, len(unused) - room)]}:
             self._let_go(digest, known=self._name(digest) in roots)
         for digest in new:

@@ -1,4 +1,4 @@
-"""A model whose forwards run in a server, for an evaluation: the adapter here, its base there."""
+"""A model whose forwards run in another runtime, for an evaluation: the adapter here, its base there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def served_model(cfg: ZoftConfig, run: str, tokenizer: Any) -> Any | None:
-    """The config's model or a run's final one, answered for by the server of ``engine=server``; None without one.
+    """The config's model or a run's final one, answered for by another runtime, which has its base; else None.
 
     Args:
         cfg: model, adapter and engine.
@@ -20,14 +20,15 @@ def served_model(cfg: ZoftConfig, run: str, tokenizer: Any) -> Any | None:
         tokenizer: the model's.
 
     Raises:
-        UserError: no server answers, or the run trained no adapter.
+        UserError: nothing answers, or the run trained no adapter.
     """
+    from zoft.engines._elsewhere import Elsewhere
     from zoft.run.build import model_held_elsewhere
     from zoft.subspaces.full import Full
     from zoft.weights.tensors import Weights
 
     engine: Any = cfg.engine
-    if engine.name() != "server":
+    if not (isinstance(engine, Elsewhere) and engine.holds_base):
         return None
     engine.prepare()
     model: Any = model_held_elsewhere(cfg, tokenizer)
@@ -35,12 +36,12 @@ def served_model(cfg: ZoftConfig, run: str, tokenizer: Any) -> Any | None:
     coordinates = Full().bind(weights, "counter")
     engine.choose(cfg.estimator, coordinates, model)
     if run:
-        _load(weights, Path(run) / "model")
+        _load(weights, Path(run) / "model", engine.name())
     engine.bind(model, coordinates, lambda batch: batch)  # the model knows from now on who answers
     return model
 
 
-def _load(weights: Any, folder: Path) -> None:
+def _load(weights: Any, folder: Path, engine: str) -> None:
     """An adapter's numbers from its folder."""
     from safetensors.torch import load_file
 
@@ -49,8 +50,8 @@ def _load(weights: Any, folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(
-            f"engine=server asks a server for adapters, and {folder} holds a whole model: use engine=auto, which "
-            "loads it"
+            f"engine={engine} computes with adapters on a base of its own, and {folder} holds a whole model: use "
+            "engine=auto, which loads it"
         )
     saved = load_file(file)
     names = {name: saved_name(name) for name in weights.tensors}

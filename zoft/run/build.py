@@ -180,10 +180,10 @@ def _ready_to_train(cfg: ZoftConfig, model: Any) -> Any:
 
 
 def model_held_elsewhere(cfg: ZoftConfig, tokenizer: Any) -> Any | None:
-    """The adapter in memory on a base of shapes alone, where a server has the base; None where it is loaded here."""
-    from zoft.engines.server import Server
+    """The adapter in memory on a base of shapes alone where another runtime has the base, else None."""
+    from zoft.engines._elsewhere import Elsewhere
 
-    if not isinstance(cfg.engine, Server):
+    if not (isinstance(cfg.engine, Elsewhere) and cfg.engine.holds_base):
         return None
     from zoft.journal.fingerprint import know_base
     from zoft.lm import formats

@@ -12,7 +12,6 @@ from zoft.engines._blocks import blocks_of
 from zoft.engines._elsewhere import Elsewhere
 from zoft.engines.base import Engine
 from zoft.engines.offload import Offload, place_outside, rest_in_files, stream_to_read
-from zoft.engines.server import Server
 from zoft.lm.models.device_map import is_spread, on_device, require_run_on
 from zoft.weights.tensors import Weights
 
@@ -34,16 +33,16 @@ def stay_in_place(engine: Engine, model: nn.Module | None, args: Any) -> None:
 def place(engine: Engine, model: nn.Module, device: torch.device, args: Any) -> bool:
     """Bring an offloaded model's other weights to the device, its blocks stay where they rest; whether all is placed.
 
-    The base of a server's model may be shapes alone, and its adapter is small: it stays where it is. So does a model
-    that is going to be cut into a pipeline's stages.
+    A base that another runtime has may be shapes alone here, and its adapter is small: it stays where it is. So does a
+    model that is going to be cut into a pipeline's stages.
     """
     if _is_cut(args):
         return True
     if isinstance(engine, Offload):
         place_outside(model, device)
-    elif not isinstance(engine, Server):
+    elif not _holds_base(engine):
         require_run_on(model, device)
-    return isinstance(engine, Offload | Server)
+    return isinstance(engine, Offload) or _holds_base(engine)
 
 
 def answers_when_bound(engine: Engine, args: Any) -> bool:
@@ -79,10 +78,14 @@ def without_wrapping(accelerator: Any, engine: Engine, args: Any) -> None:
         args: of the Trainer.
     """
     stays = {"device_placement": False} if isinstance(engine, Offload) or _is_cut(args) else {}
-    if isinstance(engine, Server):
+    if _holds_base(engine):
         accelerator.device_placement = False
     accelerator.scaler = None
     accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True, **stays)
+
+
+def _holds_base(engine: Engine) -> bool:
+    return isinstance(engine, Elsewhere) and engine.holds_base
 
 
 def _is_cut(args: Any) -> bool:

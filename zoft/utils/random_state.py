@@ -1,9 +1,10 @@
-"""The global random states of Python, numpy and torch: put back after a block, written down, read again."""
+"""The global random states of Python, numpy and torch, put back, written down and read again; a text's own one."""
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,3 +68,15 @@ def put_random_state(saved: dict[str, Any]) -> None:
 
 def _bytes(text: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+def prompt_generator(seed: int, prompt: Sequence[int]) -> torch.Generator:
+    """Random numbers of a prompt's samples: the same in every batch and at every point.
+
+    Args:
+        seed: of the run's samples.
+        prompt: token ids.
+    """
+    # 56 bits of a hash of seed and prompt
+    digest = hashlib.blake2b(f"{seed}:{','.join(map(str, prompt))}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

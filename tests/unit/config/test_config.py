@@ -25,6 +25,7 @@ NEEDS = {
     "optimizer=hessian": ["estimator=three_point"],
     "trainable=regex": ["trainable.pattern=norm"],
     "engine=forward_mode": ["estimator=forward_gradient"],
+    "engine=llamacpp": ["peft=lora", "trainable=adapter"],
     "engine=onnx": ["peft=lora", "trainable=adapter"],
     "engine=server": ["peft=lora", "trainable=adapter"],
     "subspace=nodes": ["estimator=nodes"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,12 +73,14 @@ def write(
         return _written_elsewhere(runtime, model, prompts, answering, temperature, seed)
     import transformers
 
+    from zoft.utils.random_state import prompt_generator
+
     tokenizer = answering.tokenizer
     # left-padded: every prompt ends at the right end, where its text goes on
     ids, mask = _padded(prompts, tokenizer.pad_token_id, next(model.parameters()).device)
     ends = _ends(model, tokenizer)
     # a generator for every prompt: the same noise for it in any batch
-    watch = _Watch(ids, ends, answering, temperature, [_generator(seed, prompt) for prompt in prompts])
+    watch = _Watch(ids, ends, answering, temperature, [prompt_generator(seed, prompt) for prompt in prompts])
     # Every setting that would change a choice is named: what the model's own generation_config says does not count.
     config = transformers.GenerationConfig(
         do_sample=False,
@@ -196,12 +197,6 @@ class _Watch:
     def text(self, row: list[int]) -> str:
         """What was written."""
         return text_of(row, self.answering, self.ends)
-
-
-def _generator(seed: int, prompt: Sequence[int]) -> Any:
-    # 56 bits of a hash of seed and prompt
-    digest = hashlib.blake2b(f"{seed}:{','.join(map(str, prompt))}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.weights.gguf_layout import rotated
 
-QUANTIZATIONS = ("f32", "f16", "q8_0")
+QUANTIZATIONS = ("f32", "f16", "q8_0", "q4_0")
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """A config's ``model_type`` -> the name of the architecture in `gguf`."""
 
-_BLOCK = 32  # numbers that share a scale in q8_0
+_BLOCK = 32  # numbers that share a scale in q8_0 and q4_0
 
 
 def write_gguf(model: Any, tokenizer: Any, path: Path, quantize: str, name: str) -> Path:
@@ -49,7 +50,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, quantize: str, name: str)
             target = names.get_name(key, try_suffixes=(".weight", ".bias"))
             if target is None:
                 raise UserError(f"{key} has no name in GGUF: export with --merge, and convert that folder elsewhere")
-            data, kind = _encoded(_rotated(key, tensor, model.config), quantize)
+            data, kind = _encoded(rotated(key, tensor, model.config), quantize)
             writer.add_tensor(target, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -106,7 +107,7 @@ def _write_sizes(writer: Any, config: Any, quantize: str, name: str) -> None:
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
     writer.add_vocab_size(config.vocab_size)
-    types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
+    types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
     writer.add_file_type(int(gguf.LlamaFileType[types[quantize]]))
 
 
@@ -150,15 +151,6 @@ def _pre(config: Any, tokenizer: Any) -> str:
     return "smollm" if "Digits" in text or config.vocab_size == 49_152 else "gpt-2"
 
 
-def _rotated(key: str, tensor: Any, config: Any) -> Any:
-    """Rows of queries and keys in llama's order: pairs side by side, where transformers has halves."""
-    if config.model_type != "llama" or not key.endswith(("q_proj.weight", "k_proj.weight")):
-        return tensor
-    heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
-    rows, columns = tensor.shape
-    return tensor.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
 def _encoded(tensor: Any, quantize: str) -> tuple[Any, Any]:
     """(the numbers as bytes of their type, the type)."""
     import gguf
@@ -169,9 +161,10 @@ def _encoded(tensor: Any, quantize: str) -> tuple[Any, Any]:
         "f32": gguf.GGMLQuantizationType.F32,
         "f16": gguf.GGMLQuantizationType.F16,
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
+        "q4_0": gguf.GGMLQuantizationType.Q4_0,
     }
     kind = kinds[quantize] if values.ndim == 2 else kinds["f32"]
-    if kind == kinds["q8_0"] and values.shape[-1] % _BLOCK:
+    if kind in (kinds["q8_0"], kinds["q4_0"]) and values.shape[-1] % _BLOCK:
         kind = kinds["f16"]
     return gguf.quantize(values, kind), kind
 

@@ -22,7 +22,7 @@ def export_gguf(cfg: ZoftConfig, run: str, output: str, quantize: str, *, name: 
         cfg: of the run.
         run: its folder.
         output: a folder that is empty or not there.
-        quantize: f32, f16 or q8_0.
+        quantize: f32, f16, q8_0 or q4_0.
         name: of the model in the card.
 
     Returns:

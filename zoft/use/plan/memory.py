@@ -75,10 +75,11 @@ def of_method(cfg: ZoftConfig, model: Any, size: Size, host_mb: float = 0.0) -> 
         host_mb: of the interpreter and its libraries.
     """
     weights = Weights(model, shapes_only=True)
-    served = isinstance(cfg.engine, Elsewhere) and cfg.engine.holds_base
+    engine: Any = cfg.engine
+    served = isinstance(engine, Elsewhere) and engine.holds_base
     here = list(weights.tensors.values()) if served else _unique(model)
     parts = {
-        "weights": sum(t.numel() * t.element_size() for t in here) / MB,
+        "weights": sum(t.numel() * t.element_size() for t in here) / MB + (engine.base_mb() if served else 0.0),
         "optimizer state": _state_mb(cfg, weights),
         "window of batches": _window_mb(cfg, weights, size),
         "forward": 0.0 if served else _forward_mb(model, size),

@@ -107,7 +107,7 @@ def test_an_export_loads_elsewhere_and_computes_the_same(
     )
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 1e-3), ("q8_0", 5e-2)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 1e-3), ("q8_0", 5e-2), ("q4_0", 1.0)])
 def test_a_gguf_file_is_read_by_others(kind: str, tolerance: float, runs: Path, tmp_path: Path, capsys: Any):
     import gguf
     import torch
