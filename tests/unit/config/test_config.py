@@ -24,6 +24,7 @@ NEEDS = {
     "weighting=curvature": ["estimator=three_point"],
     "optimizer=hessian": ["estimator=three_point"],
     "trainable=regex": ["trainable.pattern=norm"],
+    "trainable=adapter": ["peft=lora"],
     "engine=forward_mode": ["estimator=forward_gradient"],
     "engine=llamacpp": ["peft=lora", "trainable=adapter"],
     "engine=onnx": ["peft=lora", "trainable=adapter"],
