@@ -715,6 +715,16 @@ def test_resumed_is_the_same_to_the_bit(case: str, make: Callable[..., ZOTrainer
             assert torch.equal(tensor, resumed.zo_optimizer.moments[name][key])
 
 
+def test_steps_that_the_journal_knows_count_the_operations_of_their_queries(make: Callable[..., ZOTrainer]):
+    rows, totals = rows_for(models.tiny_llama(), 6), []
+    for resume in (None, True):
+        trainer = make(models.tiny_llama(), rows, max_steps=5, estimator=SVRG(interval=3, anchor_batches=2))
+        trainer.train(resume_from_checkpoint=resume)
+        totals.append(trainer.state.total_flos)
+        assert trainer.last_step.from_journal == bool(resume)
+    assert totals[0] == totals[1] > 0
+
+
 @pytest.mark.parametrize("steps", [5, 6])
 def test_a_finished_run_resumed_is_finished(steps: int, make: Callable[..., ZOTrainer], tmp_path: Path):
     """In the middle of an epoch the Trainer alone would take one step more."""
