@@ -275,9 +275,7 @@ class NodeQueries:
         space = self._space()
         # total counts the positions of all processes: whichever has a position, its direction is the same
         at_once = max(1, _ROWS // max(1, total))  # few positions: several probes' directions are drawn in one call
-        some = [
-            _Drawn(space, direction, first, min(at_once, probes - first), total) for first in range(0, probes, at_once)
-        ]
+        some = [_Drawn(space, direction, at, min(at_once, probes - at), total) for at in range(0, probes, at_once)]
         asked = [] if self.shares.count == 1 else self._asked(parts, some, probes, eps)
         for drawn in some:
             for number, part in enumerate(parts):
@@ -309,9 +307,7 @@ class NodeQueries:
         own = [torch.stack(changes) for changes in found]
         whole = self.shares.joined(torch.cat([one.flatten(1) for one in own], dim=1), probes)
         each = whole.split([one[0].numel() for one in own], dim=1)
-        return [
-            (changes.reshape(probes, *one.shape[1:]), keys) for changes, one, keys in zip(each, own, sizes, strict=True)
-        ]
+        return [(s.reshape(probes, *one.shape[1:]), keys) for s, one, keys in zip(each, own, sizes, strict=True)]
 
     def _probe(self, part: _Part, drawn: _Drawn, probe: int, eps: float) -> Tensor:
         """(s' - s) / eps, [P, C]."""
@@ -322,11 +318,8 @@ class NodeQueries:
             return eps * drawn.rows(key, part, probe)
 
         behind = part.context and self._contexts().reused(part.context)
-        with (
-            torch.no_grad(),
-            behind or nullcontext(),
-            self.session.moved(nodes, at.rows, at.columns, len(at.starts), shift),
-        ):
+        moved = self.session.moved(nodes, at.rows, at.columns, len(at.starts), shift)
+        with torch.no_grad(), behind or nullcontext(), moved:
             perturbed = self.reader.read(part.tail if behind else part.batch)
         # (s(h + eps v) - s(h)) / eps, of every score or of the loss itself
         change: Tensor = (perturbed.values - part.clean.values) / eps
