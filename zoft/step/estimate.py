@@ -135,10 +135,10 @@ class StepEstimate:
             tokens: tokens that went through the model, this step's included.
             has_factors: whether the journal has the step's factors (:meth:`observed`).
         """
-        terms = list(self.terms or [])
+        directions, coefficients = zip(*self.terms, strict=True) if self.terms else ((), ())
         extra: dict[str, Any] = {}  # what most steps have not: it costs bytes in every record
-        if [direction for direction, _ in terms] != list(self.directions[: len(terms)]):
-            extra["directions"] = [[d.seed, d.step, d.index, d.example] for d, _ in terms]
+        if directions != tuple(self.directions[: len(directions)]):
+            extra["directions"] = [[d.seed, d.step, d.index, d.example] for d in directions]
         # parts that remember nothing are left out: most runs have none, and a record is a few bytes
         if scalars := {part: memory for part, memory in self.memory.items() if memory}:
             extra["scalars"] = scalars
@@ -153,7 +153,7 @@ class StepEstimate:
             tokens=tokens,
             loss=self.loss,
             slope=self.slope,
-            coefficients=tuple(float(c) for _, c in terms),
+            coefficients=tuple(map(float, coefficients)),
             curvatures=tuple(map(float, self.curvatures or ())),
             # flags are bits: a step can be guarded and not repeatable at once
             flags=SKIPPED * (self.terms is None)
