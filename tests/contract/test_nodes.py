@@ -334,6 +334,32 @@ def test_a_step_promises_no_more_than_the_trust_allows():
         torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio.flatten()[0])), rtol=1e-4, atol=0)
 
 
+def test_the_bound_cools_as_steps_do():
+    """Where it binds in every step, steps would else be as long at the end as at the beginning."""
+    torch.manual_seed(0)
+    one, state, promised = {"w": Factors(torch.randn(5, 6), torch.randn(5, 12))}, {"w": {}}, []
+    for _ in range(3):
+        step = Whiten(trust=1e-6, cooling=4).steps(one, state, 0.5, 2.0)["w"]
+        promised.append(2.0 * step.inner(one["w"]))
+    assert promised == pytest.approx([0.5e-6, 0.5e-6 * 0.8**0.5, 0.5e-6 * (2 / 3) ** 0.5], rel=1e-3)
+
+
+def test_a_batch_that_promises_nothing_lets_no_long_step_through():
+    """Its gradient is at right angles to the momentum, or 0: what is kept of a step's length at most doubles."""
+    torch.manual_seed(0)
+    rule, state, free = Whiten(trust=1e-3, cooling=0), {"w": {}}, {"w": {}}
+    steep = {"w": Factors(torch.randn(5, 6), torch.randn(5, 12))}
+    flat = {"w": Factors(torch.zeros(5, 6), torch.randn(5, 12))}
+    kept = []
+    for one in (steep, flat, flat, flat):
+        step = rule.steps(one, state, 1.0, 1.0)["w"].dense()
+        wanted = Whiten(trust=1e9, cooling=0).steps(one, free, 1.0, 1.0)["w"].dense()
+        kept.append(float(step.norm() / wanted.norm()))
+        torch.testing.assert_close(step, kept[-1] * wanted, rtol=1e-3, atol=1e-9)
+    assert kept[0] < 0.1
+    assert kept == pytest.approx([min(1, kept[0] * 2**n) for n in range(4)], rel=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", ["whiten", "sgd", "momentum", "adam", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_optimizer_of_gradients_takes_it_downhill(optimizer, dtype):

@@ -13,6 +13,9 @@ from zoft.optimizers._optional import ReadsFactors
 from zoft.optimizers.base import Optimizer, State
 from zoft.utils.lazy import Tensor, torch
 
+_LENGTHENED = 2.0
+"""By how much at most the kept share of steps' own length grows from one step to the next."""
+
 
 @dataclass
 class Whiten(ReadsFactors, Optimizer):
@@ -27,8 +30,9 @@ class Whiten(ReadsFactors, Optimizer):
 
     The step is shortened where it promises too much: with p = <E^T X, step> the decrease of the loss that the last
     batch's own gradient predicts, summed over all layers, lr p is at most ``trust`` times the loss (Polyak's step), or
-    ``trust_exact`` times, where node gradients are not from probes, whose noise is most of p. A loss of 0 or less
-    (minus a reward) has no such bound.
+    ``trust_exact`` times, where node gradients are not from probes, whose noise is most of p; the bound cools as steps
+    do. What is kept of a step's own length at most doubles from one step to the next. A loss of 0 or less (minus a
+    reward) has no such bound.
 
     Scales and shifts of normalisations have a second moment for each element: w <- w - lr * M / (mean x^2 + lambda).
 
@@ -87,7 +91,8 @@ class Whiten(ReadsFactors, Optimizer):
         Args:
             factors: of the gradient estimate, by tensor.
             states: the windows: ``x`` [N, n], ``e`` [N, m], ``age`` [N] in batches, ``share`` [N], of experts
-                ``expert`` [N]; and ``count``, of the tensor's steps; updated.
+                ``expert`` [N]; ``count``, of the tensor's steps; and ``kept``, the share of its own length that the
+                last step had; updated.
             loss: the clean loss of the batch.
             lr: the learning rate.
         """
@@ -100,11 +105,18 @@ class Whiten(ReadsFactors, Optimizer):
             # p <- p + <E^T X, step>
             promised += steps[name].inner(factor)
         is_noisy = any(one.noisy for one in factors.values())
-        bound = (self.trust if is_noisy else self.trust_exact) * loss
+        cooled = min((self._share(states[name]) for name in factors), default=1.0)
+        bound = (self.trust if is_noisy else self.trust_exact) * loss * cooled
         # Polyak: lr p <= trust L, else the step is shortened to it
-        if 0 < bound < lr * promised:
-            steps = {name: one.scaled(bound / (lr * promised)) for name, one in steps.items()}
-        return steps
+        kept = bound / (lr * promised) if 0 < bound < lr * promised else 1.0
+        # A batch whose loss is nearly 0, or whose gradient is at right angles to the momentum, promises nothing: the
+        # bound would let a step of any length through.
+        kept = min(
+            kept, *(_LENGTHENED * float(states[name]["kept"]) for name in factors if "kept" in states[name]), 1.0
+        )
+        for name in factors:
+            states[name]["kept"] = torch.tensor(kept)
+        return {name: one.scaled(kept) for name, one in steps.items()} if kept < 1 else steps
 
     def _share(self, state: State) -> float:
         """1 / sqrt(1 + t / cooling), with t the steps that this tensor has taken before."""
