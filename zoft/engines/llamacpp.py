@@ -143,19 +143,17 @@ class _LlamaBackend:
         rows = [ids[real].tolist() for ids, real in zip(one.inputs["input_ids"].cpu(), mask, strict=True)]
         # a column counts from the right: how many real tokens stand up to it
         places = mask.cumsum(1)[one.row, one.column + mask.shape[1]] - 1  # [N]
-        log_probs = torch.empty(one.tokens.shape)
-        for first in range(0, len(rows), _SEQUENCES):
-            some = rows[first : first + _SEQUENCES]
-            here = [(n, int(one.row[n]) - first, int(places[n])) for n in range(len(places))]
-            here = [(n, row, place) for n, row, place in here if 0 <= row < len(some)]
-            # several tokens at one position, and options that share a prompt, need one row of logits
-            wanted = [sorted({place for _, row, place in here if row == number}) for number in range(len(some))]
-            self.llama.begin(len(some), max(map(len, some)), adapter)
-            asked = [(number, 0, tokens, wanted[number]) for number, tokens in enumerate(some)]
-            logits = torch.from_numpy(self.llama.logits(asked))  # [M, V]
-            at = {key: m for m, key in enumerate((row, place) for row, ps in enumerate(wanted) for place in ps)}
-            for n, row, place in here:
-                log_probs[n] = logits[at[row, place]].log_softmax(-1)[one.tokens[n].cpu()]
+        wanted: dict[int, dict[int, list[int]]] = {}  # row -> place in it -> which of the N; several may share one
+        for n, (row, place) in enumerate(zip(one.row.tolist(), places.tolist(), strict=True)):
+            wanted.setdefault(row, {}).setdefault(place, []).append(n)
+        log_probs, scored = torch.empty(one.tokens.shape), list(wanted)  # rows of which nothing is scored are left out
+        for first in range(0, len(scored), _SEQUENCES):
+            some = scored[first : first + _SEQUENCES]
+            self.llama.begin(len(some), max(len(rows[row]) for row in some), adapter)
+            asked = [(number, 0, rows[row], sorted(wanted[row])) for number, row in enumerate(some)]
+            of_place = [wanted[row][place] for row in some for place in sorted(wanted[row])]
+            for logits, sharing in zip(torch.from_numpy(self.llama.logits(asked)), of_place, strict=True):
+                log_probs[sharing] = logits.log_softmax(-1)[one.tokens[sharing].cpu()]
         return log_probs
 
     def _write(self, adapter: Any, one: Writing) -> list[list[int]]:

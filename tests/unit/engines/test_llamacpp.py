@@ -156,9 +156,33 @@ def test_what_is_not_there_is_said_before_anything_is_read(tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_of_which_nothing_is_scored_are_left_out(folder):
+    there, rows = session(LlamaCpp(file=str(folder / "llama.gguf"))), batch(20, 9)
+    inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
+    alone = {name: value[17:18] for name, value in inputs.items()}
+    tokens = torch.tensor([[5, 9]])
+    of_one, of_many = (
+        there.log_probs(some, torch.tensor([row]), torch.tensor([-2]), tokens)
+        for some, row in ((alone, 0), (inputs, 17))
+    )
+    assert torch.equal(of_one, of_many)
+
+
 def test_losses_move_with_a_step(folder):
     there = session(LlamaCpp(file=str(folder / "llama.gguf")))
     before = there.losses(batch(), [Point()])
     name = next(name for name in there.weights.tensors if "lora_B" in name)
     there.apply_(name, 0, 8, torch.full((8,), 0.5))
     assert not torch.equal(there.losses(batch(), [Point()]), before)
+
+
+def test_a_check_and_an_estimate_of_time_load_no_base_into_torch(with_data, tmp_path, monkeypatch, capsys):
+    file = with_data / "llama.gguf"
+    given = words(with_data, tmp_path / "out", "engine=llamacpp", f"engine.file={file}")
+    monkeypatch.setattr("zoft.lm.models.load.load_model_as", None)
+    assert main(["check", *given]) == 0
+    capsys.readouterr()
+    assert main(["estimate", *given, "--time", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["seconds"] > 0
+    assert found["method"]["parts"]["weights"] == pytest.approx(file.stat().st_size / 2**20, abs=0.1)
