@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -106,3 +106,25 @@ def words(cfg: Any) -> list[str]:
     """
     parts = {group: getattr(cfg, group) for group in GROUPS}
     return [f"{group}={part.own_file}" for group, part in parts.items() if part.own_file]
+
+
+def code_words(cfg: Any) -> list[str]:
+    """The arguments that name functions and scripts of an objective, which a run from its config file needs beside it.
+
+    Args:
+        cfg: of a run.
+
+    Example:
+        >>> from zoft.config import compose
+        >>> code_words(compose(["task=custom", "task.train=x.jsonl", "objective=reward", "objective.function=my:score"]))
+        ['objective.function=my:score']
+    """
+    return list(_code_words("objective", vars(cfg.objective)))
+
+
+def _code_words(path: str, settings: Any) -> Iterator[str]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _code_words(f"{path}.{key}", value)
+        elif isinstance(value, str) and ((key == "function" and value) or value.startswith("evaluate:")):
+            yield f"{path}.{key}={value}"

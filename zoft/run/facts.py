@@ -76,8 +76,11 @@ def _scores(metric: str, zero_shot: dict[str, float], final: dict[str, float]) -
 
 def _settings(cfg: ZoftConfig, trainer: ZOTrainer) -> dict[str, Any]:
     """How the run was trained: its parts by name, its rates and its batch."""
+    from zoft.config import own
+
     groups = ("subspace", "estimator", "weighting", "optimizer", "objective", "peft", "trainable")
     return {group: getattr(cfg, group).name() for group in groups} | {
+        "function": ", ".join(word.partition("=")[2] for word in own.code_words(cfg)) or None,
         "engine": trainer.engine_name,
         "law": cfg.subspace.law,
         "num_directions": cfg.estimator.num_directions,
@@ -133,6 +136,7 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
             [
                 *("zoft", "train", f"config={Path(cfg.output_dir) / folder.CONFIG}"),
                 *own.words(cfg),
+                *own.code_words(cfg),
                 f"output_dir={cfg.output_dir}-again",
             ]
         ),

@@ -51,7 +51,7 @@ class Loaded:
 
 
 def config_of(run: str, overrides: list[str]) -> ZoftConfig:
-    """The config of a finished run.
+    """The config of a finished run; functions that it names are not called by who asks here.
 
     Args:
         run: its folder.
@@ -60,7 +60,7 @@ def config_of(run: str, overrides: list[str]) -> ZoftConfig:
     from zoft.config import compose
     from zoft.evaluation.evaluate import config_of_run
 
-    return compose([f"config={config_of_run(run)}", *overrides])
+    return compose([f"config={config_of_run(run)}", *overrides], runs_code=False)
 
 
 def load_run(run: str, overrides: list[str], *, with_base: bool = False) -> Loaded:

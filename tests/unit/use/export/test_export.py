@@ -258,3 +258,32 @@ def torch_equal(one: Any, other: Any) -> bool:
     import torch
 
     return bool(torch.equal(one, other))
+
+
+def test_a_run_that_a_function_judged_is_exported_and_used_without_it(tmp_path: Path, capsys: Any, monkeypatch: Any):
+    """A config file that names code is refused where it would be called, and not where the model alone is wanted."""
+    from tests.runs import WORDS, model_folder
+
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "model")
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{word} is it"}) + "\n" for word in WORDS * 2))
+    judge = Path("judge.py")
+    judge.write_text("def score(prompts, generations):\n    return [float(len(text)) for text in generations]\n")
+    words = [
+        "config=reward",
+        "model.name=./model",
+        "task.train=prompts.jsonl",
+        "task.max_length=64",
+        "budget.queries=8",
+    ]
+    words += ["objective.max_new_tokens=4", "objective.function=./judge.py:score", "output_dir=out"]
+    run(compose(words))
+    judge.unlink()
+    card = exported(capsys, Path("out"), Path("exported")) / "README.md"
+    assert "| function | ./judge.py:score |" in card.read_text()
+    again = next(line for line in card.read_text().splitlines() if line.startswith("Again, exactly"))
+    assert "objective.function=./judge.py:score" in again
+    for verb in (["generate", "run=out", "prompt=free"], ["predict", "run=out", "data=prompts.jsonl"]):
+        assert main(verb) == 0, capsys.readouterr().err
+    assert main(["eval", "run=out"]) == 2
+    assert "names a function to call, objective.function=./judge.py:score" in capsys.readouterr().err
