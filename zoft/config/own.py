@@ -116,7 +116,7 @@ def code_words(cfg: Any) -> list[str]:
 
     Example:
         >>> from zoft.config import compose
-        >>> code_words(compose(["task=custom", "task.train=x.jsonl", "objective=reward", "objective.function=my:score"]))
+        >>> code_words(compose(["config=reward", "task.train=x.jsonl", "objective.function=my:score"]))
         ['objective.function=my:score']
     """
     return list(_code_words("objective", vars(cfg.objective)))
