@@ -108,12 +108,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def zoft(*words: str, cwd: Path, **given: Any) -> subprocess.CompletedProcess[str]:
-    """``python -m zoft ...`` as a user would start it."""
+def zoft(*words: str, cwd: Path, columns: int = 0, **given: Any) -> subprocess.CompletedProcess[str]:
+    """``python -m zoft ...`` as a user would start it; on a terminal of so many columns, where any are given."""
     command = [sys.executable, "-m", "zoft", *words]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=200, check=False, **given
-    )
+    env = environment() | ({"COLUMNS": str(columns)} if columns else {})
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200, check=False, **given)
 
 
 def report(output_dir: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.utils.terminal import laid_out, width_of
+from zoft.utils.terminal import fitted, laid_out, whole, width_of
 from zoft.utils.words import read_words
 
 ROWS = 3
@@ -250,7 +250,7 @@ def _part(part: dict[str, Any], width: int | None, colour: bool) -> list[str]:
 
 
 def _within(text: str, width: int | None) -> list[str]:
-    return (laid_out(text, width) if width else text).split("\n")
+    return (laid_out(text, width) if width else fitted(text)).split("\n")
 
 
 def _tokens(tokens: list[str], counted: list[bool], width: int, colour: bool) -> list[str]:
@@ -279,8 +279,8 @@ def _line(text: str, marks: str, *, first: bool) -> list[str]:
 
 def _options(options: list[dict[str, Any]]) -> str:
     shown = (
-        f"{safe(option['text'])!r} ({option['tokens']} token{'s' * (option['tokens'] != 1)})"
-        + (" <- right" if option["right"] else "")
+        whole(f"{safe(option['text'])!r:.60} ({option['tokens']} token{'s' * (option['tokens'] != 1)})")
+        + (whole(" <- right") if option["right"] else "")
         for option in options[:12]
     )
     return "  options  " + ", ".join(shown)

@@ -9,7 +9,7 @@ from typing import Any
 from zoft.errors import UserError
 from zoft.lm.metrics.classes import table
 from zoft.lm.metrics.passing import read_names
-from zoft.utils.terminal import fitted
+from zoft.utils.terminal import fitted, width_of
 from zoft.utils.words import read_words
 
 _HARNESS = ("harness", "harness_limit", "harness_path")
@@ -78,7 +78,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     if "perplexity" in facts:
         lines.append(f"{'perplexity':<{width}}  {facts['perplexity']:.2f}")
     if "confusion" in facts:
-        lines += ["", *table(facts), f"{'macro F1':<{width}}  {facts['macro_f1']:.3f}", ""]
+        lines += ["", *table(facts, room=width_of()), f"{'macro F1':<{width}}  {facts['macro_f1']:.3f}", ""]
     lines += [f"{name:<{width}}  {value:.4g} (evaluate)" for name, value in facts.get("evaluate", {}).items()]
     if facts.get("num_ungraded"):
         lines.append(f"{'ungraded':<{width}}  {facts['num_ungraded']:,} texts, see ungraded.jsonl")

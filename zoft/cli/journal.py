@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, did_you_mean
+from zoft.utils.terminal import fitted
 from zoft.utils.words import read_words
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def command(arguments: list[str]) -> int:
         for record in contents.records:
             print(json.dumps(as_row(record)))
         return 0
-    print("\n".join(_lines(path, contents, everything="--all" in flags)))
+    print(fitted("\n".join(line.rstrip() for line in _lines(path, contents, everything="--all" in flags))))
     return 0
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import shorten
 
 from zoft.errors import UserError
+from zoft.utils.terminal import fitted, width_of
 from zoft.utils.words import read_words
 
 KEYS, FLAGS = ("run", "data", "output"), ("--json",)
@@ -53,7 +55,9 @@ def command(arguments: list[str]) -> int:
     for row in done.rows[:_SHOWN]:
         sure = f"  {100 * row['probability']:5.1f} %" if "probability" in row else ""
         text = next((str(v) for k, v in row.items() if k not in done.columns and isinstance(v, str)), "")
-        print(f"{str(row['prediction'])[:40]!r:<16}{sure}  {' '.join(text.split())[:80]}")
+        line = f"{str(row['prediction'])[:40]!r:<16}{sure}  "
+        print(line + shorten(text, max(20, (width_of() or 120) - len(line)), placeholder=" ..."))
     rest = len(done.rows) - _SHOWN
-    print(f"{f'... and {rest:,} more; ' * (rest > 0)}{len(done.rows):,} rows with {', '.join(done.columns)}: {output}")
+    said = f"{f'... and {rest:,} more; ' * (rest > 0)}{len(done.rows):,} rows with {', '.join(done.columns)}: {output}"
+    print(fitted(said))
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from zoft.cli.journal import journal_of
 from zoft.errors import UserError
 from zoft.utils import own_files
+from zoft.utils.terminal import fitted
 from zoft.utils.words import read_words
 
 
@@ -30,7 +31,7 @@ def command(arguments: list[str]) -> int:
         to=options.get("--to"),
         output=options.get("--output"),
     )
-    print(text)
+    print(fitted(text))
     return 0
 
 

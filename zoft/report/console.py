@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.report.text import duration, gib, say
-from zoft.utils.terminal import columns
+from zoft.utils.terminal import columns, width_of
 
 __all__ = ["ProgressCallback", "say"]
 
@@ -189,7 +189,9 @@ class ProgressCallback(TrainerCallback):
         self._bar, self._training = None, False
 
     def _line(self) -> None:
-        say(self.text(), self._stream or sys.stderr)
+        stream = self._stream or sys.stderr
+        width = width_of(stream)
+        say(self.text() if width is None else " | ".join(_within(self.parts(), width).values()), stream)
         self._next_line = self._done + _LINE_SHARE * self._total
 
     def _draw(self, force: bool = False) -> None:
@@ -197,14 +199,22 @@ class ProgressCallback(TrainerCallback):
             return
         self._drawn = time.monotonic()
         parts = self.parts()
-        first, rest = parts.pop("queries"), {"bar": "x" * _BAR_CELLS, **parts}
-        for expendable in _EXPENDABLE:
-            if len(" | ".join([first, *rest.values()])) < columns(self._bar.fp):
-                break
-            rest.pop(expendable, None)
+        first = parts.pop("queries")
+        rest = _within({"queries": first, "bar": "x" * _BAR_CELLS, **parts}, columns(self._bar.fp) - 1)
+        del rest["queries"]
         if "bar" in rest:
             rest["bar"] = f"{{bar:{_BAR_CELLS}}}"  # tqdm draws it, in blocks where the terminal's encoding has them
         self._bar.bar_format = " | ".join([first, *rest.values()])
         self._bar.ncols = columns(self._bar.fp)  # not tqdm's own measure, which draws nothing on a terminal that says 0
         self._bar.n, self._bar.total = self._done, max(self._total, self._done)
         self._bar.refresh()
+
+
+def _within(parts: dict[str, str], width: int) -> dict[str, str]:
+    """The parts that fit on a line of ``width`` characters; what says least goes first."""
+    parts = dict(parts)
+    for expendable in _EXPENDABLE:
+        if len(" | ".join(parts.values())) <= width:
+            break
+        parts.pop(expendable, None)
+    return parts

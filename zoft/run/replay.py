@@ -45,6 +45,7 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
         raise UserError(f"--output {output} is not empty: give a new folder")
     settings = contents.header.get("settings", {})
     auto.apply(cfg, {key: settings[key] for key in cfg.auto if key in settings})  # rates are in the records
+    keeps_best = bool(cfg.trainer.get("load_best_model_at_end"))
     optimizer, directions = begin(cfg)
     checked = replay(optimizer, directions, contents, steps, path)
     session = optimizer.session
@@ -52,7 +53,7 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
     sha = session.weights.digest()
     summary = f"weights after step {steps:,} of {contents.end:,}: SHA-256 {sha}"
     summary += f"\n{checked} hashes of the journal were compared and are equal" if checked else ""
-    if to is None and (why := _why_not_the_model(cfg, run, sha)):
+    if to is None and (why := _why_not_the_model(run, sha, keeps_best=keeps_best)):
         summary += f"\nthese are not the weights of model/: {why}"
     if output is not None:
         model: Any = session.model
@@ -65,15 +66,17 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
     return summary
 
 
-def _why_not_the_model(cfg: ZoftConfig, run: Path, sha: str) -> str:
+def _why_not_the_model(run: Path, sha: str, *, keeps_best: bool) -> str:
     """Why the run's report tells of other weights than its journal leads to; empty where it does not."""
     from zoft.report.results import WEIGHTS, finished
 
     facts = finished(run)
     if facts is None or facts[WEIGHTS] == sha:
         return ""
-    if cfg.trainer.get("load_best_model_at_end"):
-        return "those are of the run's best checkpoint (trainer.load_best_model_at_end=true)"
+    if keeps_best:
+        step = facts.get("kept_step")
+        which = f"step {step:,}: zoft replay {run} --to {step}" if step else "the run's best checkpoint"
+        return f"those are of {which} (trainer.load_best_model_at_end=true)"
     return f"those are of the run as it was reported, after {facts.get('num_steps', 'other')} steps"
 
 

@@ -38,10 +38,15 @@ def columns(stream: TextIO) -> int:
     return width_of(stream) or 80
 
 
+def whole(text: str) -> str:
+    """Text for :func:`laid_out` in which no line is broken."""
+    return text.replace(" ", _KEPT)
+
+
 def fitted(text: str, stream: TextIO | None = None) -> str:
     """Text for people, laid out for the terminal behind `stream`; as it is for a file or a pipe."""
     width = width_of(stream)
-    return text if width is None else laid_out(text, width)
+    return text.replace(_KEPT, " ") if width is None else laid_out(text, width)
 
 
 def laid_out(text: str, width: int) -> str:
@@ -61,7 +66,8 @@ def laid_out(text: str, width: int) -> str:
                 of one or of five
     """
     width = max(width, _NARROWEST)
-    return "\n".join(line for lines in _items(text.split("\n")) for line in _refilled(lines, width))
+    lines = (line for lines in _items(text.split("\n")) for line in _refilled(lines, width))
+    return "\n".join(lines).replace(_KEPT, " ")
 
 
 def _items(lines: list[str]) -> list[list[str]]:
@@ -107,4 +113,4 @@ def _wrapped(text: str, first: str, others: str, width: int) -> list[str]:
     filled = textwrap.wrap(
         text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
     )
-    return [line.replace(_KEPT, " ") for line in filled]
+    return filled

@@ -58,6 +58,15 @@ def test_a_pipe_gets_a_plain_line_every_tenth(clock: Any) -> None:
     assert lines[-1].endswith("01:40<00:00")
 
 
+def test_a_plain_line_is_one_line_where_columns_are_known(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = io.StringIO()
+    train(ProgressCallback(2, peak_mb=lambda: 625.0, stream=stream), clock)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[4] == "queries 100/200 | loss 0.020 | acc 91.0 % (dev) | 0.61 GiB peak | 00:50<00:50"
+
+
 def test_disable_tqdm_means_plain_lines_on_a_terminal_too(clock: Any) -> None:
     stream = Terminal()
     train(ProgressCallback(2, stream=stream), clock, disable_tqdm=True)

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from zoft.cli import VERBS, help_text
-from zoft.utils.terminal import columns, fitted, laid_out, width_of
+from zoft.utils.terminal import columns, fitted, laid_out, whole, width_of
 
 HELP = [None, *VERBS]
 
@@ -70,3 +70,12 @@ def test_a_file_has_no_width_and_columns_says_one(monkeypatch):
     assert columns(io.StringIO()) == 80
     monkeypatch.setenv("COLUMNS", "50")
     assert max(map(len, fitted(text, io.StringIO()).splitlines())) <= 50
+
+
+def test_what_is_whole_is_not_broken(monkeypatch):
+    text = "  options  " + ", ".join(whole(f"' option {k}' (1 token)") for k in range(9))
+    lines = laid_out(text, 60).split("\n")
+    assert len(lines) > 2
+    assert all(line.rstrip(",").endswith("token)") for line in lines)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert fitted(whole("a b"), io.StringIO()) == "a b"

@@ -50,12 +50,13 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def table(scores: dict[str, Any], width: int = 16) -> list[str]:
+def table(scores: dict[str, Any], width: int = 16, room: int | None = None) -> list[str]:
     """The figures for people: a line for every class, with what its rows were taken for.
 
     Args:
         scores: of :func:`by_class`.
         width: characters of a class's name; a longer one is cut.
+        room: characters of a line; where a column for each class is wider, the commonest mistakes are named instead.
 
     Example:
         >>> print(chr(10).join(table(by_class([0, 0, 1, 1], [0, 1, 1, 1], ["ham", "spam"]))))
@@ -67,6 +68,9 @@ def table(scores: dict[str, Any], width: int = 16) -> list[str]:
     first = max(5, *map(len, names))
     head = f"{'class':<{first}}  {'rows':>6}  {'precision':>9}  {'recall':>7}  {'F1':>5}  taken for:"
     lines = [head + "".join(f"  {name:>6}" for name in names)]
+    wide = room is not None and len(lines[0]) > room
+    if wide:
+        lines = [head.removesuffix(":")]
     for name, figures, counts in zip(names, scores["classes"].values(), scores["confusion"], strict=True):
         columns = [
             f"{figures['num_rows']:>6,}",
@@ -74,9 +78,20 @@ def table(scores: dict[str, Any], width: int = 16) -> list[str]:
             f"{_percent(figures['recall']):>7}",
         ]
         columns.append(f"{'-' if figures['f1'] is None else format(figures['f1'], '.3f'):>5}")
+        figures_of = f"{name:<{first}}  {'  '.join(columns)}"
         cells = "".join(f"  {count:>{max(6, len(other))},}" for count, other in zip(counts, names, strict=True))
-        lines.append(f"{name:<{first}}  {'  '.join(columns)}            {cells}")
+        mistakes = "  " + _mistakes(name, counts, names, (room or 0) - len(figures_of) - 2)
+        lines.append((figures_of + (mistakes if wide else f"            {cells}")).rstrip())
     return lines
+
+
+def _mistakes(name: str, counts: Sequence[int], names: Sequence[str], room: int) -> str:
+    """The classes that a class's rows were taken for, the commonest first, as many as there is room for."""
+    taken = sorted(zip(counts, names, strict=True), key=lambda pair: -pair[0])
+    said = [f"{other} {count:,}" for count, other in taken if count and other != name]
+    while len(said) > 1 and len(", ".join(said)) > room:
+        said = [*said[: -1 - (said[-1] == "...")], "..."]
+    return ", ".join(said)
 
 
 def _percent(value: float | None) -> str:

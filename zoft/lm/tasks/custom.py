@@ -295,7 +295,9 @@ class Custom(Task):
                 f"{self.train} are {labels}"
             )
         what = "classes" if head else "words"
-        log.warning("task.words is not given: the labels are their own %s: %s", what, labels)
+        if not vars(self).get("_said"):  # once, however often they are asked for
+            log.warning("task.words is not given: the labels are their own %s: %s", what, labels)
+        self._said = True
         return {label: each.spelling for label, each in seen.items()}
 
     def _labels_seen(self, column: str, limit: int) -> dict[str, _Label]:

@@ -35,7 +35,7 @@ NAME = "compare"
 def table(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """What is said of each group; a run without an end counts with what it has reached on the dev rows: nothing here.
 
-    The interval of several seeds is Student's over the seeds; of one run, its report's own.
+    The interval of several seeds is Student's over the seeds; of one run, or of seeds that end alike, the report's own.
     """
     return [_row(group) for group in groups]
 
@@ -46,7 +46,9 @@ def _row(group: Group) -> dict[str, Any]:
     if not ended:
         return row | {"metric": "not finished"}
     values = [facts["final"] for facts in ended]
-    low, high = mean_of_seeds(values) if len(values) > 1 else ended[0].get("final_interval", (math.nan, math.nan))
+    # seeds that all end alike have no spread: the rows' own interval is what is known
+    spread = len(set(values)) > 1
+    low, high = mean_of_seeds(values) if spread else ended[0].get("final_interval", (math.nan, math.nan))
     zero = [facts["zero_shot"] for facts in ended if "zero_shot" in facts]
     row |= {"metric": ended[0]["metric"], "final": _mean(values), "low": low, "high": high}
     if zero:

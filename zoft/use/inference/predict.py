@@ -68,8 +68,10 @@ def _found(cfg: ZoftConfig, run: str, examples: list[Any], labels: tuple[str, ..
     """What is added to each row."""
     from zoft.evaluation import evaluate as evaluating
     from zoft.lm import formats
+    from zoft.lm.models.load import quiet
     from zoft.run.build import row_limit, tokenizer_of
 
+    quiet()
     objective = formats.scorer_of(cfg.task, examples, cfg.objective)
     form = formats.nearest_format(cfg.task, examples, objective)
     if form == "counted":  # a completion that nobody knows: it is written

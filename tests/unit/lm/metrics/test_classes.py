@@ -31,3 +31,15 @@ def test_a_class_without_rows_has_a_dash_and_no_part_in_the_mean():
     lines = table(found)
     assert lines[2].startswith("a very long nam~       0          -        -      -")
     assert len({len(line) for line in lines}) == 1
+
+
+def test_where_columns_do_not_fit_the_commonest_mistakes_are_named():
+    names = ["complaint about delivery", "other", "praise", "question", "refund request"]
+    labels = [0, 0, 0, 0, 1, 2, 3, 4]
+    chosen = [1, 1, 2, 4, 1, 3, 3, 4]
+    lines = table(by_class(labels, chosen, names), room=80)
+    assert lines[0].endswith("taken for")
+    assert lines[1].endswith("other 2, praise 1, ...")
+    assert lines[2].endswith("0.500")  # always right: nothing stands there
+    assert max(map(len, lines)) <= 80
+    assert lines != table(by_class(labels, chosen, names), room=140) == table(by_class(labels, chosen, names))

@@ -163,3 +163,11 @@ def test_wrong_requests_are_one_sentence(words: list[str], message: str, sweep: 
     (sweep.parent / "empty").mkdir()
     assert main([word.replace("SWEEP", str(sweep)) for word in words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_seeds_that_end_alike_have_the_interval_of_the_rows(tmp_path: Path):
+    """Two equal numbers have no spread, which is not to say that nothing is left to chance."""
+    folders = [str(a_run(tmp_path / f"seed={seed}", seed, 0.7)) for seed in (0, 1)]
+    (row,) = table(grouped(read_runs(folders)))
+    assert row["seeds"] == 2
+    assert (row["low"], row["high"]) == pytest.approx((0.604, 0.781), abs=1e-3)

@@ -60,6 +60,24 @@ def test_new_rows_get_labels_with_probabilities(runs: Path, tmp_path: Path, caps
         assert float(row["probability"]) == max(shares.values())
 
 
+def test_what_is_said_of_predictions_fits_a_terminal(runs: Path, tmp_path: Path):
+    """One note however often the labels are asked for, no bar of a library, and texts that end between words."""
+    data = tmp_path / "new.csv"
+    data.write_text("text\n" + "you call me later and you meet me at home for lunch is it free or is it spam\n" * 9)
+    done = zoft(
+        *("predict", f"run={runs / 'out/classify'}", f"data={data}", f"output={tmp_path / 'out.csv'}"),
+        cwd=tmp_path,
+        columns=80,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("task.words is not given") == 1
+    assert "\r" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.endswith(" ...") for line in lines[:5])
+    path = str(tmp_path / "out.csv")
+    assert all(len(line) <= 80 for line in lines if path not in line)
+
+
 def test_predictions_are_those_of_an_evaluation(runs: Path, tmp_path: Path, capsys: Any):
     """The same rows as test rows: the same choices and scores, whatever label stands there."""
     run_dir = runs / "out/classify"
