@@ -7,7 +7,7 @@ from pathlib import Path
 
 from zoft.errors import UserError, did_you_mean
 from zoft.utils.terminal import width_of
-from zoft.utils.words import read_words
+from zoft.utils.words import folder_of, read_words
 
 KEYS, FLAGS = ("output", "axis"), ("--json",)
 HELP = """\
@@ -31,6 +31,7 @@ def command(arguments: list[str]) -> int:
         arguments: folders of runs or sweeps, ``axis=``, ``output=``, ``--json``.
     """
     asked, places, flags, _ = read_words("compare", arguments, keys=KEYS, flags=FLAGS)
+    places = [folder_of(place) for place in places]
     if not places:
         raise UserError("say which runs: zoft compare RUN_A RUN_B, or a sweep's folder")
     from zoft.use.compare.picture import AXES, picture

@@ -8,6 +8,7 @@ from typing import Any
 
 from zoft.cli.journal import as_row, journal_of
 from zoft.errors import UserError
+from zoft.utils.words import folder_of
 from zoft.run.folder import CONFIG
 
 SAME, DIFFERENT = 0, 1
@@ -23,6 +24,7 @@ def command(arguments: list[str]) -> int:
     Returns:
         0 if they say the same, 1 if not.
     """
+    arguments = [folder_of(word) for word in arguments]
     if len(arguments) != 2 or any(word.startswith("-") for word in arguments):
         raise UserError("say which two runs: zoft diff RUN_A RUN_B")
     from zoft.journal import file as journal

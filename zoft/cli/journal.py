@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, did_you_mean
 from zoft.utils.terminal import fitted
-from zoft.utils.words import read_words
+from zoft.utils.words import folder_of, read_words
 
 if TYPE_CHECKING:
     from zoft.journal.file import Contents
@@ -37,7 +37,7 @@ def command(arguments: list[str]) -> int:
         )
     from zoft.journal import file as journal
 
-    path = journal_of(words[1])
+    path = journal_of(folder_of(words[1]))
     contents = journal.read(path)
     if "--json" in flags:
         print(json.dumps({"header": contents.header, "steps": contents.end, "damaged_bytes": contents.damaged}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from zoft.errors import UserError
+from zoft.utils.words import folder_of
 
 KEYS: tuple[str, ...] = ()
 HELP = """\
@@ -21,6 +22,7 @@ def command(arguments: list[str]) -> int:
     Args:
         arguments: a run's folder.
     """
+    arguments = [folder_of(word) for word in arguments]
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise UserError("say which run: zoft plot RUN")
     from zoft.report.plots import learning_curve

@@ -8,7 +8,7 @@ from zoft.cli.journal import journal_of
 from zoft.errors import UserError
 from zoft.utils import own_files
 from zoft.utils.terminal import fitted
-from zoft.utils.words import read_words
+from zoft.utils.words import folder_of, read_words
 
 
 def command(arguments: list[str]) -> int:
@@ -41,4 +41,4 @@ def _parsed(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     runs = [word for word in words.rest if word not in settings]
     if len(runs) != 1:
         raise UserError("say which run: zoft replay RUN [--to STEP] [--output DIR]")
-    return runs[0], settings, words.options
+    return folder_of(runs[0]), settings, words.options

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoft.errors import UserError
 from zoft.run import folder
 from zoft.version import __version__
 
@@ -90,7 +91,18 @@ def _settings(cfg: ZoftConfig, trainer: ZOTrainer) -> dict[str, Any]:
         "batch_size": trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
         "num_train_rows": len(trainer.train_dataset),
         "data": getattr(cfg.task, "train", "") or cfg.task.name(),
+        "read_as": _read_as(cfg),
     }
+
+
+def _read_as(cfg: ZoftConfig) -> dict[str, Any] | None:
+    """How rows of one's own are read; None for other tasks, and where the file has gone since."""
+    from zoft.lm.tasks.custom import Custom
+
+    try:
+        return cfg.task.remembered() if isinstance(cfg.task, Custom) else None
+    except UserError:
+        return None
 
 
 def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]:
@@ -100,7 +112,7 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
     from zoft.report.backprop import backprop_estimate_mb, model_shape
 
     num_trained, progress = trainer.stages.num_trained, trainer.progress
-    batch = trainer.args.per_device_train_batch_size
+    batch = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
     longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
     shape = model_shape(trainer.model, num_trained)
     return {

@@ -50,7 +50,7 @@ def paired_gain(metric: str, before: dict[str, Any], after: dict[str, Any]) -> t
         >>> one = {"values": [0.0, 0.0, 1.0, 0.0], "weights": [1.0] * 4}
         >>> two = {"values": [1.0, 1.0, 1.0, 0.0], "weights": [1.0] * 4}
         >>> "{:.2f} {:.2f} {:.2f}".format(*paired_gain("accuracy", one, two))
-        '0.50 -0.42 1.42'
+        '0.50 -0.42 1.00'
         >>> "{:.2f} {:.2f} {:.2f}".format(*paired_gain("accuracy", one, one))
         '0.00 -0.53 0.53'
 
@@ -71,7 +71,8 @@ def paired_gain(metric: str, before: dict[str, Any], after: dict[str, Any]) -> t
         bounds = (gain - p * (1 + gain), gain + p * (1 - gain)) if metric in _SHARES else (-math.inf, math.inf)
         return gain, *bounds
     low, high = mean_of_seeds(residuals)
-    return gain, gain + low, gain + high
+    most = 1.0 if metric in _SHARES else math.inf
+    return gain, max(-most, gain + low), min(most, gain + high)
 
 
 def kept_line(args: Any, state: Any) -> str | None:

@@ -25,6 +25,11 @@ class Words(NamedTuple):
     options: dict[str, str]
 
 
+def folder_of(word: str) -> str:
+    """A run's folder, also where it is written ``run=DIR`` as other verbs want it."""
+    return word.removeprefix("run=")
+
+
 def read_words(
     verb: str,
     arguments: Sequence[str],

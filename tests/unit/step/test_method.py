@@ -100,3 +100,18 @@ def test_eps_at_the_beginning_in_the_middle_and_at_the_end(name, schedule, share
 def test_tied_to_a_rate_of_zero_eps_stays():
     """A step that moves nothing is queried all the same: warm-up begins with one."""
     assert scheduled(Central(eps=1e-3, eps_schedule="tied"), 0.0, rate=0.0).radius == 1e-3
+
+
+@pytest.mark.parametrize("parts", [{}, {"estimator": "svrg"}, {"subspace": "activation"}, {"optimizer": "adam"}])
+def test_steps_are_counted_as_they_are_paid(parts: dict[str, str]):
+    method = Method.of(**parts)  # type: ignore[arg-type]
+    for queries in (method.queries_at(0), 100, 101):
+        steps = method.steps_within(queries)
+        spent = [sum(method.queries_at(step) for step in range(count)) for count in (steps, steps + 1)]
+        assert spent[0] <= queries < spent[1]
+
+
+def test_a_budget_that_nobody_spends_is_refused_at_once():
+    with pytest.raises(UserError, match=r"budget\.queries=9{20} is more than 100,000,000"):
+        Method.of().steps_within(int("9" * 20))
+    assert Method.of().steps_within(99_999_999) == 49_999_999

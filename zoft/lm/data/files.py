@@ -61,7 +61,7 @@ def read_placed(source: str, split: str = "train") -> Iterator[tuple[str, Row]]:
             raise UserError(f"{source} has more than {MAX_ROWS:,} rows: give a file with fewer")
         yield where, row
     if not number:
-        raise UserError(f"{source} has no rows")
+        raise UserError(f"{source} has no rows: give a file that has some")
 
 
 def column(row: Row, name: str, source: str, number: int) -> Any:
@@ -114,6 +114,8 @@ def _open(source: str, split: str) -> Iterator[tuple[str, Row]]:
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, ~nobody, a null byte
         raise UserError(f"{source!r:.200} is not a data file ({getattr(error, 'strerror', None) or error})") from None
     if kind in SUFFIXES:
+        if is_there and path.is_dir():
+            raise UserError(f"{source} is a folder: give a file in it")
         if not is_file:
             raise UserError(f"there is no data file {source} (looked in {Path.cwd()})")
         return _of_file(path, kind)

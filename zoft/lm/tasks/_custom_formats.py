@@ -190,7 +190,7 @@ def reading(
         setting = "task.label=COLUMN" if chosen == "text_label" else f"'task.columns={{{missing[0]}: COLUMN}}'"
         raise UserError(
             f"{where} has no column for {missing[0]!r} of format={chosen} (its columns: {listed(row)}): "
-            f"name it, {setting}"
+            f"{_parted_otherwise(row)}name it, {setting}"
         )
     if templated:
         for role in given:
@@ -263,3 +263,12 @@ def _all_read(row: Mapping[str, Any], settled: Columns) -> bool:
 
 def _listed(column: Any) -> list[str]:
     return [str(one) for one in column] if isinstance(column, list | tuple) else [str(column)]
+
+
+def _parted_otherwise(row: Mapping[str, Any]) -> str:
+    """That a csv's one column looks like several, parted by another character than its name says."""
+    (name, *others) = row
+    found = next((mark for mark in ";\t|" if mark in str(name)), "") if not others else ""
+    return f"cells are parted by commas in a .csv and by tabs in a .tsv, not by {found!r}; convert it, or " * bool(
+        found
+    )

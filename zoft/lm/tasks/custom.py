@@ -182,6 +182,21 @@ class Custom(Task):
         dev, train = pool[:num_dev], pool[num_dev:][: self.num_train]
         return cast(Any, Splits)(train=train, dev=dev, test=test)
 
+    def remembered(self) -> dict[str, Any]:
+        """What the training rows have said of themselves, as JSON: a finished run reads new rows without them."""
+        reading = self.reading()
+        words = self._words(reading.columns["label"]) if reading.format == "text_label" else {}
+        return {"format": reading.format, "columns": reading.columns, "words": words}
+
+    def remember(self, said: dict[str, Any]) -> None:
+        """Go by what another one's :meth:`remembered` was, and not by the training rows, which may be gone.
+
+        Args:
+            said: format, columns and words.
+        """
+        vars(self).pop("labels", None)
+        self._remembered = said
+
     def for_new_rows(self) -> tuple[NewRow, tuple[str, ...]]:
         """Rows of the same columns; those of the label, the answer, the completion or the reward may be missing."""
         reading = self.reading()
@@ -229,6 +244,8 @@ class Custom(Task):
         self._need(bool(self.train), "train", "a data file or hub dataset")
         if self.words:
             self._check_words()
+        if known := vars(self).get("_remembered"):
+            return Reading(known["format"], known["columns"], (), found=False)
         template = rows.Template.of(self.template).columns if self.template else ()
         placed = read_placed(self.train, "train")
         where, row = next(placed)
@@ -284,20 +301,31 @@ class Custom(Task):
         """Label -> its word: as set, or the labels of the training rows where those are words or a head's classes."""
         if self.words:
             return {label_key(label) or "": word for label, word in self.words.items()}
+        if known := vars(self).get("_remembered"):
+            return dict(known["words"])
+        found: dict[tuple[str, str], dict[str, str]] = vars(self).setdefault("_found", {})  # all rows are read for it
+        if (self.train, column) not in found:
+            found[self.train, column] = self._words_of_rows(column)
+        return found[self.train, column]
+
+    def _words_of_rows(self, column: str) -> dict[str, str]:
         head = self.kind == "head"
         seen = self._labels_seen(column, MAX_CLASSES if head else MAX_LABELS)
         labels = ", ".join(f"{label[:40]} ({each.rows:,} rows)" for label, each in list(seen.items())[:12])
         if head and len(seen) < 2:
             raise UserError(f"a head needs two classes or more; the labels of {self.train} are {labels}")
-        if len(seen) < 2 or not (head or all(any(c.isalpha() for c in label) for label in seen)):
+        if len(seen) == 1:
+            raise UserError(
+                f"every row of {self.train} has the same label, {labels}: there is nothing to tell apart; give rows of "
+                "two labels or more, or name the column that has them, task.label=COLUMN"
+            )
+        if not seen or not (head or all(any(c.isalpha() for c in label) for label in seen)):
             raise UserError(
                 "task.words must be a word for each label, e.g. '{0: terrible, 1: great}', got none; the labels of "
                 f"{self.train} are {labels}"
             )
         what = "classes" if head else "words"
-        if not vars(self).get("_said"):  # once, however often they are asked for
-            log.warning("task.words is not given: the labels are their own %s: %s", what, labels)
-        self._said = True
+        log.warning("task.words is not given: the labels are their own %s: %s", what, labels)
         return {label: each.spelling for label, each in seen.items()}
 
     def _labels_seen(self, column: str, limit: int) -> dict[str, _Label]:

@@ -59,8 +59,15 @@ def config_of(run: str, overrides: list[str]) -> ZoftConfig:
     """
     from zoft.config import compose
     from zoft.evaluation.evaluate import config_of_run
+    from zoft.lm.tasks.custom import Custom
+    from zoft.report.results import finished
 
-    return compose([f"config={config_of_run(run)}", *overrides], runs_code=False)
+    cfg = compose([f"config={config_of_run(run)}", *overrides], runs_code=False)
+    said = (finished(Path(run)) or {}).get("read_as")
+    # whoever gives settings of the task wants its rows read by them
+    if said and isinstance(cfg.task, Custom) and not any(word.startswith("task.") for word in overrides):
+        cfg.task.remember(said)
+    return cfg
 
 
 def load_run(run: str, overrides: list[str], *, with_base: bool = False) -> Loaded:

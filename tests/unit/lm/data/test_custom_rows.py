@@ -189,7 +189,16 @@ DOES_NOT_FIT = [
     ({"prompt": "a"}, {"format": "completion"}, r"own.jsonl:1 has no column for 'completion' of format=completion"),
     ({"prompt": "a"}, {"columns": {"prompt": "promt"}}, r"own.jsonl:1 has no 'promt'.*Did you mean prompt"),
     ({"prompt": "a"}, {"format": "chat", "columns": {"mesages": "prompt"}}, r"has no 'mesages'. Did you mean messages"),
-    ({"text": "a", "label": 0}, {"template": "{text}"}, r"words must be a word for each label.*the labels of.*are 0"),
+    (
+        {"text": "a", "label": 0},
+        {"template": "{text}"},
+        r"every row of .* has the same label, 0 \(1 rows\): .* task.label=",
+    ),
+    (
+        {"text;label": "a;0"},
+        {"format": "text_label"},
+        r"parted by commas in a \.csv .*, not by ';'; convert it, or name it",
+    ),
     ({"text": "a", "label": 0}, {"prompt": "head"}, r"a head needs two classes or more; the labels of.*are 0 \(8 rows"),
     (
         {"t": "a", "label": 0},

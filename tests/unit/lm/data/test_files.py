@@ -105,7 +105,7 @@ BROKEN = {
     "mac.csv": (b"a,b\r1,2\r", r"mac.csv:1: "),
     "text.parquet": (b"not parquet at all", r"text.parquet: not a parquet file"),
     "empty.jsonl": (b"", r"empty.jsonl has no rows"),
-    "empty.json": (b"[]", r"empty.json has no rows"),
+    "empty.json": (b"[]", r"empty.json has no rows: give a file that has some"),
     "void.json": (b"", r"void.json:1"),
     "header.csv": (b"a,b\n", r"header.csv has no rows"),
     "empty.csv": (b"", r"empty.csv has no rows"),
@@ -130,7 +130,7 @@ def test_a_file_that_is_not_there_says_where_it_looked(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=rf"there is no data file rows.jsonl \(looked in {re.escape(str(tmp_path))}\)"):
         read_rows("rows.jsonl")
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(UserError, match="there is no data file"):
+    with pytest.raises(UserError, match=r"^folder\.csv is a folder: give a file in it$"):
         read_rows("folder.csv")
 
 

@@ -25,11 +25,11 @@ def test_figures_are_those_of_scikit_learn():
 
 
 def test_a_class_without_rows_has_a_dash_and_no_part_in_the_mean():
-    found = by_class([0, 0], [0, 0], ["one", "a very long name of a class"])
-    assert found["classes"]["a very long name of a class"]["recall"] is None
+    found = by_class([0, 0], [0, 0], ["one", "a very long title of a class"])
+    assert found["classes"]["a very long title of a class"]["recall"] is None
     assert found["macro_f1"] == 1.0
     lines = table(found)
-    assert lines[2].startswith("a very long nam~       0          -        -      -")
+    assert lines[2].startswith("a very long tit~       0          -        -      -")
     assert len({len(line) for line in lines}) == 1
 
 

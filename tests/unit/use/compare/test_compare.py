@@ -150,8 +150,8 @@ def test_a_run_is_plotted_again(sweep: Path, capsys: Any):
         (["compare", "nowhere"], "there is no folder nowhere"),
         (["compare", "empty"], "empty holds no run of zoft train"),
         (
-            ["compare", "SWEEP", "axis=queris"],
-            "axis must be one of queries, seconds, tokens, got 'queris'. Did you mean queries?",
+            ["compare", "SWEEP", "axis=query"],
+            "axis must be one of queries, seconds, tokens, got 'query'. Did you mean queries?",
         ),
         (["compare", "SWEEP", "--jsn"], "Did you mean --json?"),
         (["plot"], "say which run"),

@@ -78,6 +78,29 @@ def test_what_is_said_of_predictions_fits_a_terminal(runs: Path, tmp_path: Path)
     assert all(len(line) <= 80 for line in lines if path not in line)
 
 
+def test_a_run_is_used_from_another_folder_and_without_its_training_rows(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    """A run that was begun with paths beside it, moved: new rows are read as the report says that the others were."""
+    begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
+    begun.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(begun)
+    model_folder(tmp_path / "model")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS["classify"]))
+    words = ["config=classify", "task.train=rows.jsonl", f"model.name={tmp_path / 'model'}", "budget.queries=4"]
+    run(compose([*words, "output_dir=out"]))
+    assert main(["predict", "run=out", f"data={new_rows(tmp_path / 'new.csv')}", f"output={tmp_path / 'a.csv'}"]) == 0
+    Path("rows.jsonl").unlink()
+    Path("out").rename(elsewhere / "moved")
+    monkeypatch.chdir(elsewhere)
+    capsys.readouterr()
+    assert main(["predict", "run=moved", "data=../new.csv", "output=../b.csv"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
+    for verb in (["replay", "run=moved"], ["journal", "show", "run=moved"], ["plot", "run=moved"]):
+        assert main(verb) == 0, capsys.readouterr().err
+    assert main(["predict", "run=moved", "data=../new.csv", "task.label=sort"]) == 2  # read anew, as was asked for
+    assert "there is no data file rows.jsonl" in capsys.readouterr().err
+
+
 def test_predictions_are_those_of_an_evaluation(runs: Path, tmp_path: Path, capsys: Any):
     """The same rows as test rows: the same choices and scores, whatever label stands there."""
     run_dir = runs / "out/classify"
