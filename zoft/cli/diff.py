@@ -8,8 +8,8 @@ from typing import Any
 
 from zoft.cli.journal import as_row, journal_of
 from zoft.errors import UserError
-from zoft.utils.words import folder_of
 from zoft.run.folder import CONFIG
+from zoft.utils.words import folder_of
 
 SAME, DIFFERENT = 0, 1
 _NAMES = ("config", "defaults", "output_dir")

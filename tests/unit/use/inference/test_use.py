@@ -61,7 +61,7 @@ def test_new_rows_get_labels_with_probabilities(runs: Path, tmp_path: Path, caps
 
 
 def test_what_is_said_of_predictions_fits_a_terminal(runs: Path, tmp_path: Path):
-    """One note however often the labels are asked for, no bar of a library, and texts that end between words."""
+    """No note of the training rows, no bar of a library, and texts that end between words."""
     data = tmp_path / "new.csv"
     data.write_text("text\n" + "you call me later and you meet me at home for lunch is it free or is it spam\n" * 9)
     done = zoft(
@@ -70,8 +70,7 @@ def test_what_is_said_of_predictions_fits_a_terminal(runs: Path, tmp_path: Path)
         columns=80,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("task.words is not given") == 1
-    assert "\r" not in done.stderr
+    assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert all(line.endswith(" ...") for line in lines[:5])
     path = str(tmp_path / "out.csv")
