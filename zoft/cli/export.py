@@ -45,6 +45,7 @@ def command(arguments: list[str]) -> int:
     )
     _check(asked, flags)
     from zoft.cli.train import _quiet
+    from zoft.lm.models.load import quiet
     from zoft.use.export.push import push, require_name
     from zoft.use.inference.load import config_of
 
@@ -52,6 +53,7 @@ def command(arguments: list[str]) -> int:
     cfg = config_of(asked["run"], overrides)
     if "push" in asked:
         require_name(asked["push"])
+    quiet()
     output = asked.get("output") or str(Path(asked["run"]) / "export")
     name = asked.get("push", "")
     if "--gguf" in flags:
