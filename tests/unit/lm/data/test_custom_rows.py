@@ -187,8 +187,8 @@ DOES_NOT_FIT = [
     ({"prompt": "a", "completion": "b", "reward": 1}, {}, r"own.jsonl:1 could be completion or reward by its columns"),
     ({"prompt": "a", "completion": "b", "label": 1}, {}, r"could be text_label or completion"),
     ({"prompt": "a"}, {"format": "completion"}, r"own.jsonl:1 has no column for 'completion' of format=completion"),
-    ({"prompt": "a"}, {"columns": {"prompt": "promt"}}, r"own.jsonl:1 has no 'promt'.*Did you mean prompt"),
-    ({"prompt": "a"}, {"format": "chat", "columns": {"mesages": "prompt"}}, r"has no 'mesages'. Did you mean messages"),
+    ({"prompt": "a"}, {"columns": {"prompt": "prmpt"}}, r"own.jsonl:1 has no 'prmpt'.*Did you mean prompt"),
+    ({"prompt": "a"}, {"format": "chat", "columns": {"mssages": "prompt"}}, r"has no 'mssages'. Did you mean messages"),
     (
         {"text": "a", "label": 0},
         {"template": "{text}"},
