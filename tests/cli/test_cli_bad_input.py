@@ -119,6 +119,8 @@ ARGUMENTS = [
     ("seed=null", "seed must be a whole number, got None"),
     ("budget.queries=4e4", "write 40000"),
     ("budget.queries=0", "at least 1"),
+    ("budget.queries=99999999999999999999", "budget.queries must be 100,000,000 or less (that is months), got 99999"),
+    ("method=mezo budget.queries=1000000000", "budget.queries must be 100,000,000 or less"),
     ("budget.queries=1", "less than one step costs"),
     ("budget=100", "there is no budget called '100'"),
     ("estimator.eps=small", "estimator.eps must be a number, got 'small'"),

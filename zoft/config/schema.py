@@ -26,7 +26,7 @@ from zoft.optimizers.base import Optimizer
 from zoft.step.method import NOTHING_TO_CLIP, Method
 from zoft.step.shares import check_pipeline, grid_of
 from zoft.subspaces.base import Subspace
-from zoft.trainer.values import require_taken
+from zoft.trainer.values import require_budget, require_taken
 from zoft.weightings.base import Weighting
 from zoft.weights.rounding import ROUNDINGS
 
@@ -89,8 +89,7 @@ class BudgetConfig:
     queries: int = 40_000
 
     def __post_init__(self) -> None:
-        if self.queries < 1:
-            raise UserError(f"budget.queries must be at least 1, got {self.queries}")
+        require_budget(self.queries)
 
 
 @dataclass(kw_only=True)

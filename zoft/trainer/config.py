@@ -20,7 +20,7 @@ from zoft.step.shares import grid_of
 from zoft.trainer.guard import FEWEST, GUARDS
 from zoft.trainer.rate import start_of
 from zoft.trainer.restarts import meeting
-from zoft.trainer.values import require_taken
+from zoft.trainer.values import require_budget, require_taken
 from zoft.weights.rounding import ROUNDINGS
 
 log = logging.getLogger(__name__)
@@ -148,8 +148,8 @@ class ZOConfig(TrainingArguments):
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not PartialState._shared_state:
             PartialState(cpu=self.use_cpu, **meeting(self.ddp_timeout))
         super().__post_init__()
-        if self.budget_queries is not None and self.budget_queries < 1:
-            raise UserError(f"budget.queries must be at least 1, got {self.budget_queries}")
+        if self.budget_queries is not None:
+            require_budget(self.budget_queries)
         if self.precision_update not in ROUNDINGS:
             raise UserError(f"precision.update must be one of {', '.join(ROUNDINGS)}, got {self.precision_update!r}")
         self._check_guard()

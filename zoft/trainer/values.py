@@ -24,6 +24,7 @@ _AT_LEAST = {
     "journal_hash_steps": 0,
     "max_grad_norm": 0,
 }
+_MOST_QUERIES = 100_000_000  # months of training; the steps of some methods are counted one by one
 _MEANING = {
     "save_total_limit": "; leave it out to keep all checkpoints",
     "eval_accumulation_steps": "; leave it out to move predictions to the host at the end",
@@ -63,6 +64,21 @@ between 0 and 1, got 0; trainer.eval_strategy=no evaluates at no step
     """
     for sentence in (*_numbers(values, prefix), *_words(values, prefix), *_ignored(values, prefix)):
         raise UserError(sentence)
+
+
+def require_budget(queries: int) -> None:
+    """Refuse a budget of no query, and one that nobody spends.
+
+    Args:
+        queries: ``budget.queries``.
+
+    Raises:
+        UserError: saying between which numbers it must be.
+    """
+    if queries < 1:
+        raise UserError(f"budget.queries must be at least 1, got {queries}")
+    if queries > _MOST_QUERIES:
+        raise UserError(f"budget.queries must be {_MOST_QUERIES:,} or less (that is months), got {queries}")
 
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
