@@ -84,6 +84,24 @@ def test_ls_and_show_know_everything(capsys: pytest.CaptureFixture[str]):
     assert out(capsys, "ls", "peft").startswith("peft:")
 
 
+def test_a_key_is_shown_by_itself(capsys: pytest.CaptureFixture[str]):
+    assert out(capsys, "show", "trainer.eval_steps").startswith("  trainer.eval_steps=None   (float | None)")
+    assert "seed=0   (int)" in out(capsys, "show", "seed")
+    eps = out(capsys, "show", "estimator.eps")
+    assert "    of estimator=nodes" in eps
+    assert "central, " in eps
+    for wrong, said in (
+        (
+            "eval_steps",
+            "called 'eval_steps'. Did you mean trainer.eval_steps? zoft ls lists everything",
+        ),
+        ("trainer.eval_stepz", "trainer has no key 'eval_stepz'. Did you mean eval_steps"),
+        ("qwertyuiop", "there is nothing called 'qwertyuiop'. zoft ls lists everything"),
+    ):
+        assert main(["show", wrong]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]):
     from zoft.component import GROUPS, components, describe
 

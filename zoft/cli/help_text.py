@@ -194,7 +194,8 @@ OTHER = {
         "usage: zoft show GROUP/CHOICE   (or CHOICE alone where it is unambiguous, GROUP, or a config's section)\n"
         "       zoft show FILE.py:Class\n\n"
         "What a part does, its settings with type, default and meaning, and where it was published; a preset's file.\n"
-        "zoft show trainer, precision, budget, tracker, diagnostics, model: every key, its type, default and meaning."
+        "zoft show trainer, precision, budget, tracker, diagnostics, model: every key, its type, default and meaning;\n"
+        "zoft show trainer.eval_steps, estimator.eps, seed: one key."
     ),
     "journal": (
         "usage: zoft journal show RUN [--json] [--all]\n"
