@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+from zoft.utils.terminal import fitted
 from zoft.utils.words import read_words
 
 
@@ -25,7 +26,7 @@ def command(arguments: list[str]) -> int:
     if words.flags:
         print(json.dumps(results, ensure_ascii=False))
     else:
-        print("\n".join([*lines(results), f"results: {settings.output_dir}"]))
+        print(fitted("\n".join([*lines(results), f"results: {settings.output_dir}"])))
     return 0
 
 

@@ -129,6 +129,7 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
         "num_queries": progress.num_queries,
         "budget_queries": cfg.budget.queries,
         "num_steps": progress.steps,
+        "kept_step": trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
         "num_tokens": progress.num_tokens,
         "num_skipped_steps": progress.num_skipped,
         "num_ungraded": ungraded.count(Path(cfg.output_dir)),

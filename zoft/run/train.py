@@ -285,8 +285,6 @@ def _carry_out(
     gain = gain_of(metric, zero_shot_file, final_file) if first else None
     if gain is not None:
         facts |= {"gain": gain[0], "gain_interval": gain[1:]}
-    if trainer.args.load_best_model_at_end:
-        facts["kept_step"] = trainer.state.best_global_step
     if first:
         before = (results.read_json(zero_shot_file) or {}).get(results.WEIGHTS)
         warn_unmoved(before, facts["weights_sha256"], facts["num_steps"], trainer.args.learning_rate)

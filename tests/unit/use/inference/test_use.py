@@ -77,6 +77,30 @@ def test_what_is_said_of_predictions_fits_a_terminal(runs: Path, tmp_path: Path)
     assert all(len(line) <= 80 for line in lines if path not in line)
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_what_verbs_print_fits_a_terminal(columns: int, runs: Path, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    """Between words, on lines no longer than the terminal's but for one long word (a path, a hash)."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.chdir(tmp_path)
+    run_dir, other = str(runs / "out/classify"), str(runs / "out/instruct")
+    new_rows(tmp_path / "new.csv")
+    verbs = [
+        ["eval", f"run={run_dir}", "output_dir=eval"],
+        ["predict", f"run={run_dir}", "data=new.csv", "output=out.csv"],
+        ["replay", run_dir],
+        ["journal", "show", run_dir],
+        ["compare", run_dir, other],
+        ["diff", run_dir, other],
+        ["data", "show", "config=classify", f"task.train={runs / 'classify.jsonl'}", f"model.name={runs / 'model'}"],
+        ["show", "estimator.eps"],
+    ]
+    for verb in verbs:
+        assert main(verb) == int(verb[0] == "diff"), capsys.readouterr().err
+        said = capsys.readouterr()
+        for line in (said.out + said.err).splitlines():
+            assert len(line) <= columns or max(map(len, line.split())) > columns // 2, f"zoft {verb[0]}: {line}"
+
+
 def test_a_run_is_used_from_another_folder_and_without_its_training_rows(tmp_path: Path, monkeypatch: Any, capsys: Any):
     """A run that was begun with paths beside it, moved: new rows are read as the report says that the others were."""
     begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
