@@ -168,7 +168,7 @@ def summary(tuned: Tuned, metric: str) -> str:
     counts = f"{len(result.ranked)} points went to their end, {len(result.stopped)} were stopped at half"
     lines.append(f"{result.message} {counts}, {len(result.failed)} failed.")
     lines += [f"  failed: {as_arguments(e.values)}: {e.error}" for e in result.failed[:5]]
-    lines.append(f"results {tuned.folder}: results.json, tune.png, journal.jsonl")
+    lines.append(f"results  {tuned.folder}: results.json, tune.png, journal.jsonl")
     if result.best:
         lines += [f"the best is in {tuned.best_folder}; to train it again:", f"  {tuned.command}"]
     return "\n".join(lines)

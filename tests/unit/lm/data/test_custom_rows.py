@@ -192,7 +192,7 @@ DOES_NOT_FIT = [
     (
         {"text": "a", "label": 0},
         {"template": "{text}"},
-        r"every row of .* has the same label, 0 \(1 rows\): .* task.label=",
+        r"every row of .* has the same label, 0 \(8 rows\): .* task.label=",
     ),
     (
         {"text;label": "a;0"},
