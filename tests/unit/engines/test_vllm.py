@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -85,6 +86,14 @@ class Vllm:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def stop(self) -> None:
+        """It removes its shared memory, where it is given the time."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            self.kill()
+
 
 LORAS = ("--enable-lora", "--max-loras", "8", "--max-lora-rank", "8", "--max-cpu-loras", "16")
 
@@ -96,7 +105,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vllm, Path]
     runs.data_file(folder / "data.jsonl")
     server = Vllm(folder / "model", folder / "server.log", *LORAS).start()
     yield server, folder
-    server.kill()
+    server.stop()
 
 
 def session(engine: Any, folder: Path, objective: Any = None, r: int = 2) -> Any:
@@ -223,4 +232,4 @@ def test_one_without_adapters_is_refused_before_anything_is_read(vllm, tmp_path)
         with pytest.raises(UserError, match=r"serves no LoRA adapters.*--enable-lora"):
             run(compose(words))
     finally:
-        server.kill()
+        server.stop()
