@@ -13,9 +13,9 @@
 # and the same command goes on from the journal. A sweep: zoft train -m ... launcher=submitit_slurm
 set -uo pipefail
 
+trap 'kill -USR1 $(jobs -p)' USR1 # before the run begins: a signal that comes sooner would end this script
 zoft train "$@" &
 run=$!
-trap 'kill -USR1 "$run"' USR1
 wait "$run"
 code=$?
 while kill -0 "$run" 2>/dev/null; do # the trap ended the first wait: the run is still writing
