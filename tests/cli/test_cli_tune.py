@@ -18,6 +18,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr("zoft.tuning.job.gc.collect", lambda: None)
     made = FakeRun()
     monkeypatch.setattr("zoft.run.train.run", made)
+    monkeypatch.setattr("zoft.lm.models.files.placed", lambda name: name)  # no job loads the model
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     return made
