@@ -19,7 +19,7 @@ from zoft.noise.kernels import choice, cpu
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A process that has not chosen its noise yet, an empty cache, and little patience."""
-    for name, value in (("_active", {}), ("_why", {}), ("_broken", set())):
+    for name, value in (("ACTIVE", {}), ("_why", {}), ("_broken", set())):
         monkeypatch.setattr(choice, name, value)
     monkeypatch.delenv("ZOFT_COMPILE", raising=False)
     monkeypatch.setenv("ZOFT_CACHE", str(tmp_path / "cache"))

@@ -9,6 +9,7 @@ from typing import Any
 from zoft.cli.journal import as_row, journal_of
 from zoft.errors import UserError
 from zoft.run.folder import CONFIG
+from zoft.utils.terminal import fitted
 from zoft.utils.words import folder_of
 
 SAME, DIFFERENT = 0, 1
@@ -40,7 +41,7 @@ def command(arguments: list[str]) -> int:
         same = "the same"
         named = {line.split(":")[0].strip() for line in settings}
         settings += [line for line in _differing(config_a, config_b) if line.split(":")[0].strip() not in named]
-    print("settings: " + (same if not settings else "they differ in\n" + "\n".join(settings)))
+    print(fitted("settings: " + (same if not settings else "they differ in\n" + "\n".join(settings))))
     steps = {record.step: record for record in b.records}
     for record in a.records:
         other = steps.get(record.step)
@@ -48,7 +49,7 @@ def command(arguments: list[str]) -> int:
             break
         lines = _differing(_compared(as_row(record)), _compared(as_row(other)))
         if lines:
-            print(f"steps: the same before step {record.step}, where they differ in\n" + "\n".join(lines))
+            print(fitted(f"steps: the same before step {record.step}, where they differ in\n" + "\n".join(lines)))
             return DIFFERENT
     shared = sum(record.step in steps for record in a.records)
     if a.end != b.end:

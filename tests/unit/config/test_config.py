@@ -243,9 +243,17 @@ def test_trainer_takes_training_arguments_with_and_without_plus(prefix: str):
 
 
 def test_open_mappings_and_lists():
-    cfg = compose(["task=custom", "task.words={ham: No, spam: Yes}", "trainer.lr_scheduler_kwargs={a: 1}", "peft=lora"])
+    cfg = compose(
+        [
+            "task=custom",
+            "task.words={ham: No, spam: Yes}",
+            "trainer.lr_scheduler_type=polynomial",
+            "trainer.lr_scheduler_kwargs={power: 2}",
+            "peft=lora",
+        ]
+    )
     assert cfg.task.words == {"ham": "No", "spam": "Yes"}
-    assert cfg.trainer["lr_scheduler_kwargs"] == {"a": 1}
+    assert cfg.trainer["lr_scheduler_kwargs"] == {"power": 2}
     assert compose(["task=custom", "task.words.ham=No"]).task.words == {"ham": "No"}
     assert compose(["peft=lora", "peft.target_modules=[q,v]"]).peft.target_modules == ["q", "v"]
 

@@ -177,7 +177,7 @@ def test_a_run_is_torchs_and_goes_on_to_the_bit(tmp_path, one_export):
     [
         (["peft=none", "trainable=all"], "hands adapters .* use peft=lora trainable=adapter, or engine=auto"),
         (["peft=prefix"], "peft=prefix trainable=adapter trains something else"),
-        (["trainable=norms_and_biases"], "trains something else"),
+        (["trainable=norms_and_biases"], "trains weights of the base model, and only the adapter is saved"),
         (["method=nodes"], "engine=onnx perturbs weights"),
         (["estimator=forward_gradient"], "needs exact derivatives: choose engine=auto"),
         (["method=addax"], "needs a backward pass"),

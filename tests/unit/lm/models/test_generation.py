@@ -10,7 +10,8 @@ import torch
 
 from tests.models import CAUSAL, tiny_llama
 from tests.runs import WORDS, tiny_tokenizer
-from zoft.lm.models.generate import Answering, _generator, _Watch, write
+from zoft.lm.models.generate import Answering, _Watch, write
+from zoft.utils.random_state import prompt_generator
 
 PROMPTS = [[0, 5, 6, 7], [0, 8], [0, 9, 10, 11, 12, 13]]
 VOCABULARY = 4 + len(WORDS)
@@ -52,7 +53,7 @@ def test_a_batch_writes_what_each_prompt_alone_does(family, answering):
 
 def test_samples_follow_the_model(answering):
     logits = 3 * torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    generators = [_generator(seed, PROMPTS[0]) for seed in range(2000)]
+    generators = [prompt_generator(seed, PROMPTS[0]) for seed in range(2000)]
     ids = torch.zeros(len(generators), 1, dtype=torch.int64)
     chosen = _Watch(ids, [], answering, 2.0, generators).choose(ids, logits.expand(len(generators), -1)).argmax(1)
     drawn = torch.bincount(chosen, minlength=VOCABULARY) / len(generators)

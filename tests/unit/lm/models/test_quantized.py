@@ -103,7 +103,10 @@ def test_loss_stays_near_that_of_the_base(tmp_path):
     [
         (("model.quantization=nf3",), r"model\.quantization must be one of nf4, int8, int8_torchao, got 'nf3'"),
         (("model.quantization=int8",), r"a step is too small for them: train an adapter on top"),
-        (("model.quantization=int8", "peft=lora", "trainable=all"), r"train an adapter on top"),
+        (
+            ("model.quantization=int8", "peft=lora", "trainable=all"),
+            r"only the adapter is saved: use trainable=adapter",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(more, sentence, tmp_path, monkeypatch):
