@@ -9,7 +9,7 @@ def test_the_shipped_bench_is_shown(tmp_path):
     done = runs.zoft("bench", "config=demo", "--plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tasks       sms_spam, rotten_tomatoes, trec" in done.stdout
-    assert "cells       408 of 240 queries" in done.stdout
+    assert "cells       564 of 240 queries" in done.stdout
     assert (
         "task=sms_spam task.prompt=aligned method=zoft seed=0 budget.queries=240 optimizer.learning_rate=0.25"
         in done.stdout
