@@ -54,6 +54,14 @@ def test_of_the_last_block_the_identity_is_the_gradient_itself(family):
         torch.testing.assert_close(found.factors[name].dense(), one.dense(), rtol=1e-4, atol=1e-7)
 
 
+def test_a_part_without_experts_is_computed_without_watching_every_call(monkeypatch):
+    model, batch = only(models.tiny_llama(), "mlp"), models.batch_for(models.tiny_llama(), rows=3, length=7)
+    monkeypatch.setattr(
+        torch.overrides.TorchFunctionMode, "__enter__", lambda self: pytest.fail("every call is watched")
+    )
+    assert queries(model, "hidden")(batch, Direction(0, 0), IDENTITY).factors
+
+
 def test_sixteen_bits_lose_no_small_gradients():
     """Late in training node gradients are far below what float16 can hold."""
     model, batch = mixture("tiny_mixtral", ("layers.1.mlp.experts",))

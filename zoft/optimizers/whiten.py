@@ -141,8 +141,9 @@ class Whiten(ReadsFactors, Optimizer):
         if factor.expert is not None:
             # one second moment an expert, of its own rows; lambda is that of an expert with an average share of them
             experts, solved = state["expert"], torch.empty_like(x)
-            ridge = ridge / max(1, len(experts.unique()))
-            for number in experts.unique().tolist():
+            numbers = experts.unique().tolist()
+            ridge = ridge / max(1, len(numbers))
+            for number in numbers:
                 rows = experts == number
                 solved[rows] = _whitened(x[rows], omega[rows], ridge)
             return replace(factor, e=moved, x=solved, expert=experts)
