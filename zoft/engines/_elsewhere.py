@@ -62,6 +62,9 @@ class Elsewhere(Engine):
     holds_base: ClassVar[bool] = False
     """Whether the other runtime alone has the base, so that settings of how it is loaded here say nothing."""
 
+    reads_masks: ClassVar[bool] = False
+    """Whether the other runtime can be asked for a word at a mask; others score next tokens alone."""
+
     about_quantization: ClassVar[str] = ""
     """How the frozen weights are held in few bits with this engine."""
 
@@ -107,6 +110,11 @@ class Elsewhere(Engine):
             raise UserError(
                 f"engine={self.name()} scores tokens and writes no text, and objective={objective.name()} is computed "
                 "from texts: use engine=auto or server, or an objective that scores tokens (objective=cross_entropy)"
+            )
+        if objective.forms and set(objective.forms) <= {"mask"} and not self.reads_masks:
+            raise UserError(
+                f"engine={self.name()} scores next tokens, and objective={objective.name()} reads a word at a mask: "
+                "use engine=auto or onnx"
             )
         if objective.forms and set(objective.forms) <= {"head"}:
             raise UserError(

@@ -70,15 +70,6 @@ class LlamaCpp(Elsewhere):
         with Path(self.file).open("rb") as file:
             return "gguf:" + hashlib.file_digest(file, "sha256").hexdigest()
 
-    def check_objective(self, objective: Any) -> None:
-        """Besides what all such engines refuse: words at a mask are no next tokens."""
-        super().check_objective(objective)
-        if objective.forms and set(objective.forms) <= {"mask"}:
-            raise UserError(
-                f"engine=llamacpp has causal models, and objective={objective.name()} reads a word at a mask: use "
-                "engine=auto or onnx"
-            )
-
     def backend(self, model: nn.Module, coordinates: BoundSubspace) -> Backend:
         """The base is loaded here, once for a run."""
         del coordinates

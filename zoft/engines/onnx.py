@@ -38,6 +38,7 @@ class Onnx(Elsewhere):
     References: onnxruntime.ai (MatMulNBits); pytorch.org (torch.onnx.export with dynamo=True).
     """
 
+    reads_masks: ClassVar[bool] = True
     about_quantization: ClassVar[str] = "engine.quantization=int8 or int4 stores the exported weights so"
 
     quantization: str | None = None

@@ -85,15 +85,6 @@ class Server(Elsewhere):
         """What talks to the server."""
         return Client(self.url, self.timeout, self.retries)
 
-    def check_objective(self, objective: Any) -> None:
-        """Besides what all such engines refuse: words at a mask are no next tokens."""
-        super().check_objective(objective)
-        if objective.forms and set(objective.forms) <= {"mask"}:
-            raise UserError(
-                f"engine=server scores next tokens, and objective={objective.name()} reads a word at a mask: use "
-                "engine=auto or onnx"
-            )
-
     def backend(self, model: nn.Module, coordinates: BoundSubspace) -> Backend:
         """Adapters of this model are served from now on."""
         del coordinates
