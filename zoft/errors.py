@@ -40,10 +40,10 @@ class DiskFullError(UserError):
             path: what was being written.
             size: its bytes, as far as known.
         """
-        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return cls(f"{path} cannot be written: {error.strerror or error}; repeat the command once it can")
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(existing).free
         wanted = (
             f"{size:,} bytes are wanted, {free:,} are free" if size else f"{free:,} bytes are free, and are not enough"
         )

@@ -135,7 +135,7 @@ def test_a_grid_has_two_sides():
 
 @pytest.mark.parametrize(("count", "number"), [(1, 3), (2, 5), (4, 9), (4, 2)])
 def test_every_question_is_asked_once(count: int, number: int):
-    asked = [list(Shares(count, rank).mine(number)) for rank in range(count)]
+    asked = [list(Shares(count, rank).questions(number)) for rank in range(count)]
     assert [question for some in asked for question in some] == list(range(number))
     assert max(map(len, asked)) == -(-number // count)
 

@@ -48,7 +48,7 @@ def best_of(curve: Iterable[Point], metric: str, select: str) -> Point | None:
 
 
 def within(row: Row, queries: int) -> Row:
-    """A run's row as if its budget had been one of the smaller ones of the bench, or itself where that is its own.
+    """A run's row cut at a smaller budget of the bench; unchanged where the budget is the run's own.
 
     One that diverged later had not done so yet.
 
@@ -93,8 +93,8 @@ def _search(plan: Plan, rows: Mapping[Cell, Row], key: tuple[str, str, str]) -> 
             factors.append(factors[-1] ** 2 / factors[-2])
             above += 1
         else:
-            found = {budget: cell.factor for budget, cell in chosen.items() if cell is not None and cell.factor}
-            return RateSearch(tuple(factors), found)
+            factor_at = {budget: cell.factor for budget, cell in chosen.items() if cell is not None and cell.factor}
+            return RateSearch(tuple(factors), factor_at)
 
 
 def _best(plan: Plan, cells: list[Cell], rows: Mapping[Cell, Row], budget: int) -> Cell | None:

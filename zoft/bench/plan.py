@@ -148,12 +148,12 @@ class Plan:
 
     @property
     def num_cells(self) -> int:
-        """How many cells there are in all, with one learning rate for all budgets, and none beyond the plan's."""
+        """The number of cells, if all budgets share a learning rate and the search stays within the plan's factors."""
         runs = len(self.runs) * (len(self.rates) + len(self.seeds) - 1)
         return len(self.tasks) * len(self.prompts) * (len(self.modes) + runs) - len(self.unfit)
 
     def arguments(self, cell: Cell) -> list[str]:
-        """A cell's command line: of `zoft train`, or of `zoft eval` for an evaluation, but for its folder.
+        """A cell's command line without its folder: `zoft train`'s, or `zoft eval`'s for an evaluation.
 
         A method without a learning rate of its own in the plan gets one when the plan is filled in.
         """

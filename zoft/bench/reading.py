@@ -124,8 +124,8 @@ def _rate_of_compared(plan: Plan, method: str) -> float | None:
     """For the exact reference without a rate of its own, that of the method it is compared with."""
     if method != _EXACT or method not in plan.references:
         return None
-    own = [name for name in plan.runs if name not in plan.references]  # filled in before the references
-    compared = next((name for name in (plan.baseline, "mezo") if name in own), own[0] if own else None)
+    methods = [name for name in plan.runs if name not in plan.references]  # filled in before the references
+    compared = next((name for name in (plan.baseline, "mezo") if name in methods), methods[0] if methods else None)
     return plan.methods[compared].learning_rate if compared else None
 
 

@@ -54,7 +54,7 @@ class Result:
 
     @property
     def diverges(self) -> bool:
-        """Whether it does so at every learning rate, so that there is nothing to run with the other seeds."""
+        """Whether the method diverges at every learning rate, so that the other seeds need not run."""
         return len(self.rates) == len(self.search.factors) and not self.rows
 
     @property
@@ -88,7 +88,7 @@ class Result:
         return badness(mean(self.test()), self.metric) if self.finished else math.inf
 
     def seconds(self) -> float:
-        """Of training, of the fastest seed: what else a machine did makes the others slower."""
+        """Seconds of training of the fastest seed: other work on the machine only makes seeds slower."""
         return min((float(row["seconds"]) for row in self.finished), default=math.nan)
 
     def memory_mb(self) -> float:
@@ -201,14 +201,14 @@ class Results:
         ranked = set.intersection(*done) - set(self.plan.references) if done else set()
         ranks: dict[str, list[float]] = {}
         for group in groups:
-            own = {
+            standings = {
                 result.method: (len(self.plan.seeds) if result.diverges else result.broken, result.badness())
                 for result in self.of(group)
                 if result.method in ranked
             }
-            for method, standing in own.items():
-                better = sum(other < standing for other in own.values())
-                equal = sum(other == standing for other in own.values())
+            for method, standing in standings.items():
+                better = sum(other < standing for other in standings.values())
+                equal = sum(other == standing for other in standings.values())
                 ranks.setdefault(method, []).append(better + (equal + 1) / 2)
         return {method: mean(values) for method, values in ranks.items()}
 

@@ -26,7 +26,7 @@ _PAUSE = 1.0  # seconds between looks at what others have finished
 
 
 def run_bench(plan: Plan) -> dict[Cell, Row]:
-    """Run every cell that is not there yet, with ``plan.jobs`` processes, beside other machines that do the same.
+    """Run every cell without a row, with ``plan.jobs`` processes; other machines may do the same.
 
     Returns:
         The rows of all cells, whoever ran them.
@@ -62,7 +62,7 @@ def _child(plan: Plan) -> None:
 
 
 def known(plan: Plan, ledger: Ledger, rows: dict[Cell, Row] | None = None) -> dict[Cell, Row]:
-    """The rows that are there.
+    """The rows that the ledger has.
 
     Args:
         plan: the bench.
@@ -80,7 +80,7 @@ def known(plan: Plan, ledger: Ledger, rows: dict[Cell, Row] | None = None) -> di
 
 
 def left(plan: Plan, rows: dict[Cell, Row]) -> list[Cell]:
-    """The cells that can be carried out now and are not there."""
+    """The cells that can run now and have no row yet."""
     return [cell for cell in plan.cells(rate_searches(plan, rows)) if cell not in rows]
 
 

@@ -99,8 +99,8 @@ class Calls:
             return self._at_once(points)
         if self.pool is None:
             return [_value(self.f, point) for point in points]
-        send = _value_there if isinstance(self.pool, futures.ProcessPoolExecutor) else _value
-        first = (None if send is _value_there else self.f for _ in points)
+        send = _value_in_worker if isinstance(self.pool, futures.ProcessPoolExecutor) else _value
+        first = (None if send is _value_in_worker else self.f for _ in points)
         try:
             return list(self.pool.map(send, first, points))
         except futures.BrokenExecutor as error:
@@ -131,12 +131,12 @@ def _value(f: Callable[[Any], Any], point: Any) -> Value:
         return error
 
 
-_there: Callable[[Any], Any] | None = None  # in a worker process: f
+_function: Callable[[Any], Any] | None = None  # in a worker process: f
 
 
-def _value_there(_: None, point: Any) -> Value:
-    assert _there is not None
-    value = _value(_there, point)
+def _value_in_worker(_: None, point: Any) -> Value:
+    assert _function is not None
+    value = _value(_function, point)
     if isinstance(value, BaseException):
         try:
             pickle.loads(pickle.dumps(value))
@@ -146,8 +146,8 @@ def _value_there(_: None, point: Any) -> Value:
 
 
 def _take_place(f: bytes) -> None:
-    global _there
-    _there = pickle.loads(f)
+    global _function
+    _function = pickle.loads(f)
 
 
 def _pool(f: Callable[[Any], Any], workers: int, parallel: str) -> futures.Executor:

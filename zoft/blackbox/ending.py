@@ -29,7 +29,7 @@ class Stop(Exception):
 
 
 def kept_for_the_end(host: Host) -> int:
-    """Queries of the budget that are kept for the point where the search ends: one, or several of a noisy f."""
+    """Queries reserved for the point where the search ends: one, or several of a noisy f."""
     return min(_MOST_AT_THE_END, 1 + host.budget // 20) if host.result().noisy else 1
 
 
@@ -46,7 +46,7 @@ def finish(walk: Walk, host: Host, status: str = "budget", message: str = "") ->
 
 
 def measure(x: Any, host: Host) -> None:
-    """Report a point, and the mean of some calls of a noisy f there; where it fails, the nearest where it did not.
+    """Report a point with its value (a mean where f is noisy); if f fails there, the nearest point where it did not.
 
     Args:
         x: where the search stands.

@@ -28,7 +28,7 @@ class LBFGSMemory:
         self.pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=memory)
 
     def add(self, s: Tensor, y: Tensor) -> None:
-        """A step and the change of the gradient along it; one that bends the wrong way says nothing and is left out."""
+        """Add a step s and the change y of the gradient along it; a pair without positive curvature is left out."""
         if float(s @ y) > 1e-10 * float(s.norm()) * float(y.norm()):
             self.pairs.append((s, y))
 

@@ -109,7 +109,7 @@ class LineSearch:
         return self.too_small
 
     def learn(self, length: float, rate: float) -> None:
-        """Of a step that was taken, or of none."""
+        """Adapt the length of the next step to the step that was taken, or to there being none."""
         if length:
             self.length, self.rate = length, rate
             self.lengths.append(length)
@@ -135,7 +135,7 @@ class LineSearch:
     # ---- where to go -------------------------------------------------------------------------------------------------
 
     def move(self, here: Tensor, step: Tensor, slope: float | None) -> tuple[float, Tensor]:
-        """(f there, the way to there): zero, and f here, where nothing that was tried is lower.
+        """(f at the new point, the move to it); a zero move and f here where no trial is lower.
 
         Args:
             here: u.
@@ -159,7 +159,7 @@ class LineSearch:
         return self.along(here, step, rate, slope)
 
     def along(self, here: Tensor, step: Tensor, rate: float, slope: float | None) -> tuple[float, Tensor]:
-        """The same for a direction, beginning with a multiple of it."""
+        """As :meth:`move`, along one direction, beginning with a multiple of it."""
         size = float(step.norm())
         small = rate * size <= 1e-10 * float(here.norm())
         self.too_small = small or (slope is not None and rate * slope <= 1e-11 * abs(self.f))
@@ -178,7 +178,7 @@ class LineSearch:
     def further(
         self, here: Tensor, step: Tensor, rate: float, slope: float | None, value: float, moved: Tensor
     ) -> tuple[float, Tensor]:
-        """A step that leads lower, or the one that a parabola through what is known says is better, if it is."""
+        """A step that leads lower, or the minimum of a parabola through the known values where that is lower still."""
         if not slope or self.is_full or not self.host.left:
             return value, moved
         curve = (value - self.f + rate * slope) / rate**2

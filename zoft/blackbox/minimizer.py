@@ -157,7 +157,7 @@ class Minimizer:
     def nearest(self, x: Any) -> tuple[Any, float]:
         """Of the last points at which f did not fail the one nearest to x, and f there."""
         here = _flat(x)
-        return min(self._finite, key=lambda found: float(((_flat(found[0]) - here) ** 2).sum()))
+        return min(self._finite, key=lambda pair: float(((_flat(pair[0]) - here) ** 2).sum()))
 
     def _told(self, points: list[Any]) -> list[float]:
         assert len(points) <= self.left, "a step asks for no more than the budget has"

@@ -43,7 +43,7 @@ class FunctionSession(Session):
         self._seen: list[float] = []  # f at the last points that did not
 
     def losses(self, batch: Any, points: Sequence[Point]) -> Tensor:
-        """f at each point, float64 [P]; f at the weights is not asked for again where it is known."""
+        """f at each point, float64 [P]; a known f at the weights is not asked for again."""
         del batch
         known = [self.clean if point.direction is None else None for point in points]
         wanted = [point for point, value in zip(points, known, strict=True) if value is None]

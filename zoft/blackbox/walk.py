@@ -67,7 +67,7 @@ class Walk:
         return torch.cat([tensor.data.reshape(-1) for tensor in self.tensors.values()])
 
     def put(self, vector: Tensor, value: float | None = None) -> None:
-        """Stand at u, or at the point within bounds that is next to it.
+        """Move to u, or to the nearest point within bounds.
 
         Args:
             vector: u.
@@ -81,7 +81,7 @@ class Walk:
         self.session.clean = value
 
     def value(self) -> float:
-        """f where it stands; one query, NaN if it fails."""
+        """f at the current point; one query, NaN if it fails."""
         return self.session.ask([self.session.at()])[0]
 
     def free(self, gradient: Tensor, here: Tensor) -> Tensor:

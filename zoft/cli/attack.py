@@ -1,4 +1,4 @@
-"""`zoft attack`: adversarial examples against an image classifier that is only asked."""
+"""`zoft attack`: adversarial examples against an image classifier that answers queries only."""
 
 from __future__ import annotations
 

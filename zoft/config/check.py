@@ -107,7 +107,7 @@ def refuse_targets(data: Any, where: str) -> None:
 
 
 def refuse_code(data: dict[str, Any], arguments: list[dict[str, Any]], where: str) -> None:
-    """What is code to run is named on the command line: a file that names a function, or a metric, is no reason to.
+    """Refuse code that a config file names (a function, a metric's script): only the command line may name what is run.
 
     Args:
         data: a file's keys.

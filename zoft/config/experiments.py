@@ -144,7 +144,7 @@ def _check_choice(key: str, value: Any, where: str) -> None:
 
 
 def yaml_message(error: yaml.YAMLError, where: str) -> str:
-    """Where a file stops being YAML, in one line."""
+    """The place where a file stops being valid YAML, in one line."""
     mark = getattr(error, "problem_mark", None)
     place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     problem = " ".join(str(getattr(error, "problem", None) or error).split())

@@ -84,8 +84,8 @@ def to_config(cfg: DictConfig) -> ZoftConfig:
                 if fields:
                     message = re.sub(rf"(?<![\w./=]){cls.name()}\.(?=(?:{fields})\b)", f"{group}.", message)
             raise UserError(message) from error
-    for doubt in config.doubts():
-        _note_once(doubt)
+    for warning in config.warnings():
+        _note_once(warning)
     return config
 
 
@@ -173,9 +173,9 @@ class Loader(ConfigLoaderImpl):
             self.chosen, named = "", recommended.is_named(parsed, self.experiments)
             cfg = with_method(None if named else recommended.BEST)
             if not named:
-                found = recommended.recommended(cfg)
-                cfg = cfg if found.method == recommended.BEST else with_method(found.method)
-                self.chosen = found.line()
+                choice = recommended.recommended(cfg)
+                cfg = cfg if choice.method == recommended.BEST else with_method(choice.method)
+                self.chosen = choice.line()
             auto.settled(cfg, chosen, given)
         return self._labelled(cfg)
 
@@ -232,13 +232,13 @@ class Loader(ConfigLoaderImpl):
             path = default.config_path or ""
             if not path.startswith(("config/", "method/")):
                 continue
-            own = {
+            groups = {
                 str(item.group).lstrip("/"): item.value
                 for item in repo.load_config(path).defaults_list or []
                 if isinstance(item, GroupDefault) and item.override
             }
-            replaced[path] = frozenset(group for group in later if own.get(group) != chosen.get(group))
-            later |= own.keys() & GROUPS.keys()
+            replaced[path] = frozenset(group for group in later if groups.get(group) != chosen.get(group))
+            later |= groups.keys() & GROUPS.keys()
         return replaced
 
     def _load_single_config(self, default: ResultDefault, repo: Any) -> ConfigResult:

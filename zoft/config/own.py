@@ -17,7 +17,7 @@ _REGISTERED: dict[str, dict[str, type[Component]]] = {group: {} for group in GRO
 
 
 def known(group: str) -> dict[str, type[Component]]:
-    """The components of a group by the name that Hydra has for them, those of own files among them."""
+    """The components of a group by Hydra's names for them, those of a user's own files included."""
     return {**components(group), **_REGISTERED[group]}
 
 

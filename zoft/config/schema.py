@@ -286,25 +286,25 @@ class ZoftConfig:
         self._check_outputs()
         self.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
 
-    def doubts(self) -> list[str]:
-        """What can be run and is hardly meant, a sentence each."""
+    def warnings(self) -> list[str]:
+        """Warnings of settings that are valid and probably unintended, a sentence each."""
         trainable, optimizer, q = self.trainable.name(), self.optimizer.name(), self.estimator.num_directions
         many = trainable in ("all", "last_blocks") or (trainable == "auto" and self.peft.name() == "none")
         full, adam = self.subspace.name() == "full", optimizer in ("adam", "adamw")
-        doubts = []
+        warnings = []
         if adam and many and full and q < FEW_FOR_ADAM and not self.estimator.backpropagates:
-            doubts.append(
+            warnings.append(
                 f"optimizer={optimizer} with num_directions={q} in subspace=full: of so few directions its second "
                 "moment measures their noise, not the gradient, and its state is two float32 numbers a weight; raise "
                 f"estimator.num_directions to {FEW_FOR_ADAM} or more, train few weights (trainable=norms_and_biases), "
                 "take few coordinates (subspace=two_sided), or use optimizer=sgd"
             )
         if optimizer == "muon" and trainable == "norms_and_biases":
-            doubts.append(
+            warnings.append(
                 "optimizer=muon orthogonalises matrices, and trainable=norms_and_biases trains none: all weights move "
                 "at learning_rate * vector_scale; train matrices (trainable=all), or use optimizer=sgd"
             )
-        return doubts
+        return warnings
 
     def check_processes(self, world: int) -> None:
         """Refuse a number of processes that cannot divide what they are to divide.

@@ -109,17 +109,17 @@ def multirun(overrides: list[str], run: Callable[[ZoftConfig], dict[str, Any] | 
     arguments = [argument.input_line for argument in loader.parse(overrides)]
     try:
         with _lost_jobs_are_results():
-            found = [job.return_value for batch in sweeper.sweep(arguments=arguments) for job in batch]
+            results = [job.return_value for batch in sweeper.sweep(arguments=arguments) for job in batch]
     except Exception as error:  # a launcher that has lost a process gives no results at all: the folders have them
         if os.environ.get("ZOFT_TRACEBACK"):
             raise
         if not any(os.path.isdir(os.path.join(base, name)) for name in cells.values()):
             raise UserError(f"the launcher did not start a single cell: {' '.join(str(error).split())}") from error
-        found = [_Lost(f"{type(error).__name__}: {error}")] * len(cells)
+        results = [_Lost(f"{type(error).__name__}: {error}")] * len(cells)
     places = [(name, os.path.join(base, name)) for name in cells.values()]
     return [
         one if isinstance(one, CellResult) else _of_folder(*place, one.why)
-        for one, place in zip(found, places, strict=True)
+        for one, place in zip(results, places, strict=True)
     ]
 
 
@@ -212,8 +212,8 @@ def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
             if loader.chosen:
                 loader.note(loader.chosen)
         except UserError as error:
-            own = [argument for argument in cell if argument not in same]
-            raise UserError(f"{error} (in the cell {' '.join(own)})" if own else str(error)) from error
+            arguments = [argument for argument in cell if argument not in same]
+            raise UserError(f"{error} (in the cell {' '.join(arguments)})" if arguments else str(error)) from error
         written = OmegaConf.to_container(cfg, resolve=False)
         assert isinstance(written, dict)
         configs.add(resolved.config)

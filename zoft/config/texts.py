@@ -72,10 +72,10 @@ def own_places(group: str, cls: type) -> None:
 
 def _places_of(cls: type, escapes: tuple[str, ...] = ()) -> dict[str, Places]:
     hints = typing.get_type_hints(cls)
-    found = {field.name: _place_of(hints[field.name], field.name in escapes) for field in dataclasses.fields(cls)}
-    if "columns" in found:  # role -> a name or several, for which there is no type
-        found["columns"] = Each(Text(nulls=True))
-    return {name: place for name, place in found.items() if place is not None}
+    places = {field.name: _place_of(hints[field.name], field.name in escapes) for field in dataclasses.fields(cls)}
+    if "columns" in places:  # role -> a name or several, for which there is no type
+        places["columns"] = Each(Text(nulls=True))
+    return {name: place for name, place in places.items() if place is not None}
 
 
 def _place_of(hint: Any, escapes: bool) -> Places:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Remembering:
-    """What stands where a run has its optimizer: says what parts remember, and applies nothing."""
+    """Takes the place of a run's optimizer: says what parts remember, and applies nothing."""
 
     session: Bystander
     remembered: dict[str, Any]

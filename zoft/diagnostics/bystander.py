@@ -1,4 +1,4 @@
-"""Queries beside a run: at its weights, along its directions, with nothing of the run's own state touched."""
+"""Queries beside a run: at its weights and along its directions, without touching the run's state."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ Panel = Callable[["Axes"], None]
 
 
 def draw_diagnostics(folder: str | Path, rows: Sequence[dict[str, str]], tables: dict[str, Any]) -> Path | None:
-    """Draw what was measured into diagnostics.png: up to four panels, those that there is something for.
+    """Draw diagnostics.png: up to four panels, one for each thing that was measured.
 
     Args:
         folder: a run's output_dir.

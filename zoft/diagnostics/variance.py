@@ -86,15 +86,15 @@ def variance_table(
         One row a q: num_directions, num_groups, mean_square (E|ghat|^2) and its standard_error (None for one group),
         theory, and with a gradient variance (E|ghat - g|^2) and cosine_square (E cos^2).
     """
-    made = {q: [made for group in _groups(directions, q) if (made := make(group)) is not None] for q in sizes}
-    named = list(dict.fromkeys(d for groups in made.values() for terms in groups for d, _ in terms))
+    estimates = {q: [terms for group in _groups(directions, q) if (terms := make(group)) is not None] for q in sizes}
+    named = list(dict.fromkeys(d for groups in estimates.values() for terms in groups for d, _ in terms))
     if not named:
         return []
     index = {direction: i for i, direction in enumerate(named)}
     products = gram(named)
     along = None if slopes is None else slopes(named)
     rows = []
-    for q, groups in made.items():
+    for q, groups in estimates.items():
         vectors = torch.zeros(len(groups), len(named), dtype=torch.float64)
         for row, terms in enumerate(groups):
             for direction, coefficient in terms:

@@ -1,4 +1,4 @@
-"""Sessions whose weights are elsewhere between queries: writing and placing them, and the same for all others."""
+"""Sessions whose weights leave the device between queries: where their tensors are, and when steps are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one thing that is done by backpropagation, whatever the engine: the clean loss's gradient, tensor by tensor."""
+"""The clean loss and its gradient by backpropagation, tensor by tensor, the same under every engine."""
 
 from __future__ import annotations
 

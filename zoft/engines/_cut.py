@@ -79,7 +79,7 @@ def cut(model: nn.Module, count: int, forward: Callable[[], Any]) -> Cut:
     """
     blocks = check_stages(model, count)
     shares = [range(rank * len(blocks) // count, (rank + 1) * len(blocks) // count) for rank in range(count)]
-    found = Cut(blocks, shares, [set() for _ in range(count)])
+    stages = Cut(blocks, shares, [set() for _ in range(count)])
     ran: list[int] = []  # numbers of the blocks, as they were entered
     phases: dict[nn.Module, set[str]] = {}  # module -> when it ran
     phase = "before"
@@ -91,16 +91,16 @@ def cut(model: nn.Module, count: int, forward: Callable[[], Any]) -> Cut:
             phase = "inside"
             ran.append(number)
             if number in starts:
-                found.entering.append(hidden_states_in(args, kwargs).clone())
+                stages.entering.append(hidden_states_in(args, kwargs).clone())
         phases.setdefault(module, set()).add(phase)
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         nonlocal phase
         number = places.get(module)
         if number is not None:
-            found.width = len(output) if isinstance(output, tuple) else 0
+            stages.width = len(output) if isinstance(output, tuple) else 0
             if number in ends:
-                found.left.append((output[0] if found.width else output).clone())
+                stages.left.append((output[0] if stages.width else output).clone())
             if number == len(blocks) - 1:
                 phase = "after"
 
@@ -112,31 +112,31 @@ def cut(model: nn.Module, count: int, forward: Callable[[], Any]) -> Cut:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         with torch.no_grad():
-            found.result = forward()
+            stages.result = forward()
     finally:
         for handle in handles:
             handle.remove()
-    if ran != list(range(len(blocks))) or len(found.entering) != count:
+    if ran != list(range(len(blocks))) or len(stages.entering) != count:
         raise UserError(
             f"trainer.parallel=pipeline: the blocks of {type(model).__name__} do not run once each, one after the "
             "other, for a loss: use trainer.parallel=directions"
         )
-    _share_out(model, found, phases)
+    _share_out(model, stages, phases)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    idle = next((rank for rank, names in enumerate(found.held) if trained.isdisjoint(names)), None)
+    idle = next((rank for rank, names in enumerate(stages.held) if trained.isdisjoint(names)), None)
     if idle is not None:
         raise UserError(
             f"trainer.parallel=pipeline: process {idle} of {count} would hold nothing that is trained: train tensors "
             "of all blocks (trainable=all, peft=lora), or use trainer.parallel=directions"
         )
-    return found
+    return stages
 
 
-def _share_out(model: nn.Module, found: Cut, phases: dict[nn.Module, set[str]]) -> None:
+def _share_out(model: nn.Module, stages: Cut, phases: dict[nn.Module, set[str]]) -> None:
     """Say of every parameter which processes hold it."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    count = len(found.held)
-    stage_of = {block: rank for rank, share in enumerate(found.shares) for block in (found.blocks[i] for i in share)}
+    count = len(stages.held)
+    stage_of = {block: rank for rank, share in enumerate(stages.shares) for block in (stages.blocks[i] for i in share)}
     inside = {module: rank for block, rank in stage_of.items() for module in block.modules()}
     around = {module for module in model.modules() if not stage_of.keys().isdisjoint(module.modules())}
     for module in model.modules():
@@ -149,7 +149,7 @@ def _share_out(model: nn.Module, found: Cut, phases: dict[nn.Module, set[str]]) 
         for parameter in module._parameters.values():
             if parameter is not None:
                 for rank in ranks:
-                    found.held[rank].add(names[id(parameter)])
+                    stages.held[rank].add(names[id(parameter)])
 
 
 class HeldTensors:
@@ -174,10 +174,10 @@ class HeldTensors:
 
     def drop(self) -> None:
         """Keep what this process holds, and free the rest; that is not trained here either."""
-        mine, trained = self.held[self.rank], set(self.trained)
+        held, trained = self.held[self.rank], set(self.trained)
         for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name in mine and name in trained)
-            if name in mine:
+            parameter.requires_grad_(name in held and name in trained)
+            if name in held:
                 parameter.data = parameter.data.to(self.device)
             elif not _is_stand_in(parameter):
                 zero = torch.zeros((), dtype=parameter.dtype, device=self.device)
@@ -234,23 +234,26 @@ class HeldTensors:
             names: of the parameters; the same in every process.
         """
         for name in names:
-            holder, own = next(rank for rank, mine in enumerate(self.held) if name in mine), self.parameters[name].data
+            holder, values = (
+                next(rank for rank, names_held in enumerate(self.held) if name in names_held),
+                self.parameters[name].data,
+            )
             if self.is_whole or holder == 0:
-                yield name, own if self.rank == 0 else None
+                yield name, values if self.rank == 0 else None
             elif self.rank == 0:
-                tensor = torch.empty(own.shape, dtype=own.dtype, device=self.device)
+                tensor = torch.empty(values.shape, dtype=values.dtype, device=self.device)
                 torch.distributed.recv(_bytes_of(tensor), holder)
                 yield name, tensor
             else:
                 if self.rank == holder:
-                    torch.distributed.send(_bytes_of(own.contiguous()), 0)
+                    torch.distributed.send(_bytes_of(values.contiguous()), 0)
                 yield name, None
 
     def digest(self) -> str:
         """The hash of all trained weights, in every process: that of one process which holds all of them."""
-        found = [digest_of((n, t) for n, t in self.gathered(self.trained) if t is not None)]
-        torch.distributed.broadcast_object_list(found, 0, device=self.device)
-        return str(found[0])
+        digests = [digest_of((n, t) for n, t in self.gathered(self.trained) if t is not None)]
+        torch.distributed.broadcast_object_list(digests, 0, device=self.device)
+        return str(digests[0])
 
     def _train_all(self) -> None:
         for name in self.trained:

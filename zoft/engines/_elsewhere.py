@@ -69,7 +69,7 @@ class Elsewhere(Engine):
     """How the frozen weights are held in few bits with this engine."""
 
     def served_name(self) -> str:
-        """What the base is known by where the other runtime alone has it: a run does not go on with another one."""
+        """The identity of a base that only the other runtime holds: a run is not resumed with another base."""
         raise NotImplementedError
 
     def base_mb(self) -> float:

@@ -108,12 +108,12 @@ def library() -> Any:
     files = [] if spec is None else list(Path(str(spec.origin)).parent.glob("xllamacpp*.so"))
     if not files:
         raise UserError(f"engine=llamacpp needs xllamacpp: pip install 'xllamacpp=={VERSION}'")
-    found = ctypes.CDLL(str(files[0]))
+    dll = ctypes.CDLL(str(files[0]))
     try:
         for name, (returned, *taken) in _SIGNATURES.items():
-            function = getattr(found, name)
+            function = getattr(dll, name)
             function.restype, function.argtypes = returned, taken
-        defaults = found.llama_context_default_params()
+        defaults = dll.llama_context_default_params()
         first = tuple(getattr(defaults, name) for name, _ in _HEADER)
         is_known = first == _DEFAULTS and (defaults.type_k, defaults.type_v) == (_F16, _F16)
     except AttributeError as error:
@@ -124,7 +124,7 @@ def library() -> Any:
             f"engine=llamacpp knows the C structures of xllamacpp {VERSION}, and the one that is installed has others: "
             f"pip install 'xllamacpp=={VERSION}'"
         )
-    return found
+    return dll
 
 
 class Llama:
@@ -158,14 +158,14 @@ class Llama:
 
     def architecture(self) -> str:
         """As GGUF names it, such as llama or qwen2."""
-        found = ctypes.create_string_buffer(128)
-        self._lib.llama_model_meta_val_str(self._model, b"general.architecture", found, len(found))
-        return found.value.decode()
+        buffer = ctypes.create_string_buffer(128)
+        self._lib.llama_model_meta_val_str(self._model, b"general.architecture", buffer, len(buffer))
+        return buffer.value.decode()
 
     def piece(self, token: int) -> bytes:
         """A token's text; a special one has none."""
-        found = ctypes.create_string_buffer(512)
-        return found.raw[: max(0, self._lib.llama_token_to_piece(self._vocab, token, found, len(found), 0, False))]
+        buffer = ctypes.create_string_buffer(512)
+        return buffer.raw[: max(0, self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False))]
 
     # ---- adapters and forwards ---------------------------------------------------------------------------------------
 

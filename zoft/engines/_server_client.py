@@ -91,7 +91,7 @@ class Client:
         raise self.failure(status, said, path)
 
     def failure(self, status: int, said: str, path: str) -> Exception:
-        """What a reply that is none is raised as: one that another try may mend, or one for the user."""
+        """The exception for a failed reply: :class:`BadReplyError` where a retry may help, else :class:`UserError`."""
         if "lora is not enabled" in said.lower() or "enable_lora" in said.lower():
             return UserError(NO_LORA.format(self.url))
         if status in (404, 408, 409, 425, 429) or status >= 500:  # 404: it has been started anew, without adapters

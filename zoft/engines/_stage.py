@@ -174,11 +174,11 @@ class Stage:
         return run.results
 
     def everywhere(self, call: Callable[[], Any]) -> Any:
-        """What a call that calls the model once returns in the last process, in every process; tensors and numbers."""
+        """The last process's result of a call that calls the model once, in every process; tensors and numbers."""
         (result,) = self.run([call], [0])
-        found = [_moved(result, torch.device("cpu"))]
-        torch.distributed.broadcast_object_list(found, self.count - 1, device=self.device)
-        return _moved(found[0], self.device)
+        results = [_moved(result, torch.device("cpu"))]
+        torch.distributed.broadcast_object_list(results, self.count - 1, device=self.device)
+        return _moved(results[0], self.device)
 
     def _bytes_of(self, call: Callable[[], Any]) -> int:
         """How large the hidden states of a call are, by its forward up to the first block."""
@@ -224,8 +224,8 @@ class Stage:
             self._run.results[number] = self._run.calls[number]()
         except HandedOn as handed:
             sent = torch.zeros(self._buffers[1], dtype=torch.uint8, device=self.device)
-            own = handed.hidden.contiguous().view(-1).view(torch.uint8)
-            sent[: own.numel()] = own
+            numbers = handed.hidden.contiguous().view(-1).view(torch.uint8)
+            sent[: numbers.numel()] = numbers
             return sent
         return torch.zeros(1, device=self.device)
 
@@ -302,8 +302,8 @@ class PipelineSession(LayerwiseSession):
     def _asked(self, pairs: list[tuple[Any, Point]], look: Callable[[], bool]) -> tuple[list[Tensor], bool]:
         """The losses, and whether any process has to ask again; one gather of both."""
         losses = self._scheduled(pairs)
-        own = torch.stack([*losses, torch.tensor(float(look()))]).double()  # float64 holds every float32
-        everyone = self.stage.gather(own)
+        losses_here = torch.stack([*losses, torch.tensor(float(look()))]).double()  # float64 holds every float32
+        everyone = self.stage.gather(losses_here)
         return list(everyone[-1][:-1].float().unbind()), any(bool(one[-1]) for one in everyone)
 
     def _scheduled(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
@@ -316,8 +316,8 @@ class PipelineSession(LayerwiseSession):
             for number, part in enumerate(some)
         ]
         calls = [partial(self._loss_at, part, point) for part, point, _ in units]
-        found = iter(self.stage.run(calls, [kind for *_, kind in units]))
-        of_each = [[next(found) for _ in some] for some in parts]
+        results = iter(self.stage.run(calls, [kind for *_, kind in units]))
+        of_each = [[next(results) for _ in some] for some in parts]
         if not self.stage.is_last:
             return [torch.zeros(()) for _ in pairs]
         return [self.engine.joined(batch, losses) for (batch, _), losses in zip(pairs, of_each, strict=True)]

@@ -51,10 +51,10 @@ class Transfer:
 
     def resting(self, tensor: Tensor) -> Tensor:
         """The tensor in host memory that copies can start from without a detour."""
-        there = self._rest(tensor.detach())
+        copy = self._rest(tensor.detach())
         self.counts["pins"] += 1
-        self._pinned.add(there.data_ptr())
-        return there
+        self._pinned.add(copy.data_ptr())
+        return copy
 
     def up(self, pairs: Pairs, then: Callable[[], None] | None = None) -> Any:
         """Begin to copy from where weights rest to the device, behind all that computes now.

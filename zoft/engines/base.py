@@ -190,7 +190,7 @@ class Session:
 
 @contextmanager
 def memory_errors_say(mend: str) -> Iterator[None]:
-    """An error for want of memory goes on with ``mend`` behind it: what to lower."""
+    """An out-of-memory error is raised again with ``mend`` appended: which setting to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -220,7 +220,7 @@ def check_outputs(engine: str, estimator: Estimator) -> None:
 
 
 def of_example(point: Point, index: int) -> Point:
-    """The point along the direction of one example's own."""
+    """The point moved along one example's own version of its direction."""
     if point.direction is None:
         return point
     return replace(point, direction=replace(point.direction, example=index))

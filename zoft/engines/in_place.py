@@ -1,4 +1,4 @@
-"""Perturb the weights themselves and put them back: MeZO's way."""
+"""Perturb the weights themselves and restore them, as MeZO does."""
 
 from __future__ import annotations
 

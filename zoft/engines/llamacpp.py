@@ -48,7 +48,7 @@ class LlamaCpp(Elsewhere):
     threads: int = 0
 
     def check(self) -> None:
-        """Refuse a number of threads that is none."""
+        """Refuse a negative number of threads."""
         self.require(self.threads >= 0, "threads", "0 (torch's number) or more")
 
     def prepare(self) -> None:
@@ -102,10 +102,11 @@ class _LlamaBackend:
                 f"engine=llamacpp hands adapters to models of the types {', '.join(ARCHITECTURES)}, and this one is of "
                 f"type {config.model_type}: use engine=auto or server"
             )
-        for what, (there, here) in sizes.items():
-            if there != here:
+        for what, (of_file, of_model) in sizes.items():
+            if of_file != of_model:
                 raise UserError(
-                    f"engine.file={file} is another model than model.name: its {what} is {there}, and that one's {here}"
+                    f"engine.file={file} is another model than model.name: its {what} is {of_file}, "
+                    f"and that one's {of_model}"
                 )
 
     # ---- what is asked -----------------------------------------------------------------------------------------------

@@ -188,22 +188,22 @@ class NodeSession(Session):
         length = e.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         experts = {key: node for key, node in nodes.items() if node.kind == "experts"}
         layers = {key: node for key, node in nodes.items() if key not in experts}
-        own = {key: node for key, node in layers.items() if node.behind is None}
+        in_layers = {key: node for key, node in layers.items() if node.behind is None}
         if experts:
             length = length.max()  # an expert is given its rows in an order of its own
         tensors = {key: self.weights.tensors[node.name] for key, node in experts.items()}
         with (
             torch.enable_grad(),
             self.seeing(layers if looking else {}, rows, column, len(x)) as seen,
-            self.moved(own, rows, column, len(x), shift),
+            self.moved(in_layers, rows, column, len(x), shift),
             calls_of(tensors, {key: node.module for key, node in experts.items()}) as calls,
         ):
             y = outputs_of(part, x)
             zeros_of = [*zeros.values(), *(call.zero for each in calls.values() for call in each)]
-            found = torch.autograd.grad(y, zeros_of, (e / length).to(y.dtype), allow_unused=True)
+            of_zeros = torch.autograd.grad(y, zeros_of, (e / length).to(y.dtype), allow_unused=True)
         gradients = iter(
             (torch.zeros_like(zero).detach() if one is None else one.float() * length).to(device)
-            for zero, one in zip(zeros_of, found, strict=True)
+            for zero, one in zip(zeros_of, of_zeros, strict=True)
         )
         of_nodes, numbers = {key: next(gradients) for key in zeros}, dict[str, Tensor]()
         for key, each in calls.items():

@@ -62,7 +62,7 @@ class Server(Elsewhere):
     retries: int = 5
 
     def check(self) -> None:
-        """Refuse what is no address, and counts below what works."""
+        """Refuse an invalid address, and counts that are too small to work."""
         self.require(self.url.startswith(("http://", "https://")), "url", "http://host:port")
         self.require(self.max_adapters >= 1, "max_adapters", "at least 1")
         self.require(0 < self.timeout < float("inf"), "timeout", "> 0 and finite")
@@ -203,9 +203,9 @@ class _Served:
     def _check_versions(self, digests: Iterable[str]) -> None:
         roots = self._roots()
         for digest in digests:
-            found = roots.get(self._name(digest))
-            if found != str(self.folder / digest):
-                raise BadReplyError(f"{self._name(digest)} is another adapter: {found}")
+            root = roots.get(self._name(digest))
+            if root != str(self.folder / digest):
+                raise BadReplyError(f"{self._name(digest)} is another adapter: {root}")
 
     def _roots(self) -> dict[Any, Any]:
         """What the server has, and the folder that it came from."""

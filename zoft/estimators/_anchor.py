@@ -1,4 +1,4 @@
-"""What an estimator promises of which some points start from earlier weights, the anchor."""
+"""The interface of estimators that query some points at earlier weights, the anchor."""
 
 from __future__ import annotations
 

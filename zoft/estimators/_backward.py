@@ -1,4 +1,4 @@
-"""What an estimator promises that takes gradients from a backward pass, and what it does not go together with."""
+"""The interface of estimators that take gradients from a backward pass, and the parts they cannot be combined with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an estimator promises that measures curvature along its directions, and who cannot do without."""
+"""The interface of estimators that measure curvature along their directions, and the check of parts that need it."""
 
 from __future__ import annotations
 

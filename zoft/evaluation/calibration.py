@@ -1,4 +1,4 @@
-"""Options scored against a prompt without content: what an option has anyway is taken off."""
+"""Options scored against a prompt without content, whose scores are subtracted."""
 
 from __future__ import annotations
 

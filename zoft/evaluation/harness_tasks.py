@@ -119,7 +119,7 @@ def evaluated(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No word of the harness, its tasks and the data sets on the console; what was set before is set again after it.
+    """Keep the harness, its tasks and data sets from writing to the console; their settings are restored afterwards.
 
     Example:
         >>> with quiet():

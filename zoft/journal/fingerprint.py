@@ -1,4 +1,4 @@
-"""What rows are, as a hash: every one of them, so that a label that was changed between two starts is noticed."""
+"""The hash of all rows of a data set, so that a label that was changed between two starts is noticed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Feed = Any  # a hashlib object
 
 
 def know_base(model: Any, fingerprint: str) -> None:
-    """Keep with a model what its frozen weights are, where they cannot be read, or not twice.
+    """Attach a fingerprint of frozen weights to a model, where they cannot be read later or reading them twice is dear.
 
     Args:
         model: with its adapter.
@@ -56,7 +56,7 @@ def rows_digest(rows: Any) -> str | None:
 
 
 def some_rows_digest(rows: Any) -> str | None:
-    """As the journals of zoft's first format have it: the number of rows, and a hash of at most 32 of them."""
+    """The hash that journals of zoft's first format hold: the number of rows, and a hash of at most 32 of them."""
     try:
         count = len(rows)
         with global_random_state_kept():

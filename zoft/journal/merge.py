@@ -169,10 +169,10 @@ def _check_same(first_path: str, first: Contents, path: str, contents: Contents)
                 f"{path} began with other {what} than {first_path}: what is merged has one base (the same model, "
                 "adapter and seed of a fresh adapter or head)"
             )
-    mine, theirs = (one.header.get("settings", {}) for one in (first, contents))
-    for key in sorted(mine.keys() | theirs.keys()):
-        if key in _OWN or key.endswith(_ROWS) or mine.get(key) == theirs.get(key):
+    settings, others = (one.header.get("settings", {}) for one in (first, contents))
+    for key in sorted(settings.keys() | others.keys()):
+        if key in _OWN or key.endswith(_ROWS) or settings.get(key) == others.get(key):
             continue
         raise UserError(
-            f"{path} is of another method than {first_path}: {key} is {theirs.get(key)}, and {mine.get(key)} there"
+            f"{path} is of another method than {first_path}: {key} is {others.get(key)}, and {settings.get(key)} there"
         )

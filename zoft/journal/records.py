@@ -57,7 +57,7 @@ class Record:
 
     @property
     def skipped(self) -> bool:
-        """Whether the step came to nothing."""
+        """Whether the step moved nothing."""
         return bool(self.flags & SKIPPED)
 
     @property

@@ -25,7 +25,7 @@ Get = Callable[[Direction], "Tensor"]
 
 
 class Transformed(NoiseSource):
-    """Numbers made of another source's numbers at the same places.
+    """A source whose numbers are computed from another source's numbers at the same places.
 
     Args:
         inner: the source around which this one stands.
@@ -34,7 +34,7 @@ class Transformed(NoiseSource):
     def __init__(self, inner: NoiseSource) -> None:
         self.inner = inner
 
-    def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
+    def elements(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """Elements of one tensor of a direction.
 
         Args:
@@ -49,19 +49,19 @@ class Transformed(NoiseSource):
         self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """Elements [start, stop) of tensor ``name``, flat."""
-        return self.made(
+        return self.elements(
             direction, name, lambda d: self.inner.draw(d, name, start, stop, device, dtype), slice(start, stop)
         )
 
     def gather(self, direction: Direction, name: str, indices: Tensor) -> Tensor:
         """Elements at any flat indices."""
-        return self.made(direction, name, lambda d: self.inner.gather(d, name, indices), indices)
+        return self.elements(direction, name, lambda d: self.inner.gather(d, name, indices), indices)
 
 
 class Antithetic(Transformed):
     """Directions 2 i and 2 i + 1 are each other's opposite: z and -z."""
 
-    def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
+    def elements(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """z of the pair, with its sign."""
         # z of the pair's number, drawn once for both
         z = get(replace(direction, index=direction.index // 2))
@@ -96,7 +96,7 @@ class Orthogonal(Transformed):
         self.dimension = dimension
         self._kept: tuple[Direction, list[list[float]]] | None = None
 
-    def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
+    def elements(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """The combination of the step's independent directions that is orthogonal to those before it."""
         # z'_j = sum_{i <= j} z_i (R^-1)_ij sqrt(d): R is upper triangular, so later directions have no part
         column = self._columns(direction)[direction.index]
@@ -150,7 +150,7 @@ class PerExample(Transformed):
         self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         self._kept: dict[tuple[Direction, str], tuple[Tensor, Tensor]] = {}
 
-    def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
+    def elements(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """z with the example's signs."""
         # one z for all examples of the step
         z = get(replace(direction, example=None))
@@ -192,7 +192,7 @@ class StateShaped(Transformed):
         super().__init__(inner)
         self.shape = shape
 
-    def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
+    def elements(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """The inner source's z, shaped."""
         # by the state as it is at this moment: it changes only when the step is written
         return self.shape(get(direction), name, where)
@@ -201,7 +201,7 @@ class StateShaped(Transformed):
 class LinearCombination(Transformed):
     """Sums of directions, by name: what a step would move along, as one direction."""
 
-    def made(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
+    def elements(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """sum_j c_j z_j for a direction with a mix, else its z."""
         if not direction.mix:
             return get(direction)

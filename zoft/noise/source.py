@@ -23,7 +23,7 @@ SOURCES = ("counter", "torch_sequential")
 
 
 class NoiseSource:
-    """Where z comes from: :meth:`draw` makes it, the others use it, and make no more of it than they must."""
+    """The source of directions: :meth:`draw` materialises z; gather, add_ and perturb fuse drawing with use."""
 
     def draw(
         self, direction: Direction, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""What few rules do besides making a step of an estimate: rescale coefficients, try their step, work on factors."""
+"""Optional interfaces of optimizers: rescale coefficients, try the step before it is taken, work on factors."""
 
 from __future__ import annotations
 

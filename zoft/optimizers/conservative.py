@@ -1,4 +1,4 @@
-"""SGD that looks first: of a step, its opposite and none, the one with the lowest loss is taken."""
+"""SGD that tries the step, its opposite and no step, and takes the one with the lowest loss."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ class Conservative(TriesSteps, SGD):
     line_search: ClassVar[tuple[float, ...]] = (1.0, -1.0)  # the step and its opposite
 
     def choose(self, losses: Mapping[float, float]) -> float:
-        """Where the loss is lowest: none, the step, or its opposite, in this order where they tie."""
+        """The multiple with the lowest loss: 0 (no step), 1 or -1, the first of them in a tie."""
         # argmin over {theta, theta - lr g, theta + lr g}; min() takes the first of equal ones: to stay, then the step
         return min((0.0, *self.line_search), key=lambda multiple: losses[multiple])

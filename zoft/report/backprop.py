@@ -1,4 +1,4 @@
-"""How much memory backpropagation with AdamW would take: an analytic estimate."""
+"""The memory that backpropagation with AdamW would take: an analytic estimate."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ class Shared:
         if not keeps or any(cfg.trainer.get(name) for name in ("bf16", "fp16", "torch_compile")):
             self.models.clear()
             return load_fitting(cfg, self.tokenizer, self.rows)
-        own = ("below an adapter",) if adapter else (cfg.trainable, cfg.subspace.moves_outputs)
-        key = repr((cfg.model, kind, *own))
+        layout = ("below an adapter",) if adapter else (cfg.trainable, cfg.subspace.moves_outputs)
+        key = repr((cfg.model, kind, *layout))
         last, loaded = self.models.pop(key, (None, {}))
         self.models.clear()  # one at a time: two may not fit
         if adapter:
@@ -83,14 +83,14 @@ class Shared:
 
     def prefix(self, trainer: ZOTrainer) -> None:
         """Fill the trainer's hidden states, with those of an earlier cell where the same blocks are frozen."""
-        own = trainer.query_forward.frozen_prefix
-        if own is None:
+        prefix = trainer.query_forward.frozen_prefix
+        if prefix is None:
             return
-        key = f"{own.first} {trainer.args.bf16} {trainer.args.fp16}"
+        key = f"{prefix.first} {trainer.args.bf16} {trainer.args.fp16}"
         if key in self.prefixes:
-            own.share(self.prefixes[key])
+            prefix.share(self.prefixes[key])
         else:
             for _ in trainer.query_forward.fill_prefix(*self.rows.values()):
                 pass
-            if own.usable:
-                self.prefixes[key] = own
+            if prefix.usable:
+                self.prefixes[key] = prefix

@@ -103,7 +103,7 @@ class StepEstimate:
         return math.nan if self.projected_grads is None else float(self.projected_grads.square().mean().sqrt())
 
     def scaled(self, share: float) -> StepEstimate:
-        """The same step, of another length: every coefficient times ``share``."""
+        """The estimate with every coefficient times ``share``."""
         assert self.terms is not None
         # share * sum_j c_j z_j = sum_j (share c_j) z_j; of factors sum_p e_p x_p^T, e is scaled
         factors = self.factors and {name: one.scaled(share) for name, one in self.factors.items()}
@@ -127,7 +127,7 @@ class StepEstimate:
         return state.pack(tensors) if tensors else None
 
     def to_record(self, lr: float, queries: int, tokens: int, *, has_factors: bool = False) -> Record:
-        """The step as the journal has it.
+        """The journal's record of the step.
 
         Args:
             lr: learning rate that it is written with.

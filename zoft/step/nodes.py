@@ -49,7 +49,7 @@ class NodeEstimate:
 
 @dataclass
 class _Part:
-    """A micro-batch on its way."""
+    """A micro-batch between its clean forward and its probes."""
 
     batch: Any
     places: NodePositions
@@ -280,8 +280,8 @@ class NodeQueries:
         for drawn in some:
             for number, part in enumerate(parts):
                 if asked:  # what others' probes moved is drawn here too: names are enough
-                    found, sizes = asked[number]
-                    changes = found[drawn.first : drawn.first + drawn.count]
+                    changes_of, sizes = asked[number]
+                    changes = changes_of[drawn.first : drawn.first + drawn.count]
                     for key, size in sizes.items():
                         drawn.draw(key, size, part.places.rows.device)
                 else:
@@ -296,18 +296,18 @@ class NodeQueries:
         self, parts: list[_Part], some: list[_Drawn], probes: int, eps: float
     ) -> list[tuple[Tensor, dict[str, int]]]:
         """Of each part: (s' - s) / eps of all probes [q, A, C], each made by one process; and key -> m of its nodes."""
-        mine, sizes = self.shares.mine(probes), [dict[str, int]() for _ in parts]
-        found: list[list[Tensor]] = [[] for _ in parts]
+        numbers, sizes = self.shares.questions(probes), [dict[str, int]() for _ in parts]
+        changes_of: list[list[Tensor]] = [[] for _ in parts]
         for drawn in some:
-            here = [probe - drawn.first for probe in mine if 0 <= probe - drawn.first < drawn.count]
+            here = [probe - drawn.first for probe in numbers if 0 <= probe - drawn.first < drawn.count]
             for number, part in enumerate(parts if here else ()):
-                found[number] += [self._probe(part, drawn, probe, eps) for probe in here]
+                changes_of[number] += [self._probe(part, drawn, probe, eps) for probe in here]
                 sizes[number] = {key: v.shape[-1] for key, v in drawn.kept.items()}
             drawn.kept.clear()
-        own = [torch.stack(changes) for changes in found]
-        whole = self.shares.joined(torch.cat([one.flatten(1) for one in own], dim=1), probes)
-        each = whole.split([one[0].numel() for one in own], dim=1)
-        return [(s.reshape(probes, *one.shape[1:]), keys) for s, one, keys in zip(each, own, sizes, strict=True)]
+        stacked = [torch.stack(changes) for changes in changes_of]
+        whole = self.shares.joined(torch.cat([one.flatten(1) for one in stacked], dim=1), probes)
+        each = whole.split([one[0].numel() for one in stacked], dim=1)
+        return [(s.reshape(probes, *one.shape[1:]), keys) for s, one, keys in zip(each, stacked, sizes, strict=True)]
 
     def _probe(self, part: _Part, drawn: _Drawn, probe: int, eps: float) -> Tensor:
         """(s' - s) / eps, [P, C]."""

@@ -1,4 +1,4 @@
-"""The queries of one step: what is asked of the model, in which order, and the estimate that the answers give."""
+"""The queries of one step: which losses are computed, in which order, and the estimate made of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _as_they_are(losses: Tensor, batch: Any) -> Tensor:
 
 @dataclass
 class StepQueries:
-    """Asks a session what a method wants to know of a step; the answer is a :class:`StepEstimate`.
+    """Queries a session for the losses that a method needs in a step, and makes a :class:`StepEstimate` of them.
 
     Args:
         method: the composition.
@@ -193,22 +193,22 @@ class StepQueries:
         """(every example's own directions, losses [P, B]), over the examples of all processes in their places."""
         examples = list(self.examples(batch))
         places = self.places(batch, len(examples))
-        mine = [points[number] for number in self.shares.mine(len(points))]
-        own = self.session.losses_per_example(examples, mine, places[self.rank])
-        losses = self._joined(own, places, len(points))
+        share = [points[number] for number in self.shares.questions(len(points))]
+        losses = self.session.losses_per_example(examples, share, places[self.rank])
+        losses = self._joined(losses, places, len(points))
         numbers = range(losses.shape[1])
         return [replace(direction, example=number) for direction in directions for number in numbers], losses
 
     def _of_each(self, batch: Any, points: list[Point], clean: Tensor | None) -> Tensor:
         """Each example's loss at all points, [P, B]; a clean loss that is known is taken for all of them."""
         asked = [point for point in points if clean is None or point.direction is not None]
-        mine = [asked[number] for number in self.shares.mine(len(asked))]
-        own = self.session.losses(self.each(batch), mine).view(len(mine), -1)
-        found = self._joined(own, self.places(batch, own.shape[1]), len(asked))
+        share = [asked[number] for number in self.shares.questions(len(asked))]
+        losses = self.session.losses(self.each(batch), share).view(len(share), -1)
+        all_losses = self._joined(losses, self.places(batch, losses.shape[1]), len(asked))
         if clean is None:
-            return found
-        rows = iter(found.unbind())
-        return torch.stack([clean.expand(found.shape[1]) if p.direction is None else next(rows) for p in points])
+            return all_losses
+        rows = iter(all_losses.unbind())
+        return torch.stack([clean.expand(all_losses.shape[1]) if p.direction is None else next(rows) for p in points])
 
     def _joined(self, losses: Tensor, places: list[list[int]], number: int) -> Tensor:
         """[mine, B] of this process -> [P, B] of all, the columns in the order that one process would have."""
@@ -242,9 +242,9 @@ class StepQueries:
         """The objective at these points, each asked by one of the processes that have these rows."""
         if self.shares.count == 1:
             return self.average(self.session.losses(batch, points), batch)
-        mine = [points[number] for number in self.shares.mine(len(points))]
-        own = self.average(self.session.losses(batch, mine), batch) if mine else torch.empty(0)
-        return self.shares.joined(own, len(points))
+        share = [points[number] for number in self.shares.questions(len(points))]
+        losses = self.average(self.session.losses(batch, share), batch) if share else torch.empty(0)
+        return self.shares.joined(losses, len(points))
 
     # ---- the estimate ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Which of a step's questions one of several processes asks, and how its answers come together with the others'."""
+"""Which points of a step each of several processes queries, and how the losses are gathered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STAGED = ("auto", "layerwise")
 
 @dataclass(frozen=True)
 class Shares:
-    """Questions dealt in contiguous runs to processes that have the same rows.
+    """Deals numbered questions (points or probes) in contiguous runs to processes that have the same rows.
 
     Args:
         count: how many processes ask.
@@ -33,7 +33,7 @@ class Shares:
         gather: answers of this process, float64 -> those of each, of the same shape.
 
     Example:
-        >>> [list(Shares(2, rank).mine(5)) for rank in (0, 1)]
+        >>> [list(Shares(2, rank).questions(5)) for rank in (0, 1)]
         [[0, 1], [2, 3, 4]]
     """
 
@@ -41,24 +41,24 @@ class Shares:
     rank: int = 0
     gather: Callable[[Tensor], list[Tensor]] = lambda own: [own]
 
-    def mine(self, number: int) -> range:
+    def questions(self, number: int) -> range:
         """The questions that this process asks, of ``number``."""
         return self._of(self.rank, number)
 
-    def joined(self, own: Tensor, number: int) -> Tensor:
+    def joined(self, answers: Tensor, number: int) -> Tensor:
         """The answers to all questions, in their order: one gather of ``number / count`` answers.
 
         Args:
-            own: to those of :meth:`mine`, [mine, ...], on any device.
+            answers: to those of :meth:`questions`, [questions, ...], on any device.
             number: of questions, [number, ...] comes back; bit for bit what each process has found.
         """
         if self.count == 1:
-            return own
+            return answers
         # float64 holds every float32 and bfloat16; the longest share decides the size, so that all are alike
-        padded = own.new_zeros(-(-number // self.count), *own.shape[1:], dtype=torch.float64)
-        padded[: len(own)] = own
+        padded = answers.new_zeros(-(-number // self.count), *answers.shape[1:], dtype=torch.float64)
+        padded[: len(answers)] = answers
         parts = [one[: len(self._of(rank, number))] for rank, one in enumerate(self.gather(padded))]
-        return torch.cat(parts).to(own.device, own.dtype)
+        return torch.cat(parts).to(answers.device, answers.dtype)
 
     def _of(self, rank: int, number: int) -> range:
         return range(rank * number // self.count, (rank + 1) * number // self.count)

@@ -68,40 +68,40 @@ class Factored(Subspace):
         super().check()
         self.require(self.rank >= 1, "rank", "at least 1")
 
-    def form(self, rows: int, columns: int) -> MatrixLayout:
+    def layout(self, rows: int, columns: int) -> MatrixLayout:
         """How a matrix of this size moves."""
         raise NotImplementedError
 
-    def forms(self, weights: Weights) -> dict[str, MatrixLayout]:
-        """name -> form of what moves in the subspace; the rest moves in full."""
+    def layouts(self, weights: Weights) -> dict[str, MatrixLayout]:
+        """name -> layout of what moves in the subspace; the rest moves in full."""
         sizes = {name: self.matrix(tuple(tensor.shape)) for name, tensor in weights.tensors.items()}
         # a matrix with no more than r rows or columns has nothing to save: its own elements are its coordinates
-        return {name: self.form(*size) for name, size in sizes.items() if size is not None and min(size) > self.rank}
+        return {name: self.layout(*size) for name, size in sizes.items() if size is not None and min(size) > self.rank}
 
     def matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """(m, n) of the matrix that a tensor is taken as: [shape[0], the rest]; None for vectors."""
         return (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else None
 
-    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundFactored:
+    def coordinates(self, weights: Weights, source: NoiseSource, layouts: dict[str, MatrixLayout]) -> BoundFactored:
         """The subspace for these weights."""
         raise NotImplementedError
 
     def bind(self, weights: Weights, noise: str = "counter") -> BoundFactored:
         """Coordinates are the elements of C, and the tensor's own where it moves in full."""
-        forms, source = self.forms(weights), self.source(weights, noise)
-        if not forms:
+        layouts, source = self.layouts(weights), self.source(weights, noise)
+        if not layouts:
             log.warning(
                 "subspace=%s: no trained tensor has more than rank=%d rows and columns, so all of them move in full, "
                 "as with subspace=full",
                 *(self.name(), self.rank),
             )
-        return self.coordinates(weights, source, forms)
+        return self.coordinates(weights, source, layouts)
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The counter, over the coordinates: there is no published stream of structured directions."""
         self.check_noise(noise)
         # the counter's stream is of C's size; sphere's length is over coordinates, not weights
-        shapes = {name: math.prod(form.shape) for name, form in self.forms(weights).items()}
+        shapes = {name: math.prod(layout.shape) for name, layout in self.layouts(weights).items()}
         return CounterNoise(self.law, weights.sizes() | shapes)
 
 
@@ -117,16 +117,16 @@ class BoundFactored(BoundSubspace):
     Args:
         weights: what is trained.
         source: where C and the directions of what moves in full come from.
-        forms: what moves in the subspace.
+        layouts: what moves in the subspace.
         name: the subspace's.
         interval: steps that share the bases; 0: all do.
     """
 
     def __init__(
-        self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout], name: str, interval: int = 0
+        self, weights: Weights, source: NoiseSource, layouts: dict[str, MatrixLayout], name: str, interval: int = 0
     ) -> None:
         super().__init__(weights, source)
-        self.forms = forms
+        self.layouts = layouts
         self.name = name
         self.interval = interval
         self._bases: dict[str, tuple[Hashable, Bases]] = {}
@@ -135,11 +135,11 @@ class BoundFactored(BoundSubspace):
 
     # ---- bases -------------------------------------------------------------------------------------------------------
 
-    def make_bases(self, period: Direction, name: str) -> Bases:
+    def make_bases(self, refresh_period: Direction, name: str) -> Bases:
         """(L, R) of a period, float32 on the tensor's device; the period's name is a direction's."""
         raise NotImplementedError
 
-    def period(self, direction: Direction) -> Direction:
+    def refresh_period(self, direction: Direction) -> Direction:
         """The name of the bases: the same for ``interval`` steps and for all directions of a step."""
         # a basis has a direction's name, so that it has a stream of random numbers by the same key
         return Direction(direction.seed, direction.step // self.interval if self.interval else 0)
@@ -147,7 +147,7 @@ class BoundFactored(BoundSubspace):
     def basis_key(self, direction: Direction, name: str) -> Hashable:
         """Equal for two directions exactly when they have the bases of tensor ``name`` in common."""
         del name
-        return self.period(direction)
+        return self.refresh_period(direction)
 
     def bases(self, direction: Direction, name: str) -> Bases:
         """(L, R) of a matrix; those of the last period asked for are kept."""
@@ -156,12 +156,12 @@ class BoundFactored(BoundSubspace):
         # of the last period only: a state is carried over from the one before to this one, and then that is past
         if entry is None or entry[0] != basis_key:
             with torch.inference_mode(False), torch.no_grad():  # they outlive the forward in which they are made
-                entry = self._bases[name] = (basis_key, self.make_bases(self.period(direction), name))
+                entry = self._bases[name] = (basis_key, self.make_bases(self.refresh_period(direction), name))
         return entry[1]
 
     def basis_elements(self) -> int:
         """Of L and R."""
-        return sum(form.basis_elements() for form in self.forms.values())
+        return sum(layout.basis_elements() for layout in self.layouts.values())
 
     def begin(self, direction: Direction) -> None:
         """What was kept for a step goes."""
@@ -172,29 +172,29 @@ class BoundFactored(BoundSubspace):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """C's for a matrix, else the tensor's own."""
-        return self.forms[name].shape if name in self.forms else super().shape(name)
+        return self.layouts[name].shape if name in self.layouts else super().shape(name)
 
     def gain(self, name: str) -> float:
         """s for a matrix: ||Z|| = s ||C||."""
-        return self.forms[name].scale if name in self.forms else super().gain(name)
+        return self.layouts[name].scale if name in self.layouts else super().gain(name)
 
     def chunks(self, name: str) -> Iterator[tuple[int, int]]:
         """Flat ranges of coordinates: whole rows where each moves one of the matrix, else all of C, which is small."""
-        if name not in self.forms:
+        if name not in self.layouts:
             yield from super().chunks(name)
             return
-        form = self.forms[name]
-        count = math.prod(form.shape)
-        width, size = form.shape[-1], count
+        layout = self.layouts[name]
+        count = math.prod(layout.shape)
+        width, size = layout.shape[-1], count
         # by rows: a chunk of C moves whole rows of Z, in whole blocks of the product
-        if form.by_rows:
+        if layout.by_rows:
             rows, block = max(1, self._chunk(name) // width), self._block_rows(name)
             size = (rows // block * block or rows) * width
         yield from ((start, min(count, start + size)) for start in range(0, count, size))
 
     def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of C, flat, float32; of what moves in full, of its z."""
-        if name not in self.forms:
+        if name not in self.layouts:
             return super().draw(direction, name, start, stop)
         tensor = self.weights.tensors[name]
         return self.source.draw(direction, name, start, stop, tensor.device, tensor.dtype)
@@ -202,7 +202,7 @@ class BoundFactored(BoundSubspace):
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j C_j; refused where the directions do not share their bases."""
         # sum_j c_j s L C_j R^T = s L (sum_j c_j C_j) R^T needs one L and one R
-        if len({self.period(direction) for direction, _ in terms}) > 1:
+        if len({self.refresh_period(direction) for direction, _ in terms}) > 1:
             raise UserError(
                 f"subspace={self.name} shares its bases between the directions of a step, and these have bases of "
                 "their own: use subspace=full with direction_seeds"
@@ -211,7 +211,7 @@ class BoundFactored(BoundSubspace):
 
     def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
         """Whether the bases are the same, or the tensor moves in full."""
-        return name not in self.forms or self.basis_key(old, name) == self.basis_key(new, name)
+        return name not in self.layouts or self.basis_key(old, name) == self.basis_key(new, name)
 
     def transport(self, name: str, state: Tensor, old: Direction, new: Direction) -> Tensor:
         """What a state linear in the estimates becomes in new bases: (L'^T L) C (R^T R'), the projection of its step.
@@ -268,7 +268,7 @@ class BoundFactored(BoundSubspace):
         # s L C, once a block of rows, before the product with R^T
         else:
             factor = matmul(left[row:end], coordinates)
-        return factor.mul_(self.forms[name].scale)
+        return factor.mul_(self.layouts[name].scale)
 
     def right(self, direction: Direction, name: str, coordinates: Tensor) -> Tensor:
         """The right factor [k, n]: R^T, or C where R is the identity."""
@@ -277,23 +277,23 @@ class BoundFactored(BoundSubspace):
 
     def factors(self, direction: Direction, name: str) -> tuple[Tensor, Tensor] | None:
         """(s L C [m, k], R [n, k]), float32, for a matrix of two dimensions that is taken as it is, else None."""
-        form = self.forms.get(name)
+        layout = self.layouts.get(name)
         # a reshaped matrix (long and narrow ones) is no m x n product as the layer sees it
-        if form is None or tuple(self.weights.tensors[name].shape) != (form.rows, form.columns):
+        if layout is None or tuple(self.weights.tensors[name].shape) != (layout.rows, layout.columns):
             return None
-        coordinates = self._rows_of(direction, name, 0, form.rows)
-        left = self.left(direction, name, coordinates, 0, form.rows)
+        coordinates = self._rows_of(direction, name, 0, layout.rows)
+        left = self.left(direction, name, coordinates, 0, layout.rows)
         return left, self.right(direction, name, coordinates).T.contiguous()
 
     def _rows_of(self, direction: Direction, name: str, row: int, end: int) -> Tensor:
         """What :meth:`left` needs of a direction's C for these rows; not to be overwritten."""
-        form = self.forms[name]
-        if form.by_rows:
-            width = form.shape[1]
+        layout = self.layouts[name]
+        if layout.by_rows:
+            width = layout.shape[1]
             return self.draw(direction, name, row * width, end * width).view(-1, width)
         # C is small: drawn once for all blocks of rows of a direction
         if self._drawn is None or self._drawn[:2] != (direction, name):
-            drawn = self.draw(direction, name, 0, math.prod(form.shape)).view(form.shape)
+            drawn = self.draw(direction, name, 0, math.prod(layout.shape)).view(layout.shape)
             self._drawn = (direction, name, drawn)
         return self._drawn[2]
 
@@ -301,35 +301,35 @@ class BoundFactored(BoundSubspace):
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The rows that these rows of C move, or all of the matrix."""
-        if name not in self.forms:
+        if name not in self.layouts:
             yield from super().pieces(name, start, stop)
             return
-        form = self.forms[name]
-        whole = form.rows * form.columns
+        layout = self.layouts[name]
+        whole = layout.rows * layout.columns
         # rows of C -> rows of Z, as flat ranges
-        first, last = (i // form.shape[1] * form.columns for i in (start, stop)) if form.by_rows else (0, whole)
+        first, last = (i // layout.shape[1] * layout.columns for i in (start, stop)) if layout.by_rows else (0, whole)
         yield from self._cut(name, first, last)
 
     def spans(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """As in the full space; of a matrix whole blocks, where a piece may be as large."""
-        yield from self._cut(name, start, stop) if name in self.forms else super().spans(name, start, stop)
+        yield from self._cut(name, start, stop) if name in self.layouts else super().spans(name, start, stop)
 
     def lift(self, direction: Direction, name: str, coordinates: Tensor, start: int, first: int, last: int) -> Tensor:
         """Elements [first, last) of s L C R^T."""
-        if name not in self.forms:
+        if name not in self.layouts:
             return super().lift(direction, name, coordinates, start, first, last)
-        form = self.forms[name]
-        given = coordinates.view(-1, form.shape[1]) if form.by_rows else coordinates.view(form.shape)
+        layout = self.layouts[name]
+        given = coordinates.view(-1, layout.shape[1]) if layout.by_rows else coordinates.view(layout.shape)
         step = torch.empty(last - first, dtype=torch.float32, device=coordinates.device)
         for row, end, begin, stop in self._blocks(name, first, last):
             # rows of C for this block; those that are not given count as zero, and are cut away below
-            of_block = rows_of(given, row - start // form.shape[1], end - row) if form.by_rows else given
+            of_block = rows_of(given, row - start // layout.shape[1], end - row) if layout.by_rows else given
             step[begin - first : stop - first] = self._block(direction, name, of_block, row, end, begin, stop)
         return step
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
         """``out += scale * z`` in one addition: an interrupt finds it done or not done."""
-        if name not in self.forms:
+        if name not in self.layouts:
             super().add_(out, direction, name, start, scale)
         else:
             out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
@@ -338,7 +338,7 @@ class BoundFactored(BoundSubspace):
         self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
     ) -> None:
         """``outs[i] = W + scales[i] * z``, some rows at a time."""
-        if self.keeps or name not in self.forms:
+        if self.keeps or name not in self.layouts:
             super().perturb(direction, name, start, scales, outs)
             return
         # clean weights, and Z made once for all points of the direction
@@ -350,9 +350,9 @@ class BoundFactored(BoundSubspace):
 
     def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
         """Rows of the matrix at theta + scale * z, from the blocks that hold them: [len(rows), n], in W's dtype."""
-        if name not in self.forms:
+        if name not in self.layouts:
             return super().perturbed_rows(direction, name, rows, scale)
-        tensor, n = self.weights.tensors[name].data, self.forms[name].columns
+        tensor, n = self.weights.tensors[name].data, self.layouts[name].columns
         # reshaped: a row of the tensor is no row of the matrix
         if tensor.shape[1] != n:  # reshaped
             return perturbed(tensor[rows], self.z(direction, name)[rows], scale)
@@ -367,7 +367,7 @@ class BoundFactored(BoundSubspace):
         return perturbed(tensor[rows], z, scale)
 
     def _make_z(self, direction: Direction, name: str) -> Tensor:
-        if name not in self.forms:
+        if name not in self.layouts:
             return super()._make_z(direction, name)
         tensor = self.weights.tensors[name]
         return self._elements(direction, name, 0, tensor.numel()).view(tensor.shape)
@@ -391,27 +391,27 @@ class BoundFactored(BoundSubspace):
         """Elements [first, last) of Z, from the block of the rows [row, end) that holds them."""
         left = self.left(direction, name, coordinates, row, end)
         # Z = (s L C) R^T for whole rows, then the elements that were asked for
-        n = self.forms[name].columns
+        n = self.layouts[name].columns
         return matmul(left, self.right(direction, name, coordinates)).view(-1)[first - row * n : last - row * n]
 
     def _block_rows(self, name: str) -> int:
         block = _BLOCK if self.weights.tensors[name].device.type == "cpu" else _BLOCK_GPU
-        return max(1, block // self.forms[name].columns)
+        return max(1, block // self.layouts[name].columns)
 
     def _blocks(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """(first row, one past the last, first element, one past the last) of the blocks that hold [start, stop)."""
-        form, size = self.forms[name], self._block_rows(name)
+        layout, size = self.layouts[name], self._block_rows(name)
         while start < stop:
             # blocks begin at multiples of their size, wherever the piece begins
-            row = start // (form.columns * size) * size
-            end = min(form.rows, row + size)
-            last = min(stop, end * form.columns)
+            row = start // (layout.columns * size) * size
+            end = min(layout.rows, row + size)
+            last = min(stop, end * layout.columns)
             yield row, end, start, last
             start = last
 
     def _cut(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """[start, stop) in pieces of bounded size: of whole blocks, or within one where a block is larger."""
-        block, size = self._block_rows(name) * self.forms[name].columns, self._chunk(name)
+        block, size = self._block_rows(name) * self.layouts[name].columns, self._chunk(name)
         whole = size // block * block
         while start < stop:
             # cut at borders of blocks, so that no block's product is made twice

@@ -36,10 +36,10 @@ class Mask:
     @classmethod
     def of(cls, moves: Tensor) -> Mask:
         """From booleans, flat."""
-        return cls.made(moves.numel(), lambda start, stop: moves[start:stop])
+        return cls.from_ranges(moves.numel(), lambda start, stop: moves[start:stop])
 
     @classmethod
-    def made(cls, size: int, moves: Callable[[int, int], Tensor]) -> Mask:
+    def from_ranges(cls, size: int, moves: Callable[[int, int], Tensor]) -> Mask:
         """From what says of a range [start, stop) of elements which of them move: booleans, flat."""
         packed, count = [], 0
         for start, stop in _pieces(size):
@@ -83,14 +83,14 @@ def smallest(weight: Tensor, count: int) -> Mask:
     lower = (p[p >> 16 == high] & 0xFFFF for p in (patterns(*piece) for piece in _pieces(flat.numel())))
     low, _ = _bin_of(count - before, lower, 1 << 16)
     # |theta_ij| <= h, with h the bits of the count-th smallest
-    return Mask.made(flat.numel(), lambda start, stop: patterns(start, stop) <= (high << 16 | low))
+    return Mask.from_ranges(flat.numel(), lambda start, stop: patterns(start, stop) <= (high << 16 | low))
 
 
 def by_chance(key: int, size: int, keep: float, device: torch.device) -> Mask:
     """Every element with probability ``keep``, by the counter's bits: the same on every device."""
     # a word is uniform over 2^32 values: it is at most `last` with probability keep
     last = max(1, round(keep * 2**32)) - 1 - 2**31  # of the 2^32 values of a word, as int32, those up to this one
-    return Mask.made(size, lambda start, stop: random_words(key, start, stop, device) <= last)
+    return Mask.from_ranges(size, lambda start, stop: random_words(key, start, stop, device) <= last)
 
 
 def read(path: str, tensors: dict[str, Any]) -> dict[str, Mask]:

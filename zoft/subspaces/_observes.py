@@ -1,4 +1,4 @@
-"""What a bound subspace promises whose bases or masks follow from the model: from its inputs, or from gradients."""
+"""The interfaces of bound subspaces whose bases or masks follow from the model: from its inputs, or from gradients."""
 
 from __future__ import annotations
 

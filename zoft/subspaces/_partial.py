@@ -1,4 +1,4 @@
-"""Coordinates of which some tensors stand still along a direction: the full space where they move, zeros elsewhere."""
+"""The full space in which some tensors stand still along a direction: their part of z is zero."""
 
 from __future__ import annotations
 

@@ -101,26 +101,26 @@ class Activation(Factored):
                 "subspace=activation needs the inputs of linear layers, and no trained tensor is the weight of one: "
                 "use subspace=full, or train linear layers"
             )
-        forms = self.forms(weights)
-        if not forms:
+        layouts = self.layouts(weights)
+        if not layouts:
             # before a run, with the number that would do: a basis of all inputs would be no subspace
             most = max(weights.tensors[name].shape[0 if turned else 1] for name, turned in layers.items())
             raise UserError(
                 f"subspace.rank={self.rank} leaves no linear layer with more inputs than that (the most is {most}): "
                 "lower the rank, or use subspace=full"
             )
-        return BoundActivation(weights, self.source(weights, noise), forms, self)
+        return BoundActivation(weights, self.source(weights, noise), layouts, self)
 
-    def forms(self, weights: Weights) -> dict[str, MatrixLayout]:
+    def layouts(self, weights: Weights) -> dict[str, MatrixLayout]:
         """R is [m, r], or turned [r, n]; ||s R A^T||^2 = s^2 ||R||^2, whose mean is s^2 m r."""
-        forms = {}
+        layouts = {}
         for name, turned in linear_layers(weights).items():
             m, n = weights.tensors[name].shape
             # Conv1D stores W^T [n_in, n_out], so that R stands on the right
             inputs, shape = (m, (self.rank, n)) if turned else (n, (m, self.rank))
             if inputs > self.rank:
-                forms[name] = MatrixLayout(m, n, shape, (inputs / self.rank) ** 0.5, by_rows=not turned)
-        return forms
+                layouts[name] = MatrixLayout(m, n, shape, (inputs / self.rank) ** 0.5, by_rows=not turned)
+        return layouts
 
     def source(self, weights: Weights, noise: str) -> NoiseSource:
         """The counter, over R or over a and b."""
@@ -128,7 +128,7 @@ class Activation(Factored):
         plain = super().source(weights, noise)
         if not self.rank_one:
             return plain
-        return outer_noise(self.law, weights, {name: form.shape for name, form in self.forms(weights).items()})
+        return outer_noise(self.law, weights, {name: layout.shape for name, layout in self.layouts(weights).items()})
 
 
 class BoundActivation(ObservesInputs, BoundFactored):
@@ -139,14 +139,14 @@ class BoundActivation(ObservesInputs, BoundFactored):
     Args:
         weights: what is trained.
         source: where R and the directions of what moves in full come from.
-        forms: the linear layers' matrices.
+        layouts: the linear layers' matrices.
         subspace: the component.
     """
 
     def __init__(
-        self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout], subspace: Activation
+        self, weights: Weights, source: NoiseSource, layouts: dict[str, MatrixLayout], subspace: Activation
     ) -> None:
-        super().__init__(weights, source, forms, subspace.name())
+        super().__init__(weights, source, layouts, subspace.name())
         self.subspace = subspace
         self._seen: dict[str, tuple[int, Tensor]] = {}  # name -> the step it was seen in, A
         self._before: dict[str, tuple[int, Tensor]] = {}  # the one before that
@@ -165,15 +165,15 @@ class BoundActivation(ObservesInputs, BoundFactored):
         """All linear layers that move in the subspace; with basis=first none once some have been seen."""
         if self.subspace.basis == "first" and self._seen:
             return frozenset()
-        return frozenset(name for name in self.forms if name not in self.backprop_names)
+        return frozenset(name for name in self.layouts if name not in self.backprop_names)
 
     def observe(self, direction: Direction, name: str, inputs: Tensor) -> None:
         """Take the inputs of a layer into its basis; a layer that is met again in a step adds to what it has seen."""
-        form = self.forms.get(name)
+        layout = self.layouts.get(name)
         # a batch whose inputs overflow leaves the basis as it was
-        if form is None or not inputs.is_floating_point() or not bool(torch.isfinite(inputs).all()):
+        if layout is None or not inputs.is_floating_point() or not bool(torch.isfinite(inputs).all()):
             return
-        if inputs.shape[-1] != _inputs(form) or not len(inputs):
+        if inputs.shape[-1] != _inputs(layout) or not len(inputs):
             return
         if name not in self._seen or self._seen[name][0] != direction.step:
             # the first look of a step: what was seen before becomes the basis before
@@ -224,7 +224,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
     def join(self, direction: Direction, gather: Callable[[Any], list[Any]]) -> None:
         """The leading singular vectors of what all processes have seen, as of a layer that is met several times."""
         of_ranks = gather({name: sketch.cpu() for name, sketch in self._sketches.items()})
-        for name in self.forms:
+        for name in self.layouts:
             sketches = [seen[name].to(self.weights.tensors[name].device) for seen in of_ranks if name in seen]
             # as if one process had met the layer with all rows: the sketches are its micro-batches
             if sketches:
@@ -237,7 +237,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
     def _random(self, direction: Direction, name: str, columns: int) -> Tensor:
         """The basis before anything is seen, and where power iteration begins."""
         key = key_of(Direction(direction.seed, 0), name, role="activation.A")
-        return haar(key, _inputs(self.forms[name]), columns, self.weights.tensors[name].device)
+        return haar(key, _inputs(self.layouts[name]), columns, self.weights.tensors[name].device)
 
     def basis_elements(self) -> int:
         """Of A, of the one before it where there is another in every step, of a step's sketches, and of Oja's K."""
@@ -245,11 +245,11 @@ class BoundActivation(ObservesInputs, BoundFactored):
         # A of this step, A of the step before (momentum is carried over from it), and a batch's sketch
         if self.subspace.basis != "oja":
             return every
-        return every + sum(_inputs(f) * min(self.subspace.basis_columns, _inputs(f)) for f in self.forms.values())
+        return every + sum(_inputs(f) * min(self.subspace.basis_columns, _inputs(f)) for f in self.layouts.values())
 
     # ---- which basis -------------------------------------------------------------------------------------------------
 
-    def period(self, direction: Direction) -> Direction:
+    def refresh_period(self, direction: Direction) -> Direction:
         """A step's bases are its own, or all steps'."""
         return Direction(direction.seed, 0 if self.subspace.basis == "first" else direction.step)
 
@@ -268,23 +268,23 @@ class BoundActivation(ObservesInputs, BoundFactored):
                 return self._placed(name, entry[1])
         return super().bases(direction, name)
 
-    def make_bases(self, period: Direction, name: str) -> Bases:
+    def make_bases(self, refresh_period: Direction, name: str) -> Bases:
         """The random basis."""
-        return self._placed(name, self._random(period, name, self.subspace.rank))
+        return self._placed(name, self._random(refresh_period, name, self.subspace.rank))
 
     def _placed(self, name: str, basis: Tensor) -> Bases:
-        return (None, basis) if self.forms[name].by_rows else (basis, None)
+        return (None, basis) if self.layouts[name].by_rows else (basis, None)
 
     def factors(self, direction: Direction, name: str) -> tuple[Tensor, Tensor] | None:
         """(s R [m, r], A [n, r]); of R = a b^T (s a, A b), of rank one."""
-        form, device = self.forms.get(name), self.weights.tensors[name].device
-        pair = outer_factors(self.source, direction, name, device) if form is not None else None
-        if form is None or pair is None:
+        layout, device = self.layouts.get(name), self.weights.tensors[name].device
+        pair = outer_factors(self.source, direction, name, device) if layout is not None else None
+        if layout is None or pair is None:
             return super().factors(direction, name)
         left, right = self.bases(direction, name)
         a, b = pair
         # (s L a) (R b)^T: a product of two vectors lifted is one of two vectors again
-        return (a if left is None else left @ a) * form.scale, b if right is None else right @ b
+        return (a if left is None else left @ a) * layout.scale, b if right is None else right @ b
 
     # ---- saved and loaded --------------------------------------------------------------------------------------------
 
@@ -297,17 +297,17 @@ class BoundActivation(ObservesInputs, BoundFactored):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over saved bases; the basis of the step before stays known."""
-        devices = {name: self.weights.tensors[name].device for name in self.forms}
+        devices = {name: self.weights.tensors[name].device for name in self.layouts}
         # tensors that are no longer trained in the subspace are passed over
-        seen = {name: entry for name, entry in state.get("seen", {}).items() if name in self.forms}
+        seen = {name: entry for name, entry in state.get("seen", {}).items() if name in self.layouts}
         for name, (_, basis) in seen.items():
-            if basis.shape != (_inputs(self.forms[name]), self.subspace.rank):
+            if basis.shape != (_inputs(self.layouts[name]), self.subspace.rank):
                 raise UserError(
                     f"the checkpoint has a basis of {basis.shape[1]} columns for {name}, this run has "
                     f"subspace.rank={self.subspace.rank}: resume with the same one, or start a new run"
                 )
         self._seen = {n: (step, basis.to(devices[n], torch.float32).clone()) for n, (step, basis) in seen.items()}
-        followed = {name: k for name, k in state.get("followed", {}).items() if name in self.forms}
+        followed = {name: k for name, k in state.get("followed", {}).items() if name in self.layouts}
         self._followed = {name: k.to(devices[name], torch.float32).clone() for name, k in followed.items()}
         self._overlap = None
 
@@ -331,8 +331,8 @@ def _turned(module: nn.Module) -> bool | None:
     return True if type(module).__name__ == "Conv1D" else None  # transformers', in GPT-2
 
 
-def _inputs(form: MatrixLayout) -> int:
-    return form.columns if form.by_rows else form.rows
+def _inputs(layout: MatrixLayout) -> int:
+    return layout.columns if layout.by_rows else layout.rows
 
 
 def _of_step(direction: Direction) -> Direction:

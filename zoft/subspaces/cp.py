@@ -36,14 +36,14 @@ class Cp(Factored):
 
     rank: int = 64
 
-    def form(self, rows: int, columns: int) -> MatrixLayout:
+    def layout(self, rows: int, columns: int) -> MatrixLayout:
         """tau is [r]."""
         # E||z||^2 = s^2 sum_k E tau_k^2 = s^2 r for columns of length 1: s^2 = m n / r
         return MatrixLayout(rows, columns, (self.rank,), (rows * columns / self.rank) ** 0.5)
 
-    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundCp:
+    def coordinates(self, weights: Weights, source: NoiseSource, layouts: dict[str, MatrixLayout]) -> BoundCp:
         """The subspace for these weights."""
-        return BoundCp(weights, source, forms, self.name())
+        return BoundCp(weights, source, layouts, self.name())
 
 
 class BoundCp(BoundFactored):
@@ -56,27 +56,29 @@ class BoundCp(BoundFactored):
         ((2,), (4,))
     """
 
-    def make_bases(self, period: Direction, name: str) -> Bases:
+    def make_bases(self, refresh_period: Direction, name: str) -> Bases:
         """(U, V), columns of length 1."""
-        form, device = self.forms[name], self.weights.tensors[name].device
+        layout, device = self.layouts[name], self.weights.tensors[name].device
         # two streams for the run: the period is that of interval = 0
-        u, v = (key_of(period, name, role=f"cp.{side}") for side in "UV")
-        return _unit_columns(u, form.rows, form.shape[0], device), _unit_columns(v, form.columns, form.shape[0], device)
+        u, v = (key_of(refresh_period, name, role=f"cp.{side}") for side in "UV")
+        return _unit_columns(u, layout.rows, layout.shape[0], device), _unit_columns(
+            v, layout.columns, layout.shape[0], device
+        )
 
     def left(self, direction: Direction, name: str, coordinates: Tensor, row: int, end: int) -> Tensor:
         """Rows [row, end) of s U diag(tau)."""
         u, _ = self.bases(direction, name)
         assert u is not None
         # s U diag(tau): column k of U times s tau_k
-        return u[row:end] * (coordinates * self.forms[name].scale)
+        return u[row:end] * (coordinates * self.layouts[name].scale)
 
     def products(self, direction: Direction, name: str, drawn: Tensor, start: int) -> Tensor:
         """s^2 tau_i^T K tau_j with K = (U^T U) o (V^T V): the columns are not at right angles."""
-        if name not in self.forms:
+        if name not in self.layouts:
             return super().products(direction, name, drawn, start)
         u, v = (basis.double() for basis in self.bases(direction, name) if basis is not None)
         # <u_k v_k^T, u_l v_l^T> = (u_k . u_l)(v_k . v_l), element by element K = (U^T U) o (V^T V)
-        return drawn.double() @ ((u.T @ u) * (v.T @ v)) @ drawn.double().T * self.forms[name].scale ** 2
+        return drawn.double() @ ((u.T @ u) * (v.T @ v)) @ drawn.double().T * self.layouts[name].scale ** 2
 
 
 def _unit_columns(key: int, rows: int, columns: int, device: torch.device) -> Tensor:

@@ -45,13 +45,13 @@ class Left(Factored):
         super().check()
         self.require(self.interval >= 1, "interval", "at least 1")
 
-    def form(self, rows: int, columns: int) -> MatrixLayout:
+    def layout(self, rows: int, columns: int) -> MatrixLayout:
         """A is [r, n]; ||s P A||^2 = s^2 ||A||^2, whose mean is s^2 r n."""
         return MatrixLayout(rows, columns, (self.rank, columns), (rows / self.rank) ** 0.5)
 
-    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundLeft:
+    def coordinates(self, weights: Weights, source: NoiseSource, layouts: dict[str, MatrixLayout]) -> BoundLeft:
         """The subspace for these weights."""
-        return BoundLeft(weights, source, forms, self.name(), self.interval)
+        return BoundLeft(weights, source, layouts, self.name(), self.interval)
 
 
 class BoundLeft(BoundFactored):
@@ -64,8 +64,8 @@ class BoundLeft(BoundFactored):
         ((2, 5), (4,))
     """
 
-    def make_bases(self, period: Direction, name: str) -> Bases:
+    def make_bases(self, refresh_period: Direction, name: str) -> Bases:
         """(P, identity)."""
-        form = self.forms[name]
+        layout = self.layouts[name]
         device = self.weights.tensors[name].device
-        return haar(key_of(period, name, role="left.P"), form.rows, form.shape[0], device), None
+        return haar(key_of(refresh_period, name, role="left.P"), layout.rows, layout.shape[0], device), None

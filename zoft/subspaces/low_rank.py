@@ -151,7 +151,7 @@ class BoundLowRank(BoundSubspace):
 
     def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
         """Whether V is the same, or the tensor moves in full."""
-        return name not in self._columns or self._period(old) == self._period(new)
+        return name not in self._columns or self._refresh_period(old) == self._refresh_period(new)
 
     def transport(self, name: str, state: Tensor, old: Direction, new: Direction) -> Tensor:
         """A running mean of estimates in ``old``'s coordinates, carried over to ``new``'s: N V_old^T V_new / n.
@@ -173,7 +173,7 @@ class BoundLowRank(BoundSubspace):
         """
         if self.same_basis(name, old, new):
             return state
-        overlap = self._draw_basis(self._period(old), name) @ self._basis(new, name).T  # V_old^T V_new: [r, r]
+        overlap = self._draw_basis(self._refresh_period(old), name) @ self._basis(new, name).T  # V_old^T V_new: [r, r]
         return state @ overlap.div_(self._columns[name])
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
@@ -294,21 +294,21 @@ class BoundLowRank(BoundSubspace):
         drawn = self.draw(direction, name, row * self.rank, end * self.rank)
         return drawn.view(-1, self.rank).mul_(self.rank**-0.5)
 
-    def _period(self, direction: Direction) -> Direction:
+    def _refresh_period(self, direction: Direction) -> Direction:
         """The name of V: the same for ``interval`` steps and for all directions of a step."""
         return Direction(direction.seed, direction.step // self.interval)
 
     def _basis(self, direction: Direction, name: str) -> Tensor:
         """V^T [r, n]; the last one is kept, since a tensor is worked on piece by piece."""
-        period = self._period(direction)
-        if self._last_basis is None or self._last_basis[:2] != (period, name):
-            self._last_basis = (period, name, self._draw_basis(period, name))
+        refresh_period = self._refresh_period(direction)
+        if self._last_basis is None or self._last_basis[:2] != (refresh_period, name):
+            self._last_basis = (refresh_period, name, self._draw_basis(refresh_period, name))
         return self._last_basis[2]
 
-    def _draw_basis(self, period: Direction, name: str) -> Tensor:
+    def _draw_basis(self, refresh_period: Direction, name: str) -> Tensor:
         # V by its own stream and period: drawing U neither moves nor needs it
         size = self.rank * self._columns[name]
-        key = key_of(period, name, role="low_rank.V")  # U's stream has the role z
+        key = key_of(refresh_period, name, role="low_rank.V")  # U's stream has the role z
         return sample("gaussian", key, 0, size, self.weights.tensors[name].device).view(self.rank, -1)
 
 

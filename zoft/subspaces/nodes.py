@@ -230,8 +230,8 @@ class NodeSpace(BoundSubspace):
 
     def perturbed(self) -> dict[str, Node]:
         """What is perturbed: parts, and the nodes outside of them whose own output is."""
-        own = {key: node for key, node in self.nodes.items() if node.behind is None and key not in self.inside}
-        return {**own, **self.parts}
+        layers = {key: node for key, node in self.nodes.items() if node.behind is None and key not in self.inside}
+        return {**layers, **self.parts}
 
     def seen(self) -> dict[str, Node]:
         """Whose inputs a clean forward keeps; those of experts are computed once more, inside their part."""

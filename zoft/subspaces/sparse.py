@@ -104,7 +104,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         super().__init__(weights, source)
         self.sparse = sparse
         self._masks: dict[str, Mask] = {}
-        self._made_for: tuple[int, ...] | None = None  # the interval; where chosen by chance, (seed, interval)
+        self._mask_interval: tuple[int, ...] | None = None  # the interval; where chosen by chance, (seed, interval)
         self._share: float | None = None  # s, where it is one for all tensors
         self._scores: dict[str, tuple[Tensor, Tensor]] = {}  # while gradients come: the largest squares, their places
         if sparse.mask is not None:
@@ -118,8 +118,8 @@ class BoundSparse(ObservesGradients, BoundSubspace):
     def begin(self, direction: Direction) -> None:
         # of clean weights: during a query the smallest would be others
         """By magnitude: chosen anew, of the clean weights, in the first step of every interval."""
-        if self.sparse.choose == "magnitude" and self._made_for != self._interval(direction):
-            self._made_for = self._interval(direction)
+        if self.sparse.choose == "magnitude" and self._mask_interval != self._interval(direction):
+            self._mask_interval = self._interval(direction)
             self._masks = {n: self._make_mask(direction, n) for n in self.weights.tensors if self._is_masked(n)}
             # z of the old mask is of no use
             self._kept, self._kept_elements = {}, 0
@@ -134,7 +134,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
     def gradients_wanted(self, direction: Direction) -> bool:
         """Once, for choose=gradient."""
         del direction
-        return self.sparse.choose == "gradient" and self._made_for is None
+        return self.sparse.choose == "gradient" and self._mask_interval is None
 
     def score(self, name: str, gradient: Tensor) -> None:
         """Keep what may be among the largest squares of all tensors."""
@@ -152,7 +152,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
                 squares, places = self._scores[name]
                 moves[places[squares >= smallest_kept.to(squares.device)]] = True
             self._masks[name] = Mask.of(moves)
-        self._scores, self._made_for, self._kept, self._kept_elements = {}, (), {}, 0
+        self._scores, self._mask_interval, self._kept, self._kept_elements = {}, (), {}, 0
         self._share_all()
 
     @property
@@ -168,10 +168,10 @@ class BoundSparse(ObservesGradients, BoundSubspace):
 
     def state_dict(self) -> dict[str, Any]:
         """The masks by magnitude or gradient, packed: the weights of which they were made have moved on."""
-        if self.sparse.choose not in ("magnitude", "gradient") or not self._masks or self._made_for is None:
+        if self.sparse.choose not in ("magnitude", "gradient") or not self._masks or self._mask_interval is None:
             return {}
         return {
-            "made_for": list(self._made_for),
+            "made_for": list(self._mask_interval),
             # masks of a file or by chance are made again from it, or from the seed
             "bits": {name: mask.bits for name, mask in self._masks.items()},
             "counts": {name: mask.count for name, mask in self._masks.items()},
@@ -180,8 +180,8 @@ class BoundSparse(ObservesGradients, BoundSubspace):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over saved masks; without any in the state they are made anew."""
         if self.sparse.choose in ("magnitude", "gradient") and state:
-            made_for = state["made_for"]
-            self._made_for = tuple(made_for)
+            interval = state["made_for"]
+            self._mask_interval = tuple(interval)
             devices = {name: tensor.device for name, tensor in self.weights.tensors.items()}
             self._masks = {
                 name: Mask(bits.to(devices[name]).clone(), state["counts"][name])
@@ -195,14 +195,14 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         if not self._is_masked(name):
             return None
         # a random mask holds for an interval, and for one seed
-        if self.sparse.choose == "random" and self._made_for != self._interval(direction):
-            self._made_for, self._masks = self._interval(direction), {}
+        if self.sparse.choose == "random" and self._mask_interval != self._interval(direction):
+            self._mask_interval, self._masks = self._interval(direction), {}
         if name not in self._masks:
             self._masks[name] = self._make_mask(direction, name)
         return self._masks[name]
 
     def _is_masked(self, name: str) -> bool:
-        scored = self.sparse.choose == "gradient" and self._made_for is not None
+        scored = self.sparse.choose == "gradient" and self._mask_interval is not None
         return scored or self.sparse.choose == "mask" or _is_matrix(self.weights.tensors[name])
 
     def _interval(self, direction: Direction) -> tuple[int, ...]:
@@ -216,8 +216,8 @@ class BoundSparse(ObservesGradients, BoundSubspace):
             if self.sparse.choose == "magnitude":
                 # at least one element, or the matrix would not move at all
                 return smallest(tensor.data, max(1, round(keep * tensor.numel())))
-            period = Direction(direction.seed, direction.step // self.sparse.interval)
-            return by_chance(key_of(period, name, role="sparse.mask"), tensor.numel(), keep, tensor.device)
+            refresh_period = Direction(direction.seed, direction.step // self.sparse.interval)
+            return by_chance(key_of(refresh_period, name, role="sparse.mask"), tensor.numel(), keep, tensor.device)
 
     # ---- coordinates -------------------------------------------------------------------------------------------------
 

@@ -60,14 +60,14 @@ class TwoSided(Factored):
             return near_square(math.prod(size))
         return size
 
-    def form(self, rows: int, columns: int) -> MatrixLayout:
+    def layout(self, rows: int, columns: int) -> MatrixLayout:
         """C is [r, r]; ||s U C V^T||^2 = s^2 ||C||^2, whose mean is s^2 r^2."""
         # s^2 r^2 = m n: E||z||^2 = m n
         return MatrixLayout(rows, columns, (self.rank, self.rank), (rows * columns) ** 0.5 / self.rank)
 
-    def coordinates(self, weights: Weights, source: NoiseSource, forms: dict[str, MatrixLayout]) -> BoundTwoSided:
+    def coordinates(self, weights: Weights, source: NoiseSource, layouts: dict[str, MatrixLayout]) -> BoundTwoSided:
         """The subspace for these weights."""
-        return BoundTwoSided(weights, source, forms, self.name(), self.interval)
+        return BoundTwoSided(weights, source, layouts, self.name(), self.interval)
 
 
 class BoundTwoSided(BoundFactored):
@@ -80,14 +80,14 @@ class BoundTwoSided(BoundFactored):
         ((2, 2), (4,))
     """
 
-    def make_bases(self, period: Direction, name: str) -> Bases:
+    def make_bases(self, refresh_period: Direction, name: str) -> Bases:
         """(U, V)."""
-        form = self.forms[name]
+        layout = self.layouts[name]
         # a stream for either side and every period: the same bases wherever they are asked for
         device = self.weights.tensors[name].device
         return (
-            haar(key_of(period, name, role="two_sided.U"), form.rows, form.shape[0], device),
-            haar(key_of(period, name, role="two_sided.V"), form.columns, form.shape[1], device),
+            haar(key_of(refresh_period, name, role="two_sided.U"), layout.rows, layout.shape[0], device),
+            haar(key_of(refresh_period, name, role="two_sided.V"), layout.columns, layout.shape[1], device),
         )
 
 

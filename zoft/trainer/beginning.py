@@ -1,4 +1,4 @@
-"""Where a run begins: at the start, at a checkpoint, or at what its journal knows; and what must then be the same."""
+"""Where a run begins (the start, a checkpoint, or its journal's end), and which settings a resumed run must share."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ class Checkpoints:
             raise UserError(f"{folder} holds a model alone (save_only_model): nothing can be resumed from it")
         with snapshot.reading(folder / OPTIMIZER):
             saved = state.unpack((folder / OPTIMIZER).read_bytes())
-            optimizer.load_state_dict(self.trainer.stages.own_of(saved))
+            optimizer.load_state_dict(self.trainer.stages.share_of(saved))
         with snapshot.reading(folder / SCHEDULER):
             saved = dict(json.loads((folder / SCHEDULER).read_text()))
             for of_this_run in ("base_lrs", "lr_lambdas", "_get_lr_called_within_step"):

@@ -1,4 +1,4 @@
-"""Trainers of other libraries under the mixin: their arguments by name, and those that cannot work."""
+"""Trainers of other libraries under the mixin: their arguments by name, and refusals of those that cannot work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward of a query: how the model is called in one, and what is left out of it because the loss needs it not."""
+"""The forward of a query: how the model is called, and what is left out because the loss does not need it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from zoft.weights.tensors import Weights
 
 
 def make_ready(trainer: HoldsObjects, identity: RunIdentity) -> None:
-    """What must be so before a model's first forward, be it of an evaluation.
+    """Prepare a model before its first forward, of a query or of an evaluation.
 
     Args:
         trainer: of the model.
@@ -117,8 +117,8 @@ class QueryForward:
             return inputs
         return {key: value for key, value in inputs.items() if key != "packed"}
 
-    def try_out(self, batch: StepBatch) -> None:
-        """Find out what can be left out of this model's forward on such rows."""
+    def probe(self, batch: StepBatch) -> None:
+        """Probe which computation of this model's forward can be left out on rows like these."""
         trainer = self.trainer
         model = trainer.model_wrapped
         if trainer.stages.stage is not None:  # this process has a part of the model: all was tried while it was whole
@@ -135,8 +135,8 @@ class QueryForward:
                     if not is_known(model, given):
                         own_loss(model, **given)
 
-    def try_out_sizes(self) -> None:
-        """The same once for all rows that the run knows of: what a process finds out must not depend on where it began.
+    def probe_sizes(self) -> None:
+        """Probe once with a row of every size in the run, so that findings do not depend on where a process began.
 
         A resumed run has not seen the batches, and has not made the evaluations, that the run before it has.
         """
@@ -148,7 +148,7 @@ class QueryForward:
         # rows of every kind that the run may come to: for training, evaluation and results
         known = [trainer.train_dataset, *evaluated.values(), *trainer.held_out.values()]
         for row in one_of_each_size(row for rows in known if hasattr(rows, "__len__") for row in rows):
-            self.try_out(StepBatch([trainer.collated([row])]))
+            self.probe(StepBatch([trainer.collated([row])]))
 
     def narrow(self) -> None:
         """Find the part of the last block that is computed where the loss looks, where that is asked for."""

@@ -31,7 +31,7 @@ class RolledBack(Exception):
 
 
 def guard(estimate: StepEstimate, recent: Sequence[Sequence[float]], factor: float) -> StepEstimate:
-    """The estimate; one far outside the running range says so, and is as short as one at the range's edge.
+    """The estimate; an outlier is marked, and shortened to the length of one at the edge of the running range.
 
     Args:
         estimate: of a step, as it was queried.

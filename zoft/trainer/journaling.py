@@ -131,7 +131,7 @@ class RunJournal:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def next_record(self, step: int) -> tuple[Record, bytes | None] | None:
-        """What is known of a step, and what the subspace observed in it; None where it is to be queried."""
+        """A step's record and what the subspace observed in it; None where the step has yet to be queried."""
         record = self._records.pop(step, None)
         if record is None or self.contents is None:
             return None

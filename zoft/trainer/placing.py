@@ -1,4 +1,4 @@
-"""Where the weights of a model are, in training and beyond: on the device, or where engine=offload keeps its blocks."""
+"""Where a model's weights lie, in training and afterwards: on the device, or where engine=offload keeps its blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of a run: what they tell one another, and which ones do not go together."""
+"""The processes of a run: how they exchange values, and which settings do not work with several."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Processes:
     bytes_sent: int = 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What this process has and what the others have, by rank; tensors may differ in size."""
+        """The value of every process, by rank; tensors may differ in size."""
         if self.count == 1:
             return [value]
         self.bytes_sent += value.nbytes if isinstance(value, Tensor) else len(pickle.dumps(value))
@@ -45,14 +45,14 @@ class Processes:
 
     def gather_alike(self, numbers: Tensor) -> list[Tensor]:
         """A tensor of this process and those of the others, by rank, all of one shape and dtype; one all-gather."""
-        own = numbers.to(self.device).contiguous()
-        values = [torch.empty_like(own) for _ in range(self.count)]
-        torch.distributed.all_gather(values, own, group=self.group)
-        self.bytes_sent += own.nbytes
+        sent = numbers.to(self.device).contiguous()
+        values = [torch.empty_like(sent) for _ in range(self.count)]
+        torch.distributed.all_gather(values, sent, group=self.group)
+        self.bytes_sent += sent.nbytes
         return [value.to(numbers.device) for value in values]
 
     def agree(self, value: Any) -> Any:
-        """What the first process has, in all of them."""
+        """The first process's value, in all of them."""
         if self.count == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -69,7 +69,7 @@ class Processes:
         return total.cpu()
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all processes have come here."""
         if self.count > 1:
             torch.distributed.barrier()
 

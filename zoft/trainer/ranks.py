@@ -42,9 +42,11 @@ def require_same(facts: Mapping[str, str]) -> None:
     first, *others = gather(facts[name])
     rank, text = next((rank, text) for rank, text in enumerate(others, 1) if text != first)
     lines = zip_longest(text.splitlines(), first.splitlines(), fillvalue="nothing")
-    here, there = next((pair for pair in lines if pair[0] != pair[1]), ("", ""))
+    line, first_line = next((pair for pair in lines if pair[0] != pair[1]), ("", ""))
     mend = "install the same versions everywhere" if name == "code" else "start every process with the same arguments"
-    raise UserError(f"process {rank} has other {name} than process 0 ({here.strip()}; there {there.strip()}): {mend}")
+    raise UserError(
+        f"process {rank} has other {name} than process 0 ({line.strip()}; there {first_line.strip()}): {mend}"
+    )
 
 
 @lru_cache

@@ -83,13 +83,13 @@ def held(rate: float, best: float, longer: Callable[[float], float | None]) -> f
 @contextmanager
 def weights_kept(model: Any) -> Iterator[None]:
     """The trained weights are put back at the end, bit for bit; the copy lies in the host's memory."""
-    kept = {name: tensor.detach().cpu().clone() for name, tensor in Weights(model).tensors.items()}
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in Weights(model).tensors.items()}
     try:
         yield
     finally:
         with torch.no_grad():
             for name, tensor in Weights(model).tensors.items():
-                tensor.copy_(kept[name])
+                tensor.copy_(copies[name])
 
 
 def pays(spent: int, cost: int, longer: int, most: float) -> bool:
@@ -146,16 +146,16 @@ def choose(trainer: Any, start: float, *, resuming: bool) -> None:
     if not args.budget_queries:
         raise UserError('learning_rate="auto" takes a share of budget_queries: give a budget')
     if resuming and known.is_file():
-        found = json.loads(known.read_text(encoding="utf-8"))
+        choice = json.loads(known.read_text(encoding="utf-8"))
     else:
-        found = _searched(trainer, start)
+        choice = _searched(trainer, start)
         known.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, json.dumps(found, indent=2) + "\n")
+        write_atomically(known, json.dumps(choice, indent=2) + "\n")
     trainer.optimizer = trainer.lr_scheduler = None
-    args.learning_rate = found["values"]["optimizer.learning_rate"]
-    args.max_steps = trainer.method.steps_within(args.budget_queries - found["queries"])
+    args.learning_rate = choice["values"]["optimizer.learning_rate"]
+    args.max_steps = trainer.method.steps_within(args.budget_queries - choice["queries"])
     trainer.create_optimizer()
-    trainer.progress.num_queries, trainer.seeks_rate = found["queries"], False
+    trainer.progress.num_queries, trainer.seeks_rate = choice["queries"], False
     set_seed(args.seed)  # a search draws rows: the run has the order that it would have had without one
 
 
@@ -175,12 +175,12 @@ def _searched(trainer: Any, start: float) -> dict[str, Any]:
     def loss(rate: float, share: int = 1) -> float:
         nonlocal spent
         with weights_kept(trainer.model):
-            found = _after(trainer, rate, method.steps_within(share * queries), batches)
+            last_loss = _after(trainer, rate, method.steps_within(share * queries), batches)
         spent += trainer.progress.num_queries + len(batches)
         trials[f"{rate:.3g}" + (f", {share} times as long" if share > 1 else "")] = (
-            found if math.isfinite(found) else None
+            last_loss if math.isfinite(last_loss) else None
         )
-        return found
+        return last_loss
 
     def longer(rate: float) -> float | None:
         return loss(rate, LONGER) if spent + more <= most else None

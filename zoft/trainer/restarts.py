@@ -40,5 +40,5 @@ def meeting(seconds: float) -> dict[str, Any]:
     store = distributed.TCPStore(  # type: ignore[attr-defined]
         host, port, world, is_master=False, timeout=wait
     )
-    own = distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
-    return {"timeout": wait, "store": own, "rank": int(env["RANK"]), "world_size": world}
+    prefixed = distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+    return {"timeout": wait, "store": prefixed, "rank": int(env["RANK"]), "world_size": world}

@@ -1,4 +1,4 @@
-"""The stage of a pipeline that a trainer's process has: taken once, and what has to come together of all of them.
+"""A trainer's stage of a pipeline: cut once, and gathered where all stages are needed together.
 
 Where the processes are no pipeline everything here is as in one process.
 """
@@ -68,7 +68,7 @@ class Stages:
         check_stages(model, self.trainer.grid.world.count)
 
     def take(self) -> Engine:
-        """The engine of this process's stage, cut at the first call; the run's own where there is no pipeline."""
+        """The engine of this process's stage, cut at the first call; the run's engine where there is no pipeline."""
         asked: Engine = self.trainer.engine
         if not self.is_pipeline:
             return asked
@@ -87,9 +87,9 @@ class Stages:
         self._decayed = frozenset(trainer.get_decay_parameter_names(model))
         model.eval()
         rows = self._first_rows()
-        trainer.query_forward.try_out_sizes()
-        trainer.query_forward.try_out(rows)
-        trainer.query_forward.try_out(StepBatch(rows.micro_batches))  # where its loss makes no use of the count
+        trainer.query_forward.probe_sizes()
+        trainer.query_forward.probe(rows)
+        trainer.query_forward.probe(StepBatch(rows.micro_batches))  # where its loss makes no use of the count
 
         def forward() -> Any:
             device = next(iter(model.parameters())).device
@@ -97,7 +97,9 @@ class Stages:
             with no_trials(), trainer.query_forward.querying(), trainer.compute_loss_context_manager():
                 return trainer.compute_loss(model, inputs, num_items_in_batch=rows.num_items)
 
-        trainer.gather_function = trainer.accelerator.gather_for_metrics = functools.partial(_own, trainer.accelerator)
+        trainer.gather_function = trainer.accelerator.gather_for_metrics = functools.partial(
+            _already_gathered, trainer.accelerator
+        )
         self.stage = Stage(model, grid.world.rank, grid.world.count, trainer.args.device, forward, grid.gather)
         grid.stage = self.stage
         # from here on the loss comes out in the last process alone; whoever asks for it outside of a step needs it too
@@ -138,7 +140,7 @@ class Stages:
     # ---- the model is called outside of a step -----------------------------------------------------------------------
 
     def everywhere(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What a call returns that calls the model once, in every process.
+        """The result, in every process, of a call that calls the model once.
 
         Args:
             call: the same in every process.
@@ -167,19 +169,19 @@ class Stages:
         if self.stage is None:
             return state
         groups = zip(self._kinds(Weights(self.trainer.model).tensors), state["param_groups"], strict=True)
-        own: dict[str, Any] = {key: state[key] for key in _OF_TENSORS} | {"groups": dict(groups)}
+        tensors: dict[str, Any] = {key: state[key] for key in _OF_TENSORS} | {"groups": dict(groups)}
         first = self.stage.rank == 0
         everyone: list[Any] | None = [None] * self.stage.count if first else None
-        torch.distributed.gather_object(own, everyone, 0)
+        torch.distributed.gather_object(tensors, everyone, 0)
         if everyone is None:
             return state
         for other in reversed(everyone):  # of what several hold, the first one's
-            own = {key: {**own[key], **other[key]} for key in own}
-        of_kind = own.pop("groups")
-        return state | own | {"param_groups": [of_kind[kind] for kind in sorted(of_kind, reverse=True)]}
+            tensors = {key: {**tensors[key], **other[key]} for key in tensors}
+        of_kind = tensors.pop("groups")
+        return state | tensors | {"param_groups": [of_kind[kind] for kind in sorted(of_kind, reverse=True)]}
 
-    def own_of(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What of a whole optimizer's state is about this process's tensors.
+    def share_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The part of a whole optimizer's state that concerns this process's tensors.
 
         Args:
             state: as :meth:`gathered` gives it, or one process has it.
@@ -187,18 +189,18 @@ class Stages:
         if self.stage is None:
             return state
         names = Weights(self.trainer.model).tensors
-        own = {key: {n: value for n, value in state.get(key, {}).items() if n in names} for key in _OF_TENSORS}
+        tensors = {key: {n: value for n, value in state.get(key, {}).items() if n in names} for key in _OF_TENSORS}
         of_kind = dict(zip(self._kinds(self.stage.held.trained), state["param_groups"], strict=True))
-        return state | own | {"param_groups": [of_kind[kind] for kind in self._kinds(names)]}
+        return state | tensors | {"param_groups": [of_kind[kind] for kind in self._kinds(names)]}
 
     def _kinds(self, names: Iterable[str]) -> list[bool]:
         """Whether tensors decay, of each group of an optimizer over these: those that do come first."""
         return sorted({name in self._decayed for name in names}, reverse=True)
 
 
-def _own(accelerator: Any, results: Any, use_gather_object: bool = False) -> Any:
+def _already_gathered(accelerator: Any, results: Any, use_gather_object: bool = False) -> Any:
     """Results of an evaluation's batch, which every process has: as accelerate gathers them in one process."""
-    accelerator.gather = lambda own: own
+    accelerator.gather = lambda value: value
     try:
         return type(accelerator).gather_for_metrics(accelerator, results, use_gather_object)
     finally:

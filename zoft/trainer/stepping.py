@@ -90,7 +90,7 @@ class RunSteps:
         """The estimate of the next step, clipped and guarded."""
         if self.loss.asks_for_scaling:
             batch = self.loss.settle_scaling(batch)
-        self._try_out(batch)
+        self._probe(batch)
         began, progress = time.perf_counter(), self.optimizer.progress
         asking = self.grid.asking(batch) if self.grid.world.count > 1 else nullcontext()
         with no_trials(), asking:
@@ -105,19 +105,19 @@ class RunSteps:
             estimate = self._guarded(estimate)
         return clip(estimate, self.args.max_grad_norm) if self.args.max_grad_norm > 0 else estimate
 
-    def _try_out(self, batch: StepBatch) -> None:
+    def _probe(self, batch: StepBatch) -> None:
         """What a model allows is found out before the queries, which must all be alike."""
         step = self.optimizer.progress.steps
         is_first, self._is_first = self._is_first, False
         if is_first:
-            self.forward.try_out_sizes()
-        self.forward.try_out(batch)
+            self.forward.probe_sizes()
+        self.forward.probe(batch)
         if is_first:
             self.forward.check_narrow(batch)
         estimator = self.queries.method.estimator
         if isinstance(estimator, KeepsAnchor) and (count := estimator.batches_at(step)):
             for other in self.queries.batches(batch, count, step):
-                self.forward.try_out(other)
+                self.forward.probe(other)
 
     def _ask(self, batch: StepBatch, share_done: float) -> StepEstimate:
         """The queries of the next step, in smaller micro-batches where memory does not suffice."""

@@ -1,4 +1,4 @@
-"""Training arguments that transformers would silently take for something else, or fall over later."""
+"""Refusals of training arguments that transformers would silently replace or ignore, or fail on later."""
 
 from __future__ import annotations
 

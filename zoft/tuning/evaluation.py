@@ -126,23 +126,23 @@ class TuneResult:
 
     @property
     def ranked(self) -> list[Evaluation]:
-        """Those that went to their end, the best first."""
+        """Evaluations that ran to their end, the best first."""
         done = [e for e in self.evaluations if e.status == DONE]
         return sorted(done, key=lambda e: e.value if self.direction == "minimize" else -e.value)
 
     @property
     def failed(self) -> list[Evaluation]:
-        """Those that failed."""
+        """Evaluations that failed."""
         return [e for e in self.evaluations if e.status == FAILED]
 
     @property
     def stopped(self) -> list[Evaluation]:
-        """Those that were stopped half-way."""
+        """Evaluations that were stopped half-way."""
         return [e for e in self.evaluations if e.status == STOPPED]
 
     @property
     def best(self) -> Evaluation | None:
-        """The best one; None where none went to its end."""
+        """The best evaluation; None where none ran to its end."""
         return next(iter(self.ranked), None)
 
     @property

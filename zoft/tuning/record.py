@@ -130,7 +130,7 @@ class Record:
     def note(self, trial: Trial, repeat: int, outcome: Outcome) -> None:
         """Keep what came of one repeat."""
         outcomes = self.outcomes(trial) | {repeat: outcome}
-        trial.set_user_attr(_OUTCOMES, {str(number): found.as_dict() for number, found in outcomes.items()})
+        trial.set_user_attr(_OUTCOMES, {str(number): one.as_dict() for number, one in outcomes.items()})
 
     def end(self, trial: Trial) -> Evaluation:
         """Tell the study what came of a trial, all of whose repeats have ended."""

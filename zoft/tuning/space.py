@@ -149,7 +149,7 @@ def written(value: Any) -> str:
 
 
 def key(values: Values) -> str:
-    """What tells points apart, also after they were written to a file."""
+    """A key that is equal exactly for equal points, also after they were written to a file and read back."""
     return json.dumps(values, sort_keys=True)
 
 

@@ -111,7 +111,7 @@ class _Worker:
         self.line.send(job)
 
     def hear(self) -> Outcome | None:
-        """What came of the job; None for the first word, which says that the process has started."""
+        """The job's outcome; None for the first message, which says that the process has started."""
         try:
             answer = self.line.recv()
         except (EOFError, OSError):

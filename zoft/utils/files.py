@@ -45,7 +45,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_filled(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """As :func:`write_atomically`, of what ``fill`` writes into the file that it is given.
+    """As :func:`write_atomically`, with the contents that ``fill`` writes into the file it is given.
 
     Args:
         path: the file; its folder must exist.

@@ -1,4 +1,4 @@
-"""Where calls that run side by side do together what waits for others: judges, for the texts of all points."""
+"""Calls that run side by side hand in their items, and the work (judging texts) is done once for all of them."""
 
 from __future__ import annotations
 

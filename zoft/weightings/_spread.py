@@ -1,4 +1,4 @@
-"""The spread of a step's losses around what they have in common, by how many sides of a direction were asked for."""
+"""The spread of a step's losses around their mean, for directions that were queried on one side or on both."""
 
 from __future__ import annotations
 

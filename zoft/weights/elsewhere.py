@@ -1,4 +1,4 @@
-"""Who answers for a model whose forward runs elsewhere: objectives ask here before they call the model."""
+"""Which runtime computes the forwards of a model held elsewhere: objectives look here before they call the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _KEY = "_zoft_runtime"
 
 
 class Runtime(Protocol):
-    """What another runtime is asked of a language model, at the weights of the query in progress."""
+    """What another runtime computes of a language model, at the weights of the query in progress."""
 
     writes: bool
     """Whether it generates text; where it does not, the model itself does."""
@@ -49,14 +49,14 @@ class Runtime(Protocol):
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
-    """Who answers for this model; None where it is called itself."""
+    """The runtime that computes this model's forwards; None where the model itself is called."""
     # by the model's own dict: a model that is called itself has no such entry
     runtime: Runtime | None = vars(model).get(_KEY)
     return runtime
 
 
 def answer_for(model: nn.Module, runtime: Runtime) -> None:
-    """From now on ``runtime`` answers for this model.
+    """Let ``runtime`` compute this model's forwards from now on.
 
     Args:
         model: as objectives are given it, with its adapter.

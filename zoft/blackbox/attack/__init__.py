@@ -1,1 +1,1 @@
-"""Adversarial examples against an image classifier that is only asked: the nouns, and searches made for images."""
+"""Adversarial examples against an image classifier by queries alone: the nouns, and searches made for images."""

@@ -220,7 +220,7 @@ def curve(outcomes: Sequence[Outcome]) -> list[tuple[int, float, float, float]]:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a median from its sorted values: the innermost pair of them that holds it so often.
+    """The 95 % interval of a median: the innermost pair of the sorted values that holds it with that probability.
 
     Args:
         values: sorted; infinity for those beyond what was looked at.

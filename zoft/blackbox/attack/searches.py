@@ -158,20 +158,20 @@ class Draws:
 
     def __init__(self, seed: int, image: int) -> None:
         self.key = key_of(Direction(seed, image), "image", role="attack")
-        self.made = 0
+        self.num_made = 0
         self.ahead = np.empty(0, np.uint64)  # a call of the generator costs more than the numbers
 
     def words(self, count: int) -> np.ndarray:
         """uint64 [count], below 2^32."""
         if count > len(self.ahead):
-            start, self.made = self.made, self.made + max(count, _AHEAD)
-            more = random_words(self.key, start, self.made).numpy().view(np.uint32).astype(np.uint64)
+            start, self.num_made = self.num_made, self.num_made + max(count, _AHEAD)
+            more = random_words(self.key, start, self.num_made).numpy().view(np.uint32).astype(np.uint64)
             self.ahead = np.concatenate([self.ahead, more])
         given, self.ahead = self.ahead[:count], self.ahead[count:]
         return given
 
     def integer(self, stop: int) -> int:
-        """From 0 to stop - 1."""
+        """A random integer from 0 to stop - 1."""
         return int(self.words(1)[0]) * stop >> 32
 
     def signs(self, *shape: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is made of the one member that an asset takes out of its package; each runs once, before it is published."""
+"""How the file that an asset takes out of its package is converted: once, before the asset is published."""
 
 from __future__ import annotations
 

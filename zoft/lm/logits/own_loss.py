@@ -20,7 +20,7 @@ _agrees: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyD
 
 
 def own_loss(model: nn.Module, **inputs: Any) -> Any:
-    """What ``model(**inputs)`` gives, as far as its loss is concerned.
+    """The loss of ``model(**inputs)``, with the head on the labelled positions where that is the same.
 
     The two are compared once, on a piece of the first batch; where they differ, and for every other kind of model or
     of labels, this is ``model(**inputs)``.
@@ -53,7 +53,7 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 
 def is_known(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether nothing would have to be tried before the loss of these inputs is computed."""
+    """Whether the loss of these inputs can be computed without probing the model first."""
     return _way_of_calling(model, inputs) in _agrees.get(model, {}) or not could_be_served(model, inputs)
 
 

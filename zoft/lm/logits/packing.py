@@ -41,7 +41,7 @@ def serves(model: nn.Module, packed: Mapping[str, Any]) -> bool:
 
 
 def is_known(model: nn.Module, packed: Mapping[str, Any]) -> bool:
-    """Whether nothing about rows like these would have to be tried first."""
+    """Whether rows like these can be scored without probing the model first."""
     return "segments" not in packed or not serves(model, packed) or _size(packed) in _checked.get(model, ())
 
 

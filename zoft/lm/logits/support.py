@@ -1,4 +1,4 @@
-"""What a model's head can be asked for: tried once, on a piece of its first batch, against its plain logits.
+"""Capability probe of a model's head: do logits at selected positions equal the full forward's? Checked once a model.
 
 A trial calls the model more often than the loss does. Engines that reuse work between queries count on all of them
 calling it alike, so the trainer tries before the queries, and within :func:`no_trials` what is unknown is done plainly.
@@ -33,7 +33,7 @@ _TOLERANCE = {"float32": TOLERANCE, "float64": 1e-8}  # by what the head compute
 
 @dataclass(frozen=True)
 class HeadSupport:
-    """What is known of one model.
+    """What the probe has found about one model's head.
 
     Args:
         head: its language-model head, if it has one.
@@ -86,7 +86,7 @@ def _known_of(model: nn.Module) -> HeadSupport | None:
 
 
 def probe(model: nn.Module, inputs: Inputs, positions: Positions) -> HeadSupport:
-    """What is known of this model; found out with its first batch, anew as long as that says nothing."""
+    """The model's support; probed with its first batch, and again as long as a batch tells nothing."""
     support = _known_of(model)
     if support is None:
         head = head_of(model)

@@ -1,4 +1,4 @@
-"""What an accuracy hides: precision, recall and F1 of each class, and which classes are taken for which."""
+"""Figures behind an accuracy: precision, recall and F1 of each class, and which classes are taken for which."""
 
 from __future__ import annotations
 

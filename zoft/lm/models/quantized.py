@@ -123,10 +123,10 @@ def dequantized(model: Any) -> Any:
         return model
     quantizer = model.hf_quantizer
     # transformers has no way for torchao's, whose tensors have their own
-    own = [module for module in model.modules() if hasattr(module._parameters.get("weight"), "__tensor_flatten__")]
-    for module in own:
+    modules = [module for module in model.modules() if hasattr(module._parameters.get("weight"), "__tensor_flatten__")]
+    for module in modules:
         module.weight = torch.nn.Parameter(module.weight.dequantize(), requires_grad=False)
-    if own:
+    if modules:
         quantizer.remove_quantization_config(model)
         return model
     try:

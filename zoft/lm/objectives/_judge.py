@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main(function: str) -> None:
-    """Answer until nobody asks any more.
+    """Answer requests until standard input ends.
 
     Args:
         function: by name.

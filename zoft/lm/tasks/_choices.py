@@ -1,4 +1,4 @@
-"""What the two parts of ARC share: a question, and answers that differ from row to row."""
+"""The base of ARC's two tasks: a question, and answers that differ from row to row."""
 
 from __future__ import annotations
 

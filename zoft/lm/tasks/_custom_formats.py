@@ -268,7 +268,5 @@ def _listed(column: Any) -> list[str]:
 def _parted_otherwise(row: Mapping[str, Any]) -> str:
     """That a csv's one column looks like several, parted by another character than its name says."""
     (name, *others) = row
-    found = next((mark for mark in ";\t|" if mark in str(name)), "") if not others else ""
-    return f"cells are parted by commas in a .csv and by tabs in a .tsv, not by {found!r}; convert it, or " * bool(
-        found
-    )
+    mark = next((mark for mark in ";\t|" if mark in str(name)), "") if not others else ""
+    return f"cells are parted by commas in a .csv and by tabs in a .tsv, not by {mark!r}; convert it, or " * bool(mark)

@@ -59,7 +59,7 @@ def spelled(value: Any) -> str:
 
 
 def look(label: str) -> str:
-    r"""What a reader sees of a label, whatever its case: labels that share it are one that was misspelt.
+    r"""A label without case and marks: labels that share it are one label that was misspelt.
 
     Example:
         >>> look("Pos") == look("pos"), look("\uff11") == look("1"), look("po\u200bs") == look("pos")
@@ -73,7 +73,7 @@ def _is_unseen(character: str) -> bool:
 
 
 def in_order(label: str) -> tuple[bool, Decimal, str]:
-    """What labels are sorted by: numbers by their size, and then texts by the alphabet.
+    """The sort key of labels: numbers by their size, and then texts by the alphabet.
 
     Example:
         >>> sorted(["b", "10", "-1", "a", "9", "0.5"], key=in_order)

@@ -104,11 +104,11 @@ class RowsTask(Task):
         """Rows with the hub's columns but the label."""
         known: dict[str, Any] = {"label": 0, "answers": {"text": ["?"]}, "answer": "?"}
 
-        def made(row: Mapping[str, Any], where: str) -> Example:
+        def example_of(row: Mapping[str, Any], where: str) -> Example:
             source, _, number = where.rpartition(":")
             return trimmed(self.example({**known, **row}, source or where, int(number) if number.isdecimal() else 0))
 
-        return made, tuple(getattr(self, "labels", ()))
+        return example_of, tuple(getattr(self, "labels", ()))
 
     def _examples(self, rows: list[tuple[int, Row]], picked: list[int], source: str) -> list[Example]:
         return [trimmed(self.example(rows[index][1], source, rows[index][0])) for index in picked]
@@ -151,8 +151,8 @@ def trimmed(example: Example) -> Example:
     """Whitespace as MeZO has it: none before the text, no blank behind it, and an option's blank is the option's.
 
     Example:
-        >>> made = trimmed(Example("It rained so ", ("we stayed. ", "I left."), 0))
-        >>> made.prompt, made.options
+        >>> example = trimmed(Example("It rained so ", ("we stayed. ", "I left."), 0))
+        >>> example.prompt, example.options
         ('It rained so', (' we stayed.', ' I left.'))
     """
     prompt = example.prompt.lstrip().rstrip(" ")

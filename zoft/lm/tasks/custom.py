@@ -44,19 +44,19 @@ class _Noting:
     """Makes examples, and notes once what a user would want to know of the rows on the way.
 
     Args:
-        made: (row, place) -> example.
+        example_of: (row, place) -> example.
         used: the columns that are read.
         written: those of the template.
     """
 
-    made: Callable[[Any, str], Any]
+    example_of: Callable[[Any, str], Any]
     used: tuple[str, ...]
     written: tuple[str, ...]
     noted: set[str] = field(default_factory=set)
 
     def __call__(self, row: Any, where: str) -> Any:
         """The example."""
-        example = self.made(row, where)
+        example = self.example_of(row, where)
         for name in unread_content(row, (*self.used, *self.noted), example):
             self.noted.add(name)
             log.warning(
@@ -303,10 +303,10 @@ class Custom(Task):
             return {label_key(label) or "": word for label, word in self.words.items()}
         if known := vars(self).get("_remembered"):
             return dict(known["words"])
-        found: dict[tuple[str, str], dict[str, str]] = vars(self).setdefault("_found", {})  # all rows are read for it
-        if (self.train, column) not in found:
-            found[self.train, column] = self._words_of_rows(column)
-        return found[self.train, column]
+        words: dict[tuple[str, str], dict[str, str]] = vars(self).setdefault("_found", {})  # all rows are read for it
+        if (self.train, column) not in words:
+            words[self.train, column] = self._words_of_rows(column)
+        return words[self.train, column]
 
     def _words_of_rows(self, column: str) -> dict[str, str]:
         head = self.kind == "head"

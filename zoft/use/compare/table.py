@@ -33,7 +33,7 @@ NAME = "compare"
 
 
 def table(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """What is said of each group; a run without an end counts with what it has reached on the dev rows: nothing here.
+    """A row for each group; of a run that has not ended only its name and seeds are given.
 
     The interval of several seeds is Student's over the seeds; of one run, or of seeds that end alike, the report's own.
     """
@@ -81,11 +81,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plain(rows: Sequence[dict[str, Any]], room: int | None = None) -> str:
-    """The table for a terminal of so many columns; what does not fit is left out, as the files have it."""
+    """The table for a terminal ``room`` characters wide; columns that do not fit are left out (the files have them)."""
     cells = [_head(), *map(said, rows)]
     for name in ("", *_EXPENDABLE):
-        kept = [place for place, title in enumerate(cells[0]) if title != name]
-        cells = [[row[place] for place in kept] for row in cells]
+        columns = [place for place, title in enumerate(cells[0]) if title != name]
+        cells = [[row[place] for place in columns] for row in cells]
         widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
         if room is None or sum(widths) + 2 * len(widths) - 2 <= room:
             break
@@ -101,7 +101,7 @@ def _head() -> list[str]:
 
 
 def said(row: dict[str, Any]) -> list[str]:
-    """A row's cells."""
+    """The text of each cell of a row."""
     from zoft.report.text import duration, gib
 
     percent = row.get("metric") == "accuracy"

@@ -144,10 +144,10 @@ def _results(known: dict[str, Any]) -> list[tuple[str, str]]:
     rows = dict(fact_rows(known))
     names = {"zero-shot": "before training", "final": "after training", "difference": "difference"}
     metric = known["metric"]
-    found = [(f"{metric}, {label}", rows[name]) for name, label in names.items() if name in rows]
+    lines = [(f"{metric}, {label}", rows[name]) for name, label in names.items() if name in rows]
     if "evaluated on" in rows:
-        found.append(("rows", f"{rows['evaluated on']}, held out; intervals are 95 %"))
-    return found
+        lines.append(("rows", f"{rows['evaluated on']}, held out; intervals are 95 %"))
+    return lines
 
 
 def _settings(known: dict[str, Any]) -> list[tuple[str, str]]:

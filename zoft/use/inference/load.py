@@ -51,7 +51,7 @@ class Loaded:
 
 
 def config_of(run: str, overrides: list[str]) -> ZoftConfig:
-    """The config of a finished run; functions that it names are not called by who asks here.
+    """The config of a finished run; functions that it names are not called in inference.
 
     Args:
         run: its folder.

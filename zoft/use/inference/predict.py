@@ -21,7 +21,7 @@ WRITTEN = ("generate", "rated")
 
 @dataclass(frozen=True)
 class Predicted:
-    """What came of the rows.
+    """The rows with their predictions.
 
     Args:
         rows: the rows as they were, each with what was predicted.

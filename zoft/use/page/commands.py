@@ -20,7 +20,7 @@ LAST_LINES = 200
 
 @dataclass(frozen=True)
 class Fields:
-    """What the page asks for.
+    """The fields of the page.
 
     Args:
         config: an experiment by name or path; empty for none.
@@ -61,10 +61,10 @@ def earlier_runs(root: Path = Path("runs")) -> list[str]:
     Args:
         root: where `zoft train` puts them.
     """
-    found = [path.parent for path in root.glob("*/config.yaml")] + [
+    folders = [path.parent for path in root.glob("*/config.yaml")] + [
         path.parent for path in root.glob("*/*/config.yaml")
     ]
-    return [str(run) for run in sorted(found, key=lambda run: run.stat().st_mtime, reverse=True)][:MOST_RUNS]
+    return [str(run) for run in sorted(folders, key=lambda run: run.stat().st_mtime, reverse=True)][:MOST_RUNS]
 
 
 def state_of(run: str) -> str:

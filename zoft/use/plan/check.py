@@ -1,4 +1,4 @@
-"""Everything about a run looked at before it begins: config, rows, tokenizer, model, memory, and two steps."""
+"""The checks of a run before it begins: config, rows, tokenizer, model, memory, and two steps."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def _place(message: str) -> str:
 
 
 def _config(cfg: ZoftConfig) -> Finding:
-    doubts = cfg.doubts()
+    warnings = cfg.warnings()
     named = f"{cfg.config}, {cfg.budget.queries:,} queries, output_dir={cfg.output_dir}"
-    return Finding("config", "note", doubts[0]) if doubts else Finding("config", "ok", named)
+    return Finding("config", "note", warnings[0]) if warnings else Finding("config", "ok", named)
 
 
 def _data(cfg: ZoftConfig, splits: Any) -> Iterator[Finding]:

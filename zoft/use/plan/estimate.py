@@ -20,7 +20,7 @@ PROBED_STEPS = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known before a run.
+    """The estimate of a run's memory and time.
 
     Args:
         model: the model's name.

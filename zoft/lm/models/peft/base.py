@@ -1,4 +1,4 @@
-"""What every adapter promises: a `peft` configuration, and a starting point that is not random where that matters."""
+"""The interface of every adapter: a `peft` configuration, and where needed a starting point that is not random."""
 
 from __future__ import annotations
 

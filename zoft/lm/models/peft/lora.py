@@ -45,7 +45,7 @@ class Lora(Peft):
 
     @property
     def is_free(self) -> bool:
-        """Whether nobody has said which layers get one."""
+        """Whether no setting says which layers get an adapter."""
         return self.on == "auto" and not self.target_modules
 
     def wrap(self, model: nn.Module, seed: int, revision: str | None = None) -> nn.Module:
