@@ -96,7 +96,7 @@ def test_a_linear_layer_moves_by_s_r_at_and_a_conv1d_the_other_way_round():
 
 def test_what_has_no_inputs_moves_in_full():
     coordinates = bound()
-    assert set(coordinates.forms) == {"linear.weight", "turned.weight"}
+    assert set(coordinates.layouts) == {"linear.weight", "turned.weight"}
     assert linear_layers(coordinates.weights) == {
         "linear.weight": False,
         "turned.weight": True,
@@ -392,9 +392,9 @@ def test_all_linear_layers_of_a_model_are_seen():
         run = Run(model)
         run.step()
         coordinates = run.session.coordinates
-        assert set(coordinates._seen) == set(coordinates.forms)
+        assert set(coordinates._seen) == set(coordinates.layouts)
         assert kinds <= {name.split(".")[-2] for name in coordinates._seen}
-        assert not any("embed" in name or "wte" in name for name in coordinates.forms)
+        assert not any("embed" in name or "wte" in name for name in coordinates.layouts)
         for name, (_, basis) in coordinates._seen.items():
             assert_orthonormal(basis)
             assert not basis.is_inference(), name

@@ -259,7 +259,7 @@ def test_a_rank_above_every_tensor_is_warned_about(kind, caplog):
 def test_adapters_are_reshaped_near_square_and_embeddings_are_not():
     shapes = {"lora_a": (4, 64), "lora_b": (96, 4), "embedding": (5000, 256)}
     coordinates = bound(TwoSided, Model(**shapes))
-    assert {n: (f.rows, f.columns) for n, f in coordinates.forms.items()} == {
+    assert {n: (f.rows, f.columns) for n, f in coordinates.layouts.items()} == {
         "w": (30, 20),
         "same": (30, 20),
         "conv": (9, 36),
@@ -269,7 +269,7 @@ def test_adapters_are_reshaped_near_square_and_embeddings_are_not():
         "embedding": (5000, 256),
     }
     for name in ("lora_a", "lora_b"):
-        form = coordinates.forms[name]
+        form = coordinates.layouts[name]
         u, v = coordinates.bases(D, name)
         c = coordinates.draw(D, name, 0, 9).view(3, 3)
         wanted = (form.scale * u @ c @ v.T).reshape(shapes[name])
@@ -279,8 +279,8 @@ def test_adapters_are_reshaped_near_square_and_embeddings_are_not():
         assert torch.equal(coordinates.perturbed_rows(D, name, rows, 0.5), 0.5 * coordinates.z(D, name)[rows])
     plain = bound(TwoSided, Model(**shapes), reshape=False)
     assert plain.shape("lora_a") == (3, 3)
-    assert (plain.forms["lora_a"].rows, plain.forms["lora_a"].columns) == (4, 64)
-    assert "thin" not in plain.forms
+    assert (plain.layouts["lora_a"].rows, plain.layouts["lora_a"].columns) == (4, 64)
+    assert "thin" not in plain.layouts
 
 
 @pytest.mark.parametrize(
