@@ -14,7 +14,7 @@ from torch import bfloat16, float16, float32, nn, ones
 from zoft.component import GROUPS, Component, components
 from zoft.engines.base import Session
 from zoft.errors import UserError
-from zoft.estimators._curvature import MeasuresCurvature
+from zoft.estimators._optional import MeasuresCurvature
 from zoft.estimators.nodes import Nodes
 from zoft.optimizers._optional import ReadsFactors
 from zoft.step.method import Method

@@ -24,7 +24,7 @@ from tests.contract.discovered import (
 )
 from tests.models import batch_for, tiny_opt
 from zoft.component import components
-from zoft.engines._away import settle
+from zoft.engines._optional import settle
 from zoft.lm.data.rows import examples_of, of_lengths
 from zoft.noise.direction import Direction
 from zoft.noise.source import LAWS, SOURCES

@@ -9,7 +9,7 @@ from typing import Any
 from zoft.blackbox.space import Space
 from zoft.engines.base import Session
 from zoft.errors import UserError
-from zoft.estimators._anchor import KeepsAnchor
+from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import Point
 from zoft.estimators.per_example import PerExample
 from zoft.step.method import Method

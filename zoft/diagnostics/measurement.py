@@ -17,8 +17,7 @@ from zoft.diagnostics.radius import exact_slopes, radius_table
 from zoft.diagnostics.variance import Law, variance_table
 from zoft.engines._backward import loss_with_graph
 from zoft.errors import OutOfMemoryError, UserError
-from zoft.estimators._anchor import KeepsAnchor
-from zoft.estimators._backward import NeedsBackward
+from zoft.estimators._optional import KeepsAnchor, NeedsBackward
 from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction
 from zoft.report.backprop import backprop_parts_mb, model_shape

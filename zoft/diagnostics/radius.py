@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoft.engines.base import Session
 from zoft.errors import UserError
-from zoft.estimators._anchor import KeepsAnchor
+from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import Estimator, FiniteDifference, Point
 from zoft.estimators.central import Central
 from zoft.estimators.per_example import PerExample

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -114,74 +115,93 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
     """
     held, stack = {node.module: node for node in parts.values()}, longest_stack(model)
     blocks = [block for block in stack if held.keys() & set(block.children())]
-    left: list[Tensor] = []
-    errors: list[float] = []
-    state: dict[nn.Module, Tensor] = {}  # block -> in, then in + part
-    # block -> what may be added for attention: its output, or that of the normalisation behind it (Gemma 2 and 3)
-    attended: dict[nn.Module, list[Tensor]] = {}
-    given: dict[nn.Module, Tensor] = {}  # a later module of a part -> what the one before it gave
-
-    def entering(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(hidden, torch.Tensor):
-            state[block], attended[block] = rows(hidden.detach()).float(), []
-
-    def attending(block: nn.Module) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if block in state:
-                attended[block].append(rows(_first(output).detach()).float())
-
-        return hook
-
-    def adding(block: nn.Module) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if block in state:
-                state[block] = state[block] + rows(_first(output).detach()).float()
-
-        return hook
-
-    def giving(later: nn.Module) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            given[later] = rows(_first(output).detach())
-
-        return hook
-
-    def taking(later: nn.Module, args: Any) -> None:
-        # what it is given must be what the module before it gave, and nothing else
-        if later not in given or not torch.equal(rows(args[0].detach()), given.pop(later)):
-            errors.append(float("inf"))
-
-    def leaving(block: nn.Module, _args: Any, output: Any) -> None:
-        if block in state:
-            out, inner = rows(_first(output).detach()), state.pop(block)
-            errors.append(min(_off(out, inner + more) for more in attended.pop(block) or [torch.zeros_like(inner)]))
-
-    def at_end(_module: nn.Module, _args: Any, output: Any) -> None:
-        left.append(rows(_first(output).detach()))
-
-    def verdict(last: Tensor | None = None) -> bool:
-        if last is not None and (len(left) != 1 or left[0].shape != last.shape or _off(left[0], last) >= 1):
-            return False
-        return len(errors) >= len(blocks) > 0 and max(errors) < 1
-
-    handles = [stack[-1].register_forward_hook(at_end)] if stack else []
+    sums = _Sums(rows)
+    handles = [stack[-1].register_forward_hook(sums.end)] if stack else []
     for block in blocks:
-        handles.append(block.register_forward_pre_hook(entering, with_kwargs=True))
-        for name, child in block.named_children():
-            if child in held:
-                part = held[child]
-                handles.append(part.last.register_forward_hook(adding(block)))
-                for before, later in pairwise((part.module, *part.then)):
-                    handles.append(before.register_forward_hook(giving(later)))
-                    handles.append(later.register_forward_pre_hook(taking))
-            elif ATTENTION.search(name):
-                handles.append(child.register_forward_hook(attending(block)))
-        handles.append(block.register_forward_hook(leaving))
+        handles += sums.watch(block, held)
     try:
-        yield verdict
+        yield partial(sums.hold, len(blocks))
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Sums:
+    """The hooks of :func:`seeing_sums`, and what they have seen of a forward.
+
+    Args:
+        rows: picks the step's positions.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.sums: dict[nn.Module, Tensor] = {}  # block -> in, then in + part
+        # block -> what may be added for attention: its output, or that of the normalisation behind it (Gemma 2 and 3)
+        self.attention: dict[nn.Module, list[Tensor]] = {}
+        self.inputs: dict[nn.Module, Tensor] = {}  # a later module of a part -> the output of the one before it
+        self.errors: list[float] = []  # of each block: how far out is from in + attention + part
+        self.last_hidden: list[Tensor] = []  # what leaves the last block
+
+    def watch(self, block: nn.Module, held: Mapping[nn.Module, Node]) -> list[Any]:
+        """Put the hooks on a block, its part and its attention; the handles that remove them.
+
+        Args:
+            block: of the model.
+            held: module -> the part that begins with it.
+        """
+        handles = [block.register_forward_pre_hook(self.enter, with_kwargs=True)]
+        for name, child in block.named_children():
+            if child in held:
+                part = held[child]
+                handles.append(part.last.register_forward_hook(partial(self.add_part, block)))
+                for before, later in pairwise((part.module, *part.then)):
+                    handles.append(before.register_forward_hook(partial(self.give, later)))
+                    handles.append(later.register_forward_pre_hook(self.take))
+            elif ATTENTION.search(name):
+                handles.append(child.register_forward_hook(partial(self.note_attention, block)))
+        handles.append(block.register_forward_hook(self.leave))
+        return handles
+
+    def enter(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, torch.Tensor):
+            self.sums[block], self.attention[block] = self.rows(hidden.detach()).float(), []
+
+    def note_attention(self, block: nn.Module, _module: nn.Module, _args: Any, output: Any) -> None:
+        if block in self.sums:
+            self.attention[block].append(self._rows_of(output).float())
+
+    def add_part(self, block: nn.Module, _module: nn.Module, _args: Any, output: Any) -> None:
+        if block in self.sums:
+            self.sums[block] = self.sums[block] + self._rows_of(output).float()
+
+    def give(self, later: nn.Module, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.inputs[later] = self._rows_of(output)
+
+    def take(self, later: nn.Module, args: Any) -> None:
+        # what it is given must be what the module before it gave, and nothing else
+        if later not in self.inputs or not torch.equal(self.rows(args[0].detach()), self.inputs.pop(later)):
+            self.errors.append(float("inf"))
+
+    def leave(self, block: nn.Module, _args: Any, output: Any) -> None:
+        if block in self.sums:
+            out, inner = self._rows_of(output), self.sums.pop(block)
+            # out = in + part + attention
+            attention = self.attention.pop(block) or [torch.zeros_like(inner)]
+            self.errors.append(min(_off(out, inner + one) for one in attention))
+
+    def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.last_hidden.append(self._rows_of(output))
+
+    def hold(self, num_blocks: int, last: Tensor | None = None) -> bool:
+        """Whether the sums hold in all blocks; with ``last`` [P, H] also whether it is what leaves the last block."""
+        seen = self.last_hidden
+        if last is not None and (len(seen) != 1 or seen[0].shape != last.shape or _off(seen[0], last) >= 1):
+            return False
+        return len(self.errors) >= num_blocks > 0 and max(self.errors) < 1
+
+    def _rows_of(self, output: Any) -> Tensor:
+        return self.rows(_first(output).detach())
 
 
 def _off(out: Tensor, expected: Tensor) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zoft.component import Component
-from zoft.engines._away import device_of
+from zoft.engines._optional import device_of
 from zoft.errors import OutOfMemoryError, UserError
 from zoft.estimators.base import Estimator, Point
 from zoft.estimators.nodes import Nodes

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from zoft.engines._lockstep import Lockstep
-from zoft.engines._trace import LeavesTrace
+from zoft.engines._optional import LeavesTrace
 from zoft.engines.base import Engine, Objective, Session, memory_errors_say, refuse_derivatives
 from zoft.errors import UserError
 from zoft.estimators.base import Point

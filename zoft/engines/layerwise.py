@@ -15,7 +15,7 @@ from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, ClassVar
 
-from zoft.engines._away import device_of
+from zoft.engines._optional import device_of
 from zoft.engines._pieces import watching
 from zoft.engines._step_prefix import StepPrefix
 from zoft.engines._survey import Survey, graphs_exist, is_compiled
@@ -98,7 +98,8 @@ class LayerwiseSession(Session):
 
     def evaluate_all(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
         """The objective of each batch at its point, scalars; the first call is the survey's."""
-        refuse_derivatives([point for _, point in pairs], self.name)
+        points = [point for _, point in pairs]
+        refuse_derivatives(points, self.name)
         swapper, survey = self.swapper, self.survey
         swapper.compiled = is_compiled(self.model)
         small = swapper.largest_output <= swapper.piece_bytes  # as the queries before have seen it
@@ -108,12 +109,12 @@ class LayerwiseSession(Session):
         with memory_errors_say(self.what_to_lower()), self._hooks(), self._no_graph():
             if not survey.is_done:
                 results = [self._loss_at(batch, point) for batch, point in pairs]
-                return self._in_groups(pairs) if self._conclude() else results
+                return self._in_groups(pairs, points) if self._conclude() else results
             with survey.later(lambda: self._loss_at(*pairs[0])):
-                results = self._in_groups(pairs)
+                results = self._in_groups(pairs, points)
                 if self._find_new_reads():
                     self._side_by_side = False
-                    results = self._in_groups(pairs)
+                    results = self._in_groups(pairs, points)
             return results
 
     def _conclude(self) -> bool:
@@ -145,17 +146,18 @@ class LayerwiseSession(Session):
 
     # ---- which points go together ------------------------------------------------------------------------------------
 
-    def _in_groups(self, pairs: list[tuple[Any, Point]]) -> list[Tensor]:
+    def _in_groups(self, pairs: list[tuple[Any, Point]], points: list[Point]) -> list[Tensor]:
         results: list[Tensor] = []
-        points = [point for _, point in pairs]
         same_batch = all(batch is pairs[0][0] for batch, _ in pairs)
         # Once here, for all: coroutines that each entered and left it would do so in turns, and leave it on.
         with torch.inference_mode(), self._prefix_reused(points) if same_batch else nullcontext():
             waiting = iter(pairs)
             for group in self.groups(points):
-                calls = [partial(self._loss_at, *pair) for pair in islice(waiting, len(group))]
-                # a forward alone waits for nobody
-                results += self.swapper.lockstep.run(calls) if len(calls) > 1 else [calls[0]()]
+                if len(group) == 1:  # a forward alone waits for nobody
+                    results.append(self._loss_at(*next(waiting)))
+                else:
+                    calls = [partial(self._loss_at, *pair) for pair in islice(waiting, len(group))]
+                    results += self.swapper.lockstep.run(calls)
         return results
 
     def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from zoft.engines._away import KeepsWeightsAway
 from zoft.engines._blocks import Block, BlockStream, blocks_of
 from zoft.engines._lockstep import Barrier
+from zoft.engines._optional import KeepsWeightsAway
 from zoft.engines._prefix import passes_through
 from zoft.engines._transfer import Transfer, transfer_for
 from zoft.engines.base import Engine, Objective, Session
 from zoft.engines.layerwise import LayerwiseSession
 from zoft.errors import UserError
-from zoft.estimators._anchor import KeepsAnchor
-from zoft.estimators._backward import NeedsBackward
+from zoft.estimators._optional import KeepsAnchor, NeedsBackward
 from zoft.estimators.base import Estimator, Point
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, nn, torch

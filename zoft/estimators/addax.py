@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.estimators._backward import NeedsBackward, check_parts
+from zoft.estimators._optional import NeedsBackward, check_parts
 from zoft.estimators.central import Central
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.estimators._backward import NeedsBackward, check_parts
+from zoft.estimators._optional import NeedsBackward, check_parts
 from zoft.estimators.base import Estimator, Point
 from zoft.noise.direction import Direction
 from zoft.utils.lazy import Tensor

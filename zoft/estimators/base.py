@@ -68,7 +68,7 @@ class Estimator(Component):
     """
 
     backpropagates: ClassVar[bool] = False
-    """Whether some of the gradient comes from a backward pass (:class:`zoft.estimators._backward.NeedsBackward`)."""
+    """Whether some of the gradient comes from a backward pass (:class:`zoft.estimators._optional.NeedsBackward`)."""
 
     measures_slopes: ClassVar[bool] = True
     """Whether each projected gradient is the slope along its own direction, and not only right on average."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.estimators._backward import NeedsBackward, check_parts
+from zoft.estimators._optional import NeedsBackward, check_parts
 from zoft.estimators.central import Central
 from zoft.weights.tensors import layer_of
 

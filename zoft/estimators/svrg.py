@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.estimators._anchor import KeepsAnchor
+from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import FiniteDifference, Measured, Point
 from zoft.estimators.central import projected_grad
 from zoft.noise.direction import Direction

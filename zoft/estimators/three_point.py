@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zoft.estimators._curvature import MeasuresCurvature
+from zoft.estimators._optional import MeasuresCurvature
 from zoft.estimators.base import FiniteDifference, Measured, Point
 from zoft.estimators.central import projected_grad
 from zoft.noise.direction import Direction

@@ -7,6 +7,8 @@ import os
 import struct
 import uuid
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +130,8 @@ class Journal:
         if path.exists():
             shared.close(_opened(path))  # refused while another process writes it
             path.replace(path.with_suffix(".old.bin"))
-        _to_disk(lambda: write_atomically(path, data), path, len(data))
+        with _full_disk_said(path, len(data)):
+            write_atomically(path, data)
         return cls.open(path, 0)
 
     @classmethod
@@ -212,7 +215,8 @@ class Journal:
                     put_waiting()
                 put(chunk.kind, chunk.payload)
         put_waiting()
-        _to_disk(lambda: write_atomically(self.path, data), self.path, len(data))
+        with _full_disk_said(self.path, len(data)):
+            write_atomically(self.path, data)
         # the lock is the file's: it has to be taken for the new one
         shared.close(self._file)
         self._file, self._check, self._end = _opened(self.path), check, len(data)
@@ -225,17 +229,15 @@ class Journal:
 
     def _write(self, kind: bytes, payload: bytes) -> None:
         data, check = chunks.encode(kind, payload, self._check)
-
-        def write() -> None:
-            view, at = memoryview(data), self._end
+        view, at = memoryview(data), self._end
+        with _full_disk_said(self.path, len(data)):
             # a write may be short; what is missing follows at its own place
             while view:
                 done = os.pwrite(self._file, view, at)
                 view, at = view[done:], at + done
-            # on the disk before the step is written into the weights: the journal is never behind them
-            _sync(self._file)
-
-        _to_disk(write, self.path, len(data))
+            # On the disk before the step is written into the weights: the journal is never behind them. fdatasync
+            # leaves out the times of the file, which nothing here depends on.
+            getattr(os, "fdatasync", os.fsync)(self._file)
         # only now: a write that failed leaves the end where it was, and the next one begins there
         self._check, self._end = check, self._end + len(data)
 
@@ -327,13 +329,10 @@ def _opened(path: Path) -> int:
     return file
 
 
-def _sync(file: int) -> None:
-    # fdatasync leaves out the times of the file, which nothing here depends on
-    getattr(os, "fdatasync", os.fsync)(file)
-
-
-def _to_disk(write: Any, path: Path, size: int) -> None:
+@contextmanager
+def _full_disk_said(path: Path, size: int) -> Iterator[None]:
+    """Within this block an error of the system, a full disk above all, becomes a sentence."""
     try:
-        write()
+        yield
     except OSError as error:
         raise DiskFullError.of(error, path, size) from None

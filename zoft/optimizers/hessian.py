@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zoft.estimators._curvature import require_curvature
+from zoft.estimators._optional import require_curvature
 from zoft.optimizers.base import Estimate, Optimizer, State
 from zoft.utils.lazy import Tensor
 

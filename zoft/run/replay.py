@@ -32,7 +32,7 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
         UserError: the journal does not belong to this base model, does not begin at its first step, or has no such
             step; the output folder is not empty.
     """
-    from zoft.engines._away import settle
+    from zoft.engines._optional import settle
     from zoft.journal import file as journal
     from zoft.journal import snapshot
     from zoft.run import auto
@@ -90,7 +90,7 @@ def replay(optimizer: ZOOptimizer, directions: StepDirections, contents: Content
         steps: how many.
         path: the journal's file, for messages.
     """
-    from zoft.engines._away import settle
+    from zoft.engines._optional import settle
     from zoft.step.directions import replayed
 
     weights, checked = optimizer.session.weights, 0

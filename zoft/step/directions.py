@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zoft.engines._trace import LeavesTrace
+from zoft.engines._optional import LeavesTrace
 from zoft.errors import UserError
-from zoft.estimators._anchor import KeepsAnchor
+from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import Estimator
 from zoft.journal.records import Record
 from zoft.noise.direction import Direction, step_seed

@@ -40,7 +40,7 @@ class StepEstimate:
         outlier: why a guard has taken this step for one outside the running range; None where it has not.
         share: of the step's length, what a guard has left.
         leaves_no_trace: whether the weights are after the queries what they were before, or what the estimator's points
-            alone make of them (:meth:`zoft.engines._trace.LeavesTrace.pass_over`).
+            alone make of them (:meth:`zoft.engines._optional.LeavesTrace.pass_over`).
         num_parts: into how many the micro-batches were cut, where memory did not suffice.
         keeps_anchor: whether the weights before this step become the anchor of the next ones.
         from_journal: whether it was read from a journal instead of being queried.

@@ -10,8 +10,7 @@ from typing import Any
 
 from zoft.component import create
 from zoft.errors import UserError
-from zoft.estimators._anchor import KeepsAnchor
-from zoft.estimators._backward import NeedsBackward
+from zoft.estimators._optional import KeepsAnchor, NeedsBackward
 from zoft.estimators.base import Estimator
 from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction

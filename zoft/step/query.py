@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from zoft.engines._backward import Backward, loss_with_graph
-from zoft.engines._trace import LeavesTrace
-from zoft.estimators._anchor import KeepsAnchor
-from zoft.estimators._backward import NeedsBackward
+from zoft.engines._optional import LeavesTrace
+from zoft.estimators._optional import KeepsAnchor, NeedsBackward
 from zoft.estimators.base import Estimator, Point
 from zoft.estimators.nodes import Nodes
 from zoft.estimators.per_example import PerExample

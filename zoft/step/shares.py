@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.estimators._anchor import KeepsAnchor
-from zoft.estimators._backward import NeedsBackward
+from zoft.estimators._optional import KeepsAnchor, NeedsBackward
 from zoft.estimators.base import Estimator
 from zoft.estimators.nodes import Nodes
 from zoft.estimators.per_example import PerExample

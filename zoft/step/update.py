@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoft.engines._away import KeepsWeightsAway, device_of, settle
+from zoft.engines._optional import KeepsWeightsAway, device_of, settle
 from zoft.engines.base import Session
 from zoft.errors import UserError
 from zoft.noise.direction import Direction

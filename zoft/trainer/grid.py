@@ -12,8 +12,8 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from zoft.engines._optional import LeavesTrace
 from zoft.engines._stage import Stage
-from zoft.engines._trace import LeavesTrace
 from zoft.engines.base import Session
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from zoft.engines._away import settle
+from zoft.engines._optional import settle
 from zoft.engines.base import Session
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.journal import file as files

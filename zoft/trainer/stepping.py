@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from zoft.engines._away import settle
+from zoft.engines._optional import settle
 from zoft.errors import NonFiniteLossError
-from zoft.estimators._anchor import KeepsAnchor
+from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import scheduled
 from zoft.journal.records import Record
 from zoft.lm.logits.support import no_trials
-from zoft.optimizers.base import Term
 from zoft.step.directions import StepDirections, replayed
 from zoft.step.estimate import StepEstimate, clip
 from zoft.step.query import StepQueries
@@ -210,7 +208,9 @@ class RunSteps:
             num_steps: of the whole run.
         """
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self._is_huge = _may_overflow(self._largest, lr, estimate.terms or ())
+        # whether the step is so long that the weights' dtypes may not hold it
+        largest = max((1.0, *(abs(coefficient) for _, coefficient in estimate.terms or ())))
+        self._is_huge = abs(lr) * largest * _MARGIN > self._largest
         self.journal.append(estimate, lr, self.optimizer.progress, num_steps)
 
     def refuse_infinite_weights(self, estimate: StepEstimate | None) -> None:
@@ -261,11 +261,6 @@ def _largest_number(model: torch.nn.Module) -> float:
     """What the narrowest dtype of a model's parameters can hold; the same in all processes of a pipeline."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     return float(min(torch.finfo(dtype).max for dtype in dtypes))
-
-
-def _may_overflow(largest: float, lr: float, terms: Sequence[Term]) -> bool:
-    """Whether a step is so long that the weights' dtypes may not hold it."""
-    return abs(lr) * max((1.0, *(abs(c) for _, c in terms))) * _MARGIN > largest
 
 
 def beside(trainer: Any) -> dict[str, Any]:

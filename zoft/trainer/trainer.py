@@ -19,7 +19,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import has_length
 
 from zoft.component import create
-from zoft.engines._away import settle
+from zoft.engines._optional import settle
 from zoft.engines.base import Engine
 from zoft.estimators.base import Estimator
 from zoft.journal import snapshot

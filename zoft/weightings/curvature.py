@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.estimators._curvature import require_curvature
+from zoft.estimators._optional import require_curvature
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor
 from zoft.weightings.base import Gram, Weighting

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.estimators._anchor import KeepsAnchor
+from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
 from zoft.weightings._spread import refuse_one_loss, refuse_other_rows

@@ -298,7 +298,7 @@ def test_fault_22_what_a_module_reads_of_its_own_is_not_looked_at(side_by_side, 
     model = tiny_llama()
     session, batch, looked = bind(Layerwise(), model), batch_for(model), []
     session.losses(batch, POINTS)
-    monkeypatch.setattr("zoft.engines._reads.asks_no_values", lambda func, result: looked.append(func) or True)
+    monkeypatch.setattr("zoft.engines._survey.asks_no_values", lambda func, result: looked.append(func) or True)
     session.losses(batch, POINTS)
     assert not [func for func in looked if func.__name__ != "__get__"]
 

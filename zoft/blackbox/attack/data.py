@@ -85,10 +85,6 @@ def fashion_mnist(folder: str | None = None) -> Setting:
     return _setting("Fashion-MNIST, CNN of 105,866 weights", classifier, test, y_test.astype(np.int64))
 
 
-DATA = {"digits": digits, "fashion_mnist": fashion_mnist}
-"""Name -> what makes it."""
-
-
 def _setting(what: str, classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> Setting:
     right = (classifier(images).argmax(1) == labels).mean()
     classifier.num_queries = 0  # a look at its accuracy is no part of an attack

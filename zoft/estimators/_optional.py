@@ -1,4 +1,7 @@
-"""The interface of estimators that take gradients from a backward pass, and the parts they cannot be combined with."""
+"""Optional interfaces of estimators: query at an anchor, take gradients from a backward pass, measure curvature.
+
+Beside two of them stands the check of the parts that they cannot do without, or do not go with.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,18 @@ from typing import Any, ClassVar
 
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator
+from zoft.utils.lazy import Tensor
 
 EVERY_LENGTH = (0, float("inf"))
 """Rows of any number of tokens."""
+
+
+class KeepsAnchor:
+    """An estimator that asks at a copy of the trained weights, made anew now and then."""
+
+    def batches_at(self, step: int) -> int:
+        """Batches over which the losses are averaged in a step that makes an anchor; 0 in the others."""
+        raise NotImplementedError
 
 
 class NeedsBackward:
@@ -60,3 +72,29 @@ def check_parts(estimator: Estimator, method: Any) -> None:
     # a rule that shapes directions, or goes by their coefficients, has nothing of a plain gradient
     if optimizer.uses_directions:
         raise UserError(f"{reason}optimizer={optimizer.name()} {optimizer.uses_directions}: use optimizer=sgd or adam")
+
+
+class MeasuresCurvature:
+    """An estimator whose losses give second differences besides slopes (:attr:`zoft.estimators.base.Measured`)."""
+
+    def curvatures(self, losses: Tensor) -> Tensor:
+        """z^T H z along each direction, float32 [Q].
+
+        Args:
+            losses: the objective at the estimator's points, float32 [P].
+        """
+        raise NotImplementedError
+
+
+def require_curvature(part: str, method: Any) -> None:
+    """Refuse an estimator that measures none.
+
+    Args:
+        part: what needs it, as ``group=name``.
+        method: a :class:`zoft.step.method.Method`.
+    """
+    if not isinstance(method.estimator, MeasuresCurvature):
+        raise UserError(
+            f"{part} needs the curvature along the directions, and estimator={method.estimator.name()} does not "
+            "measure it: use estimator=three_point"
+        )

@@ -1,14 +1,35 @@
-"""Sessions whose weights leave the device between queries: where their tensors are, and when steps are written."""
+"""Optional interfaces of sessions: queries that leave a trace in the weights, weights that leave the device.
+
+A query of MeZO's (+eps, -2 eps, +eps) does not return exactly; weights that are away have a place and a time to be
+written at, which :func:`device_of` and :func:`settle` say for sessions of every engine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from zoft.estimators.base import Point
 from zoft.weights.tensors import Weights
 
 if TYPE_CHECKING:
     import torch
+
+
+class LeavesTrace:
+    """A session that brings the weights back by arithmetic, each addition rounded."""
+
+    def pass_over(self, points: Sequence[Point]) -> None:
+        """Leave in the weights what queries at these points leave.
+
+        Args:
+            points: of a step that is taken from a journal.
+        """
+        raise NotImplementedError
+
+    def take_path(self) -> list[Point]:
+        """The points that queries have left a trace of since the last call."""
+        raise NotImplementedError
 
 
 class HasWeights(Protocol):
