@@ -50,13 +50,13 @@ def test_losses_are_those_of_perturbed_weights_and_nothing_stays_behind(engine, 
     session = bind(example("engine", engine), estimator, model, lambda b: model(**b).loss, "gaussian", subspace)
     if hasattr(session, "swapper"):
         session.swapper.piece_bytes = 700
-        session._largest_output = 0
+        session.swapper.largest_output = 0
     digest = Weights(model).digest()
     states = [(sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     for step in range(2):  # the first looks for reads outside the modules, the second does not
         points = estimator.points(estimator.directions(3, step))
         if hasattr(session, "swapper"):
-            session._largest_output = 0  # of the forward before: larger than these pieces
+            session.swapper.largest_output = 0  # of the forward before: larger than these pieces
         losses = session.losses(batch, points)
         assert Weights(model).digest() == digest
         assert [(sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == states

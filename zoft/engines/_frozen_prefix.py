@@ -68,7 +68,7 @@ class FrozenPrefix:
 
     def clear(self) -> None:
         """Forget everything that is kept."""
-        self._rows = RowStore(self.max_bytes)
+        self.rows = RowStore(self.max_bytes)
         self._batch: tuple[dict[str, Tensor], Tensor] | None = None  # the last batch, put together
         self._serving: Tensor | None = None
 
@@ -81,7 +81,7 @@ class FrozenPrefix:
         Args:
             other: whose rows.
         """
-        self._rows = other._rows
+        self.rows = other.rows
         same = self.model is other.model and self.first == other.first and self.outside == other.outside
         self._checked = self._checked or (same and other._checked)
 
@@ -179,12 +179,12 @@ class FrozenPrefix:
 
     def _row(self, row: dict[str, Tensor]) -> Tensor | None:
         key = row_key(row)
-        hidden = self._rows.get(key)
+        hidden = self.rows.get(key)
         if hidden is not None:
             return hidden
         hidden = self._capture_row(row)
         if hidden is not None:
-            self._rows.put(key, hidden)
+            self.rows.put(key, hidden)
         return hidden
 
     def _capture_row(self, row: dict[str, Tensor]) -> Tensor | None:
@@ -194,14 +194,14 @@ class FrozenPrefix:
     def _keep_together(self, inputs: dict[str, Tensor]) -> None:
         # the rows of this batch that are not known yet, each once
         rows = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(len(inputs["input_ids"]))]
-        missing = {key: i for i, key in enumerate(map(row_key, rows)) if key not in self._rows}
+        missing = {key: i for i, key in enumerate(map(row_key, rows)) if key not in self.rows}
         if missing:
             chosen = list(missing.values())
             hidden = self._capture({name: value[chosen] for name, value in inputs.items()})
             if hidden is not None:
                 for key, states in zip(missing, hidden, strict=True):
                     # a copy: a view of one row would keep the whole batch's states alive
-                    self._rows.put(key, states.clone())
+                    self.rows.put(key, states.clone())
 
     def _capture(self, kwargs: dict[str, Any]) -> Tensor | None:
         """Run the model up to block k, return what would enter it; None (and never again) where that is not exact."""

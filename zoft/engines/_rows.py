@@ -67,23 +67,23 @@ class RowStore:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._tensors: dict[bytes, Tensor] = {}
+        self.tensors: dict[bytes, Tensor] = {}
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._tensors
+        return key in self.tensors
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.tensors)
 
     def put(self, key: bytes, tensor: Tensor) -> bool:
         """Keep a tensor; returns whether there was room."""
         size = tensor.numel() * tensor.element_size()
         if self.num_bytes + size > self.max_bytes:
             return False
-        self._tensors[key] = tensor
+        self.tensors[key] = tensor
         self.num_bytes += size
         return True
 
     def get(self, key: bytes) -> Tensor | None:
         """The tensor, or None where it is not kept."""
-        return self._tensors.get(key)
+        return self.tensors.get(key)

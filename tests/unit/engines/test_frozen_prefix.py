@@ -55,7 +55,7 @@ class Counter:
 
 
 def served(prefix: FrozenPrefix) -> bool:
-    return prefix.usable and bool(prefix._rows)
+    return prefix.usable and bool(prefix.rows)
 
 
 def outputs(model, batch) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_decoders_give_the_same_logits(family, lengths):
     assert prefix.first == 2
     compare(model, batch, prefix)
     assert served(prefix)
-    assert len(prefix._rows) == 3
+    assert len(prefix.rows) == 3
 
 
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [7, 3, 5]], ids=["equal", "right padded"])
@@ -103,7 +103,7 @@ def test_token_types_are_part_of_a_row():
     prefix = prefix_of(model)
     compare(model, batch, prefix)
     compare(model, other, prefix)
-    assert len(prefix._rows) == 4
+    assert len(prefix.rows) == 4
 
 
 def test_perturbed_upper_blocks_are_seen_and_lower_blocks_run_once():
@@ -141,7 +141,7 @@ def test_another_batch_with_the_same_shape_is_not_confused_with_the_last_one():
     prefix = prefix_of(model)
     for seed in range(3):
         compare(model, padded([6, 6], "left", seed=seed, positions=True), prefix)
-    assert len(prefix._rows) == 6
+    assert len(prefix.rows) == 6
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -168,7 +168,7 @@ def test_an_embedding_trained_beside_the_last_block_gives_up_and_says_so(caplog)
     with caplog.at_level(logging.WARNING):
         compare(model, batch, prefix)
     assert not prefix.usable
-    assert not prefix._rows
+    assert not prefix.rows
     assert "a trained module outside the blocks runs before them" in caplog.text
 
 
@@ -217,7 +217,7 @@ def test_left_padding_without_positions_is_left_alone():
     model = tiny_llama()
     prefix = prefix_of(model)
     compare(model, padded([7, 3], "left"), prefix)
-    assert not prefix._rows
+    assert not prefix.rows
 
 
 def test_lora_on_the_last_block_is_served():
@@ -244,9 +244,9 @@ def test_fill_keeps_what_row_by_row_would(make):
     assert counter.rows == 5
     with alone.reused():
         outputs(model, batch)
-    assert together._rows._tensors.keys() == alone._rows._tensors.keys()
-    for key, states in together._rows._tensors.items():
-        torch.testing.assert_close(states, alone._rows.get(key), rtol=0, atol=1e-6)
+    assert together.rows.tensors.keys() == alone.rows.tensors.keys()
+    for key, states in together.rows.tensors.items():
+        torch.testing.assert_close(states, alone.rows.get(key), rtol=0, atol=1e-6)
     seen = counter.rows
     together.fill(lambda: outputs(model, batch))
     assert counter.rows == seen, "rows that are kept already were computed again"
@@ -261,19 +261,19 @@ def test_memory_is_bounded_nothing_is_evicted_and_the_rest_is_computed():
     prefix.clear()
     batch = padded([6] * 4, "right")
     compare(model, batch, prefix)
-    assert len(prefix._rows) == 2
-    assert prefix._rows.num_bytes == 2 * row_bytes
+    assert len(prefix.rows) == 2
+    assert prefix.rows.num_bytes == 2 * row_bytes
     compare(model, padded([6] * 4, "right", seed=1), prefix)
-    assert len(prefix._rows) == 2
+    assert len(prefix.rows) == 2
     prefix.clear()
-    assert len(prefix._rows) == 0
+    assert len(prefix.rows) == 0
 
 
 def test_kept_rows_own_their_memory_when_filled_together():
     model = tiny_llama()
     prefix = prefix_of(model)
     prefix.fill(lambda: outputs(model, padded([6] * 4, "right")))
-    assert all(s.untyped_storage().nbytes() == s.numel() * s.element_size() for s in prefix._rows._tensors.values())
+    assert all(s.untyped_storage().nbytes() == s.numel() * s.element_size() for s in prefix.rows.tensors.values())
 
 
 def test_nothing_is_left_on_the_model_when_a_forward_raises():

@@ -297,10 +297,10 @@ def test_ojas_basis_follows_the_batches_and_a_step_has_the_leading_and_some_of_t
     coordinates, name = bound(**OJA), "linear.weight"
     coordinates.observe(Direction(5, 0), name, torch.randn(40, 12, generator=torch.Generator().manual_seed(3)))
     wanted = torch.linalg.svd(inputs(10000).double())[2][:2].T.float()
-    errors, chosen = [off(coordinates._followed[name][:, :2], wanted)], set()
+    errors, chosen = [off(coordinates.state_dict()["followed"][name][:, :2], wanted)], set()
     for step in range(1, 80):
         coordinates.observe(Direction(5, step), name, inputs(40, seed=step))
-        k, active = coordinates._followed[name], coordinates.bases(Direction(5, step), name)[1]
+        k, active = coordinates.state_dict()["followed"][name], coordinates.bases(Direction(5, step), name)[1]
         assert k.shape == (12, 6)
         assert active.shape == (12, 4)
         assert_orthonormal(k)
@@ -316,11 +316,11 @@ def test_ojas_basis_follows_the_batches_and_a_step_has_the_leading_and_some_of_t
 def test_ojas_basis_has_no_more_columns_than_there_are_inputs():
     coordinates = bound(basis="oja", basis_columns=100, shared_columns=3)
     coordinates.observe(D, "linear.weight", inputs(20))
-    assert coordinates._followed["linear.weight"].shape == (12, 12)
+    assert coordinates.state_dict()["followed"]["linear.weight"].shape == (12, 12)
     coordinates.observe(Direction(5, 8), "linear.weight", torch.zeros(5, 12))
-    assert_orthonormal(coordinates._followed["linear.weight"])
+    assert_orthonormal(coordinates.state_dict()["followed"]["linear.weight"])
     active = coordinates.bases(Direction(5, 8), "linear.weight")[1]
-    assert torch.equal(active, coordinates._followed["linear.weight"][:, :3])  # all of them are shared
+    assert torch.equal(active, coordinates.state_dict()["followed"]["linear.weight"][:, :3])  # all of them are shared
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -372,7 +372,7 @@ def test_a_saved_run_continues_bit_for_bit(way, model):
     second.model.load_state_dict(saved["model"])
     second.zo_optimizer.load_state_dict(saved["optimizer"])
     for name, (_, basis) in kept["seen"].items():
-        assert torch.equal(second.session.coordinates._seen[name][1], basis)
+        assert torch.equal(second.session.coordinates.state_dict()["seen"][name][1], basis)
     for _ in range(3):
         second.step()
     assert second.session.weights.digest() == straight.session.weights.digest()
@@ -392,10 +392,10 @@ def test_all_linear_layers_of_a_model_are_seen():
         run = Run(model)
         run.step()
         coordinates = run.session.coordinates
-        assert set(coordinates._seen) == set(coordinates.layouts)
-        assert kinds <= {name.split(".")[-2] for name in coordinates._seen}
+        assert set(coordinates.state_dict()["seen"]) == set(coordinates.layouts)
+        assert kinds <= {name.split(".")[-2] for name in coordinates.state_dict()["seen"]}
         assert not any("embed" in name or "wte" in name for name in coordinates.layouts)
-        for name, (_, basis) in coordinates._seen.items():
+        for name, (_, basis) in coordinates.state_dict()["seen"].items():
             assert_orthonormal(basis)
             assert not basis.is_inference(), name
 

@@ -1319,14 +1319,14 @@ def test_hidden_states_that_are_kept_come_before_packing(single: bool, make: Cal
     for _ in trainer.query_forward.fill_prefix(rows):
         pass
     kept = 8 if single else 8 * 3
-    assert len(trainer.query_forward.frozen_prefix._rows) == kept
+    assert len(trainer.query_forward.frozen_prefix.rows) == kept
     computed = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: computed.append(1))
     trainer.train()
     trainer.evaluate()
     assert trainer.query_forward.frozen_prefix.usable
     assert (
-        len(trainer.query_forward.frozen_prefix._rows) <= kept + 2
+        len(trainer.query_forward.frozen_prefix.rows) <= kept + 2
     )  # (the piece on which it was found out about the head)
     assert len(computed) <= 4
 
