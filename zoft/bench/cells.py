@@ -196,7 +196,7 @@ class Milestones(TrainerCallback):
         self.at = {max(1, round(steps * i / number)) for i in range(1, number + 1)} | set(also)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """At one of the points?"""
+        """Ask for an evaluation and a checkpoint at one of the points."""
         if state.global_step in self.at:
             control.should_evaluate = control.should_save = True
 

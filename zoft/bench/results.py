@@ -66,7 +66,7 @@ class Result:
 
     @property
     def factor(self) -> float | None:
-        """Of the learning rate; None where every one diverged."""
+        """The factor of the learning rate; None where every factor diverged."""
         return self.rows[0]["factor"] if self.rows else None
 
     @property

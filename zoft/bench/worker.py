@@ -126,7 +126,7 @@ class Pace:
         self.seconds: dict[bool, list[float]] = {False: [], True: []}  # of evaluations, of runs
 
     def add(self, cell: Cell, seconds: float) -> None:
-        """A cell took so long."""
+        """Count a cell that took this many seconds."""
         self.seconds[cell.seed is not None].append(seconds)
 
     def left(self, done: int) -> str:

@@ -21,7 +21,7 @@ class Host(Protocol):
         """f at points, NaN where it failed; no more of them than are left."""
 
     def nearest(self, x: Any) -> tuple[Any, float]:
-        """Of the last points at which f did not fail the one nearest to x, and f there."""
+        """The point nearest to x among the last points at which f did not fail, and f there."""
 
     def result(self) -> Result:
         """Where the search stands."""

@@ -155,7 +155,7 @@ class Minimizer:
         return [second_values.get(place, value) for place, value in enumerate(values)]
 
     def nearest(self, x: Any) -> tuple[Any, float]:
-        """Of the last points at which f did not fail the one nearest to x, and f there."""
+        """The point nearest to x among the last points at which f did not fail, and f there."""
         here = _flat(x)
         return min(self._finite, key=lambda pair: float(((_flat(pair[0]) - here) ** 2).sum()))
 

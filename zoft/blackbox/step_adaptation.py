@@ -75,7 +75,7 @@ class StepSizeAdaptation:
         return self.walk.method.estimator.radius if self.fixes_eps else _REACH * self.radius / math.sqrt(self.d)
 
     def learn(self, step: Tensor) -> None:
-        """Of a step, in units of its length; it is shorter where a bound has cut it."""
+        """Adapt the length to a step, given in units of it; a step that a bound has cut is shorter."""
         c = self.memory
         self.path = step if self.path is None else (1 - c) * self.path + math.sqrt(c * (2 - c)) * step
         self.radius = min(self.most, self.radius * math.exp(min(1.0, c * (float(self.path @ self.path) - 1))))

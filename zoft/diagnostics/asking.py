@@ -31,7 +31,7 @@ class _Remembering:
     remembered: dict[str, Any]
 
     def remember(self, **memory: dict[str, Any]) -> None:
-        """Everything is known already."""
+        """Nothing to do: what parts remember is copied already."""
 
     def memory(self) -> dict[str, Any]:
         """What parts remembered before the step."""

@@ -243,7 +243,7 @@ class FrozenPrefix:
             self._check_in_float32(kwargs, inputs)
 
     def _check_in_float32(self, kwargs: dict[str, Any], inputs: dict[str, Tensor]) -> None:
-        """The same where 16 bits round nothing away: states that depend on the batch a little do depend on it."""
+        """Compare in float32, where no rounding hides that states depend a little on the batch."""
         with widened(self.model) as dtype:
             if dtype is None:
                 return

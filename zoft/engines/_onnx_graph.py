@@ -57,7 +57,7 @@ class OnnxGraph:
     def plainly(
         self, adapter: Mapping[str, Tensor], inputs: Mapping[str, Tensor], places: Tensor, tokens: Tensor
     ) -> Tensor:
-        """The same in torch, to compare with."""
+        """The log-probabilities computed in torch, to compare with."""
         with torch.no_grad():
             log_probs: Tensor = self.reference(
                 {name: inputs[name] for name in self.inputs}, places, tokens, dict(adapter)

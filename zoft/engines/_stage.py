@@ -267,7 +267,7 @@ class Pipeline(Engine):
 
     @classmethod
     def name(cls) -> str:
-        """What reports call it."""
+        """The engine's name in reports."""
         return "pipeline"
 
     def bind(self, model: nn.Module, coordinates: BoundSubspace, objective: Objective) -> Session:

@@ -47,13 +47,13 @@ class Backprop(NeedsBackward, Estimator):
         return 3
 
     def points(self, directions: list[Direction]) -> list[Point]:
-        """None."""
+        """Empty: nothing is queried."""
         del directions
         # no point is queried: the objective is asked once, with its graph
         return []
 
     def projected_grads(self, losses: Tensor) -> Tensor:
-        """None: [0]."""
+        """Empty, [0]: there are no directions."""
         return losses.new_empty(0)
 
     def loss(self, losses: Tensor) -> Tensor:

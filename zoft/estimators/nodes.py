@@ -128,12 +128,12 @@ class Nodes(Estimator):
         return self.num_queries + self.probes_at(step)
 
     def points(self, directions: list[Direction]) -> list[Point]:
-        """None in the weights."""
+        """Empty: no point lies in the weights."""
         del directions
         return []
 
     def projected_grads(self, losses: Tensor) -> Tensor:
-        """None: [0]."""
+        """Empty, [0]: there are no directions in the weights."""
         return losses.new_empty(0)
 
     def loss(self, losses: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Factors:
         return float(products.sum())
 
     def to(self, device: torch.device) -> Factors:
-        """The same on a device."""
+        """These factors on a device."""
         expert = None if self.expert is None else self.expert.to(device)
         return replace(self, e=self.e.to(device), x=self.x.to(device), expert=expert)
 

@@ -147,7 +147,7 @@ class Optimizer(Component):
         return self.update(estimate.gradient(), state, step)
 
     def update(self, gradient: Tensor, state: State, step: int) -> Tensor:
-        """The same for rules that need no more than the estimate itself, flat; it may be overwritten."""
+        """As :meth:`update_from`, for rules that need the estimate alone: flat, and it may be overwritten."""
         raise NotImplementedError
 
     # ---- directions shaped by the state ------------------------------------------------------------------------------

@@ -23,11 +23,11 @@ class UngradedCallback(TrainerCallback):
         take_ungraded()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Of the step's queries, or of an evaluation."""
+        """Write down what the judge left ungraded in the step's queries, or in an evaluation."""
         write(Path(str(args.output_dir)), step=state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Of an evaluation."""
+        """Write down what the judge left ungraded in an evaluation."""
         write(Path(str(args.output_dir)), step=state.global_step)
 
 

@@ -160,7 +160,7 @@ class BoundFactored(BoundSubspace):
         return entry[1]
 
     def basis_elements(self) -> int:
-        """Of L and R."""
+        """Numbers in all L and R."""
         return sum(layout.basis_elements() for layout in self.layouts.values())
 
     def begin(self, direction: Direction) -> None:

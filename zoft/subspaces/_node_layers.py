@@ -141,7 +141,7 @@ def is_mlp(node: Node) -> bool:
 
 
 def is_outside_attention(node: Node) -> bool:
-    """The same, an adapter's matrices too."""
+    """As :func:`is_mlp`, an adapter's matrices included."""
     matrix = node.kind in ("linear", "conv1d", "experts") and layer_of(node.name) is not None
     return matrix and not (ATTENTION.search(node.name) or ROUTER.search(node.name))
 

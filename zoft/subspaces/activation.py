@@ -240,7 +240,7 @@ class BoundActivation(ObservesInputs, BoundFactored):
         return haar(key, _inputs(self.layouts[name]), columns, self.weights.tensors[name].device)
 
     def basis_elements(self) -> int:
-        """Of A, of the one before it where there is another in every step, of a step's sketches, and of Oja's K."""
+        """Numbers in A, in the basis before it where every step has its own, in a step's sketches, and in Oja's K."""
         every = super().basis_elements() * {"first": 1, "oja": 2, "batch": 3}[self.subspace.basis]
         # A of this step, A of the step before (momentum is carried over from it), and a batch's sketch
         if self.subspace.basis != "oja":

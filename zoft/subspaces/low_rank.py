@@ -215,7 +215,7 @@ class BoundLowRank(BoundSubspace):
             out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
 
     def _add_rows_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> bool:
-        """The same compiled, where that is in use and the piece is whole rows; returns whether it was done."""
+        """Add with compiled kernels, where they are in use and the piece is whole rows; returns whether it was done."""
         compiled, n = counter.compiled_on(out.device), self._columns[name]
         if compiled is None or start % n or out.numel() % n or out.dtype != torch.float32:
             return False

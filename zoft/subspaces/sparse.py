@@ -132,7 +132,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         self._share = sum(mask.count for mask in moving.values()) / elements
 
     def gradients_wanted(self, direction: Direction) -> bool:
-        """Once, for choose=gradient."""
+        """Whether gradients are wanted: once a run, for choose=gradient."""
         del direction
         return self.sparse.choose == "gradient" and self._mask_interval is None
 

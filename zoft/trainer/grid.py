@@ -69,7 +69,7 @@ class Grid:
         return cls(world, directions, is_pipeline=args.parallel == "pipeline" and world.count > 1)
 
     def _bytes_sent(self) -> int:
-        """Of this process's numbers, so far."""
+        """Bytes that this process has sent to the others so far."""
         return self.rows.bytes_sent + self.directions.bytes_sent + (0 if self.stage is None else self.stage.bytes_sent)
 
     def shares(self) -> Shares:

@@ -18,7 +18,7 @@ def as_it_is(raw: Path, target: Path) -> None:
 
 
 def rotten_tomatoes(raw: Path, target: Path) -> None:
-    """Of reviews from two sources (text, label 0 or 1, source), the sentences of the one; as text and label."""
+    """Reviews from two sources (text, label 0 or 1, source) -> the sentences of one of them, as text and label."""
     with raw.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
     _write(target, ((row["text"], ("negative", "positive")[int(row["label"])]) for row in rows))

@@ -121,7 +121,7 @@ def _right_tokens(batch: Batch) -> tuple[Batch, Positions, Tensor]:
 
 
 def _in_all_rows(batch: Batch, places: Positions) -> Positions:
-    """The same positions, their rows counted in the whole batch."""
+    """These positions with their rows counted in the whole batch."""
     if "option_tokens" in batch:
         return places
     return Positions(torch.tensor(_gold_rows(batch), device=places.row.device)[places.row], places.column)

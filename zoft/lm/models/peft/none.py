@@ -13,6 +13,6 @@ class NoAdapter(Peft):
     """The model's own weights are trained."""
 
     def config(self, task_type: str) -> Any | None:
-        """None."""
+        """None: no peft configuration."""
         del task_type
         return None
