@@ -15,7 +15,7 @@ from tests.runs import arguments, environment, zoft
 from zoft.errors import UserError
 from zoft.journal.file import Journal
 from zoft.run import folder
-from zoft.tuning.record import Record
+from zoft.tuning.record import StudyRecord
 from zoft.tuning.space import SearchSpace
 from zoft.utils.files import is_unfinished, write_atomically
 
@@ -30,13 +30,13 @@ DIES_WITH_A_CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 from zoft.run import folder
-from zoft.tuning.record import Record
+from zoft.tuning.record import StudyRecord
 from zoft.tuning.space import SearchSpace
 from zoft.journal.file import Journal
 place = Path(sys.argv[1])
 folder.claim(str(place), "seed: 0\\n")
 journal = Journal.create(place / "journal.bin", {})
-search = Record(place / "journal.jsonl", {"direction": "minimize"}, SearchSpace({"lr": "log(1e-4,1)"}))
+search = StudyRecord(place / "journal.jsonl", {"direction": "minimize"}, SearchSpace({"lr": "log(1e-4,1)"}))
 child = os.fork()
 if child == 0:
     time.sleep(60)
@@ -88,7 +88,7 @@ def test_fault_24_a_fork_that_outlives_its_process_holds_no_lock(tmp_path: Path)
     try:
         assert folder.claim(str(tmp_path / "run"), "seed: 0\n") == "resume"
         Journal.open(tmp_path / "run" / "journal.bin", 0).close()
-        Record(
+        StudyRecord(
             tmp_path / "run" / "journal.jsonl", {"direction": "minimize"}, SearchSpace({"lr": "log(1e-4,1)"})
         ).close()
     finally:

@@ -18,7 +18,7 @@ Group = tuple[str, str]
 
 
 @dataclass
-class Result:
+class MethodResult:
     """A method on one task with one prompt, at the learning rate that the dev rows chose.
 
     Args:
@@ -154,7 +154,7 @@ class Results:
             for mode in plan.modes
             if (row := rows.get(Cell(*group, mode))) is not None
         }
-        self.results: dict[tuple[Group, str], Result] = {}
+        self.results: dict[tuple[Group, str], MethodResult] = {}
         for group in self.groups:
             for method in plan.runs:
                 search = searches[(*group, method)]
@@ -164,12 +164,12 @@ class Results:
                 seeds = [] if chosen is None else [Cell(*group, method, chosen, s) for s in plan.seeds]
                 if rates:
                     present = [rows[cell] for cell in seeds if cell in rows]
-                    self.results[group, method] = Result(method, present, rates, search, plan, self.budget)
+                    self.results[group, method] = MethodResult(method, present, rates, search, plan, self.budget)
 
-    def of(self, group: Group) -> list[Result]:
+    def of(self, group: Group) -> list[MethodResult]:
         """The methods of a task and prompt, the best test metric first."""
         results = [self.results[group, method] for method in self.plan.runs if (group, method) in self.results]
-        return sorted(results, key=Result.badness)
+        return sorted(results, key=MethodResult.badness)
 
     def target(self, group: Group) -> float:
         """The dev loss that queries are counted to: the plan's, or the lowest of the baseline's mean curve."""

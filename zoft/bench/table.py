@@ -12,7 +12,7 @@ from statistics import mean
 from zoft.bench.choosing import badness, best_point
 from zoft.bench.ledger import Row
 from zoft.bench.plan import MODES, Cell, Plan
-from zoft.bench.results import Result, Results, agreement, interval
+from zoft.bench.results import MethodResult, Results, agreement, interval
 from zoft.lm.metrics.intervals import wilson
 from zoft.utils.files import write_atomically
 
@@ -80,7 +80,7 @@ def at_budgets(plan: Plan, rows: Mapping[Cell, Row]) -> list[str]:
     return parts
 
 
-def _brief(result: Result | None) -> str:
+def _brief(result: MethodResult | None) -> str:
     """A method's score at a budget."""
     if result is None or (not result.finished and not result.diverges):
         return ""
@@ -176,7 +176,7 @@ def _notes(plan: Plan, results: Results) -> str:
     return "\n".join(sentences)
 
 
-def _scores(result: Result | None) -> str:
+def _scores(result: MethodResult | None) -> str:
     if result is None:
         return ""
     if not result.finished:

@@ -14,9 +14,9 @@ from greenlet import greenlet
 
 from zoft.blackbox.calls import Value, number
 from zoft.blackbox.ending import Stop, kept_for_the_end, measure
-from zoft.blackbox.result import Failure, Record, Result
+from zoft.blackbox.result import Failure, Result, StepRecord
 from zoft.blackbox.search import search
-from zoft.blackbox.settings import Settings
+from zoft.blackbox.settings import MinimizeSettings
 from zoft.blackbox.space import Space
 from zoft.errors import UserError
 
@@ -57,7 +57,7 @@ class Minimizer:
             raise UserError(f"budget must be a whole number of queries >= 1, got {budget!r}")
         self.budget, self.callback = budget, callback
         bounds = {name: settings.pop(name) for name in ("bounds", "bounds_by", "scale") if name in settings}
-        self.settings = Settings.of(budget=budget, **settings)
+        self.settings = MinimizeSettings.of(budget=budget, **settings)
         self.space = Space(x0, **bounds)
         if not self.settings.fixes_eps:  # what is given is in units of x
             self.space.scale_by_bounds()
@@ -177,7 +177,9 @@ class Minimizer:
         result = self._result
         if result.noisy and math.isfinite(loss):
             result.x, result.fun = x, loss
-        result.history.append(Record(result.num_steps, result.num_queries, loss, self.best, learning_rate, eps, length))
+        result.history.append(
+            StepRecord(result.num_steps, result.num_queries, loss, self.best, learning_rate, eps, length)
+        )
         result.num_steps += 1
         if self.callback is None:
             return

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Record:
+class StepRecord:
     """One step of a search.
 
     Args:
@@ -72,7 +72,7 @@ class Result:
     num_steps: int = 0
     num_failed: int = 0
     failures: list[Failure] = field(default_factory=list)
-    history: list[Record] = field(default_factory=list)
+    history: list[StepRecord] = field(default_factory=list)
     success: bool = True
     status: str = "running"
     message: str = ""

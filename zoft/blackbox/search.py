@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from zoft.blackbox.ending import finish, kept_for_the_end, one_more_failed
 from zoft.blackbox.line_search import LineSearch
-from zoft.blackbox.settings import Settings
+from zoft.blackbox.settings import MinimizeSettings
 from zoft.blackbox.space import Space
 from zoft.blackbox.step_adaptation import StepSizeAdaptation
 from zoft.blackbox.walk import Walk
@@ -24,7 +24,7 @@ _NOISE_CHECK_FROM = 10  # queries left, of which one may find out whether f is n
 _SHORTER, _LONGER = 0.5, 0.9  # times a given learning rate, after a step into a place where f fails; back, step by step
 
 
-def search(settings: Settings, space: Space, host: Host) -> None:
+def search(settings: MinimizeSettings, space: Space, host: Host) -> None:
     """Run it; ends with a :class:`zoft.blackbox.ending.Stop`.
 
     Args:
@@ -45,7 +45,7 @@ def search(settings: Settings, space: Space, host: Host) -> None:
         fixed(settings, settings.rate, walk, host)
 
 
-def fixed(settings: Settings, learning_rate: float, walk: Walk, host: Host) -> None:
+def fixed(settings: MinimizeSettings, learning_rate: float, walk: Walk, host: Host) -> None:
     """x <- x - learning_rate * estimate, to the end of the budget; back, and shorter, where f fails everywhere."""
     rule, failed, shortened = walk.method.optimizer, 0, 1.0
     good = walk.vector()  # where f does not fail at most points around
@@ -77,7 +77,7 @@ _STEPS = 30
 _ORTHOGONAL_TO = 50  # times as many dimensions as directions: beyond it random ones are nearly at right angles
 
 
-def automatic(settings: Settings, walk: Walk, host: Host) -> None:
+def automatic(settings: MinimizeSettings, walk: Walk, host: Host) -> None:
     """Run with step sizes of its own; ends with a stop.
 
     Args:

@@ -22,7 +22,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
-class Settings:
+class MinimizeSettings:
     """How a search goes; see :func:`zoft.minimize`."""
 
     budget: int
@@ -40,7 +40,7 @@ class Settings:
     seed: int = 0
 
     @classmethod
-    def of(cls, **given: Any) -> Settings:
+    def of(cls, **given: Any) -> MinimizeSettings:
         """From keyword arguments; refuses unknown ones, and those that would have no effect."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in given:

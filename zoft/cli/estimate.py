@@ -10,7 +10,7 @@ from zoft.utils.terminal import fitted
 from zoft.utils.words import read_words
 
 if TYPE_CHECKING:
-    from zoft.use.plan.estimate import Estimate
+    from zoft.use.plan.estimate import RunEstimate
 
 KEYS: tuple[str, ...] = ()
 FLAGS = ("--time", "--json")
@@ -55,7 +55,7 @@ def command(arguments: list[str]) -> int:
     return 0
 
 
-def lines(estimated: Estimate) -> list[str]:
+def lines(estimated: RunEstimate) -> list[str]:
     """The estimate for people."""
     from zoft.report.text import duration, gib
 

@@ -61,7 +61,7 @@ def command(arguments: list[str]) -> int:
 
 def writing_of(asked: dict[str, str]) -> Any:
     """Length, temperature and seed, as typed."""
-    from zoft.use.inference.generate import Writing
+    from zoft.use.inference.generate import WritingSettings
 
     given: dict[str, Any] = {}
     for key, kind, what in (
@@ -74,7 +74,7 @@ def writing_of(asked: dict[str, str]) -> Any:
                 given[key] = kind(asked[key])
             except ValueError:
                 raise UserError(f"{key} must be {what}, got {asked[key]!r}") from None
-    return Writing(**given)
+    return WritingSettings(**given)
 
 
 def loaded_of(verb: str, asked: dict[str, str], overrides: list[str], *, with_base: bool = False) -> Any:

@@ -30,12 +30,12 @@ def command(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in zoft train
     space, asked, training = split(arguments)
     from zoft.cli.train import _quiet
-    from zoft.tuning.settings import Settings
+    from zoft.tuning.settings import TuneSettings
     from zoft.tuning.space import SearchSpace
 
     _quiet()
     metric = asked.get("metric", "eval_loss")
-    settings = Settings(
+    settings = TuneSettings(
         budget=_whole("budget", asked.get("budget", "40")),
         repeats=_whole("repeats", asked.get("repeats", "1")),
         workers=_whole("workers", asked.get("workers", "1")),

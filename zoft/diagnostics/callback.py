@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.diagnostics.measurement import Measurement, Wanted
-from zoft.diagnostics.record import Record, read_rows, read_tables
+from zoft.diagnostics.record import MeasurementFiles, read_rows, read_tables
 from zoft.errors import UserError
 from zoft.lm.logits.support import no_trials
 from zoft.utils.random_state import global_random_state_kept
@@ -70,7 +70,7 @@ class DiagnosticsCallback(TrainerCallback):
         self.every, self.draw = every, draw
         self.wanted = Wanted(gradient, num_probes, tuple(float(value) for value in eps))
         self.trainer: ZOMixin | None = None
-        self.record: Record | None = None
+        self.record: MeasurementFiles | None = None
         self._remembered: dict[str, Any] | None = None
         self.snr: float | None = None  # of the last measurement
 
@@ -99,7 +99,7 @@ class DiagnosticsCallback(TrainerCallback):
         """New files, or those of the run that goes on."""
         if self.trainer is None:
             raise UserError("DiagnosticsCallback belongs to a trainer of zoft: use ZOTrainer, or ZOMixin beside yours")
-        self.record = Record(Path(str(args.output_dir)), max(state.global_step, self.trainer.journal.end))
+        self.record = MeasurementFiles(Path(str(args.output_dir)), max(state.global_step, self.trainer.journal.end))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

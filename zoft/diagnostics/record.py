@@ -40,7 +40,7 @@ COLUMNS = (
 """The columns of diagnostics.csv, in order; a cell is empty where nothing was measured."""
 
 
-class Record:
+class MeasurementFiles:
     """The files of a run's measurements.
 
     Args:

@@ -23,7 +23,7 @@ Adapter = Mapping[str, "Tensor"]
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreRequest:
     """What one forward asks: :meth:`zoft.weights.elsewhere.Runtime.log_probs`, with an adapter."""
 
     adapter: Adapter
@@ -34,7 +34,7 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Writing:
+class WriteRequest:
     """What one forward asks: :meth:`zoft.weights.elsewhere.Runtime.write`, with an adapter."""
 
     adapter: Adapter
@@ -45,10 +45,10 @@ class Writing:
 class Backend(Protocol):
     """Another runtime that holds the frozen part of a model and is handed adapters."""
 
-    def scores(self, asked: Sequence[Scoring]) -> list[Tensor]:
+    def scores(self, asked: Sequence[ScoreRequest]) -> list[Tensor]:
         """Log-probabilities for each, float32 [N, C] on the CPU."""
 
-    def texts(self, asked: Sequence[Writing]) -> list[list[list[int]]]:
+    def texts(self, asked: Sequence[WriteRequest]) -> list[list[list[int]]]:
         """The tokens written, for each and each of its prompts."""
 
 
@@ -203,18 +203,18 @@ class ElsewhereSession(Session):
 
     def log_probs(self, inputs: Mapping[str, Any], row: Tensor, column: Tensor, tokens: Tensor) -> Tensor:
         """Asked for all points together; float32 [N, C]."""
-        asked = Scoring(self._adapter(), inputs, row, column, tokens)
+        asked = ScoreRequest(self._adapter(), inputs, row, column, tokens)
         log_probs: Tensor = self._sync(asked, lambda every: self.backend.scores(every))
         return log_probs.to(tokens.device)
 
     def write(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
         """Asked for all points together."""
         written: list[list[int]] = self._sync(
-            Writing(self._adapter(), prompts, settings), lambda every: self.backend.texts(every)
+            WriteRequest(self._adapter(), prompts, settings), lambda every: self.backend.texts(every)
         )
         return written
 
-    def _sync(self, asked: Scoring | Writing, batch_fn: Callable[[list[Any]], Sequence[Any]]) -> Any:
+    def _sync(self, asked: ScoreRequest | WriteRequest, batch_fn: Callable[[list[Any]], Sequence[Any]]) -> Any:
         with together():  # a text is one question here, however many tokens it has
             return self._lockstep.sync(type(asked).__name__, asked, batch_fn)
 

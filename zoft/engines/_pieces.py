@@ -25,7 +25,7 @@ class LinearCall(NamedTuple):
     point: Point
 
 
-class Reader(Protocol):
+class PieceReader(Protocol):
     """What of a swapper is needed here."""
 
     coordinates: BoundSubspace
@@ -55,7 +55,7 @@ class Reads:
         visit: names this visit of the module, for the forwards that run side by side.
     """
 
-    def __init__(self, swapper: Reader, tensors: dict[str, Tensor], visit: Any) -> None:
+    def __init__(self, swapper: PieceReader, tensors: dict[str, Tensor], visit: Any) -> None:
         self.swapper = swapper
         self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.visit = visit

@@ -30,7 +30,7 @@ class BadReplyError(Exception):
     """A reply that cannot be used: late, short, of another adapter, no JSON, or an error of the server's own."""
 
 
-class NotANumberError(BadReplyError):
+class NaNReplyError(BadReplyError):
     """A log-probability behind one of the prompts of a request is no number."""
 
 
@@ -80,14 +80,14 @@ class Client:
         Raises:
             BadReplyError: it may succeed when it is repeated.
             UserError: it will not.
-            NotANumberError: the reply would have to hold something that is no number.
+            NaNReplyError: the reply would have to hold something that is no number.
         """
         status, reply = self.ask(method, path, body)
         if status == 200:
             return reply
         said = _message(reply)
         if _NOT_A_NUMBER in said.lower():
-            raise NotANumberError(said)
+            raise NaNReplyError(said)
         raise self.failure(status, said, path)
 
     def failure(self, status: int, said: str, path: str) -> Exception:
@@ -211,7 +211,7 @@ class Client:
                 name, salt, prompts, max_tokens=1, temperature=0.0, logprobs=len(tokens),
                 logprob_token_ids=list(tokens), return_tokens_as_token_ids=True,
             )  # fmt: skip
-        except NotANumberError:
+        except NaNReplyError:
             # the whole reply is lost to one number: halves find out whose it is
             if len(prompts) == 1:
                 return [[float("nan")] * len(tokens)]

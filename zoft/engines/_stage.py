@@ -77,7 +77,7 @@ class Stage:
         self._has_entered = self._is_measuring = False
         self._schedule: Any = None
         self._buffers = (0, 0)  # forwards and bytes of each that the schedule has memory for
-        self._run: _Run | None = None
+        self._run: _Schedule | None = None
         self.held.drop()
         self._hook()
         self._check(whole.entering[rank].to(device), whole.left[rank].to(device), whole.result, forward)
@@ -161,7 +161,7 @@ class Stage:
         with torch.inference_mode(False), torch.no_grad():
             size = max(map(self._bytes_of, first_of.values()))
             schedule = self._schedule_for(len(calls), size)
-            self._run = run = _Run(calls, [None] * len(calls))
+            self._run = run = _Schedule(calls, [None] * len(calls))
             numbers = torch.arange(len(calls))
             try:
                 schedule.eval(*([] if self.rank else [numbers]), number=numbers)
@@ -231,7 +231,7 @@ class Stage:
 
 
 @dataclass
-class _Run:
+class _Schedule:
     """The forwards of one schedule, and what they returned."""
 
     calls: Sequence[Callable[[], Any]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from zoft.engines._elsewhere import Adapter, Backend, Elsewhere, Scoring, Writing
+from zoft.engines._elsewhere import Adapter, Backend, Elsewhere, ScoreRequest, WriteRequest
 from zoft.engines._llama_library import Llama, library
 from zoft.errors import UserError
 from zoft.subspaces.base import BoundSubspace
@@ -111,11 +111,11 @@ class _LlamaBackend:
 
     # ---- what is asked -----------------------------------------------------------------------------------------------
 
-    def scores(self, asked: Sequence[Scoring]) -> list[Tensor]:
+    def scores(self, asked: Sequence[ScoreRequest]) -> list[Tensor]:
         """Float32 [N, C] for each."""
         return [self._with(one.adapter, lambda adapter, one=one: self._score(adapter, one)) for one in asked]
 
-    def texts(self, asked: Sequence[Writing]) -> list[list[list[int]]]:
+    def texts(self, asked: Sequence[WriteRequest]) -> list[list[list[int]]]:
         """The tokens written, for each and each of its prompts."""
         return [self._with(one.adapter, lambda adapter, one=one: self._write(adapter, one)) for one in asked]
 
@@ -129,7 +129,7 @@ class _LlamaBackend:
         finally:
             self.llama.free_adapter(loaded)
 
-    def _score(self, adapter: Any, one: Scoring) -> Tensor:
+    def _score(self, adapter: Any, one: ScoreRequest) -> Tensor:
         """Rows without their padding, some of them together; logits at the positions that are scored."""
         mask = one.inputs["attention_mask"].bool().cpu()
         rows = [ids[real].tolist() for ids, real in zip(one.inputs["input_ids"].cpu(), mask, strict=True)]
@@ -148,7 +148,7 @@ class _LlamaBackend:
                 log_probs[sharing] = logits.log_softmax(-1)[one.tokens[sharing].cpu()]
         return log_probs
 
-    def _write(self, adapter: Any, one: Writing) -> list[list[int]]:
+    def _write(self, adapter: Any, one: WriteRequest) -> list[list[int]]:
         return [
             written
             for first in range(0, len(one.prompts), _SEQUENCES)

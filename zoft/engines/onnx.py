@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from zoft.engines._elsewhere import Backend, Elsewhere, Scoring, Writing
+from zoft.engines._elsewhere import Backend, Elsewhere, ScoreRequest, WriteRequest
 from zoft.errors import UserError
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, nn, torch
@@ -74,22 +74,22 @@ class _OnnxBackend:
         self.model, self.names, self.bits = model, names, bits
         self._graphs: dict[tuple[str, ...], OnnxGraph] = {}
 
-    def scores(self, asked: Sequence[Scoring]) -> list[Tensor]:
+    def scores(self, asked: Sequence[ScoreRequest]) -> list[Tensor]:
         """One call of the graph for each."""
         return [self._score(one) for one in asked]
 
-    def _score(self, one: Scoring) -> Tensor:
+    def _score(self, one: ScoreRequest) -> Tensor:
         length = one.inputs["input_ids"].shape[1]
         # columns count from the right: element r T + T + column of the flattened batch
         places = one.row * length + length + one.column
         log_probs: Tensor = self._graph(one, places)(one.adapter, one.inputs, places, one.tokens)
         return log_probs
 
-    def texts(self, asked: Sequence[Writing]) -> list[list[list[int]]]:
+    def texts(self, asked: Sequence[WriteRequest]) -> list[list[list[int]]]:
         """Never: ``writes`` is false."""
         raise UserError("engine=onnx generates no text at a point: choose engine=auto")
 
-    def _graph(self, one: Scoring, places: Tensor) -> OnnxGraph:
+    def _graph(self, one: ScoreRequest, places: Tensor) -> OnnxGraph:
         names = tuple(one.inputs)
         # the graph's inputs are named: another set of arguments is another graph
         if names not in self._graphs:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from zoft.engines._elsewhere import Adapter, Backend, Elsewhere, Scoring, Writing, digest_of, saved_name
+from zoft.engines._elsewhere import Adapter, Backend, Elsewhere, ScoreRequest, WriteRequest, digest_of, saved_name
 from zoft.engines._server_client import BadReplyError, Client
 from zoft.errors import UserError
 from zoft.subspaces.base import BoundSubspace
@@ -28,7 +28,7 @@ _AT_ONCE = 64
 """Requests of one prompt each that are on their way together."""
 
 T = TypeVar("T")
-Asked = TypeVar("Asked", Scoring, Writing)
+Asked = TypeVar("Asked", ScoreRequest, WriteRequest)
 
 
 @dataclass
@@ -109,11 +109,11 @@ class _Served:
 
     # ---- what is asked -----------------------------------------------------------------------------------------------
 
-    def scores(self, asked: Sequence[Scoring]) -> list[Tensor]:
+    def scores(self, asked: Sequence[ScoreRequest]) -> list[Tensor]:
         """Float32 [N, C] for each."""
         return self._each(asked, "score tokens", self._score)
 
-    def texts(self, asked: Sequence[Writing]) -> list[list[list[int]]]:
+    def texts(self, asked: Sequence[WriteRequest]) -> list[list[list[int]]]:
         """The tokens written, for each and each of its prompts."""
         return self._each(asked, "write texts", self._write)
 
@@ -143,7 +143,7 @@ class _Served:
         self._check_versions(adapters)  # nobody has loaded anything else there meanwhile
         return dict(zip(asked, replies, strict=True))
 
-    def _score(self, name: str, digest: str, one: Scoring) -> Tensor:
+    def _score(self, name: str, digest: str, one: ScoreRequest) -> Tensor:
         """Every position is a prompt that ends there; what several ask at the same prompt is asked once."""
         ids, mask = one.inputs["input_ids"].tolist(), one.inputs["attention_mask"].tolist()
         length, wanted = one.inputs["input_ids"].shape[1], one.tokens.tolist()
@@ -164,7 +164,7 @@ class _Served:
                 known[prompt] = dict(zip(tokens, values, strict=True))
         return torch.tensor([[known[p][t] for t in ts] for p, ts in zip(prompts, wanted, strict=True)])
 
-    def _write(self, name: str, digest: str, one: Writing) -> list[list[int]]:
+    def _write(self, name: str, digest: str, one: WriteRequest) -> list[list[int]]:
         if not one.settings["temperature"]:
             return self.client.texts(name, digest, one.prompts, one.settings)
 

@@ -20,7 +20,7 @@ class PerExample(FiniteDifference):
     q B of them: B directions a batch at the price of one, since an example goes through the model once a point either
     way. The mean of the examples' losses is what it is the gradient of; every example counts alike, also where the
     batch's loss is a mean over tokens. The directions of an example share z with the others', and have signs of
-    their own for rows and columns (:class:`zoft.noise.joint.PerExample`): uncorrelated, and nothing more is drawn.
+    their own for rows and columns (:class:`zoft.noise.joint.ExampleSigns`): uncorrelated, and nothing more is drawn.
     Of signs (``subspace.law=rademacher``) the variance is a B-th of one direction's; Gaussian ones share their
     elements' sizes, of which 2 ||grad L||^2 of variance remain, nothing against the d / B of many weights.
 

@@ -20,7 +20,7 @@ which is the larger; 5e-2 in 16 bits."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """What was decided for one row.
 
     Args:
@@ -48,7 +48,7 @@ def in_batches(rows: Sequence[Row], batch_size: int, done: Callable[[list[int]],
         done(order[start : start + batch_size])
 
 
-def choose(rows: Sequence[Row], score: Scorer, score_alone: Scorer, batch_size: int, close: float) -> list[Choice]:
+def choose(rows: Sequence[Row], score: Scorer, score_alone: Scorer, batch_size: int, close: float) -> list[Decision]:
     """Decide for every row.
 
     What is computed together differs in its last bits from what is computed alone. Where that could turn a decision,
@@ -68,7 +68,7 @@ def choose(rows: Sequence[Row], score: Scorer, score_alone: Scorer, batch_size: 
         >>> [choice.chosen for choice in choose(rows, batch, lambda rows: torch.zeros(1, 2), 2, 1e-4)]
         [0, 1]
     """
-    choices: list[Choice | None] = [None] * len(rows)
+    choices: list[Decision | None] = [None] * len(rows)
 
     def decide(numbers: list[int]) -> None:
         scores = score([rows[number] for number in numbers]).tolist()
@@ -91,12 +91,12 @@ def is_close(scores: Sequence[float], close: float) -> bool:
     return len(best) > 1 and best[0] - best[1] <= close * max(1.0, abs(best[0]), abs(best[1]))
 
 
-def _choice(scores: list[float], *, alone: bool = False) -> Choice:
+def _choice(scores: list[float], *, alone: bool = False) -> Decision:
     scores = [score for score in scores if score != -math.inf]
-    return Choice(scores, scores.index(max(scores)), alone)
+    return Decision(scores, scores.index(max(scores)), alone)
 
 
-def cross_entropy(choices: Sequence[Choice], labels: Sequence[int]) -> float:
+def cross_entropy(choices: Sequence[Decision], labels: Sequence[int]) -> float:
     """Mean of -log softmax(scores)[label]: nats a row."""
     losses = []
     for choice, label in zip(choices, labels, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zoft.evaluation.calibration import Calibrated
-from zoft.evaluation.choices import CLOSE, Choice, Scorer, choose, cross_entropy, in_batches
+from zoft.evaluation.choices import CLOSE, Decision, Scorer, choose, cross_entropy, in_batches
 from zoft.lm.metrics.answers import SCORES, scored
 from zoft.lm.metrics.intervals import mean_of_numbers, mean_of_scores, wilson
 from zoft.lm.models.generate import Written, write
@@ -86,7 +86,7 @@ class Scoring:
 
     # ---- choosing ----------------------------------------------------------------------------------------------------
 
-    def choices(self, rows: Sequence[Row], against: Sequence[Row] | None = None) -> list[Choice]:
+    def choices(self, rows: Sequence[Row], against: Sequence[Row] | None = None) -> list[Decision]:
         """What is chosen in each row.
 
         Args:
@@ -122,7 +122,7 @@ class Scoring:
         ]
         return torch.cat([self.predict([one], collate)[1].float() for one in each], dim=1)
 
-    def chosen(self, rows: Sequence[Row], choices: Sequence[Choice]) -> Scored:
+    def chosen(self, rows: Sequence[Row], choices: Sequence[Decision]) -> Scored:
         """Accuracy and loss of choices; a row may have several right ones."""
         right = [{row["label"], *row.get("also_right", ())} for row in rows]
         # a binomial share: Wilson's interval holds near 0 and 1, and for few rows

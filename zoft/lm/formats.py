@@ -115,9 +115,9 @@ def scorer_of(task: Task, examples: Sequence[Any], objective: Objective) -> Obje
 
 def _possible(task: Task, examples: Sequence[Any]) -> tuple[str, ...]:
     """The forms that these examples can take, the usual one first."""
-    from zoft.lm.data.examples import Chat, Completion, Preference, Rated
+    from zoft.lm.data.examples import Chat, Completion, PreferencePair, Rated
 
-    fixed = {Chat: ("counted",), Completion: ("counted", "generate"), Preference: ("pairs",), Rated: ("rated",)}
+    fixed = {Chat: ("counted",), Completion: ("counted", "generate"), PreferencePair: ("pairs",), Rated: ("rated",)}
     return fixed.get(type(examples[0]), (task.kind,))
 
 

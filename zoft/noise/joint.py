@@ -130,7 +130,7 @@ class Orthogonal(Transformed):
         return self._kept[1]
 
 
-class PerExample(Transformed):
+class ExampleSigns(Transformed):
     """Flipout: the directions of a step's examples share one z, and have signs of their own for rows and columns.
 
     z_i = z * (r_i s_i^T) with r_i, s_i random signs: each is distributed as z is (where z's law is symmetric), and

@@ -37,7 +37,7 @@ _FIRST_DROP = 0.01
 
 
 @dataclass
-class Choice:
+class AutoSettings:
     """What was chosen.
 
     Args:
@@ -60,7 +60,7 @@ class Choice:
         return f"auto    {chosen}, by {self.queries:,} queries" + (f" (dev loss by rate: {tried})" if tried else "")
 
 
-def choose(cfg: ZoftConfig, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> Choice:
+def choose(cfg: ZoftConfig, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> AutoSettings:
     """Choose what ``cfg.auto`` names, or read what an earlier start of the run has chosen; ``cfg`` has it afterwards.
 
     Args:
@@ -77,10 +77,10 @@ def choose(cfg: ZoftConfig, model: Any, tokenizer: Any, rows: dict[str, list[Any
     """
     known = Path(cfg.output_dir) / NAME
     if known.is_file():
-        choice = Choice(**json.loads(known.read_text(encoding="utf-8")))
+        choice = AutoSettings(**json.loads(known.read_text(encoding="utf-8")))
         apply(cfg, choice.values)
         return choice
-    choice = Choice()
+    choice = AutoSettings()
     if "estimator.num_directions" in cfg.auto:
         _keep(cfg, choice, "estimator.num_directions", num_directions(cfg))
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def num_directions(cfg: ZoftConfig) -> int:
             wanted += 1
 
 
-def _keep(cfg: ZoftConfig, choice: Choice, key: str, value: float) -> None:
+def _keep(cfg: ZoftConfig, choice: AutoSettings, key: str, value: float) -> None:
     choice.values[key] = value
     apply(cfg, {key: value})
 
@@ -138,7 +138,7 @@ class _Trials:
     model: Any
     tokenizer: Any
     rows: dict[str, list[Any]]
-    choice: Choice
+    choice: AutoSettings
 
     def __post_init__(self) -> None:
         cfg = self.cfg
@@ -179,7 +179,7 @@ class _Trials:
 
 
 def _radius(
-    cfg: ZoftConfig, folder: str, model: Any, tokenizer: Any, rows: dict[str, list[Any]], choice: Choice
+    cfg: ZoftConfig, folder: str, model: Any, tokenizer: Any, rows: dict[str, list[Any]], choice: AutoSettings
 ) -> float:
     """The radius at which slopes change least to the next one: (L(+eps) - L(-eps)) / 2 eps on a plateau."""
     if not cfg.estimator.radius or cfg.subspace.observes_at(0) or cfg.subspace.moves_outputs:
@@ -192,7 +192,7 @@ def _radius(
 
 
 def _first_rate(
-    cfg: ZoftConfig, folder: str, model: Any, tokenizer: Any, rows: dict[str, list[Any]], choice: Choice
+    cfg: ZoftConfig, folder: str, model: Any, tokenizer: Any, rows: dict[str, list[Any]], choice: AutoSettings
 ) -> float:
     """Where the search begins without a rate in the config: a step of the estimate takes a hundredth of the loss."""
     if cfg.optimizer.name() not in ("sgd", "momentum") or not cfg.estimator.radius or cfg.subspace.observes_at(0):
@@ -204,7 +204,13 @@ def _first_rate(
 
 
 def _slopes(
-    cfg: ZoftConfig, folder: str, model: Any, tokenizer: Any, rows: dict[str, list[Any]], choice: Choice, *radii: float
+    cfg: ZoftConfig,
+    folder: str,
+    model: Any,
+    tokenizer: Any,
+    rows: dict[str, list[Any]],
+    choice: AutoSettings,
+    *radii: float,
 ) -> tuple[dict[float, list[float]], float]:
     """Radius -> slope along each of a few directions, on one batch; and the mean loss there."""
     from zoft.estimators.central import Central

@@ -30,7 +30,7 @@ from zoft.run.verdict import gain_of, keep_rows, kept_line, next_lines, row_valu
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
     from zoft.report.memory import PeakMemory
-    from zoft.run.auto import Choice
+    from zoft.run.auto import AutoSettings
     from zoft.run.shared import Shared
     from zoft.trainer.trainer import ZOTrainer
 
@@ -223,7 +223,7 @@ def _diagnostics(cfg: ZoftConfig) -> Any:
     return DiagnosticsCallback(**vars(cfg.diagnostics))
 
 
-def _chosen(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> Choice | None:
+def _chosen(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> AutoSettings | None:
     """What the run chooses by itself, once in its life; the steps are those that the rest of the budget pays for."""
     if not cfg.auto:
         return None

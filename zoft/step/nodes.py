@@ -16,7 +16,7 @@ from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors
 from zoft.step.parts import go_inside
-from zoft.step.positions import NodePositions, Reader, expand
+from zoft.step.positions import NodePositions, ObjectiveReader, expand
 from zoft.step.shares import Shares
 from zoft.subspaces._node_layers import Node
 from zoft.subspaces.nodes import NodeSpace
@@ -103,7 +103,7 @@ class NodeQueries:
     """
 
     session: NodeSession
-    reader: Reader
+    reader: ObjectiveReader
     gather: Callable[[Tensor], list[Tensor]] | None = None
     rank: int = 0
     shares: Shares = field(default_factory=Shares)

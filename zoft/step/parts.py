@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.engines.nodes import NodeSession
 from zoft.errors import UserError
-from zoft.step.positions import Reader, expand
+from zoft.step.positions import ObjectiveReader, expand
 from zoft.subspaces.nodes import NodeSpace
 from zoft.utils.lazy import torch
 
@@ -56,7 +56,7 @@ def _check(part: str, key: str, alone: Tensor, whole: Tensor | None, close: floa
         )
 
 
-def passes_down(session: NodeSession, reader: Reader, batch: Any) -> bool:
+def passes_down(session: NodeSession, reader: ObjectiveReader, batch: Any) -> bool:
     """Whether what each part that is trained gives is added unchanged to a residual stream that ends in what is read.
 
     Then the response of the last hidden state to a part is the identity, up to what the blocks above it add.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Readout(Protocol):
+class PositionReadout(Protocol):
     """What one forward tells, position by position (:class:`zoft.lm.objectives._readout.Readout`)."""
 
     @property
@@ -61,7 +61,7 @@ class NodePositions:
         return keys[self.anchor] + distance * 1_000_003  # tokens of an option have keys in a row: step over them
 
 
-class Reader(Protocol):
+class ObjectiveReader(Protocol):
     """How the objective is read, micro-batch by micro-batch."""
 
     def parts(self, batch: Any) -> Sequence[Any]:
@@ -70,7 +70,7 @@ class Reader(Protocol):
     def places(self, part: Any) -> NodePositions:
         """The positions that the loss is read from."""
 
-    def read(self, part: Any) -> Readout:
+    def read(self, part: Any) -> PositionReadout:
         """One forward."""
 
     def new_cache(self) -> Any:

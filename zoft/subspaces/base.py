@@ -11,7 +11,7 @@ from zoft.component import Component
 from zoft.errors import UserError
 from zoft.noise.counter import perturb_with
 from zoft.noise.direction import Direction
-from zoft.noise.joint import Antithetic, LinearCombination, Orthogonal, PerExample, StateShaped
+from zoft.noise.joint import Antithetic, ExampleSigns, LinearCombination, Orthogonal, StateShaped
 from zoft.noise.mezo import TorchSequentialNoise
 from zoft.noise.source import LAWS, SOURCES, CounterNoise, NoiseSource
 from zoft.utils.lazy import Tensor, torch
@@ -173,7 +173,7 @@ class BoundSubspace:
         if shape is not None:
             self.source = StateShaped(self.source, shape)
         if per_example:
-            self.source = PerExample(self.source, {name: self.shape(name) for name in self.weights.tensors})
+            self.source = ExampleSigns(self.source, {name: self.shape(name) for name in self.weights.tensors})
         if mixes:
             self.source = LinearCombination(self.source)
 

@@ -29,7 +29,7 @@ class Job:
 
 
 @dataclass
-class Outcome:
+class JobOutcome:
     """What came of a job.
 
     Args:
@@ -47,7 +47,7 @@ class Outcome:
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> Outcome:
+    def of(cls, row: dict[str, Any]) -> JobOutcome:
         """From the record."""
         return cls(**{name: row.get(name) for name in cls.__dataclass_fields__})  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ class Evaluation:
 
     number: int
     values: Values
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[JobOutcome] = field(default_factory=list)
 
     @property
     def status(self) -> str:
@@ -196,8 +196,8 @@ def value_text(evaluation: Evaluation) -> str:
     """The value, with its standard error over the repeats.
 
     Example:
-        >>> from zoft.tuning.evaluation import Outcome
-        >>> value_text(Evaluation(0, {}, [Outcome("done", 0.5), Outcome("done", 0.7)]))
+        >>> from zoft.tuning.evaluation import JobOutcome
+        >>> value_text(Evaluation(0, {}, [JobOutcome("done", 0.5), JobOutcome("done", 0.7)]))
         '0.6 ± 0.1'
     """
     spread = evaluation.spread

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from zoft.errors import UserError
 from zoft.report.results import read_metrics
-from zoft.tuning.evaluation import DONE, FAILED, STOPPED, Job, Outcome
+from zoft.tuning.evaluation import DONE, FAILED, STOPPED, Job, JobOutcome
 from zoft.tuning.space import Values, written
 from zoft.utils import shared
 
@@ -41,10 +41,10 @@ class Training:
     repeats: int = 1
     record: str | None = None
 
-    def __call__(self, job: Job) -> Outcome:
+    def __call__(self, job: Job) -> JobOutcome:
         """Train, and read the metric from the run's own log; whatever goes wrong in the run is the point's failure."""
         began, folder = time.monotonic(), self.folder(job.number, job.repeat)
-        outcome = Outcome(FAILED)
+        outcome = JobOutcome(FAILED)
         try:
             Path(self.output_dir).mkdir(parents=True, exist_ok=True)
             log = Path(f"{folder}.log")
@@ -80,17 +80,17 @@ class Training:
         seed = [f"seed={self.seed + repeat}"] if self.repeats > 1 or repeat else []
         return [*self.arguments, *overrides(values), *seed, f"output_dir={folder}"]
 
-    def _train(self, job: Job, folder: str) -> Outcome:
+    def _train(self, job: Job, folder: str) -> JobOutcome:
         from zoft.config import compose
         from zoft.run.train import run
-        from zoft.tuning.job import HalfWayError, Watch, read
+        from zoft.tuning.job import HalfWayError, HalfWayWatch, read
 
         halfway = None
         if self.record is not None:
             from zoft.tuning.record import Halfway
 
             halfway = Halfway(self.record, job.trial_id, job.repeat)
-        watch = Watch(self.metric, halfway.is_bad if halfway else None)
+        watch = HalfWayWatch(self.metric, halfway.is_bad if halfway else None)
         status = DONE
         try:
             run(compose(self.arguments_of(job.values, job.repeat, folder)), [watch])
@@ -104,8 +104,8 @@ class Training:
             )
         value = half if status == STOPPED else value
         if value is None or not math.isfinite(value):
-            return Outcome(FAILED, error=f"{self.metric} is {value}")
-        return Outcome(status, value, half)
+            return JobOutcome(FAILED, error=f"{self.metric} is {value}")
+        return JobOutcome(status, value, half)
 
 
 class NeverLoggedError(UserError):
@@ -124,7 +124,7 @@ class HalfWayError(Exception):
     """The job is worse at half than the median of the others; `zoft train` would go on from its folder."""
 
 
-class Watch(TrainerCallback):
+class HalfWayWatch(TrainerCallback):
     """Asks for an evaluation at half of the steps and at the end, and ends the job at half if it is a bad one.
 
     Args:

@@ -13,7 +13,7 @@ from zoft.errors import UserError, did_you_mean
 from zoft.run.build import METRICS
 from zoft.tuning.evaluation import Evaluation, TuneResult
 from zoft.tuning.job import Training, overrides
-from zoft.tuning.settings import Settings, record_at
+from zoft.tuning.settings import TuneSettings, record_at
 from zoft.tuning.space import Choice, Range, SearchSpace, Values, text_of, written
 from zoft.tuning.workers import Workers
 from zoft.utils.files import write_atomically
@@ -42,7 +42,7 @@ class Tuned:
 def tune_training(
     arguments: list[str],
     space: dict[str, Any],
-    settings: Settings,
+    settings: TuneSettings,
     *,
     metric: str = "eval_loss",
     output_dir: str | None = None,
@@ -76,10 +76,10 @@ def tune_training(
     others = [argument for argument in arguments if argument.partition("=")[0] not in space]
     work = Training(others, folder, metric, seed, settings.repeats, path if settings.stop_early else None)
     refuse_other_things(Path(folder))
-    from zoft.tuning.record import Record
+    from zoft.tuning.record import StudyRecord
     from zoft.tuning.search import Search
 
-    record = Record(record_at(folder), settings.header(where, start), where)
+    record = StudyRecord(record_at(folder), settings.header(where, start), where)
 
     def keep(evaluation: Evaluation, result: TuneResult) -> Any:
         for other in result.evaluations:

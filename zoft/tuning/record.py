@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from zoft.errors import DiskFullError, UserError
-from zoft.tuning.evaluation import FAILED, STOPPED, Evaluation, Outcome
+from zoft.tuning.evaluation import FAILED, STOPPED, Evaluation, JobOutcome
 from zoft.tuning.sampler import UNCOUNTED
 from zoft.tuning.space import SearchSpace, Values
 from zoft.utils import shared
@@ -25,7 +25,7 @@ _ENOUGH = 4  # points that must have gone to their end before any is compared wi
 _OUTCOMES = "outcomes"  # of a trial: what came of each repeat so far
 
 
-class Record:
+class StudyRecord:
     """What is searched, and every evaluation; on the disk (one line each) before the next one.
 
     A last line that a crash has cut off is dropped. Points that failed at the very end, after which nothing else
@@ -119,15 +119,15 @@ class Record:
         """The point that is evaluated for a trial."""
         return self.space.rounded(trial.params)
 
-    def outcomes(self, trial: Trial | FrozenTrial) -> dict[int, Outcome]:
+    def outcomes(self, trial: Trial | FrozenTrial) -> dict[int, JobOutcome]:
         """Repeat -> what came of it, of those that have ended."""
-        return {int(repeat): Outcome.of(row) for repeat, row in trial.user_attrs.get(_OUTCOMES, {}).items()}
+        return {int(repeat): JobOutcome.of(row) for repeat, row in trial.user_attrs.get(_OUTCOMES, {}).items()}
 
     def _evaluation(self, trial: Trial | FrozenTrial) -> Evaluation:
         outcomes = self.outcomes(trial)
         return Evaluation(trial.number, self.values(trial), [outcomes[repeat] for repeat in sorted(outcomes)])
 
-    def note(self, trial: Trial, repeat: int, outcome: Outcome) -> None:
+    def note(self, trial: Trial, repeat: int, outcome: JobOutcome) -> None:
         """Keep what came of one repeat."""
         outcomes = self.outcomes(trial) | {repeat: outcome}
         trial.set_user_attr(_OUTCOMES, {str(number): one.as_dict() for number, one in outcomes.items()})

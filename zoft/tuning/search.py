@@ -11,9 +11,9 @@ from optuna.trial import Trial, TrialState
 
 from zoft.errors import UserError
 from zoft.tuning.evaluation import FAILED, Evaluation, Job, TuneResult
-from zoft.tuning.record import Record
+from zoft.tuning.record import StudyRecord
 from zoft.tuning.sampler import ZOSampler, known_values
-from zoft.tuning.settings import Settings
+from zoft.tuning.settings import TuneSettings
 from zoft.tuning.space import SearchSpace, Values, as_arguments, key
 from zoft.tuning.workers import Workers
 
@@ -39,7 +39,12 @@ class Search:
     """
 
     def __init__(
-        self, space: SearchSpace, settings: Settings, workers: Workers, record: Record, x0: Values | None = None
+        self,
+        space: SearchSpace,
+        settings: TuneSettings,
+        workers: Workers,
+        record: StudyRecord,
+        x0: Values | None = None,
     ) -> None:
         self.space, self.settings, self.workers, self.record = space, settings, workers, record
         self.batch: int = record.header["batch"]

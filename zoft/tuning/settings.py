@@ -17,7 +17,7 @@ NAME = "journal.jsonl"
 
 
 @dataclass
-class Settings:
+class TuneSettings:
     """How a search goes; see :func:`zoft.tune`."""
 
     budget: int

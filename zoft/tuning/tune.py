@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.tuning.evaluation import DONE, FAILED, Job, Outcome, TuneResult
-from zoft.tuning.settings import Settings, record_at
+from zoft.tuning.evaluation import DONE, FAILED, Job, JobOutcome, TuneResult
+from zoft.tuning.settings import TuneSettings, record_at
 from zoft.tuning.space import SearchSpace, Values
 from zoft.tuning.workers import Workers
 
@@ -28,14 +28,14 @@ class Call:
 
     f: Callable[[Values], Any]
 
-    def __call__(self, job: Job) -> Outcome:
+    def __call__(self, job: Job) -> JobOutcome:
         """Call it; whatever it raises is a failure of the point."""
         began = time.monotonic()
         try:
             value, error = _finite(self.f(dict(job.values))), None
         except Exception as failure:
             value, error = None, f"{type(failure).__name__}: {failure}"
-        return Outcome(FAILED if error else DONE, value, error=error, seconds=time.monotonic() - began)
+        return JobOutcome(FAILED if error else DONE, value, error=error, seconds=time.monotonic() - began)
 
 
 def _finite(value: Any) -> float:
@@ -103,14 +103,14 @@ def tune(
         >>> found.x["depth"], found.x["kind"], found.num_evaluations
         (3, 'b', 60)
     """
-    where, settings = SearchSpace(space), Settings(budget, repeats, workers, search, direction, seed)
+    where, settings = SearchSpace(space), TuneSettings(budget, repeats, workers, search, direction, seed)
     if x0 is not None:
         where.check(x0)
-    from zoft.tuning.record import Record
+    from zoft.tuning.record import StudyRecord
     from zoft.tuning.search import Search
 
     with Workers(Call(f), workers) as pool:
-        record = Record(record_at(output_dir), settings.header(where, x0), where)
+        record = StudyRecord(record_at(output_dir), settings.header(where, x0), where)
         try:
             return Search(where, settings, pool, record, x0).run(callback)
         finally:

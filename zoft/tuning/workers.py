@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.tuning.evaluation import FAILED, Job, Outcome
+from zoft.tuning.evaluation import FAILED, Job, JobOutcome
 
-Work = Callable[[Job], Outcome]
+Work = Callable[[Job], JobOutcome]
 """Carries out a job; it returns failures, and raises a :class:`zoft.errors.UserError` for what no job will survive."""
 
 _PATIENCE = 5.0  # seconds that a worker has to save when the search is stopped
@@ -45,7 +45,7 @@ class Workers:
                 ) from None
         self.workers: list[_Worker] = []
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, JobOutcome]]:
         """(index of a job, what came of it), as they end."""
         if not self.count:
             yield from ((index, self.work(job)) for index, job in enumerate(jobs))
@@ -110,7 +110,7 @@ class _Worker:
         self.index, self.began, self.busy = index, time.monotonic(), True
         self.line.send(job)
 
-    def hear(self) -> Outcome | None:
+    def hear(self) -> JobOutcome | None:
         """The job's outcome; None for the first message, which says that the process has started."""
         try:
             answer = self.line.recv()
@@ -120,12 +120,12 @@ class _Worker:
             self.busy = False
             raise answer
         self.started = True
-        if not isinstance(answer, Outcome):
+        if not isinstance(answer, JobOutcome):
             return None
         self.busy = False
         return answer
 
-    def _dead(self) -> Outcome:
+    def _dead(self) -> JobOutcome:
         self.process.join()
         if not self.started:
             raise UserError(
@@ -134,7 +134,7 @@ class _Worker:
             ) from None
         code = self.process.exitcode or 0
         why = f"killed by signal {-code}; out of memory?" if code < 0 else f"exit code {code}"
-        return Outcome(FAILED, error=f"its process died ({why})", seconds=time.monotonic() - self.began)
+        return JobOutcome(FAILED, error=f"its process died ({why})", seconds=time.monotonic() - self.began)
 
 
 def _serve(line: Connection, payload: bytes) -> None:

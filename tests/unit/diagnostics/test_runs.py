@@ -19,7 +19,7 @@ from tests.contract.discovered import SUBSPACES, small_subspace
 from zoft import ZOConfig, ZOTrainer
 from zoft.component import create
 from zoft.diagnostics import DiagnosticsCallback
-from zoft.diagnostics.record import COLUMNS, Record, read_rows, read_tables
+from zoft.diagnostics.record import COLUMNS, MeasurementFiles, read_rows, read_tables
 from zoft.errors import UserError
 from zoft.estimators.nodes import Nodes
 from zoft.journal import file as files
@@ -252,11 +252,11 @@ def test_a_resumed_run_has_every_row_once(tmp_path: Path):
 
 
 def test_tables_of_steps_that_are_taken_again_are_forgotten(tmp_path: Path):
-    record = Record(tmp_path, 0)
+    record = MeasurementFiles(tmp_path, 0)
     record.add({"step": 5, "diagnostics_queries": 3}, {"step": 5, "gram": [[math.nan]]}, 0.5)
     assert json.loads((tmp_path / "diagnostics.json").read_text())["gram"] == [[None]]
-    assert Record(tmp_path, 5).num_queries == 3
-    assert Record(tmp_path, 4).num_queries == 0
+    assert MeasurementFiles(tmp_path, 5).num_queries == 3
+    assert MeasurementFiles(tmp_path, 4).num_queries == 0
     assert read_tables(tmp_path) == {}
     with (tmp_path / "diagnostics.csv").open() as file:
         assert next(csv.reader(file)) == list(COLUMNS)

@@ -11,7 +11,7 @@ from torch import nn
 from zoft.component import components
 from zoft.errors import UserError
 from zoft.noise.direction import Direction
-from zoft.noise.joint import ACROSS, Antithetic, LinearCombination, Orthogonal, PerExample, StateShaped
+from zoft.noise.joint import ACROSS, Antithetic, ExampleSigns, LinearCombination, Orthogonal, StateShaped
 from zoft.noise.source import LAWS, CounterNoise
 from zoft.subspaces.base import BoundSubspace
 from zoft.weights.tensors import Weights
@@ -197,10 +197,10 @@ def sources(law: str):
 
     yield "antithetic", Antithetic(plain())
     yield "orthogonal", orthogonal(plain())
-    yield "per example", PerExample(plain(), SHAPES)
+    yield "per example", ExampleSigns(plain(), SHAPES)
     yield "shaped", StateShaped(plain(), scaled)
     yield "mixed", LinearCombination(plain())
-    yield "all", LinearCombination(PerExample(StateShaped(orthogonal(plain()), scaled), SHAPES))
+    yield "all", LinearCombination(ExampleSigns(StateShaped(orthogonal(plain()), scaled), SHAPES))
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -16,8 +16,8 @@ from zoft.errors import UserError
 from zoft.tuning.evaluation import Job
 from zoft.tuning.job import Training
 from zoft.tuning.jobs import tune_training
-from zoft.tuning.record import Record
-from zoft.tuning.settings import Settings, record_at
+from zoft.tuning.record import StudyRecord
+from zoft.tuning.settings import TuneSettings, record_at
 from zoft.tuning.space import SearchSpace
 
 BASE = ["model.name=none", "task=sms_spam", "budget.queries=24", "optimizer.learning_rate=1e-2"]
@@ -69,7 +69,7 @@ def fake(monkeypatch):
 
 
 def tuned(folder, fake=None, *, space=None, metric="eval_loss", arguments=BASE, **settings):
-    given = Settings(**{"budget": 10, **settings})
+    given = TuneSettings(**{"budget": 10, **settings})
     return tune_training(list(arguments), space or SPACE, given, metric=metric, output_dir=str(folder), isolated=False)
 
 
@@ -160,7 +160,7 @@ def test_a_real_job_and_one_that_is_stopped_at_half(tmp_path):
     again = work(Job(0, 0, {"optimizer.learning_rate": 1e-3}))  # a search that was killed before it noted it
     assert (again.value, again.half) == (done.value, done.half)
     space = SearchSpace({"optimizer.learning_rate": "log(1e-4,1)"})
-    record = Record(record_at(tmp_path / "t"), {"direction": "minimize"}, space)
+    record = StudyRecord(record_at(tmp_path / "t"), {"direction": "minimize"}, space)
     for _ in range(4):  # others, each a little better at half
         trial = record.study.ask(space.distributions)
         trial.report(done.half - 0.01, step=0)

@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 
 import zoft
 from zoft.errors import UserError
-from zoft.tuning.evaluation import Job, Outcome
+from zoft.tuning.evaluation import Job, JobOutcome
 from zoft.tuning.sampler import ZOSampler
 from zoft.tuning.settings import NAME, SEARCHES
 from zoft.tuning.space import SearchSpace, key, parsed, text_of
@@ -274,11 +274,11 @@ def test_a_file_that_is_no_journal_and_one_in_use(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ workers
 
 
-def doomed(job: Job) -> Outcome:
+def doomed(job: Job) -> JobOutcome:
     """In another process: some jobs kill it."""
     if job.number == 1:
         os.kill(os.getpid(), 9)
-    return Outcome("done", float(job.number + os.getppid()))
+    return JobOutcome("done", float(job.number + os.getppid()))
 
 
 def test_a_job_that_kills_its_process_fails_alone():

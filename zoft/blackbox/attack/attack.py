@@ -19,7 +19,7 @@ _AT_ONCE = 64  # images that are attacked side by side
 
 
 @dataclass
-class Outcome:
+class ImageOutcome:
     """What became of one image.
 
     Args:
@@ -65,7 +65,7 @@ def attack(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     progress: Callable[[int, int], Any] | None = None,
-) -> list[Outcome]:
+) -> list[ImageOutcome]:
     """Look for an image near each image that the classifier labels otherwise. For testing classifiers of one's own.
 
     Args:
@@ -182,9 +182,9 @@ class _Try:
         moved = self.ball.moved(self.image.astype(np.float64), delta, fill=self.method.fills)
         return moved.astype(np.float32)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> ImageOutcome:
         """When it is over."""
-        return Outcome(
+        return ImageOutcome(
             self.number,
             self.aim.label,
             self.aim.target,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoft.blackbox.attack.attack import Outcome
+from zoft.blackbox.attack.attack import ImageOutcome
 from zoft.utils.files import write_filled
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _INK, _GREY = "#2b2f36", "#6b7079"
 _COLOURS = ("#2f6db5", "#c8553d", "#1f8a5b", "#8a5fb0", "#b8860b", "#4a9ba8", "#8a8f98")
 
 
-def some(outcomes: Sequence[Outcome], count: int = _ROWS) -> list[Outcome]:
+def some(outcomes: Sequence[ImageOutcome], count: int = _ROWS) -> list[ImageOutcome]:
     """A few to show: evenly over the queries that they took, so neither the easy nor the hard ones alone.
 
     Args:
@@ -31,7 +31,7 @@ def some(outcomes: Sequence[Outcome], count: int = _ROWS) -> list[Outcome]:
     return [flipped[place] for place in places]
 
 
-def triplets(outcomes: Sequence[Outcome], names: Sequence[str], path: Path) -> None:
+def triplets(outcomes: Sequence[ImageOutcome], names: Sequence[str], path: Path) -> None:
     """Each image, what was added to it, and the sum; with the classifier's label and its probability.
 
     The perturbation is drawn around middle grey and scaled by a factor that is written above it.
@@ -103,7 +103,7 @@ def save(image: np.ndarray, path: Path) -> None:
     write_filled(path, lambda file: Image.fromarray(levels).save(file, format="PNG"))
 
 
-def factor(outcome: Outcome) -> float:
+def factor(outcome: ImageOutcome) -> float:
     """By how much a perturbation may be multiplied to be drawn: a round number, so that nothing is cut off."""
     largest = float(abs(outcome.adversarial - outcome.original).max())
     if not largest:
@@ -112,7 +112,7 @@ def factor(outcome: Outcome) -> float:
     return float(max(step for step in (1, 2, 2.5, 4, 5, 8, 10, 15, 20, 30, 50, 100) if step <= max(1.0, most)))
 
 
-def _triplet(panels: Sequence[Any], outcome: Outcome, names: Sequence[str]) -> None:
+def _triplet(panels: Sequence[Any], outcome: ImageOutcome, names: Sequence[str]) -> None:
     times = factor(outcome)
     delta = outcome.adversarial.astype(np.float64) - outcome.original
     shown = (outcome.original, np.clip(0.5 + times * delta, 0, 1), outcome.adversarial)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from zoft.blackbox.attack.attack import Outcome, attack
+from zoft.blackbox.attack.attack import ImageOutcome, attack
 from zoft.blackbox.attack.data import Setting, digits, fashion_mnist
 from zoft.blackbox.attack.hub import hub
 from zoft.blackbox.attack.settings import AttackSettings
@@ -98,7 +98,7 @@ def _grid(settings: AttackSettings, images: np.ndarray) -> int:
     return settings.grid or max(1, min(images.shape[2:]) // 4)
 
 
-def _in_bytes(setting: Setting, outcome: Outcome, target: int | None) -> dict[str, Any]:
+def _in_bytes(setting: Setting, outcome: ImageOutcome, target: int | None) -> dict[str, Any]:
     """A PNG has bytes: what the classifier says of the rounded image (one query more)."""
     said = setting.classifier(_rounded(outcome)[None])[0]
     predicted = int(said.argmax())
@@ -110,7 +110,7 @@ def _in_bytes(setting: Setting, outcome: Outcome, target: int | None) -> dict[st
     }
 
 
-def _rounded(outcome: Outcome) -> np.ndarray:
+def _rounded(outcome: ImageOutcome) -> np.ndarray:
     """To whole bytes, towards the original, so that the bound holds where the original is of whole bytes."""
     original, delta = outcome.original.astype(np.float64), outcome.adversarial.astype(np.float64) - outcome.original
     up = np.floor((original + delta) * 255 + 1e-4)
@@ -118,7 +118,7 @@ def _rounded(outcome: Outcome) -> np.ndarray:
     return (np.where(delta > 0, up, down) / 255).clip(0, 1).astype(np.float32)
 
 
-def _row(outcome: Outcome, names: Sequence[str]) -> dict[str, Any]:
+def _row(outcome: ImageOutcome, names: Sequence[str]) -> dict[str, Any]:
     return {
         "image": outcome.image,
         "label": names[outcome.label],
@@ -152,7 +152,7 @@ def _earlier(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(
-    folder: Path, results: dict[str, Any], outcomes: list[Outcome], names: Sequence[str], settings: AttackSettings
+    folder: Path, results: dict[str, Any], outcomes: list[ImageOutcome], names: Sequence[str], settings: AttackSettings
 ) -> None:
     """Pictures first; the results are the last file, and say that all is there."""
     from zoft.blackbox.attack import pictures
@@ -177,7 +177,7 @@ def _write(
 # ---- What the outcomes say together: success rate against queries, with 95 % intervals -------------------------------
 
 
-def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def summary(outcomes: Sequence[ImageOutcome]) -> dict[str, Any]:
     """Counts, the rate of success and the queries that it took.
 
     Args:
@@ -205,7 +205,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def curve(outcomes: Sequence[Outcome]) -> list[tuple[int, float, float, float]]:
+def curve(outcomes: Sequence[ImageOutcome]) -> list[tuple[int, float, float, float]]:
     """Success rate against queries: (queries, rate, low, high), a row for every number at which the rate rises.
 
     Args:

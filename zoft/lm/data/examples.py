@@ -81,7 +81,7 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Preference:
+class PreferencePair:
     """Two answers to one prompt, the first the better one.
 
     Args:

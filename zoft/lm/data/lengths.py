@@ -9,7 +9,7 @@ UNCUT = 1 << 20
 """Tokens that no row has: what is encoded with it is whole."""
 
 
-class Cut(NamedTuple):
+class Truncation(NamedTuple):
     """What a limit has cut.
 
     Args:
@@ -35,7 +35,7 @@ def length_of(row: Any) -> int:
     return max(map(len, row["sequences"])) if "sequences" in row else len(row["input_ids"])
 
 
-def cut_of(rows: Sequence[Any], limit: int, whole: Callable[[], Sequence[Any]]) -> Cut | None:
+def cut_of(rows: Sequence[Any], limit: int, whole: Callable[[], Sequence[Any]]) -> Truncation | None:
     """How many rows were cut at a limit; None where none is as long as that.
 
     Args:
@@ -46,4 +46,4 @@ def cut_of(rows: Sequence[Any], limit: int, whole: Callable[[], Sequence[Any]]) 
     if max(map(length_of, rows)) < limit:
         return None
     lengths = [length_of(row) for row in whole()]
-    return Cut(sum(length > limit for length in lengths), len(lengths), max(lengths))
+    return Truncation(sum(length > limit for length in lengths), len(lengths), max(lengths))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.lm.data.completions import CountedCollator
 from zoft.lm.data.encoding import encode_examples
-from zoft.lm.data.examples import Preference
+from zoft.lm.data.examples import PreferencePair
 from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def encode_pairs(examples: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+def encode_pairs(examples: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
     """Rows with ``chosen`` and ``rejected``, rows of a completion or a chat each, and the longer one's ``input_ids``.
 
     Args:

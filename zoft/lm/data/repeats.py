@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from zoft.lm.data.examples import Example, Preference, Rated
+from zoft.lm.data.examples import Example, PreferencePair, Rated
 from zoft.lm.tasks.base import Splits
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def content_of(example: Any) -> Hashable:
         pieces = tuple(piece.text for piece in example.pieces)
         answers = frozenset(map(_plain, (*example.options, *example.answers)))
         return (_plain(example.prompt), _plain(pieces), answers)
-    if isinstance(example, Preference):
+    if isinstance(example, PreferencePair):
         return frozenset(map(content_of, (example.chosen, example.rejected)))
     if isinstance(example, Rated):
         return _plain(example.prompt)

@@ -80,7 +80,7 @@ def write(
     ids, mask = _padded(prompts, tokenizer.pad_token_id, next(model.parameters()).device)
     ends = _ends(model, tokenizer)
     # a generator for every prompt: the same noise for it in any batch
-    watch = _Watch(ids, ends, answering, temperature, [prompt_generator(seed, prompt) for prompt in prompts])
+    watch = _TokenChoices(ids, ends, answering, temperature, [prompt_generator(seed, prompt) for prompt in prompts])
     # Every setting that would change a choice is named: what the model's own generation_config says does not count.
     config = transformers.GenerationConfig(
         do_sample=False,
@@ -148,7 +148,7 @@ def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None})
 
 
-class _Watch:
+class _TokenChoices:
     """Looks at every choice of one call of ``generate``: adds the noise, keeps the margins, sees the ends."""
 
     def __init__(

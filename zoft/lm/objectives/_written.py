@@ -17,7 +17,7 @@ ONE_SAMPLE = "subspace=nodes moves what the layers of one text give: set it to 1
 
 
 @dataclass
-class Writing(Objective):
+class WrittenObjective(Objective):
     """An objective of what the model writes.
 
     A batch carries ``prompt_ids`` and ``prompts`` (lists), ``answers`` (what each is scored against) and ``answering``

@@ -9,7 +9,7 @@ from typing import Any
 from zoft.errors import UserError
 from zoft.lm.logits.head import Positions
 from zoft.lm.metrics import libraries
-from zoft.lm.objectives._written import Writing, is_written, scores_of
+from zoft.lm.objectives._written import WrittenObjective, is_written, scores_of
 from zoft.lm.objectives.base import Batch, Objective
 from zoft.lm.objectives.classes import Classes
 from zoft.lm.objectives.label_words import LabelWords
@@ -24,7 +24,7 @@ _GENERATED = ("f1", "exact_match")
 
 
 @dataclass
-class Metric(Writing):
+class Metric(WrittenObjective):
     """1 - metric over the batch, without a gradient: accuracy of what is chosen, F1 or exact match of what is written.
 
     The settings of generation say how answers are written; accuracy reads none of them. A metric of `evaluate` is

@@ -16,7 +16,7 @@ from typing import Any
 from zoft.errors import UserError
 from zoft.lm.metrics.libraries import number_of
 from zoft.lm.objectives._grading import judges, name_of, raised
-from zoft.lm.objectives._written import Writing
+from zoft.lm.objectives._written import WrittenObjective
 from zoft.lm.objectives.base import Batch
 from zoft.utils import own_files
 from zoft.utils.lazy import Tensor, nn, torch
@@ -26,7 +26,7 @@ Function = Callable[..., Sequence[float]]
 
 
 @dataclass
-class Reward(Writing):
+class Reward(WrittenObjective):
     """Minus the mean reward of generated texts; the reward is any Python function and needs no gradient.
 
     ``function(prompts, generations)`` gets two lists of texts and returns a number for each, also numpy's or torch's;

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoft.errors import UserError, did_you_mean
-from zoft.lm.data.examples import Chat, Completion, Example, Message, Preference, Rated
+from zoft.lm.data.examples import Chat, Completion, Example, Message, PreferencePair, Rated
 from zoft.lm.tasks import _layouts
 from zoft.lm.tasks._custom_formats import Columns, listed
 from zoft.lm.tasks._labels import label_key, spelled
@@ -239,7 +239,7 @@ def chat(row: Row, where: str, columns: Columns) -> Chat:
     return _with_system(turns, _optional(row, "system", columns, where))
 
 
-def preference(row: Row, where: str, columns: Columns, template: Template | None) -> Preference:
+def preference(row: Row, where: str, columns: Columns, template: Template | None) -> PreferencePair:
     """Prompt, chosen and rejected; these are texts behind the prompt, or chats, which may hold it themselves."""
     answers = {role: value_of(row, columns[role], where) for role in ("chosen", "rejected")}
     sides: list[Any]
@@ -250,7 +250,7 @@ def preference(row: Row, where: str, columns: Columns, template: Template | None
         if "prompt" not in columns and template is None and parted:
             prompt, *ends = parted
             sides = [Completion(prompt, as_text(end, "chosen", where, filled=True), where) for end in ends]
-            return Preference(sides[0], sides[1], where)
+            return PreferencePair(sides[0], sides[1], where)
         if "prompt" not in columns and template is None:
             raise UserError(
                 f"{where} has no prompt (its columns: {listed(row)}): name it, 'task.columns={{prompt: COLUMN}}'"
@@ -261,7 +261,7 @@ def preference(row: Row, where: str, columns: Columns, template: Template | None
         ]
     if sides[0] == sides[1]:
         raise UserError(f"{where}: chosen and rejected are the same")
-    return Preference(sides[0], sides[1], where)
+    return PreferencePair(sides[0], sides[1], where)
 
 
 def _chats(answers: Row, row: Row, where: str, columns: Columns, template: Template | None) -> list[Chat]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from zoft.errors import UserError, did_you_mean
 from zoft.lm.data.choosing import choose
-from zoft.lm.data.examples import Completion, Preference
+from zoft.lm.data.examples import Completion, PreferencePair
 from zoft.lm.data.files import ASSET, located, read_placed
 from zoft.lm.tasks import _custom_rows as rows
 from zoft.lm.tasks._custom_formats import FORMATS, Reading, listed, reading
@@ -74,7 +74,7 @@ class _Noting:
         return example
 
     def _note_glued(self, example: Any, where: str) -> None:
-        one = example.chosen if isinstance(example, Preference) else example
+        one = example.chosen if isinstance(example, PreferencePair) else example
         if "glued" in self.noted or not isinstance(one, Completion):
             return
         last, first = one.prompt[-1:], one.completion[:1]

@@ -29,7 +29,7 @@ _THREADING = ("-fopenmp", "-fopenmp-simd")  # the second where there is no OpenM
 _PARALLEL_FROM = 1 << 15  # elements: about 30 us of work, several times what waking the other threads takes
 
 
-class _Stream(ctypes.Structure):
+class _CStream(ctypes.Structure):
     _fields_ = (
         ("low", ctypes.c_uint32),
         ("high", ctypes.c_uint32),
@@ -45,7 +45,7 @@ class CpuKernels(Kernels):
         self.about = about
         self.dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # zoft_perturb's numbers for them
         self._library = library
-        stream, number, pointer, threads = ctypes.POINTER(_Stream), ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+        stream, number, pointer, threads = ctypes.POINTER(_CStream), ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
         library.zoft_words.argtypes = library.zoft_draw.argtypes = [stream, number, number, threads, pointer]
         library.zoft_add.argtypes = [stream, number, number, threads, ctypes.c_float, pointer]
         dtype, num, scales, outs = ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_double), ctypes.POINTER(pointer)
@@ -174,9 +174,9 @@ def _threads(count: int) -> int:
     return torch.get_num_threads() if count >= _PARALLEL_FROM else 1
 
 
-def _native(stream: Stream) -> _Stream:
+def _native(stream: Stream) -> _CStream:
     table = None if stream.table is None else _read(stream.table, torch.float32)
-    return _Stream(stream.low & 0xFFFFFFFF, stream.high & 0xFFFFFFFF, table, stream.factor)
+    return _CStream(stream.low & 0xFFFFFFFF, stream.high & 0xFFFFFFFF, table, stream.factor)
 
 
 def _read(tensor: Tensor, dtype: torch.dtype) -> int:

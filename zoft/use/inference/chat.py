@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from zoft.use.inference.generate import Writing, chat_ids, written
+from zoft.use.inference.generate import WritingSettings, chat_ids, written
 
 if TYPE_CHECKING:
     from zoft.use.inference.load import Loaded
@@ -62,7 +62,7 @@ class Talk:
     """
 
     loaded: Loaded
-    how: Writing
+    how: WritingSettings
     compare: bool = False
     system: str = ""
     width: int = 80

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Writing:
+class WritingSettings:
     """How texts are written.
 
     Args:
@@ -35,7 +35,7 @@ class Writing:
             raise UserError(f"seed must be 0 or more and below 2**32, got {self.seed}")
 
 
-def written(loaded: Loaded, prompts: Sequence[Sequence[int]], how: Writing, model: Any = None) -> list[str]:
+def written(loaded: Loaded, prompts: Sequence[Sequence[int]], how: WritingSettings, model: Any = None) -> list[str]:
     """What the model writes behind prompts.
 
     Args:

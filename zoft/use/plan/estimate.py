@@ -19,7 +19,7 @@ PROBED_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """The estimate of a run's memory and time.
 
     Args:
@@ -47,7 +47,7 @@ class Estimate:
     seconds: float | None = None
 
 
-def estimate(cfg: ZoftConfig, *, probe: bool = False) -> Estimate:
+def estimate(cfg: ZoftConfig, *, probe: bool = False) -> RunEstimate:
     """Estimate a run.
 
     Args:
@@ -69,7 +69,7 @@ def estimate(cfg: ZoftConfig, *, probe: bool = False) -> Estimate:
     return dataclasses.replace(estimated, seconds=seconds_of(cfg, rows)) if probe else estimated
 
 
-def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Estimate:
+def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> RunEstimate:
     """The estimate for encoded rows; no weight is loaded and no step made."""
     from zoft.lm import formats
     from zoft.lm.models.meta import meta_model, quantize_on_meta
@@ -99,7 +99,7 @@ def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Estimate:
     _trainable_of(cfg).apply(wrapped)
     memory = of_method(cfg, wrapped, dataclasses.replace(size, kept_tokens=_kept(wrapped, rows)), host)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return Estimate(
+    return RunEstimate(
         cfg.model.name, num_params, trained, memory, lora, adamw, device, free_mb(device), cfg.budget.queries
     )
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
-    from zoft.use.plan.estimate import Estimate
+    from zoft.use.plan.estimate import RunEstimate
 
 
-def brief(estimate: Estimate) -> str:
+def brief(estimate: RunEstimate) -> str:
     """The estimate in one line, for the beginning of a run."""
     from zoft.report.text import gib
 

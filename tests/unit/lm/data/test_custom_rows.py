@@ -14,7 +14,7 @@ import pytest
 from zoft.config import compose
 from zoft.errors import UserError
 from zoft.lm.data import choosing
-from zoft.lm.data.examples import Chat, Completion, Preference, Rated
+from zoft.lm.data.examples import Chat, Completion, PreferencePair, Rated
 from zoft.lm.tasks import Example
 from zoft.lm.tasks._custom_formats import FORMATS
 from zoft.lm.tasks._layouts import ALPACA
@@ -75,7 +75,7 @@ def plain(example):
         return list(example.messages)
     if isinstance(example, Rated):
         return (example.prompt, example.reward)
-    if isinstance(example, Preference):
+    if isinstance(example, PreferencePair):
         return (plain(example.chosen), plain(example.rejected))
     return (example.prompt, example.options, example.label)
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.models import CAUSAL, tiny_llama
 from tests.runs import WORDS, tiny_tokenizer
-from zoft.lm.models.generate import Answering, _Watch, write
+from zoft.lm.models.generate import Answering, _TokenChoices, write
 from zoft.utils.random_state import prompt_generator
 
 PROMPTS = [[0, 5, 6, 7], [0, 8], [0, 9, 10, 11, 12, 13]]
@@ -55,7 +55,9 @@ def test_samples_follow_the_model(answering):
     logits = 3 * torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(0))
     generators = [prompt_generator(seed, PROMPTS[0]) for seed in range(2000)]
     ids = torch.zeros(len(generators), 1, dtype=torch.int64)
-    chosen = _Watch(ids, [], answering, 2.0, generators).choose(ids, logits.expand(len(generators), -1)).argmax(1)
+    chosen = (
+        _TokenChoices(ids, [], answering, 2.0, generators).choose(ids, logits.expand(len(generators), -1)).argmax(1)
+    )
     drawn = torch.bincount(chosen, minlength=VOCABULARY) / len(generators)
     torch.testing.assert_close(drawn, torch.softmax(logits[0] / 2, -1), rtol=0, atol=0.04)
 

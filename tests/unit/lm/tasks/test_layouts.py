@@ -11,7 +11,7 @@ import pytest
 from tests.runs import model_folder
 from zoft.cli import main
 from zoft.errors import UserError
-from zoft.lm.data.examples import Chat, Completion, Preference, Rated
+from zoft.lm.data.examples import Chat, Completion, PreferencePair, Rated
 from zoft.lm.tasks.custom import Custom
 
 ASK, YO, NO = (
@@ -165,7 +165,7 @@ PAIRS: dict[str, tuple[dict[str, Any], Any]] = {
 def test_fault_7_preferences(tmp_path, caplog, name):
     row, (better, worse) = PAIRS[name]
     made = first(tmp_path, row)
-    assert isinstance(made, Preference)
+    assert isinstance(made, PreferencePair)
     if isinstance(made.chosen, Chat):
         assert isinstance(made.rejected, Chat)
         assert (list(made.chosen.messages), list(made.rejected.messages)) == (better, worse)
