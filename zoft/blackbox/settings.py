@@ -11,7 +11,7 @@ from zoft.blackbox.space import Space
 from zoft.component import Component, components, create
 from zoft.errors import UserError, did_you_mean
 from zoft.estimators.base import Estimator, FiniteDifference
-from zoft.optimizers._optional import trials
+from zoft.optimizers._optional import line_search_of
 from zoft.optimizers.base import Optimizer
 from zoft.step.method import Method
 from zoft.subspaces.base import Subspace
@@ -111,7 +111,7 @@ class MinimizeSettings:
                 f"budget={self.budget} is less than one step costs: estimator={estimator.name()} with num_directions="
                 f"{estimator.num_directions} makes {least} queries a step: raise budget, or take fewer directions"
             )
-        if self.rate is None and trials(method.optimizer):
+        if self.rate is None and line_search_of(method.optimizer):
             raise UserError(f"optimizer={method.optimizer.name()} tries steps of its learning rate: give learning_rate")
         if self.fixes_eps and method.estimator.radius:
             reach = space.num_elements**0.5 if method.subspace.name() == "coordinate" else 1.0

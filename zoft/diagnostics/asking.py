@@ -14,7 +14,7 @@ from zoft.diagnostics.bystander import Bystander
 from zoft.errors import UserError
 from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction, step_seed
-from zoft.optimizers._optional import trials
+from zoft.optimizers._optional import line_search_of
 from zoft.optimizers.base import Term
 from zoft.optimizers.sgd import SGD
 from zoft.step.query import StepQueries
@@ -69,7 +69,7 @@ class Asking:
 
     def __post_init__(self) -> None:
         method = self.queries.method
-        if trials(method.optimizer):
+        if line_search_of(method.optimizer):
             method = replace(method, optimizer=SGD())  # the estimate is wanted, not how far the step goes
         given = {one.name: getattr(self.queries, one.name) for one in fields(StepQueries)}
         examples = list(self.queries.examples(self.batch)) if isinstance(self.estimator, PerExample) else []

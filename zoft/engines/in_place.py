@@ -78,7 +78,7 @@ class _CopySession(Session):
                     self.weights.tensors[name].data.copy_(clean)
 
     def _at(self, saved: dict[str, Tensor], batch: Any, point: Point) -> Tensor:
-        def meet(*what: Any) -> Any:
+        def sync(*what: Any) -> Any:
             self._meets = True
             share = self._lockstep.sync(*what)
             if self._lockstep.is_running:  # the weights are at another point meanwhile
@@ -86,7 +86,7 @@ class _CopySession(Session):
             return share
 
         self._move(saved, point)
-        token = MEET.set(meet)
+        token = MEET.set(sync)
         try:
             return self.evaluate(batch)
         finally:

@@ -28,7 +28,7 @@ _AT_ONCE = 64
 """Requests of one prompt each that are on their way together."""
 
 T = TypeVar("T")
-Asked = TypeVar("Asked", ScoreRequest, WriteRequest)
+Request = TypeVar("Request", ScoreRequest, WriteRequest)
 
 
 @dataclass
@@ -88,10 +88,10 @@ class Server(Elsewhere):
     def backend(self, model: nn.Module, coordinates: BoundSubspace) -> Backend:
         """Adapters of this model are served from now on."""
         del coordinates
-        return _Served(self, model)
+        return _ServedAdapters(self, model)
 
 
-class _Served:
+class _ServedAdapters:
     """Adapters on the server, by the digest of their numbers."""
 
     def __init__(self, engine: Server, model: Any) -> None:
@@ -117,7 +117,7 @@ class _Served:
         """The tokens written, for each and each of its prompts."""
         return self._each(asked, "write texts", self._write)
 
-    def _each(self, asked: Sequence[Asked], what: str, ask: Callable[[str, str, Asked], T]) -> list[T]:
+    def _each(self, asked: Sequence[Request], what: str, ask: Callable[[str, str, Request], T]) -> list[T]:
         """``ask`` of every one with its adapter loaded, as many adapters at a time as there are slots."""
         digests = [digest_of(one.adapter) for one in asked]
         distinct = list(dict.fromkeys(digests))
@@ -130,7 +130,7 @@ class _Served:
         return [answers[number] for number in range(len(asked))]
 
     def _wave(
-        self, asked: dict[int, Asked], digests: dict[int, str], ask: Callable[[str, str, Asked], T]
+        self, asked: dict[int, Request], digests: dict[int, str], ask: Callable[[str, str, Request], T]
     ) -> dict[int, T]:
         """Those whose adapters have room together, all at once."""
         adapters = {digests[number]: one.adapter for number, one in asked.items()}

@@ -133,7 +133,7 @@ class Estimator(Component):
     def directions(self, seed: int, step: int) -> list[Direction]:
         """The names of this step's directions."""
         # a direction is a name: nothing is drawn here
-        return [Direction(seed, step, probe) for probe in range(self.num_directions)]
+        return [Direction(seed, step, index) for index in range(self.num_directions)]
 
     def points(self, directions: list[Direction]) -> list[Point]:
         """Where to query the objective, in the order in which it is cheapest to walk there."""

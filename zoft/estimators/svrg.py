@@ -95,7 +95,7 @@ class SVRG(KeepsAnchor, FiniteDifference):
         return [*here, *(replace(point, anchor=True) for point in here)]
 
     def init(self) -> dict[str, Any]:
-        """The anchor's directions and coefficients: rows of seed, step, probe, coefficient."""
+        """The anchor's directions and coefficients: rows of seed, step, index, coefficient."""
         return {"terms": []}
 
     def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
@@ -111,7 +111,7 @@ class SVRG(KeepsAnchor, FiniteDifference):
             state["terms"] = [[d.seed, d.step, d.index, coefficient] for d, coefficient in terms]
             return terms
         # + G, the anchor's estimate, as its own directions and coefficients
-        return [*terms, *((Direction(seed, step, probe), c) for seed, step, probe, c in state["terms"])]
+        return [*terms, *((Direction(seed, step, index), c) for seed, step, index, c in state["terms"])]
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """The slope at theta, minus the slope at the anchor where that was asked for: [Q]."""

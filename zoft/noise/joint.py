@@ -101,8 +101,8 @@ class Orthogonal(Transformed):
         # z'_j = sum_{i <= j} z_i (R^-1)_ij sqrt(d): R is upper triangular, so later directions have no part
         column = self._columns(direction)[direction.index]
         total = get(replace(direction, index=0)).mul_(column[0])
-        for probe in range(1, direction.index + 1):
-            total.add_(get(replace(direction, index=probe)).mul_(column[probe]))
+        for index in range(1, direction.index + 1):
+            total.add_(get(replace(direction, index=index)).mul_(column[index]))
         return total
 
     def _columns(self, direction: Direction) -> list[list[float]]:
@@ -115,7 +115,7 @@ class Orthogonal(Transformed):
                     f"estimator.across=orthogonal: there are no {self.num_directions} directions at right angles in a "
                     f"space of {dimension} dimensions: lower estimator.num_directions, or take a larger subspace"
                 )
-            gram = self.gram(self.inner, [replace(first, index=probe) for probe in range(self.num_directions)])
+            gram = self.gram(self.inner, [replace(first, index=index) for index in range(self.num_directions)])
             upper, failed = torch.linalg.cholesky_ex(gram.double().cpu(), upper=True)
             # R_jj^2 is what is left of z_j's square without the directions before it
             if failed or float(upper.diagonal().min()) ** 2 < _DEPENDENT * dimension:

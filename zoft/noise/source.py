@@ -1,4 +1,4 @@
-"""Where every random direction comes from: z is a function of (run seed, step, probe, tensor name) and of nothing else.
+"""The sources of random directions: z is a function of run seed, step, direction index and tensor name alone.
 
 The default source is a counter (zoft/noise/counter.py): a 64-bit key names the stream, the same bits come out on every
 device, in any order, for any slice; the global generators are never touched.

@@ -58,7 +58,7 @@ class ReadsFactors:
         raise NotImplementedError
 
 
-def trials(optimizer: Any) -> tuple[float, ...]:
+def line_search_of(optimizer: Any) -> tuple[float, ...]:
     """Multiples of the step at which the objective is asked before it is taken; empty for most rules."""
     # most rules take the step as it is
     return optimizer.line_search if isinstance(optimizer, TriesSteps) else ()

@@ -14,7 +14,7 @@ from zoft.estimators._optional import KeepsAnchor, NeedsBackward
 from zoft.estimators.base import Estimator
 from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction
-from zoft.optimizers._optional import trials
+from zoft.optimizers._optional import line_search_of
 from zoft.optimizers.base import Optimizer
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import torch
@@ -79,12 +79,12 @@ class Method:
 
     def queries_at(self, step: int) -> int:
         """Forward passes of the objective that a step costs: points, a look at the inputs, trials of the step."""
-        queries = self.estimator.queries_at(step) + len(trials(self.optimizer))
+        queries = self.estimator.queries_at(step) + len(line_search_of(self.optimizer))
         # q points and trials, and beside them what the subspace observes: gradients take a forward and a backward pass
         queries += BACKWARD * (self.subspace.observes_at(step) == "gradient")
         # one clean forward serves the look at inputs and the trials; an estimator with a clean point has paid for it
         if not self.estimator.asks_clean_loss:
-            queries += self.subspace.observes_at(step) == "inputs" or bool(trials(self.optimizer))
+            queries += self.subspace.observes_at(step) == "inputs" or bool(line_search_of(self.optimizer))
         return queries
 
     def steps_within(self, queries: int) -> int:
@@ -221,7 +221,7 @@ class Method:
             estimator.across,
             estimator.num_directions,
             per_example=isinstance(estimator, PerExample),
-            mixes=bool(trials(self.optimizer)),
+            mixes=bool(line_search_of(self.optimizer)),
         )
         if estimator.across == "orthogonal":  # known no sooner: the dimension is that of the bound subspace
             self._check_dimension(coordinates.dimension(Direction(0, 0)))
