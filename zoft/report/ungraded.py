@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zoft.lm.objectives._grading import take_ungraded
-from zoft.utils.rows import json_line, whole_lines
+from zoft.utils.rows import append, json_line, whole_lines
 
 NAME = "ungraded.jsonl"
 
@@ -41,10 +41,8 @@ def write(folder: Path, **of: Any) -> int:
     ungraded = take_ungraded()
     if ungraded:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / NAME).open("ab") as file:
-            file.write(
-                b"".join(json_line({**of, "prompt": one.prompt, "text": one.text, "why": one.why}) for one in ungraded)
-            )
+        rows = [json_line({**of, "prompt": one.prompt, "text": one.text, "why": one.why}) for one in ungraded]
+        append(folder / NAME, rows)
     return len(ungraded)
 
 

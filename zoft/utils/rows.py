@@ -82,6 +82,18 @@ class RowFile:
             file.write(line)
 
 
+def append(path: Path, lines: Iterable[bytes]) -> None:
+    """Add rows to a file that an earlier process may have begun; a line that a kill has cut off is dropped first.
+
+    Args:
+        path: the file, made where it is not there; a symbolic link is refused.
+        lines: the rows, each with its newline.
+    """
+    with shared.open_own(path, "a+b") as file:
+        drop_cut_line(file)
+        file.write(b"".join(lines))
+
+
 def drop_cut_line(file: Any) -> list[bytes]:
     """Truncate an open file after its last whole line; returns its whole lines, without the newline.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from zoft.errors import UserError
-from zoft.utils.rows import RowFile, csv_line, drop_cut_line, json_line, whole_lines
+from zoft.utils.rows import RowFile, append, csv_line, drop_cut_line, json_line, whole_lines
 
 
 @pytest.mark.parametrize("cut", range(1, 8))
@@ -40,3 +40,18 @@ def test_a_link_is_not_written_through(tmp_path: Path):
     with pytest.raises(UserError, match="symbolic link"):
         file.add(b"1\n")
     assert (tmp_path / "other").read_text() == "mine\n"
+
+
+def test_rows_follow_behind_a_line_that_was_cut_off(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    append(path, [json_line({"a": 1})])
+    path.write_bytes(path.read_bytes() + b'{"a": 2')
+    append(path, [json_line({"a": 3})])
+    assert whole_lines(path) == [b'{"a": 1}', b'{"a": 3}']
+
+
+def test_no_row_is_appended_through_a_link(tmp_path: Path):
+    (tmp_path / "elsewhere").write_bytes(b"")
+    (tmp_path / "rows").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="link"):
+        append(tmp_path / "rows", [b"1\n"])
