@@ -169,7 +169,7 @@ class Swapper:
         visits = state.running.get(module)
         if visits:
             visit = visits.pop()
-            # the other way round than on the way in: modes close in the order in which they were opened
+            # in the reverse order of entering: the mode was opened before the tensors were swapped
             if visit.lease is not None:
                 self._swap_back(state, visit.swapped, visit.lease, output)
             if visit.mode is not None:
