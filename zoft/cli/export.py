@@ -57,7 +57,7 @@ def command(arguments: list[str]) -> int:
     output = asked.get("output") or str(Path(asked["run"]) / "export")
     name = asked.get("push", "")
     if "--gguf" in flags:
-        from zoft.use.export.gguf_folder import export_gguf
+        from zoft.use.export.gguf_file import export_gguf
 
         folder, what = export_gguf(cfg, asked["run"], output, asked.get("quantize", "f16"), name=name), "gguf"
     else:
