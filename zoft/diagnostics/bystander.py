@@ -85,7 +85,7 @@ def mirrored(coordinates: BoundSubspace, num_directions: int) -> BoundSubspace:
         num_directions: how many directions of that step may be asked for; there may be more than the run has.
     """
     other = copy.copy(coordinates)
-    other._kept, other._kept_elements, other._kept_step = {}, 0, (-1, -1)
+    other.forget_z()
     other.source = _with_more(coordinates.source, num_directions)
     return other
 
@@ -98,7 +98,7 @@ def _with_more(source: NoiseSource, num_directions: int) -> NoiseSource:
     other.inner = _with_more(source.inner, num_directions)
     if isinstance(other, Orthogonal):
         other.num_directions = max(other.num_directions, num_directions)
-        other._kept = None
+        other.columns_of_step = None
     return other
 
 

@@ -37,7 +37,7 @@ class StepPrefix:
         self.state = state
         self.moved = moved
         self._inputs: dict[int, Tensor] = {}  # number of the call -> what went into the lowest block
-        self._kept: dict[int, Tensor] = {}  # number of the call -> what went into the first that moves
+        self._hidden: dict[int, Tensor] = {}  # number of the call -> what went into the first that moves
         self._usable = True
 
     @contextmanager
@@ -69,7 +69,7 @@ class StepPrefix:
                 state["looked"] += 1
                 # what went in at this call's number is compared: an objective may call the model on something else
                 seen = self._inputs.setdefault(call, hidden_states)
-                state["same"] = call in self._kept and _same(seen, hidden_states)
+                state["same"] = call in self._hidden and _same(seen, hidden_states)
             if state["same"]:
                 return hidden_states
             output = forward(hidden_states, *args, **kwargs)
@@ -86,13 +86,13 @@ class StepPrefix:
         # the next call of the model in this forward counts from here
         state["call"], state["looked"], state["same"] = call + 1, call + 1, 0
         if same:
-            return with_hidden_states(self._kept[call], args, kwargs)
+            return with_hidden_states(self._hidden[call], args, kwargs)
         hidden = hidden_states_in(args, kwargs)
         # a moving tensor that was entered below (an embedding) makes the states depend on the point
         exact = looked > call and self._usable and not self.moved()
         # the first query keeps them; the others find them
-        if exact and hidden is not None and call not in self._kept:
-            self._kept[call] = hidden
+        if exact and hidden is not None and call not in self._hidden:
+            self._hidden[call] = hidden
         return None
 
 

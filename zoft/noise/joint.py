@@ -94,7 +94,7 @@ class Orthogonal(Transformed):
         self.num_directions = num_directions
         self.gram = gram
         self.dimension = dimension
-        self._kept: tuple[Direction, list[list[float]]] | None = None
+        self.columns_of_step: tuple[Direction, list[list[float]]] | None = None
 
     def elements(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """The combination of the step's independent directions that is orthogonal to those before it."""
@@ -108,7 +108,7 @@ class Orthogonal(Transformed):
     def _columns(self, direction: Direction) -> list[list[float]]:
         # one factorisation a step, for all of its directions and tensors
         first = replace(direction, index=0, example=None, mix=())
-        if self._kept is None or self._kept[0] != first:
+        if self.columns_of_step is None or self.columns_of_step[0] != first:
             dimension = self.dimension(first)
             if self.num_directions > dimension:
                 raise UserError(
@@ -126,8 +126,8 @@ class Orthogonal(Transformed):
                 )
             # R^-1 sqrt(d): every z'_j has the length sqrt(d), as in the full space
             inverse = torch.linalg.inv(upper) * dimension**0.5
-            self._kept = (first, inverse.T.tolist())
-        return self._kept[1]
+            self.columns_of_step = (first, inverse.T.tolist())
+        return self.columns_of_step[1]
 
 
 class ExampleSigns(Transformed):
@@ -148,7 +148,7 @@ class ExampleSigns(Transformed):
         # columns of a matrix of coordinates; a vector has signs for its elements alone
         self.columns = {name: shape[-1] if len(shape) > 1 else 0 for name, shape in shapes.items()}
         self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        self._kept: dict[tuple[Direction, str], tuple[Tensor, Tensor]] = {}
+        self._sign_cache: dict[tuple[Direction, str], tuple[Tensor, Tensor]] = {}
 
     def elements(self, direction: Direction, name: str, get: Get, where: slice | Tensor) -> Tensor:
         """z with the example's signs."""
@@ -167,17 +167,17 @@ class ExampleSigns(Transformed):
 
     def _signs(self, direction: Direction, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         # signs of a step are kept, for they are asked for by every piece of every point
-        if self._kept and next(iter(self._kept))[0].step != direction.step:
-            self._kept.clear()
-        if (direction, name) not in self._kept:
+        if self._sign_cache and next(iter(self._sign_cache))[0].step != direction.step:
+            self._sign_cache.clear()
+        if (direction, name) not in self._sign_cache:
             columns = self.columns[name]
             counts = (self.sizes[name] // columns, columns) if columns else (self.sizes[name], 1)
             left, right = (
                 sample("rademacher", key_of(direction, name, role=f"flipout.{side}.{direction.example}"), 0, n, device)
                 for side, n in zip("rs", counts, strict=True)
             )
-            self._kept[direction, name] = (left, right)
-        return self._kept[direction, name]
+            self._sign_cache[direction, name] = (left, right)
+        return self._sign_cache[direction, name]
 
 
 class StateShaped(Transformed):

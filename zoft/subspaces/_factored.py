@@ -376,7 +376,7 @@ class BoundFactored(BoundSubspace):
 
     def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of z, flat; the caller may overwrite them."""
-        known = self._kept.get((direction, name))
+        known = self.z_cache.get((direction, name))
         if known is not None:
             return known.view(-1)[start:stop].clone()
         z = torch.empty(stop - start, dtype=torch.float32, device=self.weights.tensors[name].device)

@@ -124,9 +124,9 @@ class BoundSubspace:
         self.source = source
         # few weights: a direction is drawn once a step and kept; many: drawn where it is needed, never held as a whole
         self.keeps = weights.num_elements <= _KEEP_MODELS
-        self._kept: dict[tuple[Direction, str], Tensor] = {}
-        self._kept_elements = 0
-        self._kept_step = (-1, -1)
+        self.z_cache: dict[tuple[Direction, str], Tensor] = {}
+        self._cached_elements = 0
+        self._cached_step = (-1, -1)
         self.backprop_names: frozenset[str] = frozenset()  # trained by other means: no direction moves them
 
     # ---- a step begins -----------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class BoundSubspace:
 
     def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Coordinates [start, stop) of one direction, flat, float32; the caller may overwrite the result."""
-        z = self._kept.get((direction, name))
+        z = self.z_cache.get((direction, name))
         if z is not None:
             # a copy: the caller may overwrite it, and the next query wants it as it was
             return z.view(-1)[start:stop].clone()
@@ -312,18 +312,22 @@ class BoundSubspace:
     def z(self, direction: Direction, name: str) -> Tensor:
         """The direction for tensor ``name``, in the tensor's shape; read-only (it may be kept for the step)."""
         # a new step (or another seed) draws anew: what was kept of the last one goes
-        if self._kept_step != (direction.seed, direction.step):
-            self._kept, self._kept_elements = {}, 0
-            self._kept_step = (direction.seed, direction.step)
-        known = self._kept.get((direction, name))
+        if self._cached_step != (direction.seed, direction.step):
+            self.forget_z()
+            self._cached_step = (direction.seed, direction.step)
+        known = self.z_cache.get((direction, name))
         if known is not None:
             return known
         z = self._make_z(direction, name)
         # kept up to a bound over all directions of the step; what does not fit is drawn again
-        if self.keeps and self._kept_elements + z.numel() <= _KEEP:
-            self._kept[direction, name] = z
-            self._kept_elements += z.numel()
+        if self.keeps and self._cached_elements + z.numel() <= _KEEP:
+            self.z_cache[direction, name] = z
+            self._cached_elements += z.numel()
         return z
+
+    def forget_z(self) -> None:
+        """Empty the cache of :meth:`z`."""
+        self.z_cache, self._cached_elements = {}, 0
 
     def _make_z(self, direction: Direction, name: str) -> Tensor:
         tensor = self.weights.tensors[name]

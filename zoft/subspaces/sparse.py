@@ -116,13 +116,12 @@ class BoundSparse(ObservesGradients, BoundSubspace):
     # ---- the mask ----------------------------------------------------------------------------------------------------
 
     def begin(self, direction: Direction) -> None:
-        # of clean weights: during a query the smallest would be others
-        """By magnitude: chosen anew, of the clean weights, in the first step of every interval."""
+        """By magnitude: chosen anew in the first step of every interval, of the clean weights (a query's would be others)."""
         if self.sparse.choose == "magnitude" and self._mask_interval != self._interval(direction):
             self._mask_interval = self._interval(direction)
             self._masks = {n: self._make_mask(direction, n) for n in self.weights.tensors if self._is_masked(n)}
             # z of the old mask is of no use
-            self._kept, self._kept_elements = {}, 0
+            self.forget_z()
 
     def _share_all(self) -> None:
         """One s for all tensors."""
@@ -152,7 +151,8 @@ class BoundSparse(ObservesGradients, BoundSubspace):
                 squares, places = self._scores[name]
                 moves[places[squares >= smallest_kept.to(squares.device)]] = True
             self._masks[name] = Mask.of(moves)
-        self._scores, self._mask_interval, self._kept, self._kept_elements = {}, (), {}, 0
+        self._scores, self._mask_interval = {}, ()
+        self.forget_z()
         self._share_all()
 
     @property
@@ -337,7 +337,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
 
     def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of z: flat, float32, the caller's own."""
-        z = self._kept.get((direction, name))
+        z = self.z_cache.get((direction, name))
         if z is not None:
             return z.view(-1)[start:stop].clone()
         drawn = self.draw(direction, name, start, stop)

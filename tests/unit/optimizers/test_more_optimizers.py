@@ -58,7 +58,7 @@ class OnQuadratic:
 
     def z(self, step, probe=0):
         """A direction as it is now, drawn anew."""
-        self.coordinates._kept.clear()
+        self.coordinates.z_cache.clear()
         return self.coordinates.z(Direction(0, step, probe), "theta").clone()
 
 
@@ -213,7 +213,7 @@ def test_the_momentum_is_the_running_mean_of_the_estimates_and_the_step_is_the_e
         before = one.model.theta.detach().clone()
         one.step()
         found = (before - one.model.theta.detach()) / 1e-2
-        drawn = torch.stack([one.coordinates._kept[Direction(0, step, j), "theta"] for j in range(2)])
+        drawn = torch.stack([one.coordinates.z_cache[Direction(0, step, j), "theta"] for j in range(2)])
         wanted = (one.asked.projected_grads[:, None] * drawn).mean(0)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
         mean = 0.8 * mean + 0.2 * wanted
@@ -256,7 +256,7 @@ def test_adamu_divides_by_the_mean_square_of_its_directions():
     for step in range(6):
         before = one.model.theta.detach().clone()
         one.step()
-        drawn = torch.stack([one.coordinates._kept[Direction(0, step, j), "theta"] for j in range(2)])
+        drawn = torch.stack([one.coordinates.z_cache[Direction(0, step, j), "theta"] for j in range(2)])
         gradient = (one.asked.projected_grads[:, None] * drawn).mean(0)
         mean, squares = 0.5 * mean + 0.5 * gradient, 0.8 * squares + 0.2 * drawn.square().mean(0)
         wanted = before - 1e-2 * gradient / (squares.sqrt() + 1e-8)

@@ -164,7 +164,7 @@ def test_what_does_not_move_is_not_drawn_nor_kept(keeps, monkeypatch):
         coordinates.perturb(direction, name, 0, [1.0], [torch.empty(tensor.numel())])
     moved = {"layers.2.weight", "layers.2.bias"}
     assert {value for args in drawn for value in args if isinstance(value, str)} == moved
-    assert {name for _, name in coordinates._kept} == (moved if keeps else set())
+    assert {name for _, name in coordinates.z_cache} == (moved if keeps else set())
 
 
 def test_a_weight_that_does_not_move_is_handed_over_to_the_bit():

@@ -77,7 +77,7 @@ def test_kept_directions_are_the_drawn_ones(law, monkeypatch):
             assert first.shape == tensor.shape
             assert torch.equal(first, never.z(direction, name))
             assert torch.equal(kept.draw(direction, name, 0, tensor.numel()), first.view(-1))
-    assert not never._kept
+    assert not never.z_cache
 
 
 def test_overwriting_a_draw_does_not_reach_what_is_kept():
@@ -94,9 +94,9 @@ def test_what_is_kept_is_bounded_and_dropped_with_the_step(monkeypatch):
     for direction, _ in TERMS:
         for name in coords.weights.tensors:
             coords.z(direction, name)
-    assert 0 < sum(z.numel() for z in coords._kept.values()) <= 100
+    assert 0 < sum(z.numel() for z in coords.z_cache.values()) <= 100
     coords.z(Direction(0, 1), "b")
-    assert list(coords._kept) == [(Direction(0, 1), "b")]
+    assert list(coords.z_cache) == [(Direction(0, 1), "b")]
 
 
 def test_directions_of_the_same_step_of_another_seed_are_not_confused():
