@@ -43,8 +43,8 @@ class PerExample(FiniteDifference):
         return 2 * self.num_directions
 
     def points(self, directions: list[Direction]) -> list[Point]:
-        # the engine puts the example's number on the direction: these are the names without one
         """+eps and -eps along each direction; every example goes along its own version of it."""
+        # the engine puts the example's number on the direction: these are the names without one
         return [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]
 
     def projected_grads(self, losses: Tensor) -> Tensor:

@@ -154,8 +154,8 @@ def power_step(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def _first_basis(name: str, like: Tensor) -> Tensor:
-    # a stream by the tensor's name alone: V begins the same in every run
     """Orthonormal columns, from a stream of this tensor's own."""
+    # a stream by the tensor's name alone: V begins the same in every run
     drawn = sample("gaussian", key_of(Direction(0, 0), name, role="muon.V"), 0, like.numel(), like.device)
     return torch.linalg.qr(drawn.view(like.shape)).Q
 

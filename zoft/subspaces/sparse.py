@@ -116,7 +116,8 @@ class BoundSparse(ObservesGradients, BoundSubspace):
     # ---- the mask ----------------------------------------------------------------------------------------------------
 
     def begin(self, direction: Direction) -> None:
-        """By magnitude: chosen anew in the first step of every interval, of the clean weights (a query's would be others)."""
+        """By magnitude: chosen anew, of the clean weights, in the first step of every interval."""
+        # during a query the smallest would be others
         if self.sparse.choose == "magnitude" and self._mask_interval != self._interval(direction):
             self._mask_interval = self._interval(direction)
             self._masks = {n: self._make_mask(direction, n) for n in self.weights.tensors if self._is_masked(n)}
@@ -142,8 +143,8 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         self._scores[name] = squares.topk(min(self._num_kept, len(squares)))
 
     def scored(self) -> None:
-        # one threshold over all tensors: the largest squares may lie in a few of them
         """The largest squares of all tensors make the masks."""
+        # one threshold over all tensors: the largest squares may lie in a few of them
         smallest_kept = torch.cat([squares.cpu() for squares, _ in self._scores.values()]).topk(self._num_kept)[0][-1]
         for name, tensor in self.weights.tensors.items():
             moves = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
