@@ -3,6 +3,7 @@
     python scripts/bench_nodes.py learn sms rt trec --method zoft --seeds 0 1 2 --marks 30 60
     python scripts/bench_nodes.py learn sms --method mezo --rate 1e-3 --marks 60 240
     python scripts/bench_nodes.py learn stories --marks 30 60          # completions: word problems and their answers
+    python scripts/bench_nodes.py learn preferences rewards            # right or wrong answers; short answers
     python scripts/bench_nodes.py cosine sms trec rt                   # the identity beside backpropagation
     python scripts/bench_nodes.py cost
     python scripts/bench_nodes.py memory
@@ -57,8 +58,13 @@ TASKS = {
 }
 
 
-def stories() -> list[str]:
-    """Arguments of a completion task like GSM8K's rows: 456 word problems of one sum, made here, and their answers."""
+def problems(form: str) -> list[str]:
+    """Arguments of a task of 456 word problems of one sum, made here, like GSM8K's rows.
+
+    Args:
+        form: completion (the written answer), preference (it, and one with a wrong result), or reward (a judge of what
+            the model writes: 1 less a twentieth for each word, so that short answers are good ones).
+    """
     draw = random.Random(0)  # the same rows for every method and seed
     things, names = ["apples", "books", "coins", "stamps", "pens", "cards"], ["Tom", "Mia", "Ben", "Ada", "Leo", "Eva"]
     verbs = {"buys": 1, "finds": 1, "loses": -1, "gives away": -1}
@@ -69,10 +75,26 @@ def stories() -> list[str]:
         sign, result = "+" if verbs[verb] > 0 else "-", first + verbs[verb] * second
         question = f"{name} has {first} {thing} and {verb} {second}. How many {thing} does {name} have now?"
         answer = f" {first} {sign} {second} = {result}. The answer is {result}."
-        rows.append({"prompt": f"Question: {question}\nAnswer:", "completion": answer})
-    file = Path(tempfile.mkdtemp(prefix="bench_nodes_")) / "stories.jsonl"
+        row = {"prompt": f"Question: {question}\nAnswer:"}
+        if form == "completion":
+            row["completion"] = answer
+        elif form == "preference":
+            wrong = result + (second % 9 + 1)
+            row |= {"chosen": answer, "rejected": f" {first} {sign} {second} = {wrong}. The answer is {wrong}."}
+        rows.append(row)
+    folder = Path(tempfile.mkdtemp(prefix="bench_nodes_"))
+    file = folder / "problems.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["task=custom", f"task.train={file}", "task.format=completion", "task.max_length=64", "task.num_test=100"]
+    words = ["task=custom", f"task.train={file}", f"task.format={form}", "task.max_length=64", "task.num_test=100"]
+    if form == "reward":
+        judge = folder / "judge.py"
+        judge.write_text("def short(prompts, texts):\n    return [1 - len(text.split()) / 20 for text in texts]\n")
+        words += ["objective=reward", f"objective.function={judge}:short", "objective.max_new_tokens=16"]
+    return words
+
+
+OWN = {"stories": "completion", "preferences": "preference", "rewards": "reward"}
+"""Tasks made here -> their form."""
 
 
 class AtMarks(TrainerCallback):
@@ -124,7 +146,7 @@ def trainer_of(words: list[str], model: Any = None) -> tuple[Any, dict[str, list
 def learn(options: argparse.Namespace) -> None:
     """Train on each task and seed, and print what was reached at each mark."""
     for task in options.tasks:
-        of_task = stories() if task == "stories" else TASKS[task]
+        of_task = problems(OWN[task]) if task in OWN else TASKS[task]
         prefix: Any = None  # hidden states below what is trained, of this task's rows, which no seed changes
         for seed in options.seeds:
             words = [*of_task, f"method={options.method}", f"seed={seed}", f"budget.queries={max(options.marks)}"]
@@ -265,7 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
     one = verbs.add_parser("learn")
-    one.add_argument("tasks", nargs="+", choices=[*TASKS, "stories"])
+    one.add_argument("tasks", nargs="+", choices=[*TASKS, *OWN])
     one.add_argument("--method", default="zoft")
     one.add_argument("--rate", help="learning rate; the method's own if left out")
     one.add_argument("--seeds", type=int, nargs="+", default=[0])
