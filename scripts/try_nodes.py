@@ -83,22 +83,22 @@ def share_prefix(made: Any, rows: dict[str, list[Any]], task: str) -> None:
 
 
 class ByExample(NodeQueries):
-    """A response R(x) = sum_f phi_f(x) R_f, with phi(x) 1 and the `rank` main coordinates of the first layer's input.
+    """A response R(x) = sum_f phi_f(x) R_f, with phi(x) 1 and `coordinates` main components of the first layer's input.
 
     R_f is the ridge regression of ds v^T on phi over all probes so far, which is a Kalman filter of a state that stands
-    still; with `forget` below 1, of one that drifts. rank=0 with forget=1 is the mean, with forget below 1 an
+    still; with `forget` below 1, of one that drifts. coordinates=0 with forget=1 is the mean, with forget below 1 an
     exponential mean.
     """
 
-    rank, forget, ridge = 0, 1.0, 32.0
+    coordinates, forget, ridge = 0, 1.0, 32.0
 
     def _phi(self, part: Any) -> Tensor:
         x = next(iter(part.seen.values()))
         if not hasattr(self, "axes"):
             self.center = x.mean(0)
-            self.axes = torch.linalg.svd(x - self.center, full_matrices=False).Vh[: self.rank]
+            self.axes = torch.linalg.svd(x - self.center, full_matrices=False).Vh[: self.coordinates]
             self.spread = ((x - self.center) @ self.axes.T).square().mean(0).sqrt().clamp_min(1e-6)
-            self.gram, self.sums = torch.zeros(self.rank + 1, self.rank + 1), dict[str, Tensor]()
+            self.gram, self.sums = torch.zeros(self.coordinates + 1, self.coordinates + 1), dict[str, Tensor]()
         return torch.cat((torch.ones(len(x), 1), (x - self.center) @ self.axes.T / self.spread), 1)
 
     def _learn(self, parts: Any, direction: Any, probes: int, eps: float, total: int) -> None:
@@ -113,7 +113,7 @@ class ByExample(NodeQueries):
                 self.sums[key] = self.sums[key] + seen if key in self.sums else seen
 
     def _answer(self, parts: Any) -> None:
-        lam = self.ridge * torch.eye(self.rank + 1)
+        lam = self.ridge * torch.eye(self.coordinates + 1)
         lam[0, 0] = 0  # the mean is not shrunk
         for part in parts:
             weights = torch.linalg.solve(self.gram + lam, self._phi(part).T).T  # [P, f]
@@ -125,9 +125,9 @@ class ByExample(NodeQueries):
 def response(options: argparse.Namespace) -> None:
     """A probe in every step: the mean, exponential means, and responses that depend on the example."""
     for task in options.tasks:
-        for rank, forget in ((0, 1.0), (0, 0.97), (0, 0.9), (2, 1.0), (4, 1.0), (4, 0.97)):
-            print(f"{task}: rank {rank}, forget {forget}", flush=True)
-            kind = type("_", (ByExample,), {"rank": rank, "forget": forget})
+        for count, forget in ((0, 1.0), (0, 0.97), (0, 0.9), (2, 1.0), (4, 1.0), (4, 0.97)):
+            print(f"{task}: coordinates {count}, forget {forget}", flush=True)
+            kind = type("_", (ByExample,), {"coordinates": count, "forget": forget})
             trained(task, [*LEARNT, "estimator.every=1", "estimator.feedback=scores"], options, kind)
 
 
@@ -213,14 +213,14 @@ def whiten(options: argparse.Namespace) -> None:
                 continue
             tried: dict[float, list[float]] = {}
             left = list(options.rates)
-            while left:  # beyond the largest or smallest rate while it is the best, three times at most
+            while left:  # one beyond the largest or smallest rate where it is the best
                 rate = left.pop(0)
                 tried[rate] = Walk(made, rows, start, rule, rate, options.seeds[0]).run(options.marks)
                 print(f"    {task}, {rule.name}, rate {rate:g}: {shown(tried[rate])}", flush=True)
-                at_best = min(tried, key=lambda one: min(tried[one]))
-                if not left and len(tried) < len(options.rates) + 3 and at_best in (min(tried), max(tried)):
+                at_best = min(tried, key=lambda one: tried[one][-1])
+                if not left and len(tried) < len(options.rates) + 1 and at_best in (min(tried), max(tried)):
                     left.append(at_best * 4 if at_best == max(tried) else at_best / 4)
-            best = min(tried, key=lambda rate: min(tried[rate]))
+            best = min(tried, key=lambda rate: tried[rate][-1])
             print(f"{task}: {rule.name}, rate {best:g}, seed {options.seeds[0]}: {shown(tried[best])}", flush=True)
             for seed in options.seeds[1:]:
                 print(
@@ -372,7 +372,7 @@ def main() -> None:
         one.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
         one.add_argument("--marks", type=int, nargs="+", default=marks, help="numbers of queries")
         one.add_argument("--only", default="", help="of whiten: rules with this in their name")
-        one.add_argument("--rates", type=float, nargs="+", default=[2.5e-4, 1e-3, 4e-3], help="of whiten")
+        one.add_argument("--rates", type=float, nargs="+", default=[1e-3, 4e-3, 1.6e-2], help="of whiten")
         one.set_defaults(run=run)
     options = parser.parse_args()
     options.run(options)

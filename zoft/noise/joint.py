@@ -156,14 +156,16 @@ class ExampleSigns(Transformed):
         z = get(replace(direction, example=None))
         if direction.example is None:
             return z
-        # flat places, of which row and column give the signs: i = row n + column
-        places = torch.arange(where.start, where.stop, device=z.device) if isinstance(where, slice) else where
         left, right = self._signs(direction, name, z.device)
-        if not self.columns[name]:
-            return z.mul_(left[places])
         n = self.columns[name]
-        # z_i = z o (r_i s_i^T)
-        return z.mul_(left[places // n]).mul_(right[places % n])
+        if not n:
+            return z.mul_(left[where])
+        # z_i = z o (r_i s_i^T), at the flat places i = row n + column
+        if isinstance(where, slice):
+            first = where.start // n  # whole rows of signs, of which the piece may begin and end inside one
+            rows = left[first : -(-where.stop // n)].unsqueeze(1) * right
+            return z.mul_(rows.flatten()[where.start - first * n : where.stop - first * n])
+        return z.mul_(left[where // n]).mul_(right[where % n])
 
     def _signs(self, direction: Direction, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         # signs of a step are kept, for they are asked for by every piece of every point
