@@ -1,4 +1,4 @@
-"""What goes with a base of few bits: one sentence for each pair that does not, before anything is loaded."""
+"""Refusals of parts that a base of few bits cannot be combined with, before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an estimate stands to the true gradient: its cosine, its length, and theirs by chance."""
+"""An estimate compared with the true gradient: cosine and length, and what both would be by chance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of its options each row gets: many rows in a forward, and the decision that one at a time would have given."""
+"""The option chosen for each row: many rows in a forward, with the decisions of one row at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How directions hang together: antithetic and orthogonal ones, sums, one for each example, and shaped by a state.
+"""Laws across directions: antithetic and orthogonal ones, sums, one for each example, and shaped by a state.
 
 Each is a source of noise around another one. They work on coordinates, so they serve every subspace alike.
 """

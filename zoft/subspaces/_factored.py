@@ -1,4 +1,4 @@
-"""What subspaces of matrices share: along a direction a matrix moves by Z = s L C R^T, and C are its coordinates."""
+"""The base of subspaces of matrices: along a direction a matrix moves by Z = s L C R^T, and C are its coordinates."""
 
 from __future__ import annotations
 

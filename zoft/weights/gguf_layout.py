@@ -1,4 +1,4 @@
-"""Where GGUF lays numbers of a weight otherwise than transformers."""
+"""Weights whose numbers GGUF stores in another order than transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model and its tokenizer both have a value there is one: special tokens, sizes, classes; else a sentence."""
+"""A model and its tokenizer brought to agree on special tokens, sizes and classes; what cannot agree is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of a model's folder may say: looked at before transformers builds anything by them."""
+"""Checks of the files of a model's folder, before transformers builds anything from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which labels are one: numbers and blanks by one rule, whatever kind of file they stand in."""
+"""Which spellings are the same label: one rule for numbers and blanks, whatever kind of file they stand in."""
 
 from __future__ import annotations
 
