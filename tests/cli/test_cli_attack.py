@@ -34,6 +34,15 @@ def test_digits_to_a_folder(tmp_path: Path, capsys):
     assert "holds another attack" in capsys.readouterr().err
 
 
+def test_few_images_have_no_interval_and_the_folder_is_a_line_of_its_own(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["attack", "data=digits", "images=3", "budget=100", f"output_dir={tmp_path / 'a'}"]) == 0
+    told = capsys.readouterr().out
+    assert "(too few images for an interval)" in " ".join(told.split())
+    assert told.splitlines()[-1].startswith("results: ") or told.splitlines()[-2] == "results:"
+    assert all(len(line) <= 80 for line in told.splitlines() if str(tmp_path) not in line)
+
+
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory) -> Path:
     """A tiny image classifier that looks at brightness, with a bright picture."""

@@ -102,6 +102,7 @@ ARGUMENTS = [
     ("estimator=centrall", "Did you mean central?"),
     ("method=mezzo", "Did you mean mezo"),
     ("model=opt125m", "Did you mean opt_125m"),
+    ("model=me/mine", "One of the hub or a folder is model.name=me/mine."),
     ("task=sst_2", "Did you mean sst2"),
     ("peft=lore", "Did you mean lora?"),
     ("tracker=wandbb", "Did you mean wandb"),
@@ -356,3 +357,25 @@ def test_interruption_and_failure_have_their_codes(monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(sys.modules, "zoft.run.train", module)
         assert main(["train", "config=smoke"]) == code
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("wrong", [PermissionError(13, "Permission denied", "a/b.csv"), "predictions"])
+def test_a_path_that_may_not_be_written_is_one_sentence_for_every_verb(wrong: object, monkeypatch, capsys, tmp_path):
+    """Also where a verb has not looked before: here the file's folder is not there when it is written."""
+    from zoft.cli import version
+    from zoft.utils.files import write_atomically
+
+    def command(arguments: list[str]) -> int:
+        if isinstance(wrong, OSError):
+            raise wrong
+        write_atomically(tmp_path / "nowhere" / "rows.csv", "a")
+        return 0
+
+    monkeypatch.setattr(version, "command", command)
+    assert main(["version"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    named = (
+        "a/b.csv: Permission denied" if isinstance(wrong, OSError) else "nowhere/rows.csv: No such file or directory"
+    )
+    assert f"{named}: name a path that you may read and write" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -14,6 +15,7 @@ from zoft.cli.verbs import VERBS
 SUCCESS, RUN_FAILED, BAD_INPUT, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes."""
 
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 _ASK_FOR_ANOTHER_START = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -92,10 +94,18 @@ def _ended(arguments: list[str]) -> int:
     except Exception as error:
         from zoft.errors import NonFiniteLossError, UserError
 
-        if os.environ.get("ZOFT_TRACEBACK") or not isinstance(error, UserError | NonFiniteLossError):
+        closed = _of_a_path(error)
+        if os.environ.get("ZOFT_TRACEBACK") or not (closed or isinstance(error, UserError | NonFiniteLossError)):
             raise
-        _complain(f"error: {error}")
-        return BAD_INPUT if isinstance(error, UserError) else RUN_FAILED
+        _complain(f"error: {closed or error}")
+        return RUN_FAILED if isinstance(error, NonFiniteLossError) else BAD_INPUT
+
+
+def _of_a_path(error: Exception) -> str | None:
+    """What to say of a file or folder that cannot be read or written, whichever verb met it; None of other errors."""
+    if not isinstance(error, OSError) or error.errno not in _CLOSED or error.filename is None:
+        return None
+    return f"{error.filename}: {error.strerror}: name a path that you may read and write"
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -26,7 +26,8 @@ def command(arguments: list[str]) -> int:
     if words.flags:
         print(json.dumps(results, ensure_ascii=False))
     else:
-        print(fitted("\n".join([*lines(results), f"results: {settings.output_dir}"])))
+        for line in [*lines(results), f"results: {settings.output_dir}"]:  # each by itself: one is no part of the next
+            print(fitted(line))
     return 0
 
 
@@ -53,12 +54,11 @@ def lines(results: dict[str, Any]) -> list[str]:
         f"(95 % interval {low:.1f} to {high:.1f})"
     )
     if summary["num_flipped"]:
-        low, high = ("beyond the budget" if end is None else f"{end:g}" for end in summary["median_interval"])
-        middle = summary["median_queries"]
-        head.append(
-            f"queries: median {summary['median_queries_flipped']:g} of those flipped; of all, "
-            + (f"{middle:g} (95 % interval {low} to {high})" if middle is not None else "beyond the budget")
-        )
+        (low, high), middle = summary["median_interval"], summary["median_queries"]
+        of_all = "beyond the budget" if middle is None else f"{middle:g} (too few images for an interval)"
+        if middle is not None and low is not None:
+            of_all = f"{middle:g} (95 % interval {low:g} to {'beyond the budget' if high is None else f'{high:g}'})"
+        head.append(f"queries: median {summary['median_queries_flipped']:g} of those flipped; of all, {of_all}")
     return head
 
 

@@ -132,8 +132,9 @@ def run_cell(cfg: ZoftConfig) -> dict[str, Any]:
         cfg: the cell.
     """
     from zoft.run.train import run
+    from zoft.use.plan.opening import of_run
 
-    return dict(run(cfg, shared=_shared()) or {})
+    return dict(run(cfg, opening=of_run, shared=_shared()) or {})
 
 
 @lru_cache

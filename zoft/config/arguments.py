@@ -168,6 +168,8 @@ def _choice(override: Override, experiments: Experiments) -> list[str]:
             meant = f"config={text}/config.yaml" if (Path(text) / "config.yaml").is_file() else f"model.name={text}"
             raise UserError(f"{text!r} is a folder, not an argument: write key=value, e.g. {meant}")
         hint = f" Did you mean {' or '.join(homes)}?" if homes else did_you_mean(value, known)
+        if group == "model" and "/" in value:
+            hint = f" One of the hub or a folder is model.name={value}."
         raise UserError(f"there is no {group} called {value!r}.{hint}")
     # An argument's method comes after the experiment: it takes the second slot, and empties the first.
     return ["~method", f"{METHOD_SLOT}={value}"] if group == "method" else [f"{group}={value}"]

@@ -98,7 +98,7 @@ def why_not(cfg: DictConfig) -> str | None:
         return f"peft={peft} trains inputs of layers and not layers"
     first = _first_step(cfg)
     if first is not None and cfg.budget.queries < first:
-        return f"their first step alone costs {first} queries, of {cfg.budget.queries}"
+        return f"node directions may need {first} queries for their first step, and budget.queries={cfg.budget.queries}"
     objective = _objective(cfg)
     if objective is not None and not objective.feedbacks:
         return f"objective={objective.name()} is one number for all that the model says"

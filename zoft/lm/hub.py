@@ -57,16 +57,18 @@ def not_waited_for() -> Iterator[None]:
         return
     import huggingface_hub
 
-    # datasets has copied the switch
-    holders: list[Any] = [huggingface_hub.constants, *filter(None, [sys.modules.get("datasets.config")])]
-    before = [holder.HF_HUB_OFFLINE for holder in holders]
+    # datasets has copied the switch, and evaluate has one of its own
+    copies = {"datasets.config": "HF_HUB_OFFLINE", "evaluate.config": "HF_EVALUATE_OFFLINE"}
+    holders: list[Any] = [(huggingface_hub.constants, "HF_HUB_OFFLINE")]
+    holders += [(sys.modules[name], switch) for name, switch in copies.items() if name in sys.modules]
+    before = [getattr(holder, switch) for holder, switch in holders]
     try:
-        for holder in holders:
-            holder.HF_HUB_OFFLINE = True
+        for holder, switch in holders:
+            setattr(holder, switch, True)
         yield
     finally:
-        for holder, value in zip(holders, before, strict=True):
-            holder.HF_HUB_OFFLINE = value
+        for (holder, switch), value in zip(holders, before, strict=True):
+            setattr(holder, switch, value)
 
 
 def has_cached(model: str) -> bool:

@@ -1,4 +1,4 @@
-"""One warning for a run that is ruined, stays at chance, or moves no weight: what happened and what to try."""
+"""One warning for a run that is ruined, flat, at chance, or moves no weight: what happened and what to try."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ log = logging.getLogger(__name__)
 RUINED_FACTOR, RUINED_NATS = 3.0, 10.0
 """A loss is ruined where it is this many times the first one and this much above it, in nats."""
 
+SKIPPED_SHARE, FEWEST_SKIPPED = 0.5, 3
+"""A run is ruined too where this share of its steps, and so many of them, had a loss that was no finite number."""
+
+ROUNDING = 4 * 2**-23
+"""Of a loss: points whose losses differ by no more (four units in the last place of float32) show no slope."""
+
 CHANCE_SHARE = 0.25
 """Share of the budget after which an accuracy at chance level is said."""
 
@@ -26,13 +32,18 @@ class HealthCallback(TrainerCallback):
         chance: accuracy of a guess; None where the metric is another one.
         num_rows: rows that the accuracy on the way is measured on.
         asks_directions: whether a step asks for directions or makes probes, of which more would help.
+        eps: radius of the directions; None where there is none.
     """
 
-    def __init__(self, chance: float | None, num_rows: int, *, asks_directions: bool = True) -> None:
+    def __init__(
+        self, chance: float | None, num_rows: int, *, asks_directions: bool = True, eps: float | None = None
+    ) -> None:
         self.chance = chance
         self.num_rows = num_rows
+        self.eps = eps
         self.more = "more estimator.num_directions, " if asks_directions else ""
         self.first: float | None = None
+        self.sees_slopes = False
         self.warned: set[str] = set()
 
     def on_log(
@@ -49,22 +60,41 @@ class HealthCallback(TrainerCallback):
         loss = logs.get("loss")
         if isinstance(loss, int | float) and math.isfinite(loss):
             self._loss(float(loss), args.learning_rate)
+        skipped = logs.get("num_skipped_steps", 0)
+        if skipped >= max(FEWEST_SKIPPED, SKIPPED_SHARE * state.global_step):
+            self._ruined(f"the loss was no finite number in {skipped} of {state.global_step} steps", args.learning_rate)
+        slope = logs.get("projected_grad")
+        if slope is not None and self.eps and isinstance(loss, int | float):
+            self.sees_slopes |= not 2 * self.eps * abs(slope) <= ROUNDING * abs(loss)  # NaN is another matter
+        if slope is not None and self.eps and not self.sees_slopes and self._is_late(state):
+            self._warn(
+                "flat",
+                f"the losses of a step's points differ by rounding alone: estimator.eps={self.eps:g} is too small for "
+                f"what they resolve, and nothing is learnt; try estimator.eps={10 * self.eps:.3g}, or =auto",
+            )
         accuracy = logs.get("eval_accuracy")
-        if accuracy is not None and state.max_steps and state.global_step >= CHANCE_SHARE * state.max_steps:
+        if accuracy is not None and self._is_late(state):
             self._accuracy(float(accuracy), args.learning_rate)
+
+    @staticmethod
+    def _is_late(state: TrainerState) -> bool:
+        return bool(state.max_steps) and state.global_step >= CHANCE_SHARE * state.max_steps
 
     def _loss(self, loss: float, rate: float) -> None:
         if self.first is None:
             self.first = loss
         elif loss > RUINED_FACTOR * abs(self.first) + RUINED_NATS:
-            self._warn(
-                "ruined",
-                f"the loss went from {self.first:.4g} to {loss:.4g}: the run is ruined, its steps are too long; begin "
-                f"again with a tenth of the learning rate, optimizer.learning_rate={rate / 10:.3g}",
-            )
+            self._ruined(f"the loss went from {self.first:.4g} to {loss:.4g}", rate)
+
+    def _ruined(self, what: str, rate: float) -> None:
+        self._warn(
+            "ruined",
+            f"{what}: the run is ruined, its steps are too long; begin again with a tenth of the learning rate, "
+            f"optimizer.learning_rate={rate / 10:.3g}",
+        )
 
     def _accuracy(self, accuracy: float, rate: float) -> None:
-        if self.chance is None or "ruined" in self.warned:
+        if self.chance is None or self.warned & {"ruined", "flat"}:  # which say more
             return
         low, high = wilson(accuracy * self.num_rows, self.num_rows)
         if low <= self.chance <= high:
@@ -81,19 +111,20 @@ class HealthCallback(TrainerCallback):
             log.warning(text)
 
 
-def warn_unmoved(before: object, after: object, steps: int, rate: float) -> None:
-    """Say so where not one weight has changed: the steps are lost in the weights' rounding, or are none.
+def warn_unmoved(before: str | None, after: str | None, steps: int, rate: float) -> None:
+    """Say so where no weight has changed: the steps are lost in the weights' rounding, or are none.
 
     Args:
-        before: the weights' hash before training.
+        before: a hash of the weights before training, :meth:`~zoft.weights.tensors.Weights.digest_above`; None where
+            it is not known.
         after: after it.
         steps: of the run.
         rate: its learning rate.
     """
     if before is not None and before == after and steps:
         log.warning(
-            "not one weight has changed in %s steps: they are smaller than the weights' rounding; raise the learning "
-            "rate, optimizer.learning_rate=%.3g",
+            "no weight has changed in %s steps, but for zeros: the steps are smaller than the weights' rounding; raise "
+            "the learning rate, optimizer.learning_rate=%.3g",
             f"{steps:,}",
             rate * 10,
         )

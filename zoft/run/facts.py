@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
+from zoft.lm import formats
 from zoft.run import folder
+from zoft.run.build import _metric_of
 from zoft.version import __version__
 
 if TYPE_CHECKING:
@@ -154,3 +156,19 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
             ]
         ),
     }
+
+
+def _chats(cfg: ZoftConfig) -> bool:
+    """Whether the rows are conversations."""
+    task: Any = cfg.task
+    return hasattr(task, "reading") and (task.format if task.format != "auto" else task.reading().format) == "chat"
+
+
+def _chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
+    """The accuracy of a guess among the answers of a row; None where another metric is reported."""
+    if _metric_of(cfg, rows) != "accuracy":
+        return None
+    row, form = rows["dev"][0], formats.format_of_row(rows["dev"][0])
+    counts = {"options": len(row.get("sequences", ())), "mask": len(row.get("word_ids", ())), "pairs": 2}
+    # a guess among two at least: a row without options says nothing of chance
+    return 1 / max(2, counts.get(form, formats.num_labels(cfg.task)))

@@ -28,6 +28,16 @@ class Shared:
     prefixes: dict[str, FrozenPrefix] = field(default_factory=dict)
     models: dict[str, tuple[Any, dict[str, Tensor]]] = field(default_factory=dict)
     """The last one: the model that was trained, and what of its own weights was, as it was loaded."""
+    base_mb: float | None = None
+
+    def held_before(self, base_mb: float) -> float:
+        """What the process held before it loaded its first model, MiB.
+
+        Args:
+            base_mb: what it holds now.
+        """
+        self.base_mb = base_mb if self.base_mb is None else self.base_mb
+        return self.base_mb
 
     def of(self, cfg: ZoftConfig, splits: Any = None) -> tuple[Any, dict[str, list[Any]]]:
         """(tokenizer, rows) of a run; its rows, where they have been read already, are ``splits``."""

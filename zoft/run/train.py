@@ -24,7 +24,7 @@ from zoft.run.build import (
     require_fit,
     require_trackers,
 )
-from zoft.run.facts import _costs, _facts, _opening_lines, _scores, _scores_text
+from zoft.run.facts import _chance, _chats, _costs, _facts, _opening_lines, _scores, _scores_text
 from zoft.run.verdict import gain_of, keep_rows, kept_line, next_lines, row_values, verdict_line
 
 if TYPE_CHECKING:
@@ -173,13 +173,14 @@ def _prepare(
     from zoft.trainer.signals import StopOnInterrupt
 
     args = arguments_of(cfg)
-    # the process's size before the model: what a run of any method would hold
-    base_mb = PeakMemory("cpu").current_mb() if args.device.type == "cpu" else 0.0
     keep_in_folder(args)
     tokenizer, rows = load_rows(cfg, splits) if shared is None else shared.of(cfg, splits)
     if opening is not None and args.process_index == 0:
         for line in opening(cfg, rows):
             say(line)
+    # the process's size before the model: what a run of any method would hold
+    base_mb = PeakMemory("cpu").current_mb() if args.device.type == "cpu" else 0.0
+    base_mb = base_mb if shared is None else shared.held_before(base_mb)
     model = load_fitting(cfg, tokenizer, rows) if shared is None else shared.model(cfg)
     chosen = _chosen(cfg, args, model, tokenizer, rows)
     trainer = make_trainer(cfg, args, model, tokenizer, rows)
@@ -204,7 +205,12 @@ def _prepare(
             snr=lambda: None if measuring is None else measuring.snr,
         ),
         # the first step has most of them: node directions without probes make one query in every step
-        HealthCallback(_chance(cfg, rows), len(rows["dev"]), asks_directions=trainer.method.queries_at(0) > 1),
+        HealthCallback(
+            _chance(cfg, rows),
+            len(rows["dev"]),
+            asks_directions=trainer.method.queries_at(0) > 1,
+            eps=cfg.estimator.radius,
+        ),
         *([] if measuring is None else [measuring]),
     ):
         trainer.add_callback(callback)
@@ -247,6 +253,7 @@ def _carry_out(
     from zoft.report.report import summary_lines, write_report
     from zoft.report.text import say
     from zoft.trainer.signals import StopOnInterrupt
+    from zoft.weights.tensors import Weights
 
     first = trainer.is_world_process_zero()
     known = known_steps(cfg.output_dir) if resuming else None
@@ -256,6 +263,7 @@ def _carry_out(
     _say_if_long(trainer, rows, known or 0)
     keep_reference(trainer, rows)
     _fill_frozen_prefix(trainer, rows)
+    before = None if resuming or trainer.stages.is_pipeline else Weights(trainer.model).digest_above()
     # the peak of the zero-shot evaluation is inference's; that of training is taken anew below
     memory.reset()
     metric, final_file = _metric_of(cfg, rows), Path(cfg.output_dir) / results.FINAL
@@ -286,8 +294,8 @@ def _carry_out(
     if gain is not None:
         facts |= {"gain": gain[0], "gain_interval": gain[1:]}
     if first:
-        before = (results.read_json(zero_shot_file) or {}).get(results.WEIGHTS)
-        warn_unmoved(before, facts["weights_sha256"], facts["num_steps"], trainer.args.learning_rate)
+        after = None if before is None else Weights(trainer.model).digest_above()
+        warn_unmoved(before, after, facts["num_steps"], trainer.args.learning_rate)
         learning_curve(
             cfg.output_dir,
             title=Path(cfg.output_dir).name,
@@ -420,22 +428,6 @@ def _held_out(
         keep_rows(file, row_values(metric, output.predictions, output.label_ids), of)
         say(f"{name:<9} held-out {_scores_text(values)} on {len(rows):,} rows")
     return values
-
-
-def _chats(cfg: ZoftConfig) -> bool:
-    """Whether the rows are conversations."""
-    task: Any = cfg.task
-    return hasattr(task, "reading") and (task.format if task.format != "auto" else task.reading().format) == "chat"
-
-
-def _chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
-    """The accuracy of a guess among the answers of a row; None where another metric is reported."""
-    if _metric_of(cfg, rows) != "accuracy":
-        return None
-    row, form = rows["dev"][0], formats.format_of_row(rows["dev"][0])
-    counts = {"options": len(row.get("sequences", ())), "mask": len(row.get("word_ids", ())), "pairs": 2}
-    # a guess among two at least: a row without options says nothing of chance
-    return 1 / max(2, counts.get(form, formats.num_labels(cfg.task)))
 
 
 def _show_finished(output_dir: str) -> dict[str, Any]:

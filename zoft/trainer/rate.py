@@ -8,8 +8,9 @@ lower rate is taken unseen. Every trial begins at the same weights.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from zoft.trainer.batch import StepBatch
 from zoft.utils.files import write_atomically
 from zoft.weights.tensors import Weights
 
+log = logging.getLogger(__name__)
+
 NAME = "auto.json"
 FACTOR, MOST_TRIALS, LONGER = 4.0, 6, 4
 """From a rate to the next; trials at most; lengths of a trial that the chosen rate is trained for."""
@@ -29,6 +32,8 @@ SHARE, MOST = 0.03, 0.25
 """Of the budget: what a trial takes at least, and what the whole search may take."""
 _RISE = 0.05
 """Of the loss: what a longer training may end above the best short one, as dev rows are few."""
+_FLAT = 1e-4
+"""Of the loss: rates whose trials end closer than that have moved nothing."""
 _STARTS = {"whiten": 1.0, "adam": 1e-3, "adamw": 1e-3, "sgd": 1e-5, "momentum": 1e-5}
 
 
@@ -46,16 +51,36 @@ def climb(start: float, loss: Callable[[float], float], may_go_on: Callable[[], 
     """
     losses = {0: loss(start)}
     for sign in (1, -1):
-        rung = sign
+        at, rung = 0, sign
         while may_go_on():
             losses[rung] = loss(start * FACTOR**rung)
             ruined = sign < 0 and math.isinf(losses[rung])  # lower still
-            if not (losses[rung] < losses[rung - sign] or ruined):
+            flat = sign > 0 and are_flat((losses[at], losses[rung]))  # far too low: two rungs at a time
+            if not (losses[rung] < losses[at] or ruined or flat):
                 break
-            rung += sign
-        if rung != sign or not may_go_on():  # it fell in this direction: the other one was not meant
+            at, rung = rung, rung + (2 if flat else sign)
+        if at or not may_go_on():  # it fell in this direction: the other one was not meant
             break
+    if are_flat(losses.values()):
+        highest = start * FACTOR ** max(losses)
+        log.warning(
+            "no learning rate from %.3g to %.3g changed the loss in so few steps: %.3g is a guess, and higher ones are "
+            "worth a try (a larger budget tries more)",
+            *(start * FACTOR ** min(losses), highest, highest),
+        )
+        return highest
     return start * FACTOR ** min(losses, key=lambda rung: (losses[rung], rung))
+
+
+def are_flat(losses: Iterable[float]) -> bool:
+    """Whether losses cannot be told apart.
+
+    Example:
+        >>> are_flat([0.69731, 0.69732]), are_flat([0.7, 0.6]), are_flat([0.7, math.inf])
+        (True, False, False)
+    """
+    low, high = min(losses := list(losses)), max(losses)
+    return len(losses) > 1 and high - low <= _FLAT * abs(low)
 
 
 def held(rate: float, best: float, longer: Callable[[float], float | None]) -> float:

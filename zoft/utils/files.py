@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -39,8 +40,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             # on the disk before the rename, or a crash could leave an empty file under the final name
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user gave
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
 
 

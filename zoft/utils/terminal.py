@@ -14,6 +14,7 @@ _ITEM = re.compile(r"(\s*(?:usage:|- \S+|\S.*?(?=\s{2})))(\s+)(\S.*)")  # a labe
 _COMMAND = re.compile(r"\s+(?:zoft|torchrun|pip|python|make) ")
 _ROW = re.compile(r"\s*\S.*?\s{2,}\S.*?\s{2,}\S")  # of a table: three columns or more
 _EXAMPLE = re.compile(r" {2,6}(?:zoft|torchrun|pip|python|make) ")  # to be copied; a synopsis is further in
+_RUNNABLE = re.compile(r"(?:zoft|torchrun|pip|python|make) .*\S=\S")  # as a whole entry: to be copied too
 _ENDS_IN_COMMAND = re.compile(r"(?<=.{20}: )zoft \S.*$")  # but not in 'error: zoft bench needs ...'
 _KEPT = "\x00"  # a blank at which no line is broken
 
@@ -97,6 +98,8 @@ def _refilled(lines: list[str], width: int) -> list[str]:
     first, column = lines[0], _column(lines[0])
     indent = len(first) - len(first.lstrip())
     text = " ".join([first[column:], *(line.strip() for line in lines[1:])])
+    if len(lines) == 1 and _RUNNABLE.match(text):
+        return lines
     if column == indent:
         return [first] if _EXAMPLE.match(first) else _wrapped(text, " " * indent, " " * indent, width)
     label = first[:column]

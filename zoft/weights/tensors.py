@@ -14,6 +14,7 @@ from zoft.weights.mapped import release
 
 log = logging.getLogger(__name__)
 
+_PIECE = 1 << 22  # elements of a tensor that are looked at together
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 """In the names of a block's attention and of what lies in it."""
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|classifier_router)\.", re.IGNORECASE)
@@ -69,6 +70,15 @@ class Weights:
         """SHA-256 over names, dtypes and bits: equal exactly when two sets of weights are bit-identical."""
         return digest_of(self.tensors.items())
 
+    def digest_above(self, size: float = 1e-12) -> str:
+        """As :meth:`digest`, of what is larger than ``size``: a zero that has become 1e-30 is as it was."""
+        sha = hashlib.sha256()
+        for tensor in self.tensors.values():
+            for piece in tensor.detach().view(-1).split(_PIECE):  # in pieces: no second copy of an embedding
+                sha.update(bits_of(piece.where(piece.abs() > size, 0)))
+            release(tensor)
+        return sha.hexdigest()
+
     def check_eps(self, eps: float) -> None:
         """Refuse an ``eps`` that the dtype cannot represent at the scale of most of the weights.
 
@@ -91,14 +101,13 @@ class Weights:
         dtype = str(self.tensors[name].dtype).removeprefix("torch.")
         message = (
             f"estimator.eps={eps:g} is below what {dtype} can represent at the scale of {len(lost)} tensors, "
-            f"{100 * elements / self.num_elements:.2g} % of what is trained (for {name}, half a unit in the last place "
+            f"{100 * elements / self.num_elements:.3g} % of what is trained (for {name}, half a unit in the last place "
             f"of a typical weight is {smallest:.2g})"
         )
+        wider = ", or load the weights in float32" if torch.finfo(self.tensors[name].dtype).bits < 32 else ""
         if 2 * elements > self.num_elements:
-            raise UserError(
-                f"{message}: raise estimator.eps to {2 * smallest:.1g} or more, or load the weights in float32"
-            )
-        log.warning("%s: those hardly move; load the weights in float32 to train them", message)
+            raise UserError(f"{message}: raise estimator.eps to {2 * smallest:.1g} or more{wider}")
+        log.warning("%s: those hardly move; raise estimator.eps to %.1g or more%s", message, 2 * smallest, wider)
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

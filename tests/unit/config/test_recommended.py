@@ -47,6 +47,7 @@ def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("task=sst2 engine=offload", "mezo", "engine=offload perturbs weights"),
         ("peft=lora engine=server", "zo_adam", "engine=server runs forwards elsewhere"),
         ("task=sst2 protocol=mezo", "mezo", "protocol=mezo"),
+        ("task=sst2 budget.queries=4", "mezo", "node directions may need 5 queries for their first step"),
         ("task=sst2 model.name=transposed", "mezo", "experts of this mixture lie transposed"),
     ],
 )

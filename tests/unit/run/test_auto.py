@@ -56,6 +56,20 @@ def test_the_climb_ends_at_the_best_rung(best: float, trials: int):
     assert found == min(asked, key=lambda rate: abs(rate / best - best / rate))
 
 
+def test_the_climb_leaves_rates_that_move_nothing_by_larger_steps(caplog: pytest.LogCaptureFixture):
+    asked: list[float] = []
+
+    def loss(rate: float) -> float:
+        asked.append(rate)
+        return 0.7 - min(rate, 0.5)
+
+    assert auto.climb(1e-6, loss, lambda: len(asked) < auto.MOST_TRIALS) == max(asked) == 1e-6 * 4**7
+    assert not caplog.records
+    found = auto.climb(1e-9, loss, lambda: len(asked) < 8)  # two trials more are paid for
+    assert found == max(asked[6:]) == 4e-9
+    assert "no learning rate from 1e-09 to 4e-09 changed the loss in so few steps: 4e-09 is a guess" in caplog.text
+
+
 def test_the_climb_goes_down_out_of_ruin():
     assert auto.climb(1.0, lambda rate: float("inf") if rate > 0.1 else abs(rate - 0.05), lambda: True) == 1 / 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ import pytest
 from tests.runs import arguments
 from zoft.cli import main
 from zoft.config import compose
+from zoft.errors import NonFiniteLossError
 from zoft.report.health import HealthCallback, warn_unmoved
 from zoft.report.text import fact_rows
 from zoft.run.train import run
@@ -98,7 +100,7 @@ class Args:
 
 
 def watched(logs: list[dict[str, float]], caplog: Any, chance: float | None = 0.5) -> list[str]:
-    callback: Any = HealthCallback(chance, 100)
+    callback: Any = HealthCallback(chance, 100, eps=1e-9)
     with caplog.at_level(logging.WARNING, logger="zoft"):
         for row in logs:
             callback.on_log(Args(), State(), None, row)
@@ -109,6 +111,21 @@ def test_a_ruined_run_is_said_once(caplog: Any):
     (said,) = watched([{"loss": 10.8}, {"loss": 11.0}, {"loss": 8.7e8}, {"loss": 9e8}], caplog)
     assert said.startswith("the loss went from 10.8 to 8.7e+08: the run is ruined")
     assert "optimizer.learning_rate=0.01" in said
+
+
+def test_steps_without_a_finite_loss_ruin_a_run_too(caplog: Any):
+    (said,) = watched([{"loss": 0.7, "num_skipped_steps": 27}, {"eval_accuracy": 0.5}], caplog)
+    assert said.startswith("the loss was no finite number in 27 of 30 steps: the run is ruined")
+    caplog.clear()
+    assert watched([{"loss": 0.7, "num_skipped_steps": 2}], caplog) == []  # here and there: the guard's matter
+
+
+def test_slopes_that_are_all_zero_are_said(caplog: Any):
+    (said,) = watched([{"loss": 0.7, "projected_grad": 0.0}, {"eval_accuracy": 0.5}], caplog)
+    assert "estimator.eps=1e-09 is too small for what they resolve" in said
+    assert "try estimator.eps=1e-08" in said
+    caplog.clear()
+    assert watched([{"loss": 0.7, "projected_grad": 0.1}, {"loss": 0.7, "projected_grad": 0.0}], caplog) == []
 
 
 def test_chance_level_is_said_once_and_a_learning_run_is_not(caplog: Any):
@@ -133,7 +150,27 @@ def test_weights_that_do_not_move_are_said(caplog: Any):
         warn_unmoved("a", "b", 10, 1e-9)
         assert not caplog.records
         warn_unmoved("a", "a", 10, 1e-9)
-    assert "not one weight has changed in 10 steps" in caplog.text
+        warn_unmoved(None, None, 10, 1e-9)  # a run that went on
+    assert "no weight has changed in 10 steps" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimizer.learning_rate=1e-30", "no weight has changed in 12 steps, but for zeros"),
+        ("estimator.eps=8e-9", "estimator.eps=8e-09 is too small for what they resolve"),
+        ("optimizer.learning_rate=1e12", "the run is ruined"),
+    ],
+)
+def test_a_run_that_cannot_learn_says_what_to_change(tmp_path: Path, caplog: Any, setting: str, said: str):
+    """As whole runs: a model has zeros (padding, biases), norms of size 1, and losses that overflow."""
+    cfg = compose(arguments(tmp_path, tmp_path / "out", "trainable=all", "trainer.logging_steps=1", setting))
+    # ten steps without a loss end a run
+    with caplog.at_level(logging.WARNING, logger="zoft"), contextlib.suppress(NonFiniteLossError):
+        run(cfg)
+    assert said in caplog.text, caplog.text
+    assert "load the weights in float32" not in caplog.text  # they are
 
 
 def test_a_run_at_an_absurd_rate_says_that_it_guesses(tmp_path: Path, caplog: Any):

@@ -57,6 +57,13 @@ def test_a_command_that_ends_a_sentence_is_not_broken():
     assert shown.splitlines()[-1] == "        zoft plot runs/mine"
 
 
+def test_a_command_with_settings_is_one_line_however_long():
+    run = "runs/classify-seed0-task.train=reviews.csv,task.words=0-terrible-1-great"
+    for line in (f"next    zoft predict run={run} data=new.csv", f"        zoft export run={run} output=there"):
+        assert laid_out(line, 80) == line
+    assert "\n" in laid_out("note    zoft says what it does in words that are many more than fit on one line of it", 80)
+
+
 def test_an_error_of_a_verb_begins_in_its_own_line():
     shown = laid_out("zoft: error: zoft bench needs config=: a file of configs/bench, a path, or an experiment", 60)
     assert shown.splitlines()[0].startswith("zoft: error: zoft bench needs")

@@ -97,6 +97,21 @@ def test_eps_below_the_dtype_is_refused_and_the_advice_works():
     advised = float(re.search(r"estimator.eps to (\S+) or more", str(caught.value)).group(1))
     weights.check_eps(advised)
     Weights(nn.Linear(64, 64)).check_eps(1e-5)  # float32 can
+    with pytest.raises(UserError) as caught:
+        Weights(nn.Linear(64, 64)).check_eps(1e-12)
+    assert "float32 can represent" in str(caught.value)
+    assert "load the weights in float32" not in str(caught.value)
+
+
+def test_a_digest_of_what_is_larger_sees_no_change_of_a_zero():
+    layer = nn.Linear(4, 4)
+    nn.init.zeros_(layer.bias)
+    before, all_of_it = Weights(layer).digest_above(), Weights(layer).digest()
+    layer.bias.data.add_(1e-30)
+    assert Weights(layer).digest_above() == before
+    assert Weights(layer).digest() != all_of_it
+    layer.bias.data.add_(1e-6)
+    assert Weights(layer).digest_above() != before
 
 
 @pytest.mark.parametrize(("eps", "says"), [(1e-3, True), (1e-2, False)])

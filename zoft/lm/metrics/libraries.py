@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError, did_you_mean
+from zoft.lm.hub import not_here, not_waited_for, out_of_reach
 
 _SEED = 1  # of what a metric draws (ROUGE's bootstrap): without one it would come from numpy's global state
 
@@ -102,8 +104,12 @@ class Library:
         import evaluate
 
         try:
-            return evaluate.load(self.name, keep_in_memory=True, seed=_SEED)
+            with not_waited_for():
+                return evaluate.load(self.name, keep_in_memory=True, seed=_SEED)
         except Exception as error:  # FileNotFoundError, ConnectionError, ImportError of what the script needs, ...
+            is_named = not (Path(self.name).exists() or Path(self.name).is_absolute() or self.name.startswith("."))
+            if is_named and not isinstance(error, ImportError) and out_of_reach():
+                raise not_here(f"the evaluate metric {self.name}", "the folder of its script") from error
             raise UserError(
                 f"the evaluate metric {self.name} could not be loaded ({_first_line(error)}): its script must "
                 "import what it needs a line each, and without a network give the folder of its script"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from zoft.errors import UserError, did_you_mean
 from zoft.lm.tasks._layouts import SHAPED
 
+_WORDS_OF_CONTENT = 4  # in a column's name: it is a cell of a file without a header
 Columns = dict[str, Any]
 """Role -> the column that plays it; ``choices`` may be several columns."""
 
@@ -204,9 +206,12 @@ def reading(
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Column names in a message, cut where there are too many to read."""
-    text = ", ".join(str(name)[:60] for name in names)
-    return text if len(text) <= 240 else text[:240] + "..."
+    """Column names in a message, cut where there are too many to read; said of them that they look like a row."""
+    names = [str(name) for name in names]
+    text = ", ".join(name[:60] for name in names)
+    text = text if len(text) <= 240 else text[:240] + "..."
+    is_row = any(len(name.split()) >= _WORDS_OF_CONTENT or re.fullmatch(r"[-+]?[\d.]+", name) for name in names)
+    return text + "; if these are a row, put a line with the columns' names above it" * is_row
 
 
 def _fitting(row: Mapping[str, Any], where: str, given: Columns) -> str:

@@ -145,7 +145,9 @@ def label_of(row: Row, column: str, where: str) -> str:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if label is None:
-        why = "is empty" if column in row else f"is not there (its columns: {listed(row)})"
+        why = f"is not there (its columns: {listed(row)})"
+        if column in row:
+            why = "is empty: fill it in, or leave the row out"
         raise UserError(f"{where}: no label: {column!r} {why}")
     return label
 

@@ -28,7 +28,7 @@ def one_of(row: Row, name: str, known: Sequence[str], source: str, number: int, 
     except UserError as error:
         raise UserError(f"{source}: row {number}: {error}") from None
     if key is None:
-        raise UserError(f"{source}: row {number}: no label: {name!r} is empty")
+        raise UserError(f"{source}: row {number}: no label: {name!r} is empty: fill it in, or leave the row out")
     # SuperGLUE's own files have true and false
     index = names.get(key) if key in ("true", "false") else places.get(key, names.get(key) if named else None)
     if index is not None:

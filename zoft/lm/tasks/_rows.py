@@ -69,6 +69,7 @@ class RowsTask(Task):
         rows, held = self.rows(self.train, "train"), self.rows(self.validation, "validation")
         order = permutation(len(rows), self.data_seed)[: self.num_train + self.num_dev]
         num_train = len(order) - self._num_dev(len(order))
+        self.say_if_fewer(num_train)
         test = permutation(len(held), self.data_seed)[: self.num_test]
         return Splits(
             train=self._examples(rows, order[:num_train], self.train),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from zoft.component import Component
 from zoft.errors import UserError
 from zoft.lm.data.examples import Example
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 NewRow = Callable[[Mapping[str, Any], str], Any]
 """(row, its place) -> the example without a known answer."""
@@ -83,6 +85,15 @@ class Task(Component):
             UserError: the task's rows have no answer to be found.
         """
         raise UserError(f"task={self.name()} has no reader of new rows: predict with a run of another task")
+
+    def say_if_fewer(self, num_rows: int) -> None:
+        """Say so where fewer rows are there to train on than somebody asked for.
+
+        Args:
+            num_rows: that are trained on.
+        """
+        if num_rows < self.num_train != type(self).__dataclass_fields__["num_train"].default:
+            log.warning("task.num_train=%s, and %s rows are there to train on", f"{self.num_train:,}", f"{num_rows:,}")
 
     def balanced(self, by_label: dict[int, list[Example]], counts: Sequence[int]) -> list[list[Example]]:
         """Disjoint splits of ``counts`` rows with every label equally frequent in each (up to rounding).

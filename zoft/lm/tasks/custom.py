@@ -180,6 +180,7 @@ class Custom(Task):
         else:
             test, pool = pool[:held], pool[held:]
         dev, train = pool[:num_dev], pool[num_dev:][: self.num_train]
+        self.say_if_fewer(len(train))
         return cast(Any, Splits)(train=train, dev=dev, test=test)
 
     def remembered(self) -> dict[str, Any]:

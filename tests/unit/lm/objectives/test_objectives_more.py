@@ -155,6 +155,8 @@ def test_metric_may_be_any_of_the_evaluate_library(tmp_path, monkeypatch):
         Metric(metric=f"{places['equals']}#share2").loss(tiny_llama(), options)
     with pytest.raises(UserError, match=r"the evaluate metric .*nowhere could not be loaded .*give the folder"):
         Metric(metric=f"evaluate:{tmp_path / 'nowhere'}").prepare()
+    with pytest.raises(UserError, match=r"metric f1 is not on this machine, and HF_HUB_OFFLINE is set: .*give the fol"):
+        Metric(metric="evaluate:f1").prepare()
     for fields in ({"metric": "evaluate:"}, {"metric": "evaluate"}, {"metric": "f1", "greater_is_better": False}):
         with pytest.raises(UserError, match="must be"):
             Metric(**fields)

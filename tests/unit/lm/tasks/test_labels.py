@@ -91,7 +91,9 @@ def test_fault_3_a_missing_label_is_refused_with_its_place(tmp_path, suffix, mis
     template = TEMPLATE if prompt == "aligned" else ""
     made = task(tmp_path / f"own.{suffix}", ["a", "b", missing, *"ababa"], prompt=prompt, template=template)
     place = {"csv": ":4", "tsv": ":4", "json": ":3", "jsonl": ":3", "parquet": ": row 3"}[suffix]
-    with pytest.raises(UserError, match=rf"own\.{suffix}{place}: no label: 'label' is empty"):
+    with pytest.raises(
+        UserError, match=rf"own\.{suffix}{place}: no label: 'label' is empty: fill it in, or leave the row out"
+    ):
         made.load()
     with pytest.raises(UserError, match=rf"own\.{suffix}{place}: no label"):
         task(tmp_path / f"own.{suffix}", ["a", "b", missing, *"ababa"], words={"a": "x", "b": "y"}).load()

@@ -11,6 +11,7 @@ import torch
 
 from zoft.errors import UserError
 from zoft.lm.tasks import Example
+from zoft.lm.tasks._custom_formats import listed
 from zoft.lm.tasks.custom import Custom
 from zoft.lm.tasks.sms_spam import SmsSpam
 from zoft.lm.tasks.sst2 import SST2
@@ -198,6 +199,17 @@ def test_counts_that_nobody_chose_are_shares_of_a_small_file(tmp_path, caplog):
     assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [20, 4, 16]
     splits = Custom(**given, validation=file_of(tmp_path / "held.jsonl", [{"text": "n", "label": "ham"}])).load()
     assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [36, 4, 1]
+    assert "task.num_train" not in caplog.text  # nobody asked for a number
+    Custom(**given, num_train=200).load()
+    assert "task.num_train=200, and 28 rows are there to train on" in caplog.text
+
+
+def test_a_file_without_a_header_is_told_by_its_columns(tmp_path):
+    (tmp_path / "own.csv").write_text("I liked it very much,1\nNot for me,0\n")
+    for fields in ({"format": "text_label", "words": {"0": "bad", "1": "good"}}, {"template": "{text}"}, {}):
+        with pytest.raises(UserError, match="if these are a row, put a line with the columns' names above it"):
+            Custom(train=str(tmp_path / "own.csv"), **fields).load()
+    assert "if these are a row" not in listed(["text", "label", "how it went"])
 
 
 @pytest.mark.parametrize("template", ["{text", "text}", "{text.__class__}", "{text[0]}", "{}"])
