@@ -14,7 +14,7 @@ _ITEM = re.compile(r"(\s*(?:usage:|- \S+|\S.*?(?=\s{2})))(\s+)(\S.*)")  # a labe
 _COMMAND = re.compile(r"\s+(?:zoft|torchrun|pip|python|make) ")
 _ROW = re.compile(r"\s*\S.*?\s{2,}\S.*?\s{2,}\S")  # of a table: three columns or more
 _EXAMPLE = re.compile(r" {2,6}(?:zoft|torchrun|pip|python|make) ")  # to be copied; a synopsis is further in
-_RUNNABLE = re.compile(r"(?:zoft|torchrun|pip|python|make) .*\S=\S")  # as a whole entry: to be copied too
+_RUNNABLE = re.compile(r"(?!.* \[)(?:zoft|torchrun|pip|python|make) .*\S=\S")  # a whole entry; no synopsis
 _ENDS_IN_COMMAND = re.compile(r"(?<=.{20}: )zoft \S.*$")  # but not in 'error: zoft bench needs ...'
 _KEPT = "\x00"  # a blank at which no line is broken
 

@@ -125,7 +125,7 @@ def test_slopes_that_are_all_zero_are_said(caplog: Any):
     assert "estimator.eps=1e-09 is too small for what they resolve" in said
     assert "try estimator.eps=1e-08" in said
     caplog.clear()
-    assert watched([{"loss": 0.7, "projected_grad": 0.1}, {"loss": 0.7, "projected_grad": 0.0}], caplog) == []
+    assert watched([{"loss": 0.7, "projected_grad": 500.0}, {"loss": 0.7, "projected_grad": 0.0}], caplog) == []
 
 
 def test_chance_level_is_said_once_and_a_learning_run_is_not(caplog: Any):
