@@ -98,20 +98,20 @@ class Sources(ConfigRepository):
     """Where configs are found. Hydra copies this for every composition, and would copy every component with it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sources:
-        del memo
         return copy.copy(self)  # what it does to its copy is to give it another list of sources
 
     def load_config(self, config_path: str) -> ConfigResult | None:
-        """A config; a file is read once more, with text as it is written."""
-        result = super().load_config(config_path)
-        if result is not None and result.path.startswith("file://") and not config_path.startswith("hydra/"):
-            group = config_path.rpartition("/")[0]
-            places = texts.places() if result.header.get("package") == "_global_" else texts.places().get(group, {})
-            file = Path(result.path.removeprefix("file://")) / f"{config_path.removesuffix('.yaml')}.yaml"
-            content = experiments.read(file, str(file), places)
-            content.pop("defaults", None)
-            result.config = content
-        return result
+        """A config; of a file, what zoft reads: text as it is written."""
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.scheme() != "file" or config_path.startswith("hydra/"):
+            return cast(ConfigResult | None, super().load_config(config_path))
+        file = Path(source.path) / f"{config_path.removesuffix('.yaml')}.yaml"
+        header = source._get_header_dict(file.read_text(encoding="utf-8", errors="replace")[:512])
+        group = config_path.rpartition("/")[0]
+        places = texts.places() if header.get("package") == "_global_" else texts.places().get(group, {})
+        content = experiments.read(file, str(file), places)
+        defaults = self._create_defaults_list(config_path, self._extract_defaults_list(config_path, content))
+        return ConfigResult(source.provider, f"file://{source.path}", content, header, defaults)
 
 
 class Loader(ConfigLoaderImpl):
@@ -158,7 +158,6 @@ class Loader(ConfigLoaderImpl):
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
         """Compose one run; what Hydra would do, after the arguments were checked and rewritten."""
-        del from_shell
         with translated(self.experiments):
             self.experiments.labels = {"config": None, "method": None}
             self.experiments.trusted = own.register_named(overrides)  # in a sweep's worker for the first time

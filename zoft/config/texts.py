@@ -121,6 +121,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 _LARGEST, _DEEPEST, _MOST_NODES = 1 << 22, 100, 200_000  # bytes, levels, values once aliases are followed
 
 
+@lru_cache
 def refuse_bombs(text: str) -> None:
     """Refuse a document that becomes much larger than it is: by aliases of aliases, or by nesting.
 
