@@ -44,13 +44,12 @@ def logs_as_they_were():
 def _restore_logs():
     for log in _logs_of_zoft():
         log.propagate, log.handlers[:], log.disabled = True, [], False
-        log.setLevel(logging.NOTSET)
+        if log.level:  # setting it looks through every log that there is
+            log.setLevel(logging.NOTSET)
 
 
 def _logs_of_zoft():
-    known = [
-        logging.getLogger(name) for name in list(logging.Logger.manager.loggerDict) if name.split(".")[0] == "zoft"
-    ]
+    known = [logging.getLogger(name) for name in list(logging.Logger.manager.loggerDict) if name.startswith("zoft.")]
     return [logging.getLogger("zoft"), *known]
 
 
