@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,29 @@ def environment() -> dict[str, str]:
     }
 
 
-def zoft(*words: str, cwd: Path, columns: int = 0, **given: Any) -> subprocess.CompletedProcess[str]:
-    """``python -m zoft ...`` as a user would start it; on a terminal of so many columns, where any are given."""
+def zoft(*words: str, cwd: Path, columns: int = 0, input: str = "") -> subprocess.CompletedProcess[str]:
+    """``zoft ...`` in a process of its own, forked from one that has loaded all: a start without its seven seconds.
+
+    Args:
+        words: after ``zoft``.
+        cwd: where it starts.
+        columns: of its terminal, where one is meant.
+        input: what it reads.
+    """
+    from tests.faults.zygote import shared
+
+    env = dict(os.environ) | ({"COLUMNS": str(columns)} if columns else {})
+    with tempfile.TemporaryDirectory() as folder:
+        told, errors, asked = (Path(folder, name) for name in ("told", "errors", "asked"))
+        asked.write_text(input)
+        run = shared().start(list(words), told, errors=errors, input=str(asked), cwd=str(cwd), env=env)
+        return subprocess.CompletedProcess(words, run.wait(), told.read_text(), errors.read_text())
+
+
+def zoft_anew(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """``python -m zoft ...`` as a user would start it, imports and all."""
     command = [sys.executable, "-m", "zoft", *words]
-    env = environment() | ({"COLUMNS": str(columns)} if columns else {})
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200, check=False, **given)
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=200, check=False)
 
 
 def report(output_dir: Path) -> dict[str, Any]:

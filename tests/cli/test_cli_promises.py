@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import arguments, model_folder, zoft
+from tests.runs import arguments, model_folder, zoft_anew
 from zoft.cli import main
 from zoft.config.foldername import named_after, suffix
 from zoft.report.trackers import close_trackers, keep_in_folder
@@ -24,7 +24,7 @@ def test_fault_14_wandb_offline_writes_into_the_runs_folder(tmp_path):
     pytest.importorskip("wandb")
     (tmp_path / "here").mkdir()
     words = arguments(tmp_path, tmp_path / "out", *SHORT, "tracker=wandb_offline")
-    done = zoft("train", *words, cwd=tmp_path / "here")
+    done = zoft_anew("train", *words, cwd=tmp_path / "here")
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "here").iterdir()) == []
     assert len(list((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))) == 1

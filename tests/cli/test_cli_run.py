@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import arguments, environment, report, zoft
+from tests.faults import zygote
+from tests.faults.zygote import Run
+from tests.runs import arguments, environment, report, zoft_anew
 from zoft.cli import main
 from zoft.config import compose
 from zoft.run.train import run
@@ -35,7 +36,7 @@ def test_a_run_writes_to_its_folder_and_nowhere_else(
     for name in ("HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
         monkeypatch.delenv(name, raising=False)
     inputs = {name: listing(tmp_path / name) for name in ("model",)}
-    done = zoft("train", *words, cwd=tmp_path / "cwd")
+    done = zoft_anew("train", *words, cwd=tmp_path / "cwd")
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cwd", "data.jsonl", "home", "model", "tmp"]
     assert [path.name for path in (tmp_path / "cwd").iterdir()] == ["runs"]
@@ -94,26 +95,27 @@ def test_losses_that_are_not_finite_end_with_1(
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-def started(tmp_path: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "zoft", "train", *arguments(tmp_path, "out", *more)],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def started(tmp_path: Path, *more: str) -> Run:
+    """A run in a process of its own, which has loaded what it needs."""
+    line = ["train", *arguments(tmp_path, "out", *more)]
+    return zygote.shared().start(line, tmp_path / "told", errors=tmp_path / "errors", cwd=str(tmp_path))
 
 
-def wait_for(there: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def wait_for(there: Callable[[], object], poll: Callable[[], int | None]) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not there():
+    while time.monotonic() < deadline and poll() is None and not there():
         time.sleep(0.005)
 
 
 def test_a_scheduler_that_stops_a_run_before_its_first_step_is_asked_for_another_start(tmp_path: Path):
-    process = started(tmp_path)
-    wait_for((tmp_path / "out" / "config.yaml").is_file, process)  # the folder is taken, and the model is being loaded
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zoft", "train", *arguments(tmp_path, "out")],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for((tmp_path / "out" / "config.yaml").is_file, process.poll)  # the folder is taken, the model is being loaded
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors[-3000:]
@@ -126,12 +128,12 @@ def test_signals_that_follow_each_other_end_with_the_code_for_another_start(tmp_
     """Whatever the process is doing by then: the step, saving, leaving."""
     process = started(tmp_path, "budget.queries=3000", "trainer.eval_strategy='no'", "trainer.logging_steps=1")
     metrics = tmp_path / "out" / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and metrics.stat().st_size, process)
+    wait_for(lambda: metrics.is_file() and metrics.stat().st_size, process.poll)
     while process.poll() is None:
-        process.send_signal(signal.SIGTERM)
+        process.kill(signal.SIGTERM)
         time.sleep(0.02)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors[-3000:]
+    errors = (tmp_path / "errors").read_text()
+    assert process.wait() == 75, errors[-3000:]
     assert "Traceback" not in errors
 
 
@@ -139,10 +141,10 @@ def test_ctrl_c_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.M
     more = ("budget.queries=300", "trainer.eval_strategy='no'", "trainer.save_steps=1000", "trainer.logging_steps=1")
     words, process = arguments(tmp_path, "out", *more), started(tmp_path, *more)
     metrics = tmp_path / "out" / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and metrics.stat().st_size, process)
-    os.kill(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors[-3000:]
+    wait_for(lambda: metrics.is_file() and metrics.stat().st_size, process.poll)
+    process.kill(signal.SIGINT)
+    code, output, errors = process.wait(), process.output(), (tmp_path / "errors").read_text()
+    assert code == 130, errors[-3000:]
     assert errors.splitlines()[-1] == "zoft: interrupted"
     assert "Traceback" not in errors
     assert "the same command goes on from there" in output + errors

@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "killed" / "report.json").exists()
-    done = runs.zoft("train", *line, cwd=tmp_path)
+    done = runs.zoft_anew("train", *line, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     whole = runs.arguments(tmp_path, tmp_path / "whole", "budget.queries=240", "trainer.save_steps=10", *on(device()))
     assert run(compose(whole))["weights_sha256"] == runs.report(tmp_path / "killed")["weights_sha256"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import zygote
 from tests.runs import arguments, environment, zoft
 from zoft.errors import UserError
 from zoft.journal.file import Journal
@@ -109,20 +110,14 @@ def _runs_until_killed(place: Path) -> int:
 
 def test_fault_24_workers_of_a_killed_run_do_not_hold_its_folder(tmp_path: Path):
     line = arguments(tmp_path, "out", "trainer.dataloader_num_workers=2", "budget.queries=200")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zoft", "train", *line],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = zygote.shared().start(["train", *line], tmp_path / "told", cwd=str(tmp_path))
     journal, deadline = tmp_path / "out" / "journal.bin", time.monotonic() + 120
     while not journal.exists() or journal.stat().st_size < 2500:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     again = zoft("train", *line, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 

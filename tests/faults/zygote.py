@@ -1,4 +1,4 @@
-"""Runs of `zoft train` that can be killed for real and start in no time: forked from a process that has loaded all.
+"""Processes of `zoft` that can be killed for real and start in no time: forked from a process that has loaded all.
 
 The process that is asked (``python -m tests.faults.zygote``) reads one JSON object a line: start a run, or wait for
 one. A run is a process of its own, with its own signals, locks and files; only its imports are inherited.
@@ -6,6 +6,8 @@ one. A run is a process of its own, with its own signals, locks and files; only 
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +35,32 @@ class Zygote:
 
     def run(self, words: list[str], told: Path, *, faults: dict[str, Any] | None = None, **env: str) -> Run:
         """Start ``zoft train``; its output goes to the file ``told``, ``faults`` (of :mod:`.injected`) are put in."""
-        pid = self._ask({"words": words, "told": str(told), "faults": faults or {}, "env": env})["pid"]
+        return self.start(["train", *words], told, faults=faults, env=env)
+
+    def start(self, words: list[str], told: Path, *, errors: Path | None = None, **more: Any) -> Run:
+        """Start ``zoft`` with any verb; what it says of errors goes to a file of its own where one is given.
+
+        Args:
+            words: after ``zoft``, or what a ``module`` is given.
+            told: gets its output.
+            errors: gets its standard error.
+            more: ``faults``, variables of its ``env``, its ``cwd``, or the file that is its ``input``.
+        """
+        pid = self._ask({"words": words, "told": str(told), "errors": str(errors or told)} | more)["pid"]
         return Run(self, pid, told)
 
     def ranks(self, words: list[str], told: Path, count: int = 2, **given: Any) -> list[Run]:
         """The processes of one run, as torchrun would start them."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        return [
-            self.run(
-                words,
-                told.with_suffix(f".{rank}"),
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                MASTER_PORT=port,
-                **shared,
-                **given,
-            )
-            for rank in range(count)
+        return [self.run(words, told.with_suffix(f".{rank}"), **env, **given) for rank, env in enumerate(_ranks(count))]
+
+    def program(self, module: str, folder: Path, count: int = 2) -> None:
+        """Let ranks call ``main(folder)`` of a module, and wait; raises what one of them says where one fails."""
+        runs = [
+            self.start([str(folder)], folder / f"told.{rank}", module=module, env=env, cwd=str(folder))
+            for rank, env in enumerate(_ranks(count))
         ]
+        failed = [run.output()[-3000:] for run in runs if run.wait(500) != 0]
+        assert not failed, failed[0]
 
     def close(self) -> None:
         """End it."""
@@ -69,6 +77,15 @@ class Zygote:
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         return dict(json.loads(self.process.stdout.readline()))
+
+
+def _ranks(count: int) -> list[dict[str, str]]:
+    """The variables of each of so many processes that find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
 
 
 @dataclass
@@ -127,6 +144,14 @@ LOADED = (
 """What a run needs, and would otherwise load in every process."""
 
 
+@cache
+def shared() -> Zygote:
+    """The one of this process, started when it is first asked for."""
+    made = Zygote()
+    atexit.register(made.close)
+    return made
+
+
 # ---- the process that is asked ---------------------------------------------------------------------------------------
 
 
@@ -158,8 +183,6 @@ def serve() -> None:
 
 def _load_everything() -> None:
     """Import, and compose a config: what is slow about a start."""
-    import importlib
-
     for name in LOADED:
         importlib.import_module(name)
     import transformers
@@ -174,16 +197,24 @@ def _load_everything() -> None:
 def _be_a_run(question: dict[str, Any]) -> None:
     code = 1
     try:
-        file = os.open(question["told"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.environ.update(question["env"])
+        os.dup2(os.open(question.get("input") or os.devnull, os.O_RDONLY), 0)
+        sys.stdin = os.fdopen(0)
+        for number, name in ((1, question["told"]), (2, question["errors"])):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+        os.environ.update(question.get("env") or {})
+        os.chdir(question.get("cwd") or ".")
         from tests.faults import injected
-        from zoft.cli import main
+        from zoft.cli import run
 
-        for name, given in question["faults"].items():
+        for name, given in (question.get("faults") or {}).items():
             getattr(injected, name)(**given)
-        code = main(["train", *question["words"]])
+        sys.argv = ["zoft", *question["words"]]
+        if "module" in question:
+            importlib.import_module(question["module"]).main(*map(Path, question["words"]))
+            sys.exit(0)
+        run()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
     except BaseException:
         import traceback
 

@@ -1,6 +1,6 @@
 """What each process of test_processes.py runs: some trainings, and what this rank has in hand after each.
 
-Started by torchrun with a folder as its argument, or called in the test's own process for one process alone.
+Called with a folder by each of two processes (``Zygote.program``), or in the test's own process for one process alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,7 +183,3 @@ def main(folder: Path) -> None:
     told["shared"], told["refused"] = shared(rank), refused(folder, rank)
     (folder / f"rank{rank}.json").write_text(json.dumps(told))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 from tests import models
-from tests.runs import environment
+from tests.faults import zygote
 
 STEPS, ROWS = 4, 16
 CASES: dict[str, dict[str, Any]] = {
@@ -110,17 +108,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for case in CASES:
         trainer(case, folder / f"{slug(case)}-one", world=1, steps=2).train()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, __file__, str(folder)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    zygote.shared().program("tests.invariant.test_fault_21_ranks", folder)
     return folder
 
 
@@ -143,7 +131,3 @@ def test_fault_21_two_processes_of_two_rows_are_one_of_four(case: str, two: Path
     back = trainer(case, two / f"{slug(case)}-begun", world=1)
     back.train(resume_from_checkpoint=True)
     assert _apart(weights_of(back), weights_of(alone), begun) < 1e-3
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.faults import zygote
 from tests.invariant import in_processes
 from tests.runs import arguments, environment, report
 from zoft.config import compose
@@ -29,8 +30,7 @@ def torchrun(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun(in_processes.__file__, str(folder), cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    zygote.shared().program("tests.invariant.in_processes", folder)
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -116,7 +116,8 @@ def test_a_run_under_torchrun_has_one_folder(tmp_path: Path):
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in theirs], abs=1e-4)
     assert done.stdout.count("zero-shot held-out") + done.stderr.count("zero-shot held-out") == 1
     # The same command shows the finished run; another one in its folder is refused, by one sentence and not two.
-    again = torchrun("-m", "zoft", "train", *arguments(tmp_path, "out", "seed=1"), cwd=cwd)
-    assert again.returncode != 0
-    assert again.stderr.count("holds another run") == 1
+    other = arguments(tmp_path, cwd / "out", "seed=1")
+    again = zygote.shared().ranks(other, tmp_path / "again")
+    assert [process.wait() for process in again] == [2, 2]
+    assert "".join(process.output() for process in again).count("holds another run") == 1
     assert report(cwd / "out") == facts
