@@ -231,7 +231,8 @@ def test_a_preset_lowers_the_loss_within_a_budget_of_queries(name):
     for group in run.zo_optimizer.param_groups:
         group["lr"] = RATES.get(name, 1e-2)
     start, spent = run.loss(), 0
-    while spent + run.method.queries_at(run.zo_optimizer.progress.steps) <= BUDGET:
-        spent += run.step().num_queries
+    while spent + (cost := run.method.queries_at(run.zo_optimizer.progress.steps)) <= BUDGET:
+        assert run.step().num_queries == cost
+        spent += cost
     assert run.zo_optimizer.progress.steps >= 3
     assert run.loss() < start - 0.01

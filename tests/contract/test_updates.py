@@ -199,21 +199,21 @@ def test_a_learning_rate_of_zero_changes_no_bit(optimizer, subspace, dtype, nois
     [
         (*pair, dtype, chunk)
         for pair in PAIRS
-        for dtype, chunk in (("fp32", 37), ("bf16", 1 << 20), ("fp16", 1 << 20))
+        for dtype, chunk in (("fp32", 101), ("bf16", 1 << 20), ("fp16", 1 << 20))
         if pair[1] == "full" or dtype == "bf16"
     ],
 )
 def test_a_saved_state_continues_bit_for_bit(optimizer, subspace, dtype, chunk, monkeypatch):
     monkeypatch.setattr(base, "_CHUNK", chunk)
     same = {"subspace": subspace, "dtype": dtype, "decay": 0.1}
-    straight, first = Run(optimizer, **same), Run(optimizer, **same)
-    for _ in range(5):
-        straight.step()
+    straight = Run(optimizer, **same)
     for _ in range(2):
-        first.step()
+        straight.step()
     file = io.BytesIO()
-    torch.save({"model": first.model.state_dict(), "optimizer": first.zo_optimizer.state_dict()}, file)
+    torch.save({"model": straight.model.state_dict(), "optimizer": straight.zo_optimizer.state_dict()}, file)
     file.seek(0)
+    for _ in range(3):
+        straight.step()
     saved = torch.load(file, weights_only=True)  # tensors and plain numbers only
     second = Run(optimizer, **same, lr=123.0)
     second.model.load_state_dict(saved["model"])
@@ -245,7 +245,7 @@ def test_a_saved_state_is_not_changed_by_what_follows(optimizer):
 @pytest.mark.parametrize(("optimizer", "subspace"), PAIRS)
 def test_chunks_do_not_change_the_step(optimizer, subspace, monkeypatch):
     digests = set()
-    for chunk in (13, 1 << 20):
+    for chunk in (101, 1 << 20):  # no tensor is a multiple of it
         monkeypatch.setattr(base, "_CHUNK", chunk)
         run = Run(optimizer, subspace=subspace, decay=0.1)
         for _ in range(3):

@@ -211,11 +211,11 @@ def test_it_learns(make: Callable[..., ZOTrainer]):
         rows[:192],
         eval_dataset=rows[192:],
         compute_metrics=accuracy,
-        estimator=Central(eps=1e-3, num_directions=4),
+        estimator=Central(eps=1e-3, num_directions=2),
         learning_rate=1e-2,
         per_device_train_batch_size=64,
-        max_steps=300,
-        logging_steps=50,
+        max_steps=150,
+        logging_steps=25,
     )
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train()

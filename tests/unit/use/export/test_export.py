@@ -61,9 +61,10 @@ def logits(model: Any) -> Any:
         return model.eval()(input_ids=torch.tensor(IDS)).logits.float()
 
 
-def in_another_process(code: str, cwd: Path) -> Any:
-    """What plain libraries compute in a folder that knows nothing of zoft."""
-    program = f"import json, torch\nIDS = {IDS!r}\n{code}\nprint(json.dumps(out.flatten().tolist()))"
+def in_another_process(codes: list[str], cwd: Path) -> Any:
+    """What plain libraries compute in a folder that knows nothing of zoft, by each of some lines of code."""
+    each = "\n".join(f"{code}\ntold.append(out.flatten().tolist())" for code in codes)
+    program = f"import json, torch\nIDS, told = {IDS!r}, []\n{each}\nprint(json.dumps(told))"
     environment_ = environment() | {"PYTHONPATH": ""}
     done = subprocess.run([sys.executable, "-c", program], cwd=cwd, env=environment_, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -89,22 +90,21 @@ def exported(capsys: Any, run_dir: Path, output: Path, *flags: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "code"), [("whole", [], PLAIN), ("adapter", [], ADAPTER), ("adapter", ["--merge"], PLAIN)]
-)
-def test_an_export_loads_elsewhere_and_computes_the_same(
-    name: str, flags: list[str], code: str, runs: Path, tmp_path: Path, capsys: Any
-):
+def test_an_export_loads_elsewhere_and_computes_the_same(runs: Path, tmp_path: Path, capsys: Any):
     import torch
 
-    folder = exported(capsys, runs / name, tmp_path / "export", *flags)
+    cases = [("whole", [], PLAIN), ("adapter", [], ADAPTER), ("adapter", ["--merge"], PLAIN)]
+    codes = [
+        code.format(folder=str(exported(capsys, runs / name, tmp_path / f"export{number}", *flags)))
+        for number, (name, flags, code) in enumerate(cases)
+    ]
     (tmp_path / "elsewhere").mkdir()
-    out = in_another_process(code.format(folder=str(folder)), tmp_path / "elsewhere")
-    expected = logits(model_of(config_of(str(runs / name), []), str(runs / name)))
-    torch.testing.assert_close(torch.tensor(out), expected.flatten(), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(
-        expected, logits(model_of(config_of(str(runs / name), ["peft=none", "trainable=all"]), "")), atol=1e-4
-    )
+    for (name, *_), out in zip(cases, in_another_process(codes, tmp_path / "elsewhere"), strict=True):
+        expected = logits(model_of(config_of(str(runs / name), []), str(runs / name)))
+        torch.testing.assert_close(torch.tensor(out), expected.flatten(), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(
+            expected, logits(model_of(config_of(str(runs / name), ["peft=none", "trainable=all"]), "")), atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 1e-3), ("q8_0", 5e-2), ("q4_0", 1.0)])
