@@ -14,6 +14,8 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["MPLBACKEND"] = "agg"
 os.environ.pop("COLUMNS", None)  # pytest-xdist says 80; what is printed is laid out for a terminal where one is named
 
+gc.set_threshold(20_000, 10, 20)  # looking through what is young every 700 objects is a tenth of a short training
+
 
 _frozen = [0]
 

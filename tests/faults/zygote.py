@@ -7,6 +7,7 @@ one. A run is a process of its own, with its own signals, locks and files; only 
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -192,6 +193,8 @@ def _load_everything() -> None:
     from zoft.config import compose
 
     compose(["config=quickstart"])
+    gc.collect()
+    gc.freeze()  # as in conftest.py: every run looks through all there is before it trains
 
 
 def _be_a_run(question: dict[str, Any]) -> None:
