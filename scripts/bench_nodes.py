@@ -37,6 +37,7 @@ from zoft.config import compose
 from zoft.noise.direction import Direction
 from zoft.report.memory import PeakMemory
 from zoft.run.build import arguments_of, load_model_of, load_rows, make_trainer
+from zoft.run.train import keep_reference
 from zoft.step.nodes import NodeQueries
 from zoft.trainer.batch import StepBatch
 from zoft.trainer.readout import TrainerReader
@@ -152,6 +153,7 @@ def learn(options: argparse.Namespace) -> None:
             words = [*of_task, f"method={options.method}", f"seed={seed}", f"budget.queries={max(options.marks)}"]
             words += [f"optimizer.learning_rate={options.rate}"] if options.rate else []
             made, rows = trainer_of([*words, "trainer.eval_steps=1000000", *options.set])
+            keep_reference(made, rows)
             forward = made.query_forward
             if forward.frozen_prefix is not None and prefix is not None:
                 forward.frozen_prefix.share(prefix)
