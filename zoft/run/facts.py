@@ -28,22 +28,29 @@ def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any
     costs = _costs(trainer)
     sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
     estimator = trainer.method.estimator
-    q, eps = estimator.num_directions, estimator.radius
-    law, directions = f" ({cfg.subspace.law})", f" (q={q}, eps={eps:g})" if eps else f" (q={q})"
-    if estimator.backpropagates and not eps:
-        law = directions = ""  # nothing is drawn
-    if isinstance(estimator, Nodes) and estimator.response == "identity":
-        law, directions = "", " (no probes)"
+    law, q, eps = _drawn(cfg, trainer)
+    subspace = cfg.subspace.name() + (f" ({law})" if law else "")
+    directions = "" if q is None else f" (q={q}, eps={eps:g})" if eps else f" (q={q})"
+    if isinstance(estimator, Nodes) and q is None and not estimator.backpropagates:
+        directions = " (no probes)"
     return [
         f"model   {cfg.model.name}: {total:,} weights, {trained:,} trained ({percent}), {cfg.model.dtype}",
         f"task    {cfg.task.name()}: {sizes} rows",
         *([cfg.chosen] if cfg.chosen else []),
-        f"method  subspace={cfg.subspace.name()}{law}, estimator={cfg.estimator.name()}{directions}, "
+        f"method  subspace={subspace}, estimator={cfg.estimator.name()}{directions}, "
         f"weighting={cfg.weighting.name()}, optimizer={cfg.optimizer.name()} "
         f"(lr={trainer.args.learning_rate:g}), engine={trainer.engine_name}",
         f"budget  {cfg.budget.queries:,} queries = {trainer.args.max_steps:,} steps of "
         + " or ".join(map(str, sorted(set(costs)))),
     ]
+
+
+def _drawn(cfg: ZoftConfig, trainer: ZOTrainer) -> tuple[str | None, int | None, float | None]:
+    """Law, number and radius of a step's directions; None where no direction is drawn."""
+    estimator = trainer.method.estimator
+    if (estimator.backpropagates and not estimator.radius) or getattr(estimator, "response", "") == "identity":
+        return None, None, None
+    return cfg.subspace.law, estimator.num_directions, estimator.radius or None
 
 
 def _costs(trainer: ZOTrainer) -> list[int]:
@@ -85,9 +92,8 @@ def _settings(cfg: ZoftConfig, trainer: ZOTrainer) -> dict[str, Any]:
     return {group: getattr(cfg, group).name() for group in groups} | {
         "function": ", ".join(word.partition("=")[2] for word in own.code_words(cfg)) or None,
         "engine": trainer.engine_name,
-        "law": cfg.subspace.law,
-        "num_directions": cfg.estimator.num_directions,
-        "eps": cfg.estimator.radius or None,
+        **dict(zip(("law", "num_directions", "eps"), _drawn(cfg, trainer), strict=True)),
+        "response": getattr(trainer.method.estimator, "response", None),
         "learning_rate": trainer.args.learning_rate,
         "lr_scheduler_type": str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)),
         "batch_size": trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,

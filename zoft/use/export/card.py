@@ -32,19 +32,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")""",
 }
 HEADS = {"causal": "CausalLM", "masked": "MaskedLM", "classifier": "SequenceClassification"}
 _SETTINGS = (
-    *("method", "subspace", "law", "estimator", "num_directions", "eps", "weighting", "optimizer", "learning_rate"),
-    *(
-        "lr_scheduler_type",
-        "batch_size",
-        "num_train_rows",
-        "objective",
-        "function",
-        "peft",
-        "trainable",
-        "engine",
-        "dtype",
-    ),
-    *("quantization", "seed"),
+    *("method", "subspace", "law", "estimator", "response", "num_directions", "eps", "weighting"),
+    *("optimizer", "learning_rate", "lr_scheduler_type", "batch_size", "num_train_rows", "objective", "function"),
+    *("peft", "trainable", "engine", "dtype", "quantization", "seed"),
 )
 
 

@@ -139,8 +139,9 @@ def test_the_card_says_what_was_done(runs: Path, tmp_path: Path, capsys: Any):
     assert card.data.library_name == "peft"
     assert card.data.base_model is None  # a folder of this machine is no name on the hub
     assert f"**Warning.** The base model is a folder of the machine it was trained on (`{runs / 'base'}`)" in card.text
-    for name in ("estimator", "optimizer", "learning_rate", "batch_size", "num_directions", "seed"):
+    for name in ("estimator", "optimizer", "learning_rate", "batch_size", "response", "seed"):
         assert f"| {name} | {facts[name]} |" in card.text, name
+    assert "| eps |" not in card.text  # no probe was made
     for part in (facts["weights_sha256"], "queries | 10", "95 %", "transformers", facts["command"], "rows.jsonl"):
         assert part in card.text
 
@@ -148,7 +149,8 @@ def test_the_card_says_what_was_done(runs: Path, tmp_path: Path, capsys: Any):
 def test_the_report_names_method_rates_and_batch(runs: Path):
     facts = json.loads((runs / "adapter" / "report.json").read_text())
     assert (facts["estimator"], facts["optimizer"], facts["objective"]) == ("nodes", "whiten", "options")
-    assert (facts["learning_rate"], facts["batch_size"], facts["eps"], facts["num_directions"]) == (0.01, 16, 0.1, 1)
+    assert (facts["learning_rate"], facts["batch_size"], facts["response"]) == (0.01, 16, "identity")
+    assert facts.keys().isdisjoint(("law", "eps", "num_directions"))  # nothing was drawn
     assert (facts["peft"], facts["trainable"], facts["engine"]) == ("lora", "adapter", "nodes")
 
 
