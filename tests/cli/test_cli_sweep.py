@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE_RUN = """
 # Stands in for zoft.run.train in every process, workers too: Python imports sitecustomize when it starts.
 import sys, types
-def run(cfg, shared=None):
+def run(cfg, opening=None, shared=None):
     import json, os
     os.makedirs(cfg.output_dir, exist_ok=True)
     if cfg.seed == 14:

@@ -161,7 +161,7 @@ class Steps:
 
     def bytes_kept(self):
         """Of all tensors that are kept from step to step: the optimizer's state, an anchor, bases and masks."""
-        of_a_step = ("weights", "source", "_kept", "_drawn", "_overlap", "_last_basis")
+        of_a_step = ("weights", "source", "z_cache", "_drawn", "_overlap", "_last_basis")
         subspace = [value for key, value in vars(self.session.coordinates).items() if key not in of_a_step]
         moments = (
             {} if isinstance(self.method.optimizer, ReadsFactors) else self.zo_optimizer.moments
