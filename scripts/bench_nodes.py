@@ -89,7 +89,8 @@ def problems(form: str) -> list[str]:
     words = ["task=custom", f"task.train={file}", f"task.format={form}", "task.max_length=64", "task.num_test=100"]
     if form == "reward":
         judge = folder / "judge.py"
-        judge.write_text("def short(prompts, texts):\n    return [1 - len(text.split()) / 20 for text in texts]\n")
+        text = "def short(prompts, generations):\n    return [1 - len(text.split()) / 20 for text in generations]\n"
+        judge.write_text(text)
         words += ["objective=reward", f"objective.function={judge}:short", "objective.max_new_tokens=16"]
     return words
 

@@ -179,27 +179,29 @@ class Rule(NamedTuple):
     Args:
         name: printed.
         rank: of SubZero's directions; 0: gaussian ones.
-        window: batches whose inputs whiten the step; 0: it is not.
+        whitened: whether the inputs of the last batches whiten the step.
         beta: momentum.
-        spanned: whether directions lie in the span of the window's inputs.
+        spanned: whether directions lie in the span of those inputs.
     """
 
     name: str
     rank: int = 0
-    window: int = 0
+    whitened: bool = False
     beta: float = 0.0
     spanned: bool = False
 
 
 RULES = (
     Rule("MeZO"),
-    Rule("MeZO, whitened", window=10),
-    Rule("MeZO, whitened, momentum", window=10, beta=0.9),
-    Rule("MeZO in the inputs' span", window=10, spanned=True),
-    Rule("MeZO in the inputs' span, whitened", window=10, beta=0.0, spanned=True),
+    Rule("MeZO, whitened", whitened=True),
+    Rule("MeZO, whitened, momentum", whitened=True, beta=0.9),
+    Rule("MeZO in the inputs' span", spanned=True),
+    Rule("MeZO in the inputs' span, whitened", whitened=True, spanned=True),
     Rule("SubZero", rank=64),
-    Rule("SubZero, whitened", rank=64, window=10),
+    Rule("SubZero, whitened", rank=64, whitened=True),
 )
+WINDOW = 10
+"""Batches whose inputs are kept."""
 
 
 def whiten(options: argparse.Namespace) -> None:
@@ -281,14 +283,14 @@ class Walk:
         values = []
         for sign in (1, -1):
             self.move(z, sign * self.eps)
-            values.append(self.loss(batch, see=sign > 0 and self.rule.window > 0))
+            values.append(self.loss(batch, see=sign > 0 and (self.rule.whitened or self.rule.spanned)))
             self.move(z, -sign * self.eps)
         slope = (values[0] - values[1]) / (2 * self.eps)  # <g, z>
         beta = self.rule.beta
         for name in z:
             self.momentum[name].mul_(beta).add_(slope * z[name], alpha=1 - beta)
         steps = self.momentum
-        if "whitened" in self.rule.name:
+        if self.rule.whitened:
             steps = {name: solved(one, self.inputs[name]) for name, one in steps.items()}
         self.unit = self.unit or abs(slope) * norm(z) / norm(steps)
         self.move(steps, -self.rate * self.unit)
@@ -322,7 +324,7 @@ class Walk:
 
                 def keep(_: Any, seen: Any, inputs: list[Tensor] = inputs) -> None:
                     inputs.append(seen[0].detach().flatten(0, -2).clone())
-                    del inputs[: -self.rule.window]
+                    del inputs[:-WINDOW]
 
                 layer = getattr(self.made.model.model.layers[-1].mlp, f"{name}_proj")
                 stack.callback(layer.register_forward_pre_hook(keep).remove)

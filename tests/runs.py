@@ -120,11 +120,11 @@ def zoft(*words: str, cwd: Path, columns: int = 0, input: str = "") -> subproces
     """
     from tests.faults.zygote import shared
 
-    env = dict(os.environ) | ({"COLUMNS": str(columns)} if columns else {})
+    env = environment() | ({"COLUMNS": str(columns)} if columns else {})
     with tempfile.TemporaryDirectory() as folder:
         told, errors, asked = (Path(folder, name) for name in ("told", "errors", "asked"))
         asked.write_text(input)
-        run = shared().start(list(words), told, errors=errors, input=str(asked), cwd=str(cwd), env=env)
+        run = shared().start(list(words), told, errors=errors, input=str(asked), cwd=str(cwd), env=env, anew=True)
         return subprocess.CompletedProcess(words, run.wait(), told.read_text(), errors.read_text())
 
 

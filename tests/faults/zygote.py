@@ -45,7 +45,8 @@ class Zygote:
             words: after ``zoft``, or what a ``module`` is given.
             told: gets its output.
             errors: gets its standard error.
-            more: ``faults``, variables of its ``env``, its ``cwd``, or the file that is its ``input``.
+            more: ``faults``, variables of its ``env`` (with ``anew`` it has no others), its ``cwd``, or the file that
+                is its ``input``.
         """
         pid = self._ask({"words": words, "told": str(told), "errors": str(errors or told)} | more)["pid"]
         return Run(self, pid, told)
@@ -204,6 +205,8 @@ def _be_a_run(question: dict[str, Any]) -> None:
         sys.stdin = os.fdopen(0)
         for number, name in ((1, question["told"]), (2, question["errors"])):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+        if question.get("anew"):
+            os.environ.clear()
         os.environ.update(question.get("env") or {})
         os.chdir(question.get("cwd") or ".")
         from tests.faults import injected

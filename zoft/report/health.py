@@ -16,7 +16,7 @@ RUINED_FACTOR, RUINED_NATS = 3.0, 10.0
 """A loss is ruined where it is this many times the first one and this much above it, in nats."""
 
 SKIPPED_SHARE, FEWEST_SKIPPED = 0.5, 3
-"""A run is ruined too where this share of its steps, and so many of them, had a loss that was no finite number."""
+"""A run is ruined too where this share of its steps, and at least this number, had a loss that is not finite."""
 
 ROUNDING = 4 * 2**-23
 """Of a loss: points whose losses differ by no more (four units in the last place of float32) show no slope."""

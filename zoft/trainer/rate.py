@@ -73,7 +73,7 @@ def climb(start: float, loss: Callable[[float], float], may_go_on: Callable[[], 
 
 
 def are_flat(losses: Iterable[float]) -> bool:
-    """Whether losses cannot be told apart.
+    """Whether losses differ by less than a search can use.
 
     Example:
         >>> are_flat([0.69731, 0.69732]), are_flat([0.7, 0.6]), are_flat([0.7, math.inf])

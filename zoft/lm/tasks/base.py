@@ -87,7 +87,7 @@ class Task(Component):
         raise UserError(f"task={self.name()} has no reader of new rows: predict with a run of another task")
 
     def say_if_fewer(self, num_rows: int) -> None:
-        """Say so where fewer rows are there to train on than somebody asked for.
+        """Note that there are fewer training rows than ``num_train`` asks for.
 
         Args:
             num_rows: that are trained on.
