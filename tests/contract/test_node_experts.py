@@ -155,7 +155,7 @@ def test_each_expert_is_whitened_by_its_own_inputs(width):
     omega = 0.95 ** state["age"] / 12
     omega = omega / omega.sum()
     mu = 0.1 * 0.9 ** state["age"]
-    ridge = 0.1 * float((omega * x.square().mean(1)).sum()) / len(number.unique())
+    ridge = 1.0 * float((omega * x.square().mean(1)).sum()) / len(number.unique())
     for j in range(4):
         of = number == j
         a = (x[of].T * omega[of]) @ x[of] + ridge * torch.eye(width)

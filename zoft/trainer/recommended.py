@@ -58,7 +58,7 @@ def recommended(model: nn.Module | None, objective: Objective | None, rows: Any)
         "no method is named: node directions (method=zoft), which learn from the fewest queries; name a part, "
         'e.g. estimator="central", for directions in the weights'
     )
-    return Method(outputs, Nodes(), Method.of().weighting, Whiten(learning_rate=1.0))
+    return Method(outputs, Nodes(), Method.of().weighting, Whiten(learning_rate=4.0))
 
 
 def _is_read(model: nn.Module, row: Mapping[str, Any]) -> bool:
