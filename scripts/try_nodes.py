@@ -3,9 +3,11 @@
     python scripts/try_nodes.py response sms trec     # an exponential mean, and a response that depends on the example
     python scripts/try_nodes.py again sms trec        # when to probe again: never, every k steps, by a monitor
     python scripts/try_nodes.py whiten sms rt trec    # MeZO and SubZero with their steps whitened by the layers' inputs
+    python scripts/try_nodes.py ridge sms rt trec     # how much of it whitening needs, and how long steps may be then
 
 All are of the demo's last block, a batch of 8, and `response` and `again` with
 `estimator.response=learnt subspace.probed=layers`: SmolLM2 needs no probes, models that do are what these are about.
+These two have the ridge, the rate and the bound that were the defaults when docs/nodes.md had their tables.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from zoft.step.nodes import NodeEstimate, NodeQueries
 from zoft.trainer import binding
 
 SMALL = ["trainer.per_device_train_batch_size=8", "task.num_dev=128", "task.num_test=2", "trainer.eval_steps=1000000"]
-LEARNT = ["method=zoft", "estimator.response=learnt", "subspace.probed=layers", *SMALL]
+SHORT = ["optimizer.ridge=0.1", "optimizer.learning_rate=1", "optimizer.trust=50"]
+LEARNT = ["method=zoft", "estimator.response=learnt", "subspace.probed=layers", *SHORT, *SMALL]
 
 
 class DevLoss(TrainerCallback):
@@ -168,6 +171,18 @@ def again(options: argparse.Namespace) -> None:
             trained(task, [*LEARNT, f"estimator.every={every}"], options, NodeQueries)
         print(f"{task}: by the monitor", flush=True)
         trained(task, LEARNT, options, Monitored)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ridge
+
+
+def ridge(options: argparse.Namespace) -> None:
+    """No probes: ridges and learning rates together."""
+    for task in options.tasks:
+        for share, rate in ((0.1, 1), (0.1, 4), (0.3, 2), (1, 2), (1, 4), (3, 4), (3, 8), (10, 16)):
+            print(f"{task}: ridge {share}, learning rate {rate}", flush=True)
+            words = [f"optimizer.ridge={share}", f"optimizer.learning_rate={rate}", *options.set]
+            trained(task, ["method=zoft", *SMALL, *words], options, NodeQueries)
 
 
 # --------------------------------------------------------------------------------------------------------------- whiten
@@ -367,6 +382,7 @@ def main() -> None:
         "response": (response, [30, 60, 120, 240]),
         "again": (again, [30, 60, 120]),
         "whiten": (whiten, [60, 120, 240]),
+        "ridge": (ridge, [10, 30, 60]),
     }
     for name, (run, marks) in trials.items():
         one = verbs.add_parser(name)
@@ -375,6 +391,7 @@ def main() -> None:
         one.add_argument("--marks", type=int, nargs="+", default=marks, help="numbers of queries")
         one.add_argument("--only", default="", help="of whiten: rules with this in their name")
         one.add_argument("--rates", type=float, nargs="+", default=[1e-3, 4e-3, 1.6e-2], help="of whiten")
+        one.add_argument("--set", nargs="*", default=[], help="of ridge: further arguments of zoft train")
         one.set_defaults(run=run)
     options = parser.parse_args()
     options.run(options)
