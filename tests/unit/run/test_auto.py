@@ -67,7 +67,7 @@ def test_the_climb_leaves_rates_that_move_nothing_by_larger_steps(caplog: pytest
     assert not caplog.records
     found = auto.climb(1e-9, loss, lambda: len(asked) < 8)  # two trials more are paid for
     assert found == max(asked[6:]) == 4e-9
-    assert "no learning rate from 1e-09 to 4e-09 changed the loss in so few steps: 4e-09 is a guess" in caplog.text
+    assert "no learning rate from 1e-09 to 4e-09 changed the loss in trials this short: 4e-09 is a guess" in caplog.text
 
 
 def test_the_climb_goes_down_out_of_ruin():

@@ -233,7 +233,7 @@ class Custom(Task):
             )
         if counts != wanted:
             counted = " and ".join(f"task.{name}={count:,}" for name, count in counts.items() if count != wanted[name])
-            log.warning("%s has %s rows: %s, a share of so few", self.train, f"{num_rows:,}", counted)
+            log.warning("%s has only %s rows, hence %s", self.train, f"{num_rows:,}", counted)
         return counts["num_test"], counts["num_dev"]
 
     def reading(self) -> Reading:

@@ -194,7 +194,7 @@ def test_counts_that_nobody_chose_are_shares_of_a_small_file(tmp_path, caplog):
     given = {"train": path, "template": "{text} Spam?", "words": {"ham": "No", "spam": "Yes"}}
     splits = Custom(**given).load()
     assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [28, 4, 8]
-    assert "own.jsonl has 40 rows: task.num_test=8 and task.num_dev=4, a share of so few" in caplog.text
+    assert "own.jsonl has only 40 rows, hence task.num_test=8 and task.num_dev=4" in caplog.text
     splits = Custom(**given, num_test=16).load()
     assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [20, 4, 16]
     splits = Custom(**given, validation=file_of(tmp_path / "held.jsonl", [{"text": "n", "label": "ham"}])).load()
