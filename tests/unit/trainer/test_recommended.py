@@ -19,7 +19,7 @@ def trainer(tmp_path: Any, cls: Any = ZOTrainer, rows: Any = ROWS, settings: Any
 
 def test_the_models_own_loss_is_learnt_by_node_directions(tmp_path: Any, caplog: pytest.LogCaptureFixture):
     made = trainer(tmp_path)
-    assert (made.method.subspace.name(), made.args.learning_rate, made.args.max_steps) == ("nodes", 1.0, 12)
+    assert (made.method.subspace.name(), made.args.learning_rate, made.args.max_steps) == ("nodes", 4.0, 12)
     assert "no method is named: node directions" in caplog.text
     before = float(made.evaluate(ROWS)["eval_loss"])
     made.train()
