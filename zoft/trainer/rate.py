@@ -64,8 +64,8 @@ def climb(start: float, loss: Callable[[float], float], may_go_on: Callable[[], 
     if are_flat(losses.values()):
         highest = start * FACTOR ** max(losses)
         log.warning(
-            "no learning rate from %.3g to %.3g changed the loss in trials this short: %.3g is a guess, and higher ones are "
-            "worth a try (a larger budget tries more)",
+            "no learning rate from %.3g to %.3g changed the loss in trials this short: %.3g is a guess, and higher "
+            "ones are worth a try (a larger budget tries more)",
             *(start * FACTOR ** min(losses), highest, highest),
         )
         return highest
