@@ -24,9 +24,9 @@ class Whiten(ReadsFactors, Optimizer):
     X [N, n] are the inputs and E [N, m] the node gradients of all positions in the window, omega their weights in the
     inputs' second moment (decay^age, of sum 1) and mu those in the momentum ((1 - beta) beta^age). It is the step
     M A^-1 with the momentum M of E^T X and A = X^T diag(omega) X + lambda I [n, n], solved for N or n unknowns,
-    whichever are fewer; one-sided K-FAC. A = I would be momentum. The step has the units of least squares: with the
-    ridge as it is lr = 4 is near the best for the first steps of every task tried, and later ones average over more
-    examples: step t is divided by sqrt(1 + t / cooling), whatever the trainer's own schedule of lr.
+    whichever are fewer; one-sided K-FAC. A = I would be momentum. The step has the units of least squares. At lr = 4
+    the bound below sets the length of most first steps (docs/nodes.md), and later ones average over more examples:
+    step t is divided by sqrt(1 + t / cooling), whatever the trainer's own schedule of lr.
 
     The step is shortened where it promises too much: with p = <E^T X, step> the decrease of the loss that the last
     batch's own gradient predicts, summed over all layers, lr p is at most ``trust`` times the loss (Polyak's step), or
@@ -40,8 +40,8 @@ class Whiten(ReadsFactors, Optimizer):
         beta: weight of the past in the momentum, in [0, 1).
         decay: of the second moment, a batch, above 0 and at most 1.
         window: how many of the last batches are kept, at least 1: N (n + m) float32 numbers a layer.
-        ridge: lambda as a share of the mean of X's squared elements, > 0. What few inputs have in common counts for
-            less with more of it, and the rows at hand are less learnt by heart; the longer may steps be.
+        ridge: lambda as a share of the mean of X's squared elements, > 0. The more, the less a step follows what only
+            a few inputs have in common.
         cooling: steps after which steps begin to become shorter, above 0; 0: they never do.
         trust: bound on the predicted decrease of the loss in one step, as a share of the loss, > 0.
         trust_exact: the same, where node gradients have no noise of probes.
