@@ -11,7 +11,7 @@ def test_the_shipped_bench_is_shown(tmp_path):
     assert "tasks       sms_spam, rotten_tomatoes, trec" in done.stdout
     assert "cells       564 of 240 queries" in done.stdout
     assert (
-        "task=sms_spam task.prompt=aligned method=zoft seed=0 budget.queries=240 optimizer.learning_rate=0.25"
+        "task=sms_spam task.prompt=aligned method=zoft seed=0 budget.queries=240 optimizer.learning_rate=1"
         in done.stdout
     )
     assert not list(tmp_path.iterdir())
