@@ -30,8 +30,8 @@ from zoft.step.nodes import NodeEstimate, NodeQueries
 from zoft.trainer import binding
 
 SMALL = ["trainer.per_device_train_batch_size=8", "task.num_dev=128", "task.num_test=2", "trainer.eval_steps=1000000"]
-SHORT = ["optimizer.ridge=0.1", "optimizer.learning_rate=1", "optimizer.trust=50"]
-LEARNT = ["method=zoft", "estimator.response=learnt", "subspace.probed=layers", *SHORT, *SMALL]
+BEFORE = ["optimizer.ridge=0.1", "optimizer.learning_rate=1", "optimizer.trust=50"]
+LEARNT = ["method=zoft", "estimator.response=learnt", "subspace.probed=layers", *BEFORE, *SMALL]
 
 
 class DevLoss(TrainerCallback):
@@ -389,9 +389,11 @@ def main() -> None:
         one.add_argument("tasks", nargs="+", choices=list(TASKS))
         one.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
         one.add_argument("--marks", type=int, nargs="+", default=marks, help="numbers of queries")
-        one.add_argument("--only", default="", help="of whiten: rules with this in their name")
-        one.add_argument("--rates", type=float, nargs="+", default=[1e-3, 4e-3, 1.6e-2], help="of whiten")
-        one.add_argument("--set", nargs="*", default=[], help="of ridge: further arguments of zoft train")
+        if name == "whiten":
+            one.add_argument("--only", default="", help="rules with this in their name")
+            one.add_argument("--rates", type=float, nargs="+", default=[1e-3, 4e-3, 1.6e-2])
+        if name == "ridge":
+            one.add_argument("--set", nargs="*", default=[], help="further arguments of zoft train")
         one.set_defaults(run=run)
     options = parser.parse_args()
     options.run(options)
