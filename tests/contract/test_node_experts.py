@@ -139,6 +139,7 @@ def test_factors_of_experts_are_as_many_matrices():
         wanted[number] += torch.outer(e, x)
     torch.testing.assert_close(one.dense(), wanted)
     assert one.inner(other) == pytest.approx(float((wanted * other.dense()).sum()), rel=1e-5)
+    assert one.square() == pytest.approx(float(wanted.square().sum()), rel=1e-5)
     again = of_state(to_state({"w": one}), "cpu")["w"]
     assert torch.equal(again.dense(), one.dense())
     assert again.num_experts == 4

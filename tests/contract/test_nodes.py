@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from zoft.estimators.nodes import Nodes as Estimator
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors
 from zoft.optimizers.whiten import Whiten
+from zoft.step.estimate import StepEstimate
 from zoft.step.method import Method
 from zoft.step.nodes import NodeQueries
 from zoft.step.query import StepQueries
@@ -384,6 +386,18 @@ def test_every_optimizer_of_gradients_takes_it_downhill(optimizer, dtype):
     untouched = models.tiny_llama().to(dtype).state_dict()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, untouched[n])}
     assert moved == set(names), "the nodes' tensors move and no other"
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_the_norm_of_an_estimate_is_that_of_its_matrices(rows):
+    model = only(models.tiny_llama(), "layers.1.mlp", "layers.1.input_layernorm")
+    ask = queries(model, "loss", positions="all")
+    found = ask(models.batch_for(model, rows=rows, length=7), Direction(0, 0), EXACT)
+    estimate = replace(StepEstimate.of([(Direction(0, 0), 1.0)]), factors=found.factors)
+    assert StepEstimate.of([(Direction(0, 0), 1.0)]).norm is None
+    wanted = torch.cat([one.dense().flatten() for one in found.factors.values()]).norm()
+    assert estimate.norm == pytest.approx(float(wanted), rel=1e-5)
+    assert estimate.scaled(0.5).norm == pytest.approx(float(wanted) / 2, rel=1e-5)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

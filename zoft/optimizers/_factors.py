@@ -53,6 +53,11 @@ class Factors:
             products = products * (self.expert.unsqueeze(1) == other.expert)  # two experts are two matrices
         return float(products.sum())
 
+    def square(self) -> float:
+        """Sum of the squares of the gradient's elements."""
+        by_rows = self.expert is not None or len(self.x) < min(self.e.shape[1], self.x.shape[1])  # N x N are fewer
+        return max(0.0, self.inner(self)) if by_rows else float(self.dense().double().square().sum())
+
     def to(self, device: torch.device) -> Factors:
         """These factors on a device."""
         expert = None if self.expert is None else self.expert.to(device)

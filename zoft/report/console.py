@@ -21,7 +21,7 @@ _BAR_CELLS = 10
 # what a narrow terminal loses, in this order
 _EXPENDABLE = ("bar", "snr", "slope", "rate", "skipped", "evaluation", "memory", "time")
 
-_SHOWN = ("loss", "projected_grad", "peak_memory_mb", "num_skipped_steps")  # of a log row
+_SHOWN = ("loss", "projected_grad", "grad_norm", "peak_memory_mb", "num_skipped_steps")  # of a log row
 
 
 class ProgressCallback(TrainerCallback):
@@ -31,9 +31,9 @@ class ProgressCallback(TrainerCallback):
 
         queries 1,240/2,000 | loss 0.412 | |g| 3.1 | acc 91.0 % (dev) | 0.61 GiB peak | 12.3 q/s | 01:12<00:44
 
-    |g| is the root mean square of the projected gradients; behind it stands the signal-to-noise of the estimate, where
-    diagnostics measure it. In a narrow terminal the drawn bar goes first, then these, then the rate. The rate and the
-    time left count this session's steps and the evaluations between them.
+    |g| is the root mean square of the projected gradients (of node directions the estimate's norm), behind it the
+    signal-to-noise where diagnostics measure it. In a narrow terminal the drawn bar goes first, then these, then the
+    rate. The rate and the time left count this session's steps and the evaluations between them.
 
     Args:
         queries_per_step: forward passes one optimizer step takes, all its micro-batches together; the mean where steps
@@ -77,8 +77,8 @@ class ProgressCallback(TrainerCallback):
         parts = {"queries": f"queries {self._done:,}/{self._total:,}"}
         if "loss" in self._values:
             parts["loss"] = f"loss {self._values['loss']:.3f}"
-        if "projected_grad" in self._values:
-            parts["slope"] = f"|g| {self._values['projected_grad']:.2g}"
+        if (slope := self._values.get("projected_grad", self._values.get("grad_norm"))) is not None:
+            parts["slope"] = f"|g| {slope:.2g}"
         if self.snr is not None and (snr := self.snr()) is not None:
             parts["snr"] = f"snr {snr:.2g}"
         if self._metric is not None:

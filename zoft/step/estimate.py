@@ -102,6 +102,13 @@ class StepEstimate:
         # sqrt(mean_j p_j^2)
         return math.nan if self.projected_grads is None else float(self.projected_grads.square().mean().sqrt())
 
+    @property
+    def norm(self) -> float | None:
+        """|g| of a log line: the slope where it was measured, of factors their norm over all tensors, else None."""
+        if self.projected_grads is not None or not self.factors:
+            return None if self.projected_grads is None else self.slope
+        return math.sqrt(sum(one.square() for one in self.factors.values()))  # of the matrices E^T X
+
     def scaled(self, share: float) -> StepEstimate:
         """The estimate with every coefficient times ``share``."""
         assert self.terms is not None

@@ -314,15 +314,13 @@ class ZOMixin(_Base):
             return [name for name, _ in model.named_parameters() if decays(name)]
         return list(super().get_decay_parameter_names(model))
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the step's estimate, as far as it is known (:attr:`StepEstimate.norm`)."""
+        return grad_norm if grad_norm is not None or self.last_step is None else self.last_step.norm
+
+    def _clip_grad_norm(self, model: nn.Module) -> float | None:
         """The slope before clipping: the projected gradients are clipped already (:func:`zoft.step.estimate.clip`)."""
         return self._get_grad_norm(model)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Root mean square of the projected gradients of the step; None where none were measured."""
-        del model
-        slopes = None if self.last_step is None else self.last_step.projected_grads
-        return grad_norm if grad_norm is not None or slopes is None else slopes.square().mean().sqrt()
 
     def floating_point_ops(self, inputs: Inputs) -> float:
         """2 N per token and query; the Trainer's own figure is 6 N (a forward and a backward pass)."""

@@ -142,3 +142,11 @@ def test_the_slope_and_what_diagnostics_measured_stand_on_the_line(clock: Any) -
     assert progress.text() == "queries 30/230 | loss 0.500 | |g| 3.1"
     measured["snr"] = 0.271
     assert "| |g| 3.1 | snr 0.27" in progress.text()
+
+
+def test_a_run_without_projected_gradients_shows_the_norm_of_its_estimate(clock: Any) -> None:
+    progress = ProgressCallback(1, stream=io.StringIO())
+    options, state = args(), TrainerState(global_step=0, max_steps=100)
+    progress.on_train_begin(options, state, TrainerControl())
+    progress.on_log(options, state, TrainerControl(), logs={"loss": 0.5, "grad_norm": 0.271828})
+    assert progress.text() == "queries 0/100 | loss 0.500 | |g| 0.27"
