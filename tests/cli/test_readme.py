@@ -13,6 +13,7 @@ from zoft.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCH = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
 SMALL = [
     "task.num_train=4",
     "trainer.load_best_model_at_end=false",  # nothing is saved on the way
@@ -116,3 +117,29 @@ def test_links_lead_somewhere():
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def tables(text):
+    """Every table of a page: its header's cells, and first cell -> the others of each row."""
+    pairs = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        header, _, *rows = [[cell.strip(" *`") for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
+        pairs.append((header[1:], {first: rest for first, *rest in rows}))
+    return pairs
+
+
+NAMES = {"AdamW, by backpropagation": "adamw", "MeZO": "mezo", "SubZero": "subzero", "zoft": "zoft"}
+
+
+def test_what_to_expect_is_what_the_bench_printed():
+    (_, expected), *_ = tables(README)
+    (budgets, printed), *_ = [one for one in tables(BENCH) if one[0][0] == "sms_spam, 30"]  # with the template
+    (_, untrained), *_ = [one for one in tables(BENCH) if "zero_shot" in one[1]]
+    assert set(expected) - set(NAMES) == {"a linear probe on the same 256 rows"}
+    for title, name in NAMES.items():
+        scores = {budget: cell.split()[0] for budget, cell in zip(budgets, printed[name], strict=True)}
+        tasks = ("sms_spam", "rotten_tomatoes", "trec")
+        assert expected[title] == [f"{scores[f'{task}, 60']} ({scores[f'{task}, 240']})" for task in tasks], title
+    assert expected["a linear probe on the same 256 rows"] == [
+        cell.split()[0] for cell in untrained["linear_probe"][:6:2]
+    ]
