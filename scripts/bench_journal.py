@@ -1,6 +1,6 @@
 """What journal and guard cost: their share of a step's time in one run of the demo, and the bytes they leave.
 
-    python scripts/bench_journal.py                          # the quickstart, 400 queries, guard=clip
+    python scripts/bench_journal.py                          # config=smoke, 400 queries, guard=clip
     python scripts/bench_journal.py --queries 200 key=value ...
 
 The time inside each of their calls is added up, and divided by the wall time of the steps of the same run.
@@ -56,7 +56,7 @@ def main() -> None:
         "trainer.eval_strategy='no'",
         "trainer.save_strategy='no'",
     ]
-    words = ["config=quickstart", f"budget.queries={given.queries}", *few, "+trainer.guard=clip"]
+    words = ["config=smoke", f"budget.queries={given.queries}", *few, "+trainer.guard=clip"]
     try:
         facts = run(
             compose([*words, "trainer.load_best_model_at_end=false", *given.overrides, f"output_dir={folder / 'run'}"])

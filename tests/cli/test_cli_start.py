@@ -47,7 +47,9 @@ def test_train_alone_says_what_is_missing_and_begins_nothing(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["seed=1"], ["method=mezo", "model.name=x"], ["-m", "seed=0,1"]])
+@pytest.mark.parametrize(
+    "words", [["seed=1"], ["method=mezo", "model.name=x"], ["-m", "seed=0,1"], ["task.train=own.csv"]]
+)
 def test_neither_do_arguments_without_data(words: list[str], capsys: Any, tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *words]) == 2
@@ -146,38 +148,38 @@ for words in {list(WRONG)!r}:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [ast.literal_eval(line) for line in done.stdout.splitlines()]
-    assert [words for words, *_ in found] == list(WRONG)
-    for words, code, heavy, said in found:
+    outcomes = [ast.literal_eval(line) for line in done.stdout.splitlines()]
+    assert [words for words, *_ in outcomes] == list(WRONG)
+    for words, code, heavy, said in outcomes:
         assert (code, heavy) == (2, []), (words, heavy, said)
         assert WRONG[words] in said, (words, said)
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("own")
-    model_folder(made / "model", max_position_embeddings=1200)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    model_folder(folder / "model", max_position_embeddings=1200)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(made / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}is {% endif %}"
     )
-    tokenizer.save_pretrained(made / "model")
+    tokenizer.save_pretrained(folder / "model")
     for name, rows in ROWS.items():
-        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return made
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
-def words_of(own: Path, name: str) -> list[str]:
+def words_of(folder: Path, name: str) -> list[str]:
     more = ["objective.function=zoft.lm.rewards:countdown"] if name == "reward" else []
-    return [f"config={name}", f"task.train={own / name}.jsonl", f"model.name={own / 'model'}", *more]
+    return [f"config={name}", f"task.train={folder / name}.jsonl", f"model.name={folder / 'model'}", *more]
 
 
 @pytest.mark.parametrize("name", READY)
-def test_a_ready_config_trains_on_rows_of_its_format(name: str, own: Path, tmp_path: Path):
+def test_a_ready_config_trains_on_rows_of_its_format(name: str, data: Path, tmp_path: Path):
     short = ["budget.queries=16", "objective.max_new_tokens=2"][: 1 + (name == "reward")]
-    cfg = compose([*words_of(own, name), *short, f"output_dir={tmp_path / 'out'}"])
+    cfg = compose([*words_of(data, name), *short, f"output_dir={tmp_path / 'out'}"])
     facts = run(cfg)
     assert facts["num_queries"] >= 8
     assert cfg.objective.name() == FORM_OBJECTIVES[name]
@@ -196,8 +198,8 @@ def test_every_key_of_a_ready_config_is_explained(name: str):
 @pytest.mark.parametrize(
     ("name", "objective"), [("classify", "options"), ("instruct", "cross_entropy"), ("preference", "preference")]
 )
-def test_the_objective_follows_from_the_rows(name: str, objective: str, own: Path):
-    given = [f"task.train={own / name}.jsonl", f"model.name={own / 'model'}", "task.template='{text} is it'"]
+def test_the_objective_follows_from_the_rows(name: str, objective: str, data: Path):
+    given = [f"task.train={data / name}.jsonl", f"model.name={data / 'model'}", "task.template='{text} is it'"]
     rows = ["task.num_train=8", "task.num_dev=2", "task.num_test=2"]  # of twelve
     cfg = compose(["config=smoke", "task=custom", *rows, *given[: 2 + (name == "classify")]])
     assert cfg.objective.name() == "auto"
@@ -205,10 +207,10 @@ def test_the_objective_follows_from_the_rows(name: str, objective: str, own: Pat
     assert cfg.objective.name() == objective
 
 
-def test_a_reward_refuses_a_method_with_a_gradient_once_it_is_known(own: Path):
+def test_a_reward_refuses_a_method_with_a_gradient_once_it_is_known(data: Path):
     from zoft.errors import UserError
 
-    given = [f"task.train={own / 'reward'}.jsonl", f"model.name={own / 'model'}"]
+    given = [f"task.train={data / 'reward'}.jsonl", f"model.name={data / 'model'}"]
     given += ["task.num_train=8", "task.num_dev=2", "task.num_test=2"]
     cfg = compose(["config=smoke", "task=custom", *given, "method=forward_gradient"])
     with pytest.raises(UserError, match="has no gradient"):

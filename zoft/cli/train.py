@@ -24,12 +24,12 @@ COLUMNS = ("zero_shot", "final", "num_queries", "seconds", "peak_memory_mb")
 """What a sweep's table shows of what its runs return; all their numbers when they have none of these."""
 
 START = """\
-zoft train needs something to train on: an experiment, config=NAME, or data of yours, task.train=FILE. To start:
+zoft train needs something to train on: an experiment, config=NAME, or a task, task=NAME. To start:
   zoft train config=quickstart                       the demo: a real model on real text, two minutes
   zoft train config=classify task.train=reviews.csv  your own rows; also config=instruct, chat, preference, reward
   zoft data show config=classify task.train=reviews.csv   what the model would see of them; zoft train --help"""
 
-_STARTS = ("config=", "task=", "task.train=")
+_STARTS = ("config=", "task=")
 
 _FLAGS = {"-m": "multirun", "--multirun": "multirun", "--cfg": "cfg"}
 
@@ -50,8 +50,8 @@ def command(arguments: list[str]) -> int:
     flags = {_flag(argument) for argument in arguments if argument.startswith("-")}
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     _quiet()
-    if not overrides and "cfg" not in flags:
-        raise UserError(START)
+    if "cfg" not in flags and all(word.lstrip("+").startswith("task.train=") for word in overrides):
+        raise UserError(START)  # before the task by default is found to have no file
     if flags == {"multirun", "cfg"}:
         raise UserError("--cfg prints one run: drop -m, or give each key one value")
     if "multirun" in flags:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 VERBS = {
     "train": "fine-tune a model (the one you came for)",
-    "tune": "search a training job's settings: zoft tune config=quickstart space.optimizer.learning_rate='log(1e-3,1)'",
+    "tune": "search a training job's settings: zoft tune config=quickstart space.optimizer.learning_rate='log(1,64)'",
     "check": "everything about a run before it begins, ticks and crosses: zoft check config=quickstart",
     "estimate": "memory of a run before any weight is loaded, time by three steps: zoft estimate config=quickstart",
     "eval": "metrics on held-out rows, of a model or a run: zoft eval run=runs/mine mode=icl",

@@ -242,8 +242,8 @@ class Measurement:
     # ---- eps ---------------------------------------------------------------------------------------------------------
 
     def _radius(self, row: dict[str, Any], tables: dict[str, Any], gradient: Gradient | None) -> None:
-        if not self._is_differentiable("the error of finite differences"):
-            return
+        if self.step.factors is not None or not self._is_differentiable("the error of finite differences"):
+            return  # eps of node directions is in units of outputs, and these are differences along weights
         directions = self.probes[:: 2 if self.estimator.across == "antithetic" else 1][:_ALONG]
         exact, source = exact_slopes(self.session, self.batch, directions), "jvp"
         if exact is None and gradient is not None:

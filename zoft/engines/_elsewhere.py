@@ -119,7 +119,7 @@ class Elsewhere(Engine):
         if objective.forms and set(objective.forms) <= {"head"}:
             raise UserError(
                 f"engine={self.name()} scores tokens, and objective={objective.name()} reads a classification head: "
-                "use engine=auto, or answers as words (task.prompt=causal)"
+                "use engine=auto, or answers as words (task.prompt=aligned)"
             )
 
     def choose(self, estimator: Estimator, coordinates: BoundSubspace, model: nn.Module) -> Engine:

@@ -13,7 +13,7 @@ from zoft.lm.metrics.intervals import wilson
 log = logging.getLogger(__name__)
 
 RUINED_FACTOR, RUINED_NATS = 3.0, 10.0
-"""A loss is ruined where it is this many times the first one and this much above it, in nats."""
+"""A loss is ruined above this many times the first one plus this many nats."""
 
 SKIPPED_SHARE, FEWEST_SKIPPED = 0.5, 3
 """A run is ruined too where this share of its steps, and at least this number, had a loss that is not finite."""

@@ -18,7 +18,7 @@ CHANGEABLE = re.compile(
     r"output_dir|config|budget\.queries|optimizer\.learning_rate|tracker\..*|diagnostics(\..*)?"
     r"|trainer\.(logging|eval|save|lr_scheduler|warmup|dataloader(?!_drop_last)|metric_for|greater_is|load_best|max_skipped|guard).*"
     r"|objective\.(workers|timeout|failed)|engine\.(url|folder|max_adapters|timeout|retries|file)"
-    r"|trainer\.(per_device_train_batch_size|gradient_accumulation_steps|disable_tqdm|run_name|journal.*|frozen.*|ddp_timeout)"
+    r"|trainer\.(per_device_train_batch_size|gradient_accumulation_steps|parallel(_directions)?|run_name|journal.*|frozen.*|ddp_timeout)"
 )
 """Keys of a config that may differ when a run is resumed; batches may be cut in other ways of the same size, which the
 journal checks."""

@@ -437,7 +437,7 @@ def _show_finished(output_dir: str) -> dict[str, Any]:
 
     facts = finished(Path(output_dir))
     assert facts is not None  # the claim has said so
-    say(f"{output_dir} holds this very run, finished; choose another output_dir (or seed) to run again")
+    say(f"{output_dir} holds this run, finished (a larger budget.queries goes on); choose another output_dir or seed")
     for line in summary_lines(facts):
         say(line)
     return facts

@@ -106,8 +106,8 @@ def test_probes_and_gram():
     assert torch.allclose(again, gram[:4, :4], atol=1e-4)
     assert gram_summary(torch.ones(5, 5))["gram_effective_rank"] == pytest.approx(1)
     assert gram_summary(torch.ones(1, 1))["gram_offdiagonal"] is None
-    found = signal(torch.tensor([1.0, 2.0, 3.0]))
-    assert (found["probe_mean"], found["probe_std"], found["snr"]) == (2.0, 1.0, 2.0)
+    figures = signal(torch.tensor([1.0, 2.0, 3.0]))
+    assert (figures["probe_mean"], figures["probe_std"], figures["snr"]) == (2.0, 1.0, 2.0)
     assert signal(torch.tensor([1.0]))["snr"] is None
 
 
@@ -146,10 +146,10 @@ def test_gradient_is_the_sum_of_weighted_parts_and_leaves_what_was_there():
     model.w.grad = before = torch.ones(D)
     coordinates = Method.of().bind(Weights(model))
     session = Bystander(model, coordinates, model)
-    found = gradient_of(session, [(0.0, 0.25), (4.0, 0.75)])
-    assert torch.allclose(found["w"], model.a * model.w.detach() + 3.0)
+    gradient = gradient_of(session, [(0.0, 0.25), (4.0, 0.75)])
+    assert torch.allclose(gradient["w"], model.a * model.w.detach() + 3.0)
     assert model.w.grad is before
     assert session.num_queries == 0, "losses are counted, and who asks for a gradient counts it"
-    same = alignment(coordinates, [], dense=found, gradient=found)
+    same = alignment(coordinates, [], dense=gradient, gradient=gradient)
     assert same.cosine == pytest.approx(1)
     assert same.norm_ratio == pytest.approx(1)

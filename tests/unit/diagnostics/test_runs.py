@@ -46,8 +46,8 @@ class Net(nn.Module):
 def trainer_of(folder: Path, callback: Any = None, model: Any = None, **given: Any) -> ZOTrainer:
     generator = torch.Generator().manual_seed(1)
     rows = [{"inputs": torch.randn(6, generator=generator), "labels": torch.tensor(i % 5)} for i in range(16)]
-    own = ("max_steps", "learning_rate", "gradient_accumulation_steps", "max_grad_norm")
-    chosen = {"max_steps": 4, "learning_rate": 1e-2} | {key: given.pop(key) for key in own if key in given}
+    field_names = ("max_steps", "learning_rate", "gradient_accumulation_steps", "max_grad_norm")
+    chosen = {"max_steps": 4, "learning_rate": 1e-2} | {key: given.pop(key) for key in field_names if key in given}
     args = ZOConfig(
         output_dir=str(folder),
         use_cpu=True,
@@ -77,9 +77,9 @@ def facts(trainer: ZOTrainer) -> tuple[Any, ...]:
 
 def random_states(trainer: ZOTrainer) -> list[bytes]:
     """The global random state after every step, once the run has been made."""
-    found: list[bytes] = []
-    trainer.journal.digest = lambda *_, **__: found.append(torch.get_rng_state().numpy().tobytes())  # type: ignore[method-assign]
-    return found
+    states: list[bytes] = []
+    trainer.journal.digest = lambda *_, **__: states.append(torch.get_rng_state().numpy().tobytes())  # type: ignore[method-assign]
+    return states
 
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -244,11 +244,11 @@ def test_a_resumed_run_has_every_row_once(tmp_path: Path):
     again.train(resume_from_checkpoint=True)
     assert Weights(again.model).digest() == Weights(whole.model).digest()
 
-    def told(one: Path) -> list[list[str]]:
+    def rows_of(one: Path) -> list[list[str]]:
         return [[row[name] for name in COLUMNS if name != "diagnostics_seconds"] for row in read_rows(one)]
 
-    assert told(folder) == told(tmp_path / "whole")
-    assert [row[0] for row in told(folder)] == ["1", "3", "5"]
+    assert rows_of(folder) == rows_of(tmp_path / "whole")
+    assert [row[0] for row in rows_of(folder)] == ["1", "3", "5"]
 
 
 def test_tables_of_steps_that_are_taken_again_are_forgotten(tmp_path: Path):
@@ -319,11 +319,12 @@ def test_node_directions_have_their_cosine_with_the_true_gradient(tmp_path: Path
                 max_steps=2, per_device_train_batch_size=4, dataloader_pin_memory=False,
             ),
             train_dataset=[{key: value[i] for key, value in batch.items()} for i in range(8)],
-            callbacks=[quick(1)],
+            callbacks=[quick(1, eps=(1e-3,))],
             subspace="nodes", estimator=Nodes(feedback=feedback, first=16), optimizer="whiten",
         )  # fmt: skip
         trainer.train()
         rows = read_rows(tmp_path / feedback)
         cosines[feedback] = [float(row["cosine"]) for row in rows]
+        assert {row.get("fd_error_at_eps", "") for row in rows} == {""}, "eps is in units of outputs, not of weights"
     assert cosines["exact"] == pytest.approx([1, 1], abs=1e-3)
     assert min(cosines["hidden"]) > 0.5

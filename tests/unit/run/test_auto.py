@@ -22,8 +22,8 @@ RATE = "optimizer.learning_rate=auto"
 def words_of(folder: Path, *more: str) -> list[str]:
     """A run of 200 queries."""
     names = [word.partition("=")[0] for word in more]
-    own = [word for word in arguments(folder, folder / "out", "budget.queries=200") if word != "budget.queries=24"]
-    return [*(word for word in own if word.partition("=")[0] not in names), *more]
+    defaults = [word for word in arguments(folder, folder / "out", "budget.queries=200") if word != "budget.queries=24"]
+    return [*(word for word in defaults if word.partition("=")[0] not in names), *more]
 
 
 def test_the_word_in_arguments_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -51,9 +51,9 @@ def test_the_climb_ends_at_the_best_rung(best: float, trials: int):
         asked.append(rate)
         return abs(rate / best - best / rate)
 
-    found = auto.climb(1.0, loss, lambda: len(asked) < auto.MOST_TRIALS)
+    chosen = auto.climb(1.0, loss, lambda: len(asked) < auto.MOST_TRIALS)
     assert len(asked) == trials
-    assert found == min(asked, key=lambda rate: abs(rate / best - best / rate))
+    assert chosen == min(asked, key=lambda rate: abs(rate / best - best / rate))
 
 
 def test_the_climb_leaves_rates_that_move_nothing_by_larger_steps(caplog: pytest.LogCaptureFixture):
@@ -65,8 +65,8 @@ def test_the_climb_leaves_rates_that_move_nothing_by_larger_steps(caplog: pytest
 
     assert auto.climb(1e-6, loss, lambda: len(asked) < auto.MOST_TRIALS) == max(asked) == 1e-6 * 4**7
     assert not caplog.records
-    found = auto.climb(1e-9, loss, lambda: len(asked) < 8)  # two trials more are paid for
-    assert found == max(asked[6:]) == 4e-9
+    chosen = auto.climb(1e-9, loss, lambda: len(asked) < 8)  # two trials more are paid for
+    assert chosen == max(asked[6:]) == 4e-9
     assert "no learning rate from 1e-09 to 4e-09 changed the loss in trials this short: 4e-09 is a guess" in caplog.text
 
 
@@ -88,9 +88,9 @@ def test_q_follows_from_the_method():
 def test_a_run_chooses_once_and_goes_on_with_it(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
     words = words_of(tmp_path, RATE, "estimator.eps=auto", "estimator.num_directions=auto")
     assert main(["train", *words]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     choice = json.loads((tmp_path / "out" / auto.NAME).read_text())
-    assert f"auto    estimator.num_directions=1, estimator.eps={choice['values']['estimator.eps']:g}" in told
+    assert f"auto    estimator.num_directions=1, estimator.eps={choice['values']['estimator.eps']:g}" in output
     # 3 directions at 5 radii and at the first rate; a trial is 4 queries of training and 2 batches of dev rows
     assert choice["queries"] == 2 * 3 * 5 + 2 * 3 + 6 * len(choice["trials"])
     assert len(choice["trials"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,17 @@ def test_the_states_of_a_run(tmp_path: Path):
     finish(place)
     assert folder.claim(str(place), "seed: 0\n") == "done"
     assert listing(place) == ["config.yaml", "final.json", "report.json"]
+
+
+def test_every_key_that_the_docs_let_change_may_change():
+    page = (Path(__file__).resolve().parents[3] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    table = page.split("## What may change when a run is resumed")[1].split("\n\n|")[1].split("\n\n")[0]
+    keys = {key for row in table.splitlines() for key in re.findall(r"`([\w.*]+)`", row.strip("|").split("|")[0])}
+    keys -= {"dataloader_drop_last"}  # what is excepted
+    assert {"trainer.parallel", "trainer.guard*"} <= keys
+    names = {key: key.replace("_*", "_steps").replace(".*", ".name").replace("*", "_steps") for key in keys}
+    assert [key for key, name in names.items() if not folder.CHANGEABLE.fullmatch(name)] == []
+    assert not folder.CHANGEABLE.fullmatch("trainer.dataloader_drop_last")
 
 
 def test_an_empty_folder_is_new(tmp_path: Path):
@@ -84,9 +96,9 @@ def test_not_writable_is_refused(tmp_path: Path):
 
 
 def claim_and_release(output_dir: str) -> None:
-    there = folder.nearest(output_dir)
+    parent = folder.nearest(output_dir)
     folder.claim(output_dir, "seed: 0\n")
-    folder.release(output_dir, there)
+    folder.release(output_dir, parent)
 
 
 def test_release_takes_back_what_the_claim_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -106,11 +118,11 @@ def test_release_leaves_folders_that_were_there(tmp_path: Path, monkeypatch: pyt
 
 
 def test_release_leaves_a_run_that_has_begun(tmp_path: Path):
-    there = folder.nearest(str(tmp_path / "a"))
+    parent = folder.nearest(str(tmp_path / "a"))
     folder.claim(str(tmp_path / "a"), "seed: 0\n")
     (tmp_path / "a" / "metrics.csv").write_text("x")
-    folder.release(str(tmp_path / "a"), there)
-    folder.release(str(tmp_path / "nothing"), there)
+    folder.release(str(tmp_path / "a"), parent)
+    folder.release(str(tmp_path / "nothing"), parent)
     folder.unlock(str(tmp_path / "a"))
     assert listing(tmp_path) == ["a", "a/config.yaml", "a/metrics.csv"]
 

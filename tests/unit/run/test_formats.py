@@ -37,15 +37,15 @@ def masked_tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal model, a masked one, and the files of the user's own tasks."""
-    made = tmp_path_factory.mktemp("forms")
-    model_folder(made / "causal", max_position_embeddings=512)
-    models.tiny_roberta_mlm(max_position_embeddings=130).save_pretrained(made / "masked")
-    masked_tokenizer().save_pretrained(made / "masked")
-    models.tiny_bert_classifier().save_pretrained(made / "classifier")
-    tiny_tokenizer().save_pretrained(made / "classifier")
+    root = tmp_path_factory.mktemp("forms")
+    model_folder(root / "causal", max_position_embeddings=512)
+    models.tiny_roberta_mlm(max_position_embeddings=130).save_pretrained(root / "masked")
+    masked_tokenizer().save_pretrained(root / "masked")
+    models.tiny_bert_classifier().save_pretrained(root / "classifier")
+    tiny_tokenizer().save_pretrained(root / "classifier")
     for name, rows in (("rated", SUM), ("pairs", PAIRS), ("texts", TEXTS)):
-        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return made
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
 
 
 def words(folder: Path, task: str, model: str = "causal") -> list[str]:
@@ -58,8 +58,8 @@ def words(folder: Path, task: str, model: str = "causal") -> list[str]:
         "task.num_dev=2",
     ]
     if (folder / f"{task}.jsonl").exists():
-        own = ["task=custom", f"task.train={folder / f'{task}.jsonl'}", "task.num_test=2", "task.num_train=4"]
-        return [f"model.name={folder / model}", *own, *small]
+        custom_words = ["task=custom", f"task.train={folder / f'{task}.jsonl'}", "task.num_test=2", "task.num_train=4"]
+        return [f"model.name={folder / model}", *custom_words, *small]
     (folder / task).mkdir(exist_ok=True)
     given = [f"task.{split}={path}" for split, path in files(task, folder / task).items()]
     small[-1:] = ["task.num_dev=1", "task.num_train=1"] if task.startswith("masked") else ["task.num_dev=2"]
@@ -89,8 +89,8 @@ def test_every_form_trains(folder: Path, tmp_path: Path, task: str, model: str, 
         assert (facts["metric"], facts["num_queries"]) == (metric, 4)
         assert (tmp_path / "out" / "curve.png").is_file()
         return
-    made, tokenizer, rows = load(cfg)  # without the report and its picture, which take most of a run's time
-    trainer = make_trainer(cfg, arguments_of(cfg), made, tokenizer, rows)
+    loaded, tokenizer, rows = load(cfg)  # without the report and its picture, which take most of a run's time
+    trainer = make_trainer(cfg, arguments_of(cfg), loaded, tokenizer, rows)
     before = Weights(trainer.model).digest()
     trainer.train()
     assert trainer.progress.num_queries == 4

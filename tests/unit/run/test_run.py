@@ -80,10 +80,11 @@ def test_the_folder_holds_everything(finished: tuple[Path, dict[str, Any]]):
     assert {name for name in names - expected if not name.startswith("checkpoint-")} == {
         *("zero_shot.json", "final.json", "zero_shot_rows.json", "final_rows.json")
     }
-    told = report(out)
-    assert set(told) >= set(FACTS.split())
-    assert told["weights_sha256"] == facts["weights_sha256"]
-    assert (told["num_queries"], told["budget_queries"], told["num_steps"], told["num_eval_rows"]) == (24, 24, 12, 16)
+    saved_report = report(out)
+    assert set(saved_report) >= set(FACTS.split())
+    assert saved_report["weights_sha256"] == facts["weights_sha256"]
+    counts = ("num_queries", "budget_queries", "num_steps", "num_eval_rows")
+    assert [saved_report[name] for name in counts] == [24, 24, 12, 16]
     loaded = AutoModelForCausalLM.from_pretrained(out / "model")
     assert Weights(loaded).digest() == facts["weights_sha256"]
     assert (out / "model" / "model.safetensors").is_file()
@@ -133,7 +134,7 @@ def test_a_finished_run_is_shown_and_left_alone(
     monkeypatch.setattr(ZOTrainer, "train", None)
     shown = go(folder, "out")
     assert shown["weights_sha256"] == facts["weights_sha256"]
-    assert "holds this very run, finished" in "".join(capfd.readouterr())
+    assert "holds this run, finished" in "".join(capfd.readouterr())
     assert contents(folder / "out") == before
 
 
@@ -157,15 +158,15 @@ def test_what_may_change_does_not_make_another_run(
 ):
     folder, facts = finished
     assert go(folder, "out", change)["weights_sha256"] == facts["weights_sha256"]
-    assert "holds this very run, finished" in "".join(capfd.readouterr())
+    assert "holds this run, finished" in "".join(capfd.readouterr())
 
 
 def test_a_finished_run_with_a_larger_budget_goes_on(finished: tuple[Path, dict[str, Any]], tmp_path: Path):
     folder, facts = finished
     shutil.copytree(folder / "out", tmp_path / "longer")
-    told = go(folder, str(tmp_path / "longer"), "budget.queries=32", "optimizer.learning_rate=0")
-    assert (told["num_queries"], told["num_steps"]) == (32, 16)
-    assert told["weights_sha256"] == facts["weights_sha256"]  # at the new learning rate nothing moved any more
+    longer_facts = go(folder, str(tmp_path / "longer"), "budget.queries=32", "optimizer.learning_rate=0")
+    assert (longer_facts["num_queries"], longer_facts["num_steps"]) == (32, 16)
+    assert longer_facts["weights_sha256"] == facts["weights_sha256"]  # at the new learning rate nothing moved any more
     assert read(tmp_path / "longer" / "journal.bin").records[-1].lr == 0.0
     lines = (tmp_path / "longer" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 14, 16]
@@ -195,12 +196,12 @@ def test_interrupted_and_repeated_is_the_same_run(more: tuple[str, ...], interru
     for key in ("weights_sha256", "final", "zero_shot", "num_queries", "num_steps", "num_tokens"):
         assert facts[key] == whole[key], key
 
-    def told(name: str) -> list[dict[str, Any]]:
+    def metric_rows(name: str) -> list[dict[str, Any]]:
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         timed = ("seconds", "memory", "time", "per_second")
         return [{k: v for k, v in json.loads(line).items() if not any(t in k for t in timed)} for line in lines]
 
-    assert told("stopped") == told("whole")
+    assert metric_rows("stopped") == metric_rows("whole")
 
 
 def test_interrupted_in_its_last_step(interrupted: Any, tmp_path: Path):
@@ -410,20 +411,20 @@ def test_a_folder_keeps_its_run_under_other_names(
 
 def test_a_run_in_progress_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The same command while the first is at it: refused, and the first ends as if nothing had been."""
-    original, told = ZOTrainer.training_step, []
+    original, messages = ZOTrainer.training_step, []
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.progress.steps == 6:
             before = contents(tmp_path / "out")
             with pytest.raises(UserError, match="is in use by process") as caught:
                 go(tmp_path, "out")
-            told.append(str(caught.value))
+            messages.append(str(caught.value))
             assert contents(tmp_path / "out") == before
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(ZOTrainer, "training_step", training_step)
     assert go(tmp_path, "out")["num_steps"] == 12
-    assert len(told) == 1
+    assert len(messages) == 1
     assert not (tmp_path / "out" / ".lock").exists()
 
 

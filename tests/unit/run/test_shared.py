@@ -44,15 +44,15 @@ def test_a_cell_with_an_adapter_is_the_cell_alone(tmp_path: Path, monkeypatch: A
         return whole(*given, **more)
 
     monkeypatch.setattr(load, "_load_whole", counted)
-    shared, found = Shared(), {}
+    shared, results = Shared(), {}
     for number, (name, more) in enumerate(CELLS.items()):
         report = run(compose(runs.arguments(tmp_path, tmp_path / f"shared{number}", *more)), shared=shared)
-        found[name] = report["weights_sha256"], report["final"]
+        results[name] = report["weights_sha256"], report["final"]
     assert len(loads) == 1
     for number, (name, more) in enumerate(CELLS.items()):
         report = run(compose(runs.arguments(tmp_path, tmp_path / f"alone{number}", *more)))
-        assert (report["weights_sha256"], report["final"]) == found[name], name
-    assert found["lora"] == found["lora again"] != found["another seed"]
+        assert (report["weights_sha256"], report["final"]) == results[name], name
+    assert results["lora"] == results["lora again"] != results["another seed"]
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 27 million weights (104 MiB), large beside what a batch of a few tokens takes."""
-    made = tmp_path_factory.mktemp("large")
-    tiny_llama(**SIZES, num_key_value_heads=8, vocab_size=8192).save_pretrained(made / "model")
-    tiny_tokenizer().save_pretrained(made / "model")
-    data_file(made / "data.jsonl")
-    return made
+    root = tmp_path_factory.mktemp("large")
+    tiny_llama(**SIZES, num_key_value_heads=8, vocab_size=8192).save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    data_file(root / "data.jsonl")
+    return root
 
 
 def words_of(folder: Path, *more: str) -> list[str]:
@@ -45,14 +45,14 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(more: list[str],
     given = [*words_of(large, "budget.queries=8", *more)[:-1], *more, "budget.queries=8"]
     given = [word for word in dict.fromkeys(given) if not word.startswith("output_dir=")]
     given += [f"output_dir={tmp_path / 'out'}"]
-    told = zoft_anew("estimate", *given, "--json", cwd=tmp_path)
-    assert told.returncode == 0, told.stderr[-2000:]
-    found = json.loads(told.stdout.splitlines()[-1])
+    estimation = zoft_anew("estimate", *given, "--json", cwd=tmp_path)
+    assert estimation.returncode == 0, estimation.stderr[-2000:]
+    estimate = json.loads(estimation.stdout.splitlines()[-1])
     done = zoft_anew("train", *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = report(tmp_path / "out")["peak_memory_mb"]
-    assert abs(found["method_mb"] / measured - 1) < 0.15, (found, measured)
-    assert found["method_mb"] < found["adamw_mb"]
+    assert abs(estimate["method_mb"] / measured - 1) < 0.15, (estimate, measured)
+    assert estimate["method_mb"] < estimate["adamw_mb"]
 
 
 def test_no_weight_is_loaded(tmp_path: Path, capsys: Any):
@@ -70,8 +70,8 @@ def test_no_weight_is_loaded(tmp_path: Path, capsys: Any):
 def test_time_comes_from_three_steps(tmp_path: Path, capsys: Any):
     words = arguments(tmp_path, tmp_path / "out", "budget.queries=24000")
     assert main(["estimate", *words, "--time", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert 24 < found["seconds"] < 24_000  # between a millisecond and a second a query
+    estimate = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 24 < estimate["seconds"] < 24_000  # between a millisecond and a second a query
     assert not (tmp_path / "out").exists()
 
 
@@ -124,11 +124,11 @@ def test_a_run_in_order_has_ticks_alone(tmp_path: Path, capsys: Any):
     ][:48]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["check", *words, "--json"]) == 0
-    found = ticks(capsys)
+    checks = ticks(capsys)
     names = ["config", "data", "leaks", "tokenizer", "options", "length", "model", "memory", "rehearsal"]
-    assert list(found) == names
-    assert {check["state"] for check in found.values()} == {"ok"}, found
-    assert "2 steps, 4 queries, loss" in found["rehearsal"]["text"]
+    assert list(checks) == names
+    assert {check["state"] for check in checks.values()} == {"ok"}, checks
+    assert "2 steps, 4 queries, loss" in checks["rehearsal"]["text"]
     assert not (tmp_path / "out").exists()
 
 
@@ -152,15 +152,16 @@ def test_a_run_in_order_has_ticks_alone(tmp_path: Path, capsys: Any):
 def test_what_is_wrong_is_a_line(more: list[str], name: str, state: str, text: str, tmp_path: Path, capsys: Any):
     words = arguments(tmp_path, tmp_path / "out", *more)
     assert main(["check", *words, "--quick", "--json"]) == (2 if state == "failed" else 0)
-    found = ticks(capsys)
-    assert found[name]["state"] == state, found
-    assert text in found[name]["text"]
+    checks = ticks(capsys)
+    assert checks[name]["state"] == state, checks
+    assert text in checks[name]["text"]
 
 
 @pytest.mark.parametrize("verb", ["check", "estimate"])
 def test_wrong_requests_are_one_sentence(verb: str, capsys: Any):
     for words, message in (
         ([], "needs something to train on"),
+        (["task.train=own.csv"], "needs something to train on"),
         (["config=quickstart", "--tim"], "has no flag '--tim'"),
         (["config=nowhere"], "there is no config called 'nowhere'"),
     ):
