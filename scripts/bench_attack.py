@@ -64,7 +64,7 @@ def main() -> None:
     print(f"{setting.about}; {args.norm} {radius:g}, {len(chosen)} images, budget {args.budget}, seed {args.seed}\n")
     print("| method | flipped, % (95 % interval) | median queries of those flipped | of all (95 % interval) | CPU s |")
     print("|:--|--:|--:|--:|--:|")
-    found, side = {}, images.shape[-1]
+    curves, side = {}, images.shape[-1]
     for name in ROWS if args.only == "all" else args.only.split(","):
         method, changes, subspace = ROWS[name]
         started = time.process_time()
@@ -81,7 +81,7 @@ def main() -> None:
             seed=args.seed,
             numbers=[int(number) for number in chosen],
         )
-        found[name] = curve(outcomes)
+        curves[name] = curve(outcomes)
         print(row(name, summary(outcomes), time.process_time() - started), flush=True)
     if args.norm == "linf":
         share = white_box(setting.classifier.scores, images, labels, radius)
@@ -89,16 +89,16 @@ def main() -> None:
         print(f"| with gradients | {100 * share:.0f} ({100 * low:.0f} to {100 * high:.0f}) | | | |")
     if args.plot:
         title = f"{args.data}, {args.norm} {radius:g}: flipped, % of {len(chosen)} images (95 % intervals)"
-        pictures.curves(found, args.plot, budget=args.budget, title=title)
+        pictures.curves(curves, args.plot, budget=args.budget, title=title)
 
 
-def row(name: str, told: dict, seconds: float) -> str:
+def row(name: str, figures: dict, seconds: float) -> str:
     """A line of the table."""
-    low, high = (100 * end for end in told["success_interval"])
-    ends = ["> budget" if end is None else f"{end:g}" for end in told["median_interval"]]
-    middle = "> budget" if told["median_queries"] is None else f"{told['median_queries']:g}"
-    flipped = "-" if told["median_queries_flipped"] is None else f"{told['median_queries_flipped']:g}"
-    rate = f"{100 * told['success_rate']:.0f} ({low:.0f} to {high:.0f})"
+    low, high = (100 * end for end in figures["success_interval"])
+    ends = ["> budget" if end is None else f"{end:g}" for end in figures["median_interval"]]
+    middle = "> budget" if figures["median_queries"] is None else f"{figures['median_queries']:g}"
+    flipped = "-" if figures["median_queries_flipped"] is None else f"{figures['median_queries_flipped']:g}"
+    rate = f"{100 * figures['success_rate']:.0f} ({low:.0f} to {high:.0f})"
     return f"| {name} | {rate} | {flipped} | {middle} ({ends[0]} to {ends[1]}) | {seconds:.1f} |"
 
 

@@ -51,7 +51,7 @@ METHODS: dict[str, tuple[list[str], float, list[str]]] = {
 
 def words(method: str, base: str, rate: float | None, args: argparse.Namespace) -> list[str]:
     """The command line of a cell."""
-    own, usual, _ = METHODS[method]
+    settings, usual, _ = METHODS[method]
     return [
         "model.name=zoft:smollm2-135m-instruct",
         "task=sms_spam",
@@ -64,7 +64,7 @@ def words(method: str, base: str, rate: float | None, args: argparse.Namespace) 
         f"trainer.per_device_eval_batch_size={args.batch}",
         f"budget.queries={args.queries}",
         f"seed={args.seed}",
-        *own,
+        *settings,
         *BASES[base],
         f"optimizer.learning_rate={usual if rate is None else rate:g}",
         *args.set,

@@ -102,11 +102,11 @@ def steps(d: int, width: float) -> Callable:
 def in_thousands(make: Callable) -> Callable:
     """The same function of x / 1000."""
 
-    def made(random: np.random.Generator) -> tuple[Callable, np.ndarray]:
+    def make_scaled(random: np.random.Generator) -> tuple[Callable, np.ndarray]:
         f, x0 = make(random)
         return (lambda x: f(x / 1000)), 1000 * x0
 
-    return made
+    return make_scaled
 
 
 PROBLEMS = [
@@ -234,10 +234,10 @@ def measure(problem: Problem, method: Callable, seed: int) -> tuple[list[float],
 
 def cell(problem: Problem, method: Callable, seeds: int) -> str:
     """Medians: queries to the first tolerance, to the second, and the relative value at the end."""
-    found = [measure(problem, method, seed) for seed in range(seeds)]
-    queries = [statistics.median_high(q[i] for q, _ in found) for i in range(2)]
+    runs = [measure(problem, method, seed) for seed in range(seeds)]
+    queries = [statistics.median_high(q[i] for q, _ in runs) for i in range(2)]
     words = ["never" if math.isinf(q) else f"{q:.0f}" for q in queries]
-    return f"{words[0]} / {words[1]} ({statistics.median(end for _, end in found):.0e})"
+    return f"{words[0]} / {words[1]} ({statistics.median(end for _, end in runs):.0e})"
 
 
 def table(problems: list[Problem], methods: list[str], seeds: int) -> str:

@@ -138,11 +138,11 @@ def trainer_of(words: list[str], model: Any = None) -> tuple[Any, dict[str, list
     folder = tempfile.mkdtemp(prefix="bench_nodes_")
     cfg = compose(["config=last_block", *words, "trainer.save_strategy=no", f"output_dir={folder}/run"])
     tokenizer, rows = load_rows(cfg)
-    made = make_trainer(cfg, arguments_of(cfg), model or load_model_of(cfg), tokenizer, rows)
-    made.create_optimizer()
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
-    return made, rows
+    trainer = make_trainer(cfg, arguments_of(cfg), model or load_model_of(cfg), tokenizer, rows)
+    trainer.create_optimizer()
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer, rows
 
 
 def learn(options: argparse.Namespace) -> None:
@@ -153,36 +153,36 @@ def learn(options: argparse.Namespace) -> None:
         for seed in options.seeds:
             words = [*of_task, f"method={options.method}", f"seed={seed}", f"budget.queries={max(options.marks)}"]
             words += [f"optimizer.learning_rate={options.rate}"] if options.rate else []
-            made, rows = trainer_of([*words, "trainer.eval_steps=1000000", *options.set])
-            keep_reference(made, rows)
-            forward = made.query_forward
+            trainer, rows = trainer_of([*words, "trainer.eval_steps=1000000", *options.set])
+            keep_reference(trainer, rows)
+            forward = trainer.query_forward
             if forward.frozen_prefix is not None and prefix is not None:
                 forward.frozen_prefix.share(prefix)
             prefix = forward.frozen_prefix
             for _ in forward.fill_prefix(*rows.values()):
                 pass
             at = AtMarks(rows, list(options.marks))
-            at.trainer = made
-            made.add_callback(at)
+            at.trainer = trainer
+            trainer.add_callback(at)
             print(f"{task}, {options.method}, seed {seed}", flush=True)
-            made.train()
+            trainer.train()
 
 
 def cosine(options: argparse.Namespace) -> None:
     """Compare the identity's node gradients with exact ones, at each block's last matrix, and over all weights."""
     for task in options.tasks:
         words = ["method=zoft", "trainable=all", "budget.queries=10", "trainer.per_device_train_batch_size=16"]
-        made, rows = trainer_of([*TASKS[task], *words, "task.num_dev=8", "task.num_test=8"])
-        batch = StepBatch([dict(made._prepare_inputs(made.data_collator(rows["train"][:16])))])
-        identity, found = made.method.estimator, []
+        trainer, rows = trainer_of([*TASKS[task], *words, "task.num_dev=8", "task.num_test=8"])
+        batch = StepBatch([dict(trainer._prepare_inputs(trainer.data_collator(rows["train"][:16])))])
+        identity, estimates = trainer.method.estimator, []
         for estimator in (identity, replace(identity, response="auto", feedback="exact")):
-            made.method = replace(made.method, estimator=estimator)
-            queries = NodeQueries(made.zo_optimizer.session, TrainerReader(made))
-            with made.query_forward.querying():
-                found.append(queries(batch, Direction(0, 0), estimator).factors)
-        names = [name for name in found[0] if "down_proj" in name]
-        by_block = [_cosine(*(factors[name].e.flatten() for factors in found)) for name in names]
-        whole = _cosine(*(torch.cat([one.dense().flatten() for one in factors.values()]) for factors in found))
+            trainer.method = replace(trainer.method, estimator=estimator)
+            queries = NodeQueries(trainer.zo_optimizer.session, TrainerReader(trainer))
+            with trainer.query_forward.querying():
+                estimates.append(queries(batch, Direction(0, 0), estimator).factors)
+        names = [name for name in estimates[0] if "down_proj" in name]
+        by_block = [_cosine(*(factors[name].e.flatten() for factors in estimates)) for name in names]
+        whole = _cosine(*(torch.cat([one.dense().flatten() for one in factors.values()]) for factors in estimates))
         print(f"{task}: {' '.join(f'{one:.2f}' for one in by_block)}; all weights {whole:.2f}", flush=True)
 
 
@@ -203,27 +203,27 @@ def cost(options: argparse.Namespace) -> None:
     model: Any = None
     small = ["task.num_train=32", "task.num_dev=2", "task.num_test=2", "trainer.per_device_train_batch_size=16"]
     for name, words in steps.items():
-        made, rows = trainer_of([*TASKS["sms"], *words, *small, *options.set], model)
-        model = made.model.eval()
-        runs[name] = (made, made._prepare_inputs(made.data_collator(rows["train"][:16])))
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps}
+        trainer, rows = trainer_of([*TASKS["sms"], *words, *small, *options.set], model)
+        model = trainer.model.eval()
+        runs[name] = (trainer, trainer._prepare_inputs(trainer.data_collator(rows["train"][:16])))
+    costs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps}
     memory = PeakMemory("cpu")
     for turn in range(options.rounds + 2):
-        for name, (made, batch) in runs.items():
+        for name, (trainer, batch) in runs.items():
             memory.reset()
             held, began = memory.current_mb(), time.perf_counter()
             if name == "clean forward":
-                with torch.inference_mode(), made.query_forward.reusing_prefix():
-                    made.objective.loss(made.model, batch)
+                with torch.inference_mode(), trainer.query_forward.reusing_prefix():
+                    trainer.objective.loss(trainer.model, batch)
             else:
-                with made.query_forward.querying():
-                    estimate = made.run_steps.next(StepBatch([dict(batch)]), share_done=0.0)
+                with trainer.query_forward.querying():
+                    estimate = trainer.run_steps.next(StepBatch([dict(batch)]), share_done=0.0)
             asked = time.perf_counter()
             if name != "clean forward":
-                made.zo_optimizer.apply(estimate)
+                trainer.zo_optimizer.apply(estimate)
             if turn > 1:  # the first one probes, and both keep hidden states
-                found[name].append((asked - began, time.perf_counter() - began, memory.peak_mb() - held))
-    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+                costs[name].append((asked - began, time.perf_counter() - began, memory.peak_mb() - held))
+    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in costs.items()}
     bare, mezo, adamw = (medians[name][1] for name in ("clean forward", "mezo", "adamw"))
     print(f"{'':<28} {'queries':>10} {'step':>10} {'queries / clean':>16} {'/ mezo':>7} {'/ adamw':>8} {'peak':>9}")
     for name, (asking, taken, peak) in medians.items():
@@ -252,16 +252,16 @@ def _peak(name: str, blocks: int) -> float:
     words = ["trainer.per_device_train_batch_size=16", "trainer.keep_frozen_prefix=false"]
     words += [f"trainable.num_blocks={blocks}", "trainer.eval_steps=1000000"]
     words += [f"method={name}", f"budget.queries={MEMORY[name]}"] if MEMORY[name] else ["method=mezo"]
-    made, rows = trainer_of([*TASKS["sms"], *words])
+    trainer, rows = trainer_of([*TASKS["sms"], *words])
     peak = FromSecond()
     if MEMORY[name]:
-        made.add_callback(peak)
-        made.train()
+        trainer.add_callback(peak)
+        trainer.train()
         return peak.found
-    batch = made.collated(rows["train"][:16])
+    batch = trainer.collated(rows["train"][:16])
     for step in range(3):
         with torch.inference_mode():
-            made.objective.loss(made.model.eval(), batch)
+            trainer.objective.loss(trainer.model.eval(), batch)
         peak.at(step + 1)
     return peak.found
 

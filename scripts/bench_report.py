@@ -154,8 +154,8 @@ def _draw_shares(axes: Any, cases: list[dict[str, Any]]) -> None:
             length = per_query * shares[part]
             axes.barh(place, length, 0.72, left=start, color=_PART[part], label=part if place == 0 else None)
             start += length
-        told = f"{per_query:.0f} ms" if per_query > 99 else f"{per_query:.2g} ms"
-        axes.annotate(told, (start, place), (4, 0), textcoords="offset points", va="center", size=8.5)
+        label = f"{per_query:.0f} ms" if per_query > 99 else f"{per_query:.2g} ms"
+        axes.annotate(label, (start, place), (4, 0), textcoords="offset points", va="center", size=8.5)
     axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     for tick, (name, _, _) in zip(axes.get_yticklabels(), bars, strict=True):
         tick.set_fontweight("bold" if name.startswith("MeZO") else "normal")

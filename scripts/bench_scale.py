@@ -158,7 +158,7 @@ def talked(world: int) -> dict[str, float]:
     """Seconds of one all-gather and one all-reduce of as many numbers, medians of 100."""
     cpu = torch.device("cpu")
     torch.distributed.init_process_group("gloo")
-    processes, found = Processes(world, int(os.environ["RANK"]), cpu), {}
+    processes, medians = Processes(world, int(os.environ["RANK"]), cpu), {}
     for count in (17, 4097):
         numbers = torch.zeros(count, dtype=torch.float64)
         calls: dict[str, Callable[[], Any]] = {
@@ -172,9 +172,9 @@ def talked(world: int) -> dict[str, float]:
                 began = time.perf_counter()
                 call()
                 seconds.append(time.perf_counter() - began)
-            found[f"{name} of {8 * count} bytes"] = statistics.median(seconds)
+            medians[f"{name} of {8 * count} bytes"] = statistics.median(seconds)
     torch.distributed.destroy_process_group()
-    return found
+    return medians
 
 
 def in_processes(world: int, call: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -213,8 +213,8 @@ def bytes_of(world: int, mode: str, points: int) -> int:
     if world == 1:
         return 0
     groups = {"data": 1, "directions": world, "both": 2}[mode]
-    own = points // groups
-    return 8 * (own + 1) * ((groups < world) + (groups > 1))
+    points_each = points // groups
+    return 8 * (points_each + 1) * ((groups < world) + (groups > 1))
 
 
 def main() -> None:
@@ -262,8 +262,8 @@ def by_directions(given: argparse.Namespace) -> None:
     """What every rank does whatever their number: q directions drawn and added."""
     print("\n| q, one rank | CPU s a step | of them written | ms a direction | share |\n|--:|--:|--:|--:|--:|")
     for q in (1, 4, 16):
-        found = in_processes(1, lambda q=q: trained(given, world=1, mode="data", directions=q))[0]
-        step, write = found["cpu"], found["write"]
+        seconds = in_processes(1, lambda q=q: trained(given, world=1, mode="data", directions=q))[0]
+        step, write = seconds["cpu"], seconds["write"]
         print(f"| {q} | {step:.3f} | {write:.4f} | {1e3 * write / q:.1f} | {write / step:.1%} |", flush=True)
 
 

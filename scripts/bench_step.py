@@ -160,9 +160,9 @@ def batches_of(plan: Plan, device: str) -> list[dict[str, Any]]:
     for index, length in enumerate([plan.tokens, *others]):
         prompt = generator.integers(8, SIZES[plan.size][1]["vocab_size"], length - 1).tolist()
         rows.append({"sequences": [[*prompt, 5], [*prompt, 6]], "lengths": [1, 1], "label": index % 2})
-    mine, theirs = OptionCollator(1)(rows), OptionCollator(1, one_row_per_option=True, multiple_of=8)(rows)
-    theirs["position_ids"] = (theirs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    return [{key: value.to(device) for key, value in batch.items()} for batch in (mine, theirs)]
+    zoft_batch, mezo_batch = OptionCollator(1)(rows), OptionCollator(1, one_row_per_option=True, multiple_of=8)(rows)
+    mezo_batch["position_ids"] = (mezo_batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return [{key: value.to(device) for key, value in batch.items()} for batch in (zoft_batch, mezo_batch)]
 
 
 # ---- the schemes -----------------------------------------------------------------------------------------------------
@@ -241,8 +241,8 @@ class Contest:
         """MeZO's loss and zoft's at the clean weights must agree, or nothing is comparable."""
         if self.mezo is None:
             return None
-        (mine,) = forwards(Options().loss, self.model, self.batch, 1)
-        difference = abs(mine - self.mezo.loss(self.mezo_batch))
+        (loss,) = forwards(Options().loss, self.model, self.batch, 1)
+        difference = abs(loss - self.mezo.loss(self.mezo_batch))
         if not difference <= tolerance:
             raise SystemExit(f"{self.plan.size}: MeZO's loss and zoft's differ by {difference:g} at the same weights")
         return difference

@@ -172,8 +172,8 @@ def measure(name: str, seeds: int, budget: int) -> dict[str, list[list[float]]]:
     problem, curves = PROBLEMS[name], {search: [] for search in SEARCHES}
     for seed in range(seeds):
         for search in SEARCHES:
-            found = zoft.tune(problem.f, problem.space(seed), budget=budget, search=search, seed=seed)
-            values = [evaluation.value for evaluation in found.evaluations]
+            result = zoft.tune(problem.f, problem.space(seed), budget=budget, search=search, seed=seed)
+            values = [evaluation.value for evaluation in result.evaluations]
             values += [math.inf] * (budget - len(values))
             curves[search].append(np.minimum.accumulate(values).tolist())
         print(f"{name} seed {seed}: " + ", ".join(f"{s} {curves[s][-1][-1]:.4f}" for s in SEARCHES), flush=True)

@@ -219,12 +219,12 @@ def neighbour(rate: float, up: int) -> float:
 def search(job: tuple[str, float, int, list[str], str]) -> tuple[str, float]:
     """(method, its best learning rate): from where it begins upward until two are worse, then downward until one is."""
     method, first, budget, extra, tag = job
-    found: dict[float, float] = {}
+    losses: dict[float, float] = {}
 
     def loss(rate: float) -> float:
-        if rate not in found:
-            found[rate] = final_loss(cell((method, rate, 0, budget, extra, tag)))
-        return found[rate]
+        if rate not in losses:
+            losses[rate] = final_loss(cell((method, rate, 0, budget, extra, tag)))
+        return losses[rate]
 
     best, rate, worse = first, first, 0
     loss(first)
@@ -264,11 +264,11 @@ def results(budget: int) -> Iterator[dict[str, Any]]:
 def command_draw(options: argparse.Namespace) -> None:
     """The table into docs/comparison.md, the picture beside it."""
     rows = rows_of([cell for cell in results(options.budget) if cell["method"] in methods()])
-    told = table(rows, rows[0].cells[0]["trained"])
+    text = table(rows, rows[0].cells[0]["trained"])
     draw(rows, PAGE.with_suffix(".png"))
     before, rest = PAGE.read_text(encoding="utf-8").split(TABLE, 1)
-    PAGE.write_text(before + TABLE + "\n" + told + "\n" + END + rest.split(END, 1)[1], encoding="utf-8")
-    print(told)
+    PAGE.write_text(before + TABLE + "\n" + text + "\n" + END + rest.split(END, 1)[1], encoding="utf-8")
+    print(text)
 
 
 def main() -> None:

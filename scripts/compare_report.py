@@ -61,7 +61,7 @@ class Row:
         of_seeds = [{queries: rest for queries, *rest in cell["curve"]} for cell in self.cells]
         common = sorted(set.intersection(*(set(points) for points in of_seeds)))
         at = {queries: [points[queries] for points in of_seeds] for queries in common}
-        return [(q, mean(loss for loss, _ in there), mean(acc for _, acc in there)) for q, there in at.items()]
+        return [(q, mean(loss for loss, _ in values), mean(acc for _, acc in values)) for q, values in at.items()]
 
 
 def final_loss(cell: Cell) -> float:
@@ -90,13 +90,13 @@ def table(rows: list[Row], trained: int) -> str:
     ]
     for row in rows:
         reached = row.queries_to(target)
-        told = "-" if math.isinf(reached) else f"{reached:.0f}"
+        queries = "-" if math.isinf(reached) else f"{reached:.0f}"
         low, high = min(row.losses), max(row.losses)
         helped = "" if mean(row.losses) < start else " (does not help)"
         rate = f"{row.rate:g}{' *' if row.at_edge else ''}"
         lines.append(
             f"| {row.method}{helped} | {rate} | {row.queries_a_step} | {row.steps} | "
-            f"{mean(row.losses):.3f} ({low:.3f}, {high:.3f}) | {100 * mean(row.accuracies):.1f} | {told} | "
+            f"{mean(row.losses):.3f} ({low:.3f}, {high:.3f}) | {100 * mean(row.accuracies):.1f} | {queries} | "
             f"{row.state / trained:.2g} | {len(row.cells)} |"
         )
     lines += [

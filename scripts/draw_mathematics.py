@@ -27,8 +27,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLUE, GREEN, RED, ORANGE, GREY, INK = "#2f6db5", "#1f8a5b", "#b5402f", "#c98a1b", "#8a8f98", "#2b2f36"
 
 
-def mean_square(found: np.ndarray, gradient: np.ndarray | float) -> float:
-    return float(((found - gradient) ** 2).sum(1).mean())
+def mean_square(samples: np.ndarray, gradient: np.ndarray | float) -> float:
+    return float(((samples - gradient) ** 2).sum(1).mean())
 
 
 def dress(axes: Axes, title: str, x: str, y: str, *, loglog: bool = True) -> None:
@@ -79,8 +79,8 @@ def smoothing() -> None:
     )
     for name, estimator, colour, shift in kinds:
         f = lambda p: np.abs(p).sum(1)  # noqa: E731
-        found = [estimates(f, np.array([x]), estimator, count=400, seed=i)[1:, 0] for i, x in enumerate(xs)]
-        means, errors = [v.mean() for v in found], [1.96 * v.std() / math.sqrt(len(v)) for v in found]
+        samples = [estimates(f, np.array([x]), estimator, count=400, seed=i)[1:, 0] for i, x in enumerate(xs)]
+        means, errors = [v.mean() for v in samples], [1.96 * v.std() / math.sqrt(len(v)) for v in samples]
         axes.errorbar(xs + shift, means, errors, fmt="o", ms=3, lw=1, color=colour, label=f"{name}: mean of 400, 95 %")
     dress(axes, "What estimates of |x| are on average, h = 0.5", "x", "slope", loglog=False)
     save(figure, "smoothing")
@@ -116,8 +116,8 @@ def variance() -> None:
 
 def relative(d: int, estimator: Central, subspace: Full, count: int) -> float:
     gradient = np.linspace(-1, 1, d) + 0.1 if d > 1 else np.ones(1)
-    found = estimates(lambda xs: xs @ gradient, np.zeros(d), estimator, subspace, count=count, seed=d)
-    return mean_square(found, gradient) / float(gradient @ gradient)
+    samples = estimates(lambda xs: xs @ gradient, np.zeros(d), estimator, subspace, count=count, seed=d)
+    return mean_square(samples, gradient) / float(gradient @ gradient)
 
 
 def one_point() -> None:

@@ -63,7 +63,7 @@ def table(figures: dict[str, tuple[str, str]]) -> str:
 def kills_in_all(figures: dict[str, tuple[str, str]]) -> str:
     """The sum over the runs that were killed at random, single ones and those of guards, ranks and workers together."""
     killed = {number: re.match(r"(\d+) kills", figure) for number, (figure, _) in figures.items()}
-    counts = {number: int(found.group(1)) for number, found in killed.items() if found}
+    counts = {number: int(match.group(1)) for number, match in killed.items() if match}
     combined = sum(count for number, count in counts.items() if int(re.sub(r"\D", "", number)) >= 31)
     return f"{combined} kills in all in rows 31 to 35, {sum(counts.values())} with those of rows 1 and 3."
 
@@ -84,14 +84,14 @@ def main() -> int:
     passed = True
     for number in chosen:
         folder = Path(tempfile.mkdtemp(prefix="faults-", dir=given.folder))
-        told = carry_out(number, folder)
+        outcome = carry_out(number, folder)
         shutil.rmtree(folder, ignore_errors=True)
-        passed = passed and bool(told["passed"])
+        passed = passed and bool(outcome["passed"])
         before, rest = DOCS.read_text().split(BEGIN)
         page, after = rest.split(END, 1)
-        figures = reached(page) | {number: (str(told["figure"]), f"{told['seconds']:.0f}")}
+        figures = reached(page) | {number: (str(outcome["figure"]), f"{outcome['seconds']:.0f}")}
         DOCS.write_text(before + BEGIN + "\n" + table(figures) + "\n" + END + after)
-        print(f"{number:>4}  {CHECKS[number].fault}: {told['figure']}  ({told['seconds']:.0f} s)", flush=True)
+        print(f"{number:>4}  {CHECKS[number].fault}: {outcome['figure']}  ({outcome['seconds']:.0f} s)", flush=True)
     print(kills_in_all(reached(DOCS.read_text())))
     return int(not passed)
 

@@ -96,16 +96,16 @@ def simulate(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     model, noise = model_of(), "torch_sequential" if args.mode == "pool" else "counter"
     drawn = StepDirections(Central(noise=noise), 0)
     everything = [row for client in range(args.clients) for row in rows_of(client)]
-    found = []
+    rows = []
     for number in range(args.rounds):
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         total = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
         paths = []
         for client in range(args.clients):
-            own = model_of()
-            own.load_state_dict(start)
-            paths.append(train(own, client, number, folder / f"{number}-{client}", args))
-            for name, tensor in own.state_dict().items():
+            client_model = model_of()
+            client_model.load_state_dict(start)
+            paths.append(train(client_model, client, number, folder / f"{number}-{client}", args))
+            for name, tensor in client_model.state_dict().items():
                 total[name] += tensor / args.clients
         header, records = merge(
             [(str(path), read(path)) for path in paths],
@@ -122,7 +122,7 @@ def simulate(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
         journal.close()
         take(model, merged / NAME, noise)
         off = max(float((tensor - total[name]).abs().max()) for name, tensor in model.state_dict().items())
-        found.append({
+        rows.append({
             "round": number + 1,
             "up": sum(path.stat().st_size for path in paths) / args.clients,
             "down": (merged / NAME).stat().st_size,
@@ -130,7 +130,7 @@ def simulate(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
             "loss": loss_of(model, everything),
             "off": off,
         })  # fmt: skip
-    return found
+    return rows
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:

@@ -92,8 +92,8 @@ def own(name: str, size: str = "") -> Callable[[argparse.Namespace], list[str]]:
 
 def read_own(folder: Path, printed: str) -> tuple[str, str]:
     """Its last line."""
-    found = json.loads(printed.strip().splitlines()[-1])
-    return found["how"], found["what"]
+    report = json.loads(printed.strip().splitlines()[-1])
+    return report["how"], report["what"]
 
 
 def seconds_of(call: Callable[[], Any], device: str, times: int = 5) -> float:

@@ -103,7 +103,7 @@ def circles(graph: Mapping[str, Iterable[str]] | None = None) -> list[list[str]]
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found: list[list[str]] = []
+    components: list[list[str]] = []
 
     def visit(module: str) -> None:
         index[module] = low[module] = len(index)
@@ -118,12 +118,12 @@ def circles(graph: Mapping[str, Iterable[str]] | None = None) -> list[list[str]]
             component = stack[at:]
             del stack[at:]
             if len(component) > 1:
-                found.append(sorted(component))
+                components.append(sorted(component))
 
     for module in sorted(graph):
         if module not in index:
             visit(module)
-    return found
+    return components
 
 
 def layers() -> dict[str, int]:
@@ -165,14 +165,14 @@ def bases() -> list[type]:
 
 def one_user_hooks() -> list[str]:
     """Public methods and class variables of a base class that exactly one file overrides, as "Base.hook: file"."""
-    found = []
+    hooks = []
     for base in bases():
         below = list(_below(base))
         for hook in _hooks(base):
             users = sorted({cls.__module__ for cls in below if hook in vars(cls) or hook in _annotated(cls)})
             if len(users) == 1:
-                found.append(f"{base.__name__}.{hook}: {users[0]}")
-    return found
+                hooks.append(f"{base.__name__}.{hook}: {users[0]}")
+    return hooks
 
 
 def _hooks(base: type) -> list[str]:
@@ -289,8 +289,8 @@ class Figure:
     @property
     def value(self) -> float:
         """The figure now."""
-        found = self.measure()
-        return len(found) if isinstance(found, list) else found
+        result = self.measure()
+        return len(result) if isinstance(result, list) else result
 
     def is_within(self, bound: float) -> bool:
         """Whether the figure is as good as a bound."""
@@ -326,8 +326,8 @@ def main() -> None:
     for figure in FIGURES:
         value, sign = figure.value, ">=" if figure.at_least else "<="
         number = f"{value:,.1f}" if isinstance(value, float) and value % 1 else f"{value:,.0f}"
-        there = "" if figure.is_within(figure.target) else "   not yet"
-        print(f"{figure.name:<50} {number:>8} {sign:>2} {figure.target:>6,}{there}")
+        remark = "" if figure.is_within(figure.target) else "   not yet"
+        print(f"{figure.name:<50} {number:>8} {sign:>2} {figure.target:>6,}{remark}")
     if "--list" in sys.argv:
         for title, lines in (
             ("circles", [", ".join(circle) for circle in circles()]),

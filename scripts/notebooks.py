@@ -24,8 +24,8 @@ _DPI = 80
 
 def read(path: Path) -> dict[str, Any]:
     """A notebook (format 4) as it lies there."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return notebook
 
 
 def source(cell: Mapping[str, Any]) -> str:
@@ -75,10 +75,10 @@ def _outputs(code: str, names: dict[str, Any], number: int) -> Iterator[dict[str
 def _pictures() -> Iterator[str]:
     pyplot = sys.modules.get("matplotlib.pyplot")
     for number in pyplot.get_fignums() if pyplot else ():
-        made = io.BytesIO()
-        pyplot.figure(number).savefig(made, format="png", dpi=_DPI, metadata={"Software": None})
+        buffer = io.BytesIO()
+        pyplot.figure(number).savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
         pyplot.close(number)
-        yield base64.b64encode(made.getvalue()).decode()
+        yield base64.b64encode(buffer.getvalue()).decode()
 
 
 def as_page(notebook: Mapping[str, Any], stem: str, folder: Path) -> str:

@@ -56,9 +56,9 @@ def top(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
     count = max(1, round(keep * sum(sizes)))
     # each tensor's own best are enough to choose from: nothing of the model's size is sorted
     best = [score.view(-1).topk(min(count, score.numel())) for score in scores.values()]
-    values = torch.cat([found.values.cpu() for found in best])
-    owners = torch.cat([torch.full((len(found.values),), i) for i, found in enumerate(best)])
-    places = torch.cat([found.indices.cpu() for found in best])
+    values = torch.cat([topk.values.cpu() for topk in best])
+    owners = torch.cat([torch.full((len(topk.values),), i) for i, topk in enumerate(best)])
+    places = torch.cat([topk.indices.cpu() for topk in best])
     chosen = values.topk(count).indices
     return {
         name: places[chosen[owners[chosen] == i]].sort().values

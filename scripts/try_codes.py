@@ -57,12 +57,12 @@ class Codes:
 
     def inside(self, moved: torch.Tensor) -> torch.Tensor:
         """What of a move stays on the grid."""
-        there = self.codes + moved
-        return moved.where((there >= 0) & (there <= TOP), torch.zeros(()))
+        codes = self.codes + moved
+        return moved.where((codes >= 0) & (codes <= TOP), torch.zeros(()))
 
-    def wanted(self, step: int, shares: list[float], sigma: float, kept: torch.Tensor) -> torch.Tensor:
+    def wanted(self, step: int, shares: list[float], sigma: float, residue: torch.Tensor) -> torch.Tensor:
         """u_t; ``shares`` has rate a_i / (N sigma) of each point."""
-        u = DECAY * kept
+        u = DECAY * residue
         for pair in range(POPULATION // 2):
             d = self.draw(step, pair, sigma)
             u += shares[2 * pair] * self.inside(d) + shares[2 * pair + 1] * self.inside(-d)
@@ -79,7 +79,7 @@ def trial(rate: float, sigma: float, window: int, args: argparse.Namespace) -> l
         model, tokenizer, rows = load(cfg)
         trainer = rehearsing_trainer(rehearsing(cfg, folder, args.queries), model, tokenizer, rows)
     matrices = [Codes(p, number) for number, p in enumerate(model.model.layers[-1].parameters()) if p.dim() == 2]
-    kept = [one.first() for one in matrices]
+    residues = [one.first() for one in matrices]
     first, moved, seconds, history = trainer.evaluate()["eval_loss"], 0, 0.0, []
     steps, total = args.queries // POPULATION, sum(one.codes.numel() for one in matrices)
     for step in range(steps):
@@ -97,13 +97,13 @@ def trial(rate: float, sigma: float, window: int, args: argparse.Namespace) -> l
         began = time.process_time()
         for number, one in enumerate(matrices):
             if window and step:
-                kept[number] = torch.zeros(one.codes.shape)
+                residues[number] = torch.zeros(one.codes.shape)
                 for earlier in range(max(0, step - window), step):
-                    u = one.wanted(earlier, history[earlier], sigma, kept[number])
-                    kept[number] = u - one.inside(u.round())
-            u = one.wanted(step, history[step], sigma, kept[number])
+                    u = one.wanted(earlier, history[earlier], sigma, residues[number])
+                    residues[number] = u - one.inside(u.round())
+            u = one.wanted(step, history[step], sigma, residues[number])
             delta = one.inside(u.round())
-            kept[number], moved = u - delta, moved + int((delta != 0).sum())
+            residues[number], moved = u - delta, moved + int((delta != 0).sum())
             one.codes += delta
             one.show(one.codes)
         seconds += time.process_time() - began

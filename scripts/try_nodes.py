@@ -61,20 +61,20 @@ def trained(task: str, words: list[str], options: argparse.Namespace, kind: type
     """Train on a task with each seed and print the dev losses at the marks."""
     for seed in options.seeds:
         binding.NodeQueries = kind  # type: ignore[misc]
-        made, rows = trainer_of([*TASKS[task], *words, f"seed={seed}", f"budget.queries={options.marks[-1]}"])
-        share_prefix(made, rows, task)
-        seen = DevLoss(made, rows["dev"], options.marks)
-        made.add_callback(seen)
-        made.train()
+        trainer, rows = trainer_of([*TASKS[task], *words, f"seed={seed}", f"budget.queries={options.marks[-1]}"])
+        share_prefix(trainer, rows, task)
+        seen = DevLoss(trainer, rows["dev"], options.marks)
+        trainer.add_callback(seen)
+        trainer.train()
         print(f"    seed {seed}: {' '.join(f'{loss:.3f}' for loss in seen.seen)}", flush=True)
 
 
 _PREFIXES: dict[str, Any] = {}
 
 
-def share_prefix(made: Any, rows: dict[str, list[Any]], task: str) -> None:
+def share_prefix(trainer: Any, rows: dict[str, list[Any]], task: str) -> None:
     """Hidden states below the last block are those of the task's rows, whatever the run."""
-    forward = made.query_forward
+    forward = trainer.query_forward
     if task in _PREFIXES:
         forward.frozen_prefix.share(_PREFIXES[task])
     _PREFIXES[task] = forward.frozen_prefix
@@ -154,10 +154,10 @@ class Monitored(NodeQueries):
         ratios = getattr(self, "ratios", []) if not due else []
         if hasattr(self, "before"):
             moved = {name: weights[name] - self.before[name] for name in weights}
-            promised, kept = (
+            promised, achieved = (
                 sum(float((some[name] * moved[name]).sum()) for name in moved) for some in (self.gradients, gradients)
             )
-            ratios = [*ratios, kept / promised if promised else 1.0][-5:]
+            ratios = [*ratios, achieved / promised if promised else 1.0][-5:]
         self.ratios, self.before, self.gradients = ratios, weights, gradients
         self.due = len(ratios) == 5 and sum(ratios) / 5 < 0.1
         return estimate
@@ -222,9 +222,9 @@ WINDOW = 10
 def whiten(options: argparse.Namespace) -> None:
     """Two-point estimates of the last block's three matrices, as they are and whitened by the inputs."""
     for task in options.tasks:
-        made, rows = trainer_of([*TASKS[task], "method=mezo", "trainer.narrow_last_block=true", *SMALL])
-        share_prefix(made, rows, task)
-        start = {name: weight.detach().clone() for name, weight in matrices(made.model).items()}
+        trainer, rows = trainer_of([*TASKS[task], "method=mezo", "trainer.narrow_last_block=true", *SMALL])
+        share_prefix(trainer, rows, task)
+        start = {name: weight.detach().clone() for name, weight in matrices(trainer.model).items()}
         for rule in RULES:
             if options.only and options.only not in rule.name:
                 continue
@@ -232,7 +232,7 @@ def whiten(options: argparse.Namespace) -> None:
             left = list(options.rates)
             while left:  # one beyond the largest or smallest rate where it is the best
                 rate = left.pop(0)
-                tried[rate] = Walk(made, rows, start, rule, rate, options.seeds[0]).run(options.marks)
+                tried[rate] = Walk(trainer, rows, start, rule, rate, options.seeds[0]).run(options.marks)
                 print(f"    {task}, {rule.name}, rate {rate:g}: {shown(tried[rate])}", flush=True)
                 at_best = min(tried, key=lambda one: tried[one][-1])
                 if not left and len(tried) < len(options.rates) + 1 and at_best in (min(tried), max(tried)):
@@ -241,7 +241,7 @@ def whiten(options: argparse.Namespace) -> None:
             print(f"{task}: {rule.name}, rate {best:g}, seed {options.seeds[0]}: {shown(tried[best])}", flush=True)
             for seed in options.seeds[1:]:
                 print(
-                    f"    seed {seed}: {shown(Walk(made, rows, start, rule, best, seed).run(options.marks))}",
+                    f"    seed {seed}: {shown(Walk(trainer, rows, start, rule, best, seed).run(options.marks))}",
                     flush=True,
                 )
 
@@ -271,9 +271,9 @@ class Walk:
 
     eps = 1e-3
 
-    def __init__(self, made: Any, rows: Any, start: dict[str, Tensor], rule: Rule, rate: float, seed: int) -> None:
-        self.made, self.rows, self.rule, self.rate, self.seed = made, rows, rule, rate, seed
-        self.weights = matrices(made.model)
+    def __init__(self, trainer: Any, rows: Any, start: dict[str, Tensor], rule: Rule, rate: float, seed: int) -> None:
+        self.made, self.rows, self.rule, self.rate, self.seed = trainer, rows, rule, rate, seed
+        self.weights = matrices(trainer.model)
         for name, weight in self.weights.items():
             weight.data.copy_(start[name])
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in start}
@@ -362,10 +362,10 @@ def batches(rows: list[Any], draw: torch.Generator, count: int) -> Iterator[list
         yield [rows[order.pop()] for _ in range(8)]
 
 
-def solved(moved: Tensor, kept: list[Tensor]) -> Tensor:
+def solved(moved: Tensor, inputs: list[Tensor]) -> Tensor:
     """M A^-1 with A = sum_p omega_p x_p x_p^T + lambda I over the window, solved for its N rows."""
-    x = torch.cat(kept)
-    omega = torch.cat([torch.full((len(one),), 0.95**age / len(one)) for age, one in enumerate(reversed(kept))][::-1])
+    x = torch.cat(inputs)
+    omega = torch.cat([torch.full((len(one),), 0.95**age / len(one)) for age, one in enumerate(reversed(inputs))][::-1])
     omega = omega / omega.sum()
     lam = 0.1 * (omega.unsqueeze(1) * x.square()).mean(1).sum()
     inner = lam * torch.diag(1 / omega) + x @ x.T

@@ -59,8 +59,8 @@ class _FromValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         device = kwargs.pop("device", None) if func is torch.tensor else None
-        made = func(*args, **kwargs)
-        return made if device is None else made.to(device)
+        result = func(*args, **kwargs)
+        return result if device is None else result.to(device)
 
 
 @contextmanager
@@ -89,14 +89,14 @@ def like(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 def put_on(module: nn.Module, device: str) -> None:
     """Replace what a module holds by tensors on a card, tied ones once."""
-    made: dict[int, nn.Parameter] = {}
+    copies: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                on = made.get(id(parameter))
+                on = copies.get(id(parameter))
                 if on is None:
-                    on = made[id(parameter)] = nn.Parameter(like(parameter, device), parameter.requires_grad)
-                part._parameters[name] = made[id(on)] = on
+                    on = copies[id(parameter)] = nn.Parameter(like(parameter, device), parameter.requires_grad)
+                part._parameters[name] = copies[id(on)] = on
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = like(buffer, device)

@@ -35,9 +35,9 @@ class OnCard(torch.Tensor):
     def __new__(cls, held: torch.Tensor, device: torch.device) -> OnCard:
         where = {"storage_offset": held.storage_offset(), "dtype": held.dtype, "device": device}
         with torch.inference_mode(False):  # a view of a tensor from outside of it has that one's counter of versions
-            made = torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), **where)
-        made.held = held
-        return made
+            wrapper = torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), **where)
+        wrapper.held = held
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,8 +124,8 @@ class _Python(TorchFunctionMode):
         if func is torch.Tensor.__getitem__ and isinstance(args[0], OnCard):
             args = (args[0], tree_map(_index, args[1], is_leaf=lambda one: isinstance(one, list)))
         device = kwargs.pop("device", None) if func is torch.tensor else None
-        made = func(*args, **kwargs)
-        return made if device is None else made.to(device)
+        result = func(*args, **kwargs)
+        return result if device is None else result.to(device)
 
 
 @contextmanager

@@ -13,12 +13,12 @@ PAD, BOS, EOS, MASK = 1, 0, 2, 3
 def _build(loader: str, config: str, seed: int, fields: dict[str, Any], attn: str) -> Any:
     import transformers
 
-    made = getattr(transformers, config)(
+    model_config = getattr(transformers, config)(
         **{"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS} | fields
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, loader)._from_config(made, attn_implementation=attn)
+        model = getattr(transformers, loader)._from_config(model_config, attn_implementation=attn)
         for parameter in model.parameters():  # norms start at 1 and biases at 0: nothing would depend on them
             parameter.data.add_(0.05 * torch.randn_like(parameter))
     return model.eval()

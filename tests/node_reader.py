@@ -33,9 +33,9 @@ class ModelReader:
         """The positions that the loss is read from."""
         with torch.no_grad():
             own_loss(self.model, **part)  # what the head can be asked for is tried here, as by the trainer
-        found = own_places(self.model, part)
+        positions = own_places(self.model, part)
         seen = part["labels" if is_seq2seq(self.model, part) else "input_ids"]
-        return at_loss(found.row, found.column, torch.full((len(seen),), -seen.shape[1]))
+        return at_loss(positions.row, positions.column, torch.full((len(seen),), -seen.shape[1]))
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values."""

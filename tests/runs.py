@@ -122,10 +122,10 @@ def zoft(*words: str, cwd: Path, columns: int = 0, input: str = "") -> subproces
 
     env = environment() | ({"COLUMNS": str(columns)} if columns else {})
     with tempfile.TemporaryDirectory() as folder:
-        told, errors, asked = (Path(folder, name) for name in ("told", "errors", "asked"))
+        output, errors, asked = (Path(folder, name) for name in ("told", "errors", "asked"))
         asked.write_text(input)
-        run = shared().start(list(words), told, errors=errors, input=str(asked), cwd=str(cwd), env=env, anew=True)
-        return subprocess.CompletedProcess(words, run.wait(), told.read_text(), errors.read_text())
+        run = shared().start(list(words), output, errors=errors, input=str(asked), cwd=str(cwd), env=env, anew=True)
+        return subprocess.CompletedProcess(words, run.wait(), output.read_text(), errors.read_text())
 
 
 def zoft_anew(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:

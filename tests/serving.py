@@ -156,9 +156,12 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"object": "text_completion", "model": name, "choices": choices[fault == "short" :]}
 
     def _scored(self, body: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
-        found = self.server.log_probs(body["model"], body["cache_salt"], prompt)
+        log_probs = self.server.log_probs(body["model"], body["cache_salt"], prompt)
         assert body["max_tokens"] == 1
-        row = {f"token_id:{token}": float(found[token]) for token in [int(found.argmax()), *body["logprob_token_ids"]]}
+        row = {
+            f"token_id:{token}": float(log_probs[token])
+            for token in [int(log_probs.argmax()), *body["logprob_token_ids"]]
+        }
         return {"text": "", "finish_reason": "length", "logprobs": {"top_logprobs": [row]}}
 
     def _written(self, body: dict[str, Any], prompt: list[int]) -> dict[str, Any]:

@@ -27,9 +27,9 @@ def test_workflows_run_targets_that_exist_at_the_lowest_python():
     for path in (ROOT / ".github" / "workflows").glob("*.yml"):
         jobs = yaml.safe_load(path.read_text())["jobs"].values()
         steps = [step for job in jobs for step in job["steps"]]
-        made = {word for step in steps for word in re.findall(r"make ([a-z-]+)", step.get("run", ""))}
-        assert made
-        assert made <= targets
+        commands = {word for step in steps for word in re.findall(r"make ([a-z-]+)", step.get("run", ""))}
+        assert commands
+        assert commands <= targets
         assert {step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", "")} == {lowest}
         assert all("timeout-minutes" in job for job in jobs)
 

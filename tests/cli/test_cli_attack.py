@@ -14,8 +14,8 @@ from zoft.cli import main
 def test_digits_to_a_folder(tmp_path: Path, capsys):
     arguments = ["attack", "data=digits", "radius=0.2", "images=50", "budget=500", f"output_dir={tmp_path / 'a'}"]
     assert main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "95 % interval" in told
+    output = capsys.readouterr().out
+    assert "95 % interval" in output
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     # issue 7's reference: 98 % of 50, median 360
     assert results["summary"]["success_rate"] >= 0.98
@@ -37,10 +37,10 @@ def test_digits_to_a_folder(tmp_path: Path, capsys):
 def test_few_images_have_no_interval_and_the_folder_is_a_line_of_its_own(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["attack", "data=digits", "images=3", "budget=100", f"output_dir={tmp_path / 'a'}"]) == 0
-    told = capsys.readouterr().out
-    assert "(too few images for an interval)" in " ".join(told.split())
-    assert told.splitlines()[-1].startswith("results: ") or told.splitlines()[-2] == "results:"
-    assert all(len(line) <= 80 for line in told.splitlines() if str(tmp_path) not in line)
+    output = capsys.readouterr().out
+    assert "(too few images for an interval)" in " ".join(output.split())
+    assert output.splitlines()[-1].startswith("results: ") or output.splitlines()[-2] == "results:"
+    assert all(len(line) <= 80 for line in output.splitlines() if str(tmp_path) not in line)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,9 @@ def vit(tmp_path_factory) -> Path:
 def test_a_model_and_an_image_file(vit: Path, tmp_path: Path, capsys):
     arguments = [f"model={vit}", f"image={vit / 'grey.png'}", "radius=32/255", "budget=200"]
     assert main(["attack", *arguments, f"output_dir={tmp_path / 'a'}"]) == 0
-    told = capsys.readouterr().out
-    assert "became 'dark'" in told
-    assert "rounded to bytes" in told
+    output = capsys.readouterr().out
+    assert "became 'dark'" in output
+    assert "rounded to bytes" in output
     from PIL import Image
 
     with Image.open(tmp_path / "a" / "adversarial.png") as picture:

@@ -20,9 +20,9 @@ def test_the_shipped_bench_is_shown(tmp_path):
 def test_a_bench_from_an_experiment_on_the_command_line(tmp_path):
     unused = ("output_dir", "budget", "method", "optimizer", "trainer.eval", "trainer.save", "trainer.logging")
     base = [word for word in runs.arguments(tmp_path, "unused") if not word.startswith(unused)]
-    mine = tmp_path / "mine.yaml"
-    mine.write_text("# @package _global_\ndefaults:\n  - override /trainable: all\nbudget: {queries: 8}\n")
-    words = [f"config={mine}", *base, "methods={mezo: 1e-2}", "references=[zero_shot]", "seeds=[0]", "rates=[1]"]
+    config = tmp_path / "mine.yaml"
+    config.write_text("# @package _global_\ndefaults:\n  - override /trainable: all\nbudget: {queries: 8}\n")
+    words = [f"config={config}", *base, "methods={mezo: 1e-2}", "references=[zero_shot]", "seeds=[0]", "rates=[1]"]
     done = runs.zoft("bench", *words, "evaluations=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2/4  custom/aligned/mezo-x1-seed0" in done.stdout

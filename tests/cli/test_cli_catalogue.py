@@ -141,8 +141,8 @@ def test_adam_on_few_directions_of_many_weights_is_noted_once(
     with caplog.at_level(logging.WARNING, logger="zoft.config"):
         for _ in range(2):
             compose(arguments)
-    told = [record.getMessage() for record in caplog.records if "measures their noise" in record.getMessage()]
-    assert len(told) == int(noted)
+    messages = [record.getMessage() for record in caplog.records if "measures their noise" in record.getMessage()]
+    assert len(messages) == int(noted)
 
 
 def test_muon_without_matrices_is_noted(caplog: pytest.LogCaptureFixture) -> None:

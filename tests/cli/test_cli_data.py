@@ -100,8 +100,8 @@ def test_every_format_goes_from_its_file_to_a_report(tmp_path, capsys, model, na
     for reached in ("zero_shot", "final"):
         low, high = json.loads((tmp_path / "out" / "report.json").read_text())[f"{reached}_interval"]
         assert low <= facts[reached] <= high
-    told = capsys.readouterr().out
-    assert f"final     held-out {metric}" in told
+    output = capsys.readouterr().out
+    assert f"final     held-out {metric}" in output
     assert (tmp_path / "out" / "curve.png").is_file()
     if metric == "loss":
         assert facts["final_perplexity"] == pytest.approx(2.718281828 ** facts["final"], rel=1e-6)
@@ -125,8 +125,8 @@ def test_the_best_checkpoint_is_that_of_the_lowest_perplexity(tmp_path, model, c
     evaluated = {row["step"]: row["eval_perplexity"] for row in rows if "eval_perplexity" in row and row["step"]}
     lowest, last = min(evaluated.values()), max(evaluated)
     (best,) = (step for step, perplexity in evaluated.items() if perplexity == lowest)
-    kept = f"kept      the weights of step {best} of {last}, the best dev perplexity on the way: {lowest:.4g}"
-    assert (kept in capsys.readouterr().out) is (best != last)
+    sentence = f"kept      the weights of step {best} of {last}, the best dev perplexity on the way: {lowest:.4g}"
+    assert (sentence in capsys.readouterr().out) is (best != last)
     assert json.loads(state.read_text())["best_metric"] == pytest.approx(lowest)
 
 
@@ -154,11 +154,11 @@ def test_data_that_the_objective_cannot_use_is_refused_before_the_model_is_looke
 
 def test_show_names_the_classes_of_a_head(tmp_path, capsys, model):
     data = written(tmp_path / "a.jsonl", rows_of("text_label"))
-    told = shown(capsys, *arguments(model, data, "task.prompt=head", "objective=classes", "--rows", "1"))
-    assert "task    custom, " in told
-    assert "(format=text_label, found: text=text, label=label)" in told
-    assert "\nclasses 0 ham, 1 spam\n" in told
-    assert "none of them count" in told
+    text = shown(capsys, *arguments(model, data, "task.prompt=head", "objective=classes", "--rows", "1"))
+    assert "task    custom, " in text
+    assert "(format=text_label, found: text=text, label=label)" in text
+    assert "\nclasses 0 ham, 1 spam\n" in text
+    assert "none of them count" in text
 
 
 def shown(capsys, *words: str) -> str:
@@ -231,7 +231,7 @@ JUDGED = ("objective=reward", "objective.function=zoft.lm.rewards:countdown", *W
 
 
 @pytest.mark.parametrize(
-    ("kind", "more", "told"),
+    ("kind", "more", "expected"),
     [
         ("preference", ["objective=preference"], "objective=preference looks at the tokens marked ^\n"),
         ("reward", JUDGED, "objective=reward judges what the model writes behind the prompt\n"),
@@ -245,11 +245,11 @@ JUDGED = ("objective=reward", "objective.function=zoft.lm.rewards:countdown", *W
         ("reward", ["objective=reward"], "zoft train refuses this: objective=reward needs objective.function="),
     ],
 )
-def test_show_shows_what_training_would_see(tmp_path, capsys, model, kind, more, told):
+def test_show_shows_what_training_would_see(tmp_path, capsys, model, kind, more, expected):
     """The tokens that a run's rows have, cut as they are there, and the sentence where there would be no run."""
     words = arguments(model, written(tmp_path / f"{kind}.jsonl", rows_of(kind)), *more)
     text, facts = shown(capsys, *words, "--rows=1"), json.loads(shown(capsys, *words, "--json", "--rows=1"))
-    assert told in text
+    assert expected in text
     first, split = facts["splits"]["train"]["first"][0], facts["splits"]["train"]
     if facts["refusal"]:
         with pytest.raises(UserError) as caught:
@@ -285,20 +285,20 @@ def test_show_works_for_a_task_of_the_house(capsys, model, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("example", "told"),
+    ("example", "expected"),
     [
         (Example("", (" no", " yes"), 1, pieces=(Piece("free home"), MASK, Piece("spam"))), "options  ' no' (1 token)"),
         (Example("free home", (), 1), "labels: class 1 2"),
     ],
 )
-def test_show_knows_masked_models_and_heads(example, told):
+def test_show_knows_masked_models_and_heads(example, expected):
     tokenizer = tiny_tokenizer()
     encoded = [{"input_ids": [4, 3, 14]} | ({"mask_position": 1} if example.pieces else {})] * 2
     way = preview.Way("mask" if example.pieces else "head", lambda *_: encoded, 100)
     split = preview.preview([example] * 2, way, tokenizer, 1)
     facts = {"task": "t", "sentence": None, "model": "m", "vocabulary": 9, "max_length": 8, "objective": "label_words"}
     text = "\n".join(lines(facts | {"splits": {"train": split}}))
-    assert told in text
+    assert expected in text
     assert ("free|<unk>|spam|\n  counted       ^^^^^" in text) == bool(example.pieces)
 
 

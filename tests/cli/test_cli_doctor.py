@@ -157,9 +157,9 @@ def test_signs_that_any_terminal_can_print(monkeypatch):
 
 def test_help_and_completion(capsys):
     assert main(["doctor", "--help"]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("usage: zoft doctor [--json]")
-    assert "ZOFT_COMPILE" in told
+    output = capsys.readouterr().out
+    assert output.startswith("usage: zoft doctor [--json]")
+    assert "ZOFT_COMPILE" in output
     assert words("zoft doctor -") == ["--json"]
     assert words("zoft do") == ["doctor"]
 

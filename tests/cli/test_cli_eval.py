@@ -21,8 +21,8 @@ from zoft.run.train import run
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    made = tmp_path_factory.mktemp("finished")
-    return made, run(compose(arguments(made, made / "out", "peft=lora", "optimizer.learning_rate=1")))
+    root = tmp_path_factory.mktemp("finished")
+    return root, run(compose(arguments(root, root / "out", "peft=lora", "optimizer.learning_rate=1")))
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
@@ -31,31 +31,31 @@ def evaluated(capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
 
 
 def test_a_runs_model_scores_as_its_report_says(finished, capsys):
-    made, facts = finished
-    told = evaluated(capsys, f"run={made / 'out'}")
-    assert told["accuracy"] == facts["final"]
-    assert told["output_dir"] == str(made / "out" / "eval-trained-test")
-    rows = [json.loads(line) for line in (Path(told["output_dir"]) / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == told["num_rows"] == 16
-    assert sum(row["right"] for row in rows) / 16 == told["accuracy"]
+    root, facts = finished
+    report = evaluated(capsys, f"run={root / 'out'}")
+    assert report["accuracy"] == facts["final"]
+    assert report["output_dir"] == str(root / "out" / "eval-trained-test")
+    rows = [json.loads(line) for line in (Path(report["output_dir"]) / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == report["num_rows"] == 16
+    assert sum(row["right"] for row in rows) / 16 == report["accuracy"]
     assert all(row["options"] == [" no", " yes"] and len(row["scores"]) == 2 and row["prompt"] for row in rows)
-    assert json.loads((Path(told["output_dir"]) / "evaluation.json").read_text()) == told
-    before = evaluated(capsys, *arguments(made, made / "before"), "peft=lora")
+    assert json.loads((Path(report["output_dir"]) / "evaluation.json").read_text()) == report
+    before = evaluated(capsys, *arguments(root, root / "before"), "peft=lora")
     assert before["accuracy"] == facts["zero_shot"]
-    assert before["output_dir"] == str(made / "before")
+    assert before["output_dir"] == str(root / "before")
     assert (
-        run(compose(arguments(made, made / "out", "peft=lora", "optimizer.learning_rate=1")))["final"] == facts["final"]
+        run(compose(arguments(root, root / "out", "peft=lora", "optimizer.learning_rate=1")))["final"] == facts["final"]
     )
 
 
 def test_every_mode(finished, capsys, tmp_path):
-    made, _ = finished
-    given = arguments(made, tmp_path / "out")
-    found = {mode: evaluated(capsys, *given, f"mode={mode}") for mode in ("calibrated", "linear_probe")}
-    found["icl"] = evaluated(capsys, *given, "mode=icl", "k=3", "task.max_length=60")
-    assert {told["metric"] for told in found.values()} == {"accuracy"}
-    assert found["linear_probe"]["accuracy"] > 0.7  # spam has other words
-    assert found["icl"]["num_demonstrations"] == 3
+    root, _ = finished
+    given = arguments(root, tmp_path / "out")
+    reports = {mode: evaluated(capsys, *given, f"mode={mode}") for mode in ("calibrated", "linear_probe")}
+    reports["icl"] = evaluated(capsys, *given, "mode=icl", "k=3", "task.max_length=60")
+    assert {report["metric"] for report in reports.values()} == {"accuracy"}
+    assert reports["linear_probe"]["accuracy"] > 0.7  # spam has other words
+    assert reports["icl"]["num_demonstrations"] == 3
     (row, *_) = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert len(row["scores"]) == 2
 
@@ -69,13 +69,13 @@ def test_every_mode(finished, capsys, tmp_path):
     ],
 )
 def test_every_form(folder, capsys, tmp_path, task, model, more, metrics):  # noqa: F811
-    told = evaluated(capsys, *words(folder, task, model), *more, f"output_dir={tmp_path}")
-    assert metrics <= told.keys()
-    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == told["num_rows"] == 2
+    report = evaluated(capsys, *words(folder, task, model), *more, f"output_dir={tmp_path}")
+    assert metrics <= report.keys()
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == report["num_rows"] == 2
 
 
 def test_metrics_of_the_evaluate_library_need_no_network(finished, capsys, tmp_path, monkeypatch):
-    made, _ = finished
+    root, _ = finished
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     (tmp_path / "share").mkdir()
     (tmp_path / "share" / "share.py").write_text(
@@ -88,11 +88,11 @@ def test_metrics_of_the_evaluate_library_need_no_network(finished, capsys, tmp_p
         "    def _compute(self, predictions, references):\n"
         "        return {'share': sum(map(int.__eq__, predictions, references)) / len(references)}\n"
     )
-    told = evaluated(capsys, *arguments(made, tmp_path / "out"), f"evaluate={tmp_path / 'share'}")
-    assert told["evaluate"]["share"] == told["accuracy"]
+    report = evaluated(capsys, *arguments(root, tmp_path / "out"), f"evaluate={tmp_path / 'share'}")
+    assert report["evaluate"]["share"] == report["accuracy"]
     trained = ("objective=metric", f"objective.metric=evaluate:{tmp_path / 'share'}#share")  # over all rows here
-    told = evaluated(capsys, *arguments(made, tmp_path / "out"), *trained)
-    assert told["evaluate"]["share"] == told["accuracy"]
+    report = evaluated(capsys, *arguments(root, tmp_path / "out"), *trained)
+    assert report["evaluate"]["share"] == report["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -142,13 +142,13 @@ def test_pass_at_k_is_that_of_the_samples_here_and_on_a_server(tmp_path, capsys,
     words += ["trainable=adapter", "metric=pass@1,pass@3"]
     with serving(Lora().wrap(load_model("model"), seed=0), tokenizer=tiny_tokenizer()) as server:
         for more in ([], ["engine=server", f"engine.url={server.url}"]):
-            told = evaluated(capsys, *words, *more, f"output_dir={tmp_path / 'out'}")
+            report = evaluated(capsys, *words, *more, f"output_dir={tmp_path / 'out'}")
             rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
             assert all(row["rewards"] == [len(text) % 2 for text in row["texts"]] for row in rows)
             for k in (1, 3):
                 each = [any(one) for row in rows for one in itertools.combinations(row["rewards"], k)]
-                assert told[f"pass@{k}"] == pytest.approx(sum(each) / len(each))
-                assert told[f"pass@{k}_low"] <= told[f"pass@{k}"] <= told[f"pass@{k}_high"]
+                assert report[f"pass@{k}"] == pytest.approx(sum(each) / len(each))
+                assert report[f"pass@{k}_low"] <= report[f"pass@{k}"] <= report[f"pass@{k}_high"]
         assert len(server.completions) >= 20  # a prompt a sample
     assert main(["eval", *words, "pass_reward=2", f"output_dir={tmp_path / 'out'}"]) == 0
     assert "pass@3    0.0 % [0.0, " in capsys.readouterr().out

@@ -52,9 +52,9 @@ def test_every_example_composes(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     text = out(capsys, "train", "--help")
     Path("runs/mine").mkdir(parents=True)
-    own = text.split("everything else is a key:\n")[1].split("It can live")[0]
+    config_text = text.split("everything else is a key:\n")[1].split("It can live")[0]
     for file in ("mine.yaml", "runs/mine/config.yaml"):
-        Path(file).write_text("\n".join(line[2:] for line in own.splitlines()))
+        Path(file).write_text("\n".join(line[2:] for line in config_text.splitlines()))
     examples = [line.strip() for line in text.split("Examples:\n")[1].split("\n\n")[0].splitlines()]
     assert len(examples) >= 8
     for example in examples:

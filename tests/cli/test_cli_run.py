@@ -101,9 +101,9 @@ def started(tmp_path: Path, *more: str) -> Run:
     return zygote.shared().start(line, tmp_path / "told", errors=tmp_path / "errors", cwd=str(tmp_path))
 
 
-def wait_for(there: Callable[[], object], poll: Callable[[], int | None]) -> None:
+def wait_for(condition: Callable[[], object], poll: Callable[[], int | None]) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and poll() is None and not there():
+    while time.monotonic() < deadline and poll() is None and not condition():
         time.sleep(0.005)
 
 

@@ -119,8 +119,8 @@ def test_a_job_that_dies_loses_no_other_and_one_that_is_told_to_stop_is_queued_a
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     done = sweep("config=smoke", "seed=14,15", "output_dir=out", "launcher=submitit_local")
     assert done.returncode == 1, done.stderr
-    told = [line.split() for line in done.stdout.splitlines()[:3]]
-    assert told == [["cell", "eval_accuracy"], ["seed=14", "failed"], ["seed=15", "1.5"]]
+    rows = [line.split() for line in done.stdout.splitlines()[:3]]
+    assert rows == [["cell", "eval_accuracy"], ["seed=14", "failed"], ["seed=15", "1.5"]]
     assert "zoft: error: seed=14: its process ended without a result" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "work" / "out" / "seed=15" / "begun").is_file()

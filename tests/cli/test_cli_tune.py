@@ -16,12 +16,12 @@ RATE = "space.optimizer.learning_rate=log(1e-4,1e-1)"
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     monkeypatch.setattr("zoft.tuning.job.gc.collect", lambda: None)
-    made = FakeRun()
-    monkeypatch.setattr("zoft.run.train.run", made)
+    fake_run = FakeRun()
+    monkeypatch.setattr("zoft.run.train.run", fake_run)
     monkeypatch.setattr("zoft.lm.models.files.placed", lambda name: name)  # no job loads the model
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    return made
+    return fake_run
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def here(monkeypatch):
 
 def test_arguments_are_told_apart():
     arguments = ["config=smoke", "budget=8", "budget.queries=20", "budget=mezo", RATE, "metric=eval_accuracy", "seed=3"]
-    space, own, training = split(arguments)
+    space, settings, training = split(arguments)
     assert space == {"optimizer.learning_rate": "log(1e-4,1e-1)"}
-    assert own == {"budget": "8", "metric": "eval_accuracy"}
+    assert settings == {"budget": "8", "metric": "eval_accuracy"}
     assert training == ["config=smoke", "budget.queries=20", "budget=mezo", "seed=3"]
 
 

@@ -67,8 +67,8 @@ def test_the_component_is_listed_shown_and_trained(copy):
 
 
 def test_its_own_test_and_the_battery_pass(copy):
-    (made,) = (words for words in COMMANDS if words[:2] == ["make", "test"])
-    chosen = shlex.split(made[2].removeprefix("ARGS="))
+    (command,) = (words for words in COMMANDS if words[:2] == ["make", "test"])
+    chosen = shlex.split(command[2].removeprefix("ARGS="))
     said = run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
     assert "failed" not in said
     assert int(re.findall(r"(\d+) passed", said)[0]) > 20

@@ -45,11 +45,11 @@ def test_trainings_compose(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
         Path("my_est.py").write_text(block, encoding="utf-8")
     split = [shlex.split(line, comments=True) for line in commands(page)]
-    found = [words[2:] for words in split if words[1] in ("train", "check", "estimate")]
-    assert found
-    for words in found:
-        told = [word for word in words if "=" in word and not word.startswith(("config=runs/", "seed="))]
-        compose(told)
+    trainings = [words[2:] for words in split if words[1] in ("train", "check", "estimate")]
+    assert trainings
+    for words in trainings:
+        settings = [word for word in words if "=" in word and not word.startswith(("config=runs/", "seed="))]
+        compose(settings)
 
 
 def test_the_part_of_ten_minutes_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -65,8 +65,8 @@ def test_recipes_are_read_by_what_reads_them(tmp_path: Path):
     subprocess.run(["bash", "-n", str(recipes / "slurm.sh")], check=True)
     sky = yaml.safe_load((recipes / "sky.yaml").read_text())
     assert compose(sky["envs"]["ARGS"].split()).config == "quickstart"
-    told = (recipes / "Dockerfile").read_text()
-    for source in re.findall(r"^COPY (.+) \S+$", told, re.M):
+    dockerfile = (recipes / "Dockerfile").read_text()
+    for source in re.findall(r"^COPY (.+) \S+$", dockerfile, re.M):
         assert all((ROOT / name).exists() for name in source.split())
 
 

@@ -30,9 +30,9 @@ def test_a_config_of_any_trainer_takes_both_kinds_of_fields(tmp_path: Path):
     from zoft import UserError, ZOConfig, zo_config
 
     for name in ("SFTConfig", "DPOConfig"):
-        made = zo_config(getattr(trl, name))
-        assert made.__name__ == f"ZO{name}"
-        args = made(output_dir=str(tmp_path), budget_queries=8, max_length=16, report_to=[], use_cpu=True)
+        config_class = zo_config(getattr(trl, name))
+        assert config_class.__name__ == f"ZO{name}"
+        args = config_class(output_dir=str(tmp_path), budget_queries=8, max_length=16, report_to=[], use_cpu=True)
         assert isinstance(args, ZOConfig)
         assert isinstance(args, getattr(trl, name))
         assert (args.budget_queries, args.max_length, args.gradient_checkpointing, args.max_grad_norm) == (

@@ -112,9 +112,9 @@ def test_what_others_print_is_read(check, tmp_path):
 
 def test_a_part_of_its_own_on_the_cpu(check, capsys):
     assert check.main(["--rehearse", "--part", "noise"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["how"] == "ok"
-    assert "the eager code's bits; gaussian added" in found["what"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["how"] == "ok"
+    assert "the eager code's bits; gaussian added" in report["what"]
 
 
 @pytest.mark.slow

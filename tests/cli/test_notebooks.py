@@ -25,23 +25,23 @@ matplotlib.use("agg")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    kept, replacing = json.loads(path.read_text(encoding="utf-8")), {}
+    original, replacing = json.loads(path.read_text(encoding="utf-8")), {}
     if path.stem == "own_data":
         model_folder(tmp_path / "tiny", max_position_embeddings=1200)
         lines = [f"you call no {n},{n % 2}" for n in range(240)]
         (tmp_path / "sms.csv").write_text("text,spam\n" + "\n".join(lines) + "\n")
         replacing = {"zoft:sms-spam": "sms.csv", "zoft:smollm2-135m-instruct": "tiny"}
-    found, log = notebooks.read(path), logging.getLogger("zoft")
+    notebook, log = notebooks.read(path), logging.getLogger("zoft")
     level = log.level
     try:
-        notebooks.run(found, replacing)
+        notebooks.run(notebook, replacing)
     finally:
         log.setLevel(level)
-    for cell, before in zip(found["cells"], kept["cells"], strict=True):
+    for cell, before in zip(notebook["cells"], original["cells"], strict=True):
         if cell["cell_type"] == "code":
             shown = [[output["output_type"] for output in one["outputs"]] for one in (cell, before)]
             assert shown[0] == shown[1], "".join(cell["source"])
-    texts = "".join("".join(output.get("text", ())) for cell in found["cells"] for output in cell.get("outputs", ()))
+    texts = "".join("".join(output.get("text", ())) for cell in notebook["cells"] for output in cell.get("outputs", ()))
     assert ("method=zoft" if path.stem == "own_data" else "after 60 queries") in texts
 
 

@@ -101,8 +101,8 @@ def test_make_targets_are_what_is_promised():
     targets = [words[1] for words in commands() if words[0] == "make"]
     assert {"train", "test"} <= set(targets)
     for target, needle in (("train", "zoft train config=quickstart"), ("test", "-m pytest")):
-        told = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        assert needle in told
+        printed = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert needle in printed
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 

@@ -143,8 +143,8 @@ def test_every_verb_from_an_empty_folder(installed, empty):
         expected = 1 if verb.startswith("diff") else 0  # the two runs differ, and diff says so by its exit code too
         assert done.returncode == expected, f"zoft {verb}: {done.stdout[-1000:]}\n{done.stderr[-2000:]}"
         assert said in done.stdout + done.stderr, f"zoft {verb} printed {done.stdout[-1500:]}"
-    kept = {"base", "mail.jsonl", "new.csv", "runs", "whole", "adapter", "merged", "file"}
-    assert {path.name for path in empty.iterdir()} == kept, "nothing is written elsewhere"
+    names = {"base", "mail.jsonl", "new.csv", "runs", "whole", "adapter", "merged", "file"}
+    assert {path.name for path in empty.iterdir()} == names, "nothing is written elsewhere"
     loads = (
         "from transformers import AutoModelForCausalLM as A; print(A.from_pretrained('empty/{}').config.hidden_size)"
     )

@@ -51,8 +51,8 @@ class Quadratic(nn.Module):
         root = torch.randn(self.count, self.count, generator=random, dtype=torch.float64) / self.count**0.5
         self.hessian = 0.3 * root @ root.T + torch.diag(torch.rand(self.count, generator=random, dtype=torch.float64))
         self.slope = torch.randn(self.count, generator=random, dtype=torch.float64)
-        own = spread * torch.randn(2, self.count, generator=random, dtype=torch.float64)
-        self.own = own - own.mean(0)
+        offsets = spread * torch.randn(2, self.count, generator=random, dtype=torch.float64)
+        self.own = offsets - offsets.mean(0)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         theta = torch.cat([self.norm, *(layer.weight.view(-1) for layer in self.layers)]).double()
@@ -240,13 +240,13 @@ def test_inner_products_of_coordinates_are_those_of_the_steps_they_stand_for(sub
     for name in got.moving:
         square = got.of_each[name].T @ got.of_each[name]
         used = square.diagonal() > 0
-        told = torch.zeros_like(square)
+        products = torch.zeros_like(square)
         for start, stop in got.bound.chunks(name):
             unit = torch.eye(stop - start)
-            told[start:stop, start:stop] = got.bound.products(got.directions[0], name, unit, start)
-            told[:start, start:stop] = square[:start, start:stop]
-            told[start:stop, :start] = square[start:stop, :start]
-        torch.testing.assert_close(square[used][:, used], told[used][:, used].double(), rtol=1e-4, atol=1e-4)
+            products[start:stop, start:stop] = got.bound.products(got.directions[0], name, unit, start)
+            products[:start, start:stop] = square[:start, start:stop]
+            products[start:stop, :start] = square[start:stop, :start]
+        torch.testing.assert_close(square[used][:, used], products[used][:, used].double(), rtol=1e-4, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------- tensors have noise of their own

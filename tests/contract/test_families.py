@@ -28,16 +28,16 @@ def cells() -> list[tuple[str, str, str]]:
     What a family asks of an engine is where its modules read their weights, which no subspace changes; what a subspace
     asks of it is met on several families.
     """
-    found = []
+    combinations = []
     for subspace in SUBSPACES:
         serving = [engine for engine in ENGINES if serves(engine, "central", subspace)]
         turns = cycle(serving)
-        found += [
+        combinations += [
             (engine, subspace, family)
             for family in FAMILIES
             for engine in (serving if subspace == "full" else [next(turns)])
         ]
-    return found
+    return combinations
 
 
 @pytest.mark.parametrize(("engine", "subspace", "family"), cells())

@@ -32,13 +32,13 @@ def test_gradients_of_experts_are_autograds(family, implementation):
     """Of all positions, by a backward pass that stops at the parts and the chain rule inside them."""
     model, batch = mixture(family)
     model.config._experts_implementation = implementation
-    found = queries(model, "loss", positions="all")(batch, Direction(0, 0), EXACT).factors
+    factors = queries(model, "loss", positions="all")(batch, Direction(0, 0), EXACT).factors
     assert model.config._experts_implementation == implementation
     model.config._experts_implementation = "eager"
     wanted = gradients(model, batch)
-    assert set(found) == set(wanted)
-    assert len(found) == 4
-    for name, one in found.items():
+    assert set(factors) == set(wanted)
+    assert len(factors) == 4
+    for name, one in factors.items():
         assert one.layout == "experts"
         assert len(one.x) == 3 * 6 * {"tiny_mixtral": 2, "tiny_qwen3_moe": 3}[family]  # of a token's experts alone
         torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-6, msg=name)
@@ -47,11 +47,11 @@ def test_gradients_of_experts_are_autograds(family, implementation):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_the_last_block_the_identity_is_the_gradient_itself(family):
     model, batch = mixture(family, ("layers.1.mlp.experts",))
-    found = queries(model, "hidden")(batch, Direction(0, 0), IDENTITY)
+    estimate = queries(model, "hidden")(batch, Direction(0, 0), IDENTITY)
     exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)
-    assert found.num_queries == 1
+    assert estimate.num_queries == 1
     for name, one in exact.factors.items():
-        torch.testing.assert_close(found.factors[name].dense(), one.dense(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(estimate.factors[name].dense(), one.dense(), rtol=1e-4, atol=1e-7)
 
 
 def test_a_part_without_experts_is_computed_without_watching_every_call(monkeypatch):
@@ -74,19 +74,19 @@ def test_sixteen_bits_lose_no_small_gradients():
         return replace(one, slopes=one.slopes * 1e-9)
 
     ask.reader.read = faint
-    found = ask(batch, Direction(0, 0), IDENTITY).factors
+    factors = ask(batch, Direction(0, 0), IDENTITY).factors
     for name, one in wide.items():
-        one, other = one.dense().flatten(), found[name].scaled(1e9).dense().flatten()
+        one, other = one.dense().flatten(), factors[name].scaled(1e9).dense().flatten()
         assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.99, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_experts_and_attention_are_trained_beside_them(family):
     model, batch = mixture(family, ("experts", "self_attn.o_proj"))
-    found = queries(model, "loss", positions="all", layers="linear")(batch, Direction(0, 0), EXACT).factors
+    factors = queries(model, "loss", positions="all", layers="linear")(batch, Direction(0, 0), EXACT).factors
     wanted = gradients(model, batch)
-    assert set(found) == set(wanted)
-    for name, one in found.items():
+    assert set(factors) == set(wanted)
+    for name, one in factors.items():
         torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-6, msg=name)
 
 

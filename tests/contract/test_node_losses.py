@@ -76,9 +76,9 @@ def test_a_reward_rises_by_what_each_text_is_worth(tmp_path):
     before, estimate = reward_of(trainer), trainer.run_steps.next
 
     def noted(*args):
-        found = estimate(*args)
-        rewards.append(-found.loss)
-        return found
+        result = estimate(*args)
+        rewards.append(-result.loss)
+        return result
 
     trainer.run_steps.next = noted
     trainer.train()
@@ -118,8 +118,8 @@ def test_a_text_has_a_direction_at_each_of_its_tokens_and_none_behind_them(tmp_p
         lengths = write(trainer.model.eval(), rows["prompt_ids"], ANSWERING, temperature=0.1).lengths
     assert 1 in lengths or 2 in lengths
     with trainer.query_forward.querying():
-        found = trainer.run_steps.queries.nodes(StepBatch([rows]), Direction(0, 0), trainer.method.estimator)
-    assert {len(one.e) for one in found.factors.values()} == {sum(lengths)}
+        estimate = trainer.run_steps.queries.nodes(StepBatch([rows]), Direction(0, 0), trainer.method.estimator)
+    assert {len(one.e) for one in estimate.factors.values()} == {sum(lengths)}
 
 
 # ---- options of one token --------------------------------------------------------------------------------------------
@@ -149,10 +149,10 @@ def test_options_of_one_token_read_their_own_rows_of_the_head_alone(family, monk
     head = model.get_output_embeddings()
     linear = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: widths.append(len(w)) or linear(x, w, b))
-    found = objective.readout(model, batch, "hidden")
+    readout = objective.readout(model, batch, "hidden")
     monkeypatch.undo()
-    torch.testing.assert_close(found.losses.mean(), loss)
-    torch.testing.assert_close(found.slopes, wanted[:, -1], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(readout.losses.mean(), loss)
+    torch.testing.assert_close(readout.slopes, wanted[:, -1], rtol=1e-4, atol=1e-7)
     assert 3 in widths
     assert len(head.weight) not in widths
 
@@ -162,12 +162,12 @@ def test_options_under_a_head_with_an_adapter_read_it_whole():
     plain, adapted = tiny_llama(), tiny_llama()
     adapted = get_peft_model(adapted, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     batch, objective = options(plain), Options()
-    found = []
+    readouts = []
     for model in (plain.eval(), adapted.eval()):
         objective.probe(model, batch)
-        found.append(objective.readout(model, batch, "hidden"))
-    torch.testing.assert_close(found[0].slopes, found[1].slopes, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found[0].losses, found[1].losses)
+        readouts.append(objective.readout(model, batch, "hidden"))
+    torch.testing.assert_close(readouts[0].slopes, readouts[1].slopes, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(readouts[0].losses, readouts[1].losses)
 
 
 # ---- preferences -----------------------------------------------------------------------------------------------------
@@ -208,8 +208,8 @@ def test_the_readout_of_pairs_is_the_loss_and_its_slope_autograds():
     batch, objective = collate(rows), Preference(beta=0.3)
     objective.probe(model, batch)
     places = objective.places(model, batch)
-    found = {name: objective.readout(model, batch, name) for name in objective.feedbacks}
-    for one in found.values():
+    readouts = {name: objective.readout(model, batch, name) for name in objective.feedbacks}
+    for one in readouts.values():
         torch.testing.assert_close(one.losses.mean(), objective.loss(model, batch))
         assert one.unit.tolist() == (places.row // 2).tolist()
     below: list = []
@@ -217,7 +217,7 @@ def test_the_readout_of_pairs_is_the_loss_and_its_slope_autograds():
     loss = objective.loss(model, batch)
     handle.remove()
     (wanted,) = torch.autograd.grad(loss * len(rows), below)
-    torch.testing.assert_close(found["hidden"].slopes, places.of(wanted), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(readouts["hidden"].slopes, places.of(wanted), rtol=1e-3, atol=1e-6)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

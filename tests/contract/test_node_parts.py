@@ -83,11 +83,11 @@ def test_two_matrices_of_a_block_are_a_part_with_the_activation_between_them():
     """Of OPT: fc1, activation, fc2."""
     model = only(models.tiny_opt(), "fc")
     batch = models.batch_for(model, rows=3, length=7)
-    found = queries(model, "loss", positions="all")(batch, Direction(0, 0), EXACT).factors
+    factors = queries(model, "loss", positions="all")(batch, Direction(0, 0), EXACT).factors
     wanted = gradients(model, batch)
-    for name, one in found.items():
+    for name, one in factors.items():
         torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-4, atol=1e-7)
-    assert len(found) == 6
+    assert len(factors) == 6
 
 
 @pytest.mark.parametrize(("family", "later"), [("tiny_gemma2", "post_feedforward_layernorm"), ("tiny_opt", "fc2")])
@@ -108,10 +108,10 @@ def test_the_shared_response_is_the_mean_of_the_blocks_own():
     asked = {probed: queries(model, probed=probed) for probed in ("parts", "shared")}
     for ask in asked.values():
         ask(batch, Direction(0, 0), PROBES)
-    own = asked["parts"].session.coordinates.response
-    assert len(own) == 3
+    responses = asked["parts"].session.coordinates.response
+    assert len(responses) == 3
     torch.testing.assert_close(
-        asked["shared"].session.coordinates.response[STREAM], torch.stack(list(own.values())).mean(0)
+        asked["shared"].session.coordinates.response[STREAM], torch.stack(list(responses.values())).mean(0)
     )
 
 
@@ -172,23 +172,24 @@ def test_of_the_last_block_the_identity_is_the_gradient_itself(family):
     last = len(next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))) - 1
     model = only(model, f"s.{last}.mlp", f"h.{last}.mlp", f"s.{last}.fc")
     batch = models.batch_for(model, rows=4, length=7)
-    found = queries(model, "hidden")(batch, Direction(0, 0), Estimator(response="identity"))
+    estimate = queries(model, "hidden")(batch, Direction(0, 0), Estimator(response="identity"))
     exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)
-    assert found.num_queries == 1
-    assert found.factors.keys() == exact.factors.keys() != set()
+    assert estimate.num_queries == 1
+    assert estimate.factors.keys() == exact.factors.keys() != set()
     for name, one in exact.factors.items():
-        torch.testing.assert_close(found.factors[name].e, one.e, rtol=1e-4, atol=1e-7)
-        assert torch.equal(found.factors[name].x, one.x)
-        assert not found.factors[name].noisy
+        torch.testing.assert_close(estimate.factors[name].e, one.e, rtol=1e-4, atol=1e-7)
+        assert torch.equal(estimate.factors[name].x, one.x)
+        assert not estimate.factors[name].noisy
 
 
 def test_further_down_the_identity_points_the_way_of_the_gradient():
     model = only(models.tiny_llama(), *MLP)
     batch = models.batch_for(model, rows=4, length=7)
-    found = queries(model, "hidden")(batch, Direction(0, 0), Estimator(response="identity")).factors
+    factors = queries(model, "hidden")(batch, Direction(0, 0), Estimator(response="identity")).factors
     exact = queries(model, "loss")(batch, Direction(0, 0), EXACT).factors
     for name, one in exact.items():
-        assert float(torch.nn.functional.cosine_similarity(found[name].e.flatten(), one.e.flatten(), dim=0)) > 0.5, name
+        cosine = torch.nn.functional.cosine_similarity(factors[name].e.flatten(), one.e.flatten(), dim=0)
+        assert float(cosine) > 0.5, name
 
 
 @pytest.mark.parametrize("given", [{"directions": "iid"}, {"probed": "shared"}])

@@ -58,10 +58,10 @@ def test_a_tied_tensor_is_two_nodes_and_its_gradient_is_the_sum_of_both():
     batch = models.batch_for(model, rows=3, length=7)
     ask = queries(model, "loss", positions="all")
     assert list(ask.session.coordinates.nodes) == [TIED, f"{TIED}#1"]
-    found, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
-    assert set(found.factors) == {TIED}
-    assert len(found.factors[TIED].e) == 2 * 3 * 6  # a row for each position of each use
-    torch.testing.assert_close(found.factors[TIED].dense(), wanted[TIED], rtol=1e-3, atol=1e-6)
+    estimate, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
+    assert set(estimate.factors) == {TIED}
+    assert len(estimate.factors[TIED].e) == 2 * 3 * 6  # a row for each position of each use
+    torch.testing.assert_close(estimate.factors[TIED].dense(), wanted[TIED], rtol=1e-3, atol=1e-6)
 
 
 def test_what_is_applied_to_a_tied_tensor_is_what_was_measured_in_both_layers():
@@ -128,13 +128,13 @@ def test_what_is_applied_at_the_last_k_positions_is_what_was_measured_there():
 def test_exact_node_gradients_at_the_last_k_positions_are_autograds():
     model = middle()
     batch, ask = one_answer(model), queries(model, "loss", **LAST)
-    found = ask(batch, Direction(0, 0), EXACT).factors[TIED]
-    kept = []
-    handle = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _i, y: kept.append(y))
+    factors = ask(batch, Direction(0, 0), EXACT).factors[TIED]
+    outputs = []
+    handle = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _i, y: outputs.append(y))
     loss = model(**batch).loss
     handle.remove()
-    (wanted,) = torch.autograd.grad(loss, kept)
-    torch.testing.assert_close(found.e.view(3, 3, 16), wanted[:, WHERE], rtol=1e-3, atol=1e-7)
+    (wanted,) = torch.autograd.grad(loss, outputs)
+    torch.testing.assert_close(factors.e.view(3, 3, 16), wanted[:, WHERE], rtol=1e-3, atol=1e-7)
     assert all(float(wanted[:, column].abs().max()) > 0 for column in WHERE)
 
 

@@ -39,11 +39,11 @@ def lora(model, targets=("q_proj", "v_proj"), **more):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    made = get_peft_model(model, LoraConfig(r=2, target_modules=list(targets), **more))
-    for name, parameter in made.named_parameters():  # B starts at zero, and A would have no gradient
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=list(targets), **more))
+    for name, parameter in peft_model.named_parameters():  # B starts at zero, and A would have no gradient
         if "lora_" in name:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return made
+    return peft_model
 
 
 def queries(model, feedback="hidden", gather=None, rank=0, **fields):
@@ -64,9 +64,9 @@ def gradients(model, batch):
     """Autograd's, by name."""
     model.zero_grad()
     model(**batch).loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return grads
 
 
 EXACT = Estimator(feedback="exact")
@@ -77,15 +77,15 @@ def test_exact_node_gradients_at_all_positions_are_the_gradient_of_the_weights(f
     model = getattr(models, family)()
     batch = models.batch_for(model, rows=3, length=7)
     ask = queries(model, "loss", positions="all", layers="linear" if "bert" not in family else "mlp")
-    found = ask(batch, Direction(0, 0), EXACT)
+    estimate = ask(batch, Direction(0, 0), EXACT)
     wanted = gradients(model, batch)
-    assert len(found.factors) >= 6
+    assert len(estimate.factors) >= 6
     if "bert" in family:  # its classifier reads the first position alone, and all others by attention
-        assert set(found.factors) >= {"bert.pooler.dense.weight", "classifier.weight"}
-        torch.testing.assert_close(found.factors["classifier.weight"].dense(), wanted["classifier.weight"])
+        assert set(estimate.factors) >= {"bert.pooler.dense.weight", "classifier.weight"}
+        torch.testing.assert_close(estimate.factors["classifier.weight"].dense(), wanted["classifier.weight"])
         return
-    assert found.loss == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
-    for name, one in found.factors.items():
+    assert estimate.loss == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+    for name, one in estimate.factors.items():
         torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
@@ -93,10 +93,10 @@ def test_normalisations_are_nodes_too():
     for family in ("tiny_llama", "tiny_opt", "tiny_gemma"):
         model = only(getattr(models, family)(), "norm")
         batch = models.batch_for(model, rows=3, length=7)
-        found = queries(model, "loss", positions="all")(batch, Direction(0, 0), EXACT)
+        estimate = queries(model, "loss", positions="all")(batch, Direction(0, 0), EXACT)
         wanted = gradients(model, batch)
-        assert set(found.factors) == set(wanted)
-        for name, one in found.factors.items():
+        assert set(estimate.factors) == set(wanted)
+        for name, one in estimate.factors.items():
             torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
@@ -105,9 +105,9 @@ def test_lora_gets_its_gradients_by_the_chain_rule():
     batch = models.batch_for(model, rows=3, length=7)
     ask = queries(model, "loss", positions="all")
     assert all(".lora_B." in key for key in ask.session.coordinates.perturbed())
-    found, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
-    assert set(found.factors) == set(wanted)
-    for name, one in found.factors.items():
+    estimate, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
+    assert set(estimate.factors) == set(wanted)
+    for name, one in estimate.factors.items():
         torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
@@ -140,10 +140,10 @@ def test_a_layer_that_runs_twice_has_the_sum_of_both():
             return of_losses(model(part).square().sum((1, 2)), order)
 
     ask.reader = Reader()
-    found = ask(x, Direction(0, 0), EXACT)
+    estimate = ask(x, Direction(0, 0), EXACT)
     loss = model(x).square().sum((1, 2)).mean()
     (wanted,) = torch.autograd.grad(loss, model.shared.weight)
-    torch.testing.assert_close(found.factors["shared.weight"].dense(), wanted)
+    torch.testing.assert_close(estimate.factors["shared.weight"].dense(), wanted)
 
 
 @pytest.mark.parametrize("directions", ["orthogonal", "iid"])
@@ -154,9 +154,9 @@ def test_raw_losses_give_an_unbiased_estimate(directions, positions):
     ask = queries(model, "loss", positions=positions, directions=directions)
     exact = ask(batch, Direction(0, 0), EXACT)
     many = Estimator(feedback="loss", every=1, first=1, num_directions=64, eps=1e-2)
-    found = [ask(batch, Direction(0, step), many) for step in range(1, 6)]
+    draws = [ask(batch, Direction(0, step), many) for step in range(1, 6)]
     for name, one in exact.factors.items():
-        estimates = torch.stack([each.factors[name].e for each in found])
+        estimates = torch.stack([each.factors[name].e for each in draws])
         along = (estimates * one.e).sum((1, 2)) / one.e.square().sum()
         # Own loss of each token, 64 probes and 5 draws: the share of the gradient is 1 within four standard errors.
         assert abs(float(along.mean()) - 1) < 4 * float(along.std() / 5**0.5) + 0.02, name
@@ -171,12 +171,12 @@ def test_the_response_of_the_last_residual_is_the_identity_and_its_gradient_exac
     batch = models.batch_for(model, rows=4, length=9)
     ask = queries(model, "hidden")
     exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)
-    found = ask(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
+    estimate = ask(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
     space = ask.session.coordinates
     response, counts = space.response["model.layers.2.mlp"], space.tables["counts"]
     torch.testing.assert_close(response[0] / counts[0], torch.eye(16), rtol=0, atol=0.15)
     (key,) = space.nodes
-    e, wanted = found.factors[key].e, exact.factors[key].e
+    e, wanted = estimate.factors[key].e, exact.factors[key].e
     assert float(nn.functional.cosine_similarity(e.flatten(), wanted.flatten(), dim=0)) > 0.98
 
 
@@ -184,13 +184,13 @@ def test_the_response_of_scores_comes_near_the_gradient():
     model = models.tiny_bert_classifier()
     batch = models.batch_for(model, rows=12, length=7)
     exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)
-    found = queries(model, "scores")(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
+    estimate = queries(model, "scores")(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
     for name in ("bert.pooler.dense.weight", "classifier.weight"):
         cosine = nn.functional.cosine_similarity(
-            found.factors[name].e.flatten(), exact.factors[name].e.flatten(), dim=0
+            estimate.factors[name].e.flatten(), exact.factors[name].e.flatten(), dim=0
         )
         assert float(cosine) > 0.8, name
-    assert found.num_queries == 65
+    assert estimate.num_queries == 65
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2", "tiny_opt"])
@@ -263,14 +263,14 @@ def together(model, feedback, cut, estimator):
     barrier, board, results = threading.Barrier(2, timeout=60), [None, None], [None, None]
 
     def process(rank):
-        def gather(mine):
+        def gather(part):
             barrier.wait()
-            board[rank] = mine
+            board[rank] = part
             barrier.wait()
             return list(board)
 
-        own = copy.deepcopy(model)
-        results[rank] = queries(own, feedback, gather, rank)(cut[rank], Direction(0, 0), estimator)
+        replica = copy.deepcopy(model)
+        results[rank] = queries(replica, feedback, gather, rank)(cut[rank], Direction(0, 0), estimator)
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -294,11 +294,11 @@ def test_the_whitened_step_is_the_momentum_times_the_inverse_second_moment(rows,
     for _ in range(batches):
         seen.append(Factors(torch.randn(rows, 6), torch.randn(rows, 12)))
         step = rule.steps({"w": seen[-1]}, state, 1.0, 1.0)["w"].dense()
-    kept = seen[-3:][::-1]
-    weights = torch.tensor([0.8**age for age in range(len(kept))])
+    window = seen[-3:][::-1]
+    weights = torch.tensor([0.8**age for age in range(len(window))])
     weights = weights / weights.sum()
-    second = sum(w * one.x.T @ one.x / rows for w, one in zip(weights, kept, strict=True))
-    momentum = sum(0.1 * 0.9**age * one.dense() for age, one in enumerate(kept))
+    second = sum(w * one.x.T @ one.x / rows for w, one in zip(weights, window, strict=True))
+    momentum = sum(0.1 * 0.9**age * one.dense() for age, one in enumerate(window))
     ridge = 0.2 * second.diagonal().mean()
     wanted = momentum @ torch.linalg.inv(second + ridge * torch.eye(12)) / (1 + (batches - 1) / 2) ** 0.5
     torch.testing.assert_close(step, wanted, rtol=1e-3, atol=1e-5)
@@ -352,14 +352,14 @@ def test_a_batch_that_promises_nothing_lets_no_long_step_through():
     rule, state, free = Whiten(trust=1e-3, cooling=0), {"w": {}}, {"w": {}}
     steep = {"w": Factors(torch.randn(5, 6), torch.randn(5, 12))}
     flat = {"w": Factors(torch.zeros(5, 6), torch.randn(5, 12))}
-    kept = []
+    shares = []
     for one in (steep, flat, flat, flat):
         step = rule.steps(one, state, 1.0, 1.0)["w"].dense()
         wanted = Whiten(trust=1e9, cooling=0).steps(one, free, 1.0, 1.0)["w"].dense()
-        kept.append(float(step.norm() / wanted.norm()))
-        torch.testing.assert_close(step, kept[-1] * wanted, rtol=1e-3, atol=1e-9)
-    assert kept[0] < 0.1
-    assert kept == pytest.approx([min(1, kept[0] * 2**n) for n in range(4)], rel=1e-4)
+        shares.append(float(step.norm() / wanted.norm()))
+        torch.testing.assert_close(step, shares[-1] * wanted, rtol=1e-3, atol=1e-9)
+    assert shares[0] < 0.1
+    assert shares == pytest.approx([min(1, shares[0] * 2**n) for n in range(4)], rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["whiten", "sgd", "momentum", "adam", "muon"])
@@ -376,11 +376,11 @@ def test_every_optimizer_of_gradients_takes_it_downhill(optimizer, dtype):
     ask = StepQueries(method, zo_optimizer, nodes=NodeQueries(session, ModelReader(model)))
     losses = []
     for step in range(8):
-        found = ask.estimate(batch, method.estimator.directions(0, step))
-        assert found.num_queries == method.queries_at(step) == (17 if step == 0 else 1)
-        losses.append(found.loss)
+        estimate = ask.estimate(batch, method.estimator.directions(0, step))
+        assert estimate.num_queries == method.queries_at(step) == (17 if step == 0 else 1)
+        losses.append(estimate.loss)
         zo_optimizer.progress.steps += 1
-        zo_optimizer.apply(found)
+        zo_optimizer.apply(estimate)
     assert losses[-1] < losses[0] - 0.02, losses
     names = session.coordinates.names
     untouched = models.tiny_llama().to(dtype).state_dict()
@@ -392,10 +392,10 @@ def test_every_optimizer_of_gradients_takes_it_downhill(optimizer, dtype):
 def test_the_norm_of_an_estimate_is_that_of_its_matrices(rows):
     model = only(models.tiny_llama(), "layers.1.mlp", "layers.1.input_layernorm")
     ask = queries(model, "loss", positions="all")
-    found = ask(models.batch_for(model, rows=rows, length=7), Direction(0, 0), EXACT)
-    estimate = replace(StepEstimate.of([(Direction(0, 0), 1.0)]), factors=found.factors)
+    result = ask(models.batch_for(model, rows=rows, length=7), Direction(0, 0), EXACT)
+    estimate = replace(StepEstimate.of([(Direction(0, 0), 1.0)]), factors=result.factors)
     assert StepEstimate.of([(Direction(0, 0), 1.0)]).norm is None
-    wanted = torch.cat([one.dense().flatten() for one in found.factors.values()]).norm()
+    wanted = torch.cat([one.dense().flatten() for one in result.factors.values()]).norm()
     assert estimate.norm == pytest.approx(float(wanted), rel=1e-5)
     assert estimate.scaled(0.5).norm == pytest.approx(float(wanted) / 2, rel=1e-5)
 
@@ -427,8 +427,8 @@ def test_a_mixture_trains_its_attention_where_that_is_asked_for():
     assert ask(batch, Direction(0, 0), Estimator()).usable
     model.config.output_router_logits = False
     ask = queries(model, "loss", layers="linear", positions="all")
-    found, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
-    for name, one in found.factors.items():
+    estimate, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
+    for name, one in estimate.factors.items():
         torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
@@ -445,10 +445,10 @@ def test_the_decoder_of_an_encoder_decoder_has_exact_node_gradients(layers):
     batch = seq2seq_batch(model)
     ask = queries(model, "loss", positions="all", layers=layers)
     batch["labels"][0, 3:] = batch["input_ids"][0, 3:5]  # with all labels, the positions are all of the decoder's
-    found, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
-    assert found.loss == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
-    assert len(found.factors) == {"mlp": 4, "linear": 12}[layers]
-    for name, one in found.factors.items():
+    estimate, wanted = ask(batch, Direction(0, 0), EXACT), gradients(model, batch)
+    assert estimate.loss == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+    assert len(estimate.factors) == {"mlp": 4, "linear": 12}[layers]
+    for name, one in estimate.factors.items():
         assert "decoder." in name
         torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
 
@@ -458,9 +458,9 @@ def test_the_hidden_state_of_a_decoder_teaches_it():
     model = only(models.tiny_t5(), "decoder.block.1.layer.2")
     batch = seq2seq_batch(model)
     exact = queries(model, "loss")(batch, Direction(0, 0), EXACT)
-    found = queries(model, "hidden")(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
-    (name,) = [one for one in found.factors if ".wo." in one]
-    cosine = nn.functional.cosine_similarity(found.factors[name].e.flatten(), exact.factors[name].e.flatten(), dim=0)
+    estimate = queries(model, "hidden")(batch, Direction(0, 0), Estimator(first=64, eps=1e-2))
+    (name,) = [one for one in estimate.factors if ".wo." in one]
+    cosine = nn.functional.cosine_similarity(estimate.factors[name].e.flatten(), exact.factors[name].e.flatten(), dim=0)
     assert float(cosine) > 0.8
 
 
@@ -539,7 +539,7 @@ def test_a_probe_behind_a_kept_context_is_that_of_whole_rows(family, words, answ
     if words:
         only(model, *words.split("|"))
     batch = padded_batch(model, answer)
-    estimator, found, lengths = Estimator(first=3), [], []
+    estimator, estimates, lengths = Estimator(first=3), [], []
     entered = model.register_forward_pre_hook(
         lambda _m, _a, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
@@ -548,14 +548,14 @@ def test_a_probe_behind_a_kept_context_is_that_of_whole_rows(family, words, answ
         if not behind:
             ask.reader.tail = lambda part, last: None
         lengths.clear()
-        found.append(ask(batch, Direction(0, 0), estimator))
+        estimates.append(ask(batch, Direction(0, 0), estimator))
         assert ask._contexts().usable
         assert lengths[-3:] == [answer + 1 if behind else 12] * 3
     entered.remove()
-    assert found[0].factors.keys() == found[1].factors.keys()
-    for name, one in found[0].factors.items():
-        torch.testing.assert_close(one.dense(), found[1].factors[name].dense(), rtol=1e-2, atol=1e-5, msg=name)
-    assert found[0].num_queries == found[1].num_queries == 4
+    assert estimates[0].factors.keys() == estimates[1].factors.keys()
+    for name, one in estimates[0].factors.items():
+        torch.testing.assert_close(one.dense(), estimates[1].factors[name].dense(), rtol=1e-2, atol=1e-5, msg=name)
+    assert estimates[0].num_queries == estimates[1].num_queries == 4
 
 
 def test_a_context_that_does_not_serve_is_given_up_and_whole_rows_go_through():
@@ -564,16 +564,16 @@ def test_a_context_that_does_not_serve_is_given_up_and_whole_rows_go_through():
     whole = ask(batch, Direction(0, 0), Estimator(first=2))
     ask = queries(model)
     contexts = ask._contexts()
-    kept = contexts.kept
+    original = contexts.kept
 
     @contextmanager
     def wrongly(last):
-        with kept(last) as context:
+        with original(last) as context:
             yield context
         context.hidden = context.hidden + 1
 
     contexts.kept = wrongly
-    found = ask(batch, Direction(0, 0), Estimator(first=2))
+    estimate = ask(batch, Direction(0, 0), Estimator(first=2))
     assert not contexts.usable
-    for name, one in found.factors.items():
+    for name, one in estimate.factors.items():
         torch.testing.assert_close(one.dense(), whole.factors[name].dense(), rtol=1e-2, atol=1e-5)

@@ -80,9 +80,9 @@ def composed(name, *more):
 
 
 def entry(name) -> str:
-    found = re.search(rf"^## `{name}`.*?(?=^## |\Z)", INDEX.read_text(encoding="utf-8"), re.M | re.S)
-    assert found, f"docs/paper_index.md has no entry for {name}"
-    return found.group(0)
+    match = re.search(rf"^## `{name}`.*?(?=^## |\Z)", INDEX.read_text(encoding="utf-8"), re.M | re.S)
+    assert match, f"docs/paper_index.md has no entry for {name}"
+    return match.group(0)
 
 
 def test_every_published_method_is_there():
@@ -166,8 +166,8 @@ class Steps:
         moments = (
             {} if isinstance(self.method.optimizer, ReadsFactors) else self.zo_optimizer.moments
         )  # of the batches' size
-        kept = tensors_in([moments, self.session.anchor, subspace])
-        return sum({(t.data_ptr(), t.numel() * t.element_size()): t.numel() * t.element_size() for t in kept}.values())
+        state = tensors_in([moments, self.session.anchor, subspace])
+        return sum({(t.data_ptr(), t.numel() * t.element_size()): t.numel() * t.element_size() for t in state}.values())
 
     def loss(self):
         with torch.no_grad():

@@ -119,8 +119,8 @@ def killed_at(folder, method, step, **given):
 
 def lines(one):
     """What was logged, without wall times."""
-    told = [{k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in one.state.log_history]
-    return [{k: str(v) for k, v in line.items() if k != "total_flos"} for line in told if "train_loss" not in line]
+    entries = [{k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in one.state.log_history]
+    return [{k: str(v) for k, v in line.items() if k != "total_flos"} for line in entries if "train_loss" not in line]
 
 
 def same(whole, resumed):

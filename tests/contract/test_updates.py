@@ -237,9 +237,9 @@ def test_a_saved_state_is_not_changed_by_what_follows(optimizer):
     state = run.zo_optimizer.state_dict()
     other = Run(optimizer)
     other.zo_optimizer.load_state_dict(state)
-    kept = {(n, k): t.clone() for n, moments in state["state"].items() for k, t in moments.items()}
+    copies = {(n, k): t.clone() for n, moments in state["state"].items() for k, t in moments.items()}
     other.step()
-    assert all(torch.equal(state["state"][n][k], t) for (n, k), t in kept.items())
+    assert all(torch.equal(state["state"][n][k], t) for (n, k), t in copies.items())
 
 
 @pytest.mark.parametrize(("optimizer", "subspace"), PAIRS)

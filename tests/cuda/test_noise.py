@@ -110,6 +110,6 @@ def test_words_norms_and_products(compiled):
     same(compiled, lambda where: torch.tensor(squared_norm(5, 1_000_001, where)))
     for rows, columns, rank in ((1, 1, 1), (17, 130, 3), (300, 700, 8)):
         left, right, out = torch.randn(rows, rank), torch.randn(rank, columns), torch.randn(rows * columns)
-        mine = out.to(device(), copy=True)
-        if compiled.add_product(left.to(device()), right.to(device()), mine, 0.3):
-            assert equal(mine.cpu(), out + _product(left, right).view(-1) * 0.3)
+        result = out.to(device(), copy=True)
+        if compiled.add_product(left.to(device()), right.to(device()), result, 0.3):
+            assert equal(result.cpu(), out + _product(left, right).view(-1) * 0.3)

@@ -46,9 +46,9 @@ def trained(folder: Path, name: str, *more: str) -> tuple[dict[str, torch.Tensor
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_trains_as_on_the_cpu(name, tmp_path):
     here, losses = trained(tmp_path, "here", *ENGINES[name], *on(device()))
-    there, wanted = trained(tmp_path, "cpu", *ENGINES[name], "trainer.use_cpu=true")
+    cpu_weights, wanted = trained(tmp_path, "cpu", *ENGINES[name], "trainer.use_cpu=true")
     assert losses == pytest.approx(wanted, rel=1e-3)
-    for key, weight in there.items():
+    for key, weight in cpu_weights.items():
         torch.testing.assert_close(here[key], weight, rtol=1e-2, atol=1e-4)
 
 

@@ -38,16 +38,16 @@ SECRETS = {"HF_TOKEN": "hf_canaryABCDEFGHIJKLMNOPQRSTUVWXYZ", "WANDB_API_KEY": "
 class Payload:
     """Unpickled, it makes a file."""
 
-    def __init__(self, made: Path) -> None:
-        self.made = made
+    def __init__(self, target: Path) -> None:
+        self.made = target
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.made),)
 
 
-def _plant(folder: Path, made: Path, names: tuple[str, ...] = NAMES) -> None:
+def _plant(folder: Path, target: Path, names: tuple[str, ...] = NAMES) -> None:
     for name in names:
-        (folder / name).write_bytes(pickle.dumps(Payload(made)))
+        (folder / name).write_bytes(pickle.dumps(Payload(target)))
 
 
 def _says(call: Callable[[], Any]) -> str:
@@ -61,47 +61,47 @@ def _says(call: Callable[[], Any]) -> str:
 
 def pickles(folder: Path) -> tuple[int, int]:
     """Payloads in every name that somebody unpickles: (files planted, payloads carried out)."""
-    made, damaged = folder / "executed", Damaged(folder / "run")
+    target, damaged = folder / "executed", Damaged(folder / "run")
     planted = 0
     for name in NAMES:  # beside what a snapshot holds: refused by name, the one before is used
-        _plant(damaged.newest, made, (name,))
+        _plant(damaged.newest, target, (name,))
         damaged.is_noticed(damaged.newest / name)
         (damaged.newest / name).unlink()
         planted += 1
-    _plant(damaged.newest, made)  # and where the manifest was forged with them: not looked at
-    _plant(damaged.folder, made)
+    _plant(damaged.newest, target)  # and where the manifest was forged with them: not looked at
+    _plant(damaged.folder, target)
     forge_manifest(damaged.newest)
     planted += 2 * len(NAMES)
     assert snapshot.newest(damaged.folder, damaged.run) == damaged.newest
     damaged.goes_on()
     for name in ("optimizer.safetensors", "scheduler.json", "random.json", "trainer_state.json"):
         data = (damaged.newest / name).read_bytes()  # in the place of what is read
-        _plant(damaged.newest, made, (name,))
+        _plant(damaged.newest, target, (name,))
         forge_manifest(damaged.newest)
         planted += 1
         with suppress(Exception):  # that it is refused, in whatever words, is not the point here
             trainer(damaged.folder, max_steps=STEPS + 1).train(resume_from_checkpoint=str(damaged.newest))
         (damaged.newest / name).write_bytes(data)
-    planted += _pickled_models(folder, made)
-    return planted, int(made.exists())
+    planted += _pickled_models(folder, target)
+    return planted, int(target.exists())
 
 
-def _pickled_models(folder: Path, made: Path) -> int:
+def _pickled_models(folder: Path, target: Path) -> int:
     """A model, an adapter and a tokenizer as pickles alone."""
     base = model_folder(folder / "base")
     for name in ("pytorch_model.bin", "model.safetensors"):
         place = folder / f"as-{name}"
         shutil.copytree(base, place)
         (place / "model.safetensors").unlink()
-        _plant(place, made, (name,))
+        _plant(place, target, (name,))
         assert "could not load" in _says(lambda place=place: load_model(str(place)))
     return 2
 
 
 def remote_code(folder: Path) -> int:
     """`auto_map` of a model's and a tokenizer's config: code of the folder that ran, of two files."""
-    made, place = folder / "executed", model_folder(folder / "remote")
-    (place / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
+    target, place = folder / "executed", model_folder(folder / "remote")
+    (place / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(target)!r})\n")
     config = json.loads((place / "config.json").read_text())
     auto = {
         "AutoConfig": "modeling_evil.C",
@@ -113,8 +113,8 @@ def remote_code(folder: Path) -> int:
     load_tokenizer(str(place))
     (place / "config.json").write_text(json.dumps(config | {"auto_map": auto, "model_type": "evil"}))
     assert "could not load" in _says(lambda: load_model(str(place)))
-    assert not made.exists()
-    return int(made.exists())
+    assert not target.exists()
+    return int(target.exists())
 
 
 def header_bombs(folder: Path) -> int:
@@ -148,12 +148,12 @@ def _header(said: dict[str, Any]) -> bytes:
 
 def leaks(folder: Path) -> list[str]:
     """The files below a folder that hold a secret of :data:`SECRETS`."""
-    found = []
+    lines = []
     for path in folder.rglob("*"):
         if path.is_file():
             data = path.read_bytes()
-            found += [f"{name} in {path}" for name, value in SECRETS.items() if value.encode() in data]
-    return found
+            lines += [f"{name} in {path}" for name, value in SECRETS.items() if value.encode() in data]
+    return lines
 
 
 __all__ = ["STEPS", "digest", "header_bombs", "leaks", "pickles", "remote_code"]

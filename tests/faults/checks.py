@@ -61,11 +61,11 @@ def covered(*names: str) -> str:
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=1500, check=False
     )
-    found = re.search(r"(\d+) passed", done.stdout)
+    match = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert found is not None
+    assert match is not None
     files = sorted({f"`{name.split('::')[0]}`" for name in names})
-    return f"{found.group(1)} tests pass ({', '.join(files)})"
+    return f"{match.group(1)} tests pass ({', '.join(files)})"
 
 
 # ---- crash and resume ------------------------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ def _(place: Place) -> str:
 
 @check("4", "SIGTERM, SIGUSR1 in a step; in a step of a minute; a second signal", "snapshot, code 75, ≤ 5 s; at once")
 def _(place: Place) -> str:
-    told = processes.signals(place.zygote, place.folder, [name for name in processes.SIGNALS if name != "SIGINT"])
-    return "; ".join(f"{name}: code {code}, {seconds:.1f} s" for name, (code, seconds) in told.items())
+    exits = processes.signals(place.zygote, place.folder, [name for name in processes.SIGNALS if name != "SIGINT"])
+    return "; ".join(f"{name}: code {code}, {seconds:.1f} s" for name, (code, seconds) in exits.items())
 
 
 @check("5", "Ctrl-C in a step", "weights restored, code 130")
@@ -128,9 +128,9 @@ def _(place: Place) -> str:
     "7", "a disk that is full at 20 sizes (tmpfs)", "one line with bytes wanted and free, old snapshot whole, 20 resume"
 )
 def _(place: Place) -> str:
-    refused, resumed, told = processes.full_disks(place.zygote, place.folder, 20)
+    refused, resumed, mentions = processes.full_disks(place.zygote, place.folder, 20)
     assert refused == resumed == 20, (refused, resumed)
-    return f"{refused} ended in one line ({told} with the bytes wanted), {resumed} went on with room, SHA-256 equal"
+    return f"{refused} ended in one line ({mentions} with the bytes wanted), {resumed} went on with room, SHA-256 equal"
 
 
 @check("8", "output_dir not writable, or taken away under the run", "refused before step 1; one line")
@@ -273,13 +273,13 @@ def _(place: Place) -> str:
 def _(_: Place) -> str:
     command = [sys.executable, "-m", "tests.faults.mutated", "200"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout)
-    share = told["meant"] / told["typos"]
-    assert told["refused"] == 200, told
-    assert share >= 0.95, told
-    assert told["slowest"] < 1, told
-    assert not told["torch"]
-    return f"200 refused, {100 * share:.0f} % of {told['typos']} right, {told['slowest']:.2f} s at most, not loaded"
+    report = json.loads(done.stdout)
+    share = report["meant"] / report["typos"]
+    assert report["refused"] == 200, report
+    assert share >= 0.95, report
+    assert report["slowest"] < 1, report
+    assert not report["torch"]
+    return f"200 refused, {100 * share:.0f} % of {report['typos']} right, {report['slowest']:.2f} s at most, not loaded"
 
 
 @check(

@@ -170,7 +170,7 @@ def report_memory(file: str, every: int) -> None:
 
     write, opened = ZOOptimizer.step, Path(file).open("w")  # noqa: SIM115  # as long as the process lives
 
-    def told(self: Any, closure: Any = None) -> None:
+    def reporting_step(self: Any, closure: Any = None) -> None:
         write(self, closure)
         if self.progress.steps % every == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -178,4 +178,4 @@ def report_memory(file: str, every: int) -> None:
             opened.write(f"{self.progress.steps} {pages * os.sysconf('SC_PAGE_SIZE') // 1024} {files}\n")
             opened.flush()
 
-    ZOOptimizer.step = told  # type: ignore[method-assign]
+    ZOOptimizer.step = reporting_step  # type: ignore[method-assign]

@@ -88,12 +88,10 @@ def whole(zygote: Zygote, folder: Path, steps: int, variant: str = "float32", *m
     return str(report(folder / "whole")["weights_sha256"])
 
 
-def started(zygote: Zygote, line: list[str], told: Path, variant: str, **given: Any) -> list[Run]:
+def started(zygote: Zygote, line: list[str], log: Path, variant: str, **given: Any) -> list[Run]:
     """The process or processes of a run."""
     return (
-        zygote.ranks(line, told, 2, **given)
-        if variant.startswith("two processes")
-        else [zygote.run(line, told, **given)]
+        zygote.ranks(line, log, 2, **given) if variant.startswith("two processes") else [zygote.run(line, log, **given)]
     )
 
 

@@ -62,8 +62,8 @@ def main(count: int) -> None:
         else:
             accepted.append(argument)
         slowest = max(slowest, time.process_time() - began)
-    told = {"refused": refused, "meant": meant, "typos": typos, "slowest": slowest, "accepted": accepted}
-    print(json.dumps(told | {"torch": "torch" in sys.modules}))
+    figures = {"refused": refused, "meant": meant, "typos": typos, "slowest": slowest, "accepted": accepted}
+    print(json.dumps(figures | {"torch": "torch" in sys.modules}))
 
 
 def _is_json(text: str) -> bool:

@@ -34,10 +34,10 @@ def _ends(run: Run, *codes: int) -> Run:
 def die_in_saves(zygote: Zygote, folder: Path, every: int = 1) -> tuple[int, int]:
     """Die at (every ``every``-th) call that a save makes of the disk: (points in a save, deaths that were resumed)."""
     steps, died = 24, 0
-    expected, told = whole(zygote, folder, steps), folder / "points"
+    expected, points_file = whole(zygote, folder, steps), folder / "points"
     line = words(folder, "killed", steps)
     for count in range(0, 10_000, every):
-        faults = {"die_in_save": {"count": count, "told": str(told), "save": 2}}
+        faults = {"die_in_save": {"count": count, "told": str(points_file), "save": 2}}
         if _ends(zygote.run(line, folder / "killed.txt", faults=faults), 0, -9).code == 0:
             break
         died += 1
@@ -45,7 +45,7 @@ def die_in_saves(zygote: Zygote, folder: Path, every: int = 1) -> tuple[int, int
         _ends(zygote.run(line, folder / "killed.txt"))
         assert report(folder / "killed")["weights_sha256"] == expected
         shutil.rmtree(folder / "killed")
-    return int(told.read_text()), died
+    return int(points_file.read_text()), died
 
 
 def die_in_queries(zygote: Zygote, folder: Path, kills: int, steps: int = 60, seed: int = 0) -> Outcome:
@@ -84,7 +84,7 @@ SIGNALS: dict[str, tuple[list[int], float, int]] = {
 
 def signals(zygote: Zygote, folder: Path, only: list[str], expected: str | None = None) -> dict[str, tuple[int, float]]:
     """Each signal in the middle of a step: name -> (exit code, seconds until it has left); each run then goes on."""
-    count, told = 16, {}
+    count, exits = 16, {}
     expected, counter = expected or whole(zygote, folder, count), folder / "counter"
     for name in only:
         numbers, seconds, code = SIGNALS[name]
@@ -97,14 +97,14 @@ def signals(zygote: Zygote, folder: Path, only: list[str], expected: str | None 
             time.sleep(0.002)
         began = time.perf_counter()
         _ends(run, code)
-        told[name] = (code, time.perf_counter() - began)
-        assert told[name][1] < 5, told
+        exits[name] = (code, time.perf_counter() - began)
+        assert exits[name][1] < 5, exits
         assert "Traceback" not in run.output()
         _ends(zygote.run(words(folder, "stopped", count), folder / "again.txt"))
         assert report(folder / "stopped")["weights_sha256"] == expected
         shutil.rmtree(folder / "stopped")
         counter.unlink()
-    return told
+    return exits
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def full_disks(zygote: Zygote, folder: Path, sizes: int) -> tuple[int, int, int]
     steps = 30
     expected = whole(zygote, folder, steps)
     needed = sum(-(-path.stat().st_size // 4096) * 4096 for path in (folder / "whole").rglob("*") if path.is_file())
-    refused = resumed = told = 0
+    refused = resumed = mentions = 0
     for number in range(sizes):
         size = int(needed * (number + 0.5) / sizes) // 4096 * 4096 + 4096
         with small_disk(folder / "disk", size) as disk:
@@ -141,17 +141,17 @@ def full_disks(zygote: Zygote, folder: Path, sizes: int) -> tuple[int, int, int]
             said = run.output().strip().splitlines()[-1]
             assert said.startswith("zoft: error:"), run.output()[-2000:]
             assert "bytes are free" in said or "are free." in said or "No space left" in said, said
-            told += "bytes are wanted" in said
+            mentions += "bytes are wanted" in said
             assert "Traceback" not in run.output()
             refused += 1
-            for kept in snapshot.checkpoints(disk / "run"):
-                snapshot.verify(kept)
+            for checkpoint in snapshot.checkpoints(disk / "run"):
+                snapshot.verify(checkpoint)
             subprocess.run(["mount", "-o", f"remount,size={8 * needed}", str(disk)], check=True)
             _ends(zygote.run(line, folder / "full.txt"))
             assert report(disk / "run")["weights_sha256"] == expected
             resumed += 1
         (folder / "full.txt").unlink()
-    return refused, resumed, told
+    return refused, resumed, mentions
 
 
 def folder_goes_away(zygote: Zygote, folder: Path) -> str:
@@ -222,8 +222,8 @@ def ranks_agree(zygote: Zygote, folder: Path, counts: tuple[int, ...] = (1, 2, 4
         shutil.copytree(folder / "before", folder / f"on-{count}")
         line = words(folder, f"on-{count}", steps, "float32", "estimator.eps=1e-1")
         line.append(f"trainer.per_device_train_batch_size={8 // count}")
-        told = folder / f"on-{count}.txt"
-        for run in zygote.ranks(line, told, count) if count > 1 else [zygote.run(line, told)]:
+        log = folder / f"on-{count}.txt"
+        for run in zygote.ranks(line, log, count) if count > 1 else [zygote.run(line, log)]:
             _ends(run)
         records = journal.read(folder / f"on-{count}" / journal.NAME).records
         assert len(records) == steps

@@ -64,10 +64,10 @@ def bad_losses(folder: Path, where: str, value: float, step: int) -> None:
     assert [a == b for a, b in pairwise(seen)] == [i == step for i in range(4)]
     assert weights_are_finite(one)
     assert one.progress.num_skipped == 1
-    told = [line for line in one.state.log_history if "loss" in line]
-    assert [line["num_skipped_steps"] for line in told] == [int(i >= step) for i in range(4)]
+    lines = [line for line in one.state.log_history if "loss" in line]
+    assert [line["num_skipped_steps"] for line in lines] == [int(i >= step) for i in range(4)]
     if len(queries) > 1 or where == "clean":
-        assert not math.isfinite(told[step]["loss"])  # and not 0, as the Trainer would log it
+        assert not math.isfinite(lines[step]["loss"])  # and not 0, as the Trainer would log it
     assert [r.skipped for r in journal.read(folder / journal.NAME).records] == [i == step for i in range(4)]
 
 

@@ -18,11 +18,11 @@ BEST = 8
 
 def _trainer(folder: Path, scores: dict[int, float] | None = None, **given: Any) -> Any:
     """A run whose evaluations (every fourth step) find what the test wants, best at step 8."""
-    found = scores or {4: 0.5, 8: 0.9, 12: 0.4, 16: 0.3}
-    made: list[Any] = []
+    score_at = scores or {4: 0.5, 8: 0.9, 12: 0.4, 16: 0.3}
+    trainers: list[Any] = []
 
     def metrics(_: Any) -> dict[str, float]:
-        return {"score": found[made[0].state.global_step]}
+        return {"score": score_at[trainers[0].state.global_step]}
 
     settings = {
         "eval_strategy": "steps",
@@ -32,8 +32,8 @@ def _trainer(folder: Path, scores: dict[int, float] | None = None, **given: Any)
         "greater_is_better": True,
     }
     data = damage.trainer(folder, rows=8).train_dataset
-    made.append(damage.trainer(folder, eval_dataset=data, compute_metrics=metrics, **settings | given))
-    return made[0]
+    trainers.append(damage.trainer(folder, eval_dataset=data, compute_metrics=metrics, **settings | given))
+    return trainers[0]
 
 
 @pytest.fixture(scope="module")

@@ -65,20 +65,20 @@ def test_fault_23_a_line_of_the_users_file(number: int, tmp_path: Path):
 
 
 def test_fault_23_one_number_of_a_frozen_weight(tmp_path: Path):
-    def made() -> Any:
+    def new_trainer() -> Any:
         one = damage.trainer(tmp_path / "run")
         for name, parameter in one.model.named_parameters():
             parameter.requires_grad_("norm" in name)
         return one
 
-    first = made()
+    first = new_trainer()
     first.args.max_steps = 4
     first.train()
-    again = made()
+    again = new_trainer()
     again.model.lm_head.weight.data[3, 1] += 1e-3
     with pytest.raises(UserError, match="model: LlamaForCausalLM there"):
         again.train(resume_from_checkpoint=True)
-    made().train(resume_from_checkpoint=True)
+    new_trainer().train(resume_from_checkpoint=True)
 
 
 def test_fault_23_values_that_differ_have_other_digests():

@@ -28,11 +28,11 @@ def test_a_run_of_an_earlier_format_goes_on(asset: str, tmp_path: Path):
 def test_the_trainers_own_checkpoint_is_refused_in_a_sentence(tmp_path: Path):
     from transformers import Trainer, TrainingArguments
 
-    made = damage.trainer(tmp_path / "zoft")
+    trainer = damage.trainer(tmp_path / "zoft")
     args = TrainingArguments(
         output_dir=str(tmp_path / "theirs"), max_steps=1, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
     )
-    Trainer(made.model, args, train_dataset=made.train_dataset).train()
+    Trainer(trainer.model, args, train_dataset=trainer.train_dataset).train()
     with pytest.raises(
         UserError, match=r"there is nothing to resume in .*: no journal and no whole checkpoint of zoft"
     ):

@@ -34,26 +34,26 @@ class Zygote:
         )
         self._ask({})  # everything is loaded when it answers
 
-    def run(self, words: list[str], told: Path, *, faults: dict[str, Any] | None = None, **env: str) -> Run:
-        """Start ``zoft train``; its output goes to the file ``told``, ``faults`` (of :mod:`.injected`) are put in."""
-        return self.start(["train", *words], told, faults=faults, env=env)
+    def run(self, words: list[str], log: Path, *, faults: dict[str, Any] | None = None, **env: str) -> Run:
+        """Start ``zoft train``; its output goes to the file ``log``, ``faults`` (of :mod:`.injected`) are put in."""
+        return self.start(["train", *words], log, faults=faults, env=env)
 
-    def start(self, words: list[str], told: Path, *, errors: Path | None = None, **more: Any) -> Run:
+    def start(self, words: list[str], log: Path, *, errors: Path | None = None, **more: Any) -> Run:
         """Start ``zoft`` with any verb; what it says of errors goes to a file of its own where one is given.
 
         Args:
             words: after ``zoft``, or what a ``module`` is given.
-            told: gets its output.
+            log: gets its output.
             errors: gets its standard error.
             more: ``faults``, variables of its ``env`` (with ``anew`` it has no others), its ``cwd``, or the file that
                 is its ``input``.
         """
-        pid = self._ask({"words": words, "told": str(told), "errors": str(errors or told)} | more)["pid"]
-        return Run(self, pid, told)
+        pid = self._ask({"words": words, "told": str(log), "errors": str(errors or log)} | more)["pid"]
+        return Run(self, pid, log)
 
-    def ranks(self, words: list[str], told: Path, count: int = 2, **given: Any) -> list[Run]:
+    def ranks(self, words: list[str], log: Path, count: int = 2, **given: Any) -> list[Run]:
         """The processes of one run, as torchrun would start them."""
-        return [self.run(words, told.with_suffix(f".{rank}"), **env, **given) for rank, env in enumerate(_ranks(count))]
+        return [self.run(words, log.with_suffix(f".{rank}"), **env, **given) for rank, env in enumerate(_ranks(count))]
 
     def program(self, module: str, folder: Path, count: int = 2) -> None:
         """Let ranks call ``main(folder)`` of a module, and wait; raises what one of them says where one fails."""
@@ -149,9 +149,9 @@ LOADED = (
 @cache
 def shared() -> Zygote:
     """The one of this process, started when it is first asked for."""
-    made = Zygote()
-    atexit.register(made.close)
-    return made
+    zygote = Zygote()
+    atexit.register(zygote.close)
+    return zygote
 
 
 # ---- the process that is asked ---------------------------------------------------------------------------------------
@@ -165,19 +165,19 @@ def serve() -> None:
     living: set[int] = set()
     for line in sys.stdin:
         question = json.loads(line)
-        told: dict[str, Any] = {}
+        reply: dict[str, Any] = {}
         if "words" in question:
             pid = os.fork()
             if pid == 0:
                 answer.close()
                 _be_a_run(question)
             living.add(pid)
-            told = {"pid": pid}
+            reply = {"pid": pid}
         elif "wait" in question:
             ended, status = os.waitpid(question["wait"], os.WNOHANG)
             living.discard(ended)
-            told = {"code": os.waitstatus_to_exitcode(status) if ended else None}
-        answer.write(json.dumps(told) + "\n")
+            reply = {"code": os.waitstatus_to_exitcode(status) if ended else None}
+        answer.write(json.dumps(reply) + "\n")
         answer.flush()
     for pid in living:
         os.kill(pid, signal.SIGKILL)

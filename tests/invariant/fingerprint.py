@@ -88,10 +88,10 @@ def record(trees: list[Path], modes: Iterable[str], patterns: list[str], jobs: i
     tasks = [(tree, mode) for mode in modes for tree in trees]
     with ThreadPoolExecutor(jobs) as pool:
         parts = list(pool.map(lambda task: rows_of(*task, patterns), tasks))
-    found: list[Rows] = [{} for _ in trees]
+    rows: list[Rows] = [{} for _ in trees]
     for (tree, _), part in zip(tasks, parts, strict=True):
-        found[trees.index(tree)] |= part
-    return found
+        rows[trees.index(tree)] |= part
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing
@@ -205,13 +205,13 @@ def main() -> int:
         (before,) = others
     elif given.against:
         before = {name: row for name, row in kept(given.against).items() if _is_meant(name, given.patterns, modes)}
-    found = list(differences(before, now))
+    changes = list(differences(before, now))
     num_others = sum(row.get("machine", machine()) != machine() for row in before.values())
     near = f", {num_others} of them near: another machine made those" if num_others else ""
-    print("\n".join(found) or f"{len(before)} rows equal{near}")
+    print("\n".join(changes) or f"{len(before)} rows equal{near}")
     if len(set(now) - set(before)):
         print(f"{len(set(now) - set(before))} rows are new")
-    return int(bool(found))
+    return int(bool(changes))
 
 
 if __name__ == "__main__":

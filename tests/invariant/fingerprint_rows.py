@@ -334,10 +334,10 @@ def tuned(search: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         result = zoft.tune(f, space, budget=12, search=search, output_dir=folder, seed=1)
         again = zoft.tune(f, space, budget=12, search=search, output_dir=folder, seed=1)
-    kept = [(evaluation.number, evaluation.values, evaluation.value) for evaluation in again.evaluations]
+    evaluations = [(evaluation.number, evaluation.values, evaluation.value) for evaluation in again.evaluations]
     return Row(
         f"tune {search}",
-        sha_of(points, kept, result.x, result.fun),
+        sha_of(points, evaluations, result.x, result.fun),
         {"points": len(points), "journal": again.num_resumed},
         {"fun": rounded([result.fun])},
     )

@@ -164,13 +164,13 @@ def main(folder: Path, runs: list[dict[str, Any]]) -> None:
         world = run["world"]
 
         def call(run: dict[str, Any] = run, world: int = world) -> dict[str, Any]:
-            found: dict[str, Any] = {}
+            results: dict[str, Any] = {}
             for name, given in run["cases"].items():
                 if given == "refusals":
-                    found[name] = refusals()
+                    results[name] = refusals()
                 else:
-                    found[name] = train(**{"world": world, **given, "folder": folder / given.get("folder", name)})
-            return found
+                    results[name] = train(**{"world": world, **given, "folder": folder / given.get("folder", name)})
+            return results
 
         (folder / f"{number}.json").write_text(json.dumps(in_processes(world, call)))
 

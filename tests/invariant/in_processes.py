@@ -133,13 +133,13 @@ def shared(rank: int) -> dict[str, Any]:
     from zoft.trainer import ranks
 
     model = models.tiny_llama()
-    told: dict[str, Any] = {"equal": ranks.share_weights(model)}
+    results: dict[str, Any] = {"equal": ranks.share_weights(model)}
     model.lm_head.weight.data[0, 0] += rank
-    told["one_differs"] = ranks.share_weights(model)
-    told["bytes_of_one"] = model.lm_head.weight.numel() * 4
-    told["again"] = ranks.share_weights(model)
-    told["another_model"] = refusal(lambda: ranks.share_weights(torch.nn.Linear(3 + rank, 2)))
-    return told
+    results["one_differs"] = ranks.share_weights(model)
+    results["bytes_of_one"] = model.lm_head.weight.numel() * 4
+    results["again"] = ranks.share_weights(model)
+    results["another_model"] = refusal(lambda: ranks.share_weights(torch.nn.Linear(3 + rank, 2)))
+    return results
 
 
 def refused(folder: Path, rank: int) -> dict[str, str]:
@@ -157,13 +157,13 @@ def refused(folder: Path, rank: int) -> dict[str, str]:
         ZOTrainer(model, args, train_dataset=dataset(model, unequal=False)).train()
 
     words = ["model.name=nowhere/at-all", "config=quickstart", f"output_dir={folder / 'other'}", f"seed={rank}"]
-    told = {"config": refusal(lambda: run(compose(words)))}
-    told["settings"] = refusal(lambda: train_at(1e-3 * (1 + rank)))
-    own = ranks.code()
-    ranks.code = lambda: own + f"\ntorch 2.{rank}"  # type: ignore[assignment]
-    told["code"] = refusal(lambda: ranks.require_same({}))
-    ranks.code = lambda: own  # type: ignore[assignment]
-    return told
+    sentences = {"config": refusal(lambda: run(compose(words)))}
+    sentences["settings"] = refusal(lambda: train_at(1e-3 * (1 + rank)))
+    code = ranks.code()
+    ranks.code = lambda: code + f"\ntorch 2.{rank}"  # type: ignore[assignment]
+    sentences["code"] = refusal(lambda: ranks.require_same({}))
+    ranks.code = lambda: code  # type: ignore[assignment]
+    return sentences
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -179,7 +179,7 @@ def refusal(call: Callable[[], Any]) -> str:
 
 def main(folder: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    told: dict[str, Any] = {case: train(case, folder, rank=rank, world=world) for case in CASES}
-    told["shared"], told["refused"] = shared(rank), refused(folder, rank)
-    (folder / f"rank{rank}.json").write_text(json.dumps(told))
+    results: dict[str, Any] = {case: train(case, folder, rank=rank, world=world) for case in CASES}
+    results["shared"], results["refused"] = shared(rank), refused(folder, rank)
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

@@ -205,13 +205,13 @@ def main(folder: Path, runs: list[dict[str, Any]]) -> None:
     for number, run in enumerate(runs):
 
         def call(run: dict[str, Any] = run) -> dict[str, Any]:
-            found: dict[str, Any] = {}
+            results: dict[str, Any] = {}
             for name, given in run["cases"].items():
                 if given == "refusals":
-                    found[name] = refusals()
+                    results[name] = refusals()
                 else:
-                    found[name] = train(**{**given, "folder": folder / given.get("folder", name)})
-            return found
+                    results[name] = train(**{**given, "folder": folder / given.get("folder", name)})
+            return results
 
         (folder / f"{number}.json").write_text(json.dumps(in_processes(run["world"], call)))
 

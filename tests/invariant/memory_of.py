@@ -23,18 +23,18 @@ ROWS, TOKENS = 16, 128
 
 def main(engines: list[str]) -> dict[str, float]:
     small, large = model_of(64, 128, 256), model_of(256, 4096, 8192)
-    told = {}
+    sizes = {}
     for name in ("bare", *engines):  # the small one loads every library and compiles every kernel beforehand
         use(name, small, 1)()
     for name in ("bare", *engines):
         for q in (1, 16):
-            told[f"{name} q={q}"] = peak_of(use(name, large, q))
+            sizes[f"{name} q={q}"] = peak_of(use(name, large, q))
     session = bind("layerwise", large, lambda batch: objective(large, batch))
-    told["scratch"] = (
+    sizes["scratch"] = (
         max(sum(t.numel() * 4 for t in m.parameters(recurse=False)) for m in session.weights.owners) / 2**20
     )
-    told["scratch"] = min(told["scratch"], session.swapper.piece_bytes / 2**20)
-    return told
+    sizes["scratch"] = min(sizes["scratch"], session.swapper.piece_bytes / 2**20)
+    return sizes
 
 
 def model_of(width: int, ffn: int, vocabulary: int) -> Any:

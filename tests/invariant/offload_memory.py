@@ -19,11 +19,11 @@ from zoft.lm.models.load import load_model
 def main(folder: str, trained: str) -> dict[str, float]:
     small = load_model(f"{folder}/small")
     run(Offload("file"), small, steps=1)  # libraries and kernels are there before anything is measured
-    found = {}
+    sizes = {}
 
     def train() -> None:
         model = load_model(f"{folder}/large")
-        found["model"] = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+        sizes["model"] = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
         if trained == "norms":
             model.requires_grad_(False)
             for layer in model.model.layers:
@@ -31,11 +31,11 @@ def main(folder: str, trained: str) -> dict[str, float]:
         _, zo_optimizer = run(Offload("file"), model, steps=3)
         zo_optimizer.session.settle()
         zo_optimizer.session.weights.digest()
-        found["blocks"] = zo_optimizer.session.transfer.counts["buffers"] / 2**20
+        sizes["blocks"] = zo_optimizer.session.transfer.counts["buffers"] / 2**20
 
-    found["peak"] = peak_of(train)
-    found["resident"] = field("VmRSS")
-    return found
+    sizes["peak"] = peak_of(train)
+    sizes["resident"] = field("VmRSS")
+    return sizes
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def trainer(case: str, folder: Path, *, world: int, steps: int = STEPS, micro: i
         dataloader_pin_memory=False,
         use_cpu=True,
     )
-    made = ZOTrainer(
+    zo_trainer = ZOTrainer(
         model,
         args,
         train_dataset=rows,
@@ -66,8 +66,8 @@ def trainer(case: str, folder: Path, *, world: int, steps: int = STEPS, micro: i
         optimizer=replace(cfg.optimizer, learning_rate=None),
     )
     if steps < STEPS:
-        made.add_callback(_stop_after(steps))
-    return made
+        zo_trainer.add_callback(_stop_after(steps))
+    return zo_trainer
 
 
 def _stop_after(steps: int) -> Any:
@@ -125,9 +125,9 @@ def test_fault_21_two_processes_of_two_rows_are_one_of_four(case: str, two: Path
     alone = trainer(case, tmp_path / "alone", world=1)
     begun = weights_of(alone)
     alone.train()
-    told = torch.load(two / f"{slug(case)}.pt")
-    assert _apart(told["whole"], weights_of(alone), begun) < 1e-3
-    assert _apart(told["resumed"], weights_of(alone), begun) < 1e-3
+    states = torch.load(two / f"{slug(case)}.pt")
+    assert _apart(states["whole"], weights_of(alone), begun) < 1e-3
+    assert _apart(states["resumed"], weights_of(alone), begun) < 1e-3
     back = trainer(case, two / f"{slug(case)}-begun", world=1)
     back.train(resume_from_checkpoint=True)
     assert _apart(weights_of(back), weights_of(alone), begun) < 1e-3

@@ -62,19 +62,19 @@ def test_every_preset_has_its_rows():
 def test_what_changed_is_named():
     before = {"a, compile never": {"sha": "ab", "exact": {"queries": 8}, "near": {"losses": [4.0, 3.0]}}}
 
-    def told(exactly, **changed):
+    def changes(exactly, **changed):
         now, past = copy.deepcopy(before), copy.deepcopy(before)
         now["a, compile never"] |= changed
         past["a, compile never"]["machine"] = fingerprint.machine() if exactly else "another"
         return list(fingerprint.differences(past, now))
 
-    assert not told(True)
-    assert told(True, sha="cd") == ["a, compile never: ab became cd (figures equal to six digits)"]
-    assert not told(False, sha="cd", near={"losses": [4.001, 3.0]})
-    assert "further off" in told(False, near={"losses": [4.0, 3.02]})[0]
-    assert "further off" in told(False, near={"losses": [4.0]})[0]
-    assert "queries 8 became 9" in told(False, exact={"queries": 9})[0]
-    assert "further off" in told(False, sha="refused UserError")[0]
+    assert not changes(True)
+    assert changes(True, sha="cd") == ["a, compile never: ab became cd (figures equal to six digits)"]
+    assert not changes(False, sha="cd", near={"losses": [4.001, 3.0]})
+    assert "further off" in changes(False, near={"losses": [4.0, 3.02]})[0]
+    assert "further off" in changes(False, near={"losses": [4.0]})[0]
+    assert "queries 8 became 9" in changes(False, exact={"queries": 9})[0]
+    assert "further off" in changes(False, sha="refused UserError")[0]
     assert list(fingerprint.differences(before, {})) == ["a, compile never: is gone"]
     assert not list(fingerprint.differences({}, before))
     broken = {"b, compile never": {"sha": "failed KeyError: 'x'", "exact": {}, "near": {}}}

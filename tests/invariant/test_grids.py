@@ -46,11 +46,11 @@ def told_of(folder: Path, runs: list[dict[str, Any]], module: str = "tests.invar
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=580, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told: Told = {}
+    results: Told = {}
     for number in range(len(runs)):
         ranks = json.loads((folder / f"{number}.json").read_text())
-        told |= {case: [rank[case] for rank in ranks] for case in ranks[0]}
-    return told
+        results |= {case: [rank[case] for rank in ranks] for case in ranks[0]}
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Told:
     return told_of(tmp_path_factory.mktemp("few"), runs_of(["mezo", "n_spsa", "zoft"], four=[], grid=["n_spsa"]))
 
 
-def is_the_run_of_one(told: Told, case: str, *, bits: bool) -> None:
+def is_the_run_of_one(results: Told, case: str, *, bits: bool) -> None:
     """All processes hold what one process holds; without ``bits`` up to the order of sums."""
-    alone, ranks = told[case.split()[0]][0], told[case]
+    alone, ranks = results[case.split()[0]][0], results[case]
     assert len({rank["digest"] for rank in ranks}) == 1
     for rank in ranks:
         for same in ("num_queries", "num_tokens", "steps"):
@@ -77,9 +77,9 @@ def is_the_run_of_one(told: Told, case: str, *, bits: bool) -> None:
                 assert rank["slopes"] == pytest.approx(alone["slopes"], abs=1e-3)
 
 
-def grows_with_the_points_alone(told: Told, case: str, points: int) -> None:
+def grows_with_the_points_alone(results: Told, case: str, points: int) -> None:
     """float64 for each point of one's own, and one for the rows' checksum, in every step."""
-    ranks = told[case]
+    ranks = results[case]
     assert [rank["bytes_sent"] for rank in ranks] == [[8 * (points // len(ranks) + 1)] * STEPS] * len(ranks)
 
 

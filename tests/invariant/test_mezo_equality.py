@@ -182,12 +182,12 @@ def test_the_trajectory_is_the_recorded_one(zoft_run):
     steps, weights = zoft_run
     for number, (ours, plain, step) in enumerate(zip(steps, plain_run()[0], recorded()["steps"], strict=True)):
         wanted = (step["l1"], step["l2"], step["g"])
-        for key, mine, here, there, near in zip(
+        for key, value, here, reference, near in zip(
             ("l1", "l2", "g"), ours, plain, wanted, (3e-7, 3e-7, 3e-4), strict=True
         ):
-            if here == there:
-                assert mine == there, f"step {number}, {key}: exact on this processor"
-            assert mine == pytest.approx(there, abs=near, rel=0), f"step {number}, {key}"
+            if here == reference:
+                assert value == reference, f"step {number}, {key}: exact on this processor"
+            assert value == pytest.approx(reference, abs=near, rel=0), f"step {number}, {key}"
     final = load_file(HERE / "sst2_full" / "final.safetensors")
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, final[name], rtol=0, atol=1e-6)
@@ -215,9 +215,9 @@ def test_the_recorded_rows_come_out_of_the_task_the_tokenizer_and_the_collator(t
             for ids, *rest in zip(*(batch[key] for key in keys), strict=True)
         ]
 
-    made = {row for example in encoded for row in rows_of(collate([example]))}
+    all_rows = {row for example in encoded for row in rows_of(collate([example]))}
     used = {row for batch in batches() for row in rows_of(batch)}
-    assert made == used
+    assert all_rows == used
     by_ids = {tuple(sequence): example for example in encoded for sequence in example["sequences"]}
     for batch in batches():  # and whole batches, padding included
         first_rows = [by_ids[row[0]] for row in rows_of(batch)[::2]]
@@ -258,8 +258,8 @@ def test_fault_12_the_recorded_run_is_repeated_from_the_command_line(command_lin
     lines = [json.loads(line) for line in (command_line / "metrics.jsonl").read_text().splitlines()]
     grads = [line["projected_grad"] for line in lines if "projected_grad" in line]
     assert len(grads) == 20
-    for number, (found, step) in enumerate(zip(grads, recorded()["steps"], strict=True)):
-        assert found == pytest.approx(abs(step["g"]), abs=1e-3), f"step {number}"
+    for number, (grad, step) in enumerate(zip(grads, recorded()["steps"], strict=True)):
+        assert grad == pytest.approx(abs(step["g"]), abs=1e-3), f"step {number}"
     final, saved = (
         load_file(HERE / "sst2_full" / "final.safetensors"),
         load_file(command_line / "model" / "model.safetensors"),
@@ -333,8 +333,8 @@ def test_fault_12_the_f1_of_no_answer(protocol: str):
     task = DROP(protocol=protocol)
     collate = formats.collator_for("generate", [], tiny_tokenizer(), task, Metric())
     batch = {"answering": collate.answering, "answers": [["no answer"]] * 2 + [["CANNOTANSWER", "x"], ["no", "a"]]}
-    found = scores_of(["no idea", "No answer.", "x", "no"], batch)[:, 0].tolist()
-    assert found == ([0.0, 1.0, 0.0, 1.0] if protocol == "mezo" else [0.5, 1.0, 1.0, 1.0])
+    scores = scores_of(["no idea", "No answer.", "x", "no"], batch)[:, 0].tolist()
+    assert scores == ([0.0, 1.0, 0.0, 1.0] if protocol == "mezo" else [0.5, 1.0, 1.0, 1.0])
 
 
 # ------------------------------------------------------------------------------------------- fault 12: prefix tuning
@@ -399,11 +399,11 @@ def test_fault_12_a_prefix_is_mezos_under_its_protocol(command_line_of_a_prefix:
                 p.data -= lr * (grad * torch.normal(mean=0, std=1, size=p.data.size()))
             losses.append(abs(grad))
     lines = [json.loads(line) for line in (command_line_of_a_prefix / "metrics.jsonl").read_text().splitlines()]
-    found = [line["projected_grad"] for line in lines if "projected_grad" in line]
-    assert found == losses
-    kept = load_file(command_line_of_a_prefix / "model" / "adapter_model.safetensors")["prompt_embeddings"]
+    grads = [line["projected_grad"] for line in lines if "projected_grad" in line]
+    assert grads == losses
+    prefix = load_file(command_line_of_a_prefix / "model" / "adapter_model.safetensors")["prompt_embeddings"]
     wanted = torch.stack([parameter.data for _, parameter in named], dim=1).flatten(1)  # [P, 2 L W]
-    assert torch.equal(kept, wanted)
+    assert torch.equal(prefix, wanted)
     assert not torch.allclose(torch.stack(begun, dim=1).flatten(1), wanted, atol=1e-3)
 
 

@@ -25,7 +25,7 @@ def test_a_model_three_times_larger_than_what_is_allowed(tmp_path, trained):
     command = [sys.executable, "-m", "tests.invariant.offload_memory", str(tmp_path), trained]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["model"] > 120
-    assert found["peak"] < found["model"] / 3, found
-    assert found["blocks"] < found["model"] / 15, found
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    assert sizes["model"] > 120
+    assert sizes["peak"] < sizes["model"] / 3, sizes
+    assert sizes["blocks"] < sizes["model"] / 15, sizes

@@ -36,7 +36,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
 
 @pytest.mark.parametrize("case", in_processes.CASES)
 def test_both_processes_hold_the_same_weights(case: str, two: tuple[Path, list[dict[str, Any]]]):
-    first, second = (told[case] for told in two[1])
+    first, second = (rank[case] for rank in two[1])
     assert first["num_processes"] == second["num_processes"] == 2
     assert first["digest"] == second["digest"]
     assert first["eval_loss"] == second["eval_loss"]
@@ -48,41 +48,41 @@ def test_both_processes_hold_the_same_weights(case: str, two: tuple[Path, list[d
     "case", [case for case in in_processes.CASES if case not in ("stopped", "nan_on_one", "activation")]
 )
 def test_one_process_on_the_union_batch(case: str, two: tuple[Path, list[dict[str, Any]]], tmp_path: Path):
-    folder, (told, _) = two
+    folder, (results, _) = two
     plain = "full" if case == "resumed" else case
     alone = in_processes.train(plain, tmp_path, rank=0, world=1)
     assert alone["num_processes"] == 1
-    assert told[case]["steps"] == alone["steps"] == in_processes.STEPS
-    assert told[case]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert results[case]["steps"] == alone["steps"] == in_processes.STEPS
+    assert results[case]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
     # The Trainer's evaluation weighs tokens within what the processes read together.
     if case not in ("unequal_tokens", "stream_accumulated"):
-        assert told[case]["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-5)
-    assert told[case]["num_queries"] == alone["num_queries"]
-    assert told[case]["num_tokens"] == alone["num_tokens"]
+        assert results[case]["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-5)
+    assert results[case]["num_queries"] == alone["num_queries"]
+    assert results[case]["num_tokens"] == alone["num_tokens"]
     ours, theirs = torch.load(folder / f"{case}-0.pt"), torch.load(tmp_path / f"{plain}-0.pt")
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
 
 
 def test_a_bad_loss_on_one_process_is_a_bad_step_on_both(two: tuple[Path, list[dict[str, Any]]]):
-    for told in two[1]:
-        assert told["nan_on_one"]["num_skipped"] == 1
-        assert [math.isnan(loss) for loss in told["nan_on_one"]["losses"]] == [i == 2 for i in range(6)]
+    for rank in two[1]:
+        assert rank["nan_on_one"]["num_skipped"] == 1
+        assert [math.isnan(loss) for loss in rank["nan_on_one"]["losses"]] == [i == 2 for i in range(6)]
 
 
 def test_a_signal_to_one_process_stops_both_at_one_step(two: tuple[Path, list[dict[str, Any]]]):
-    folder, told = two
-    assert [t["stopped"]["steps"] for t in told] == [3, 3]
+    folder, ranks = two
+    assert [t["stopped"]["steps"] for t in ranks] == [3, 3]
     assert (folder / "stopped" / "checkpoint-3").is_dir()
-    for rank in told:
+    for rank in ranks:
         assert rank["resumed"]["digest"] == rank["full"]["digest"]
         assert rank["resumed"]["losses"] == rank["full"]["losses"]
 
 
 def test_weights_are_sent_where_they_differ(two: tuple[Path, list[dict[str, Any]]]):
-    for told in (rank["shared"] for rank in two[1]):
-        assert told["equal"] == told["again"] == 0
-        assert told["one_differs"] == told["bytes_of_one"] > 0
-        assert told["another_model"].startswith("process 1 has another model than process 0")
+    for shared in (rank["shared"] for rank in two[1]):
+        assert shared["equal"] == shared["again"] == 0
+        assert shared["one_differs"] == shared["bytes_of_one"] > 0
+        assert shared["another_model"].startswith("process 1 has another model than process 0")
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_weights_are_sent_where_they_differ(two: tuple[Path, list[dict[str, Any]
     ],
 )
 def test_a_process_with_something_else_is_refused(what: str, sentence: str, two: tuple[Path, list[dict[str, Any]]]):
-    folder, told = two
-    assert [rank["refused"][what][: len(sentence)] for rank in told] == [sentence, sentence]
+    folder, ranks = two
+    assert [rank["refused"][what][: len(sentence)] for rank in ranks] == [sentence, sentence]
     assert not (folder / "other").exists()  # nothing was claimed or loaded
 
 

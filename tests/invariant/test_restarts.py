@@ -38,22 +38,22 @@ def ranks_of(process: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
 @pytest.mark.timeout(1500)
 def test_a_rank_is_killed_twice_and_the_run_goes_on(tmp_path: Path):
     words = [f"budget.queries={2 * STEPS}", "trainer.journal_hash_steps=5", "trainer.parallel=directions"]
-    told = tmp_path / "told.txt"
-    with told.open("w") as file:
+    output = tmp_path / "told.txt"
+    with output.open("w") as file:
         command = [*TORCHRUN, "--max-restarts", "2", "-m", "zoft", "train"]
         command += arguments(tmp_path, tmp_path / "killed", *words)
         ranks = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
     try:
         for number, step in enumerate((STEPS // 3, 2 * STEPS // 3)):
             while steps_in(tmp_path / "killed") < step:
-                assert ranks.poll() is None, told.read_text()[-3000:]
+                assert ranks.poll() is None, output.read_text()[-3000:]
                 time.sleep(0.02)
             os.kill(ranks_of(ranks)[1 - number].pid, signal.SIGKILL)
-        assert ranks.wait(600) == 0, told.read_text()[-3000:]
+        assert ranks.wait(600) == 0, output.read_text()[-3000:]
     finally:
         ranks.terminate()  # torchrun ends what it has started
         ranks.wait(60)
-    assert told.read_text().count(" steps are known") == 2
+    assert output.read_text().count(" steps are known") == 2
     alone = run(compose(arguments(tmp_path, tmp_path / "alone", *words)))
     for same in ("weights_sha256", "num_steps", "num_queries", "num_tokens"):
         assert report(tmp_path / "killed")[same] == alone[same]

@@ -45,9 +45,9 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Told:
     return told_of(tmp_path_factory.mktemp("four"), runs_of(list(CASES), 4), "tests.invariant.in_stages")
 
 
-def is_the_run_of_one(told: Told, case: str) -> None:
+def is_the_run_of_one(results: Told, case: str) -> None:
     """Every process says what one process says, and the model that the first one saves is that one's file."""
-    alone, ranks = told[case.split()[0]][0], told[case]
+    alone, ranks = results[case.split()[0]][0], results[case]
     for rank in ranks:
         assert {name: rank[name] for name in SAME} == {name: alone[name] for name in SAME}
     assert ranks[0]["saved"] == alone["saved"] != []

@@ -41,8 +41,8 @@ def test_an_objective_computes_where_the_model_is(objective, model, batch):
     with torch.no_grad():
         wanted = objective.loss(model, batch)
         with held():
-            found = objective.loss(put_on(model, "card:0"), put_on(batch, "card:0"))
-            assert float(found) == float(wanted)
+            loss = objective.loss(put_on(model, "card:0"), put_on(batch, "card:0"))
+            assert float(loss) == float(wanted)
 
 
 @pytest.mark.parametrize("feedback", ["hidden", "loss"])
@@ -51,12 +51,12 @@ def test_node_directions_compute_where_the_model_is(feedback):
     batch, asked = batch_for(model), Nodes(feedback=feedback, first=2, every=int(feedback == "loss"))
     wanted = queries(copy.deepcopy(model), feedback)(batch, Direction(0, 0), asked)
     with held():
-        found = queries(put_on(model, "card:0"), feedback)(put_on(batch, "card:0"), Direction(0, 0), asked)
-        assert found.loss == wanted.loss
+        estimate = queries(put_on(model, "card:0"), feedback)(put_on(batch, "card:0"), Direction(0, 0), asked)
+        assert estimate.loss == wanted.loss
         for name, one in wanted.factors.items():
-            assert found.factors[name].e.device.type == found.factors[name].x.device.type == "card"
-            assert torch.equal(found.factors[name].e.cpu(), one.e)
-            assert torch.equal(found.factors[name].x.cpu(), one.x)
+            assert estimate.factors[name].e.device.type == estimate.factors[name].x.device.type == "card"
+            assert torch.equal(estimate.factors[name].e.cpu(), one.e)
+            assert torch.equal(estimate.factors[name].x.cpu(), one.x)
 
 
 def test_a_preference_computes_where_the_model_is():
@@ -87,7 +87,7 @@ def test_losses_and_steps_are_computed_on_the_card(engine, subspace):
     asked = with_fields(example("estimator", "central"), num_directions=2, eps=1e-2)
     fields = {"store": "memory"} if engine == "offload" else {}
 
-    def found(model, batch):
+    def figures(model, batch):
         coordinates = coordinates_of(subspace, model, "gaussian")
         session = example("engine", engine, **fields).bind(
             model, coordinates, lambda b: model(**b, use_cache=False).loss
@@ -104,9 +104,9 @@ def test_losses_and_steps_are_computed_on_the_card(engine, subspace):
                         yield update.tolist()
 
     batch = batch_for(model)
-    wanted = list(found(copy.deepcopy(model), batch))
+    wanted = list(figures(copy.deepcopy(model), batch))
     with held():
-        assert list(found(put_on(model, "card:0"), put_on(batch, "card:0"))) == wanted
+        assert list(figures(put_on(model, "card:0"), put_on(batch, "card:0"))) == wanted
 
 
 def test_a_tensor_on_another_device_shows():

@@ -58,22 +58,22 @@ def test_the_protocol_drives_a_run_to_its_end(served: tuple[str, Path]):
 
     url, folder = served
     client: Any = Client(url, verbose=False)
-    command, told = client.predict(*fields(folder), api_name="/data")
+    command, message = client.predict(*fields(folder), api_name="/data")
     assert command.startswith("zoft data show model.name=")
-    assert "train" in told
-    command, told = client.predict(*fields(folder), api_name="/start")
-    assert (told, command.split()[:2]) == ("begun", ["zoft", "train"])
+    assert "train" in message
+    command, message = client.predict(*fields(folder), api_name="/start")
+    assert (message, command.split()[:2]) == ("begun", ["zoft", "train"])
     for _ in range(240):
         if (folder / "out" / "report.json").is_file():
             break
         time.sleep(0.5)
-    told, _ = client.predict(api_name="/seen")
+    message, _ = client.predict(api_name="/seen")
     chosen = client.predict(str(folder / "out"), api_name="/earlier")
     assert chosen[0] == str(folder / "out" / "config.yaml")
     assert "is finished: try it or export it" in str(chosen)
-    assert (folder / "out" / "report.json").is_file(), told
-    command, told = client.predict(str(folder / "out"), api_name="/export")
-    assert (folder / "out" / "export" / "README.md").is_file(), told
+    assert (folder / "out" / "report.json").is_file(), message
+    command, message = client.predict(str(folder / "out"), api_name="/export")
+    assert (folder / "out" / "export" / "README.md").is_file(), message
 
 
 def test_a_browser_shows_it_and_asks_nobody_else(served: tuple[str, Path]):

@@ -30,16 +30,16 @@ def test_a_row_comes_back_and_one_of_another_bench_is_refused(tmp_path):
 
 def test_a_claim_is_held_by_one_and_let_go(tmp_path):
     ledger = Ledger(tmp_path)
-    with ledger.claimed(CELL) as mine:
-        assert mine
+    with ledger.claimed(CELL) as claim:
+        assert claim
         assert f"process {os.getpid()}" in ledger.holder(CELL)
         with Ledger(tmp_path).claimed(CELL) as other:
             assert not other
         with ledger.claimed(Cell("sst2", "none", "mezo", 0.2, 1)) as another:  # 0.2 and 0.25 are not one file
             assert another
     assert ledger.holder(CELL) == ""
-    with ledger.claimed(CELL) as mine:
-        assert mine
+    with ledger.claimed(CELL) as claim:
+        assert claim
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_a_claim_is_taken_over_from_the_dead_only(tmp_path, holder, age, free):
     claim.parent.mkdir(parents=True)
     claim.write_text(holder)
     os.utime(claim, (time.time() - age,) * 2)
-    with ledger.claimed(CELL) as mine:
-        assert (mine is not None) is free
+    with ledger.claimed(CELL) as own_claim:
+        assert (own_claim is not None) is free
     assert claim.exists() is not free
 
 
@@ -101,25 +101,25 @@ def test_of_two_who_take_over_the_later_gives_back(tmp_path, monkeypatch):
         return answer
 
     monkeypatch.setattr(claims, "_is_dead", dead)
-    with ledger.claimed(CELL) as mine:
-        assert mine is None
+    with ledger.claimed(CELL) as claim:
+        assert claim is None
     assert path.read_text() == "process 2 on elsewhere alive"
 
 
-def _hold(folder, found, all_have_asked):
-    with Ledger(folder).claimed(CELL) as mine:
-        found.put(mine is not None)
-        if mine:  # however late the last of them starts
+def _hold(folder, queue, all_have_asked):
+    with Ledger(folder).claimed(CELL) as claim:
+        queue.put(claim is not None)
+        if claim:  # however late the last of them starts
             all_have_asked.wait(60)
 
 
 def test_of_many_processes_one_gets_the_cell(tmp_path):
     context = multiprocessing.get_context("fork")
-    found, all_have_asked = context.Queue(), context.Event()
-    workers = [context.Process(target=_hold, args=(tmp_path, found, all_have_asked)) for _ in range(6)]
+    queue, all_have_asked = context.Queue(), context.Event()
+    workers = [context.Process(target=_hold, args=(tmp_path, queue, all_have_asked)) for _ in range(6)]
     for worker in workers:
         worker.start()
-    answers = [found.get(timeout=30) for _ in workers]
+    answers = [queue.get(timeout=30) for _ in workers]
     all_have_asked.set()
     for worker in workers:
         worker.join()

@@ -42,11 +42,11 @@ def plan(methods, **more):
 
 def bench(methods, rows, **more):
     """Results of {(method, seed): row}, or {(task, method, seed): row}."""
-    made = plan(methods, **more)
+    bench_plan = plan(methods, **more)
     cells = {}
     for (*task, method, seed), one in rows.items():
         cells[Cell(task[0] if task else "t", "none", method, one["factor"], seed)] = one | {"seed": seed}
-    return Results(made, cells)
+    return Results(bench_plan, cells)
 
 
 GROUP = ("t", "none")
@@ -100,9 +100,9 @@ def test_the_table_says_what_is_to_come_and_what_diverges():
     text = markdown(begun.plan, begun)
     assert "(2 to come)" in text
     assert "diverges" not in text
-    made = plan(["mezo"], **rates)
+    bench_plan = plan(["mezo"], **rates)
     cells = {Cell("t", "none", "mezo", f, 0): row([1, 9], factor=f, failed="nan") for f in (0.5, 1.0)}
-    text = markdown(made, Results(made, cells))
+    text = markdown(bench_plan, Results(bench_plan, cells))
     assert "| mezo | diverges |" in text
     assert "diverges at every rate" in text
     assert "to come" not in text
@@ -122,66 +122,66 @@ def test_the_table_says_what_is_to_come_and_what_diverges():
     ],
 )
 def test_the_search_for_a_learning_rate_goes_beyond_an_edge(losses, factors, chosen):
-    made = plan(["mezo"], rates=[1.0, 2.0], grow=2)
+    bench_plan = plan(["mezo"], rates=[1.0, 2.0], grow=2)
     rows = {
         Cell("t", "none", "mezo", f, 0): row([1, min(v, 9)], factor=f, failed="nan" * math.isinf(v))
         for f, v in losses.items()
     }
-    search = rate_searches(made, rows)["t", "none", "mezo"]
+    search = rate_searches(bench_plan, rows)["t", "none", "mezo"]
     assert (search.factors, search.chosen) == (factors, {20: chosen} if chosen else {})
-    asked = [cell.factor for cell in made.cells({("t", "none", "mezo"): search}) if cell.seed == 0]
+    asked = [cell.factor for cell in bench_plan.cells({("t", "none", "mezo"): search}) if cell.seed == 0]
     assert asked == list(factors)
-    assert [cell.factor for cell in made.cells({("t", "none", "mezo"): search}) if cell.seed == 1] == [chosen] * bool(
+    assert [cell.factor for cell in bench_plan.cells({("t", "none", "mezo"): search}) if cell.seed == 1] == [
         chosen
-    )
+    ] * bool(chosen)
 
 
 def budgeted(early, late, *, factor=1.0, failed="", broken_early=False):
     """A run of 20 queries that is judged after 10, too: (dev loss, test accuracy) at both."""
-    made = row([1.0, early[0], late[0]], test=late[1], factor=factor, failed=failed)
+    result = row([1.0, early[0], late[0]], test=late[1], factor=factor, failed=failed)
     at = {"failed": "nan" * broken_early, "test": None if broken_early else {"accuracy": early[1], "loss": early[0]}}
-    return made | {"at_budgets": {"10": at}}
+    return result | {"at_budgets": {"10": at}}
 
 
 def test_each_budget_has_a_rate_and_a_best_point_of_its_own():
     """The large rate is better early and worse late; the other seeds are run with both."""
-    made = plan(["mezo"], rates=[1.0, 4.0], budgets=[10])
+    bench_plan = plan(["mezo"], rates=[1.0, 4.0], budgets=[10])
     rows = {
         Cell("t", "none", "mezo", 1.0, 0): budgeted((0.8, 0.6), (0.3, 0.9)),
         Cell("t", "none", "mezo", 4.0, 0): budgeted((0.5, 0.8), (0.7, 0.7), factor=4.0),
     }
-    search = rate_searches(made, rows)["t", "none", "mezo"]
+    search = rate_searches(bench_plan, rows)["t", "none", "mezo"]
     assert search.chosen == {10: 4.0, 20: 1.0}
-    others = [cell for cell in made.cells({("t", "none", "mezo"): search}) if cell.seed == 1]
+    others = [cell for cell in bench_plan.cells({("t", "none", "mezo"): search}) if cell.seed == 1]
     assert [cell.factor for cell in others] == [1.0, 4.0]
-    early, late = (Results(made, rows, budget).results[GROUP, "mezo"] for budget in (10, None))
+    early, late = (Results(bench_plan, rows, budget).results[GROUP, "mezo"] for budget in (10, None))
     assert (early.factor, early.test(), [point["loss"] for point in early.dev()]) == (4.0, [0.8], [0.5])
     assert (late.factor, late.test(), [point["loss"] for point in late.dev()]) == (1.0, [0.9], [0.3])
     assert early.curve("loss") == [(0, 1.0), (10, 0.5)]
     rows |= {Cell("t", "none", "mezo", cell.factor, 1): budgeted((0.6, 0.7), (0.4, 0.8), factor=4.0) for cell in others}
-    (table, _) = at_budgets(made, rows)
+    (table, _) = at_budgets(bench_plan, rows)
     assert "| mezo | 75.0 (70.0), 0.550 * | 85.0 (80.0), 0.350 * |" in table
 
 
 def test_what_diverges_late_has_not_done_so_early():
-    made = plan(["mezo"], budgets=[10], seeds=[0])
+    bench_plan = plan(["mezo"], budgets=[10], seeds=[0])
     rows = {Cell("t", "none", "mezo", 1.0, 0): budgeted((0.5, 0.8), (9, 0.1), failed="nan")}
-    assert rate_searches(made, rows)["t", "none", "mezo"].chosen == {10: 1.0}
-    assert Results(made, rows, 10).results[GROUP, "mezo"].test() == [0.8]
-    assert Results(made, rows).results[GROUP, "mezo"].diverges
-    assert "| mezo | 80.0 (80.0), 0.500 * | diverges |" in at_budgets(made, rows)[0]
+    assert rate_searches(bench_plan, rows)["t", "none", "mezo"].chosen == {10: 1.0}
+    assert Results(bench_plan, rows, 10).results[GROUP, "mezo"].test() == [0.8]
+    assert Results(bench_plan, rows).results[GROUP, "mezo"].diverges
+    assert "| mezo | 80.0 (80.0), 0.500 * | diverges |" in at_budgets(bench_plan, rows)[0]
 
 
 def test_each_end_is_searched_for_the_budget_that_wants_it():
-    made = plan(["mezo"], rates=[1.0, 4.0], grow=1, budgets=[10])
+    bench_plan = plan(["mezo"], rates=[1.0, 4.0], grow=1, budgets=[10])
     rows = {
         Cell("t", "none", "mezo", 1.0, 0): budgeted((0.8, 0.6), (0.3, 0.9)),
         Cell("t", "none", "mezo", 4.0, 0): budgeted((0.5, 0.8), (0.7, 0.7), factor=4.0),
         Cell("t", "none", "mezo", 0.25, 0): budgeted((0.9, 0.5), (0.5, 0.8), factor=0.25),
     }
-    assert rate_searches(made, rows)["t", "none", "mezo"].factors == (0.25, 1.0, 4.0, 16.0)
+    assert rate_searches(bench_plan, rows)["t", "none", "mezo"].factors == (0.25, 1.0, 4.0, 16.0)
     rows[Cell("t", "none", "mezo", 16.0, 0)] = budgeted((0.4, 0.8), (0.9, 0.5), factor=16.0)
-    search = rate_searches(made, rows)["t", "none", "mezo"]
+    search = rate_searches(bench_plan, rows)["t", "none", "mezo"]
     assert (search.factors, search.chosen) == ((0.25, 1.0, 4.0, 16.0), {10: 16.0, 20: 1.0})
 
 

@@ -46,7 +46,7 @@ def words(folder, output_dir, *more):
     return [f"config={file}", *base, f"output_dir={output_dir}", *more]
 
 
-def found(line):
+def plan_and_rows(line):
     """(plan, rows) of a bench that has been run."""
     plan = read_plan(line)
     fill_in(plan)
@@ -59,7 +59,7 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     line = words(folder, folder / "out")
     assert main(["bench", *line]) == 0
-    return folder, line, *found(line)
+    return folder, line, *plan_and_rows(line)
 
 
 def test_every_cell_has_a_row_and_nothing_else_is_left(bench):
@@ -87,9 +87,9 @@ def test_the_folder_alone_draws_and_goes_on(bench, tmp_path, capsys, monkeypatch
     assert main(["bench", "output_dir=moved", "--draw"]) == 0
     assert (moved / "bench.md").read_text() == (folder / "out" / "bench.md").read_text()
     assert "moved: bench.md" in capsys.readouterr().out
-    kept = read_plan([f"output_dir={folder / 'out'}"])
-    assert kept == plan
-    assert worker.known(kept, Ledger(kept.output_dir)) == rows
+    saved_plan = read_plan([f"output_dir={folder / 'out'}"])
+    assert saved_plan == plan
+    assert worker.known(saved_plan, Ledger(saved_plan.output_dir)) == rows
     assert main(["bench", f"output_dir={folder / 'out'}"]) == 0  # nothing is left to do
     assert main(["bench", "output_dir=moved", "jobs=2", "--draw"]) == 2
     assert "zoft bench needs config=" in capsys.readouterr().err
@@ -138,12 +138,12 @@ def test_the_test_rows_are_scored_by_the_best_checkpoint(bench, tmp_path):
     search = ["methods=[mezo]", "references=[]", "prompts=[none]", "rates=[3]", "seeds=[0]"]
     line = words(folder, tmp_path / "a", *search, "queries=48")
     assert main(["bench", *line]) == 0
-    (row,) = found(line)[1].values()
+    (row,) = plan_and_rows(line)[1].values()
     best = best_point(row, "loss")
     assert best["queries"] < 48, "this rate was meant to overshoot"
     again = words(folder, tmp_path / "b", *search, f"queries={best['queries']}", "evaluations=1")
     assert main(["bench", *again]) == 0
-    (cut,) = found(again)[1].values()
+    (cut,) = plan_and_rows(again)[1].values()
     assert cut["test"]["loss"] == row["test"]["loss"]
     assert cut["curve"][-1]["loss"] == best["loss"]
 
@@ -173,7 +173,7 @@ def test_two_processes_share_the_cells_and_find_the_same(bench, tmp_path):
     folder, _, _, rows = bench
     line = words(folder, tmp_path / "two", "jobs=2", "prompts=[aligned]", "methods=[mezo]", "references=[zero_shot]")
     assert main(["bench", *line]) == 0
-    _, shared = found(line)
+    _, shared = plan_and_rows(line)
     assert {cell.method for cell in shared} == {"mezo", "zero_shot"}
     assert len(shared) == 4
     for cell, row in shared.items():
@@ -195,7 +195,7 @@ def test_a_smaller_budget_is_judged_as_a_run_of_its_own_would_be(bench, tmp_path
     assert main(["bench", *words(folder, tmp_path / "long", *few, "budgets=[12]")]) == 0
     assert main(["bench", *words(folder, tmp_path / "short", *few, "queries=12")]) == 0
     (long,), (short,) = (
-        found(words(folder, tmp_path / name, *few, more))[1].values()
+        plan_and_rows(words(folder, tmp_path / name, *few, more))[1].values()
         for name, more in (("long", "budgets=[12]"), ("short", "queries=12"))
     )
     assert long["curve"][:-1] == short["curve"]
@@ -236,7 +236,7 @@ def test_a_killed_process_leaves_a_cell_that_goes_on(bench, tmp_path):
     process.join()
     assert list(work.glob("*.claim")), "it was killed in the middle of a cell"
     assert main(["bench", *line]) == 0
-    assert {cell: row["curve"] for cell, row in found(line)[1].items()} == {
+    assert {cell: row["curve"] for cell, row in plan_and_rows(line)[1].items()} == {
         cell: row["curve"] for cell, row in rows.items() if cell.prompt == "aligned" and cell.method == "mezo"
     }
     assert not list(work.iterdir())
@@ -250,13 +250,13 @@ def test_the_table_adds_up(bench):
     results = Results(plan, rows)
     group = ("words", "none")
     mezo = results.results[group, "mezo"]
-    own = [
+    mezo_lines = [
         line
         for line in lines
         if line["method"] == "mezo" and line["prompt"] == "none" and float(line["factor"]) == mezo.factor
     ]
-    assert len(own) == 2
-    assert mean(mezo.test()) == pytest.approx(mean(float(line["test_metric"]) for line in own))
+    assert len(mezo_lines) == 2
+    assert mean(mezo.test()) == pytest.approx(mean(float(line["test_metric"]) for line in mezo_lines))
     adamw = results.results[group, "adamw"]
     assert results.gap(group, "mezo", "adamw") == [
         a["loss"] - b["loss"] for a, b in zip(mezo.dev(), adamw.dev(), strict=True)
@@ -308,7 +308,7 @@ def test_a_head_and_diagnostics(bench, tmp_path):
     )
     line += ["diagnostics=full", "diagnostics.every=4", "trainable=last_blocks"]
     assert main(["bench", *line]) == 0
-    (row,) = found(line)[1].values()
+    (row,) = plan_and_rows(line)[1].values()
     assert "objective=classes" in row["identity"]
     assert {"cosine", "snr", "fd_error_at_eps"} <= row["diagnostics"].keys()
     assert 0 < row["diagnostics"]["cosine"] <= 1
@@ -328,13 +328,13 @@ def test_what_the_files_say_is_part_of_a_cell(bench):
     """The same arguments and another data file: another bench."""
     folder, line, plan, _ = bench
     data = folder / "data.jsonl"
-    kept = data.stat()
-    os.utime(data, ns=(kept.st_atime_ns, kept.st_mtime_ns + 1))
+    data_stat = data.stat()
+    os.utime(data, ns=(data_stat.st_atime_ns, data_stat.st_mtime_ns + 1))
     try:
         again = read_plan(line)
         fill_in(again)
     finally:
-        os.utime(data, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+        os.utime(data, ns=(data_stat.st_atime_ns, data_stat.st_mtime_ns))
     cell = Cell("words", "none", "mezo", 1.0, 0)
     assert again.arguments(cell) == plan.arguments(cell)
     assert again.identity(cell) != plan.identity(cell)

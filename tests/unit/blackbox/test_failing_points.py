@@ -39,36 +39,36 @@ class Failing:
         return true(x) + self.noise * float(self.generator.standard_normal())
 
 
-def off(found) -> float:
-    return float(np.abs(found.x - OPTIMUM).max())
+def off(result) -> float:
+    return float(np.abs(result.x - OPTIMUM).max())
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_fault_9_the_example_ends_at_the_optimum(seed):
-    found = zoft.minimize(Failing(seed=seed), np.zeros(2), budget=300, seed=seed)
-    assert off(found) < 0.05
-    assert found.fun == pytest.approx(true(found.x), abs=0.015)
-    assert found.success
-    assert found.num_queries <= 300
+    result = zoft.minimize(Failing(seed=seed), np.zeros(2), budget=300, seed=seed)
+    assert off(result) < 0.05
+    assert result.fun == pytest.approx(true(result.x), abs=0.015)
+    assert result.success
+    assert result.num_queries <= 300
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_fault_9_five_times_the_noise(seed):
-    found = zoft.minimize(Failing(noise=0.05, seed=seed), np.zeros(2), budget=300, seed=seed)
-    assert off(found) < 0.05
-    assert found.fun == pytest.approx(true(found.x), abs=0.03)
+    result = zoft.minimize(Failing(noise=0.05, seed=seed), np.zeros(2), budget=300, seed=seed)
+    assert off(result) < 0.05
+    assert result.fun == pytest.approx(true(result.x), abs=0.03)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "sign"])
 def test_fault_9_a_given_rate_that_is_too_long_comes_back_from_where_f_fails(optimizer):
     """It stayed there, and ended as failed after twenty steps at all of whose points f fails."""
     for seed in range(4):
-        found = zoft.minimize(
+        result = zoft.minimize(
             Failing("near", 0.01, "nan", seed), np.zeros(2), budget=600, seed=seed, estimator="central", eps=0.1,
             num_directions=4, optimizer=optimizer, learning_rate=0.3, schedule="linear",
         )  # fmt: skip
-        assert found.status == "budget"
-        assert off(found) < 0.1
+        assert result.status == "budget"
+        assert off(result) < 0.1
 
 
 @pytest.mark.parametrize("how", ["raise", "nan", "inf", "-inf"])
@@ -76,18 +76,18 @@ def test_fault_9_a_given_rate_that_is_too_long_comes_back_from_where_f_fails(opt
 @pytest.mark.parametrize("region", REGIONS)
 def test_fault_9_wherever_and_however_it_fails(region, noise, how):
     for seed in range(2):
-        found = zoft.minimize(Failing(region, noise, how, seed), np.zeros(2), budget=300, seed=seed)
-        assert off(found) < 0.05
-        assert found.fun == pytest.approx(true(found.x), abs=2 * noise + 1e-9)
+        result = zoft.minimize(Failing(region, noise, how, seed), np.zeros(2), budget=300, seed=seed)
+        assert off(result) < 0.05
+        assert result.fun == pytest.approx(true(result.x), abs=2 * noise + 1e-9)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 @pytest.mark.parametrize("bounds", [{"bounds": (-5.0, 5.0)}, {"bounds": (-5.0, 5.0), "bounds_by": "reparameterize"}])
 def test_fault_9_within_bounds(bounds, noise):
     for seed in range(3):
-        found = zoft.minimize(Failing(noise=noise, seed=seed), np.zeros(2), budget=300, seed=seed, **bounds)
-        assert off(found) < 0.08
-        assert found.fun == pytest.approx(true(found.x), abs=2 * noise + 1e-9)
+        result = zoft.minimize(Failing(noise=noise, seed=seed), np.zeros(2), budget=300, seed=seed, **bounds)
+        assert off(result) < 0.08
+        assert result.fun == pytest.approx(true(result.x), abs=2 * noise + 1e-9)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
@@ -104,9 +104,9 @@ def test_fault_9_within_bounds(bounds, noise):
 )
 def test_fault_9_every_composition_gets_nearer_and_says_where_it_is(parts, noise):
     for region in ("right", "near"):
-        found = zoft.minimize(Failing(region, noise, "nan"), np.zeros(2), budget=600, **parts)
-        assert found.fun == pytest.approx(true(found.x), abs=2 * noise + 1e-9)
-        assert true(found.x) < 1.0  # 3 at the start
+        result = zoft.minimize(Failing(region, noise, "nan"), np.zeros(2), budget=600, **parts)
+        assert result.fun == pytest.approx(true(result.x), abs=2 * noise + 1e-9)
+        assert true(result.x) < 1.0  # 3 at the start
 
 
 @pytest.mark.parametrize("estimator", ["central", "one_sided"])
@@ -114,13 +114,13 @@ def test_fault_9_a_given_learning_rate_walks_out_of_the_region(estimator):
     """The textbook's iteration from a place beside the region, with queries that reach far into it."""
     for seed in range(3):
         f = Failing("near", 0.01, "nan", seed)
-        found = zoft.minimize(
+        result = zoft.minimize(
             f, np.array([1.15, 0.0]), budget=600, seed=seed, estimator=estimator, num_directions=4,
             eps=0.1, learning_rate=0.05, schedule="linear",
         )  # fmt: skip
-        assert found.success
-        assert off(found) < 0.5
-        assert found.fun == pytest.approx(true(found.x), abs=0.02)
+        assert result.success
+        assert off(result) < 0.5
+        assert result.fun == pytest.approx(true(result.x), abs=0.02)
 
 
 @pytest.mark.parametrize("every", [3, 7])
@@ -133,9 +133,9 @@ def test_fault_9_failures_by_chance_do_not_end_the_search(every):
             return math.nan
         return float(((x - 1) ** 2).sum()) + 1e-3 * math.sin(1e9 * len(calls))
 
-    found = zoft.minimize(f, np.full(3, 4.0), budget=400)
-    assert np.abs(found.x - 1).max() < 0.05
-    assert found.num_queries == len(calls)
+    result = zoft.minimize(f, np.full(3, 4.0), budget=400)
+    assert np.abs(result.x - 1).max() < 0.05
+    assert result.num_queries == len(calls)
 
 
 def test_fault_9_f_that_fails_for_good_is_reported_where_it_did_not():
@@ -147,9 +147,9 @@ def test_fault_9_f_that_fails_for_good_is_reported_where_it_did_not():
             raise OSError("gone")
         return true(x) + 0.01 * math.sin(1e9 * len(calls))
 
-    found = zoft.minimize(f, np.zeros(2), budget=300)
-    assert not found.success
-    assert found.fun == pytest.approx(true(found.x), abs=0.02)
+    result = zoft.minimize(f, np.zeros(2), budget=300)
+    assert not result.success
+    assert result.fun == pytest.approx(true(result.x), abs=0.02)
 
 
 @pytest.mark.parametrize("how", ["callback", "interrupt"])
@@ -164,15 +164,15 @@ def test_fault_9_whoever_ends_the_search_the_value_is_that_of_the_point(how):
             return True
         return False
 
-    found = zoft.minimize(f, np.zeros(2), budget=300, callback=callback)
-    assert found.status == {"callback": "callback", "interrupt": "interrupted"}[how]
-    assert found.fun == pytest.approx(true(found.x), abs=0.04)
+    end = zoft.minimize(f, np.zeros(2), budget=300, callback=callback)
+    assert end.status == {"callback": "callback", "interrupt": "interrupted"}[how]
+    assert end.fun == pytest.approx(true(end.x), abs=0.04)
 
 
 def test_fault_9_a_lucky_value_does_not_reach_the_target():
     for seed in range(4):
-        found = zoft.minimize(Failing(noise=0.3, seed=seed), np.zeros(2), budget=300, seed=seed, target=-0.2)
-        assert found.status == "budget"
-        found = zoft.minimize(Failing(noise=0.01, seed=seed), np.zeros(2), budget=300, seed=seed, target=0.2)
-        assert found.status == "target"
-        assert true(found.x) < 0.23
+        result = zoft.minimize(Failing(noise=0.3, seed=seed), np.zeros(2), budget=300, seed=seed, target=-0.2)
+        assert result.status == "budget"
+        result = zoft.minimize(Failing(noise=0.01, seed=seed), np.zeros(2), budget=300, seed=seed, target=0.2)
+        assert result.status == "target"
+        assert true(result.x) < 0.23

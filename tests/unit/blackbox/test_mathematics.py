@@ -22,9 +22,9 @@ def plain(**fields):
     return OnePoint(feedback=False, **fields)
 
 
-def mean_square(found, gradient):
+def mean_square(samples, gradient):
     """E ||estimate - gradient||^2."""
-    return float(((found - gradient) ** 2).sum(1).mean())
+    return float(((samples - gradient) ** 2).sum(1).mean())
 
 
 def quartic(xs):
@@ -39,8 +39,8 @@ def test_error_of_a_slope_falls_with_the_order_of_h(estimator, order):
     x, gradient = np.full(3, 0.2), 1 + 2 * 0.2 + 3 * 0.2**2 + 4 * 0.2**3
     errors = []
     for h in (1e-1, 1e-2):  # in subspace=coordinate a weight moves by sqrt(d) eps
-        found = estimates(quartic, x, estimator(eps=h / math.sqrt(3), num_directions=3), "coordinate", count=1)[0]
-        errors.append(np.abs(found - gradient).mean())
+        estimate = estimates(quartic, x, estimator(eps=h / math.sqrt(3), num_directions=3), "coordinate", count=1)[0]
+        errors.append(np.abs(estimate - gradient).mean())
     assert 0.85 * order < math.log10(errors[0] / errors[1]) < 1.15 * order
 
 
@@ -62,9 +62,9 @@ def test_rounding_takes_over_when_h_is_small():
 @pytest.mark.parametrize("law", ["gaussian", "rademacher", "sphere"])
 def test_the_mean_is_the_gradient_where_f_is_quadratic(law):
     bends, x = np.array([1.0, 4.0, -2.0]), np.array([0.5, -0.3, 1.0])
-    found = estimates(lambda xs: (bends * xs**2).sum(1) / 2, x, Central(eps=0.3), Full(law=law), count=600)
-    error = np.abs(found.mean(0) - bends * x)
-    assert (error < 4 * found.std(0) / math.sqrt(len(found))).all()
+    samples = estimates(lambda xs: (bends * xs**2).sum(1) / 2, x, Central(eps=0.3), Full(law=law), count=600)
+    error = np.abs(samples.mean(0) - bends * x)
+    assert (error < 4 * samples.std(0) / math.sqrt(len(samples))).all()
 
 
 SMOOTHING = {
@@ -84,20 +84,20 @@ def test_the_mean_is_the_gradient_of_the_smoothed_function(name):
     """Of |x|, which has no gradient at 0: smoothed by N(0, h^2) its slope is erf(x / (h sqrt 2))."""
     x = np.array([0.3, -0.2, 0.0])
     smoothed = np.array([math.erf(v / (0.5 * math.sqrt(2))) for v in x])
-    found = estimates(lambda xs: np.abs(xs).sum(1), x, SMOOTHING[name], count=500)
-    error = np.abs(found.mean(0) - smoothed)
-    assert (error < 4.5 * found.std(0) / math.sqrt(len(found))).all()
+    samples = estimates(lambda xs: np.abs(xs).sum(1), x, SMOOTHING[name], count=500)
+    error = np.abs(samples.mean(0) - smoothed)
+    assert (error < 4.5 * samples.std(0) / math.sqrt(len(samples))).all()
     assert np.abs(smoothed[:2] - np.sign(x[:2])).min() > 0.3  # and not the gradient
 
 
 def test_on_the_sphere_it_is_the_ball_that_smooths():
     """In two dimensions, of x_1^3: over the ball of radius r = h sqrt 2 the mean slope is 3 (x^2 + r^2 / 4)."""
     h, x = 0.5, np.array([0.4, 0.0])
-    found = estimates(lambda xs: xs[:, 0] ** 3, x, Central(eps=h), Full(law="sphere"), count=1500)
+    samples = estimates(lambda xs: xs[:, 0] ** 3, x, Central(eps=h), Full(law="sphere"), count=1500)
     smoothed = 3 * (0.4**2 + 2 * h**2 / 4)
-    assert abs(found[:, 0].mean() - smoothed) < 4 * found[:, 0].std() / math.sqrt(len(found))
+    assert abs(samples[:, 0].mean() - smoothed) < 4 * samples[:, 0].std() / math.sqrt(len(samples))
     gaussian = 3 * (0.4**2 + h**2)  # what N(0, h^2) makes of it
-    assert abs(found[:, 0].mean() - gaussian) > 8 * found[:, 0].std() / math.sqrt(len(found))
+    assert abs(samples[:, 0].mean() - gaussian) > 8 * samples[:, 0].std() / math.sqrt(len(samples))
 
 
 # ---------------------------------------------------------------------------------------------------------- 3 variance
@@ -108,9 +108,9 @@ def test_on_the_sphere_it_is_the_ball_that_smooths():
 def test_variance_grows_with_the_dimension(d, law):
     gradient = np.linspace(-1, 1, d) + 0.1
     subspace = Coordinate() if law == "coordinate" else Full(law=law)
-    found = estimates(lambda xs: xs @ gradient, np.zeros(d), Central(eps=0.1), subspace, count=500)
+    samples = estimates(lambda xs: xs @ gradient, np.zeros(d), Central(eps=0.1), subspace, count=500)
     expected = d + 1 if law == "gaussian" else d - 1
-    measured = mean_square(found, gradient) / float(gradient @ gradient)
+    measured = mean_square(samples, gradient) / float(gradient @ gradient)
     assert abs(measured / expected - 1) < 0.3
 
 
@@ -120,8 +120,8 @@ def test_variance_falls_with_directions_and_right_angles_end_it():
     for q in (2, 8):
         for across, expected in (("iid", (d + 1) / q), ("orthogonal", d / q - 1)):
             estimator = Central(eps=0.1, num_directions=q, across=across)
-            found = estimates(lambda xs: xs @ gradient, np.zeros(d), estimator, count=160)
-            measured = mean_square(found, gradient) / float(gradient @ gradient)
+            samples = estimates(lambda xs: xs @ gradient, np.zeros(d), estimator, count=160)
+            measured = mean_square(samples, gradient) / float(gradient @ gradient)
             assert abs(measured - expected) < 0.3 * expected + 1e-9
     sweep = estimates(lambda xs: xs @ gradient, np.zeros(d), OneSided(num_directions=d), "coordinate", count=2)
     np.testing.assert_allclose(sweep, [gradient] * 2, rtol=1e-5)
@@ -135,10 +135,10 @@ def test_noise_is_divided_by_h(estimator, expected):
     d, sigma, q = 8, 0.01, 2
     noise = np.random.default_rng(0)
     for h in (1e-1, 1e-3):
-        found = estimates(
+        samples = estimates(
             lambda xs: noise.normal(0, sigma, len(xs)), np.zeros(d), estimator(eps=h, num_directions=q), count=500
         )
-        assert abs(mean_square(found, 0.0) / expected(d, sigma, h, q) - 1) < 0.25
+        assert abs(mean_square(samples, 0.0) / expected(d, sigma, h, q) - 1) < 0.25
 
 
 # --------------------------------------------------------------------------------------------------------- 4 one point
@@ -148,8 +148,8 @@ def test_one_point_explodes_and_residual_feedback_does_not():
     d, gradient = 8, np.ones(8)
 
     def measured(estimator, level):
-        found = estimates(lambda xs: level + xs @ gradient, np.zeros(d), estimator, count=500)
-        return mean_square(found[1:], gradient)
+        samples = estimates(lambda xs: level + xs @ gradient, np.zeros(d), estimator, count=500)
+        return mean_square(samples[1:], gradient)
 
     for h in (1e-1, 1e-3):
         assert abs(measured(plain(eps=h), 1.0) / (d / h**2) - 1) < 0.35  # d f(x)^2 / h^2
@@ -161,8 +161,8 @@ def test_one_point_explodes_and_residual_feedback_does_not():
 def test_residual_feedback_pays_for_how_far_x_has_gone():
     """Between steps f changes by a: the variance has d a^2 / h^2 in it again."""
     d, h, change, step = 8, 1e-2, 0.5, iter(range(10**6))
-    found = estimates(lambda xs: np.full(len(xs), change * next(step)), np.zeros(d), OnePoint(eps=h), count=500)
-    assert abs(mean_square(found[1:], 0.0) / (d * change**2 / h**2) - 1) < 0.25
+    samples = estimates(lambda xs: np.full(len(xs), change * next(step)), np.zeros(d), OnePoint(eps=h), count=500)
+    assert abs(mean_square(samples[1:], 0.0) / (d * change**2 / h**2) - 1) < 0.25
 
 
 @pytest.mark.parametrize("q", [2, 8])
@@ -203,6 +203,6 @@ def test_the_best_radius_under_noise(sigma):
 def test_the_smoothed_gradient_is_off_by_h_squared_of_the_laplacian():
     """grad f_h = grad f + h^2 / 2 grad (Laplacian f) + O(h^4), exactly of a cubic."""
     d, h = 3, 0.4
-    found = estimates(lambda xs: (xs**3).sum(1) / 6, np.zeros(d), Central(eps=h, num_directions=4), count=400)
-    error = found.mean(0) - h**2 / 2
-    assert (np.abs(error) < 4 * found.std(0) / math.sqrt(len(found))).all()
+    samples = estimates(lambda xs: (xs**3).sum(1) / 6, np.zeros(d), Central(eps=h, num_directions=4), count=400)
+    error = samples.mean(0) - h**2 / 2
+    assert (np.abs(error) < 4 * samples.std(0) / math.sqrt(len(samples))).all()

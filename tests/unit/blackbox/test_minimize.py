@@ -50,10 +50,10 @@ def test_f_and_the_result_see_the_form_of_x0(dtype, kind):
     x0 = torch.from_numpy(x0) if kind == "torch" else x0
     before = x0 + 0
     f = Counted(lambda x: float(((torch.as_tensor(x).double().view(-1) - torch.from_numpy(CENTRE)) ** 2).sum()))
-    found = zoft.minimize(f, x0, budget=60)
-    assert {(type(x), x.dtype, x.shape) for x in [*f.asked, found.x]} == {(type(x0), x0.dtype, x0.shape)}
+    result = zoft.minimize(f, x0, budget=60)
+    assert {(type(x), x.dtype, x.shape) for x in [*f.asked, result.x]} == {(type(x0), x0.dtype, x0.shape)}
     assert (x0 == before).all()
-    assert found.fun == f.f(found.x) < 0.05
+    assert result.fun == f.f(result.x) < 0.05
 
 
 def test_a_dict_keeps_its_kinds_and_a_mutating_f_harms_nothing():
@@ -65,12 +65,12 @@ def test_a_dict_keeps_its_kinds_and_a_mutating_f_harms_nothing():
             v *= 0  # f may do with its x what it likes
         return value
 
-    found = zoft.minimize(f, x0, budget=400)
-    assert [type(v) for v in found.x.values()] == [torch.Tensor, np.ndarray, np.ndarray, np.ndarray]
-    assert found.x["layer.weight"].dtype == torch.float32
-    assert found.x["list"].dtype == np.float64
-    assert found.x["c"].shape == ()
-    assert f(found.x) == found.fun < 1e-5
+    result = zoft.minimize(f, x0, budget=400)
+    assert [type(v) for v in result.x.values()] == [torch.Tensor, np.ndarray, np.ndarray, np.ndarray]
+    assert result.x["layer.weight"].dtype == torch.float32
+    assert result.x["list"].dtype == np.float64
+    assert result.x["c"].shape == ()
+    assert f(result.x) == result.fun < 1e-5
     assert not x0["layer.weight"].any()
     assert x0["list"] == [1, 2]
 
@@ -123,7 +123,7 @@ def test_textbook_forms(name, law):
     estimator = {"one_sided": OneSided, "central": Central}.get(name, lambda **k: OnePoint(feedback=False, **k))
     each = {"one_sided": q + 1, "central": 2 * q, "one_point": q}[name]
     f, ends = Counted(), []
-    found = zoft.minimize(
+    result = zoft.minimize(
         f,
         np.ones(3),
         estimator=estimator(eps=h, num_directions=q),
@@ -135,7 +135,7 @@ def test_textbook_forms(name, law):
     )
     expected = by_hand(bowl, np.ones(3), name, ends[-1], lr, h, law, q)
     np.testing.assert_allclose(f.asked[-1], expected, rtol=1e-5)  # the last query is where the search ends
-    assert found.num_queries == len(f.asked) == 1 + 8 * each - (name == "one_sided") + 1
+    assert result.num_queries == len(f.asked) == 1 + 8 * each - (name == "one_sided") + 1
 
 
 def test_a_sweep_over_the_coordinates_is_the_gradient():
@@ -169,14 +169,14 @@ def test_a_sweep_over_the_coordinates_is_the_gradient():
 def test_the_budget_is_kept_and_every_call_is_counted(settings, noisy):
     for budget in (15, 16, 97):
         f, seen = Counted(), []
-        found = zoft.minimize(
+        result = zoft.minimize(
             f, np.zeros(3), budget=budget, noisy=noisy, callback=lambda r, s=seen: s.append(r), **settings
         )
-        assert found.num_queries == len(f.asked) <= budget
-        assert found.status in ("budget", "converged"), found
-        assert len(found.history) == found.num_steps == len(seen)
+        assert result.num_queries == len(f.asked) <= budget
+        assert result.status in ("budget", "converged"), result
+        assert len(result.history) == result.num_steps == len(seen)
         if not noisy:
-            assert found.fun == bowl(found.x) == min(map(bowl, f.asked))
+            assert result.fun == bowl(result.x) == min(map(bowl, f.asked))
 
 
 def test_generators_are_untouched_and_the_seed_says_all():
@@ -192,17 +192,17 @@ def test_generators_are_untouched_and_the_seed_says_all():
 def test_ask_and_tell_is_the_same_search():
     whole = zoft.minimize(bowl, np.zeros(3), budget=100)
     search = zoft.Minimizer(np.zeros(3), budget=100)
-    told = []
+    answers = []
     while not search.done:
         points = search.ask()
         assert all((a == b).all() for a, b in zip(points, search.ask(), strict=True))
-        told.append([bowl(x) for x in points])
-        search.tell(told[-1])
+        answers.append([bowl(x) for x in points])
+        search.tell(answers[-1])
     assert search.result().history == whole.history
     with pytest.raises(UserError, match="the search is done"):
         search.ask()
     resumed = zoft.Minimizer(np.zeros(3), budget=100)  # told what a log says, it is where the other one was
-    for values in told[:3]:
+    for values in answers[:3]:
         resumed.ask()
         resumed.tell(values)
     assert resumed.result().history == whole.history[: resumed.result().num_steps]
@@ -252,8 +252,8 @@ def test_threads_run_at_the_same_time():
 
 
 def test_values_that_are_rounded_to_float32_are_no_obstacle():
-    found = zoft.minimize(lambda x: float(np.float32(7 + bowl(x))), np.zeros(3), budget=400)
-    assert bowl(found.x) < 1e-5
+    result = zoft.minimize(lambda x: float(np.float32(7 + bowl(x))), np.zeros(3), budget=400)
+    assert bowl(result.x) < 1e-5
 
 
 @pytest.mark.parametrize("d", [1, 10])
@@ -263,21 +263,21 @@ def test_left_alone_it_finds_the_minimum_whatever_the_scale(d, noise):
     for u in (1e-3, 1e3):
         f = lambda x, u=u: float(bends @ (x / u - 1) ** 2) + noise * random.standard_normal()  # noqa: E731
         x0 = np.full(d, 0.3 * u if noise else 0.0)  # where nothing tells the scale, noise hides all slopes
-        found = zoft.minimize(f, x0, budget=100 + 60 * d, noisy=noise > 0)
-        assert float(bends @ (found.x / u - 1) ** 2) < (1e-6 if not noise else 0.05) * bends.sum()
+        result = zoft.minimize(f, x0, budget=100 + 60 * d, noisy=noise > 0)
+        assert float(bends @ (result.x / u - 1) ** 2) < (1e-6 if not noise else 0.05) * bends.sum()
 
 
 def test_kinks_do_not_hold_it_up():
-    found = zoft.minimize(lambda x: float(np.abs(x - CENTRE).max()), np.zeros(3), budget=600)
-    assert found.fun < 1e-3
+    result = zoft.minimize(lambda x: float(np.abs(x - CENTRE).max()), np.zeros(3), budget=600)
+    assert result.fun < 1e-3
 
 
 def test_target_and_callback_stop_it():
-    found = zoft.minimize(bowl, np.zeros(3), budget=500, target=0.1)
-    assert (found.status, found.success) == ("target", True)
-    assert found.fun <= 0.1
-    found = zoft.minimize(bowl, np.zeros(3), budget=500, callback=lambda now: now.num_steps == 2)
-    assert (found.status, found.num_steps) == ("callback", 2)
+    result = zoft.minimize(bowl, np.zeros(3), budget=500, target=0.1)
+    assert (result.status, result.success) == ("target", True)
+    assert result.fun <= 0.1
+    result = zoft.minimize(bowl, np.zeros(3), budget=500, callback=lambda now: now.num_steps == 2)
+    assert (result.status, result.num_steps) == ("callback", 2)
 
 
 # --------------------------------------------------------------------------------------------------------------- bounds
@@ -300,21 +300,21 @@ def test_f_is_never_called_out_of_bounds(bounds, bounds_by):
     edge = [0.5, 1.0, 0.25] if bounds_by == "projection" else [1.0, 0.5, 0.0]
     for noisy, x0 in ((False, [1.0, 0.5, 0.0]), (True, edge)):
         f = Counted()
-        found = zoft.minimize(f, np.array(x0, np.float32), bounds=bounds, bounds_by=bounds_by, budget=300, noisy=noisy)
+        result = zoft.minimize(f, np.array(x0, np.float32), bounds=bounds, bounds_by=bounds_by, budget=300, noisy=noisy)
         asked = np.array(f.asked, float)
         for low, high, column in zip([0.5, -1, -np.inf], [np.inf, np.inf, 0.25], asked.T, strict=True):
             assert low <= column.min()
             assert column.max() <= high
-        np.testing.assert_allclose(found.x, [1.0, -1.0, 0.25], atol=0.05 if noisy else 2e-3)
+        np.testing.assert_allclose(result.x, [1.0, -1.0, 0.25], atol=0.05 if noisy else 2e-3)
 
 
 def test_bounds_of_a_dict_and_fixed_elements():
     x0 = {"a": np.array([0.3, 0.7]), "b": np.zeros(2)}
     f = Counted(lambda x: float(x["a"].sum() ** 2 + ((x["b"] - 3) ** 2).sum()))
-    found = zoft.minimize(f, x0, bounds={"a": [(0.3, 0.3), (0.1, 1.0)], "b": (None, 2.0)}, budget=200)
+    result = zoft.minimize(f, x0, bounds={"a": [(0.3, 0.3), (0.1, 1.0)], "b": (None, 2.0)}, budget=200)
     assert all(x["a"][0] == 0.3 for x in f.asked)
-    np.testing.assert_allclose(found.x["a"], [0.3, 0.1], atol=1e-6)
-    np.testing.assert_allclose(found.x["b"], 2.0, atol=1e-6)
+    np.testing.assert_allclose(result.x["a"], [0.3, 0.1], atol=1e-6)
+    np.testing.assert_allclose(result.x["b"], 2.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -346,23 +346,23 @@ def test_bounds_that_make_no_sense(bounds, words):
 @pytest.mark.parametrize("noisy", [False, True])
 def test_failed_queries_are_counted_and_told_with_their_point(bad, error, noisy):
     f = Counted(lambda x: bad(x) if len(f.asked) % 7 == 5 else bowl(x))
-    found = zoft.minimize(f, np.full(3, 4.0), estimator="central", num_directions=2, budget=400, noisy=noisy)
-    assert found.num_queries == len(f.asked)
-    assert found.num_failed == len(range(4, found.num_queries, 7))
-    assert isinstance(found.failures[0].error, error)
-    assert found.failures[0].query == 4
-    assert "queries failed; the first: query 4 at x =" in found.message
-    assert found.fun < 1
+    result = zoft.minimize(f, np.full(3, 4.0), estimator="central", num_directions=2, budget=400, noisy=noisy)
+    assert result.num_queries == len(f.asked)
+    assert result.num_failed == len(range(4, result.num_queries, 7))
+    assert isinstance(result.failures[0].error, error)
+    assert result.failures[0].query == 4
+    assert "queries failed; the first: query 4 at x =" in result.message
+    assert result.fun < 1
 
 
 @pytest.mark.parametrize("settings", [{}, {"learning_rate": 0.1}, {"noisy": True}])
 def test_an_f_that_fails_for_good_ends_the_search_and_keeps_the_best(settings):
     f = Counted(lambda x: bowl(x) if len(f.asked) < 50 else [1, 2])
-    found = zoft.minimize(f, np.zeros(3), budget=5000, **settings)
-    assert (found.success, found.status) == (False, "failed")
-    assert found.num_queries < 1000
-    assert math.isfinite(found.fun)
-    assert "In 20 steps in a row a query failed" in found.message
+    result = zoft.minimize(f, np.zeros(3), budget=5000, **settings)
+    assert (result.success, result.status) == (False, "failed")
+    assert result.num_queries < 1000
+    assert math.isfinite(result.fun)
+    assert "In 20 steps in a row a query failed" in result.message
 
 
 def test_an_interrupt_keeps_the_best():
@@ -372,9 +372,9 @@ def test_an_interrupt_keeps_the_best():
         return bowl(x)
 
     counted = Counted(f)
-    found = zoft.minimize(counted, np.zeros(3), budget=500)
-    assert (found.success, found.status) == (False, "interrupted")
-    assert found.fun == min(map(bowl, counted.asked[:-1]))
+    result = zoft.minimize(counted, np.zeros(3), budget=500)
+    assert (result.success, result.status) == (False, "interrupted")
+    assert result.fun == min(map(bowl, counted.asked[:-1]))
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,12 @@ def test_a_setting_that_it_has_not_is_an_error():
 
 
 def test_a_config_that_names_code_is_no_reason_to_run_it(folder: Path):
-    own = "estimator=./my_est.py:Wide"
-    cfg = compose(["config=smoke", own, "estimator.note=a"])
+    argument = "estimator=./my_est.py:Wide"
+    cfg = compose(["config=smoke", argument, "estimator.note=a"])
     Path("kept.yaml").write_text(resolved_yaml(cfg))
     with pytest.raises(UserError, match=r"names code to run.*write that on the command line too"):
         compose(["config=kept.yaml"])
-    assert compose(["config=kept.yaml", own]) == cfg
+    assert compose(["config=kept.yaml", argument]) == cfg
     Path("configs").mkdir()
     Path("configs/mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /estimator: ./my_est.py:Wide\n")
     with pytest.raises(UserError, match="names code to run"):
@@ -129,9 +129,9 @@ def test_a_config_that_names_code_is_no_reason_to_run_it(folder: Path):
 
 def test_show_and_ls_know_it_by_its_name(capsys: Any):
     assert main(["show", "estimator=./my_est.py:Wide", "my_est.py:Steady"]) == 0
-    told = capsys.readouterr().out
-    assert "estimator.note=''   (str)\n      what is written to it." in told
-    assert "optimizer=my_est.py:Steady" in told
+    output = capsys.readouterr().out
+    assert "estimator.note=''   (str)\n      what is written to it." in output
+    assert "optimizer=my_est.py:Steady" in output
     assert main(["ls", "my_est.py"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "estimator=my_est.py:Wide  Two points a direction, ten times as far apart as usual." in lines
@@ -145,8 +145,8 @@ def test_a_run_holds_to_its_file(folder: Path, capsys: Any):
     facts = report(folder / "out")
     assert facts["estimator"] == "my_est.py:Wide"
     assert f"estimator={folder}/my_est.py:Wide" in facts["command"]
-    told = capsys.readouterr().out
-    assert f"run={folder}/out estimator={folder}/my_est.py:Wide" in told  # the next commands name it too
+    output = capsys.readouterr().out
+    assert f"run={folder}/out estimator={folder}/my_est.py:Wide" in output  # the next commands name it too
     assert main(["replay", str(folder / "out")]) == 2  # a journal is no reason to run code
     assert "names code to run" in capsys.readouterr().err
     assert main(["replay", str(folder / "out"), "estimator=my_est.py:Wide"]) == 0
@@ -202,8 +202,8 @@ def test_an_entry_point_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.syspath_prepend(str(folder))
     entry = importlib.metadata.EntryPoint("broad", "plugged:Wide", "zoft.estimator")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] * (group == "zoft.estimator"))
-    found = components.__wrapped__("estimator")["broad"]
-    assert found.name() == "broad"
-    assert found().own_code().keys() == {"broad"}
-    assert found.own_file == ""
+    estimator_class = components.__wrapped__("estimator")["broad"]
+    assert estimator_class.name() == "broad"
+    assert estimator_class().own_code().keys() == {"broad"}
+    assert estimator_class.own_file == ""
     del sys.modules["plugged"]

@@ -140,9 +140,9 @@ def test_where_a_lora_goes_that_nobody_has_placed(words: list[str], on: str):
 def test_the_model_types_whose_experts_are_not_served_are_those_of_transformers():
     """Its classes say in their decorator that matrices lie transposed, or have biases."""
     folder = Path(transformers.__file__).parent / "models"
-    found = {
+    model_types = {
         path.parent.name
         for path in folder.glob("*/modeling_*.py")
         if re.search(r"use_experts_implementation\([^)]*(is_transposed|has_bias)=True", path.read_text())
     }
-    assert found == {name.removesuffix("_text") for name in recommended._OTHER_EXPERTS}
+    assert model_types == {name.removesuffix("_text") for name in recommended._OTHER_EXPERTS}

@@ -674,9 +674,9 @@ def test_what_a_module_makes_once_can_be_trained_through_later():
 
 def test_errors_about_memory_that_are_not_for_want_of_it_stay_what_they_are():
     model = tiny_llama()
-    for told in ("CUDA error: an illegal memory access was encountered", "refers to a single memory location"):
-        with pytest.raises(RuntimeError, match=told) as caught:
-            bind(Layerwise(), model, lambda _, told=told: (_ for _ in ()).throw(RuntimeError(told))).losses({}, POINTS)
+    for text in ("CUDA error: an illegal memory access was encountered", "refers to a single memory location"):
+        with pytest.raises(RuntimeError, match=text) as caught:
+            bind(Layerwise(), model, lambda _, text=text: (_ for _ in ()).throw(RuntimeError(text))).losses({}, POINTS)
         assert not isinstance(caught.value, OutOfMemoryError)
 
 

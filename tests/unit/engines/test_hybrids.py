@@ -24,7 +24,7 @@ from zoft.optimizers.adamw import AdamW
 EVERY = ["backprop", "addax", "hybrid"]
 
 
-def made(estimator: str, **fields: Any) -> Any:
+def make(estimator: str, **fields: Any) -> Any:
     return components("estimator")[estimator](**fields)
 
 
@@ -37,8 +37,8 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def gradients_of(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-    found = torch.autograd.grad(model(**batch).loss, list(model.parameters()), allow_unused=True)
-    return dict(zip(dict(model.named_parameters()), found, strict=True))
+    gradients = torch.autograd.grad(model(**batch).loss, list(model.parameters()), allow_unused=True)
+    return dict(zip(dict(model.named_parameters()), gradients, strict=True))
 
 
 def without_noise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -46,9 +46,9 @@ def without_noise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("k_proj.bias")}
 
 
-def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
+def assert_close(values: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=atol, msg=lambda told, n=name: f"{n}: {told}")
+        torch.testing.assert_close(values[name], tensor, rtol=1e-6, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
 
 
 # -------------------------------------------------------------------------------------------------------- first order
@@ -58,7 +58,7 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "bert", "t5"])
 def test_backprop_with_sgd_is_torchs_sgd(family, engine):
     """Tied weights (opt, gpt2, t5) move once, by the sum of their gradients."""
-    run, plain = (steps(made("backprop"), model=models.EVERY[family](), lr=0.1, engine=engine) for _ in range(2))
+    run, plain = (steps(make("backprop"), model=models.EVERY[family](), lr=0.1, engine=engine) for _ in range(2))
     torchs = torch.optim.SGD(plain.model.parameters(), lr=0.1)
     for _ in range(3):
         asked = run.step()
@@ -73,7 +73,7 @@ def test_backprop_with_sgd_is_torchs_sgd(family, engine):
 
 
 def test_backprop_with_adam_is_torchs_adamw():
-    run, plain = (steps(made("backprop"), AdamW(weight_decay=0.1), lr=1e-2) for _ in range(2))
+    run, plain = (steps(make("backprop"), AdamW(weight_decay=0.1), lr=1e-2) for _ in range(2))
     for group in run.zo_optimizer.param_groups:
         group["weight_decay"] = 0.1
     torchs = torch.optim.AdamW(plain.model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -87,7 +87,7 @@ def test_backprop_with_adam_is_torchs_adamw():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_few_bits_take_the_step_too(dtype):
-    run, plain = (steps(made("backprop"), model=models.tiny_opt().to(dtype), lr=0.5) for _ in range(2))
+    run, plain = (steps(make("backprop"), model=models.tiny_opt().to(dtype), lr=0.5) for _ in range(2))
     gradients, before = gradients_of(plain.model, plain.batch), tensors_of(plain.model)
     run.step()
     for name, tensor in tensors_of(run.model).items():
@@ -98,7 +98,7 @@ def test_weights_of_few_bits_take_the_step_too(dtype):
 @pytest.mark.parametrize("optimizer", ["momentum", "adam", "muon", "sign", "adamu", "hessian"])
 def test_backprop_goes_downhill_with_other_optimizers_or_says_why_not(optimizer):
     try:
-        run = steps(made("backprop"), optimizer, lr=1e-3)
+        run = steps(make("backprop"), optimizer, lr=1e-3)
     except UserError:
         return
     start = float(run.model(**run.batch).loss.detach())
@@ -112,14 +112,14 @@ def test_backprop_goes_downhill_with_other_optimizers_or_says_why_not(optimizer)
 
 @pytest.mark.parametrize("estimator", EVERY)
 def test_gradients_are_gone_and_those_that_were_there_stay(estimator):
-    run = steps(made(estimator))
+    run = steps(make(estimator))
     first = next(iter(run.model.parameters()))
     first.grad = torch.ones_like(first)
-    kept = first.grad
+    gradient = first.grad
     for _ in range(2):
         run.step()
-    assert first.grad is kept
-    assert torch.equal(kept, torch.ones_like(kept))
+    assert first.grad is gradient
+    assert torch.equal(gradient, torch.ones_like(gradient))
     assert all(parameter.grad is None for parameter in run.model.parameters() if parameter is not first)
     assert all(parameter.requires_grad for parameter in run.model.parameters())
     assert not any(parameter._post_accumulate_grad_hooks for parameter in run.model.parameters())
@@ -128,7 +128,7 @@ def test_gradients_are_gone_and_those_that_were_there_stay(estimator):
 
 @pytest.mark.parametrize("estimator", EVERY)
 def test_an_objective_that_raises_leaves_everything_as_it_was(estimator):
-    run = steps(made(estimator))
+    run = steps(make(estimator))
     run.step()
     digest = run.weights.digest()
 
@@ -145,7 +145,7 @@ def test_an_objective_that_raises_leaves_everything_as_it_was(estimator):
 
 @pytest.mark.parametrize("estimator", EVERY)
 def test_an_objective_without_a_gradient_is_refused_in_a_sentence(estimator):
-    run = steps(made(estimator))
+    run = steps(make(estimator))
     run.session.objective = lambda batch: run.model(**batch).logits.argmax(-1).float().mean()
     with pytest.raises(UserError, match=r"the objective has no gradient.*use estimator=central"):
         run.ask()
@@ -153,7 +153,7 @@ def test_an_objective_without_a_gradient_is_refused_in_a_sentence(estimator):
 
 def test_gradients_exist_one_after_the_other():
     """While the step is written, no more than the tensor in hand and what autograd is about to hand over."""
-    run = steps(made("backprop"), model=models.tiny_llama(), lr=0.0)
+    run = steps(make("backprop"), model=models.tiny_llama(), lr=0.0)
     asked = run.ask()
     alive: list[int] = []
     real = run.zo_optimizer._move
@@ -172,7 +172,7 @@ def test_gradients_exist_one_after_the_other():
 
 
 def test_hybrid_moves_above_by_the_gradient_and_below_by_the_queries():
-    estimator = made("hybrid", backprop_blocks=1, num_directions=2, eps=3e-4)
+    estimator = make("hybrid", backprop_blocks=1, num_directions=2, eps=3e-4)
     run, plain = (steps(estimator, lr=0.1, engine="layerwise") for _ in range(2))
     before, gradients = tensors_of(plain.model), gradients_of(plain.model, plain.batch)
     still = run.session.coordinates.backprop_names
@@ -198,7 +198,7 @@ def test_hybrid_moves_above_by_the_gradient_and_below_by_the_queries():
 
 @pytest.mark.parametrize("engine", ["layerwise", "in_place", "side_path"])
 def test_the_queries_of_hybrid_move_only_what_is_below(engine):
-    run = steps(made("hybrid", eps=1e-2), engine=engine)
+    run = steps(make("hybrid", eps=1e-2), engine=engine)
     direction = run.method.estimator.directions(5, 0)[0]
     points = run.method.estimator.points([direction])
     for _ in range(2):
@@ -213,7 +213,7 @@ def test_the_queries_of_hybrid_move_only_what_is_below(engine):
 
 
 def test_hybrid_keeps_no_graph_below():
-    run = steps(made("hybrid"), model=models.tiny_llama())
+    run = steps(make("hybrid"), model=models.tiny_llama())
     seen = {}
 
     def hook(name: str) -> Any:
@@ -234,7 +234,7 @@ def test_hybrid_is_refused_where_nothing_is_left_below():
     model = models.tiny_opt()
     LastBlocks(1).apply(model)
     with pytest.raises(UserError, match="leaves nothing below"):
-        steps(made("hybrid"), model=model)
+        steps(make("hybrid"), model=model)
 
 
 # -------------------------------------------------------------------------------------------------- long and short rows
@@ -242,7 +242,7 @@ def test_hybrid_is_refused_where_nothing_is_left_below():
 
 def addax(**fields: Any) -> Steps:
     """A batch of one row of seven tokens, and two of four."""
-    run = steps(made("addax", **{"long_tokens": 5, "zo_share": 0.25, "eps": 3e-4} | fields), lr=0.1, engine="layerwise")
+    run = steps(make("addax", **{"long_tokens": 5, "zo_share": 0.25, "eps": 3e-4} | fields), lr=0.1, engine="layerwise")
     run.batch["attention_mask"][1:, :3] = 0
     run.batch["labels"][1:, :4] = -100
     return run
@@ -271,7 +271,7 @@ def test_addax_with_rows_of_one_kind_takes_that_estimate_alone():
     gradients, before = gradients_of(first.model, first.batch), tensors_of(first.model)
     short.step()
     assert_close(tensors_of(short.model), {n: before[n] - 0.1 * g for n, g in gradients.items()})
-    long, central = addax(long_tokens=3), Steps(made("central", eps=3e-4), model=models.tiny_opt(), lr=0.1)
+    long, central = addax(long_tokens=3), Steps(make("central", eps=3e-4), model=models.tiny_opt(), lr=0.1)
     central.batch = long.batch
     long.step()
     central.step()
@@ -381,7 +381,7 @@ def test_backprop_with_adamw_is_the_trainers_own_fine_tuning(objective, frozen, 
 def test_each_trains_and_counts_through_the_trainer(estimator, tmp_path):
     fields = {"addax": {"long_tokens": 8}}.get(estimator, {})
     args = arguments(ZOConfig, tmp_path, learning_rate=1e-3, weight_decay=0.0)
-    trainer = ZOTrainer(models.tiny_opt(), args, train_dataset=rows(), estimator=made(estimator, **fields))
+    trainer = ZOTrainer(models.tiny_opt(), args, train_dataset=rows(), estimator=make(estimator, **fields))
     trainer.train()
     progress = trainer.progress
     assert progress.updates == 4
@@ -426,7 +426,7 @@ def test_parts_of_a_batch_have_losses_of_their_own_in_the_trainer(accumulated, t
         per_device_train_batch_size=6 // accumulated,
         gradient_accumulation_steps=accumulated,
     )
-    estimator = made("addax", long_tokens=7, zo_share=0.0)
+    estimator = make("addax", long_tokens=7, zo_share=0.0)
     trainer = ZOTrainer(models.tiny_opt(), args, train_dataset=data, estimator=estimator)
     trainer.train()
     plain = models.tiny_opt()
@@ -437,7 +437,7 @@ def test_parts_of_a_batch_have_losses_of_their_own_in_the_trainer(accumulated, t
 
 def test_anchors_average_batches_by_their_own_means_in_the_trainer(tmp_path):
     args = arguments(ZOConfig, tmp_path, max_steps=1, learning_rate=0.0)
-    estimator = made("svrg", anchor_batches=4, eps=1e-4)
+    estimator = make("svrg", anchor_batches=4, eps=1e-4)
     trainer = ZOTrainer(models.tiny_opt(), args, train_dataset=rows(), estimator=estimator)
     trainer.train()
     model, losses = models.tiny_opt(), []

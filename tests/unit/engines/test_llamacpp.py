@@ -40,13 +40,13 @@ def make(kind: str = "llama", **fields: Any) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed here: `make test-llamacpp` installs it")
-    made = tmp_path_factory.mktemp("llamacpp")
+    root = tmp_path_factory.mktemp("llamacpp")
     for kind in ("llama", "qwen"):
-        make(kind).save_pretrained(made / kind)
-        pairs_tokenizer().save_pretrained(made / kind)
-        write_gguf(make(kind), pairs_tokenizer(), made / f"{kind}.gguf", "f32", kind)
-    write_gguf(make(), pairs_tokenizer(), made / "llama-q8.gguf", "q8_0", "llama")
-    return made
+        make(kind).save_pretrained(root / kind)
+        pairs_tokenizer().save_pretrained(root / kind)
+        write_gguf(make(kind), pairs_tokenizer(), root / f"{kind}.gguf", "f32", kind)
+    write_gguf(make(), pairs_tokenizer(), root / "llama-q8.gguf", "q8_0", "llama")
+    return root
 
 
 def session(engine: Any, kind: str = "llama", objective: Any = None, **peft: Any) -> Any:
@@ -68,18 +68,18 @@ def session(engine: Any, kind: str = "llama", objective: Any = None, **peft: Any
 def test_losses_are_torchs_at_every_point(folder, kind, objective, rows):
     all_matrices = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
     wanted = session(InPlace(), kind, objective, **all_matrices).losses(rows, POINTS)
-    there = session(LlamaCpp(file=str(folder / f"{kind}.gguf")), kind, objective, **all_matrices)
-    losses = there.losses(rows, POINTS)
+    llamacpp = session(LlamaCpp(file=str(folder / f"{kind}.gguf")), kind, objective, **all_matrices)
+    losses = llamacpp.losses(rows, POINTS)
     assert wanted.unique().numel() == len(POINTS)
     torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_texts_are_torchs_with_its_noise(folder, temperature):
-    here, there = session(InPlace()), session(LlamaCpp(file=str(folder / "llama.gguf")))
+    here, llamacpp = session(InPlace()), session(LlamaCpp(file=str(folder / "llama.gguf")))
     answering = Answering(pairs_tokenizer(), 8, stop="es")
     prompts = [[4, 5, 6], [7, 8], *[[9 + n, 10, 11, 12] for n in range(20)]]
-    texts = [write(one.model, prompts, answering, temperature=temperature, seed=3).texts for one in (here, there)]
+    texts = [write(one.model, prompts, answering, temperature=temperature, seed=3).texts for one in (here, llamacpp)]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 3
 
@@ -98,19 +98,19 @@ def with_data(folder: Path) -> Path:
 
 
 def test_a_run_is_torchs_and_goes_on_to_the_bit_on_its_own_base_alone(with_data, tmp_path, capsys):
-    there = ["engine=llamacpp", f"engine.file={with_data / 'llama.gguf'}"]
+    engine_words = ["engine=llamacpp", f"engine.file={with_data / 'llama.gguf'}"]
     torchs = run(compose(words(with_data, tmp_path / "torch", "engine=in_place")))
-    whole = run(compose(words(with_data, tmp_path / "whole", *there)))
+    whole = run(compose(words(with_data, tmp_path / "whole", *engine_words)))
     of_torch, of_llama = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("torch", "whole"))
     for name, tensor in of_torch.items():
         torch.testing.assert_close(of_llama[name], tensor, atol=1e-4, rtol=0)
     assert whole["final"] == torchs["final"]
-    assert run(compose(words(with_data, tmp_path / "cut", *there, "budget.queries=12")))["num_queries"] == 12
-    assert run(compose(words(with_data, tmp_path / "cut", *there)))["weights_sha256"] == whole["weights_sha256"]
+    assert run(compose(words(with_data, tmp_path / "cut", *engine_words, "budget.queries=12")))["num_queries"] == 12
+    assert run(compose(words(with_data, tmp_path / "cut", *engine_words)))["weights_sha256"] == whole["weights_sha256"]
     capsys.readouterr()
     assert main(["eval", f"run={tmp_path / 'whole'}", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["accuracy"] == pytest.approx(whole["final"])
+    evaluation = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert evaluation["accuracy"] == pytest.approx(whole["final"])
     other = ["engine=llamacpp", f"engine.file={with_data / 'llama-q8.gguf'}", "budget.queries=48"]
     assert main(["train", *words(with_data, tmp_path / "cut", *other)]) == 2
     assert "it differs in" in " ".join(capsys.readouterr().err.split())
@@ -157,23 +157,23 @@ def test_what_is_not_there_is_said_before_anything_is_read(tmp_path, monkeypatch
 
 
 def test_rows_of_which_nothing_is_scored_are_left_out(folder):
-    there, rows = session(LlamaCpp(file=str(folder / "llama.gguf"))), batch(20, 9)
+    llamacpp, rows = session(LlamaCpp(file=str(folder / "llama.gguf"))), batch(20, 9)
     inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
     alone = {name: value[17:18] for name, value in inputs.items()}
     tokens = torch.tensor([[5, 9]])
     of_one, of_many = (
-        there.log_probs(some, torch.tensor([row]), torch.tensor([-2]), tokens)
+        llamacpp.log_probs(some, torch.tensor([row]), torch.tensor([-2]), tokens)
         for some, row in ((alone, 0), (inputs, 17))
     )
     assert torch.equal(of_one, of_many)
 
 
 def test_losses_move_with_a_step(folder):
-    there = session(LlamaCpp(file=str(folder / "llama.gguf")))
-    before = there.losses(batch(), [Point()])
-    name = next(name for name in there.weights.tensors if "lora_B" in name)
-    there.apply_(name, 0, 8, torch.full((8,), 0.5))
-    assert not torch.equal(there.losses(batch(), [Point()]), before)
+    llamacpp = session(LlamaCpp(file=str(folder / "llama.gguf")))
+    before = llamacpp.losses(batch(), [Point()])
+    name = next(name for name in llamacpp.weights.tensors if "lora_B" in name)
+    llamacpp.apply_(name, 0, 8, torch.full((8,), 0.5))
+    assert not torch.equal(llamacpp.losses(batch(), [Point()]), before)
 
 
 def test_a_check_and_an_estimate_of_time_load_no_base_into_torch(with_data, tmp_path, monkeypatch, capsys):
@@ -183,6 +183,6 @@ def test_a_check_and_an_estimate_of_time_load_no_base_into_torch(with_data, tmp_
     assert main(["check", *given]) == 0
     capsys.readouterr()
     assert main(["estimate", *given, "--time", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["seconds"] > 0
-    assert found["method"]["parts"]["weights"] == pytest.approx(file.stat().st_size / 2**20, abs=0.1)
+    estimate = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert estimate["seconds"] > 0
+    assert estimate["method"]["parts"]["weights"] == pytest.approx(file.stat().st_size / 2**20, abs=0.1)

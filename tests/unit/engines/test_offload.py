@@ -84,9 +84,9 @@ def test_between_runs_the_model_is_an_ordinary_one():
     with torch.no_grad():
         streamed = model(**batch).loss  # an evaluation writes what waits, block by block
     zo_optimizer.session.settle()
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     again = tiny_llama()
-    again.load_state_dict(kept)
+    again.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(again(**batch).loss, streamed)
     _, other = run(Offload("file"), model, steps=1)
@@ -135,7 +135,7 @@ def test_tensors_that_something_else_reads_stay():
                 x = layer(x).tanh()
             return x @ self.layers[0].weight
 
-    made = []
+    losses = []
     for engine in (Layerwise(), Offload("file")):
         torch.manual_seed(0)
         model = Twice()
@@ -143,6 +143,6 @@ def test_tensors_that_something_else_reads_stay():
         method = Method.of("full", Central(eps=1e-2), None, "sgd")
         session = engine.bind(model, method.bind(weights), lambda x, model=model: model(x).square().mean())
         points = [Point(Direction(1, 0, 0), 1e-2), Point(Direction(1, 0, 0), -1e-2)]
-        made.append([session.losses(torch.ones(2, 4), points).tolist() for _ in range(2)])
-    assert made[0] == made[1]
+        losses.append([session.losses(torch.ones(2, 4), points).tolist() for _ in range(2)])
+    assert losses[0] == losses[1]
     assert "layers.0.weight" not in session.stream.of

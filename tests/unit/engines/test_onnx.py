@@ -68,16 +68,16 @@ def both(request):
 
 @pytest.mark.parametrize("rows", [batch(), batch(1, 17, seed=1), options_of_some_tokens()], ids=["3x9", "1x17", "many"])
 def test_losses_are_torchs(both, rows):
-    here, there = both
+    here, exported = both
     losses = here.losses(rows, POINTS)
     assert losses.unique().numel() == len(POINTS)
-    torch.testing.assert_close(there.losses(rows, POINTS), losses, atol=1e-5, rtol=0)
+    torch.testing.assert_close(exported.losses(rows, POINTS), losses, atol=1e-5, rtol=0)
 
 
 def test_a_step_reaches_the_graph(both):
-    here, there = both
+    here, exported = both
     before = [session.losses(batch(), [Point()]) for session in both]
-    for session in (here, there):
+    for session in (here, exported):
         name = next(name for name in session.weights.tensors if "lora_B" in name)
         session.apply_(name, 0, 8, torch.full((8,), 0.5))
     after = [session.losses(batch(), [Point()]) for session in both]
@@ -86,20 +86,20 @@ def test_a_step_reaches_the_graph(both):
 
 
 def test_examples_with_directions_of_their_own_are_torchs(both):
-    here, there = both
+    here, exported = both
     examples = [batch(1, 9, seed=2), batch(1, 9, seed=3)]
     losses = here.losses_per_example(examples, POINTS[:2])
-    torch.testing.assert_close(there.losses_per_example(examples, POINTS[:2]), losses, atol=1e-5, rtol=0)
+    torch.testing.assert_close(exported.losses_per_example(examples, POINTS[:2]), losses, atol=1e-5, rtol=0)
 
 
 def test_frozen_matrices_in_few_bits_and_the_adapter_as_it_is(monkeypatch):
     """OPT's feed-forward layers come as Gemm, which the quantiser leaves alone: they are rewritten."""
     kinds = []
-    made = _onnx_graph._session
-    monkeypatch.setattr(_onnx_graph, "_session", lambda path: kinds.extend(op_types(path)) or made(path))
+    make_session = _onnx_graph._session
+    monkeypatch.setattr(_onnx_graph, "_session", lambda path: kinds.extend(op_types(path)) or make_session(path))
     wide = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 1}
-    here, there = sessions(Onnx(quantization="int4"), lambda: models.tiny_opt(**wide))
-    exact, rounded = (session.losses(batch(), POINTS) for session in (here, there))
+    here, exported = sessions(Onnx(quantization="int4"), lambda: models.tiny_opt(**wide))
+    exact, rounded = (session.losses(batch(), POINTS) for session in (here, exported))
     assert 1e-4 < float((exact - rounded).abs().max()) < 0.3
     assert kinds.count("MatMulNBits") == 7  # q, k, v, output, two of the feed-forward, the head
     assert "Gemm" not in kinds
@@ -124,9 +124,9 @@ def test_what_a_graph_computes_is_compared_with_torch(monkeypatch):
             return self(*given) + 0.01
 
     monkeypatch.setattr(_onnx_graph, "OnnxGraph", Wrong)
-    _, there = sessions(Onnx(), models.tiny_llama)
+    _, exported = sessions(Onnx(), models.tiny_llama)
     with pytest.raises(UserError, match=r"exported PeftModelForCausalLM gives .* off by 0.01: use engine=auto"):
-        there.losses(batch(), [Point()])
+        exported.losses(batch(), [Point()])
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
@@ -135,16 +135,16 @@ def test_what_a_graph_computes_is_compared_with_torch(monkeypatch):
 @pytest.fixture
 def one_export(monkeypatch):
     """Runs of one base share a graph: an export takes seconds."""
-    made, real = {}, _onnx_graph.OnnxGraph
+    graphs, real = {}, _onnx_graph.OnnxGraph
 
     def of(model, names, inputs, bits=0):
         key = (tuple(inputs), bits)
-        made.setdefault(key, None)
-        made[key] = made[key] or real(model, names, inputs, bits)
-        return made[key]
+        graphs.setdefault(key, None)
+        graphs[key] = graphs[key] or real(model, names, inputs, bits)
+        return graphs[key]
 
     monkeypatch.setattr(_onnx_graph, "OnnxGraph", of)
-    return made
+    return graphs
 
 
 def words(folder, output_dir, *more):
@@ -204,9 +204,9 @@ def test_packages_that_are_not_there_are_named_before_the_data_is_read(tmp_path,
 
 
 def test_a_model_that_is_answered_for_is_not_called(both):
-    _, there = both
-    assert runtime_of(there.model) is there
+    _, exported = both
+    assert runtime_of(exported.model) is exported
     with pytest.raises(UserError, match="forward runs elsewhere"):
-        logits_at(there.model, {"input_ids": batch()["input_ids"]}, Positions(torch.tensor([0]), torch.tensor([-1])))
+        logits_at(exported.model, {"input_ids": batch()["input_ids"]}, Positions(torch.tensor([0]), torch.tensor([-1])))
     with pytest.raises(UserError, match="forward runs elsewhere"):
-        Classes().predict(there.model, batch())
+        Classes().predict(exported.model, batch())

@@ -57,55 +57,55 @@ def session(engine, objective=None):
 @pytest.mark.parametrize("rows", [batch(), options_of_some_tokens()], ids=["tokens", "many"])
 def test_losses_are_torchs_at_every_point_with_few_slots(tiny, rows, objective):
     wanted = session(InPlace(), objective).losses(rows, POINTS)
-    there = session(Server(url=tiny.url, max_adapters=2), objective)
-    torch.testing.assert_close(there.losses(rows, POINTS), wanted, atol=1e-5, rtol=0)
+    remote = session(Server(url=tiny.url, max_adapters=2), objective)
+    torch.testing.assert_close(remote.losses(rows, POINTS), wanted, atol=1e-5, rtol=0)
     assert len(tiny.adapters) == 2
     assert len({body["model"] for body in tiny.completions}) == len(POINTS)  # no two of them share a name
     assert all("prompt_logprobs" not in body and body["max_tokens"] == 1 for body in tiny.completions)
 
 
 def test_all_points_of_a_wave_are_one_batch_of_requests(tiny):
-    there = session(Server(url=tiny.url))
-    there.losses(batch(), POINTS)
+    remote = session(Server(url=tiny.url))
+    remote.losses(batch(), POINTS)
     assert len(tiny.completions) == len(POINTS)  # an adapter each, all of its prompts together
     assert {len(body["prompt"]) for body in tiny.completions} == {3}
 
 
 def test_a_step_reaches_the_server_in_spite_of_its_prefix_cache(tiny):
-    here, there = session(InPlace()), session(Server(url=tiny.url, max_adapters=1))
-    for one in (here, there):
+    here, remote = session(InPlace()), session(Server(url=tiny.url, max_adapters=1))
+    for one in (here, remote):
         one.losses(batch(), [Point()])
         name = next(name for name in one.weights.tensors if "lora_B" in name)
         one.apply_(name, 0, 8, torch.full((8,), 0.5))
-    torch.testing.assert_close(there.losses(batch(), [Point()]), here.losses(batch(), [Point()]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(remote.losses(batch(), [Point()]), here.losses(batch(), [Point()]), atol=1e-5, rtol=0)
 
 
 def test_an_adapter_that_is_there_is_not_loaded_again(tiny, monkeypatch):
     loads, load = [], tiny.load
     monkeypatch.setattr(tiny, "load", lambda name, path: loads.append(name) or load(name, path))
-    there = session(Server(url=tiny.url))
+    remote = session(Server(url=tiny.url))
     for seed in range(3):
-        there.losses(batch(seed=seed), [Point()])
+        remote.losses(batch(seed=seed), [Point()])
     assert len(loads) == 1  # vLLM reads what is loaded in place again before every step
-    files = list(there.backend.folder.rglob("adapter_model.safetensors"))
+    files = list(remote.backend.folder.rglob("adapter_model.safetensors"))
     assert len(files) == 1
 
 
 @pytest.mark.parametrize("fault", ["down", "short", "other", "late", "misnamed", "restarted"])
 def test_a_fault_is_noticed_and_asked_again(tiny, fault):
-    there = session(Server(url=tiny.url, timeout=2.0 if fault == "late" else 600.0))
-    wanted = there.losses(batch(), POINTS)
+    remote = session(Server(url=tiny.url, timeout=2.0 if fault == "late" else 600.0))
+    wanted = remote.losses(batch(), POINTS)
     tiny.faults.append(fault)
     num_asked = len(tiny.completions)
-    assert torch.equal(there.losses(batch(), POINTS), wanted)
+    assert torch.equal(remote.losses(batch(), POINTS), wanted)
     assert len(tiny.completions) > num_asked + len(POINTS)
 
 
 def test_not_a_number_is_the_loss_that_it_is(tiny):
     """The trainer skips such a step, and ends the run where there are many in a row."""
-    there = session(Server(url=tiny.url))
+    remote = session(Server(url=tiny.url))
     tiny.faults.append("nan")
-    losses = there.losses(batch(), POINTS)
+    losses = remote.losses(batch(), POINTS)
     assert int(losses.isnan().sum()) == 1
     ((name, prompt),) = tiny.not_numbers
     asked = [body["prompt"] for body in tiny.completions if body["model"] == name]
@@ -121,17 +121,17 @@ def test_an_adapter_of_too_high_a_rank_is_one_sentence_and_no_lost_server(tiny):
 
 def test_what_does_not_fit_into_the_servers_context_is_one_sentence(tiny):
     """vLLM cuts such a text, and says only that it has reached its length."""
-    there, answering = session(Server(url=tiny.url)), Answering(runs.tiny_tokenizer(), 6)
+    remote, answering = session(Server(url=tiny.url)), Answering(runs.tiny_tokenizer(), 6)
     tiny.context = 8
-    write(there.model, [[4, 5]], answering)
+    write(remote.model, [[4, 5]], answering)
     with pytest.raises(UserError, match=r"3 tokens and 6 behind it do not fit into the 8 .*--max-model-len"):
-        write(there.model, [[4, 5, 6], [7, 8]], answering)
+        write(remote.model, [[4, 5, 6], [7, 8]], answering)
     with pytest.raises(UserError, match=r"9 tokens and 1 behind it .*task.max_length"):
-        there.losses(batch(), [Point()])
+        remote.losses(batch(), [Point()])
 
 
 def test_a_load_whose_reply_came_too_late_is_no_refusal(tiny, monkeypatch):
-    there, ask = session(Server(url=tiny.url)), _server_client.Client.ask
+    remote, ask = session(Server(url=tiny.url)), _server_client.Client.ask
     late = []
 
     def impatient(client, method, path, body=None):
@@ -143,7 +143,7 @@ def test_a_load_whose_reply_came_too_late_is_no_refusal(tiny, monkeypatch):
 
     monkeypatch.setattr(_server_client.Client, "ask", impatient)
     wanted = session(InPlace()).losses(batch(), POINTS)
-    torch.testing.assert_close(there.losses(batch(), POINTS), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(remote.losses(batch(), POINTS), wanted, atol=1e-5, rtol=0)
     assert late
 
 
@@ -161,44 +161,44 @@ def test_more_tokens_than_one_request_may_name_are_asked_in_several(monkeypatch)
 
 
 def test_a_server_that_is_gone_ends_the_run_after_a_few_tries(tiny):
-    there = session(Server(url=tiny.url, retries=2))
-    before = {name: tensor.clone() for name, tensor in there.weights.tensors.items()}
+    remote = session(Server(url=tiny.url, retries=2))
+    before = {name: tensor.clone() for name, tensor in remote.weights.tensors.items()}
     tiny.faults += ["down"] * 99
     with pytest.raises(ServerLostError, match=r"did not score tokens in 3 tries: 500 EngineDeadError; .* goes on"):
-        there.losses(batch(), [Point()])
+        remote.losses(batch(), [Point()])
     assert len(tiny.completions) == 3
-    assert all(torch.equal(before[name], tensor) for name, tensor in there.weights.tensors.items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in remote.weights.tensors.items())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_texts_are_written_there(tiny, temperature):
-    here, there = session(InPlace()), session(Server(url=tiny.url))
+    here, remote = session(InPlace()), session(Server(url=tiny.url))
     answering = Answering(runs.tiny_tokenizer(), 6, stop="yes")
     prompts = [[4, 5, 6], [7, 8]]
-    found = write(there.model, prompts, answering, temperature=temperature, seed=3).texts
-    again = write(there.model, prompts[::-1], answering, temperature=temperature, seed=3).texts
-    assert found == again[::-1]  # a prompt's noise is its own
+    texts = write(remote.model, prompts, answering, temperature=temperature, seed=3).texts
+    again = write(remote.model, prompts[::-1], answering, temperature=temperature, seed=3).texts
+    assert texts == again[::-1]  # a prompt's noise is its own
     if not temperature:
-        assert found == write(here.model, prompts, answering).texts
+        assert texts == write(here.model, prompts, answering).texts
 
 
 def test_a_text_that_was_cut_off_is_asked_again(tiny):
-    there, answering = session(Server(url=tiny.url)), Answering(runs.tiny_tokenizer(), 6)
+    remote, answering = session(Server(url=tiny.url)), Answering(runs.tiny_tokenizer(), 6)
     for temperature in (0.0, 0.7):
-        wanted = write(there.model, [[4, 5, 6], [7, 8]], answering, temperature=temperature).texts
+        wanted = write(remote.model, [[4, 5, 6], [7, 8]], answering, temperature=temperature).texts
         tiny.faults.append("cut")
         num_asked = len(tiny.completions)
-        assert write(there.model, [[4, 5, 6], [7, 8]], answering, temperature=temperature).texts == wanted
+        assert write(remote.model, [[4, 5, 6], [7, 8]], answering, temperature=temperature).texts == wanted
         assert len(tiny.completions) > num_asked + (2 if temperature else 1)
 
 
 def test_files_and_adapters_go_with_the_session(tiny):
-    there = session(Server(url=tiny.url))
-    there.losses(batch(), POINTS)
-    folder = there.backend.folder
+    remote = session(Server(url=tiny.url))
+    remote.losses(batch(), POINTS)
+    folder = remote.backend.folder
     assert folder.is_dir()
     assert tiny.adapters
-    del there
+    del remote
     gc.collect()
     assert not folder.exists()
     assert not tiny.adapters
@@ -219,10 +219,10 @@ def test_a_run_is_torchs_stops_with_75_and_goes_on_to_the_bit(of_runs, tmp_path,
     words = [*LORA, "engine=server", f"engine.url={server.url}", "engine.retries=1"]
     torchs = run(compose(arguments(tmp_path / "torch", *LORA, "engine=in_place")))
     whole = run(compose(arguments(tmp_path / "whole", *words)))
-    of_torch, there = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("torch", "whole"))
-    assert of_torch.keys() == there.keys()
+    of_torch, of_server = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("torch", "whole"))
+    assert of_torch.keys() == of_server.keys()
     for name, tensor in of_torch.items():
-        torch.testing.assert_close(there[name], tensor, atol=1e-4, rtol=0)
+        torch.testing.assert_close(of_server[name], tensor, atol=1e-4, rtol=0)
     assert whole["final"] == torchs["final"]
     server.faults += [""] * 15 + ["down"] * 60  # in the middle of training
     assert main(["train", *arguments(tmp_path / "cut", *words)]) == 75
@@ -251,8 +251,8 @@ def test_a_reward_of_texts_is_the_run_that_it_is_here(of_runs, tmp_path):
 
     here = run(compose(arguments_of("here", "engine=in_place")))
     with serving(Lora(r=2).wrap(load_model(str(tmp_path / "model")), seed=0), tokenizer=tokenizer) as server:
-        there = run(compose(arguments_of("there", "engine=server", f"engine.url={server.url}")))
-    assert there["final"] == here["final"]
+        remote = run(compose(arguments_of("there", "engine=server", f"engine.url={server.url}")))
+    assert remote["final"] == here["final"]
     of_here, of_there = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("here", "there"))
     for name, tensor in of_here.items():
         torch.testing.assert_close(of_there[name], tensor, atol=1e-4, rtol=0)
@@ -309,9 +309,9 @@ def test_a_check_and_an_estimate_of_time_load_no_base_either(of_runs, tmp_path, 
     assert main(["check", *words]) == 0
     capsys.readouterr()
     assert main(["estimate", *words, "--time", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["seconds"] > 0
-    assert found["method"]["parts"].get("weights", 0) < 0.1  # MiB: of the adapter
+    estimate = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert estimate["seconds"] > 0
+    assert estimate["method"]["parts"].get("weights", 0) < 0.1  # MiB: of the adapter
 
 
 def test_a_server_without_lora_is_refused_before_anything_is_read(tmp_path):

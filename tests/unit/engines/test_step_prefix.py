@@ -122,12 +122,12 @@ def test_every_call_of_the_model_in_an_objective_is_reused():
 
 def test_a_forward_of_the_users_own_stays():
     model = tiny_llama()
-    mine = model.model.layers[0].forward
-    model.model.layers[0].forward = mine
+    forward = model.model.layers[0].forward
+    model.model.layers[0].forward = forward
     session = bind(Layerwise(), model)
     prefix = FrozenPrefix(model, list(model.model.layers), 2, [], 1 << 20)
     for step in range(3):
         with prefix.reused():
             session.losses(batch_for(model), CENTRAL.points(CENTRAL.directions(0, step)))
-    assert vars(model.model.layers[0])["forward"] == mine
+    assert vars(model.model.layers[0])["forward"] == forward
     assert not any("forward" in vars(layer) for layer in model.model.layers[1:])

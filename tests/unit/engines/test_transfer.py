@@ -14,21 +14,21 @@ from zoft.engines._transfer import CudaTransfer, Transfer, transfer_for
 @pytest.fixture
 def card(monkeypatch):
     """torch.cuda's names with nothing behind them; the list says what was called, in order."""
-    told = []
+    calls = []
 
     class Event:
         def record(self, stream):
-            told.append(("record", stream.name))
+            calls.append(("record", stream.name))
 
         def synchronize(self):
-            told.append(("synchronize",))
+            calls.append(("synchronize",))
 
     class Stream:
         def __init__(self, device, name="copies"):
             self.name = name
 
         def wait_event(self, event):
-            told.append(("wait", self.name))
+            calls.append(("wait", self.name))
 
     @contextmanager
     def nothing(*_):
@@ -42,16 +42,16 @@ def card(monkeypatch):
     pinned, empty_like, copy = set(), torch.empty_like, torch.Tensor.copy_
 
     def pin(tensor):
-        told.append(("pin",))
+        calls.append(("pin",))
         pinned.add(tensor.data_ptr())
         return tensor
 
     def empty(like, *, pin_memory=False, **more):
-        made = empty_like(like, **more)
-        return pin(made) if pin_memory else made
+        buffer = empty_like(like, **more)
+        return pin(buffer) if pin_memory else buffer
 
     def copied(target, source, non_blocking=False):
-        told.append(("copy", non_blocking))
+        calls.append(("copy", non_blocking))
         return copy(target, source)
 
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in pinned)
@@ -59,7 +59,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", empty)
     monkeypatch.setattr(_transfer.torch, "empty_like", empty)  # where it has been asked for before, it is kept
     monkeypatch.setattr(torch.Tensor, "copy_", copied)
-    return told
+    return calls
 
 
 class OnTheCard(torch.Tensor):

@@ -124,34 +124,34 @@ def session(engine: Any, folder: Path, objective: Any = None, r: int = 2) -> Any
 def test_losses_are_torchs_at_every_point_with_few_adapters(vllm, rows, objective):
     server, folder = vllm
     wanted = session(InPlace(), folder, objective).losses(rows, POINTS)
-    there = session(Server(url=server.url, max_adapters=2), folder, objective)
-    losses = there.losses(rows, POINTS)
+    remote = session(Server(url=server.url, max_adapters=2), folder, objective)
+    losses = remote.losses(rows, POINTS)
     print(f"\n{objective.name()}: off by {float((losses - wanted).abs().max()):.1e}")
     assert wanted.unique().numel() == len(POINTS)
     torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=0)
-    assert sum(bool(card.get("parent")) for card in there.backend.client.cards()) <= 2 + 8  # of sessions that are gone
+    assert sum(bool(card.get("parent")) for card in remote.backend.client.cards()) <= 2 + 8  # of sessions that are gone
 
 
 def test_texts_are_written_there(vllm):
     server, folder = vllm
-    here, there = session(InPlace(), folder), session(Server(url=server.url), folder)
+    here, remote = session(InPlace(), folder), session(Server(url=server.url), folder)
     answering = Answering(runs.tiny_tokenizer(), 6, stop="yes")
     prompts = [[4, 5, 6], [7, 8], [9, 10, 11, 12]]
-    assert write(there.model, prompts, answering).texts == write(here.model, prompts, answering).texts
-    drawn = write(there.model, prompts, answering, temperature=0.7, seed=3).texts
-    assert drawn == write(there.model, prompts[::-1], answering, temperature=0.7, seed=3).texts[::-1]
-    assert drawn != write(there.model, prompts, answering, temperature=0.7, seed=4).texts
+    assert write(remote.model, prompts, answering).texts == write(here.model, prompts, answering).texts
+    drawn = write(remote.model, prompts, answering, temperature=0.7, seed=3).texts
+    assert drawn == write(remote.model, prompts[::-1], answering, temperature=0.7, seed=3).texts[::-1]
+    assert drawn != write(remote.model, prompts, answering, temperature=0.7, seed=4).texts
 
 
 def test_not_a_number_is_the_loss_that_it_is(vllm):
     server, folder = vllm
-    there = session(Server(url=server.url), folder)
-    name = next(name for name in there.weights.tensors if "lora_B" in name)
-    clean = there.losses(batch(), [Point()])
-    there.weights.tensors[name].data[0, 0] = float("nan")
-    assert there.losses(batch(), [Point()]).isnan().all()
-    there.weights.tensors[name].data[0, 0] = 0.0
-    assert there.losses(batch(), [Point()]).isfinite().all()
+    remote = session(Server(url=server.url), folder)
+    name = next(name for name in remote.weights.tensors if "lora_B" in name)
+    clean = remote.losses(batch(), [Point()])
+    remote.weights.tensors[name].data[0, 0] = float("nan")
+    assert remote.losses(batch(), [Point()]).isnan().all()
+    remote.weights.tensors[name].data[0, 0] = 0.0
+    assert remote.losses(batch(), [Point()]).isfinite().all()
     assert clean.isfinite().all()
 
 
@@ -160,9 +160,9 @@ def test_what_it_does_not_serve_is_one_sentence(vllm, monkeypatch):
     server, folder = vllm
     with pytest.raises(UserError, match=r"rank 16 is greater than max_lora_rank 8.*--max-lora-rank"):
         session(Server(url=server.url), folder, r=16).losses(batch(), [Point()])
-    there, answering = session(Server(url=server.url), folder), Answering(runs.tiny_tokenizer(), CONTEXT)
+    remote, answering = session(Server(url=server.url), folder), Answering(runs.tiny_tokenizer(), CONTEXT)
     with pytest.raises(UserError, match=r"do not fit into the 64 .*--max-model-len"):
-        write(there.model, [[4, 5, 6]], answering)
+        write(remote.model, [[4, 5, 6]], answering)
 
 
 def test_a_reward_of_texts_trains_and_pass_at_k_is_asked_there(vllm, tmp_path, capsys):
@@ -176,19 +176,19 @@ def test_a_reward_of_texts_trains_and_pass_at_k_is_asked_there(vllm, tmp_path, c
         if not word.startswith(("task.template", "task.words"))
     ]
     facts = run(compose(of_run))
-    there = load_file(tmp_path / "there" / "model" / "adapter_model.safetensors")
-    assert any(bool(tensor.any()) for name, tensor in there.items() if "lora_B" in name)
+    adapter = load_file(tmp_path / "there" / "model" / "adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name)
     local = [word for word in of_run if not word.startswith(("engine", "output_dir"))]
     here = run(compose([*local, f"output_dir={tmp_path / 'here'}", "engine=in_place"]))
     assert facts["final"] == here["final"]  # greedy texts and their rewards
     torchs = load_file(tmp_path / "here" / "model" / "adapter_model.safetensors")
-    for name, tensor in there.items():
+    for name, tensor in adapter.items():
         torch.testing.assert_close(tensor, torchs[name], atol=1e-4, rtol=0)
     capsys.readouterr()
     asked = ["metric=pass@1,pass@3", "pass_reward=1", "objective.num_samples=4", "objective.temperature=0.7"]
     assert main(["eval", f"run={tmp_path / 'there'}", words[len(LORA) + 1], *asked, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["pass@1"] <= told["pass@3"]
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores["pass@1"] <= scores["pass@3"]
 
 
 def test_a_killed_server_ends_a_run_with_75_and_it_goes_on(vllm, tmp_path, capsys, monkeypatch):
@@ -196,8 +196,8 @@ def test_a_killed_server_ends_a_run_with_75_and_it_goes_on(vllm, tmp_path, capsy
     words = [*LORA, "engine=server", f"engine.url={server.url}", "engine.retries=1"]
     torchs = run(compose(runs.arguments(folder, tmp_path / "torch", *LORA, "engine=in_place")))
     whole = run(compose(runs.arguments(folder, tmp_path / "whole", *words)))
-    of_torch, there = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("torch", "whole"))
-    off = max(float((there[name] - tensor).abs().max()) for name, tensor in of_torch.items())
+    of_torch, of_server = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("torch", "whole"))
+    off = max(float((of_server[name] - tensor).abs().max()) for name, tensor in of_torch.items())
     print(f"\na run of 12 steps: an adapter off by {off:.1e}")
     assert off < 5e-3  # slopes of up to 6 at eps=1e-3: what losses are off by is multiplied by 500, twelve times
     assert whole["final"] == torchs["final"]
@@ -219,7 +219,7 @@ def test_a_killed_server_ends_a_run_with_75_and_it_goes_on(vllm, tmp_path, capsy
     again = run(compose(runs.arguments(folder, tmp_path / "cut", *words)))
     assert again["num_queries"] == whole["num_queries"]
     resumed = load_file(tmp_path / "cut" / "model" / "adapter_model.safetensors")
-    for name, tensor in there.items():
+    for name, tensor in of_server.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=0)
     assert again["weights_sha256"] == whole["weights_sha256"]
 

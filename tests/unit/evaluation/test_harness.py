@@ -43,7 +43,7 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and a folder of tasks, one of which must not be read."""
     folder = tmp_path_factory.mktemp("harness")
     model_folder(folder / "model", max_position_embeddings=128)
@@ -64,9 +64,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
     assert main(["eval", *more, "--json"]) == 0
-    told = capsys.readouterr()
-    assert told.err == ""
-    (line,) = told.out.splitlines()
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    (line,) = captured.out.splitlines()
     return dict(json.loads(line))
 
 
@@ -186,11 +186,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return seen
 
 
-def test_what_reaches_the_harness(made, fake, capsys, tmp_path):
+def test_what_reaches_the_harness(workspace, fake, capsys, tmp_path):
     torch.manual_seed(1), numpy.random.seed(1), random.seed(1)
     before = torch.get_rng_state().clone(), random.getstate(), numpy.random.get_state()[1].copy()
     out = f"output_dir={tmp_path / 'out'}"
-    given = [f"model.name={made / 'model'}", "seed=3", "trainer.per_device_eval_batch_size=4", out]
+    given = [f"model.name={workspace / 'model'}", "seed=3", "trainer.per_device_eval_batch_size=4", out]
     facts = evaluated(capsys, *given, "harness=one", "harness_limit=2", "k=4")
     assert (torch.get_rng_state() == before[0]).all()
     assert random.getstate() == before[1]
@@ -220,9 +220,9 @@ def test_what_reaches_the_harness(made, fake, capsys, tmp_path):
         (["harness=one", "harness_limit=7"], "harness=one failed on its rows or on this model (KeyError: 'label')"),
     ],
 )
-def test_what_the_harness_cannot_do_is_one_sentence(more, message, made, fake, capsys, tmp_path):
+def test_what_the_harness_cannot_do_is_one_sentence(more, message, workspace, fake, capsys, tmp_path):
     out = tmp_path / "out"
-    assert main(["eval", f"model.name={made / 'model'}", f"output_dir={out}", *more]) == 2
+    assert main(["eval", f"model.name={workspace / 'model'}", f"output_dir={out}", *more]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not out.exists()
@@ -251,7 +251,7 @@ def test_quiet_gives_the_console_back(capsys):
 # The real one: needs pip install 'zoft[harness]'.
 
 
-def test_real_tasks_of_a_run_and_of_its_base_model(made, capsys, tmp_path, monkeypatch):
+def test_real_tasks_of_a_run_and_of_its_base_model(workspace, capsys, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(importlib.import_module("datasets").config, "HF_DATASETS_CACHE", tmp_path / "cache")
     from zoft.config import compose
@@ -260,17 +260,17 @@ def test_real_tasks_of_a_run_and_of_its_base_model(made, capsys, tmp_path, monke
     out = tmp_path / "out"
     run(compose(arguments(tmp_path, out, "peft=lora", "optimizer.learning_rate=1", "trainer.use_cpu=true")))
     capsys.readouterr()
-    names = ["harness=choose_spam,write_spam", f"harness_path={made / 'tasks'}"]
+    names = ["harness=choose_spam,write_spam", f"harness_path={workspace / 'tasks'}"]
     tuned = evaluated(capsys, f"run={out}", *names)
     assert tuned["output_dir"] == str(out / "eval-harness-choose_spam-write_spam")
-    assert not (made / "tasks" / "was_run").exists()  # nor was the Python of what nobody named
+    assert not (workspace / "tasks" / "was_run").exists()  # nor was the Python of what nobody named
     assert tuned["tasks"].keys() == {"choose_spam", "write_spam"}
     rows = [json.loads(line) for line in (Path(tuned["output_dir"]) / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == tuned["num_rows"] == 16
     accuracy = tuned["tasks"]["choose_spam"]["metrics"]["acc"]
     assert accuracy["value"] == sum(row["acc"] for row in rows[:8]) / 8
     assert accuracy["low"] < accuracy["value"] < accuracy["high"] or accuracy["value"] in (0, 1)
-    file = [f"model.name={tmp_path / 'model'}", f"harness={made / 'tasks' / 'choose.yaml'}", "harness_limit=3"]
+    file = [f"model.name={tmp_path / 'model'}", f"harness={workspace / 'tasks' / 'choose.yaml'}", "harness_limit=3"]
     base = evaluated(capsys, *file, f"output_dir={tmp_path / 'base'}", "k=2")
     assert base["tasks"]["choose_spam"]["num_demonstrations"] == 2
     (row, *others) = [json.loads(line) for line in (tmp_path / "base" / "predictions.jsonl").read_text().splitlines()]
@@ -284,21 +284,21 @@ def test_real_tasks_of_a_run_and_of_its_base_model(made, capsys, tmp_path, monke
     shown, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         logits = load_model(str(tmp_path / "model"))(whole).logits[0].log_softmax(-1)
-    own = sum(logits[place - 1, whole[0, place]].item() for place in range(len(shown), whole.shape[1]))
-    assert row["resps"][1][0][0] == pytest.approx(own, abs=1e-4)
+    log_prob = sum(logits[place - 1, whole[0, place]].item() for place in range(len(shown), whole.shape[1]))
+    assert row["resps"][1][0][0] == pytest.approx(log_prob, abs=1e-4)
 
 
-def test_real_failures_write_nothing(made, capsys, tmp_path, monkeypatch):
+def test_real_failures_write_nothing(workspace, capsys, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(importlib.import_module("datasets").config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    given = [f"model.name={made / 'model'}", f"output_dir={tmp_path / 'out'}"]
+    given = [f"model.name={workspace / 'model'}", f"output_dir={tmp_path / 'out'}"]
     for name, message in (
         ("broken.yaml", "harness=broken failed on its rows or on this model (KeyError: 'absent')"),
         ("unread.yaml", "unread.yaml cannot be loaded (RuntimeError: boom)"),
     ):
-        assert main(["eval", *given, f"harness={made / 'tasks' / name}"]) == 2
+        assert main(["eval", *given, f"harness={workspace / 'tasks' / name}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
-    assert main(["eval", *given, "harness=write_spam", f"harness_path={made / 'tasks'}", "k=1"]) == 2
+    assert main(["eval", *given, "harness=write_spam", f"harness_path={workspace / 'tasks'}", "k=1"]) == 2
     assert "k=1 is not read by harness task write_spam" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

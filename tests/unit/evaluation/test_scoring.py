@@ -51,20 +51,22 @@ def random_rows(count: int, seed: int) -> list[dict[str, Any]]:
 def test_choices_in_batches_are_those_of_one_candidate_at_a_time(family):
     model, rows = CAUSAL[family](), random_rows(24, seed=len(family))
     scoring = Scoring(model, Options(), OptionCollator(PAD), batch_size=5)
-    found = scoring.choices(rows)
+    choices = scoring.choices(rows)
     means = [[float(s.mean()) for s in example] for example in naive_scores(model, rows)]
-    assert [choice.chosen for choice in found] == [own.index(max(own)) for own in means]
-    for choice, own in zip(found, means, strict=True):
-        assert choice.scores == pytest.approx(own, abs=1e-5)
-        assert choice.alone == is_close(own, CLOSE["float32"])
-    assert any(choice.alone for choice in found)
-    assert not all(choice.alone for choice in found)
+    assert [choice.chosen for choice in choices] == [row_means.index(max(row_means)) for row_means in means]
+    for choice, row_means in zip(choices, means, strict=True):
+        assert choice.scores == pytest.approx(row_means, abs=1e-5)
+        assert choice.alone == is_close(row_means, CLOSE["float32"])
+    assert any(choice.alone for choice in choices)
+    assert not all(choice.alone for choice in choices)
     one_by_one = Scoring(model, Options(), OptionCollator(PAD), batch_size=1).choices(rows)
-    assert [choice.chosen for choice in one_by_one] == [choice.chosen for choice in found]
-    scored = scoring.chosen(rows, found)
-    losses = [-torch.log_softmax(torch.tensor(own), 0)[row["label"]] for own, row in zip(means, rows, strict=True)]
+    assert [choice.chosen for choice in one_by_one] == [choice.chosen for choice in choices]
+    scored = scoring.chosen(rows, choices)
+    losses = [
+        -torch.log_softmax(torch.tensor(row_means), 0)[row["label"]] for row_means, row in zip(means, rows, strict=True)
+    ]
     assert scored.metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
-    hits = [own.index(max(own)) == row["label"] for own, row in zip(means, rows, strict=True)]
+    hits = [row_means.index(max(row_means)) == row["label"] for row_means, row in zip(means, rows, strict=True)]
     assert scored.metrics["accuracy"] == sum(hits) / len(hits)
     assert scored.metrics["accuracy_low"] < scored.metrics["accuracy"] < scored.metrics["accuracy_high"]
 
@@ -76,28 +78,28 @@ def test_calibration_takes_off_what_the_options_have_anyway():
         options = [s[len(s) - n :] for s, n in zip(row["sequences"], row["lengths"], strict=True)]
         domains.append({"sequences": [[7, *option] for option in options], "lengths": row["lengths"], "label": 0})
     scoring = Scoring(model, Options(), OptionCollator(PAD), batch_size=5)
-    found = scoring.choices(rows, domains)
-    own, other = naive_scores(model, rows), naive_scores(model, domains)
-    for choice, ours, theirs in zip(found, own, other, strict=True):
+    choices = scoring.choices(rows, domains)
+    scores, other = naive_scores(model, rows), naive_scores(model, domains)
+    for choice, ours, theirs in zip(choices, scores, other, strict=True):
         wanted = [float(a.double().sum() - b.double().sum()) for a, b in zip(ours, theirs, strict=True)]
         assert choice.scores == pytest.approx(wanted, abs=1e-4)
         if not is_close(wanted, 1e-4):
             assert choice.chosen == wanted.index(max(wanted))
     alone = Scoring(model, Options(), OptionCollator(PAD), batch_size=1).choices(rows, domains)
-    assert [choice.chosen for choice in alone] == [choice.chosen for choice in found]
+    assert [choice.chosen for choice in alone] == [choice.chosen for choice in choices]
 
 
 def test_words_at_masks_and_several_right_answers():
     scoring = Scoring(tiny_roberta_mlm(), LabelWords(), RIGHT, batch_size=2)
-    found = scoring.choices(MASKED)
-    assert [c.chosen for c in found] == [scoring.scores([row]).argmax().item() for row in MASKED]
-    others = [[(c.chosen + 1) % 3, c.chosen][k % 2 : k % 2 + 1] for k, c in enumerate(found)]
+    choices = scoring.choices(MASKED)
+    assert [c.chosen for c in choices] == [scoring.scores([row]).argmax().item() for row in MASKED]
+    others = [[(c.chosen + 1) % 3, c.chosen][k % 2 : k % 2 + 1] for k, c in enumerate(choices)]
     rows = [
         row | {"label": (c.chosen + 2) % 3, "also_right": more}
-        for row, c, more in zip(MASKED, found, others, strict=True)
+        for row, c, more in zip(MASKED, choices, others, strict=True)
     ]
-    assert scoring.chosen(rows, found).metrics["accuracy"] == pytest.approx(1 / 3)
-    assert cross_entropy(found, [c.chosen for c in found]) < cross_entropy(found, [row["label"] for row in rows])
+    assert scoring.chosen(rows, choices).metrics["accuracy"] == pytest.approx(1 / 3)
+    assert cross_entropy(choices, [c.chosen for c in choices]) < cross_entropy(choices, [row["label"] for row in rows])
 
 
 def test_pairs_in_batches_are_decided_as_one_answer_at_a_time():
@@ -110,16 +112,16 @@ def test_pairs_in_batches_are_decided_as_one_answer_at_a_time():
         row = {"chosen": sides[0], "rejected": sides[1]}
         rows.append(row | {"input_ids": max((side["input_ids"] for side in sides), key=len)})
     with torch.no_grad():
-        own = [
+        expected = [
             [float(sums(model, CountedCollator(PAD)([row[side]]))) for side in ("chosen", "rejected")] for row in rows
         ]
-    found = Scoring(model, Preference(), PairCollator(PAD), batch_size=5).pairs(rows)
-    assert [row["right"] for row in found.predictions] == [better > worse for better, worse in own]
-    ties = [is_close(values, CLOSE["float32"]) for values in own]
-    assert found.num_alone == sum(ties) == 5
-    for row, values, tie in zip(found.predictions, own, ties, strict=True):
-        told = [row["log_prob_chosen"], row["log_prob_rejected"]]
-        assert told == (values if tie else pytest.approx(values, abs=1e-3))
+    result = Scoring(model, Preference(), PairCollator(PAD), batch_size=5).pairs(rows)
+    assert [row["right"] for row in result.predictions] == [better > worse for better, worse in expected]
+    ties = [is_close(values, CLOSE["float32"]) for values in expected]
+    assert result.num_alone == sum(ties) == 5
+    for row, values, tie in zip(result.predictions, expected, ties, strict=True):
+        log_probs = [row["log_prob_chosen"], row["log_prob_rejected"]]
+        assert log_probs == (values if tie else pytest.approx(values, abs=1e-3))
 
 
 def test_what_is_too_close_is_scored_alone():
@@ -131,8 +133,8 @@ def test_what_is_too_close_is_scored_alone():
         return torch.tensor([[0.0, 1.0]])
 
     together = {3: [1.0, 1.0 + 1e-6], 1: [0.0, -1.0], 2: [float("nan"), 0.0]}
-    found = choose(rows, lambda rows: torch.tensor([together[len(r["input_ids"])] for r in rows]), alone, 2, 1e-4)
-    assert [choice.chosen for choice in found] == [1, 0, 1]
+    choices = choose(rows, lambda rows: torch.tensor([together[len(r["input_ids"])] for r in rows]), alone, 2, 1e-4)
+    assert [choice.chosen for choice in choices] == [1, 0, 1]
     assert asked == [[rows[0]], [rows[2]]]
 
 
@@ -192,9 +194,9 @@ def test_a_probe_asks_again_alone_where_it_cannot_tell(monkeypatch):
 
 def test_features_stand_where_the_answer_would():
     model, rows = tiny_llama(), random_rows(5, seed=3)
-    found = features(Scoring(model, Options(), OptionCollator(PAD), 2), rows)
+    vectors = features(Scoring(model, Options(), OptionCollator(PAD), 2), rows)
     with torch.no_grad():
-        for row, vector in zip(rows, found, strict=True):
+        for row, vector in zip(rows, vectors, strict=True):
             prompt = row["sequences"][0][: -row["lengths"][0]]
             wanted = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
             torch.testing.assert_close(vector, wanted, rtol=1e-4, atol=1e-5)

@@ -40,21 +40,21 @@ def test_what_is_written_is_read(tmp_path):
     journal.evaluation(6, {"eval_loss": 0.1})
     journal.note(6, {"lr_factor": 0.5})
     journal.close()
-    found = read(tmp_path / NAME)
-    assert found.records[:5] == [record(step) for step in range(5)]
-    assert found.records[5].skipped
-    assert found.records[5].extra == {"scalars": {"estimator": {"losses": [1.5]}}}
-    assert (found.observations, found.digests) == ({5: b"seen"}, {6: "cd" * 32})
-    assert (found.evaluations, found.notes) == ({6: [{"eval_loss": 0.1}]}, [{"lr_factor": 0.5}])
-    assert (found.end, found.damaged) == (6, 0)
+    contents = read(tmp_path / NAME)
+    assert contents.records[:5] == [record(step) for step in range(5)]
+    assert contents.records[5].skipped
+    assert contents.records[5].extra == {"scalars": {"estimator": {"losses": [1.5]}}}
+    assert (contents.observations, contents.digests) == ({5: b"seen"}, {6: "cd" * 32})
+    assert (contents.evaluations, contents.notes) == ({6: [{"eval_loss": 0.1}]}, [{"lr_factor": 0.5}])
+    assert (contents.end, contents.damaged) == (6, 0)
 
 
 def test_cut_at_any_byte_at_most_the_last_step_is_lost(tmp_path):
     written(tmp_path / NAME).close()
     whole = (tmp_path / NAME).read_bytes()
     last = len(chunks.encode(chunks.STEP, records.encode(record(4)), 0)[0])
-    for kept in range(len(whole) - last, len(whole)):
-        (tmp_path / NAME).write_bytes(whole[:kept])
+    for num_bytes in range(len(whole) - last, len(whole)):
+        (tmp_path / NAME).write_bytes(whole[:num_bytes])
         assert read(tmp_path / NAME).end == 4
         journal = Journal.open(tmp_path / NAME, 100)
         journal.append(record(4))
@@ -70,11 +70,11 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         changed[at // 8] ^= 1 << at % 8
         (tmp_path / NAME).write_bytes(changed)
         try:
-            found = read(tmp_path / NAME)
+            contents = read(tmp_path / NAME)
         except UserError:
             continue
-        assert found.damaged
-        assert found.records == [record(step) for step in range(found.end)]
+        assert contents.damaged
+        assert contents.records == [record(step) for step in range(contents.end)]
 
 
 def test_open_cuts_off_what_comes_after(tmp_path):
@@ -82,8 +82,8 @@ def test_open_cuts_off_what_comes_after(tmp_path):
     journal.digest(5, "cd" * 32)
     journal.close()
     Journal.open(tmp_path / NAME, 3).close()
-    found = read(tmp_path / NAME)
-    assert (found.end, found.digests) == (3, {})
+    contents = read(tmp_path / NAME)
+    assert (contents.end, contents.digests) == (3, {})
 
 
 def test_twenty_thousand_steps_are_less_than_a_tenth_of_a_megabyte(tmp_path):
@@ -91,8 +91,8 @@ def test_twenty_thousand_steps_are_less_than_a_tenth_of_a_megabyte(tmp_path):
     blocks = [records.seal(steps[i : i + records.BLOCK_STEPS]) for i in range(0, len(steps), records.BLOCK_STEPS)]
     assert sum(map(len, blocks)) < 90_000
     again = [one for block in blocks for one in records.unseal(block)]
-    kept = ("step", "seed", "lr", "eps", "queries", "coefficients", "curvatures", "flags")
-    assert all(getattr(a, name) == getattr(b, name) for a, b in zip(steps, again, strict=True) for name in kept)
+    fields = ("step", "seed", "lr", "eps", "queries", "coefficients", "curvatures", "flags")
+    assert all(getattr(a, name) == getattr(b, name) for a, b in zip(steps, again, strict=True) for name in fields)
     assert math.isnan(again[3].loss)
 
 
@@ -102,10 +102,10 @@ def test_a_sealed_journal_goes_on(tmp_path):
     journal.seal()
     journal.append(record(5))
     journal.close()
-    found = read(tmp_path / NAME)
-    assert (found.end, found.damaged, found.evaluations) == (6, 0, {5: [{"eval_loss": 0.25}]})
-    assert found.records[4].extra == {"scalars": {"weighting": {"variance": 0.5}}}
-    assert found.records[5] == record(5)
+    contents = read(tmp_path / NAME)
+    assert (contents.end, contents.damaged, contents.evaluations) == (6, 0, {5: [{"eval_loss": 0.25}]})
+    assert contents.records[4].extra == {"scalars": {"weighting": {"variance": 0.5}}}
+    assert contents.records[5] == record(5)
 
 
 def test_coefficients_that_need_it_stay_double(tmp_path):

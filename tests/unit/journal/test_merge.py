@@ -104,9 +104,9 @@ def test_the_model_of_merged_runs_is_the_mean_of_their_models(tmp_path, capsys):
     capsys.readouterr()
     words = ["journal", "merge", *map(str, folders), "--output", str(tmp_path / "merged")]
     assert main(words) == 0
-    told = capsys.readouterr().out
-    assert "the mean of 2 runs" in told
-    assert "12 coefficients of the 20 that the runs have" in told  # one seed: eight steps have one direction
+    output = capsys.readouterr().out
+    assert "the mean of 2 runs" in output
+    assert "12 coefficients of the 20 that the runs have" in output  # one seed: eight steps have one direction
     assert main(["replay", str(tmp_path / "merged"), "--output", str(tmp_path / "rebuilt")]) == 0
     one, two, mean = (
         load_file(f / "model.safetensors") for f in (*(f / "model" for f in folders), tmp_path / "rebuilt")

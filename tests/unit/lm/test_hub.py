@@ -41,9 +41,9 @@ def unreachable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Pauses between the client's tries; none is to be made."""
-    made: list[float] = []
-    monkeypatch.setattr("time.sleep", made.append)
-    return made
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    return pauses
 
 
 @pytest.mark.parametrize("asked", [placed, load_model, load_tokenizer])

@@ -93,16 +93,16 @@ def test_more_directions_than_dimensions_are_refused():
 
 def test_signs_that_happen_to_be_alike_are_no_right_angles():
     """Random signs in few dimensions may be dependent: a sentence, and no directions made of nothing."""
-    found = 0
+    num_refused = 0
     for seed in range(20):
         try:
             z = of_step(bound("orthogonal", 4, "rademacher", shapes={"v": (4,)}), 4, seed=seed)
         except UserError as refused:
             assert "gaussian" in str(refused)  # noqa: PT017
-            found += 1
+            num_refused += 1
         else:
             torch.testing.assert_close(z @ z.T, 4 * torch.eye(4).double(), rtol=1e-4, atol=1e-3)
-    assert found
+    assert num_refused
 
 
 # --------------------------------------------------------------------------------------------------------- per example
@@ -130,8 +130,8 @@ def test_directions_of_two_examples_are_uncorrelated_and_those_of_one_as_they_we
     z = torch.stack(
         [torch.stack([flat(coordinates, Direction(0, step, 0, example=i)) for i in (0, 1)]) for step in range(4000)]
     )
-    own, other = z[:, 0].T @ z[:, 0] / len(z), z[:, 0].T @ z[:, 1] / len(z)
-    torch.testing.assert_close(own, torch.eye(8).double(), rtol=0, atol=0.11)
+    covariance, other = z[:, 0].T @ z[:, 0] / len(z), z[:, 0].T @ z[:, 1] / len(z)
+    torch.testing.assert_close(covariance, torch.eye(8).double(), rtol=0, atol=0.11)
     assert float(other.abs().max()) < 5 * 3**0.5 / 4000**0.5
 
 
@@ -144,9 +144,9 @@ def test_tensors_and_probes_have_signs_of_their_own():
         ratio = coordinates.z(direction, name) / plain.z(replace(direction, example=None), name)
         return torch.cat((ratio[:, 0] * ratio[0, 0], ratio[0]))
 
-    made = [signs(n, p, i) for n in "ab" for p in (0, 1) for i in (0, 1)]
-    for i, one in enumerate(made):
-        assert all(abs(float((one * two).mean())) < 4.5 / 120**0.5 for two in made[:i])
+    all_signs = [signs(n, p, i) for n in "ab" for p in (0, 1) for i in (0, 1)]
+    for i, one in enumerate(all_signs):
+        assert all(abs(float((one * two).mean())) < 4.5 / 120**0.5 for two in all_signs[:i])
 
 
 # ---------------------------------------------------------------------------------------------------- sums, and shapes

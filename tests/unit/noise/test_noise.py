@@ -346,9 +346,9 @@ def test_sphere_has_norm_root_d_over_all_tensors_and_a_direction_of_its_own_each
 
 def test_sphere_scale_depends_on_no_order_of_tensors():
     shapes = {f"t{i}": 11 * i + 3 for i in range(20)}
-    there, back = CounterNoise("sphere", shapes), CounterNoise("sphere", dict(reversed(shapes.items())))
+    forward, back = CounterNoise("sphere", shapes), CounterNoise("sphere", dict(reversed(shapes.items())))
     for step in range(3):
-        assert there._factor(Direction(0, step), CPU) == back._factor(Direction(0, step), CPU)
+        assert forward._factor(Direction(0, step), CPU) == back._factor(Direction(0, step), CPU)
 
 
 def test_squared_norm_is_exact_for_any_chunk(monkeypatch):
@@ -435,8 +435,8 @@ def test_torch_sequential_draws_a_tensor_asked_for_in_pieces_once(keep, monkeypa
             piece = source.draw(direction, "a", start, start + 10, CPU, F32)
             assert torch.equal(piece, whole[direction][start : start + 10])
             piece.zero_()  # the caller may
-    kept = max(1, min(4, keep // 50))
-    assert len(normals) == kept + 5 * (4 - kept)
+    num_kept = max(1, min(4, keep // 50))
+    assert len(normals) == num_kept + 5 * (4 - num_kept)
     assert not source._in_pieces  # the last piece lets go
     for direction in (directions[0], Direction(9, 1)):
         source.draw(direction, "a", 0, 10, CPU, F32)

@@ -76,8 +76,8 @@ def test_it_compiles_for_every_card_and_rounds_every_product_by_itself(capabilit
     assert len(card.launched) == 14
     assert {grid for grid, _ in card.launched} <= {(1, 1, 1), (2, 1, 1), (3, 1, 1)}
     for name in KERNELS:
-        made = list(getattr(noise_triton, name).device_caches[0][0].values())
-        assert made, name
-        for kernel in made:
+        compiled = list(getattr(noise_triton, name).device_caches[0][0].values())
+        assert compiled, name
+        for kernel in compiled:
             assert kernel.asm["cubin"], name
             assert not re.search(r"\bfma\.|\.ftz\b", kernel.asm["ptx"]), name

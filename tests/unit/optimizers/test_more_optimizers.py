@@ -110,8 +110,8 @@ def test_scalar_adam_follows_the_length_of_the_gradient():
     slopes = torch.randn(4000, q, 20, generator=generator) @ gradient
     ours, theirs = (slopes / q).square().sum(1), (slopes / q).sum(1).square()
     wanted = gradient.square().sum() / q
-    for found in (ours, theirs):
-        assert abs(found.mean() - wanted) < 4 * found.std() / 4000**0.5
+    for lengths in (ours, theirs):
+        assert abs(lengths.mean() - wanted) < 4 * lengths.std() / 4000**0.5
     assert ours.std() < theirs.std() / 3
 
 
@@ -212,10 +212,10 @@ def test_the_momentum_is_the_running_mean_of_the_estimates_and_the_step_is_the_e
     for step in range(5):
         before = one.model.theta.detach().clone()
         one.step()
-        found = (before - one.model.theta.detach()) / 1e-2
+        move = (before - one.model.theta.detach()) / 1e-2
         drawn = torch.stack([one.coordinates.z_cache[Direction(0, step, j), "theta"] for j in range(2)])
         wanted = (one.asked.projected_grads[:, None] * drawn).mean(0)
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(move, wanted, rtol=1e-3, atol=1e-4)
         mean = 0.8 * mean + 0.2 * wanted
         torch.testing.assert_close(one.zo_optimizer.moments["theta"]["momentum"], mean, rtol=1e-4, atol=1e-5)
 
@@ -352,9 +352,9 @@ def test_the_matrix_sign(rows, columns, rank):
     matrix = 1e-4 * matrix_of(rows, columns, rank)
     torch.testing.assert_close(exact(matrix).double(), sign_of(matrix), rtol=0, atol=1e-4)
     about = newton_schulz(matrix)
-    there = torch.linalg.svdvals(about)[: rank or min(rows, columns)]
-    assert float(there.min()) > 0.6
-    assert float(there.max()) < 1.3
+    values = torch.linalg.svdvals(about)[: rank or min(rows, columns)]
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.3
     assert float(nn.functional.cosine_similarity(about.double().view(-1), sign_of(matrix).view(-1), dim=0)) > 0.98
     basis = torch.linalg.qr(matrix_of(columns, min(rows, columns), seed=1)).Q
     for _ in range(300):
@@ -378,9 +378,9 @@ def test_nothing_to_go_by_is_no_step(method):
     for step in (1, 2):
         estimate = _coordinates(torch.zeros(4, 6))
         assert torch.equal(rule.update_from(estimate, state, step), torch.zeros(4, 6))
-    found = rule.update_from(_coordinates(matrix_of(4, 6)), state, 3)
-    assert bool(torch.isfinite(found).all())
-    assert float(found.norm()) > 1.5
+    update = rule.update_from(_coordinates(matrix_of(4, 6)), state, 3)
+    assert bool(torch.isfinite(update).all())
+    assert float(update.norm()) > 1.5
 
 
 def _coordinates(matrix, gain=1.0):
@@ -421,8 +421,8 @@ def test_muon_steps_along_the_sign_of_the_running_mean_and_vectors_along_the_est
 
 def test_muon_takes_a_tensor_of_more_dimensions_as_a_matrix():
     rule, tensor = Muon(method="svd"), matrix_of(3, 8).view(3, 2, 4)
-    found = rule.update_from(_coordinates(tensor), {}, 1).view(3, 8)
-    torch.testing.assert_close(found.double(), sign_of(tensor.view(3, 8)), rtol=0, atol=1e-4)
+    update = rule.update_from(_coordinates(tensor), {}, 1).view(3, 8)
+    torch.testing.assert_close(update.double(), sign_of(tensor.view(3, 8)), rtol=0, atol=1e-4)
 
 
 def test_muon_keeps_what_it_says():

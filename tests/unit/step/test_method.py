@@ -30,7 +30,7 @@ def weights() -> Weights:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "there", "fits"),
+    ("optimizer", "memory", "fits"),
     [
         (Adam(), 2 * 4 * 2000, True),
         (Adam(), 2 * 4 * 2000 - 1, False),
@@ -38,8 +38,8 @@ def weights() -> Weights:
         (Adam(), None, True),  # nobody knows
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_when_the_method_is_bound(optimizer, there, fits, monkeypatch):
-    monkeypatch.setattr(method, "memory_of", lambda device: there)
+def test_a_state_that_does_not_fit_is_refused_when_the_method_is_bound(optimizer, memory, fits, monkeypatch):
+    monkeypatch.setattr(method, "memory_of", lambda device: memory)
     composed = Method.of("full", "central", "mean", optimizer)
     if fits:
         composed.bind(weights())
@@ -91,9 +91,9 @@ def test_more_orthogonal_directions_than_dimensions_are_refused(subspace, dimens
 def test_eps_at_the_beginning_in_the_middle_and_at_the_end(name, schedule, shares):
     estimator = components("estimator")[name](eps=2e-3, eps_schedule=schedule, eps_end=0.4)
     for done, share in zip((0.0, 0.25, 0.5, 1.0), shares, strict=True):
-        there = scheduled(estimator, done, rate=0.5)
-        assert there.radius == pytest.approx(2e-3 * share, rel=1e-12)
-        assert type(there) is type(estimator)
+        current = scheduled(estimator, done, rate=0.5)
+        assert current.radius == pytest.approx(2e-3 * share, rel=1e-12)
+        assert type(current) is type(estimator)
     assert estimator.radius == 2e-3
 
 

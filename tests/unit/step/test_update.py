@@ -104,8 +104,8 @@ def in_pieces(monkeypatch):
 def test_the_memory_is_what_is_claimed(optimizer, subspace):
     run = Run(optimizer, subspaces()[subspace], q=2)
     run.step(2)
-    kept = sum(t.numel() for state in run.zo_optimizer.moments.values() for t in state.values())
-    assert kept == run.method.extra_elements(run.coordinates)
+    num_elements = sum(t.numel() for state in run.zo_optimizer.moments.values() for t in state.values())
+    assert num_elements == run.method.extra_elements(run.coordinates)
     shapes = {n: {k: tuple(t.shape) for k, t in s.items()} for n, s in run.zo_optimizer.moments.items()}
     rule, shape = run.method.optimizer, run.coordinates.shape
     assert shapes == {name: rule.state_shapes(shape(name)) for name in run.weights.tensors}

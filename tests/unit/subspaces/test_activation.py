@@ -53,8 +53,8 @@ def bound(**fields):
 def inputs(tokens: int, n: int = 12, seed: int = 0, decay: float = 0.6) -> torch.Tensor:
     """Inputs whose singular values fall off, in directions that are the same for every seed."""
     basis = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(99)))[0]
-    made = torch.randn(tokens, n, generator=torch.Generator().manual_seed(seed))
-    return made * decay ** torch.arange(n) @ basis.T
+    normals = torch.randn(tokens, n, generator=torch.Generator().manual_seed(seed))
+    return normals * decay ** torch.arange(n) @ basis.T
 
 
 def random_basis(n: int, r: int) -> torch.Tensor:
@@ -126,19 +126,19 @@ def test_the_mean_estimate_is_the_projection_of_the_gradient(law, rank_one, name
     coordinates.observe(D, name, inputs(40))
     shape = coordinates.weights.tensors[name].shape
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    made = torch.stack([coordinates._make_z(Direction(5, 7, probe), name).double() for probe in range(1000)])
-    estimates = (made * g).sum((1, 2)).view(-1, 1, 1) * made
+    directions = torch.stack([coordinates._make_z(Direction(5, 7, probe), name).double() for probe in range(1000)])
+    estimates = (directions * g).sum((1, 2)).view(-1, 1, 1) * directions
     left, right = (None if basis is None else basis.double() for basis in coordinates.bases(D, name))
     wanted = 4 * (g @ right @ right.T if left is None else left @ left.T @ g)  # s^2 = n / r
     errors = estimates.std(0) / 1000**0.5
     assert float(((estimates.mean(0) - wanted).abs() / errors).max()) < 5.5
-    squares = made.square().sum((1, 2))
+    squares = directions.square().sum((1, 2))
     assert float(squares.mean()) == pytest.approx(360, abs=5 * float(squares.std()) / 1000**0.5 + 0.01)
     if rank_one:
-        assert int(torch.linalg.matrix_rank(made[0], rtol=1e-5)) == 1
+        assert int(torch.linalg.matrix_rank(directions[0], rtol=1e-5)) == 1
         u, v = coordinates.factors(Direction(5, 7, 0), name)
         assert u.shape[1] == v.shape[1] == 1
-        torch.testing.assert_close((u @ v.T).double(), made[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close((u @ v.T).double(), directions[0], rtol=1e-5, atol=1e-5)
         if law == "sphere":
             torch.testing.assert_close(squares, torch.full((1000,), 360.0, dtype=torch.float64), rtol=1e-5, atol=0)
 
@@ -180,9 +180,9 @@ def test_inputs_that_say_too_little_leave_the_rest_of_the_basis_random(h):
 def test_orthonormal_makes_up_for_what_is_missing_and_keeps_signs():
     fill = random_basis(6, 3)
     column = torch.tensor([[0.0, -2.0, 0, 0, 0, 0]]).T
-    made = orthonormal(torch.cat((column, 2 * column), dim=1), fill)
-    assert_orthonormal(made)
-    torch.testing.assert_close(made[:, 0], column[:, 0] / 2)
+    basis = orthonormal(torch.cat((column, 2 * column), dim=1), fill)
+    assert_orthonormal(basis)
+    torch.testing.assert_close(basis[:, 0], column[:, 0] / 2)
     assert torch.equal(orthonormal(torch.zeros(6, 2), fill), orthonormal(fill, fill))
 
 
@@ -221,7 +221,7 @@ def test_fault_21_the_basis_is_of_what_all_processes_have_seen():
     sketches = [dict(one._sketches) for one in ranks]
     together = []
     for coordinates in ranks:
-        coordinates.join(D, lambda mine: sketches)
+        coordinates.join(D, lambda _: sketches)
         together.append(coordinates.bases(D, "linear.weight")[1])
     assert torch.equal(*together)
     alone = bound()
@@ -233,14 +233,14 @@ def test_fault_21_the_basis_is_of_what_all_processes_have_seen():
 
 
 def test_fault_21_a_layer_that_only_another_process_has_seen_has_a_basis_too():
-    here, there = bound(), bound()
-    for coordinates, step in ((here, 1), (there, 2)):
+    here, other = bound(), bound()
+    for coordinates, step in ((here, 1), (other, 2)):
         coordinates.begin(Direction(5, step))
         coordinates.observe(Direction(5, step), "linear.weight", inputs(40, seed=step))
     earlier = here.bases(Direction(5, 1), "linear.weight")[1]
     here.begin(Direction(5, 2))
-    here.join(Direction(5, 2), lambda mine: [mine, dict(there._sketches)])
-    assert off(here.bases(Direction(5, 2), "linear.weight")[1], there.bases(Direction(5, 2), "linear.weight")[1]) < 1e-5
+    here.join(Direction(5, 2), lambda sketches: [sketches, dict(other._sketches)])
+    assert off(here.bases(Direction(5, 2), "linear.weight")[1], other.bases(Direction(5, 2), "linear.weight")[1]) < 1e-5
     assert torch.equal(here.bases(Direction(5, 1), "linear.weight")[1], earlier)
 
 
@@ -364,14 +364,14 @@ def test_a_saved_run_continues_bit_for_bit(way, model):
         first.step()
     file = io.BytesIO()
     torch.save({"model": first.model.state_dict(), "optimizer": first.zo_optimizer.state_dict()}, file)
-    kept = copy.deepcopy(first.zo_optimizer.state_dict()["subspace"])
+    state = copy.deepcopy(first.zo_optimizer.state_dict()["subspace"])
     first.step()
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     second = Run(model, **way)
     second.model.load_state_dict(saved["model"])
     second.zo_optimizer.load_state_dict(saved["optimizer"])
-    for name, (_, basis) in kept["seen"].items():
+    for name, (_, basis) in state["seen"].items():
         assert torch.equal(second.session.coordinates.state_dict()["seen"][name][1], basis)
     for _ in range(3):
         second.step()

@@ -41,10 +41,10 @@ def test_a_keyed_permutation_takes_every_place_once(size):
 
 def test_a_permutation_of_many_needs_no_table():
     size = 13_000_000_001
-    found = {permuted(i, size, 7) for i in range(2000)}
-    assert len(found) == 2000
-    assert all(0 <= i < size for i in found)
-    assert abs(sum(found) / 2000 / size - 0.5) < 4 / (12 * 2000) ** 0.5
+    places = {permuted(i, size, 7) for i in range(2000)}
+    assert len(places) == 2000
+    assert all(0 <= i < size for i in places)
+    assert abs(sum(places) / 2000 / size - 0.5) < 4 / (12 * 2000) ** 0.5
 
 
 def test_first_places_are_spread_evenly():
@@ -142,9 +142,9 @@ def test_a_perturbed_copy_differs_in_one_place_and_may_be_in_place():
     outs = [torch.empty(600), torch.empty(600)]
     coordinates.perturb(direction, "weight", 0, [0.1, -0.1], outs)
     assert [int((out != clean.view(-1)).sum()) for out in outs] == [1, 1]
-    own = model.weight.data.view(-1)
-    coordinates.source.perturb(own, direction, "weight", 0, [0.1], [own])
-    assert torch.equal(own, outs[0])
+    weight = model.weight.data.view(-1)
+    coordinates.source.perturb(weight, direction, "weight", 0, [0.1], [weight])
+    assert torch.equal(weight, outs[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

@@ -198,9 +198,9 @@ def test_a_single_out_may_be_the_weight_itself():
 def test_neither_a_query_nor_a_step_makes_more_than_a_piece_at_a_time(monkeypatch):
     monkeypatch.setattr(base, "_CHUNK", 100)
     monkeypatch.setattr(low_rank, "_PIECE", 100)
-    made = []
+    pieces = []
     real = low_rank._product
-    monkeypatch.setattr(low_rank, "_product", lambda *args: made.append(real(*args)) or made[-1])
+    monkeypatch.setattr(low_rank, "_product", lambda *args: pieces.append(real(*args)) or pieces[-1])
     coordinates = bound()
     coordinates.keeps = False
     coordinates.perturb(D, "w", 3, [1.0], [torch.empty(590)])
@@ -214,8 +214,8 @@ def test_neither_a_query_nor_a_step_makes_more_than_a_piece_at_a_time(monkeypatc
             assert last - first <= 100
             coordinates.lift(D, "w", update, start, first, last)
     coordinates.perturbed_rows(D, "w", torch.tensor([4, 29]), 1.0)
-    assert len(made) > 15
-    assert max(piece.numel() for piece in made) <= 100
+    assert len(pieces) > 15
+    assert max(piece.numel() for piece in pieces) <= 100
 
 
 def test_adding_is_one_addition(monkeypatch):

@@ -367,8 +367,8 @@ def test_scored_weights_are_those_of_the_largest_squared_gradients(tmp_path, cap
         model.zero_grad()
         model(**batch).loss.backward()
         squares += torch.cat([p.grad.view(-1) for p in coordinates.weights.tensors.values()]).square()
-    found = torch.cat([coordinates.z(Direction(0, 0), n).view(-1) != 0 for n in coordinates.weights.tensors])
-    assert float(squares[found].min()) >= float(squares[~found].max())
+    mask = torch.cat([coordinates.z(Direction(0, 0), n).view(-1) != 0 for n in coordinates.weights.tensors])
+    assert float(squares[mask].min()) >= float(squares[~mask].max())
 
 
 def test_what_cannot_be_scored_is_said(tmp_path):

@@ -65,18 +65,18 @@ def test_a_combination_is_the_sum_of_its_directions(law, source, chunk, keep, mo
 
 @pytest.mark.parametrize("law", LAWS)
 def test_kept_directions_are_the_drawn_ones(law, monkeypatch):
-    kept = coordinates(law)
+    cached = coordinates(law)
     monkeypatch.setattr(base, "_KEEP", 0)
     never = coordinates(law)
-    for name, tensor in kept.weights.tensors.items():
+    for name, tensor in cached.weights.tensors.items():
         for direction, _ in TERMS:
             monkeypatch.setattr(base, "_KEEP", 1 << 24)
-            first, again = kept.z(direction, name), kept.z(direction, name)
+            first, again = cached.z(direction, name), cached.z(direction, name)
             monkeypatch.setattr(base, "_KEEP", 0)
             assert first is again
             assert first.shape == tensor.shape
             assert torch.equal(first, never.z(direction, name))
-            assert torch.equal(kept.draw(direction, name, 0, tensor.numel()), first.view(-1))
+            assert torch.equal(cached.draw(direction, name, 0, tensor.numel()), first.view(-1))
     assert not never.z_cache
 
 

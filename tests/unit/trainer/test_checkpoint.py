@@ -40,9 +40,9 @@ def test_a_run_goes_on_from_the_weights_that_it_had(tmp_path, family):
 def test_the_best_checkpoint_is_put_back(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
     ruinous = {"lr_scheduler_type": "constant", "learning_rate": 3.0}
-    trainer, found = trained(tmp_path, "tiny_mixtral", 9, **best, **ruinous)
+    trainer, tensors = trained(tmp_path, "tiny_mixtral", 9, **best, **ruinous)
     step = trainer.state.best_global_step
     assert step < 9
     _, wanted = trained(tmp_path / "again", "tiny_mixtral", step, **ruinous)
     for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(tensors[name], tensor), name

@@ -23,7 +23,7 @@ class Checkpointing(TrainingArguments):
     learning_rate: float = 2e-5
 
 
-def made(cls: type, folder: Path, **given: Any) -> Any:
+def make_args(cls: type, folder: Path, **given: Any) -> Any:
     return cls(output_dir=str(folder / "out"), report_to=[], use_cpu=True, **given)
 
 
@@ -41,23 +41,23 @@ def made(cls: type, folder: Path, **given: Any) -> Any:
 )
 def test_meaningless_settings_of_any_arguments_are_refused(cls: type, name: str, value: Any, tmp_path: Path):
     with pytest.raises(UserError, match=f"^{name}=.* cannot be used with zeroth-order training"):
-        as_zo_config(made(cls, tmp_path, **{name: value}), "x")
+        as_zo_config(make_args(cls, tmp_path, **{name: value}), "x")
 
 
 @pytest.mark.parametrize("name", ["per_device_train_batch_size", "per_device_eval_batch_size"])
 def test_numbers_are_checked_in_any_arguments(name: str, tmp_path: Path):
     for cls in (Seq2SeqTrainingArguments, ZOConfig):
         with pytest.raises(UserError, match=f"^{name} must be at least 1, got 0"):
-            as_zo_config(made(cls, tmp_path, **{name: 0}), "x")
+            as_zo_config(make_args(cls, tmp_path, **{name: 0}), "x")
 
 
 def test_a_loss_scaler_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"no gradient to scale: load the model in float16 .* or give bf16=True"):
-        made(ZOConfig, tmp_path, fp16=True)
+        make_args(ZOConfig, tmp_path, fp16=True)
 
 
 def test_what_is_switched_off_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    args = made(Checkpointing, tmp_path)
+    args = make_args(Checkpointing, tmp_path)
     with caplog.at_level(logging.WARNING, logger="zoft.trainer.config"):
         taken = as_zo_config(args, "x")
     assert type(taken) is Checkpointing
@@ -69,7 +69,7 @@ def test_what_is_switched_off_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_conversion_of_plain_arguments_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, logger="zoft.trainer.config"):
-        as_zo_config(made(TrainingArguments, tmp_path, learning_rate=1e-3), "x")
+        as_zo_config(make_args(TrainingArguments, tmp_path, learning_rate=1e-3), "x")
     assert [record.getMessage() for record in caplog.records] == [
         "TrainingArguments left at their defaults are zoft's here: lr_scheduler_type=constant, max_grad_norm=0.0 "
         "(ZOConfig has these)"
@@ -77,7 +77,7 @@ def test_conversion_of_plain_arguments_is_said(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_settings_of_zoft_are_said_nothing_about(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    args = made(ZOConfig, tmp_path)
+    args = make_args(ZOConfig, tmp_path)
     assert as_zo_config(args, "x") is args
     assert not caplog.records
     assert dataclasses.is_dataclass(args)

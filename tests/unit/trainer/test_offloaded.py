@@ -24,14 +24,14 @@ def trainer_in(folder, engine, *, dtype=torch.float32, **given):
     return ZOTrainer(model=model, args=config, train_dataset=rows, eval_dataset=rows[:8], engine=engine)
 
 
-def told(trainer):
+def outcome_of(trainer):
     evaluations = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     return Weights(trainer.model).digest(), evaluations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_its_evaluations_and_its_resumed_half_are_those_of_the_resident_one(tmp_path, dtype):
-    made = []
+    outcomes = []
     for engine in ("layerwise", Offload(folder=str(tmp_path))):
         name = engine if isinstance(engine, str) else engine.name()
         whole = trainer_in(tmp_path / name, engine, dtype=dtype)
@@ -40,12 +40,12 @@ def test_a_run_its_evaluations_and_its_resumed_half_are_those_of_the_resident_on
         half.train()
         rest = trainer_in(tmp_path / f"{name}-half", engine, dtype=dtype)
         rest.train(resume_from_checkpoint=True)
-        assert told(rest)[0] == told(whole)[0]
-        made.append(told(whole))
-    assert made[0] == made[1]
+        assert outcome_of(rest)[0] == outcome_of(whole)[0]
+        outcomes.append(outcome_of(whole))
+    assert outcomes[0] == outcomes[1]
     assert is_mapped(whole.model.model.layers[0].mlp.up_proj.weight.data, to_write=True)
     reloaded = type(whole.model).from_pretrained(tmp_path / "offload" / "checkpoint-6", dtype=dtype)
-    assert Weights(reloaded).digest() == made[1][0]
+    assert Weights(reloaded).digest() == outcomes[1][0]
 
 
 def test_an_evaluation_before_training_brings_blocks_too(tmp_path):
@@ -57,7 +57,7 @@ def test_an_evaluation_before_training_brings_blocks_too(tmp_path):
     trainer.train()
     whole = trainer_in(tmp_path / "again", "layerwise")
     whole.train()
-    assert told(trainer)[0] == told(whole)[0]
+    assert outcome_of(trainer)[0] == outcome_of(whole)[0]
 
 
 def test_diagnostics_are_refused_before_training(tmp_path):

@@ -21,14 +21,14 @@ MOST_STATEMENTS = 10
 
 def takes(method: Any, name: str, parameter: inspect.Parameter) -> bool:
     """Whether a method can be called with this parameter of the one that it overrides."""
-    own = inspect.signature(method).parameters
-    kinds = {p.kind for p in own.values()}
+    parameters = inspect.signature(method).parameters
+    kinds = {p.kind for p in parameters.values()}
     if parameter.kind is inspect.Parameter.VAR_POSITIONAL or parameter.kind is inspect.Parameter.VAR_KEYWORD:
         return parameter.kind in kinds
-    return name in own or inspect.Parameter.VAR_KEYWORD in kinds
+    return name in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def own(name: str) -> dict[str, inspect.Parameter]:
+def named_parameters(name: str) -> dict[str, inspect.Parameter]:
     """The parameters of an override that have names, without self."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(vars(ZOMixin)[name]).parameters
@@ -48,11 +48,13 @@ def test_an_override_takes_what_the_trainer_passes(name: str):
 def test_what_an_override_names_the_trainer_has_too(name: str):
     """Nothing may be asked of the Trainer's loop that it does not give, and what it leaves out is the same."""
     theirs = inspect.signature(getattr(Trainer, name)).parameters
-    for each, parameter in own(name).items():
+    for each, parameter in named_parameters(name).items():
         assert each in theirs, f"{name} names {each}, and the Trainer passes no such thing"
         by_place = inspect.Parameter.POSITIONAL_OR_KEYWORD
         if parameter.kind is by_place:
-            assert list(own(name)).index(each) == [p for p in theirs if p != "self"].index(each), f"{name}: {each}"
+            assert list(named_parameters(name)).index(each) == [p for p in theirs if p != "self"].index(each), (
+                f"{name}: {each}"
+            )
         if theirs[each].default is not EMPTY:
             assert parameter.default == theirs[each].default, f"{name} has another default for {each}"
 

@@ -105,11 +105,11 @@ def share(moved: Tensor, meant: Tensor) -> float:
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_thousand_updates_of_rms_1e_6_arrive(dtype, update):
     """97 to 103 % of the move in the matrix and in the bias; rounding to nearest loses most of it."""
-    run, there = Run(LOW[dtype], update, lr=1e-6), Direction(0, 0)
-    z = {name: run.session.coordinates.z(there, name).double().view(-1) for name in run.weights.tensors}
+    run, direction = Run(LOW[dtype], update, lr=1e-6), Direction(0, 0)
+    z = {name: run.session.coordinates.z(direction, name).double().view(-1) for name in run.weights.tensors}
     before = {name: tensor.detach().double().view(-1) for name, tensor in run.weights.tensors.items()}
     for _ in range(1000):
-        run.step((there, 1.0))
+        run.step((direction, 1.0))
     for name, tensor in run.weights.tensors.items():
         meant = -1e-3 * z[name]
         assert float(meant.square().mean().sqrt()) == pytest.approx(1e-3, rel=0.2)
@@ -125,10 +125,10 @@ def test_a_thousand_updates_of_rms_1e_6_arrive(dtype, update):
 @pytest.mark.parametrize("update", UPDATES)
 def test_a_way_that_was_asked_for_is_taken_with_directions_of_few_bits_too(update):
     """MeZO's stream is drawn in the weights' dtype; by ``auto`` its steps would be rounded to nearest, as published."""
-    run, there = Run(torch.bfloat16, update, lr=1e-6, size=64, noise="torch_sequential"), Direction(0, 0)
-    meant = torch.cat([run.session.coordinates.z(there, n).double().view(-1) for n in run.weights.tensors])
+    run, direction = Run(torch.bfloat16, update, lr=1e-6, size=64, noise="torch_sequential"), Direction(0, 0)
+    meant = torch.cat([run.session.coordinates.z(direction, n).double().view(-1) for n in run.weights.tensors])
     for _ in range(300):
-        run.step((there, 1.0))
+        run.step((direction, 1.0))
     assert 0.9 < share(run.flat() - run.start, -3e-4 * meant) < 1.1
 
 
@@ -219,10 +219,10 @@ def test_weights_that_somebody_else_has_written_are_where_their_masters_begin_ag
 
 def test_a_rollback_is_not_undone():
     run = Run(torch.bfloat16, "master", lr=1e-3, size=8)
-    kept = {name: tensor.detach().clone() for name, tensor in run.weights.tensors.items()}
+    copies = {name: tensor.detach().clone() for name, tensor in run.weights.tensors.items()}
     run.wander(range(5))
     for name, tensor in run.weights.tensors.items():
-        tensor.data.copy_(kept[name])
+        tensor.data.copy_(copies[name])
     run.step((Direction(0, 9), 1e-6))
     assert torch.equal(run.flat(), run.start)
 
@@ -240,8 +240,8 @@ def test_a_saved_state_continues_bit_for_bit(dtype, update, subspace, chunk, mon
     other = Run(LOW[dtype], update, **given).wander(range(2)).load(saved)
     other.wander(range(6, 9))
     assert other.weights.digest() == straight.weights.digest()
-    kept = [{n: m.clone() for n, m in saved["optimizer"]["masters"].items()}, other.zo_optimizer.masters]
-    assert not kept[0] or not torch.equal(kept[0]["bias"], kept[1]["bias"])  # what was loaded is a copy
+    masters = [{n: m.clone() for n, m in saved["optimizer"]["masters"].items()}, other.zo_optimizer.masters]
+    assert not masters[0] or not torch.equal(masters[0]["bias"], masters[1]["bias"])  # what was loaded is a copy
     for name, master in straight.zo_optimizer.masters.items():
         assert torch.equal(master, other.zo_optimizer.masters[name])
 
@@ -288,7 +288,7 @@ def test_a_sum_in_coordinates_arrives_with_less_noise_than_its_steps(wandered):
         error[update] = float((now - truth).square().mean().sqrt())
     assert error["auto"] < 0.5 * error["stochastic"]
     zo_optimizer = wandered["auto"].zo_optimizer
-    assert {name: kept.total.shape for name, kept in zo_optimizer.sums.items()} == {"weight": (300, 2)}
+    assert {name: entry.total.shape for name, entry in zo_optimizer.sums.items()} == {"weight": (300, 2)}
     assert list(zo_optimizer.masters) == ["bias"]
 
 

@@ -32,25 +32,26 @@ def test_a_rate_that_ruins_a_longer_training_is_lowered():
 
 
 def test_a_trainer_chooses_counts_and_trains(tmp_path: Any):
-    made = trainer(tmp_path, estimator="central", optimizer="adam")
-    before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    zo_trainer = trainer(tmp_path, estimator="central", optimizer="adam")
+    before = {name: tensor.clone() for name, tensor in zo_trainer.model.state_dict().items()}
     seen: list[Any] = []
-    begin = made.journal.begin
-    made.journal.begin = lambda resume: (  # type: ignore[method-assign]
-        seen.append({name: tensor.clone() for name, tensor in made.model.state_dict().items()}), begin(resume)
+    begin = zo_trainer.journal.begin
+    zo_trainer.journal.begin = lambda resume: (  # type: ignore[method-assign]
+        seen.append({name: tensor.clone() for name, tensor in zo_trainer.model.state_dict().items()}), begin(resume)
     )[1]  # fmt: skip
-    made.train()
+    zo_trainer.train()
     assert all(torch.equal(seen[0][name], tensor) for name, tensor in before.items()), "trials leave nothing behind"
-    found = json.loads((tmp_path / rate.NAME).read_text())
-    assert 0 < found["queries"] <= 50
-    assert any("4 times as long" in name for name in found["trials"])
-    assert made.args.learning_rate == found["values"]["optimizer.learning_rate"]
-    assert made.progress.num_queries <= 200
-    assert made.progress.num_queries - found["queries"] == 2 * made.args.max_steps
+    choice = json.loads((tmp_path / rate.NAME).read_text())
+    assert 0 < choice["queries"] <= 50
+    assert any("4 times as long" in name for name in choice["trials"])
+    assert zo_trainer.args.learning_rate == choice["values"]["optimizer.learning_rate"]
+    assert zo_trainer.progress.num_queries <= 200
+    assert zo_trainer.progress.num_queries - choice["queries"] == 2 * zo_trainer.args.max_steps
     again = trainer(tmp_path, estimator="central", optimizer="adam")
     again.train(resume_from_checkpoint=True)
-    assert (again.args.learning_rate, again.args.max_steps) == (made.args.learning_rate, made.args.max_steps)
-    assert json.loads((tmp_path / rate.NAME).read_text()) == found
+    assert again.args.learning_rate == zo_trainer.args.learning_rate
+    assert again.args.max_steps == zo_trainer.args.max_steps
+    assert json.loads((tmp_path / rate.NAME).read_text()) == choice
 
 
 def test_what_cannot_be_searched_is_said(tmp_path: Any):
@@ -58,7 +59,7 @@ def test_what_cannot_be_searched_is_said(tmp_path: Any):
         trainer(tmp_path, budget=8, estimator="central").train()
     with pytest.raises(UserError, match="learning_rate must be a number or \"auto\", got 'much'"):
         ZOConfig(output_dir=str(tmp_path), learning_rate="much")
-    made = trainer(tmp_path, estimator="central")
-    made.args.budget_queries = None
+    zo_trainer = trainer(tmp_path, estimator="central")
+    zo_trainer.args.budget_queries = None
     with pytest.raises(UserError, match="give a budget"):
-        made.train()
+        zo_trainer.train()

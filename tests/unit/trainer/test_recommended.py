@@ -18,12 +18,13 @@ def trainer(tmp_path: Any, cls: Any = ZOTrainer, rows: Any = ROWS, settings: Any
 
 
 def test_the_models_own_loss_is_learnt_by_node_directions(tmp_path: Any, caplog: pytest.LogCaptureFixture):
-    made = trainer(tmp_path)
-    assert (made.method.subspace.name(), made.args.learning_rate, made.args.max_steps) == ("nodes", 4.0, 12)
+    zo_trainer = trainer(tmp_path)
+    assert zo_trainer.method.subspace.name() == "nodes"
+    assert (zo_trainer.args.learning_rate, zo_trainer.args.max_steps) == (4.0, 12)
     assert "no method is named: node directions" in caplog.text
-    before = float(made.evaluate(ROWS)["eval_loss"])
-    made.train()
-    assert float(made.evaluate(ROWS)["eval_loss"]) < before - 0.3
+    before = float(zo_trainer.evaluate(ROWS)["eval_loss"])
+    zo_trainer.train()
+    assert float(zo_trainer.evaluate(ROWS)["eval_loss"]) < before - 0.3
 
 
 class Other(ZOTrainer):

@@ -54,13 +54,13 @@ def trainer(folder: Path, *, at_step: int = -1, signals: int = 1, **given: Any) 
     model = models.tiny_llama()
     batch = models.batch_for(model, rows=10)
     rows = [{name: value[i] for name, value in batch.items()} for i in range(10)]
-    made = Interrupted(model, args, train_dataset=rows, callbacks=[StopOnInterrupt()], **given)
-    made.at_step, made.signals = at_step, signals
-    return made
+    zo_trainer = Interrupted(model, args, train_dataset=rows, callbacks=[StopOnInterrupt()], **given)
+    zo_trainer.at_step, zo_trainer.signals = at_step, signals
+    return zo_trainer
 
 
-def digest(made: ZOTrainer) -> str:
-    return Weights(made.model).digest()
+def digest(zo_trainer: ZOTrainer) -> str:
+    return Weights(zo_trainer.model).digest()
 
 
 @pytest.mark.parametrize("at_step", [0, 3, 4, 7])  # the first, one within an epoch, its last, the run's last
@@ -79,22 +79,22 @@ def test_stopped_and_resumed_is_never_stopped(at_step: int, optimizer: str, tmp_
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8
     assert digest(resumed) == digest(whole)
-    told = [
+    log_rows = [
         [(line["step"], line["loss"], line["learning_rate"], line["num_queries"]) for line in history if "loss" in line]
         for history in (whole.state.log_history, resumed.state.log_history)
     ]
-    assert len(told[0]) == 2
-    assert told[1] == told[0]  # the mean over steps before and after the stop, too
+    assert len(log_rows[0]) == 2
+    assert log_rows[1] == log_rows[0]  # the mean over steps before and after the stop, too
 
 
 @pytest.mark.parametrize("engine", ["layerwise", "in_place"])
 def test_a_second_signal_leaves_at_once_with_clean_weights(engine: str, tmp_path: Path):
-    made = trainer(tmp_path / "a", at_step=0, signals=2, engine=engine)
-    before = digest(made)
+    zo_trainer = trainer(tmp_path / "a", at_step=0, signals=2, engine=engine)
+    before = digest(zo_trainer)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        made.train()
-    assert digest(made) == before
+        zo_trainer.train()
+    assert digest(zo_trainer) == before
     assert signal.getsignal(signal.SIGINT) is handler
     assert not list((tmp_path / "a").glob("checkpoint-*"))
 

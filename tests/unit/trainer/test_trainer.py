@@ -203,8 +203,8 @@ def test_it_learns(make: Callable[..., ZOTrainer]):
         {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y} for i, y in zip(ids, labels, strict=True)
     ]
 
-    def accuracy(told: Any) -> dict[str, float]:
-        return {"accuracy": float((told.predictions.argmax(-1) == told.label_ids).mean())}
+    def accuracy(output: Any) -> dict[str, float]:
+        return {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())}
 
     trainer = make(
         model,
@@ -244,7 +244,7 @@ def test_it_learns(make: Callable[..., ZOTrainer]):
 def test_accumulation_is_one_large_batch(family: str, smoothing: float, make: Callable[..., ZOTrainer]):
     build = FAMILIES[family]
     rows = unequal_rows(24) if family == "llama" else rows_for(build(), 24)
-    told = []
+    results = []
     for size, steps in ((8, 1), (2, 4), (4, 2)):
         model = build()
         trainer = make(
@@ -259,8 +259,8 @@ def test_accumulation_is_one_large_batch(family: str, smoothing: float, make: Ca
             seed=3,
         )
         trainer.train()
-        told.append((lines(trainer, "loss"), all_tensors(model), trainer.progress.num_tokens))
-    (losses, weights, tokens), *others = told
+        results.append((lines(trainer, "loss"), all_tensors(model), trainer.progress.num_tokens))
+    (losses, weights, tokens), *others = results
     for other_losses, other_weights, other_tokens in others:
         assert other_losses == pytest.approx(losses, rel=1e-6)
         assert max(float((weights[n] - other_weights[n]).abs().max()) for n in weights) < 1e-6
@@ -273,7 +273,7 @@ def test_a_first_micro_batch_without_labels_says_nothing_about_scaling(make: Cal
     for row in rows[:4]:
         row["labels"] = torch.full_like(row["labels"], -100)
     options = {"train_sampling_strategy": "sequential", "max_steps": 2, "estimator": Central(eps=1e-2)}
-    told = []
+    losses = []
     for size, steps in ((8, 1), (4, 2)):
         trainer = make(
             models.tiny_llama(), rows, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **options
@@ -281,8 +281,8 @@ def test_a_first_micro_batch_without_labels_says_nothing_about_scaling(make: Cal
         trainer.train()
         assert trainer.model_accepts_loss_kwargs
         assert trainer.progress.num_skipped == 0
-        told.append(lines(trainer, "loss"))
-    assert told[1] == pytest.approx(told[0], rel=1e-6)
+        losses.append(lines(trainer, "loss"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_seconds_are_wall_time(make: Callable[..., ZOTrainer]):
@@ -303,7 +303,7 @@ def test_the_logged_loss_of_accumulated_steps_is_the_models_own(make: Callable[.
     """The Trainer itself multiplies a classification head's loss by the number of micro-batches."""
     model = models.tiny_bert_classifier()
     with torch.no_grad():
-        own = float(model(**models.batch_for(model, rows=12)).loss)
+        model_loss = float(model(**models.batch_for(model, rows=12)).loss)
     trainer = make(
         model,
         per_device_train_batch_size=2,
@@ -313,7 +313,7 @@ def test_the_logged_loss_of_accumulated_steps_is_the_models_own(make: Callable[.
         max_steps=1,
     )
     trainer.train()
-    assert lines(trainer, "loss") == [pytest.approx(own, abs=1e-6)]
+    assert lines(trainer, "loss") == [pytest.approx(model_loss, abs=1e-6)]
 
 
 def test_a_last_step_with_fewer_micro_batches(make: Callable[..., ZOTrainer]):
@@ -400,8 +400,8 @@ def test_decay_alone_leaves_norms_and_biases(make: Callable[..., ZOTrainer]):
     before = all_tensors(model)
     make(model, cls=Flat, optimizer=SGD(learning_rate=0.1, weight_decay=0.5), max_steps=1).train()
     for name, tensor in all_tensors(model).items():
-        kept = name.endswith("bias") or "LayerNorm" in name
-        assert torch.allclose(tensor, before[name] * (1.0 if kept else 0.95), atol=1e-7), name
+        exempt = name.endswith("bias") or "LayerNorm" in name
+        assert torch.allclose(tensor, before[name] * (1.0 if exempt else 0.95), atol=1e-7), name
 
 
 def test_max_grad_norm_clips_each_projected_gradient(make: Callable[..., ZOTrainer]):
@@ -704,12 +704,12 @@ def test_resumed_is_the_same_to_the_bit(case: str, make: Callable[..., ZOTrainer
     skipped = {"seconds", "seconds_forward", "seconds_other"}
     skipped |= {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
 
-    def told(trainer: ZOTrainer) -> list[dict[str, Any]]:
+    def history_of(trainer: ZOTrainer) -> list[dict[str, Any]]:
         history = [line for line in trainer.state.log_history if line["step"] > 4 and "train_runtime" not in line]
         return [{key: value for key, value in line.items() if key not in skipped} for line in history]
 
-    assert len(told(whole)) == 4
-    assert told(resumed) == told(whole)
+    assert len(history_of(whole)) == 4
+    assert history_of(resumed) == history_of(whole)
     for name, state in whole.zo_optimizer.moments.items():
         for key, tensor in state.items():
             assert torch.equal(tensor, resumed.zo_optimizer.moments[name][key])
@@ -924,7 +924,7 @@ def test_a_bad_loss_among_others_does_not_hide_them(make: Callable[..., ZOTraine
 
 def test_a_bad_first_batch_does_not_settle_the_scaling(make: Callable[..., ZOTrainer]):
     """With accumulation, whether the loss uses the token count is found out on a batch that shows it."""
-    told = []
+    losses = []
     for size, steps in ((8, 1), (2, 4)):
         trainer = make(
             models.tiny_bert_classifier(),
@@ -935,9 +935,9 @@ def test_a_bad_first_batch_does_not_settle_the_scaling(make: Callable[..., ZOTra
             max_steps=3,
         )
         trainer.train()
-        told.append(lines(trainer, "loss"))
-    assert math.isnan(told[0][0])
-    assert told[1][1:] == pytest.approx(told[0][1:], abs=1e-6)
+        losses.append(lines(trainer, "loss"))
+    assert math.isnan(losses[0][0])
+    assert losses[1][1:] == pytest.approx(losses[0][1:], abs=1e-6)
 
 
 class Poisoned(ZOTrainer):
@@ -1092,8 +1092,8 @@ def test_plain_arguments_keep_what_was_chosen(make: Callable[..., ZOTrainer], tm
         max_grad_norm=2.0,
         lr_scheduler_type="cosine",
     )
-    kept = make(models.tiny_llama(), args=args).args
-    assert (kept.learning_rate, kept.max_grad_norm, kept.lr_scheduler_type) == (1e-3, 2.0, "cosine")
+    config = make(models.tiny_llama(), args=args).args
+    assert (config.learning_rate, config.max_grad_norm, config.lr_scheduler_type) == (1e-3, 2.0, "cosine")
 
 
 def test_no_arguments_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -1140,12 +1140,12 @@ def test_direction_seeds_name_the_directions(make: Callable[..., ZOTrainer]):
 
 def test_every_field_of_the_config_is_explained():
     stock = {field.name for field in dataclasses.fields(TrainingArguments)}
-    own = [field for field in dataclasses.fields(ZOConfig) if field.name not in stock]
-    assert {field.name for field in own} >= {"budget_queries", "max_skipped_steps"}
+    own_fields = [field for field in dataclasses.fields(ZOConfig) if field.name not in stock]
+    assert {field.name for field in own_fields} >= {"budget_queries", "max_skipped_steps"}
     for field in dataclasses.fields(ZOConfig):
-        if field in own or field.name in ("learning_rate", "lr_scheduler_type", "max_grad_norm"):
+        if field in own_fields or field.name in ("learning_rate", "lr_scheduler_type", "max_grad_norm"):
             assert len(field.metadata["help"]) > 20, field.name
-    for field in own:
+    for field in own_fields:
         assert f"{field.name}:" in (ZOConfig.__doc__ or ""), field.name
 
 
@@ -1168,9 +1168,9 @@ def test_an_objective_replaces_the_models_loss(make: Callable[..., ZOTrainer]):
         models.tiny_llama(), rows, eval_dataset=rows, data_collator=OptionCollator(models.PAD), objective="options"
     )
     trainer.train()
-    told = trainer.predict(rows)
-    assert told.predictions.shape == (8, 2)
-    assert told.label_ids.tolist() == [0] * 8
+    output = trainer.predict(rows)
+    assert output.predictions.shape == (8, 2)
+    assert output.label_ids.tolist() == [0] * 8
     assert lines(trainer, "loss")[0] == pytest.approx(math.log(2), abs=0.2)
 
 
@@ -1230,7 +1230,7 @@ def test_a_step_is_applied_once(make: Callable[..., ZOTrainer]):
 
 
 def test_who_computes_a_loss_from_the_logits_gets_all_of_them(make: Callable[..., ZOTrainer]):
-    def own(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    def custom_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         assert outputs.logits.shape[:2] == labels.shape
         return outputs.logits.float().square().mean()
 
@@ -1240,7 +1240,7 @@ def test_who_computes_a_loss_from_the_logits_gets_all_of_them(make: Callable[...
             assert outputs.logits.shape[:2] == inputs["labels"].shape
             return (loss, outputs) if return_outputs else loss
 
-    for given in ({"compute_loss_func": own}, {"label_smoothing_factor": 0.1}, {"cls": Looking}):
+    for given in ({"compute_loss_func": custom_loss}, {"label_smoothing_factor": 0.1}, {"cls": Looking}):
         trainer = make(models.tiny_llama(), unequal_rows(8), per_device_train_batch_size=8, max_steps=1, **given)
         seen = head_rows(trainer)
         trainer.train()
@@ -1272,7 +1272,7 @@ def test_packed_rows_train_as_separate_ones_do(objective: str, given: dict[str, 
     """Whatever work an engine shares between the queries of a step."""
     from zoft.lm.data.tokens import OptionCollator
 
-    told = []
+    results = []
     for separate, engine in ((True, "in_place"), (False, "in_place"), (False, "auto")):
         trainer = make(
             models.tiny_llama(),
@@ -1285,10 +1285,10 @@ def test_packed_rows_train_as_separate_ones_do(objective: str, given: dict[str, 
             **given,
         )
         trainer.train()
-        told.append((lines(trainer, "loss"), lines(trainer, "projected_grad")))
-    for losses, grads in told[1:]:
-        assert losses == pytest.approx(told[0][0], rel=1e-5)
-        assert grads == pytest.approx(told[0][1], rel=1e-3, abs=1e-4)
+        results.append((lines(trainer, "loss"), lines(trainer, "projected_grad")))
+    for losses, grads in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-5)
+        assert grads == pytest.approx(results[0][1], rel=1e-3, abs=1e-4)
 
 
 def test_packed_tokens_are_counted_as_they_are_computed(make: Callable[..., ZOTrainer]):
@@ -1318,15 +1318,15 @@ def test_hidden_states_that_are_kept_come_before_packing(single: bool, make: Cal
     assert trainer.query_forward.frozen_prefix is not None
     for _ in trainer.query_forward.fill_prefix(rows):
         pass
-    kept = 8 if single else 8 * 3
-    assert len(trainer.query_forward.frozen_prefix.rows) == kept
+    num_rows = 8 if single else 8 * 3
+    assert len(trainer.query_forward.frozen_prefix.rows) == num_rows
     computed = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: computed.append(1))
     trainer.train()
     trainer.evaluate()
     assert trainer.query_forward.frozen_prefix.usable
     assert (
-        len(trainer.query_forward.frozen_prefix.rows) <= kept + 2
+        len(trainer.query_forward.frozen_prefix.rows) <= num_rows + 2
     )  # (the piece on which it was found out about the head)
     assert len(computed) <= 4
 

@@ -70,9 +70,9 @@ def test_sft_with_forward_passes_only(lora: bool, tmp_path: Path, caplog: pytest
         assert {"projected_grad", "eps", "mean_token_accuracy", "entropy", "num_tokens"} <= set(line)
         assert not any(key.startswith("eval_") for key in line)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
-    told = trainer.evaluate()
-    assert math.isfinite(told["eval_loss"])
-    assert "eval_mean_token_accuracy" in told
+    metrics = trainer.evaluate()
+    assert math.isfinite(metrics["eval_loss"])
+    assert "eval_mean_token_accuracy" in metrics
 
 
 def test_the_clean_loss_is_sfts_own(tmp_path: Path):
@@ -116,7 +116,7 @@ def classifier() -> Any:
     return transformers.LlamaForSequenceClassification(config)
 
 
-def made(name: str, folder: Path, how: str, *mixin: type, **given: Any) -> Any:
+def make_trainer(name: str, folder: Path, how: str, *mixin: type, **given: Any) -> Any:
     import transformers
     from datasets import Dataset
 
@@ -146,7 +146,7 @@ def test_fault_11_what_trl_exports_is_tested_or_refused():
 def test_fault_11_every_trainer_with_a_loss_of_its_own_is_trained(name: str, how: str, tmp_path: Path):
     from zoft.trainer.trainer import ZOMixin
 
-    trainer = made(name, tmp_path, how, ZOMixin, estimator="one_sided")
+    trainer = make_trainer(name, tmp_path, how, ZOMixin, estimator="one_sided")
     assert trainer.args.seed == 7
     assert trainer.args.max_steps == 3
     before = Weights(trainer.model).digest()
@@ -163,7 +163,7 @@ def test_fault_11_the_first_loss_is_trls_own(name: str, tmp_path: Path):
 
     losses = []
     for mixin, given in (((ZOMixin,), {"estimator": "one_sided"}), ((), {})):
-        trainer = made(name, tmp_path / str(len(mixin)), "place", *mixin, **given)
+        trainer = make_trainer(name, tmp_path / str(len(mixin)), "place", *mixin, **given)
         trainer.train()
         losses.append(next(line["loss"] for line in trainer.state.log_history if "loss" in line))
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)

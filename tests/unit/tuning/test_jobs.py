@@ -63,9 +63,9 @@ class FakeRun:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr("zoft.tuning.job.gc.collect", lambda: None)  # 0.3 s each in a process this full
-    made = FakeRun()
-    monkeypatch.setattr("zoft.run.train.run", made)
-    return made
+    fake_run = FakeRun()
+    monkeypatch.setattr("zoft.run.train.run", fake_run)
+    return fake_run
 
 
 def tuned(folder, fake=None, *, space=None, metric="eval_loss", arguments=BASE, **settings):
@@ -75,8 +75,8 @@ def tuned(folder, fake=None, *, space=None, metric="eval_loss", arguments=BASE, 
 
 def test_a_search_of_training_jobs(tmp_path, fake):
     folder = tmp_path / "t"
-    found = tuned(folder, stop_early=True)
-    result = found.result
+    search = tuned(folder, stop_early=True)
+    result = search.result
     assert len(fake.seen) == 10 == result.num_evaluations
     assert fake.seen[0].optimizer.learning_rate == 0.01  # the config's own value is where it begins
     assert [cfg.output_dir for cfg in fake.seen[:2]] == [str(folder / "0000"), str(folder / "0001")]
@@ -85,8 +85,8 @@ def test_a_search_of_training_jobs(tmp_path, fake):
     assert len(result.stopped) == fake.stopped > 0
     assert all(e.outcomes[0].half == e.value for e in result.stopped)
     assert all(e.outcomes[0].half == pytest.approx(e.value + 1) for e in result.ranked)
-    kept = sorted(path.parent.name for path in folder.glob("*/model"))
-    assert kept == [Path(found.best_folder).name] == [f"{result.best.number:04d}"]
+    names = sorted(path.parent.name for path in folder.glob("*/model"))
+    assert names == [Path(search.best_folder).name] == [f"{result.best.number:04d}"]
     data = json.loads((folder / "results.json").read_text())
     assert data["best"]["point"] == result.x
     assert data["num_failed"] == len(result.failed)
@@ -104,13 +104,13 @@ def test_repeats_are_seeds_and_accuracy_goes_up(tmp_path, monkeypatch):
     fake = FakeRun(logged=("eval_accuracy", "eval_loss"))
     monkeypatch.setattr("zoft.run.train.run", fake)
     narrow = {"optimizer.learning_rate": "log(1e-4,1e-1)"}
-    found = tuned(
+    search = tuned(
         tmp_path / "t", space=narrow, metric="eval_accuracy", direction="maximize", budget=8, repeats=2, stop_early=True
     )
     assert [cfg.seed for cfg in fake.seen[:4]] == [0, 1, 0, 1]
     assert fake.seen[1].output_dir.endswith("0000-1")
-    assert found.result.fun == max(e.value for e in found.result.ranked) > 1.5
-    assert found.result.best.spread == pytest.approx(0.005)
+    assert search.result.fun == max(e.value for e in search.result.ranked) > 1.5
+    assert search.result.best.spread == pytest.approx(0.005)
 
 
 def test_a_metric_that_is_never_logged_ends_it_at_once(tmp_path, fake):

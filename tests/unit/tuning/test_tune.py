@@ -134,13 +134,13 @@ def test_settings_that_make_no_sense_are_refused(given, words):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_search_finds_its_way(search):
     f = Counted()
-    found = zoft.tune(f, SPACE, budget=60, search=search, seed=1)
-    assert found.num_evaluations == len(f.asked) == 60
+    result = zoft.tune(f, SPACE, budget=60, search=search, seed=1)
+    assert result.num_evaluations == len(f.asked) == 60
     assert len({json.dumps(point) for point in f.asked}) == 60  # nothing is asked twice
-    assert found.fun == bowl(found.x) == min(map(bowl, f.asked)) < {"random": 1.3}.get(search, 0.9)
+    assert result.fun == bowl(result.x) == min(map(bowl, f.asked)) < {"random": 1.3}.get(search, 0.9)
     again = zoft.tune(bowl, SPACE, budget=60, search=search, seed=1)
     assert [e.values for e in again.evaluations] == f.asked
-    assert zoft.tune(bowl, SPACE, budget=60, search=search, seed=2).evaluations != found.evaluations
+    assert zoft.tune(bowl, SPACE, budget=60, search=search, seed=2).evaluations != result.evaluations
 
 
 def test_the_zeroth_order_search_beats_random_on_a_bowl():
@@ -158,26 +158,26 @@ def test_the_zeroth_order_search_beats_random_on_a_bowl():
 
 def test_it_begins_where_it_is_told_and_goes_up_where_that_is_wanted():
     f = Counted(lambda point: -bowl(point))
-    found = zoft.tune(f, SPACE, budget=8, x0={"rate": 0.5, "kind": "c"}, direction="maximize")
+    result = zoft.tune(f, SPACE, budget=8, x0={"rate": 0.5, "kind": "c"}, direction="maximize")
     assert f.asked[0] == {"rate": 0.5, "width": 5, "kind": "c", "drop": 0.25}
-    assert found.fun == max(map(f.f, f.asked))
-    assert found.table().splitlines()[0].split() == ["point", "value", *SPACE]
+    assert result.fun == max(map(f.f, f.asked))
+    assert result.table().splitlines()[0].split() == ["point", "value", *SPACE]
 
 
 def test_a_small_space_is_known_after_a_while():
     f = Counted(lambda point: point["a"] * point["b"])
-    found = zoft.tune(f, {"a": "int(1,4)", "b": "choice(1,2,3)"}, budget=400)
+    result = zoft.tune(f, {"a": "int(1,4)", "b": "choice(1,2,3)"}, budget=400)
     assert len(f.asked) == 12
-    assert found.x == {"a": 1, "b": 1}
-    assert "Every point" in found.message
+    assert result.x == {"a": 1, "b": 1}
+    assert "Every point" in result.message
 
 
 def test_repeats_are_averaged_and_counted():
     values = iter(range(100))
-    found = zoft.tune(lambda point: float(next(values)), {"a": "uniform(0,1)"}, budget=9, repeats=2)
-    assert found.num_evaluations == 8
-    assert [e.value for e in found.evaluations] == [0.5, 2.5, 4.5, 6.5]
-    assert found.best.spread == pytest.approx(0.5)
+    result = zoft.tune(lambda point: float(next(values)), {"a": "uniform(0,1)"}, budget=9, repeats=2)
+    assert result.num_evaluations == 8
+    assert [e.value for e in result.evaluations] == [0.5, 2.5, 4.5, 6.5]
+    assert result.best.spread == pytest.approx(0.5)
 
 
 def test_failures_are_counted_and_the_search_goes_round_them():
@@ -186,14 +186,14 @@ def test_failures_are_counted_and_the_search_goes_round_them():
             raise RuntimeError("diverged")
         return math.nan if point["width"] > 6 else bowl(point)
 
-    found = zoft.tune(f, SPACE, budget=40)
-    errors = {e.error for e in found.failed}
+    result = zoft.tune(f, SPACE, budget=40)
+    errors = {e.error for e in result.failed}
     assert "RuntimeError: diverged" in errors
-    assert found.failed[0].values["rate"] > 3e-3
-    assert math.isnan(found.failed[0].value)
-    assert len(found.failed) + len(found.ranked) == 40
-    assert found.fun < 1.5
-    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["num_failed"] == len(found.failed)
+    assert result.failed[0].values["rate"] > 3e-3
+    assert math.isnan(result.failed[0].value)
+    assert len(result.failed) + len(result.ranked) == 40
+    assert result.fun < 1.5
+    assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["num_failed"] == len(result.failed)
 
 
 def test_a_function_that_fails_everywhere_is_the_users_to_mend():
@@ -231,9 +231,9 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(tmp_path, search):
 def test_failures_at_the_end_are_tried_again(tmp_path):
     with pytest.raises(UserError, match="all failed"):
         zoft.tune(lambda point: 1 / 0, SPACE, budget=8, output_dir=tmp_path)
-    found = zoft.tune(bowl, SPACE, budget=8, output_dir=tmp_path)
-    assert len(found.ranked) == 8
-    assert not found.num_resumed
+    result = zoft.tune(bowl, SPACE, budget=8, output_dir=tmp_path)
+    assert len(result.ranked) == 8
+    assert not result.num_resumed
 
 
 @pytest.mark.parametrize(
@@ -284,11 +284,11 @@ def doomed(job: Job) -> JobOutcome:
 def test_a_job_that_kills_its_process_fails_alone():
     jobs = [Job(number, 0, {}) for number in range(4)]
     with Workers(doomed, 2) as workers:
-        found = dict(workers.run(jobs))
+        outcomes = dict(workers.run(jobs))
         processes = [worker.process for worker in workers.workers]
-    assert [found[i].status for i in range(4)] == ["done", "failed", "done", "done"]
-    assert "killed by signal 9" in found[1].error
-    assert [found[i].value for i in (0, 2, 3)] == [os.getpid() + i for i in (0, 2, 3)]
+    assert [outcomes[i].status for i in range(4)] == ["done", "failed", "done", "done"]
+    assert "killed by signal 9" in outcomes[1].error
+    assert [outcomes[i].value for i in (0, 2, 3)] == [os.getpid() + i for i in (0, 2, 3)]
     assert all(not process.is_alive() for process in processes)
 
 
@@ -319,8 +319,8 @@ def test_the_sampler_serves_a_study_of_optunas_own():
     space = {name: SPACE[name] for name in ("rate", "width", "kind")}
     study = optuna.create_study(sampler=ZOSampler(space, seed=1))
     study.optimize(objective, n_trials=60)
-    found = zoft.tune(lambda point: bowl({**point, "drop": 0.1}), space, budget=60, seed=1)
-    assert study.best_value == found.fun < 0.9
+    result = zoft.tune(lambda point: bowl({**point, "drop": 0.1}), space, budget=60, seed=1)
+    assert study.best_value == result.fun < 0.9
     several = optuna.create_study(sampler=ZOSampler(space, seed=1, batch=4))
     several.optimize(objective, n_trials=20, n_jobs=4)
     assert len(several.trials) == 20

@@ -65,11 +65,11 @@ def test_loss_std_and_z_score_do_not_depend_on_eps(eps):
     one = OneSided(eps=eps, num_directions=3).measure(torch.cat((torch.zeros(1), eps * slopes)).double())
     two = Central(eps=eps, num_directions=3).measure(torch.stack((eps * slopes, -eps * slopes), 1).view(-1))
     for measured, spread in ((one, slopes.std(correction=0)), (two, slopes.square().mean().sqrt())):
-        found = LossStd(floor=0.0).coefficients(measured, no_gram, {})
-        torch.testing.assert_close(found, slopes / (3 * spread))
+        coefficients = LossStd(floor=0.0).coefficients(measured, no_gram, {})
+        torch.testing.assert_close(coefficients, slopes / (3 * spread))
         centre = slopes.mean() if measured is one else 0.0
-        found = ZScore(floor=0.0).coefficients(measured, no_gram, {})
-        torch.testing.assert_close(found, (slopes - centre) / (3 * spread))
+        coefficients = ZScore(floor=0.0).coefficients(measured, no_gram, {})
+        torch.testing.assert_close(coefficients, (slopes - centre) / (3 * spread))
 
 
 def test_loss_std_of_one_pair_is_the_slopes_sign():
@@ -83,9 +83,9 @@ def test_loss_std_of_examples_is_grzos_step():
     eps, delta = 0.01, torch.tensor([0.3, -0.1, 0.2, -0.4])
     level = torch.tensor([1.0, 5.0, 9.0, 2.0])  # an example's own loss has no part in it
     losses = torch.stack((level + delta / 2, level - delta / 2))
-    found = weigh(LossStd(), PerExample(eps=eps).measure(losses))
+    coefficients = weigh(LossStd(), PerExample(eps=eps).measure(losses))
     theirs = delta / delta.std(correction=0) / (2 * eps * 4)
-    assert [c / (2 * eps) for c in found] == pytest.approx(theirs.tolist(), rel=1e-4)
+    assert [c / (2 * eps) for c in coefficients] == pytest.approx(theirs.tolist(), rel=1e-4)
 
 
 def test_z_score_by_hand():
@@ -158,8 +158,9 @@ def test_per_prompt_is_grpos_advantage_of_each_point():
     rewards = torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 9.0], [0.0, 0.0, 6.0]])  # 3 points, 3 prompts
     spread = rewards.std(0, correction=0)
     advantages = (rewards - rewards.mean(0)) / spread.where(spread > 0, torch.ones(3))
-    found = weigh(PerPrompt(), of_examples(-rewards.unsqueeze(1)))
-    assert found == pytest.approx((-advantages.mean(1) / 3).tolist(), rel=1e-6)  # losses: what is better goes down
+    coefficients = weigh(PerPrompt(), of_examples(-rewards.unsqueeze(1)))
+    wanted = (-advantages.mean(1) / 3).tolist()  # losses: what is better goes down
+    assert coefficients == pytest.approx(wanted, rel=1e-6)
 
 
 def test_per_prompt_takes_prompts_of_any_difficulty_alike_and_the_other_scales_do_not():
@@ -239,11 +240,11 @@ def some(q: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Mea
 @pytest.mark.parametrize("q", [1, 3, 8])
 def test_align_is_the_projection_on_the_span(q):
     z, g, measured, gram = some(q, 8)
-    found = z @ torch.tensor(weigh(Align(ridge=1e-12), measured, gram), dtype=torch.float64)
+    estimate = z @ torch.tensor(weigh(Align(ridge=1e-12), measured, gram), dtype=torch.float64)
     wanted = z @ (torch.linalg.pinv(z) @ g)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(estimate, wanted, rtol=1e-4, atol=1e-5)
     if q == 8:  # they span everything
-        torch.testing.assert_close(found, g, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(estimate, g, rtol=1e-4, atol=1e-5)
 
 
 def test_align_of_directions_that_depend_on_each_other():
@@ -252,8 +253,8 @@ def test_align_of_directions_that_depend_on_each_other():
     measured = exact((z.T @ g).tolist())
     wanted = z @ torch.linalg.pinv(z) @ g
     for ridge in (0.0, 1e-6):
-        found = weigh(Align(ridge=ridge), measured, lambda: z.T @ z)
-        torch.testing.assert_close(z @ torch.tensor(found).double(), wanted, rtol=1e-4, atol=1e-5)
+        coefficients = weigh(Align(ridge=ridge), measured, lambda: z.T @ z)
+        torch.testing.assert_close(z @ torch.tensor(coefficients).double(), wanted, rtol=1e-4, atol=1e-5)
     assert weigh(Align(), exact([0.0, 0.0]), lambda: torch.zeros(2, 2)) == [0.0, 0.0]
 
 
@@ -286,9 +287,9 @@ def test_kalman_without_noise_is_the_mean_for_directions_at_right_angles(memory)
 
 def test_kalman_without_noise_is_the_projection_at_the_length_of_the_mean():
     z, g, measured, gram = some(3, 8)
-    found = z @ torch.tensor(weigh(Kalman(noise=0.0, memory=0.0), measured, gram)).double()
+    estimate = z @ torch.tensor(weigh(Kalman(noise=0.0, memory=0.0), measured, gram)).double()
     length = z.square().sum(0).mean()
-    torch.testing.assert_close(found, z @ torch.linalg.pinv(z) @ g * length / 3, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(estimate, z @ torch.linalg.pinv(z) @ g * length / 3, rtol=1e-4, atol=1e-5)
 
 
 def test_kalman_is_the_posterior_mean():
@@ -303,10 +304,12 @@ def test_kalman_is_the_posterior_mean():
 def test_kalman_without_noise_bears_directions_that_depend_on_each_other():
     z, g, _, _ = some(2, 8)
     z = torch.cat((z, -z), dim=1)
-    found = z @ torch.tensor(weigh(Kalman(noise=0.0, memory=0.0), exact((z.T @ g).tolist()), lambda: z.T @ z)).double()
+    estimate = (
+        z @ torch.tensor(weigh(Kalman(noise=0.0, memory=0.0), exact((z.T @ g).tolist()), lambda: z.T @ z)).double()
+    )
     ours = z[:, :2]
     wanted = ours @ torch.linalg.pinv(ours) @ g * ours.square().sum(0).mean() / 4
-    assert float(torch.nn.functional.cosine_similarity(found, wanted, dim=0)) > 0.999
+    assert float(torch.nn.functional.cosine_similarity(estimate, wanted, dim=0)) > 0.999
 
 
 def test_kalman_learns_the_noise_from_what_it_did_not_foretell():
@@ -316,9 +319,9 @@ def test_kalman_learns_the_noise_from_what_it_did_not_foretell():
     first = 0.75 * 1.0 + 0.25 * 4.0
     assert state == {"variance": pytest.approx(0.75 * first + 0.25 * 16.0)}
     for _ in range(200):
-        found = weighting.coefficients(exact([3.0, -3.0]), gram, state)
+        coefficients = weighting.coefficients(exact([3.0, -3.0]), gram, state)
     assert state["variance"] == pytest.approx(9.0)
-    assert found.tolist() == pytest.approx([3 / (1 + 9) / 2, -3 / (1 + 9) / 2], rel=1e-4)
+    assert coefficients.tolist() == pytest.approx([3 / (1 + 9) / 2, -3 / (1 + 9) / 2], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", components("weighting"))
@@ -329,8 +332,8 @@ def test_none_overwrites_what_was_measured_and_all_hand_on_what_is_not_finite(na
         losses = torch.stack((slopes, -slopes), 1) / 2
         each = torch.stack((losses, 2 * losses), 2)
         measured = Measured(slopes, torch.tensor(1.0), losses, 0.5, torch.tensor([1.0, 2.0, 3.0]), each)
-        kept = [measured.projected_grads.clone(), losses.clone(), each.clone()]
-        found = weighting.coefficients(measured, lambda: 4 * torch.eye(3).double(), weighting.init())
-        assert found.isfinite().all() == (bad is None)
-        for one, other in zip(kept, (measured.projected_grads, measured.losses, each), strict=True):
+        copies = [measured.projected_grads.clone(), losses.clone(), each.clone()]
+        coefficients = weighting.coefficients(measured, lambda: 4 * torch.eye(3).double(), weighting.init())
+        assert coefficients.isfinite().all() == (bad is None)
+        for one, other in zip(copies, (measured.projected_grads, measured.losses, each), strict=True):
             assert torch.equal(one.nan_to_num(), other.nan_to_num())

@@ -37,13 +37,13 @@ def test_scratch_leaves_no_file(tmp_path):
 
 def test_one_thread_releases_while_another_maps():
     """The copying thread of engine=offload does so while other models come and are collected."""
-    (kept,) = scratch_copies([torch.ones(10)])
+    (scratch,) = scratch_copies([torch.ones(10)])
     others = [scratch_copies([torch.ones(10)]) for _ in range(20)]
     ended = threading.Event()
 
     def releases():
         while not ended.is_set():
-            release(kept)
+            release(scratch)
 
     before = sys.getswitchinterval()
     with ThreadPoolExecutor(1) as thread:

@@ -23,10 +23,10 @@ def test_values_that_fit_are_kept(dtype):
 def test_neighbours_and_mean(dtype, scale):
     value = torch.tensor(0.7 * scale)
     rounded = round_stochastically(value.expand(200_000).contiguous(), dtype, 5, 0).float()
-    found = rounded.unique()
-    unit = float((found[-1] - found[0]).abs())
-    assert len(found) == 2
-    assert found[0] < value < found[1]
+    neighbours = rounded.unique()
+    unit = float((neighbours[-1] - neighbours[0]).abs())
+    assert len(neighbours) == 2
+    assert neighbours[0] < value < neighbours[1]
     assert abs(float(rounded.double().mean() - value.double())) < 5 * unit / 200_000**0.5
 
 
@@ -67,14 +67,14 @@ def test_a_thousand_small_updates_arrive(dtype):
 def test_a_master_follows_what_was_written_element_by_element(dtype):
     master = torch.randn(1000, generator=torch.Generator().manual_seed(3))
     weight = master.to(dtype)
-    kept = master.clone()
-    assert torch.equal(follow_(master, weight).view(torch.int32), kept.view(torch.int32))
+    expected = master.clone()
+    assert torch.equal(follow_(master, weight).view(torch.int32), expected.view(torch.int32))
     weight[3], weight[4], weight[5] = 7.0, -0.0, float("nan")
-    master[4], kept[3], kept[4] = 0.0, 7.0, -0.0
+    master[4], expected[3], expected[4] = 0.0, 7.0, -0.0
     follow_(master, weight)
     assert bool(master[5].isnan())
     others = [i for i in range(1000) if i != 5]
-    assert torch.equal(master[others].view(torch.int32), kept[others].view(torch.int32))
+    assert torch.equal(master[others].view(torch.int32), expected[others].view(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -40,8 +40,8 @@ def test_every_method_flips_a_linear_classifier(method, norm):
     for o in outcomes:
         assert Ball(norm, radius).size(o.adversarial.astype(float) - o.original) <= radius * (1 + 1e-6)
         assert 0 <= o.adversarial.min() <= o.adversarial.max() <= 1
-        found = linear()(o.adversarial[None])[0]
-        assert (o.after[0], round(o.after[1], 6)) == (found.argmax(), round(float(np.exp(found.max())), 6))
+        log_probs = linear()(o.adversarial[None])[0]
+        assert (o.after[0], round(o.after[1], 6)) == (log_probs.argmax(), round(float(np.exp(log_probs.max())), 6))
         assert o.before[0] == o.label != o.after[0]
 
 
@@ -93,9 +93,9 @@ def test_low_frequencies_are_those_of_the_cosine_transform():
     z = np.random.default_rng(0).standard_normal((1, 3, 3))
     places, orders = np.arange(8) + 0.5, np.arange(8)  # the orthonormal DCT-II, from its definition
     waves = np.cos(np.pi * orders[:, None] * places / 8) * np.where(orders, 0.5, 8**-0.5)[:, None]
-    found = waves @ space.lift(z)[0] @ waves.T
-    np.testing.assert_allclose(found[:3, :3] / (8 / 3), z[0], atol=1e-12)
-    assert max(abs(found[3:]).max(), abs(found[:, 3:]).max()) < 1e-12
+    coefficients = waves @ space.lift(z)[0] @ waves.T
+    np.testing.assert_allclose(coefficients[:3, :3] / (8 / 3), z[0], atol=1e-12)
+    assert max(abs(coefficients[3:]).max(), abs(coefficients[:, 3:]).max()) < 1e-12
 
 
 def test_intervals():
@@ -145,9 +145,9 @@ def test_fashion_mnist_files(tmp_path: Path, monkeypatch):
             head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             file = tmp_path / f"{part}-{name}-ubyte.gz"
             file.write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
-    found = data.fashion_mnist(str(tmp_path))
-    assert found.images.shape == (8, 1, 28, 28)
-    assert 0 <= found.images.min() < found.images.max() <= 1
+    dataset = data.fashion_mnist(str(tmp_path))
+    assert dataset.images.shape == (8, 1, 28, 28)
+    assert 0 <= dataset.images.min() < dataset.images.max() <= 1
     data._read.cache_clear()
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"none")
     with pytest.raises(UserError, match="no gzipped IDX file"):

@@ -165,16 +165,16 @@ def test_a_raw_text_stands_before_words_or_a_head(tmp_path, caplog, fields, want
     wanted = [wanted.format(i=i) for i in numbers]
     task = custom(tmp_path, TEXTS, prompt="none", words={10: "yes", 9: "no"}, **fields)
     assert (task.kind, task.labels) == ("options", ())
-    made = task.load().train
-    assert [example.prompt for example in made] == wanted
-    assert all((example.options, example.domain) == ((" yes", " no"), "") for example in made)
-    assert [example.label for example in made] == [int(i) % 2 for i in numbers]
+    examples = task.load().train
+    assert [example.prompt for example in examples] == wanted
+    assert all((example.options, example.domain) == ((" yes", " no"), "") for example in examples)
+    assert [example.label for example in examples] == [int(i) % 2 for i in numbers]
     for words, labels in (({}, ("9", "10")), ({10: "yes", 9: "no"}, ("10", "9"))):
         task = custom(tmp_path, TEXTS, prompt="head", words=words, **fields)
         assert (task.kind, task.labels) == ("head", labels)
-        made = task.load().train
-        assert [example.prompt for example in made] == wanted
-        assert [(example.options, labels[example.label]) for example in made] == [
+        examples = task.load().train
+        assert [example.prompt for example in examples] == wanted
+        assert [(example.options, labels[example.label]) for example in examples] == [
             ((), ("10", "9")[int(i) % 2]) for i in numbers
         ]
     assert caplog.text.count("the labels are their own classes: 9 (4 rows), 10 (4 rows)") == 1
@@ -349,14 +349,14 @@ def test_columns_and_format_come_from_the_command_line():
 def documented() -> list[tuple[str, str, str]]:
     """(format, arguments, row) of every example in docs/data.md."""
     page = (Path(__file__).resolve().parents[4] / "docs" / "data.md").read_text(encoding="utf-8")
-    found = []
+    examples = []
     for section in page.split("\n### ")[1:]:
         arguments = re.search(r"^    ('task\..*)$", section, re.M)
         for block in re.findall(r"```json\n(.*?)```", section, re.S):
-            found += [
+            examples += [
                 (section.split("\n")[0], arguments.group(1) if arguments else "", row) for row in block.splitlines()
             ]
-    return found
+    return examples
 
 
 @pytest.mark.parametrize(("format", "arguments", "row"), documented())

@@ -24,7 +24,7 @@ PACKABLE = {family: make for family, make in DECODERS.items() if family != "bloo
 
 
 @pytest.fixture
-def told(caplog):
+def log_lines(caplog):
     caplog.set_level(logging.INFO, logger="zoft")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("zoft")]
 
@@ -104,7 +104,7 @@ def test_rows_are_packed_where_that_saves(monkeypatch):
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", PACKABLE)
-def test_scores_equal_those_of_separate_rows(family, attn, told, monkeypatch):
+def test_scores_equal_those_of_separate_rows(family, attn, log_lines, monkeypatch):
     if family == "gemma2" and attn == "sdpa":
         pytest.skip("it has none")
     model = DECODERS[family](attn=attn)
@@ -115,25 +115,25 @@ def test_scores_equal_those_of_separate_rows(family, attn, told, monkeypatch):
         wanted = torch.cat([tokens for example_ in naive_scores(model, OTHER) for tokens in example_])
         torch.testing.assert_close(option_log_probs(model, packed), wanted, rtol=2e-6, atol=1e-6)
         for objective in (Options(), CrossEntropy()):
-            for found, plain in zip(objective.predict(model, packed), objective.predict(model, separate), strict=True):
-                torch.testing.assert_close(found, plain, rtol=2e-6, atol=1e-6)
+            for result, plain in zip(objective.predict(model, packed), objective.predict(model, separate), strict=True):
+                torch.testing.assert_close(result, plain, rtol=2e-6, atol=1e-6)
         rows = []
         model.register_forward_pre_hook(lambda _m, _a, k: rows.append(len(k["input_ids"])), with_kwargs=True)
         Options().loss(model, packed)
     assert rows == [len(OTHER)]
-    assert told() == []
+    assert log_lines() == []
 
 
 @pytest.mark.parametrize("family", PACKABLE)
-def test_without_the_blocks_in_the_mask_it_would_differ_and_be_refused(family, told, monkeypatch):
+def test_without_the_blocks_in_the_mask_it_would_differ_and_be_refused(family, log_lines, monkeypatch):
     model = DECODERS[family]()
     monkeypatch.setattr(packing, "tree_mask", lambda s, dtype: causal(s.clamp_max(0), dtype))
     causal = real_mask
     with torch.no_grad():
         for _ in range(2):
-            found = option_log_probs(model, COLLATE(LONG))
-            torch.testing.assert_close(found, option_log_probs(model, SEPARATE(LONG)), rtol=1e-5, atol=1e-6)
-    (line,) = told()
+            scores = option_log_probs(model, COLLATE(LONG))
+            torch.testing.assert_close(scores, option_log_probs(model, SEPARATE(LONG)), rtol=1e-5, atol=1e-6)
+    (line,) = log_lines()
     assert line.startswith(
         f"{type(model).__name__}: the options of an example are not packed behind one context: their"
     )
@@ -143,27 +143,27 @@ real_mask = packing.tree_mask
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_without_the_positions_it_would_differ_and_be_refused(family, told):
+def test_without_the_positions_it_would_differ_and_be_refused(family, log_lines):
     model = CAUSAL[family]()
     batch = COLLATE(LONG)
     batch["packed"]["position_ids"] = (batch["packed"]["attention_mask"].cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
-        found = option_log_probs(model, batch)
-        torch.testing.assert_close(found, option_log_probs(model, SEPARATE(LONG)), rtol=1e-5, atol=1e-6)
-    assert len(told()) == 1
+        scores = option_log_probs(model, batch)
+        torch.testing.assert_close(scores, option_log_probs(model, SEPARATE(LONG)), rtol=1e-5, atol=1e-6)
+    assert len(log_lines()) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_packed_too(dtype, told):
+def test_low_precision_is_packed_too(dtype, log_lines):
     model = tiny_llama().to(dtype)
     with torch.no_grad():
         Options().predict(model, COLLATE(LONG))
-        found, plain = (option_log_probs(model, collate(OTHER)) for collate in (COLLATE, SEPARATE))
-    torch.testing.assert_close(found, plain, rtol=3e-2, atol=3e-2)
-    assert told() == []
+        packed, plain = (option_log_probs(model, collate(OTHER)) for collate in (COLLATE, SEPARATE))
+    torch.testing.assert_close(packed, plain, rtol=3e-2, atol=3e-2)
+    assert log_lines() == []
 
 
-def test_through_an_adapter(told):
+def test_through_an_adapter(log_lines):
     from zoft.lm.models.peft.lora import Lora
 
     model = Lora().wrap(tiny_llama(), 0).eval()
@@ -172,21 +172,21 @@ def test_through_an_adapter(told):
             torch.nn.init.normal_(parameter, std=0.5)
     with torch.no_grad():
         Options().predict(model, COLLATE(LONG))
-        found, plain = (option_log_probs(model, collate(OTHER)) for collate in (COLLATE, SEPARATE))
-    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
-    assert told() == []
+        packed, plain = (option_log_probs(model, collate(OTHER)) for collate in (COLLATE, SEPARATE))
+    torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-6)
+    assert log_lines() == []
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_model_without_positions_is_named_once(told):
+def test_a_model_without_positions_is_named_once(log_lines):
     model = tiny_bloom()
     with torch.no_grad():
         for rows in (LONG, OTHER):
-            found, plain = (option_log_probs(model, collate(rows)) for collate in (COLLATE, SEPARATE))
-            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
-    assert told() == [
+            packed, plain = (option_log_probs(model, collate(rows)) for collate in (COLLATE, SEPARATE))
+            torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-6)
+    assert log_lines() == [
         "BloomForCausalLM: the options of an example are not packed behind one context: its forward takes no "
         "position_ids"
     ]
@@ -199,12 +199,12 @@ def test_virtual_tokens_are_refused_or_right(kind):
     model = create("peft", kind, kind).wrap(tiny_llama(), 0).eval()
     with torch.no_grad():
         for rows in (LONG, OTHER):
-            found, plain = (option_log_probs(model, collate(rows)) for collate in (COLLATE, SEPARATE))
-            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+            packed, plain = (option_log_probs(model, collate(rows)) for collate in (COLLATE, SEPARATE))
+            torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("make", "fields"), [(tiny_gemma2, {"sliding_window": 16}), (tiny_opt, {})])
-def test_longer_than_a_window_or_the_positions_goes_separately(make, fields, told):
+def test_longer_than_a_window_or_the_positions_goes_separately(make, fields, log_lines):
     """The window counts cells of the row: an option's own tokens are further from it than they would be alone."""
     model = make(**fields)
     limit = 16 if fields else 64
@@ -213,13 +213,13 @@ def test_longer_than_a_window_or_the_positions_goes_separately(make, fields, tol
     assert batch["packed"]["input_ids"].shape[1] > limit
     assert not packing.serves(model, batch["packed"])
     with torch.no_grad():
-        found, plain = (option_log_probs(model, collate(rows)) for collate in (COLLATE, SEPARATE))
-    assert torch.equal(found, plain)
-    assert told() == []
+        packed, plain = (option_log_probs(model, collate(rows)) for collate in (COLLATE, SEPARATE))
+    assert torch.equal(packed, plain)
+    assert log_lines() == []
     assert packing.serves(model, COLLATE([row(9, [3, 3], 0, 1)])["packed"])
 
 
-def test_rows_twice_as_long_are_compared_again(told):
+def test_rows_twice_as_long_are_compared_again(log_lines):
     """A window that no field of the config tells of shows in long rows only."""
     model = tiny_gemma()
     short, long = [row(9, [3, 3], 0, 1)], [row(20, [3, 3], 0, 2)]
@@ -237,14 +237,14 @@ def test_rows_twice_as_long_are_compared_again(told):
 
         layer.register_forward_pre_hook(narrow, with_kwargs=True)
         for rows in (long, short):
-            found, plain = (option_log_probs(model, collate(rows * 2)) for collate in (COLLATE, SEPARATE))
-            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
-    assert len(told()) == 1
-    assert "their scores would be off by" in told()[0]
+            packed, plain = (option_log_probs(model, collate(rows * 2)) for collate in (COLLATE, SEPARATE))
+            torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-6)
+    assert len(log_lines()) == 1
+    assert "their scores would be off by" in log_lines()[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fault_4_scores_that_depend_a_little_on_the_row_are_refused(dtype, told):
+def test_fault_4_scores_that_depend_a_little_on_the_row_are_refused(dtype, log_lines):
     """So little that 16 bits do not tell it from rounding: a mean over the row, mixed into a layer's output."""
     model = tiny_llama().to(dtype)
 
@@ -254,9 +254,9 @@ def test_fault_4_scores_that_depend_a_little_on_the_row_are_refused(dtype, told)
     model.model.layers[1].mlp.register_forward_hook(mixes)
     with torch.no_grad():
         for rows in (LONG, OTHER):
-            found, plain = (option_log_probs(model, collate(rows)) for collate in (COLLATE, SEPARATE))
-            assert torch.equal(found, plain)
-    (line,) = told()
+            packed, plain = (option_log_probs(model, collate(rows)) for collate in (COLLATE, SEPARATE))
+            assert torch.equal(packed, plain)
+    (line,) = log_lines()
     assert "their scores would be off by" in line
 
 
@@ -289,7 +289,7 @@ def perturbed_losses(model, session, points, batch, objective) -> torch.Tensor:
         ("side_path", "gemma2"),
     ],
 )
-def test_under_an_engine_the_losses_are_those_of_perturbed_weights(engine, family, rows, objective, told):
+def test_under_an_engine_the_losses_are_those_of_perturbed_weights(engine, family, rows, objective, log_lines):
     model = DECODERS[family]()
     estimator = with_fields(example("estimator", "central"), num_directions=2, eps=1e-2)
     chosen = example("engine", engine)
@@ -301,7 +301,7 @@ def test_under_an_engine_the_losses_are_those_of_perturbed_weights(engine, famil
     assert torch.equal(session.losses(COLLATE(rows), points), first)
     wanted = perturbed_losses(model, session, points, SEPARATE(rows), objective)
     torch.testing.assert_close(first, wanted, rtol=1e-6, atol=0)
-    assert not [line for line in told() if "outside" in line]
+    assert not [line for line in log_lines() if "outside" in line]
     assert not [name for module in model.modules() for name in vars(module) if name == "forward"]
 
 
@@ -311,5 +311,5 @@ def test_exact_derivatives_go_through_the_packed_rows():
     session = bind(example("engine", "auto"), estimator, model, lambda batch: Options().loss(model, batch), "gaussian")
     points = estimator.points(estimator.directions(3, 1))
     losses = [session.losses(collate(LONG), points) for collate in (COLLATE, COLLATE, SEPARATE)]
-    for found in losses[:2]:
-        torch.testing.assert_close(found, losses[2], rtol=1e-4, atol=1e-5)
+    for packed in losses[:2]:
+        torch.testing.assert_close(packed, losses[2], rtol=1e-4, atol=1e-5)

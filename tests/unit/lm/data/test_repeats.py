@@ -72,9 +72,9 @@ def test_fault_8_leaks_and_repeats_are_found_in_every_format(tmp_path, kind):
     splits = task(tmp_path, kind, train, [2, 3, 4, 90]).load()
     shared = sum(1 for one in splits.train + splits.dev if one in splits.test or _in(one, splits.test))
     assert shared == 3
-    told = "\n".join(notes(splits))
-    assert "test rows stand" in told
-    assert "train rows repeat" in told
+    messages = "\n".join(notes(splits))
+    assert "test rows stand" in messages
+    assert "train rows repeat" in messages
     assert notes(task(tmp_path, kind, list(range(20)), [90, 91, 92]).load()) == []
 
 

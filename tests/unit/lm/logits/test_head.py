@@ -32,18 +32,18 @@ def example(model, lengths=(9, 4, 7), seed=0):
     return inputs, Positions(row, column), wanted_of(model, inputs)[row, column]
 
 
-def close(found, wanted):
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+def close(result, wanted):
+    torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
-def told(caplog):
+def log_lines(caplog):
     caplog.set_level(logging.INFO, logger="zoft.lm.logits")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("zoft")]
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_logits_at_places_equal_the_plain_ones(family, told):
+def test_logits_at_places_equal_the_plain_ones(family, log_lines):
     model = DECODERS[family]()
     for seed in range(2):
         inputs, places, wanted = example(model, seed=seed)
@@ -57,12 +57,12 @@ def test_logits_at_places_equal_the_plain_ones(family, told):
     assert known.rows
     assert known.tokens
     assert known.vocabulary == VOCAB
-    assert told() == []
+    assert log_lines() == []
 
 
 @pytest.mark.parametrize("per_chunk", [1, 4, 5, 6])
 @pytest.mark.parametrize("family", DECODERS)
-def test_chunks_are_the_same_from_one_forward_with_few_logits_alive(family, per_chunk, monkeypatch, told):
+def test_chunks_are_the_same_from_one_forward_with_few_logits_alive(family, per_chunk, monkeypatch, log_lines):
     model = DECODERS[family]()
     inputs, places, wanted = example(model)
     targets = torch.arange(len(places)) * 7
@@ -80,10 +80,10 @@ def test_chunks_are_the_same_from_one_forward_with_few_logits_alive(family, per_
         handle.remove()
     assert max(sizes) <= logits.MAX_LOGITS
     assert len(calls) == 1
-    assert bool(told()) == (per_chunk < len(places))
+    assert bool(log_lines()) == (per_chunk < len(places))
 
 
-def test_a_batch_is_computed_in_parts_where_the_head_cannot_be(monkeypatch, told):
+def test_a_batch_is_computed_in_parts_where_the_head_cannot_be(monkeypatch, log_lines):
     """A cap behind the head that no field of the config tells of."""
     model = tiny_gemma2()
     inputs, places, wanted = example(model)
@@ -97,7 +97,7 @@ def test_a_batch_is_computed_in_parts_where_the_head_cannot_be(monkeypatch, told
         model.register_forward_pre_hook(lambda _m, _a, k: rows.append(len(k["input_ids"])), with_kwargs=True)
         close(log_probs_at(model, inputs, places, targets), log_probs)
     assert rows == [2, 1]
-    assert told() == ["Gemma2ForCausalLM: the logits of a batch are too many at once: it is computed in parts"]
+    assert log_lines() == ["Gemma2ForCausalLM: the logits of a batch are too many at once: it is computed in parts"]
 
 
 # ---------------------------------------------------------------------------------------------------------- fallbacks
@@ -147,7 +147,7 @@ def without_a_head(model):
     ],
 )
 @pytest.mark.parametrize("bound", [2**24, 2 * 9 * VOCAB])
-def test_a_model_that_cannot_be_served_is_called_plainly_and_named_once(spoil, why, bound, monkeypatch, told):
+def test_a_model_that_cannot_be_served_is_called_plainly_and_named_once(spoil, why, bound, monkeypatch, log_lines):
     model = spoil(tiny_opt())
     inputs, places, wanted = example(model)
     monkeypatch.setattr(logits, "MAX_LOGITS", bound)
@@ -160,7 +160,7 @@ def test_a_model_that_cannot_be_served_is_called_plainly_and_named_once(spoil, w
             close(logits_at(model, inputs, places), wanted)
             close(logits_at(model, inputs, places, TOKENS), wanted[:, TOKENS])
             close(log_probs_at(model, inputs, places, targets), torch.log_softmax(wanted, -1)[:, 0])
-    warnings = [line for line in told() if "the head is applied to all positions" in line]
+    warnings = [line for line in log_lines() if "the head is applied to all positions" in line]
     assert len(warnings) == 1
     assert warnings[0].startswith(type(model).__name__)
     assert why in warnings[0]
@@ -201,7 +201,7 @@ def _vocabulary_mean(logits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spoil", ["head", "behind", "vocabulary"])
-def test_fault_4_logits_that_depend_a_little_on_others_are_computed_plainly(spoil, dtype, told):
+def test_fault_4_logits_that_depend_a_little_on_others_are_computed_plainly(spoil, dtype, log_lines):
     """Less than 16 bits tell two kernels apart by, so that no tolerance shows it."""
     model = tiny_llama().to(dtype)
     if spoil == "head":
@@ -271,7 +271,7 @@ def test_another_head_is_tried_anew():
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 @pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
-def test_adapters(targets, modules_to_save, told):
+def test_adapters(targets, modules_to_save, log_lines):
     from peft import LoraConfig, get_peft_model
 
     if modules_to_save and "lm_head" in targets:
@@ -285,11 +285,11 @@ def test_adapters(targets, modules_to_save, told):
         close(logits_at(model, inputs, places), wanted)
         close(logits_at(model, inputs, places, TOKENS), wanted[:, TOKENS])
     assert support.probe(model, inputs, places).rows
-    assert told() == []
+    assert log_lines() == []
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_virtual_tokens_in_front_do_not_shift_the_places(kind, told):
+def test_virtual_tokens_in_front_do_not_shift_the_places(kind, log_lines):
     from zoft.component import create
 
     model = create("peft", kind, kind).wrap(tiny_llama(), 0).eval()
@@ -297,29 +297,29 @@ def test_virtual_tokens_in_front_do_not_shift_the_places(kind, told):
     with torch.no_grad():
         close(logits_at(model, inputs, places), wanted)
     assert support.probe(model, inputs, places).rows
-    assert told() == []
+    assert log_lines() == []
 
 
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(family, dtype, told):
+def test_low_precision(family, dtype, log_lines):
     model = CAUSAL[family]().to(dtype)
     inputs, places, wanted = example(model)
     with torch.no_grad():
-        found = logits_at(model, inputs, places)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, wanted.float(), rtol=2e-2, atol=2e-2)
-    assert told() == []
+        result = logits_at(model, inputs, places)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, wanted.float(), rtol=2e-2, atol=2e-2)
+    assert log_lines() == []
 
 
-def test_a_compiled_model_keeps_its_ends_only(told):
+def test_a_compiled_model_keeps_its_ends_only(log_lines):
     model = tiny_llama()
     inputs, places, wanted = example(model)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         close(logits_at(compiled, inputs, places), wanted)
         close(logits_at(compiled, inputs, places, TOKENS), wanted[:, TOKENS])
-    assert told() == []
+    assert log_lines() == []
     torch._dynamo.reset()
 
 
@@ -347,9 +347,9 @@ def test_forwards_side_by_side_ask_the_head_for_what_each_wants():
     for runner in runners:
         runner.gr_context = contextvars.copy_context()
         runner.switch()
-    found = [runner.switch() for runner in runners]
+    results = [runner.switch() for runner in runners]
     torch.set_grad_enabled(True)  # what zoft.engines._lockstep keeps apart: the contexts did not close in order
-    close(torch.cat(found), wanted)
+    close(torch.cat(results), wanted)
     assert "forward" not in vars(model.lm_head)
     assert not head._replaced
 
@@ -357,8 +357,8 @@ def test_forwards_side_by_side_ask_the_head_for_what_each_wants():
 def test_a_forward_that_raises_leaves_the_head_as_it_was():
     model = tiny_llama()
     inputs, places, _ = example(model)
-    own = model.lm_head.forward
-    model.lm_head.forward = own  # as an engine or accelerate may have replaced it
+    forward = model.lm_head.forward
+    model.lm_head.forward = forward  # as an engine or accelerate may have replaced it
 
     def explode(*_):
         raise RuntimeError("halfway")
@@ -369,4 +369,4 @@ def test_a_forward_that_raises_leaves_the_head_as_it_was():
     handle.remove()
     with torch.no_grad():
         logits_at(model, inputs, places)
-    assert vars(model.lm_head)["forward"] is own
+    assert vars(model.lm_head)["forward"] is forward

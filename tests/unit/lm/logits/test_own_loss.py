@@ -39,7 +39,7 @@ def plainly(model, batch) -> torch.Tensor:
 
 
 @pytest.fixture
-def told(caplog):
+def log_lines(caplog):
     caplog.set_level(logging.INFO, logger="zoft")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("zoft")]
 
@@ -60,26 +60,26 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", DECODERS)
-def test_the_loss_is_the_models_own(family, side, seen, told):
+def test_the_loss_is_the_models_own(family, side, seen, log_lines):
     model = DECODERS[family]()
     for seed in range(3):
         batch = labelled(seed, side)
         for count in ({}, {"num_items_in_batch": torch.tensor(17)}, {"num_items_in_batch": 9}):
             with torch.no_grad():
                 wanted = plainly(model, batch | count)
-                found = own_loss(model, **batch, **count)["loss"]
-            assert found.shape == ()
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found, wanted, rtol=2e-6, atol=0)
+                loss = own_loss(model, **batch, **count)["loss"]
+            assert loss.shape == ()
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, wanted, rtol=2e-6, atol=0)
     shapes = seen(model)
     with torch.no_grad():
         own_loss(model, **batch)
     assert shapes == [int((batch["labels"][:, 1:] != -100).sum())]
-    assert told() == []
+    assert log_lines() == []
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_in_chunks_it_is_the_same(family, monkeypatch, told):
+def test_in_chunks_it_is_the_same(family, monkeypatch, log_lines):
     model = DECODERS[family]()
     monkeypatch.setattr(logits, "MAX_LOGITS", 4 * VOCAB)
     alive, real = [], torch.nn.functional.cross_entropy
@@ -89,10 +89,10 @@ def test_in_chunks_it_is_the_same(family, monkeypatch, told):
     for seed in range(2):
         batch = labelled(seed)
         with torch.no_grad():
-            found = own_loss(model, **batch)["loss"]
+            loss = own_loss(model, **batch)["loss"]
             assert max(alive[-3:]) <= 4 * VOCAB
-            torch.testing.assert_close(found, plainly(model, batch), rtol=2e-6, atol=0)
-    assert told() == [f"{type(model).__name__}: logits are computed 4 positions at a time"]
+            torch.testing.assert_close(loss, plainly(model, batch), rtol=2e-6, atol=0)
+    assert log_lines() == [f"{type(model).__name__}: logits are computed 4 positions at a time"]
 
 
 @pytest.mark.parametrize("count", [{}, {"num_items_in_batch": torch.tensor(5)}])
@@ -113,13 +113,13 @@ def test_a_batch_without_labels_settles_nothing_and_costs_what_it_costs(count):
 
 
 @pytest.mark.parametrize("make", [tiny_bert_classifier, tiny_roberta_mlm, tiny_t5])
-def test_other_kinds_of_models_are_left_alone(make, told):
+def test_other_kinds_of_models_are_left_alone(make, log_lines):
     model = make()
     batch = batch_for(model)
     with torch.no_grad():
         assert torch.equal(own_loss(model, **batch).loss, model(**batch).loss)
     assert is_known(model, batch)
-    assert told() == []
+    assert log_lines() == []
 
 
 def test_a_loss_that_takes_the_place_of_the_common_one_is_the_one_from_then_on():
@@ -144,18 +144,18 @@ def with_another_loss(model):
     return model
 
 
-def test_a_model_that_adds_to_its_loss_keeps_it_and_is_named_once(told):
+def test_a_model_that_adds_to_its_loss_keeps_it_and_is_named_once(log_lines):
     model = with_another_loss(tiny_llama())
     for seed in range(2):
         with torch.no_grad():
             assert torch.equal(own_loss(model, **labelled(seed))["loss"], model(**labelled(seed)).loss)
-    assert told() == [
+    assert log_lines() == [
         "Penalised: the loss is computed from the logits of all positions, not only from those that have a label: its "
         "own loss would be off by 0.25"
     ]
 
 
-def test_a_count_that_the_class_ignores_is_ignored(told):
+def test_a_count_that_the_class_ignores_is_ignored(log_lines):
     """Some classes take num_items_in_batch and do not hand it on."""
     model, forward = tiny_llama(), type(tiny_llama()).forward
 
@@ -169,10 +169,10 @@ def test_a_count_that_the_class_ignores_is_ignored(told):
         for _ in range(2):
             assert torch.equal(own_loss(model, **batch)["loss"], model(**batch).loss)
         torch.testing.assert_close(own_loss(model, **labelled(0))["loss"], model(**labelled(0)).loss)
-    assert len(told()) == 1
+    assert len(log_lines()) == 1
 
 
-def test_a_loss_that_is_not_finite_settles_nothing(told):
+def test_a_loss_that_is_not_finite_settles_nothing(log_lines):
     model = tiny_llama()
     clean = model.lm_head.weight.data.clone()
     with torch.no_grad():
@@ -182,17 +182,17 @@ def test_a_loss_that_is_not_finite_settles_nothing(told):
         model.lm_head.weight.copy_(clean)
         torch.testing.assert_close(own_loss(model, **labelled(0))["loss"], plainly(model, labelled(0)))
     assert is_known(model, labelled(0))
-    assert told() == []
+    assert log_lines() == []
 
 
-def test_outputs_as_tuples(told):
+def test_outputs_as_tuples(log_lines):
     model, batch = tiny_llama(), labelled(0) | {"return_dict": False}
     with torch.no_grad():
         torch.testing.assert_close(own_loss(model, **batch)["loss"], model(**batch)[0])
-    assert told() == []
+    assert log_lines() == []
 
 
-def test_a_forward_that_needs_labels_gets_them(told):
+def test_a_forward_that_needs_labels_gets_them(log_lines):
     model, forward = tiny_llama(), type(tiny_llama()).forward
 
     class Needy(type(model)):
@@ -203,7 +203,7 @@ def test_a_forward_that_needs_labels_gets_them(told):
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(own_loss(model, **labelled(0))["loss"], model(**labelled(0)).loss)
-    (line,) = told()
+    (line,) = log_lines()
     assert "missing 1 required positional argument: 'labels'" in line
 
 
@@ -215,15 +215,15 @@ def test_inside_a_query_what_is_unknown_is_done_plainly(seen):
     assert shapes == [labelled(0)["labels"].numel()]
 
 
-def test_through_an_adapter_and_in_low_precision(told):
+def test_through_an_adapter_and_in_low_precision(log_lines):
     from zoft.lm.models.peft.lora import Lora
 
     for model, rtol in ((Lora().wrap(tiny_llama(), 0).eval(), 2e-6), (tiny_llama().to(torch.bfloat16), 2e-2)):
         for seed in range(2):
             with torch.no_grad():
-                found, wanted = own_loss(model, **labelled(seed))["loss"], plainly(model, labelled(seed))
-            torch.testing.assert_close(found, wanted.float(), rtol=rtol, atol=0)
-    assert told() == []
+                loss, wanted = own_loss(model, **labelled(seed))["loss"], plainly(model, labelled(seed))
+            torch.testing.assert_close(loss, wanted.float(), rtol=rtol, atol=0)
+    assert log_lines() == []
 
 
 @pytest.mark.parametrize("chunk", [2**24, 4 * VOCAB])
@@ -231,7 +231,7 @@ def test_through_an_adapter_and_in_low_precision(told):
     ("engine", "family"),
     [*(("layerwise", family) for family in ("opt", "llama", "gemma2")), ("in_place", "opt"), ("side_path", "opt")],
 )
-def test_under_an_engine_the_losses_are_those_of_perturbed_weights(engine, family, chunk, monkeypatch, told):
+def test_under_an_engine_the_losses_are_those_of_perturbed_weights(engine, family, chunk, monkeypatch, log_lines):
     model, batch = DECODERS[family](), labelled(0)
     monkeypatch.setattr(logits, "MAX_LOGITS", chunk)
     estimator = with_fields(example("estimator", "central"), num_directions=2, eps=1e-2)
@@ -249,7 +249,7 @@ def test_under_an_engine_the_losses_are_those_of_perturbed_weights(engine, famil
     first = session.losses(batch, points)
     assert torch.equal(session.losses(batch, points), first)
     torch.testing.assert_close(first, perturbed_losses(model, session, points, batch, Plain()), rtol=1e-6, atol=0)
-    assert not [line for line in told() if "outside" in line]
+    assert not [line for line in log_lines() if "outside" in line]
 
 
 def test_every_family_has_a_way():

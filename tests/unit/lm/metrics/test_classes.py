@@ -14,21 +14,21 @@ def test_figures_are_those_of_scikit_learn():
     drawn = random.Random(0)
     labels = [drawn.randrange(4) for _ in range(60)]
     chosen = [label if drawn.random() < 0.6 else drawn.randrange(3) for label in labels]  # the last is rarely chosen
-    found = by_class(labels, chosen, list("abcd"))
+    report = by_class(labels, chosen, list("abcd"))
     precision, recall, f1, count = sklearn.precision_recall_fscore_support(labels, chosen, zero_division=0)
-    for place, figures in enumerate(found["classes"].values()):
+    for place, figures in enumerate(report["classes"].values()):
         assert (figures["precision"] or 0.0) == pytest.approx(precision[place])
         assert (figures["recall"], figures["f1"]) == (pytest.approx(recall[place]), pytest.approx(f1[place]))
         assert figures["num_rows"] == count[place]
-    assert found["confusion"] == sklearn.confusion_matrix(labels, chosen).tolist()
-    assert found["macro_f1"] == pytest.approx(f1.mean())
+    assert report["confusion"] == sklearn.confusion_matrix(labels, chosen).tolist()
+    assert report["macro_f1"] == pytest.approx(f1.mean())
 
 
 def test_a_class_without_rows_has_a_dash_and_no_part_in_the_mean():
-    found = by_class([0, 0], [0, 0], ["one", "a very long title of a class"])
-    assert found["classes"]["a very long title of a class"]["recall"] is None
-    assert found["macro_f1"] == 1.0
-    lines = table(found)
+    report = by_class([0, 0], [0, 0], ["one", "a very long title of a class"])
+    assert report["classes"]["a very long title of a class"]["recall"] is None
+    assert report["macro_f1"] == 1.0
+    lines = table(report)
     assert lines[2].startswith("a very long tit~       0          -        -      -")
     assert len({len(line) for line in lines}) == 1
 

@@ -21,8 +21,8 @@ LENGTHS = [6, 3, 14, 9, 3, 11, 5, 8, 4, 12]
 
 
 def rows(options: tuple[int, ...] = (1, 1)) -> list[dict[str, Any]]:
-    made = [row(length, list(options), number % 2, number) for number, length in enumerate(LENGTHS)]
-    return [example | {"input_ids": max(example["sequences"], key=len)} for example in made]
+    examples = [row(length, list(options), number % 2, number) for number, length in enumerate(LENGTHS)]
+    return [example | {"input_ids": max(example["sequences"], key=len)} for example in examples]
 
 
 def trainer(folder: Path, **given: Any) -> ZOTrainer:
@@ -50,23 +50,23 @@ def test_longest_first_ties_in_order():
 
 
 def test_results_come_back_in_the_order_of_the_rows(tmp_path: Path):
-    told = []
+    metric_inputs = []
 
     def metric(prediction: Any) -> dict[str, float]:
-        told.append((prediction.predictions.copy(), prediction.label_ids.copy()))
+        metric_inputs.append((prediction.predictions.copy(), prediction.label_ids.copy()))
         return {"accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
 
     one = trainer(tmp_path, compute_metrics=metric)
     data = rows()
     alone = numpy.stack([one.predict([example]).predictions[0] for example in data])
-    told.clear()
+    metric_inputs.clear()
     one.objective.predict(one.model, OptionCollator(models.PAD)(data[:1]))  # (what is found out about the head)
     seen = widths(one)
     output = one.predict(data)
     assert seen == [(3, 14), (3, 9), (3, 5), (1, 3)]
     numpy.testing.assert_allclose(output.predictions, alone, rtol=1e-5, atol=1e-6)
     assert output.label_ids.tolist() == [example["label"] for example in data]
-    ((predictions, labels),) = told
+    ((predictions, labels),) = metric_inputs
     assert numpy.array_equal(predictions, output.predictions)
     assert numpy.array_equal(labels, output.label_ids)
     assert one.compute_metrics is metric
@@ -95,8 +95,8 @@ def test_nothing_is_sorted_without_lengths_or_an_objective(tmp_path: Path):
     assert lengths_of([[1, 2]]) is None
     assert order_of(trainer(tmp_path).get_test_dataloader(plain)) is None
     data = [{"input_ids": torch.tensor(e["input_ids"]), "labels": torch.tensor(e["input_ids"])} for e in rows()]
-    own = trainer(tmp_path, objective=None, train_dataset=data)
-    assert order_of(own.get_eval_dataloader(data)) is None
+    plain_trainer = trainer(tmp_path, objective=None, train_dataset=data)
+    assert order_of(plain_trainer.get_eval_dataloader(data)) is None
 
 
 def test_a_data_loader_that_is_not_ours_keeps_its_order(tmp_path: Path):
@@ -117,8 +117,8 @@ def test_in_rows_order_takes_what_the_loop_gives():
 
 
 def test_encoded_rows_carry_the_length_that_samplers_measure():
-    (made,) = encode([Example("win a free prize is it spam", (" no", " yes you"), 0)], tiny_tokenizer(), 100)
-    assert made["input_ids"] == max(made["sequences"], key=len)
+    (encoded_row,) = encode([Example("win a free prize is it spam", (" no", " yes you"), 0)], tiny_tokenizer(), 100)
+    assert encoded_row["input_ids"] == max(encoded_row["sequences"], key=len)
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
@@ -147,10 +147,10 @@ def test_the_command_line_groups_by_length(tmp_path: Path):
     from zoft.config import compose
     from zoft.run.train import run
 
-    told = {}
+    facts = {}
     for strategy in ("random", "group_by_length"):
         more = [f"trainer.train_sampling_strategy={strategy}", "trainer.eval_strategy=no"]
-        told[strategy] = run(compose(arguments(tmp_path, tmp_path / strategy, *more)))
-    assert told["random"]["num_queries"] == told["group_by_length"]["num_queries"] == 24
-    assert told["random"]["zero_shot"] == told["group_by_length"]["zero_shot"]
-    assert told["random"]["weights_sha256"] != told["group_by_length"]["weights_sha256"]
+        facts[strategy] = run(compose(arguments(tmp_path, tmp_path / strategy, *more)))
+    assert facts["random"]["num_queries"] == facts["group_by_length"]["num_queries"] == 24
+    assert facts["random"]["zero_shot"] == facts["group_by_length"]["zero_shot"]
+    assert facts["random"]["weights_sha256"] != facts["group_by_length"]["weights_sha256"]

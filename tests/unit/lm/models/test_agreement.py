@@ -58,14 +58,14 @@ def head(model: Path, data: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("pad", [0, 2, None])
 def test_fault_1_a_classifier_decides_the_same_at_every_batch_size(tmp_path, pad):
     model, data = folder(tmp_path / "model", pad_token_id=pad), data_file(tmp_path / "data.jsonl")
-    found = []
+    results = []
     for size in (1, 3, 16):
         cfg = compose(head(model, data, f"trainer.per_device_eval_batch_size={size}"))
         facts = evaluate(cfg, Request(output_dir=str(tmp_path / f"eval{size}")))
         lines = (tmp_path / f"eval{size}" / "predictions.jsonl").read_text().splitlines()
-        found.append((facts["accuracy"], [json.loads(line)["chosen"] for line in lines]))
-    assert found[0] == found[1] == found[2]
-    assert len(set(found[0][1])) == 2  # a classifier that says the same of every row would prove nothing
+        results.append((facts["accuracy"], [json.loads(line)["chosen"] for line in lines]))
+    assert results[0] == results[1] == results[2]
+    assert len(set(results[0][1])) == 2  # a classifier that says the same of every row would prove nothing
 
 
 @pytest.mark.parametrize("pad", [0, 2, None])
@@ -74,8 +74,8 @@ def test_fault_1_a_step_of_nothing_changes_no_metric(tmp_path, pad):
     more = ["optimizer.learning_rate=1e-30", "budget.queries=4", "trainer.per_device_train_batch_size=4"]
     facts = run(compose(head(model, data, *more, f"output_dir={tmp_path / 'run'}")))
     assert facts["zero_shot"] == facts["final"]
-    kept = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert kept["pad_token_id"] == tiny_tokenizer().pad_token_id
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["pad_token_id"] == tiny_tokenizer().pad_token_id
 
 
 @pytest.mark.parametrize("kind", ["causal", "classifier"])
@@ -243,8 +243,8 @@ def test_fault_1_a_fresh_head_carries_the_names_of_its_classes(tmp_path):
     place, data = folder(tmp_path / "model", classifier=False), data_file(tmp_path / "data.jsonl")
     more = ["budget.queries=2", "trainer.per_device_train_batch_size=4"]
     run(compose(head(place, data, *more, f"output_dir={tmp_path / 'run'}")))
-    kept = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert kept["id2label"] == {"0": "ham", "1": "spam"}
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "ham", "1": "spam"}
     with pytest.raises(UserError, match="give the task's words in the model's order"):
         loaded("classifier", str(tmp_path / "run" / "model"), labels=("spam", "ham"))
 
@@ -284,8 +284,8 @@ def test_fault_13_an_adapter_knows_where_its_model_lies(tmp_path, monkeypatch):
         f"output_dir={tmp_path / 'run'}",
     ]
     run(compose([*words, "trainer.per_device_train_batch_size=4", "trainable=adapter"]))
-    kept = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
-    assert kept["base_model_name_or_path"] == str(tmp_path / "tiny")
+    config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "tiny")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

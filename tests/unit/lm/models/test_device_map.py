@@ -41,8 +41,8 @@ def test_from_python(given, folder):
     if torch.cuda.is_available() and isinstance(given, str):
         pytest.skip("on a GPU these put the model there")
     model = load_model_as("causal", str(folder / "model"), device_map=given)
-    there = load_model(str(folder / "model")).state_dict()
-    assert all(torch.equal(tensor, there[name]) for name, tensor in model.state_dict().items())
+    state = load_model(str(folder / "model")).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

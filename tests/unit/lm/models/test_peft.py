@@ -182,8 +182,8 @@ def test_fault_1_a_prompt_is_as_far_from_a_padded_row_as_from_a_row_alone(family
     with torch.no_grad():
         alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 3:]
         padded = model(input_ids=row, attention_mask=mask).logits[0, 3:]
-    found = padded[4:] if side == "left" else padded[:6]
-    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+    unpadded = padded[4:] if side == "left" else padded[:6]
+    torch.testing.assert_close(unpadded, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen", "tiny_opt"])
@@ -203,8 +203,8 @@ def test_fault_1_a_prefix_is_as_far_from_a_padded_row_as_from_a_row_alone(family
         for _ in range(3):
             logits = model(input_ids=so_far, attention_mask=torch.ones_like(so_far)).logits
             so_far = torch.cat((so_far, logits[:, -1:].argmax(-1)), 1)
-    found = padded[4:] if side == "left" else padded[:6]
-    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+    unpadded = padded[4:] if side == "left" else padded[:6]
+    torch.testing.assert_close(unpadded, alone, rtol=1e-5, atol=1e-5)
     assert side == "right" or written.tolist() == so_far[0, 6 : 6 + len(written)].tolist()
 
 

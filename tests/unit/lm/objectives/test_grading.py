@@ -55,8 +55,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _grading.take_ungraded()
     yield
-    for made in list(_MADE):
-        made.close()
+    for judges in list(_MADE):
+        judges.close()
     _grading.judges.cache_clear()
 
 
@@ -153,8 +153,8 @@ def test_texts_of_all_points_are_judged_at_once(tmp_path):
         )
         for _ in range(2):  # what waits for judges shows in the first queries
             (tmp_path / "judged.txt").unlink(missing_ok=True)
-            found = session.losses(batches, points)
-        return found.tolist(), most_at_once(tmp_path / "judged.txt")
+            values = session.losses(batches, points)
+        return values.tolist(), most_at_once(tmp_path / "judged.txt")
 
     alone, one = losses()
     assert len(set(alone)) > 2

@@ -151,13 +151,13 @@ def test_scores_mean_the_same_in_both_layouts():
 def test_no_cache_is_built():
     model = tiny_llama()
     model.config.use_cache = True
-    told = []
-    model.register_forward_pre_hook(lambda _m, _args, kwargs: told.append(kwargs["use_cache"]), with_kwargs=True)
+    flags = []
+    model.register_forward_pre_hook(lambda _m, _args, kwargs: flags.append(kwargs["use_cache"]), with_kwargs=True)
     for objective in (Options(), CrossEntropy()):
         for rows in (SINGLE, LONG):
             objective.predict(model, COLLATE(rows))
             objective.loss(model, COLLATE(rows))
-    assert set(told) == {False}
+    assert set(flags) == {False}
 
 
 def test_losses_are_float32_scalars_in_low_precision_and_through_an_adapter():

@@ -58,9 +58,9 @@ def test_label_words_read_the_words_at_the_mask():
         rows = [model(torch.tensor([row["input_ids"]])).logits[0, row["mask_position"]] for row in MASKED]
         scores = torch.stack([logits[row["word_ids"]] for logits, row in zip(rows, MASKED, strict=True)])
         batch = RIGHT(MASKED)
-        loss, found, gold = LabelWords().predict(model, batch)
+        loss, predicted, gold = LabelWords().predict(model, batch)
         again = LabelWords().loss(model, batch)
-    torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(predicted, scores, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(scores, gold))
     torch.testing.assert_close(again, loss)
     assert gold.tolist() == [1, 2, 1]
@@ -76,8 +76,8 @@ def test_classes_are_the_heads():
     )
     with torch.no_grad():
         scores = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in rows])
-        loss, found, _ = Classes().predict(model, RIGHT(rows))
-    torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-5)
+        loss, predicted, _ = Classes().predict(model, RIGHT(rows))
+    torch.testing.assert_close(predicted, scores, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(scores, torch.tensor([2, 0])))
 
 
@@ -145,8 +145,8 @@ def test_metric_may_be_any_of_the_evaluate_library(tmp_path, monkeypatch):
         errors = Metric(metric=f"{places['begins']}#errors", greater_is_better=False, temperature=1e-6, num_samples=2)
         assert float(errors.loss(model, batch)) == 50
         wanted, scores, _ = Metric().predict(tiny_llama(), options)
-        found, same, _ = Metric(metric=places["equals"]).predict(tiny_llama(), options)
-    assert float(found) == pytest.approx(float(wanted))
+        other_loss, same, _ = Metric(metric=places["equals"]).predict(tiny_llama(), options)
+    assert float(other_loss) == pytest.approx(float(wanted))
     assert torch.equal(scores, same)
     assert before == (numpy.random.get_state()[1].tolist(), random.getstate())
     with pytest.raises(
@@ -202,7 +202,7 @@ def test_preference_is_dpo_against_the_start():
 def test_a_reward_is_any_function(monkeypatch, tmp_path):
     model = tiny_llama(vocab_size=4 + len(WORDS))
     rows, collate, answering = generated([Rated("is it", 2.5, "f:1"), Rated("call", "seven", "f:2")])
-    told = []
+    calls = []
     (tmp_path / "judge.py").write_text(
         "def lengths(prompts, generations):\n    return [len(text) for text in generations]\n"
         "def bad(prompts, generations):\n    return [float('nan')] * len(prompts)\n"
@@ -211,7 +211,7 @@ def test_a_reward_is_any_function(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def judge(prompts, generations, answers):
-        told.append((prompts, answers))
+        calls.append((prompts, answers))
         return range(len(generations))
 
     batch = collate(rows)
@@ -219,7 +219,7 @@ def test_a_reward_is_any_function(monkeypatch, tmp_path):
         loss, rewards, _ = Reward(function=judge).predict(model, batch)
         lengths = Reward(function="judge:lengths").predict(model, batch)[1].tolist()
     assert (float(loss), rewards.tolist()) == (-0.5, [0.0, 1.0])
-    assert told == [(["is it", "call"], [2.5, "seven"])]
+    assert calls == [(["is it", "call"], [2.5, "seven"])]
     assert lengths == [len(text) for text in write(model, batch["prompt_ids"], answering).texts]
     with pytest.raises(UserError, match="judge:bad must return finite numbers, got nan"):
         Reward(function="judge:bad").loss(model, batch)
@@ -242,16 +242,16 @@ def test_a_reward_is_any_function(monkeypatch, tmp_path):
 
 def test_an_expression_is_the_weighted_sum():
     model, batch = tiny_llama(), COLLATE(UNEQUAL)
-    made = Expression(
+    expression = Expression(
         formula="options - 0.5*cross_entropy + 2e-1 * metric", settings={"metric": {"metric": "accuracy"}}
     )
     with torch.no_grad():
         options, entropy, metric = (one.loss(model, batch) for one in (Options(), CrossEntropy(), Metric()))
-        loss, scores, _ = made.predict(model, batch)
+        loss, scores, _ = expression.predict(model, batch)
         torch.testing.assert_close(loss, options - 0.5 * entropy + 0.2 * metric)
-        torch.testing.assert_close(made.loss(model, batch), loss)
+        torch.testing.assert_close(expression.loss(model, batch), loss)
         assert torch.equal(scores, Options().predict(model, batch)[1])
-    assert (made.forms, made.differentiable, made.generates) == (("options",), False, False)
+    assert (expression.forms, expression.differentiable, expression.generates) == (("options",), False, False)
     assert Expression(formula="cross_entropy + metric").generates
     for fields, message in (
         ({"formula": "options cross_entropy"}, "formula must be objectives with weights joined by"),
@@ -282,15 +282,15 @@ def test_what_makes_no_sense_is_refused_with_the_config(arguments, message):
 
 
 def test_a_file_names_no_code(tmp_path):
-    mine = tmp_path / "mine.yaml"
+    file = tmp_path / "mine.yaml"
     for objective, setting in (
         ("reward", "{function: 'os:system'}"),
         ("expression", "{formula: reward, settings: {reward: {function: 'os:system'}}}"),
     ):
-        mine.write_text(f"# @package _global_\ndefaults:\n  - override /objective: {objective}\nobjective: {setting}\n")
+        file.write_text(f"# @package _global_\ndefaults:\n  - override /objective: {objective}\nobjective: {setting}\n")
         with pytest.raises(UserError, match=r"mine\.yaml names a function to call, objective\.function=os:system"):
-            compose([f"config={mine}"])
-        assert compose([f"config={mine}"], runs_code=False).objective.name() == objective
+            compose([f"config={file}"])
+        assert compose([f"config={file}"], runs_code=False).objective.name() == objective
     for objective, setting, message in (
         ("metric", "{metric: 'evaluate:evil#a'}", "a metric whose script is run, objective.metric=evaluate:evil#a"),
         ("metric", "{metric: '${model.name}'}", "a metric whose script is run"),
@@ -302,17 +302,17 @@ def test_a_file_names_no_code(tmp_path):
         ("expression", "{formula: reward, settings: '${task.columns}'}", "a function to call"),
         ("expression", "{formula: reward, settings: {reward: '${task.columns}'}}", "a function to call"),
     ):
-        mine.write_text(f"# @package _global_\ndefaults:\n  - override /objective: {objective}\nobjective: {setting}\n")
+        file.write_text(f"# @package _global_\ndefaults:\n  - override /objective: {objective}\nobjective: {setting}\n")
         with pytest.raises(UserError, match=re.escape(message)):
-            compose([f"config={mine}"])
-    mine.write_text("# @package _global_\nobjective: {metric: 'evaluate:evil#a'}\n")
+            compose([f"config={file}"])
+    file.write_text("# @package _global_\nobjective: {metric: 'evaluate:evil#a'}\n")
     given = "objective.metric=evaluate:evil#a"
-    assert compose([f"config={mine}", "objective=metric", given]).objective.library == "evil#a"
+    assert compose([f"config={file}", "objective=metric", given]).objective.library == "evil#a"
     # what cannot become code may refer to another key
     settings = "{formula: metric, settings: {metric: {max_new_tokens: '${seed}'}}}"
-    mine.write_text(f"# @package _global_\ndefaults:\n  - override /objective: expression\nobjective: {settings}\n")
-    assert compose([f"config={mine}", "seed=7"]).objective.terms()[0][0].max_new_tokens == 7
-    mine.write_text(
+    file.write_text(f"# @package _global_\ndefaults:\n  - override /objective: expression\nobjective: {settings}\n")
+    assert compose([f"config={file}", "seed=7"]).objective.terms()[0][0].max_new_tokens == 7
+    file.write_text(
         "# @package _global_\ndefaults:\n  - override /objective: reward\nobjective: {function: 'os:system'}\n"
     )
-    assert compose([f"config={mine}", "objective.function=os:system"]).objective.function == "os:system"
+    assert compose([f"config={file}", "objective.function=os:system"]).objective.function == "os:system"

@@ -21,10 +21,10 @@ def examples(name: str, folder: Path) -> list[Example]:
 
 def test_demonstrations_stand_before_the_prompt_as_published(tmp_path):
     solved, other, asked, _ = examples("squad", tmp_path)
-    made = with_demonstrations(asked, [solved, other])
+    example = with_demonstrations(asked, [solved, other])
     shown = [(one.prompt + one.options[0]).strip() for one in (solved, other)]
-    assert made.prompt == "\n\n".join([*shown, asked.prompt])
-    assert (made.options, made.answers, made.max_new_tokens) == (asked.options, asked.answers, 50)
+    assert example.prompt == "\n\n".join([*shown, asked.prompt])
+    assert (example.options, example.answers, example.max_new_tokens) == (asked.options, asked.answers, 50)
     assert with_demonstrations(asked, []) is asked
 
 

@@ -43,8 +43,8 @@ def task(path: Path, labels: list[Any], **fields: Any) -> Custom:
     return Custom(train=str(written(path, rows)), **{"template": TEMPLATE} | SMALL | fields)
 
 
-def all_of(made: Custom) -> list[Any]:
-    splits = made.load()
+def all_of(custom_task: Custom) -> list[Any]:
+    splits = custom_task.load()
     return [*splits.train, *splits.dev, *splits.test]
 
 
@@ -53,12 +53,12 @@ def all_of(made: Custom) -> list[Any]:
 def test_fault_3_blanks_around_a_label_make_no_other(tmp_path, suffix, prompt):
     template = TEMPLATE if prompt == "aligned" else ""
     labels = ["pos", "neg", " pos", "neg\u00a0", "pos ", "neg", "pos", "neg"]
-    made = task(tmp_path / f"own.{suffix}", labels, prompt=prompt, template=template)
-    assert sorted(row.label for row in all_of(made)) == [0, 0, 0, 0, 1, 1, 1, 1]
+    custom_task = task(tmp_path / f"own.{suffix}", labels, prompt=prompt, template=template)
+    assert sorted(row.label for row in all_of(custom_task)) == [0, 0, 0, 0, 1, 1, 1, 1]
     if prompt == "head":
-        assert made.labels == ("neg", "pos")
+        assert custom_task.labels == ("neg", "pos")
     else:
-        assert {row.options for row in all_of(made)} == {(" neg", " pos")}
+        assert {row.options for row in all_of(custom_task)} == {(" neg", " pos")}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -80,8 +80,8 @@ def test_fault_3_numbers_take_words_on_the_command_line(tmp_path):
     sizes = [f"task.{name}={value}" for name, value in SMALL.items()]
     for words in ("{0.0: bad, 1.0: good}", "{0: bad, 1: good}"):
         more = [f"task.words={words}", "task.template='{text} It was'"]
-        made = compose(["config=quickstart", "task=custom", f"task.train={path}", *sizes, *more])
-        assert {row.options for row in all_of(made.task)} == {(" bad", " good")}
+        cfg = compose(["config=quickstart", "task=custom", f"task.train={path}", *sizes, *more])
+        assert {row.options for row in all_of(cfg.task)} == {(" bad", " good")}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -89,12 +89,12 @@ def test_fault_3_numbers_take_words_on_the_command_line(tmp_path):
 @pytest.mark.parametrize("prompt", ["aligned", "head"])
 def test_fault_3_a_missing_label_is_refused_with_its_place(tmp_path, suffix, missing, prompt):
     template = TEMPLATE if prompt == "aligned" else ""
-    made = task(tmp_path / f"own.{suffix}", ["a", "b", missing, *"ababa"], prompt=prompt, template=template)
+    custom_task = task(tmp_path / f"own.{suffix}", ["a", "b", missing, *"ababa"], prompt=prompt, template=template)
     place = {"csv": ":4", "tsv": ":4", "json": ":3", "jsonl": ":3", "parquet": ": row 3"}[suffix]
     with pytest.raises(
         UserError, match=rf"own\.{suffix}{place}: no label: 'label' is empty: fill it in, or leave the row out"
     ):
-        made.load()
+        custom_task.load()
     with pytest.raises(UserError, match=rf"own\.{suffix}{place}: no label"):
         task(tmp_path / f"own.{suffix}", ["a", "b", missing, *"ababa"], words={"a": "x", "b": "y"}).load()
 
@@ -123,9 +123,9 @@ def test_fault_3_an_empty_text_is_refused_with_its_place(tmp_path, suffix, promp
 @pytest.mark.parametrize("prompt", ["aligned", "head"])
 def test_fault_3_labels_that_differ_in_case_alone_are_refused_with_their_rows(tmp_path, prompt):
     template = TEMPLATE if prompt == "aligned" else ""
-    made = task(tmp_path / "own.csv", ["pos", "neg", "Pos", *"abcde"], prompt=prompt, template=template)
+    custom_task = task(tmp_path / "own.csv", ["pos", "neg", "Pos", *"abcde"], prompt=prompt, template=template)
     with pytest.raises(UserError, match=r"own\.csv:4: the label 'Pos' differs from 'pos' \(.*own\.csv:2\) in its case"):
-        made.load()
+        custom_task.load()
     both = {"pos": "fine", "Pos": "great", "neg": "bad"}
     assert len(all_of(task(tmp_path / "own.csv", ["pos", "neg", "Pos", "neg"] * 2, words=both))) == 8
 
@@ -178,15 +178,15 @@ def test_fault_3_what_looks_like_a_number_and_is_a_name_stays_one():
 @pytest.mark.parametrize("prompt", ["aligned", "head"])
 def test_fault_3_what_is_not_seen_at_a_labels_ends_makes_no_other(tmp_path, unseen, prompt):
     labels = ["pos", f"pos{unseen}", "neg", f"{unseen}neg"] * 3
-    made = task(tmp_path / "own.csv", labels, prompt=prompt, template=TEMPLATE if prompt == "aligned" else "")
-    assert {example.label for example in all_of(made)} == {0, 1}
+    custom_task = task(tmp_path / "own.csv", labels, prompt=prompt, template=TEMPLATE if prompt == "aligned" else "")
+    assert {example.label for example in all_of(custom_task)} == {0, 1}
 
 
 @pytest.mark.parametrize("other", ["po\u200bs", "\uff50os", "po\u00ads"])
 def test_fault_3_labels_that_look_the_same_are_refused_with_their_rows(tmp_path, other):
-    made = task(tmp_path / "own.csv", ["pos", "neg", other, *"abcde"])
+    custom_task = task(tmp_path / "own.csv", ["pos", "neg", other, *"abcde"])
     with pytest.raises(UserError, match=r"own\.csv:4: .* differs from 'pos' .* look the same or are not seen"):
-        made.load()
+        custom_task.load()
 
 
 def test_fault_3_the_first_row_may_lack_what_others_have(tmp_path):

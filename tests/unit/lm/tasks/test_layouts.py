@@ -71,9 +71,9 @@ COMPLETIONS = {
 @pytest.mark.parametrize("format", ["auto", "completion"])
 def test_fault_7_completions(tmp_path, caplog, name, format):
     row, wanted = COMPLETIONS[name]
-    made = first(tmp_path, row, format=format)
-    assert isinstance(made, Completion)
-    assert (made.prompt, made.completion) == wanted
+    example = first(tmp_path, row, format=format)
+    assert isinstance(example, Completion)
+    assert (example.prompt, example.completion) == wanted
     assert "NOT READ" not in caplog.text
     assert "nothing stands between" not in caplog.text
 
@@ -102,9 +102,9 @@ CHATS = {
 
 @pytest.mark.parametrize("name", CHATS)
 def test_fault_7_chats(tmp_path, caplog, name):
-    made = first(tmp_path, CHATS[name])
-    assert isinstance(made, Chat)
-    assert list(made.messages) == [BRIEF, ASK, YO]
+    example = first(tmp_path, CHATS[name])
+    assert isinstance(example, Chat)
+    assert list(example.messages) == [BRIEF, ASK, YO]
     assert "NOT READ" not in caplog.text
 
 
@@ -164,15 +164,15 @@ PAIRS: dict[str, tuple[dict[str, Any], Any]] = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_fault_7_preferences(tmp_path, caplog, name):
     row, (better, worse) = PAIRS[name]
-    made = first(tmp_path, row)
-    assert isinstance(made, PreferencePair)
-    if isinstance(made.chosen, Chat):
-        assert isinstance(made.rejected, Chat)
-        assert (list(made.chosen.messages), list(made.rejected.messages)) == (better, worse)
+    example = first(tmp_path, row)
+    assert isinstance(example, PreferencePair)
+    if isinstance(example.chosen, Chat):
+        assert isinstance(example.rejected, Chat)
+        assert (list(example.chosen.messages), list(example.rejected.messages)) == (better, worse)
     else:
-        assert isinstance(made.rejected, Completion)
-        assert (made.chosen.prompt, made.chosen.completion) == better
-        assert (made.rejected.prompt, made.rejected.completion) == (better[0], worse[1])
+        assert isinstance(example.rejected, Completion)
+        assert (example.chosen.prompt, example.chosen.completion) == better
+        assert (example.rejected.prompt, example.rejected.completion) == (better[0], worse[1])
     assert "NOT READ" not in caplog.text
 
 
@@ -182,9 +182,9 @@ def test_fault_7_preferences(tmp_path, caplog, name):
 )
 def test_fault_14_a_reward_needs_no_column_of_its_own(tmp_path, row, reward):
     for format in ("auto", "reward"):
-        made = first(tmp_path, row, format=format)
-        assert isinstance(made, Rated)
-        assert made.reward == reward
+        example = first(tmp_path, row, format=format)
+        assert isinstance(example, Rated)
+        assert example.reward == reward
     judged = first(tmp_path, {"prompt": "Make 24", "answer": "8 * 3"}, format="reward")
     assert (judged.prompt, judged.reward) == ("Make 24", "8 * 3")
 

@@ -36,9 +36,9 @@ PUBLISHED = [
 def tokenizer() -> Any:
     from zoft.lm.models.load import load_tokenizer
 
-    made = load_tokenizer(str(MODEL))
-    made.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"})
-    return made
+    masked_tokenizer = load_tokenizer(str(MODEL))
+    masked_tokenizer.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"})
+    return masked_tokenizer
 
 
 @pytest.mark.parametrize(

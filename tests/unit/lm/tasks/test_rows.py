@@ -36,9 +36,9 @@ def numbered(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def task(name: str, train: int, held: int, **fields: Any) -> Any:
         monkeypatch.setattr(_rows, "read_rows", lambda source, split: [{}] * (train if split == "train" else held))
-        made = components("task")[name](**fields)
-        made.example = lambda row, source, number: _rows.Example(str(number - 1), (), 0)
-        return made
+        new_task = components("task")[name](**fields)
+        new_task.example = lambda row, source, number: _rows.Example(str(number - 1), (), 0)
+        return new_task
 
     return task
 
@@ -74,16 +74,17 @@ def test_dev_leaves_something_to_train_on(protocol, size, numbered):
 
 def test_what_mezo_trains_on_something_else_is_said_once(caplog):
     formats._note_once.cache_clear()
-    made, examples = components("objective"), [_rows.Example("a", (" b", " c"), 0)]
+    classes, examples = components("objective"), [_rows.Example("a", (" b", " c"), 0)]
     for name, protocol, objective in (
         ("copa", "mezo", "cross_entropy"),
         ("copa", "default", "options"),
         ("rte", "mezo", "options"),
     ):
-        formats.format_of(components("task")[name](protocol=protocol), examples, made[objective]())
+        formats.format_of(components("task")[name](protocol=protocol), examples, classes[objective]())
     assert caplog.text == ""
     for name in ("copa", "record", "copa"):
-        assert formats.format_of(components("task")[name](protocol="mezo"), examples, made["options"]()) == "options"
+        task = components("task")[name](protocol="mezo")
+        assert formats.format_of(task, examples, classes["options"]()) == "options"
     assert caplog.text.count("task.protocol=mezo: MeZO trains task=copa on the text of the right choice") == 1
     assert caplog.text.count("objective=cross_entropy, and this run has objective=options") == 2
 

@@ -101,8 +101,8 @@ def test_balanced_splits_are_disjoint_exact_and_even(counts):
 
 
 def test_balanced_splits_depend_on_the_seed_and_nothing_else():
-    made = [SmsSpam(data_seed=seed).balanced(pools([30, 30]), (10, 10)) for seed in (1, 1, 2)]
-    assert made[0] == made[1] != made[2]
+    splits = [SmsSpam(data_seed=seed).balanced(pools([30, 30]), (10, 10)) for seed in (1, 1, 2)]
+    assert splits[0] == splits[1] != splits[2]
 
 
 def test_the_first_splits_do_not_change_with_the_later_ones():
@@ -137,25 +137,25 @@ def custom(source: str, **fields) -> Custom:
 
 
 @pytest.fixture
-def own(tmp_path) -> str:
+def own_file(tmp_path) -> str:
     return file_of(tmp_path / "own.jsonl", [{"text": f"m{i}", "label": ("ham", "spam")[i % 2]} for i in range(20)])
 
 
-def test_custom_cuts_three_disjoint_splits(own):
-    splits = custom(own, num_train=100).load()
+def test_custom_cuts_three_disjoint_splits(own_file):
+    splits = custom(own_file, num_train=100).load()
     assert (len(splits.train), len(splits.dev), len(splits.test)) == (13, 3, 4)
     prompts = [e.prompt for e in splits.train + splits.dev + splits.test]
     assert sorted(prompts) == sorted(f"m{i} Spam?" for i in range(20))
     example = splits.train[0]
     assert example.options == (" No", " Yes")
     assert example.label == int(example.prompt[1:].split()[0]) % 2
-    assert custom(own).load().dev == splits.dev
-    assert custom(own, data_seed=5).load().dev != splits.dev
+    assert custom(own_file).load().dev == splits.dev
+    assert custom(own_file, data_seed=5).load().dev != splits.dev
 
 
-def test_custom_takes_held_out_rows_from_its_own_file(own, tmp_path):
+def test_custom_takes_held_out_rows_from_its_own_file(own_file, tmp_path):
     held = file_of(tmp_path / "held.jsonl", [{"text": f"h{i}", "label": "ham"} for i in range(9)])
-    splits = custom(own, validation=held).load()
+    splits = custom(own_file, validation=held).load()
     assert len(splits.test) == 4
     assert all(e.prompt.startswith("h") for e in splits.test)
     assert all(e.prompt.startswith("m") for e in splits.train + splits.dev)
@@ -184,9 +184,9 @@ def test_custom_text_that_looks_like_another_column_is_left_alone(tmp_path):
         ({"num_test": 18}, r"too few rows \(20\) for num_test=18 and num_dev=3"),
     ],
 )
-def test_custom_says_what_is_wrong(own, fields, message):
+def test_custom_says_what_is_wrong(own_file, fields, message):
     with pytest.raises(UserError, match=message):
-        custom(own, **fields).load()
+        custom(own_file, **fields).load()
 
 
 def test_counts_that_nobody_chose_are_shares_of_a_small_file(tmp_path, caplog):
@@ -213,6 +213,6 @@ def test_a_file_without_a_header_is_told_by_its_columns(tmp_path):
 
 
 @pytest.mark.parametrize("template", ["{text", "text}", "{text.__class__}", "{text[0]}", "{}"])
-def test_custom_refuses_a_template_that_cannot_be_filled(own, template):
+def test_custom_refuses_a_template_that_cannot_be_filled(own_file, template):
     with pytest.raises(UserError):
-        custom(own, template=template).load()
+        custom(own_file, template=template).load()

@@ -241,15 +241,17 @@ def test_a_metric_counts_any_of_several_right_options():
     assert batch["also_right"].tolist() == [False, True, True, True, False]
     assert OptionCollator(pad_token_id=1)(rows[1:]).keys() == {"input_ids", "attention_mask", "option_tokens", "labels"}
 
-    def told(*log_probs: float) -> tuple[float, list[int]]:
+    def loss_and_gold(*log_probs: float) -> tuple[float, list[int]]:
         loss, _, gold = Options().ranked(batch, torch.tensor(log_probs))
         return float(loss), gold.tolist()
 
     best = (-3.0, -2.0, -1.0, -1.0, -2.0, -1.0)  # of options 0, 1 and 2 (two tokens), then of 0 and 1
-    assert told(*best)[1] == [2, 0], "the best option is right and counts"
-    assert told(-0.5, *best[1:])[1] == [1, 0], "the best option is wrong: compared with the gold one"
+    assert loss_and_gold(*best)[1] == [2, 0], "the best option is right and counts"
+    assert loss_and_gold(-0.5, *best[1:])[1] == [1, 0], "the best option is wrong: compared with the gold one"
     swapped = {key: value for key, value in batch.items() if key != "also_right"}
-    assert told(*best)[0] == float(Options().ranked(swapped, torch.tensor(best))[0]), "the loss goes for the gold one"
+    assert loss_and_gold(*best)[0] == float(Options().ranked(swapped, torch.tensor(best))[0]), (
+        "the loss goes for the gold one"
+    )
 
 
 def test_generated_answers_keep_room_in_training_and_in_prompts(tmp_path, tokenizer):

@@ -29,29 +29,29 @@ def pairs_tokenizer() -> Any:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    made = ByteLevelBPETokenizer()
-    made.train_from_iterator(
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
         ["you call no yes Label is it free"] * 4, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>"]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made._tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
     )
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two finished runs of a model in a folder next to them: one of its own weights, one of an adapter."""
-    made = tmp_path_factory.mktemp("exports")
+    root = tmp_path_factory.mktemp("exports")
     tokenizer = pairs_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 600}
-    tiny_llama(**sizes).save_pretrained(made / "base")
-    tokenizer.save_pretrained(made / "base")
-    (made / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS["classify"]))
-    given = [f"task.train={made / 'rows.jsonl'}", f"model.name={made / 'base'}", "budget.queries=10"]
+    tiny_llama(**sizes).save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS["classify"]))
+    given = [f"task.train={root / 'rows.jsonl'}", f"model.name={root / 'base'}", "budget.queries=10"]
     for name, more in (("whole", ["trainable=all"]), ("adapter", ["peft=lora"])):
-        words = ["config=classify", *given, "optimizer.learning_rate=1e-2", *more, f"output_dir={made / name}"]
+        words = ["config=classify", *given, "optimizer.learning_rate=1e-2", *more, f"output_dir={root / name}"]
         run(compose(words))
-    return made
+    return root
 
 
 def logits(model: Any) -> Any:

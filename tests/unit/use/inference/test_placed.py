@@ -26,15 +26,15 @@ LORA = ("peft=lora", "peft.r=2", "trainable=adapter")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one model, plain, by engine=offload and with a device map, with and without an adapter."""
-    made = chatting(tmp_path_factory.mktemp("placed"))
+    root = chatting(tmp_path_factory.mktemp("placed"))
     placed = {"plain": (), "offload": ("engine=offload",), "map": ("model.device_map=cpu",)}
     for name, where in placed.items():
         for kind, more in (("whole", ()), ("lora", LORA)):
             words = runs.arguments(
-                made, made / f"{name}-{kind}", *where, *more, "optimizer.learning_rate=0.1", "budget.queries=4"
+                root, root / f"{name}-{kind}", *where, *more, "optimizer.learning_rate=0.1", "budget.queries=4"
             )
             run(compose(words))
-    return made
+    return root
 
 
 @pytest.mark.parametrize("kind", ["whole", "lora"])
@@ -82,10 +82,10 @@ def test_a_model_on_several_devices_stays_there(folder: Path, monkeypatch: Any):
     from zoft.evaluation import evaluate
 
     monkeypatch.setattr(load, "device", lambda **_: torch.device("meta"))
-    made = evaluate.model_of
+    model_of = evaluate.model_of
 
     def spread(*given: Any, **more: Any) -> Any:
-        model = made(*given, **more)
+        model = model_of(*given, **more)
         model.hf_device_map = {"model": 0, "lm_head": 1}
         return model
 

@@ -27,18 +27,18 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on labels, one on completions, one on conversations; and a run with an adapter."""
-    made = tmp_path_factory.mktemp("runs")
-    model_folder(made / "model", max_position_embeddings=1200)
+    root = tmp_path_factory.mktemp("runs")
+    model_folder(root / "model", max_position_embeddings=1200)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(made / "model")
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(made / "model")
+    tokenizer.save_pretrained(root / "model")
     for name in ("classify", "instruct", "chat"):
-        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
         more = ["budget.queries=10", "optimizer.learning_rate=1", *["peft=lora"] * (name == "chat")]
-        run(compose([*words_of(made, name), *more, f"output_dir={made / 'out' / name}"]))
-    return made
+        run(compose([*words_of(root, name), *more, f"output_dir={root / 'out' / name}"]))
+    return root
 
 
 def new_rows(path: Path, count: int = 5) -> Path:
@@ -128,13 +128,13 @@ def test_predictions_are_those_of_an_evaluation(runs: Path, tmp_path: Path, caps
     """The same rows as test rows: the same choices and scores, whatever label stands there."""
     run_dir = runs / "out/classify"
     assert main(["eval", f"run={run_dir}", f"output_dir={tmp_path / 'eval'}"]) == 0
-    told = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
-    texts = [row["prompt"].removesuffix("\nLabel:") for row in told]
+    predictions = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
+    texts = [row["prompt"].removesuffix("\nLabel:") for row in predictions]
     data = tmp_path / "again.jsonl"
     data.write_text("".join(json.dumps({"text": text, "label": "whatever"}) + "\n" for text in texts))
     assert main(["predict", f"run={run_dir}", f"data={data}", f"output={tmp_path / 'out.jsonl'}", "--json"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["prediction"] for row in rows] == [("no", "yes")[row["chosen"]] for row in told]
+    assert [row["prediction"] for row in rows] == [("no", "yes")[row["chosen"]] for row in predictions]
     assert all(row["label"] == "whatever" for row in rows)
     capsys.readouterr()
 
@@ -221,7 +221,7 @@ def test_wrong_requests_are_one_sentence(
     monkeypatch.chdir(tmp_path)
     new_rows(tmp_path / "new.csv")
     (tmp_path / "bad.csv").write_text("id,txt\n1,x\n")
-    there = sorted(path.name for path in tmp_path.iterdir())
+    names = sorted(path.name for path in tmp_path.iterdir())
     places = {"RUN": runs / "out/classify", "CHAT": runs / "out/chat", "MODEL": runs / "model"}
     given = [
         f"{key}={places.get(value, value)}" if sign else key for key, sign, value in (w.partition("=") for w in words)
@@ -229,18 +229,18 @@ def test_wrong_requests_are_one_sentence(
     assert main(given) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == there
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_a_house_task_labels_new_rows(tmp_path: Path):
     from zoft.lm.tasks.sms_spam import SmsSpam
     from zoft.lm.tasks.sst2 import SST2
 
-    made, labels = SmsSpam().for_new_rows()
-    assert made({"text": "win a  prize"}, "x.csv:2").prompt.startswith("SMS: win a prize\n")
+    to_example, labels = SmsSpam().for_new_rows()
+    assert to_example({"text": "win a  prize"}, "x.csv:2").prompt.startswith("SMS: win a prize\n")
     assert labels == ("ham", "spam")
-    made, labels = SST2().for_new_rows()
-    assert made({"sentence": "a dull film "}, "x.csv:2").prompt == "a dull film It was"
+    to_example, labels = SST2().for_new_rows()
+    assert to_example({"sentence": "a dull film "}, "x.csv:2").prompt == "a dull film It was"
     assert labels == ("negative", "positive")
 
 
@@ -266,7 +266,7 @@ def test_fault_13_an_adapter_by_its_folder_finds_its_base_from_anywhere(adapter,
         file.write_text(json.dumps(said | {"base_model_name_or_path": name}))
         with torch.no_grad():
             assert torch.equal(load_named(str(tmp_path / "adapter")).model(input_ids=ids).logits, wrapped(ids).logits)
-    for name, told in (("./gone", "there is no model folder ./gone"), (None, "names no base_model_name_or_path")):
+    for name, message in (("./gone", "there is no model folder ./gone"), (None, "names no base_model_name_or_path")):
         file.write_text(json.dumps(said | {"base_model_name_or_path": name}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load_named(str(tmp_path / "adapter"))
