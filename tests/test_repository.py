@@ -11,9 +11,7 @@ import yaml
 import zoft
 
 ROOT = Path(__file__).resolve().parents[1]
-READ_BY_OTHERS = sorted(
-    [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"],
-)
+READ_BY_OTHERS = sorted([*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"])
 
 
 @pytest.mark.parametrize("path", READ_BY_OTHERS, ids=lambda path: path.name)

@@ -105,7 +105,12 @@ def test_every_preset_composes_with_the_quickstart(method: str) -> None:
         ("estimator=backprop subspace=low_rank", "subspace=full"),
         ("estimator=backprop estimator.num_directions=4", "must be 1 (nothing is queried along directions), got 4"),
         ("estimator=backprop engine=forward_mode", "estimator=backprop needs a backward pass"),
-        ("estimator=backprop trainer.max_grad_norm=1", "trainer.max_grad_norm clips projected gradients"),
+        ("estimator=backprop trainer.max_grad_norm=1", "trainer.max_grad_norm is about projected gradients"),
+        ("method=adamw trainer.guard=clip", "trainer.guard is about projected gradients"),
+        ("method=zoft trainer.guard=rollback", "trainer.guard is about projected gradients"),
+        ("method=zoft estimator.num_directions=8", "of probes after the first step: set every=1, or first instead"),
+        ("method=zoft estimator.feedback=exact estimator.eps=5", "feedback=exact makes no probes: leave out eps"),
+        ("method=nodes estimator.feedback=exact", "feedback=exact makes no probes: leave out"),
         (
             "method=subzero_plus budget.queries=20",
             "makes 100 queries in the first one: set budget.queries to 100 or more",

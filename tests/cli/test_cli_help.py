@@ -91,10 +91,7 @@ def test_a_key_is_shown_by_itself(capsys: pytest.CaptureFixture[str]):
     assert "    of estimator=nodes" in eps
     assert "central, " in eps
     for wrong, said in (
-        (
-            "eval_steps",
-            "called 'eval_steps'. Did you mean trainer.eval_steps? zoft ls lists everything",
-        ),
+        ("eval_steps", "called 'eval_steps'. Did you mean trainer.eval_steps? zoft ls lists everything"),
         ("trainer.eval_stepz", "trainer has no key 'eval_stepz'. Did you mean eval_steps"),
         ("qwertyuiop", "there is nothing called 'qwertyuiop'. zoft ls lists everything"),
     ):

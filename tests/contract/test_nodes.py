@@ -388,6 +388,15 @@ def test_every_optimizer_of_gradients_takes_it_downhill(optimizer, dtype):
     assert moved == set(names), "the nodes' tensors move and no other"
 
 
+def test_weights_that_have_become_no_numbers_give_no_step_and_no_traceback():
+    model = only(models.tiny_llama(), "layers.2.mlp.down_proj")
+    batch, ask = models.batch_for(model, rows=4, length=9), queries(model, "hidden")
+    assert ask(batch, Direction(0, 0), Estimator()).usable
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
+    assert not ask(batch, Direction(0, 1), Estimator()).usable
+
+
 @pytest.mark.parametrize("rows", [2, 40])
 def test_the_norm_of_an_estimate_is_that_of_its_matrices(rows):
     model = only(models.tiny_llama(), "layers.1.mlp", "layers.1.input_layernorm")

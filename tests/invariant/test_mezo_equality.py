@@ -307,12 +307,7 @@ def test_fault_12_a_long_prompt_is_cut_with_its_answer(length: int):
     assert mezos["prompt_ids"] == mezos["sequences"][0][:-3]
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["method=fzoo"], "protocol=mezo is MeZO's own step"),
-    ],
-)
+@pytest.mark.parametrize(("words", "said"), [(["method=fzoo"], "protocol=mezo is MeZO's own step")])
 def test_fault_12_what_is_not_mezos_is_refused(words: list[str], said: str):
     from zoft.config import compose
     from zoft.errors import UserError

@@ -109,6 +109,8 @@ def fill_in(plan: Plan) -> None:
             plan.unfit |= {(task, prompt, mode) for mode in unfit}
     for method in plan.runs:
         cfg = _composed(plan, Cell(*first, method, 1.0, plan.seeds[0]))
+        if cfg.auto:
+            raise UserError(f"{cfg.auto[0]}=auto is chosen by zoft train alone: give a value")
         for budget in plan.all_budgets:
             cfg.composition.steps_within(budget)
         plan.digests[method] = _digest(cfg, _OF_METHOD)

@@ -23,7 +23,7 @@ from zoft.lm.objectives._written import ONE_SAMPLE
 from zoft.lm.objectives.base import Objective
 from zoft.lm.tasks.base import Task
 from zoft.optimizers.base import Optimizer
-from zoft.step.method import NOTHING_TO_CLIP, Method
+from zoft.step.method import Method, refuse_without_slopes
 from zoft.step.shares import check_pipeline, grid_of
 from zoft.subspaces.base import Subspace
 from zoft.trainer.values import require_budget, require_taken
@@ -231,8 +231,7 @@ class ZoftConfig:
         self._check_device_map()
         self._check_outputs()
         self.check_processes(1)
-        if self.trainer.get("max_grad_norm") and (self.estimator.backpropagates or isinstance(self.estimator, Nodes)):
-            raise UserError("trainer." + NOTHING_TO_CLIP.format(self.estimator.name()))
+        refuse_without_slopes(self.estimator, self.trainer.get("max_grad_norm"), self.trainer.get("guard"), "trainer.")
 
     def _check_auto(self) -> None:
         """What can be chosen, and parts that have it."""

@@ -95,6 +95,8 @@ class Measurement:
             row |= gram_summary(gram)
             tables["gram"] = normalised(gram).tolist()
             self._probe(row, tables, gram, gradient, aligned.gradient_norm)
+        elif self.step.factors is not None and (self.wanted.num_probes or self.wanted.eps):
+            self._note("node directions lie in no weights: num_probes and eps measure nothing of them")
         if self.wanted.eps:
             self._radius(row, tables, gradient)
         return row | {"diagnostics_queries": self.session.num_queries}, tables

@@ -107,12 +107,7 @@ class NodeSession(Session):
 
     @contextmanager
     def moved(
-        self,
-        nodes: dict[str, Node],
-        rows: Tensor,
-        column: Tensor,
-        num_rows: int,
-        shift: Callable[[str, int], Tensor],
+        self, nodes: dict[str, Node], rows: Tensor, column: Tensor, num_rows: int, shift: Callable[[str, int], Tensor]
     ) -> Iterator[None]:
         """Within this block a forward's layers give y + shift at some positions.
 

@@ -70,10 +70,11 @@ class Nodes(Estimator):
         self.require(self.noise == "counter", "noise", "counter")
         if self.response == "identity" and (self.feedback not in ("auto", "hidden") or self.of_probes()):
             ignored = self.of_probes() or ["feedback"]
-            raise UserError(
-                f"nodes.response=identity is of the last hidden state and makes no probes: leave out {ignored[0]}, or "
-                "use response=learnt"
-            )
+            raise UserError(f"nodes.response=identity makes no probes: leave out {ignored[0]}, or use response=learnt")
+        if self.feedback == "exact" and (ignored := self.of_probes() or ["response"] * (self.response != "auto")):
+            raise UserError(f"nodes.feedback=exact makes no probes: leave out {ignored[0]}, or use another feedback")
+        if self.num_directions > 1 and not self.every:
+            raise UserError("nodes.num_directions is of probes after the first step: set every=1, or first instead")
         # one probe says little of its own step: nothing is remembered that the next one could add to
         if self.feedback == "loss" and self.every != 1:
             raise UserError(

@@ -239,7 +239,9 @@ def _chosen(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: dict[s
         raise UserError(f"{cfg.auto[0]}=auto is chosen in one process: start the run without torchrun, or give a value")
     chosen = choose(cfg, model, tokenizer, rows)
     # what the choice has cost is part of the budget
-    args.max_steps = cfg.composition.steps_within(cfg.budget.queries - chosen.queries)
+    if (left := cfg.budget.queries - chosen.queries) < cfg.composition.queries_at(0):
+        raise UserError(f"{cfg.auto[0]}=auto takes {chosen.queries} queries: raise budget.queries, or give a value")
+    args.max_steps = cfg.composition.steps_within(left)
     return chosen
 
 

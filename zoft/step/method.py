@@ -11,7 +11,9 @@ from typing import Any
 from zoft.component import create
 from zoft.errors import UserError
 from zoft.estimators._optional import KeepsAnchor, NeedsBackward
+from zoft.estimators.backprop import Backprop
 from zoft.estimators.base import Estimator
+from zoft.estimators.nodes import Nodes
 from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction
 from zoft.optimizers._optional import line_search_of
@@ -25,10 +27,16 @@ from zoft.weights.tensors import Weights
 BACKWARD = 3
 """Queries that a backward pass counts, with the forward pass before it."""
 
-NOTHING_TO_CLIP = (
-    "max_grad_norm clips projected gradients, and those of a backward pass (estimator={}) are none: leave it out, and "
-    "lower the learning rate where steps are too long"
-)
+
+def refuse_without_slopes(estimator: Estimator, clips: float | None, guard: str | None, place: str = "") -> None:
+    """Refuse what clips or judges projected gradients, where an estimator has none or not those alone."""
+    has_none = isinstance(estimator, Backprop | Nodes)
+    is_clipped = clips and (has_none or estimator.backpropagates)
+    if is_clipped or (guard not in (None, "none") and has_none):
+        raise UserError(
+            f"{place}{'max_grad_norm' if is_clipped else 'guard'} is about projected gradients, and estimator="
+            f"{estimator.name()} makes its steps of others: leave it out, and lower the learning rate if those are long"
+        )
 
 
 @dataclass

@@ -14,8 +14,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from zoft.errors import UserError
-from zoft.estimators.nodes import Nodes
-from zoft.step.method import NOTHING_TO_CLIP, Method
+from zoft.step.method import Method, refuse_without_slopes
 from zoft.step.shares import grid_of
 from zoft.trainer.guard import FEWEST, GUARDS
 from zoft.trainer.rate import start_of
@@ -93,8 +92,7 @@ class ZOConfig(TrainingArguments):
     """
 
     budget_queries: int | None = field(
-        default=None,
-        metadata={"help": "Forward passes of the objective (clean ones too) after which training stops."},
+        default=None, metadata={"help": "Forward passes of the objective (clean ones too) after which training stops."}
     )
     max_skipped_steps: int = field(
         default=10, metadata={"help": "Steps in a row with a non-finite loss before the run stops."}
@@ -127,8 +125,7 @@ class ZOConfig(TrainingArguments):
         metadata={"help": "What processes divide: a step's rows (data), its points (directions), both, or the model."},
     )
     parallel_directions: int = field(
-        default=0,
-        metadata={"help": "With parallel=both: processes that divide a step's points; the others, its rows."},
+        default=0, metadata={"help": "With parallel=both: processes that divide a step's points; the others, its rows."}
     )
     learning_rate: Any = field(default=1e-6, metadata={"help": "Step size of the optimizer (MeZO's 1e-6)."})
     lr_scheduler_type: str = field(
@@ -281,8 +278,7 @@ def settle_arguments(args: Any, method: Method, *, has_objective: bool) -> None:
         args.learning_rate = start_of(optimizer)
     elif optimizer.scale_with_directions:
         args.learning_rate *= estimator.num_directions
-    if args.max_grad_norm and (estimator.backpropagates or isinstance(estimator, Nodes)):
-        raise UserError(NOTHING_TO_CLIP.format(estimator.name()))
+    refuse_without_slopes(estimator, args.max_grad_norm, args.guard)
     grid_of(args.parallel, args.parallel_directions, args.world_size, estimator)
     queries = getattr(args, "budget_queries", None)
     if queries is not None and args.max_steps <= 0:

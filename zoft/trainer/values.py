@@ -30,11 +30,7 @@ _MEANING = {
     "eval_accumulation_steps": "; leave it out to move predictions to the host at the end",
     "max_grad_norm": "; 0 clips nothing",
 }
-_EVERY = {
-    "logging_steps": "logs nothing",
-    "eval_steps": "evaluates at no step",
-    "save_steps": "saves no checkpoint",
-}
+_EVERY = {"logging_steps": "logs nothing", "eval_steps": "evaluates at no step", "save_steps": "saves no checkpoint"}
 """Steps from one to the next -> what its strategy "no" does."""
 _WORDS = {
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),

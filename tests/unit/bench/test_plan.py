@@ -180,6 +180,12 @@ def test_a_task_that_cannot_be_composed_is_named_before_anything_runs(file):
         fill_in(plan)
 
 
+def test_a_value_that_a_run_would_choose_is_refused(file):
+    plan = read_plan([f"config={file}", "base=[estimator.eps=auto]"])
+    with pytest.raises(UserError, match=r"estimator.eps=auto is chosen by zoft train alone: give a value"):
+        fill_in(plan)
+
+
 def test_fault_10_the_exact_reference_begins_at_the_rate_of_the_method_it_is_compared_with():
     words = ["config=smoke", "references=[forward_gradient, adamw]"]
     rates = {}

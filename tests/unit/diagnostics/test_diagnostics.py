@@ -59,8 +59,7 @@ def asking(model: Curve, num_probes: int, law: str = "gaussian", **fields: Any) 
 
 
 @pytest.mark.parametrize(
-    ("law", "across", "one"),
-    [("gaussian", "iid", D + 2), ("rademacher", "iid", D), ("gaussian", "orthogonal", None)],
+    ("law", "across", "one"), [("gaussian", "iid", D + 2), ("rademacher", "iid", D), ("gaussian", "orthogonal", None)]
 )
 def test_mean_square_and_cosine_follow_the_theory(law: str, across: str, one: int | None):
     """E|ghat|^2 = (A + q - 1) / q |g|^2, E cos^2 = 1 / d for one direction and q / d at right angles."""

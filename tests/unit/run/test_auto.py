@@ -120,6 +120,11 @@ def test_too_few_queries_for_a_search(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_choice_that_takes_the_whole_budget_is_said(tmp_path: Path):
+    with pytest.raises(UserError, match=r"eps=auto takes \d+ queries: raise budget.queries, or give a value"):
+        run(compose(words_of(tmp_path, "estimator.eps=auto", "budget.queries=24")))
+
+
 def test_a_plateau_needs_losses_that_move():
     with pytest.raises(UserError, match="no loss moves"):
         auto.plateau({1e-3: [0.0], 1e-2: [0.0]})

@@ -363,8 +363,7 @@ def by_hand(model: Any, row: dict[str, Any], lrs: list[float], decay: float, eps
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "lrs"),
-    [("constant", [1e-2, 1e-2, 1e-2, 1e-2]), ("linear", [1e-2, 7.5e-3, 5e-3, 2.5e-3])],
+    ("scheduler", "lrs"), [("constant", [1e-2, 1e-2, 1e-2, 1e-2]), ("linear", [1e-2, 7.5e-3, 5e-3, 2.5e-3])]
 )
 @pytest.mark.parametrize("engine", ["layerwise", "in_place"])
 def test_schedule_and_decay_by_hand(scheduler: str, lrs: list[float], engine: str, make: Callable[..., ZOTrainer]):

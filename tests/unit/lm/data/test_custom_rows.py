@@ -123,11 +123,7 @@ def test_a_template_is_the_prompt(tmp_path):
     assert plain(first(tmp_path, row, template="{instruction}: {input}\n")) == ("add: 1 2\n", "3")
     row = {"q": "q?", "a": "x", "b": "y", "gold": "b"}
     example = first(
-        tmp_path,
-        row,
-        format="multiple_choice",
-        template="{q} A:",
-        columns={"choices": ["a", "b"], "answer": "gold"},
+        tmp_path, row, format="multiple_choice", template="{q} A:", columns={"choices": ["a", "b"], "answer": "gold"}
     )
     assert example == Example("q? A:", (" x", " y"), 1, domain="A:")
 

@@ -41,16 +41,7 @@ def row(kind: str, number: int) -> dict[str, Any]:
     return {"prompt": ask, "reward": number}
 
 
-KINDS = (
-    "text_label",
-    "head",
-    "multiple_choice",
-    "completion",
-    "chat",
-    "preference",
-    "preference of chats",
-    "reward",
-)
+KINDS = ("text_label", "head", "multiple_choice", "completion", "chat", "preference", "preference of chats", "reward")
 
 
 def task(folder: Path, kind: str, train: list[int], held: list[int]) -> Custom:

@@ -76,11 +76,7 @@ def test_results_come_back_in_the_order_of_the_rows(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "args",
-    [
-        {"include_for_metrics": ["loss"]},
-        {"eval_do_concat_batches": False},
-        {"batch_eval_metrics": True},
-    ],
+    [{"include_for_metrics": ["loss"]}, {"eval_do_concat_batches": False}, {"batch_eval_metrics": True}],
     ids=lambda args: next(iter(args)),
 )
 def test_nothing_is_sorted_where_the_order_would_show(args: dict[str, Any], tmp_path: Path):

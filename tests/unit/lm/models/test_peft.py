@@ -54,6 +54,11 @@ def test_lora_starts_as_the_model_is():
     assert torch.equal(before, after)
 
 
+def test_what_peft_refuses_is_one_sentence():
+    with pytest.raises(UserError, match="peft=lora does not fit LlamaForCausalLM: "):
+        Lora(on="feed_forward", layers_to_transform=[1]).wrap(tiny_llama(), 0)
+
+
 def test_lora_fields_reach_the_weights():
     wrapped = Lora(r=3, lora_alpha=12, target_modules=["k_proj"], layers_to_transform=[1]).wrap(tiny_llama(), 0)
     shapes = {tuple(p.shape) for p in trained(wrapped).values()}

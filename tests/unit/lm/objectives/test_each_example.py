@@ -49,9 +49,7 @@ OBJECTIVES = [
 
 
 @pytest.mark.parametrize(
-    ("objective", "model", "batch"),
-    OBJECTIVES,
-    ids=lambda value: value.name() if hasattr(value, "name") else "",
+    ("objective", "model", "batch"), OBJECTIVES, ids=lambda value: value.name() if hasattr(value, "name") else ""
 )
 def test_each_example_has_the_loss_that_it_has_alone(objective, model, batch):
     if batch == "generated":

@@ -36,16 +36,16 @@ class Peft(Component):
         Raises:
             UserError: peft refuses the model, for instance because no module has the asked name.
         """
-        config = self.config(task_type_of(model))
-        if config is None:
-            return model
-        from peft import get_peft_model
-
         from zoft.utils.lazy import torch
 
         with torch.random.fork_rng(), without_old_names():
             torch.manual_seed(seed)
             try:
+                config = self.config(task_type_of(model))
+                if config is None:
+                    return model
+                from peft import get_peft_model
+
                 wrapped = get_peft_model(model, config)
             except ValueError as error:
                 first_line = next(iter(str(error).splitlines()), type(error).__name__)
