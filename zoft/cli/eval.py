@@ -40,7 +40,7 @@ def command(arguments: list[str]) -> int:
     if "harness" in asked:
         require_harness()
     if run:
-        run_config = f"config={evaluate.config_of_run(run)}"
+        run_config = f"config={evaluate.config_of_run(run, overrides)}"
         overrides = overrides if any(word.startswith("config=") for word in overrides) else [run_config, *overrides]
     cfg = compose(overrides)
     given = any(word.startswith("output_dir=") for word in overrides)

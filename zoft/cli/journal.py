@@ -119,9 +119,7 @@ def _lines(path: Path, contents: Contents, *, everything: bool) -> list[str]:
         return [*lines, "no steps yet"]
     lines.append(f"{'step':>8} {'queries':>9} {'loss':>9} {'slope':>10} {'lr':>9} {'eps':>9}  coefficients")
     few = records if everything or len(records) <= 2 * _SHOWN else [*records[:_SHOWN], None, *records[-_SHOWN:]]
-    for record in few:
-        lines.append(f"{'...':>8}" if record is None else _line(record))
-    return lines
+    return [*lines, *(f"{'...':>8}" if record is None else _line(record) for record in few)]
 
 
 def _line(record: Record) -> str:

@@ -370,10 +370,7 @@ class ZoftConfig:
     def _take_losses_alone(self, name: str) -> None:
         """Node directions of an objective that tells each example's loss and nothing else (a reward)."""
         if getattr(self.estimator, "every", 1) != 1:
-            raise UserError(
-                f"objective={name} tells each example's loss and nothing else, and that needs a probe in every step: "
-                "use method=nodes (estimator.every=1)"
-            )
+            raise UserError(f"objective={name} tells losses alone, which need a probe in every step: use method=nodes")
         if getattr(self.subspace, "positions", "loss") != "loss":
             raise UserError(
                 f"subspace.positions={getattr(self.subspace, 'positions', '')}: where texts are written "

@@ -200,10 +200,8 @@ class Range:
 
     def rounded(self, x: float) -> Any:
         """A real value to six digits, a whole one to a number; within the ends."""
-        if self.is_whole:
-            x = round(x) if self.log else math.floor(x)
-        else:
-            x = float(f"{x:.{_DIGITS}g}")
+        whole = round if self.log else math.floor
+        x = whole(x) if self.is_whole else float(f"{x:.{_DIGITS}g}")
         return min(max(x, self.low), self.high)
 
     def units(self, value: Any) -> list[float] | None:

@@ -113,7 +113,6 @@ def _wrapped(text: str, first: str, others: str, width: int) -> list[str]:
     whole = _ENDS_IN_COMMAND.search(text)
     if whole and len(whole[0]) <= width - len(others):
         text = text[: whole.start()] + whole[0].replace(" ", _KEPT)
-    filled = textwrap.wrap(
+    return textwrap.wrap(
         text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
     )
-    return filled

@@ -20,7 +20,7 @@ from zoft.tuning.record import StudyRecord
 from zoft.tuning.settings import TuneSettings, record_at
 from zoft.tuning.space import SearchSpace
 
-BASE = ["model.name=none", "task=sms_spam", "budget.queries=24", "optimizer.learning_rate=1e-2"]
+BASE = ["model.name=none", "method=mezo", "task=sms_spam", "budget.queries=24", "optimizer.learning_rate=1e-2"]
 SPACE = {"optimizer.learning_rate": "log(1e-4,1)", "estimator.num_directions": "int(1,4)"}
 
 

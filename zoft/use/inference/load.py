@@ -62,7 +62,7 @@ def config_of(run: str, overrides: list[str]) -> ZoftConfig:
     from zoft.lm.tasks.custom import Custom
     from zoft.report.results import finished
 
-    cfg = compose([f"config={config_of_run(run)}", *overrides], runs_code=False)
+    cfg = compose([f"config={config_of_run(run, overrides)}", *overrides], runs_code=False)
     said = (finished(Path(run)) or {}).get("read_as")
     # whoever gives settings of the task wants its rows read by them
     if said and isinstance(cfg.task, Custom) and not any(word.startswith("task.") for word in overrides):
