@@ -77,7 +77,7 @@ faults: install ## kill, cut, fill and forge: the faults of docs/reliability.md,
 bench: $(INSTALLED) ## time one step against MeZO's and against bare forwards: 5 minutes, BENCH=full 40
 	$(BIN)/python scripts/bench_step.py --preset $(BENCH) --output build/bench $(ARGS)
 
-bench-demo: install ## the bench of docs/bench.md, rewritten with its pictures: about an hour on two cores
+bench-demo: install ## the bench of docs/bench.md, rewritten with its pictures: over two hours on two cores
 	$(BIN)/zoft fetch rotten-tomatoes trec-questions
 	$(ENV) $(BIN)/zoft bench config=demo jobs=2 $(ARGS)
 	$(BIN)/python scripts/write_bench.py runs/bench-demo
