@@ -34,8 +34,8 @@ def refuse_without_slopes(estimator: Estimator, clips: float | None, guard: str 
     is_clipped = clips and (has_none or estimator.backpropagates)
     if is_clipped or (guard not in (None, "none") and has_none):
         raise UserError(
-            f"{place}{'max_grad_norm' if is_clipped else 'guard'} is about projected gradients, and estimator="
-            f"{estimator.name()} makes its steps of others: leave it out, and lower the learning rate if those are long"
+            f"{place}{'max_grad_norm' if is_clipped else 'guard'} is about projected gradients, and steps of estimator="
+            f"{estimator.name()} are not made of those: leave it out, and lower the learning rate if they are too long"
         )
 
 
