@@ -87,7 +87,7 @@ def test_what_others_call_a_key_is_a_key():
         "model.dtype": "float16",
     }
     for key in set(ELSEWHERE.values()):
-        group = ["peft=lora"] if key.startswith("peft.") else []
+        group = ["peft=lora"] if key.startswith("peft.") else ["method=mezo"] if key.startswith("estimator.") else []
         assert key in ORDER or compose(["config=quickstart", "task=custom", *group, f"{key}={values.get(key, '8')}"])
     assert "per_device_train_batch_size" in fields()
 

@@ -74,7 +74,7 @@ def test_where_most_is_choices_it_points_elsewhere(fake, here, capsys):
         ([RATE, "search=bayes"], "Known: random, tpe, zo"),
         ([RATE, "direction=down"], "Known: maximize, minimize"),
         (["space.optimizer.learning_rate=log(0,1)"], "needs both ends > 0"),
-        (["space.optimizer.lr=log(1e-4,1)"], "optimizer=whiten has no 'lr'. Known: beta, cooling, decay"),
+        (["space.optimizer.lr=log(1e-4,1)"], "optimizer=sgd has no 'lr'. Known: learning_rate"),
         ([RATE, "metric=accuracy"], "Did you mean eval_accuracy"),
         ([RATE, "model.nme=x"], "Did you mean name"),
     ],
