@@ -87,6 +87,7 @@ ARGUMENTS = [
     ("trainer.prediction_loss_only=true", "would not be heeded"),
     ("trainer.eval_do_concat_batches=false", "would not be heeded"),
     ("trainer.push_to_hub=true", "`zoft export run=DIR --push OWNER/NAME`"),
+    ("trainer.hub_model_id=a/b", "`zoft export run=DIR --push OWNER/NAME`"),
     # parts that do not go together
     ("peft=lora trainable=all", "trainable=all trains weights of the base model, and only the adapter is saved"),
     ("peft=lora trainable=last_blocks", "only the adapter is saved: use trainable=adapter, or peft=none"),

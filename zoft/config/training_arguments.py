@@ -138,8 +138,9 @@ def check(name: str, value: Any, where: str) -> None:
     if name in REFUSED:
         raise UserError(f"{where}: trainer.{name} cannot be set here: {REFUSED[name]}")
     known = fields()
-    if name in UNHEEDED and value is not None and repr(value) != _defaults().get(name):
-        raise UserError(f"{where}: trainer.{name}={value} would not be heeded: {UNHEEDED[name]}; leave it out")
+    why = UNHEEDED.get("push_to_hub" if name.startswith("hub_") else name)
+    if why and value is not None and repr(value) != _defaults().get(name):
+        raise UserError(f"{where}: trainer.{name}={value} would not be heeded: {why}; leave it out")
     if known and name not in known:
         usable = known.keys() - HOMES.keys() - REFUSED.keys()
         raise UserError(
