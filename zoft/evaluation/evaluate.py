@@ -382,12 +382,12 @@ _OF_TRAINING = ("method", "subspace", "estimator", "weighting", "optimizer", "bu
 
 
 def config_of_run(run: str, overrides: Sequence[str] = ()) -> str:
-    """The config of a run's folder, which must hold its final model; arguments that change nothing are refused."""
+    """The config of a run with a final model; arguments that change nothing are refused, but for files of parts."""
     path = folder.config_of(run)
     if not (path.parent / "model").is_dir():
         raise UserError(f"run={run} holds no final model: finish it with the command that began it")
     is_whole = not (path.parent / "model" / "adapter_config.json").is_file()
-    for key in (word.lstrip("+~").partition("=")[0] for word in overrides):
+    for key in (word.lstrip("+~").partition("=")[0] for word in overrides if ".py" not in word):
         if key.partition(".")[0] in _OF_TRAINING or (is_whole and key in ("model", "model.name", "model.revision")):
             raise UserError(f"{key} was of the training of run={run}, and changes nothing now: leave it out")
     return str(path)

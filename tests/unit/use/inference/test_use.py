@@ -199,6 +199,7 @@ def test_columns_fit_the_terminal():
         (["predict", "run=RUN", "data=new.csv", "optimizer.learning_rate=5"], "was of the training of run="),
         (["predict", "run=RUN", "data=new.csv", "model.name=other"], "model.name was of the training of run="),
         (["eval", "run=RUN", "estimator.eps=7"], "estimator.eps was of the training of run="),
+        (["predict", "run=RUN", "data=new.csv", "estimator=./nowhere.py:Wide"], "there is no file"),  # a file is named
         (["predict", "run=nowhere", "data=new.csv"], "run=nowhere holds no config.yaml"),
         (["predict", "run=RUN", "data=nowhere.csv"], "there is no data file nowhere.csv"),
         (["predict", "run=RUN", "data=new.csv", "output=x.txt"], "must end in .csv or .jsonl"),
