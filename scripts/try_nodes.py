@@ -148,7 +148,8 @@ class Monitored(NodeQueries):
         """A step with four probes where they are due."""
         tensors = self.session.weights.tensors
         due = getattr(self, "due", False)
-        estimate = super().__call__(batch, direction, replace(estimator, every=int(due), num_directions=4))
+        probing = replace(estimator, every=1, num_directions=4) if due else estimator
+        estimate = super().__call__(batch, direction, probing)
         weights = {name: tensors[name].detach().clone() for name in estimate.factors}
         gradients = {name: one.dense() for name, one in estimate.factors.items()}
         ratios = getattr(self, "ratios", []) if not due else []
