@@ -35,7 +35,7 @@ def refuse_without_slopes(estimator: Estimator, clips: float | None, guard: str 
     if is_clipped or (guard not in (None, "none") and has_none):
         raise UserError(
             f"{place}{'max_grad_norm' if is_clipped else 'guard'} is about projected gradients, and steps of estimator="
-            f"{estimator.name()} are not made of those: leave it out, and lower the learning rate if they are too long"
+            f"{estimator.name()} are not of those alone: leave it out, and lower the learning rate if they are too long"
         )
 
 
