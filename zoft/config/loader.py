@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import logging
 import os
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from zoft.component import GROUPS, Component, components
 from zoft.config import arguments, auto, experiments, own, recommended, texts
-from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir
+from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir, user_configs_dir
 from zoft.config.check import Checker, refuse_code, translated
 from zoft.config.foldername import suffix
 from zoft.config.schema import ZoftConfig
@@ -114,6 +114,20 @@ class Sources(ConfigRepository):
         return ConfigResult(source.provider, f"file://{source.path}", content, header, defaults)
 
 
+class _Parts(NamedTuple):
+    """What a choice of parts comes to before arguments set values in it."""
+
+    cfg: DictConfig
+    checker: Checker
+    files: list[tuple[dict[str, Any], str]]  # what each file sets, and where it lies
+    notes: list[str]
+
+
+_PARTS: dict[Any, _Parts] = {}
+"""Those of this process: a sweep, a bench and a search compose hundreds of runs that differ in values alone."""
+_MOST_PARTS = 32  # a megabyte each
+
+
 class Loader(ConfigLoaderImpl):
     """Hydra's config loader for one command line; picklable, so that a sweep's workers compose as their parent did.
 
@@ -137,10 +151,12 @@ class Loader(ConfigLoaderImpl):
         self._implied = False  # whether the adapter that was chosen is trained without a word about it
         self.cells: dict[tuple[str, ...], str] = {}  # a sweep's cell -> its folder's name
         self._noted: set[str] = set()
+        self._files: list[tuple[dict[str, Any], str]] = []
+        self._notes: list[str] = []
 
     def load(self, overrides: list[str]) -> DictConfig:
         """The composed config of one run, without Hydra's own node."""
-        cfg = self.load_configuration(PRIMARY, overrides, RunMode.RUN)
+        cfg = self._load(overrides, self._with_parts)
         with open_dict(cfg):
             del cfg["hydra"]
         return cfg
@@ -158,6 +174,10 @@ class Loader(ConfigLoaderImpl):
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
         """Compose one run; what Hydra would do, after the arguments were checked and rewritten."""
+        hydra = super().load_configuration
+        return self._load(overrides, lambda words: hydra(PRIMARY, words, run_mode, False, validate_sweep_overrides))
+
+    def _load(self, overrides: list[str], compose: Callable[[list[str]], DictConfig]) -> DictConfig:
         with translated(self.experiments):
             self.experiments.labels = {"config": None, "method": None}
             self.experiments.trusted = own.register_named(overrides)  # in a sweep's worker for the first time
@@ -168,20 +188,42 @@ class Loader(ConfigLoaderImpl):
             rewritten = arguments.rewrite(parsed, self.experiments, sweeping=self.sweeping)
             self._chosen_by_arguments = frozenset(o.key_or_group for o in parsed if o.key_or_group in GROUPS)
             self._values = [o for o in parsed if arguments.is_value(o)]
-            with_method = functools.partial(self._with_method, rewritten, run_mode, validate_sweep_overrides)
             self.chosen, named = "", recommended.is_named(parsed, self.experiments)
-            cfg = with_method(None if named else recommended.BEST)
+            # a method that nobody named stands where an experiment's would, below what the experiment sets
+            cfg = compose(rewritten if named else [*rewritten, f"method={recommended.BEST}"])
             if not named:
                 choice = recommended.recommended(cfg)
-                cfg = cfg if choice.method == recommended.BEST else with_method(choice.method)
+                cfg = cfg if choice.method == recommended.BEST else compose([*rewritten, f"method={choice.method}"])
                 self.chosen = choice.line()
             auto.settled(cfg, chosen, given)
         return self._labelled(cfg)
 
-    def _with_method(self, overrides: list[str], run_mode: RunMode, validates: bool, method: str | None) -> DictConfig:
-        """One composition; the method stands where an experiment's would, below what the experiment sets."""
-        overrides = overrides if method is None else [*overrides, f"method={method}"]
-        return super().load_configuration(PRIMARY, overrides, run_mode, False, validates)
+    def _with_parts(self, overrides: list[str]) -> DictConfig:
+        """What Hydra composes of these words; of parts that were put together before, values alone are set."""
+        parsed = self.parse(overrides)
+        values = [one for one in parsed if arguments.is_value(one)]
+        words = [text for text, one in zip(overrides, parsed, strict=True) if not arguments.is_value(one)]
+        experiment = str(self.experiments.contents)
+        key = (*words, self._chosen_by_arguments, self._implied, experiment, user_configs_dir() or configs_dir())
+        parts = _PARTS.get(key)
+        if parts is None:
+            self._files, self._notes = [], []
+            cfg = super().load_configuration(PRIMARY, words, RunMode.RUN, False)
+            parts = _Parts(cfg, self._checker, self._files, self._notes)
+            # files of a user may be others the next time
+            if user_configs_dir() is None and not any(part.own_file for part in self._checker.chosen.values()):
+                _PARTS[key] = parts
+                if len(_PARTS) > _MOST_PARTS:
+                    del _PARTS[next(iter(_PARTS))]
+        else:
+            self._check_values(parts.checker)
+            for data, where in parts.files:
+                self._refuse_code(data, where)
+            for text in parts.notes:
+                self.note(text)
+        cfg = copy.deepcopy(parts.cfg)
+        self._apply_overrides_to_config(values, cfg)
+        return cfg
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """One cell of a sweep: composed by itself, in a folder of its own under the sweep's."""
@@ -217,10 +259,17 @@ class Loader(ConfigLoaderImpl):
         # Every part is known here, and nothing is merged yet: the moment to check what arguments and files set.
         chosen = dict(default.config_path.split("/", 1) for default in defaults if _is_component(default))
         self._checker = Checker({group: own.known(group)[name] for group, name in chosen.items()})
-        for override in self._values:
-            self._checker.check(arguments.nested(override), override.input_line or "")
+        self._check_values(self._checker)
         self._replaced = self._replaced_parts(defaults, repo, chosen)
         return super()._compose_config_from_defaults_list(defaults, repo)
+
+    def _check_values(self, checker: Checker) -> None:
+        for override in self._values:
+            checker.check(arguments.nested(override), override.input_line or "")
+
+    def _refuse_code(self, data: dict[str, Any], where: str) -> None:
+        if self.runs_code:
+            refuse_code(data, [arguments.nested(override) for override in self._values], where)
 
     def _replaced_parts(
         self, defaults: list[ResultDefault], repo: Any, chosen: dict[str, str]
@@ -255,15 +304,17 @@ class Loader(ConfigLoaderImpl):
         data = OmegaConf.to_container(result.config, resolve=False)
         if not isinstance(data, dict):
             raise UserError(f"{where}: a config is a mapping of keys to values, got a {type(data).__name__}")
-        if self.runs_code:
-            refuse_code(data, [arguments.nested(override) for override in self._values], where)
-        dropped = self._checker.check(cast(dict[str, Any], data), where, self._replaced.get(path, frozenset()))
+        data = cast(dict[str, Any], data)
+        self._refuse_code(data, where)
+        self._files.append((copy.deepcopy(data), where))
+        dropped = self._checker.check(data, where, self._replaced.get(path, frozenset()))
         for key in dropped:
             section, field = key.split(".")
             del result.config[section][field]
             if section == "trainable" and self._implied:  # an adapter takes the whole part's place: nothing is lost
                 continue
-            self.note(f"{key} of {where} is left out: the {section} you chose has no such setting")
+            self._notes.append(f"{key} of {where} is left out: the {section} you chose has no such setting")
+            self.note(self._notes[-1])
         return result
 
     def note(self, text: str) -> None:

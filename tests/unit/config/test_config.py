@@ -6,10 +6,13 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import open_dict
 
 from zoft.component import GROUPS, components
 from zoft.config import compose, resolved_yaml
 from zoft.config.catalog import ORDER, choices, component_names, configs_dir, first_comment, preset_files
+from zoft.config.loader import PRIMARY, Loader
 from zoft.errors import UserError
 from zoft.estimators.central import Central
 from zoft.estimators.forward_gradient import ForwardGradient
@@ -230,6 +233,45 @@ def test_a_changed_file_is_read_again():
     assert compose(["config=mine.yaml"]).seed == 5
     write("mine.yaml", "seed: 6")
     assert compose(["config=mine.yaml"]).seed == 6
+
+
+# ------------------------------------------------------------------------------------- parts that were chosen before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "config=quickstart method=nodes optimizer.learning_rate=2 trainer.use_cpu=true budget.queries=7",
+        "task=sst2 estimator=one_sided estimator.eps=1e-2",
+        "peft=lora seed=3 task=custom task.train=zoft:trec-questions",
+        "method=mezo estimator=forward_gradient output_dir=elsewhere",
+        "config=reward task.train=x.jsonl objective.function=my:score engine=offload",
+    ],
+)
+def test_parts_chosen_before_and_new_values_are_what_hydra_composes_at_once(words: str):
+    hydras = Loader().load_configuration(PRIMARY, words.split(), RunMode.RUN)
+    with open_dict(hydras):
+        del hydras["hydra"]
+    for seed in ("seed=5", "seed=6"):  # the first puts the parts together, if no test before it has
+        Loader().load([*words.split(), "optimizer.learning_rate=9", seed])
+    assert Loader().load(words.split()) == hydras
+
+
+def test_what_is_refused_or_noted_the_first_time_is_again(caplog: pytest.LogCaptureFixture):
+    write("code.yaml", "objective: {function: os:system}\ndefaults: [override /objective: reward]")
+    compose(["config=code.yaml", "objective.function=os:system"])
+    for _ in range(2):
+        caplog.clear()
+        compose(["method=mezo", "estimator=forward_gradient"])
+        assert "estimator.eps of" in caplog.text
+        with pytest.raises(UserError, match="optimizer=sgd has no 'beta'"):
+            compose(["method=mezo", "optimizer.beta=1"])
+        with pytest.raises(UserError, match=r"optimizer\.learning_rate must be a number"):
+            compose(["method=mezo", "optimizer.learning_rate=[1]"])
+        with pytest.raises(UserError, match=r"code\.yaml names a function to call, objective\.function=os:system"):
+            compose(["config=code.yaml"])
+        with pytest.raises(UserError, match=r"code\.yaml names a function to call, objective\.function=os:system"):
+            compose(["config=code.yaml", "objective.function=my:score"])
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
