@@ -41,9 +41,9 @@ def without_values(monkeypatch):
     monkeypatch.setattr(_survey, "_global_state", lambda: None)  # the random state is a tensor with values
 
 
-def model_and_batch() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def model_and_batch(**sizes: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Its embeddings do not move: which of their rows are in use is a question of values."""
-    model = tiny_llama()
+    model = tiny_llama(**sizes)
     model.model.embed_tokens.requires_grad_(False)
     return model, batch_for(model)
 
@@ -76,7 +76,7 @@ def ask(model, batch, engine, subspace):
 
 @pytest.mark.parametrize(("engine", "subspace"), WALK)
 def test_all_is_made_where_the_weights_are(engine, subspace):
-    model, batch = model_and_batch()
+    model, batch = model_and_batch(num_hidden_layers=1)  # the test below has several
     with pretended():
         put_on(model, "card:0")
         ask(model, batch, engine, subspace)
