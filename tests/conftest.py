@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["MPLBACKEND"] = "agg"
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).with_name("matplotlibrc"))
 os.environ.pop("COLUMNS", None)  # pytest-xdist says 80; what is printed is laid out for a terminal where one is named
 
 # Runs wait for the disk at every step and file, a third of a short training; a file system in memory does not wait.
@@ -25,6 +26,14 @@ gc.set_threshold(20_000, 10, 20)  # looking through what is young every 700 obje
 
 
 _frozen = [0]
+
+
+def pytest_runtest_setup():
+    """Where there is no GPU, `torch.manual_seed` keeps its seed for one, with a traceback: a millisecond each time."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "mtia") and not torch.cuda.is_available():
+        for device in (torch.cuda, torch.mtia, torch.xpu):
+            device._lazy_call = lambda *_, **__: None
 
 
 def pytest_runtest_logfinish():
