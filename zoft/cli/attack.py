@@ -11,11 +11,7 @@ from zoft.utils.words import read_words
 
 
 def command(arguments: list[str]) -> int:
-    """Attack, and say what came of it.
-
-    Args:
-        arguments: ``key=value``, and ``--json``.
-    """
+    """Attack, and say what came of it."""
     words = read_words("attack", arguments, flags=["--json"])
     from zoft.blackbox.attack.settings import AttackSettings
 
@@ -32,11 +28,7 @@ def command(arguments: list[str]) -> int:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """The results for people.
-
-    Args:
-        results: what results.json holds.
-    """
+    """The results for people."""
     summary, settings = results["summary"], results["settings"]
     bound = f"{settings['norm']} {settings['radius']:.4g}"
     wanted = f" to {settings['target']!r}" if "target" in settings else ""

@@ -18,10 +18,6 @@ FLAGS = ("--plan", "--time", "--draw")
 def command(arguments: list[str]) -> int:
     """Bench.
 
-    Args:
-        arguments: ``config=``, keys of the bench, arguments of `zoft train` for every cell, and :data:`FLAGS`; or
-            ``output_dir=`` alone, for a bench that has begun.
-
     Returns:
         The exit code: 1 where cells could not be carried out.
     """

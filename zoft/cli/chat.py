@@ -22,11 +22,7 @@ base takes no memory of its own. /reset begins anew, /quit or Ctrl-D ends.
 
 
 def command(arguments: list[str]) -> int:
-    """Talk.
-
-    Args:
-        arguments: ``run=DIR`` or ``model=NAME``, ``system=TEXT``, settings of writing, ``--compare``.
-    """
+    """Talk."""
     asked, overrides, flags, _ = read_words("chat", arguments, keys=KEYS, flags=FLAGS, bare=False)
     compare = "--compare" in flags
     if compare and asked.get("model"):

@@ -28,11 +28,7 @@ Example:
 
 
 def command(arguments: list[str]) -> int:
-    """Check.
-
-    Args:
-        arguments: overrides as of `zoft train`, and the flags of :data:`HELP`.
-    """
+    """Check."""
     from zoft.cli.doctor import Check, line
     from zoft.cli.train import _quiet, _require_a_start
 

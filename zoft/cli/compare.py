@@ -25,11 +25,7 @@ Examples:
 
 
 def command(arguments: list[str]) -> int:
-    """Compare.
-
-    Args:
-        arguments: folders of runs or sweeps, ``axis=``, ``output=``, ``--json``.
-    """
+    """Compare."""
     asked, places, flags, _ = read_words("compare", arguments, keys=KEYS, flags=FLAGS)
     places = [folder_of(place) for place in places]
     if not places:

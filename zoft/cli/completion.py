@@ -28,11 +28,7 @@ BENCH_KEYS = ("methods", "prompts", "seeds", "queries", "rates", "references", "
 
 
 def command(arguments: list[str]) -> int:
-    """Print the script, or (for the script) the words that can stand at the end of a line.
-
-    Args:
-        arguments: nothing, or ``--words LINE``.
-    """
+    """Print the script, or (for the script) the words that can stand at the end of a line."""
     if arguments[:1] == ["--words"]:
         print("\n".join(words(arguments[1] if len(arguments) > 1 else "")))
     elif arguments:

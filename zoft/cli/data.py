@@ -27,11 +27,7 @@ _SPLITS = ("train", "dev", "test")
 
 
 def command(arguments: list[str]) -> int:
-    """Show the data of a run.
-
-    Args:
-        arguments: ``show``, overrides as of `zoft train`, ``--rows N`` and ``--json``.
-    """
+    """Show the data of a run."""
     if not arguments or arguments[0] != "show":
         given = arguments[0] if arguments else ""
         raise UserError(f"say `zoft data show`, with the arguments of zoft train, got {given!r}. See zoft data --help")

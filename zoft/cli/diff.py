@@ -19,9 +19,6 @@ _NAMES = ("config", "defaults", "output_dir")
 def command(arguments: list[str]) -> int:
     """Compare two journals.
 
-    Args:
-        arguments: two runs' folders, or journal files.
-
     Returns:
         0 if they say the same, 1 if not.
     """

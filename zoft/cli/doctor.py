@@ -50,9 +50,6 @@ class Check:
 def command(arguments: list[str]) -> int:
     """Print every check as it is made.
 
-    Args:
-        arguments: nothing, or ``--json``.
-
     Returns:
         0 where nothing failed, else 1.
     """

@@ -33,11 +33,7 @@ Examples:
 
 
 def command(arguments: list[str]) -> int:
-    """Estimate.
-
-    Args:
-        arguments: overrides as of `zoft train`, and the flags of :data:`HELP`.
-    """
+    """Estimate."""
     from zoft.cli.train import _quiet, _require_a_start
 
     _, overrides, flags, _ = read_words("estimate", arguments, keys=KEYS, flags=FLAGS, bare=False)

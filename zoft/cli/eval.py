@@ -18,12 +18,7 @@ _KEYS = ("run", "k", *_OURS, *_HARNESS)
 
 
 def command(arguments: list[str]) -> int:
-    """Evaluate.
-
-    Args:
-        arguments: overrides as of `zoft train`, ``run=``, ``mode=``, ``k=``, ``split=``, ``metric=``, ``pass_reward=``,
-            ``evaluate=``, ``harness=``, ``harness_limit=``, ``harness_path=``, ``--json``.
-    """
+    """Evaluate."""
     words = read_words("eval", arguments, keys=_KEYS, flags=["--json"])
     overrides, asked, as_json = words.rest, words.own, "--json" in words.flags
     from zoft.cli.train import _quiet

@@ -32,11 +32,7 @@ OPTIONS = ("--quantize", "--push")
 
 
 def command(arguments: list[str]) -> int:
-    """Export.
-
-    Args:
-        arguments: ``run=DIR``, ``output=DIR``, and the flags of :data:`HELP`.
-    """
+    """Export."""
     words = read_words("export", arguments, keys=KEYS, flags=FLAGS, options=OPTIONS, bare=False)
     asked, overrides, flags = (
         words.own | {name.lstrip("-"): text for name, text in words.options.items()},

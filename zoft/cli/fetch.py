@@ -7,11 +7,7 @@ from zoft.utils.files import cache_dir
 
 
 def command(arguments: list[str]) -> int:
-    """Fetch assets by name; without a name, list them.
-
-    Args:
-        arguments: names.
-    """
+    """Fetch assets by name; without a name, list them."""
     for name in arguments:
         print(assets.fetch(name.removeprefix("zoft:")))
     if not arguments:

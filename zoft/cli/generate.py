@@ -26,11 +26,7 @@ Examples:
 
 
 def command(arguments: list[str]) -> int:
-    """Write.
-
-    Args:
-        arguments: ``run=DIR`` or ``model=NAME``, ``prompt=TEXT`` or ``data=FILE``, settings of writing, ``--chat``.
-    """
+    """Write."""
     asked, overrides, flags, _ = read_words("generate", arguments, keys=KEYS, flags=FLAGS, bare=False)
     if ("prompt" in asked) == ("data" in asked):
         raise UserError(

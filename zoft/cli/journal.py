@@ -19,12 +19,7 @@ _SHOWN = 20  # rows at either end
 
 
 def command(arguments: list[str]) -> int:
-    """Show a journal as a table, or as one JSON object a line; or merge several.
-
-    Args:
-        arguments: ``show RUN [--json] [--all]``, where RUN is a run's folder or a journal file; or ``merge RUN RUN...
-            --output DIR [--as mean|sum] [--fold]``.
-    """
+    """Show a journal as a table, or as one JSON object a line; or merge several."""
     if arguments[:1] == ["merge"]:
         return _merge(arguments[1:])
     flags = {word for word in arguments if word.startswith("-")}
@@ -63,11 +58,7 @@ def _merge(arguments: list[str]) -> int:
 
 
 def journal_of(run: str) -> Path:
-    """The journal file of a run's folder, or the file itself.
-
-    Args:
-        run: what the user wrote.
-    """
+    """The journal file of a run's folder, or the file itself."""
     from zoft.journal import file as journal
 
     path = Path(run)

@@ -31,11 +31,7 @@ ABOUT = {
 
 
 def command(arguments: list[str]) -> int:
-    """List one group, or all.
-
-    Args:
-        arguments: group names, singular or plural; none for all; a Python file, for the parts that it defines.
-    """
+    """List one group, or all."""
     files = [name for name in arguments if name.endswith(".py")]
     if files:
         print(fitted("\n".join(line for file in files for line in _of_file(file))))

@@ -17,11 +17,7 @@ metric before training as a line, the test score at the end where it is known. z
 
 
 def command(arguments: list[str]) -> int:
-    """Draw.
-
-    Args:
-        arguments: a run's folder.
-    """
+    """Draw."""
     arguments = [folder_of(word) for word in arguments]
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise UserError("say which run: zoft plot RUN")

@@ -31,11 +31,7 @@ _SHOWN = 5
 
 
 def command(arguments: list[str]) -> int:
-    """Predict.
-
-    Args:
-        arguments: ``run=DIR``, ``data=FILE``, ``output=FILE``, ``--json``, and keys of the run's config.
-    """
+    """Predict."""
     asked, overrides, flags, _ = read_words("predict", arguments, keys=KEYS, flags=FLAGS, bare=False)
     for key, what in (("run", "the folder of a finished run"), ("data", "a file with the rows to predict")):
         if not asked.get(key):

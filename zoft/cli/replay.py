@@ -12,11 +12,7 @@ from zoft.utils.words import folder_of, read_words
 
 
 def command(arguments: list[str]) -> int:
-    """Rebuild weights and say their hash, or save them.
-
-    Args:
-        arguments: ``RUN [GROUP=FILE.py:Class]... [--to STEP] [--output DIR]``.
-    """
+    """Rebuild weights and say their hash, or save them."""
     run, settings, options = _parsed(arguments)
     from zoft.run import folder
 

@@ -27,11 +27,7 @@ _SECTIONS = {
 
 
 def command(arguments: list[str]) -> int:
-    """Show one or more choices.
-
-    Args:
-        arguments: ``group/choice``, ``choice``, ``group``, or a key, ``group.key``.
-    """
+    """Show one or more choices."""
     if not arguments:
         raise UserError("say what to show, e.g. zoft show estimator/central; zoft ls lists everything")
     print("\n\n".join(shown(argument) for argument in arguments))

@@ -35,14 +35,7 @@ _FLAGS = {"-m": "multirun", "--multirun": "multirun", "--cfg": "cfg"}
 
 
 def command(arguments: list[str]) -> int:
-    """Train.
-
-    Args:
-        arguments: overrides and flags.
-
-    Returns:
-        The exit code.
-    """
+    """Train."""
     # Before torch is loaded: threads that spin while they wait take the cores from other processes of the machine; on a
     # busy one a query of the quickstart took 0.25 s without spinning and 0.99 s with it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -126,11 +119,7 @@ class Notes(logging.Handler):
 
 
 def run_cell(cfg: ZoftConfig) -> dict[str, Any]:
-    """One cell of a sweep; a name that other processes can import.
-
-    Args:
-        cfg: the cell.
-    """
+    """One cell of a sweep; a name that other processes can import."""
     from zoft.run.train import run
     from zoft.use.plan.opening import of_run
 
@@ -178,11 +167,7 @@ def _compared(results: list[CellResult]) -> None:
 
 
 def table(results: list[CellResult]) -> str:
-    """One line a cell: its name and the numbers its run returned.
-
-    Args:
-        results: the cells of a sweep.
-    """
+    """One line a cell: its name and the numbers its run returned."""
     numbers = [key for result in results for key, value in result.metrics.items() if _is_number(value)]
     columns = [key for key in COLUMNS if key in numbers] or list(dict.fromkeys(numbers))
     rows = [["cell", *columns]]

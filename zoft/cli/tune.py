@@ -21,9 +21,6 @@ _SPACE = "space."
 def command(arguments: list[str]) -> int:
     """Tune.
 
-    Args:
-        arguments: ``space.<key>=<range>``, settings of the search, and those of ``zoft train``.
-
     Returns:
         The exit code: 1 where no point could be trained to its end.
     """

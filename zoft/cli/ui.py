@@ -18,11 +18,7 @@ Needs gradio: pip install 'zoft[ui]'.
 
 
 def command(arguments: list[str]) -> int:
-    """Serve the page.
-
-    Args:
-        arguments: ``port=``, ``host=``, ``token=``.
-    """
+    """Serve the page."""
     words = read_words("ui", arguments, keys=("port", "host", "token"), bare=False)
     if words.rest:
         raise UserError(

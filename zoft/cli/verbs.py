@@ -28,4 +28,8 @@ VERBS = {
     "completion": "print a bash script that completes zoft's arguments",
     "version": "print the version",
 }
-"""Verb -> what it does; each lives in the module of its name."""
+"""Verb -> what it does.
+
+Each lives in the module of its name, whose ``command`` takes the words behind the verb, as its help names them, and
+returns the exit code.
+"""

@@ -7,11 +7,7 @@ from zoft.errors import UserError
 
 
 def command(arguments: list[str]) -> int:
-    """Print the version.
-
-    Args:
-        arguments: none.
-    """
+    """Print the version."""
     if arguments:
         raise UserError(f"zoft version takes no arguments, got {arguments[0]!r}")
     print(f"zoft {zoft.__version__}")
