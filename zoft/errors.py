@@ -56,9 +56,6 @@ class DiskFullError(UserError):
 def os_error_of(error: Exception) -> OSError | None:
     """What the system said, also where safetensors says it as an error of its own; None where it was not the system.
 
-    Args:
-        error: as it was caught.
-
     Example:
         >>> os_error_of(RuntimeError("I/O error: No space left on device (os error 28)")).errno == errno.ENOSPC
         True

@@ -51,10 +51,6 @@ def within(row: Row, queries: int) -> Row:
     """A run's row cut at a smaller budget of the bench; unchanged where the budget is the run's own.
 
     One that diverged later had not done so yet.
-
-    Args:
-        row: of a run.
-        queries: one of the plan's budgets.
     """
     at = row.get("at_budgets", {}).get(str(queries))
     if at is None:

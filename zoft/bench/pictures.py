@@ -40,10 +40,6 @@ _COLOURS = (
 def draw(plan: Plan, rows: Mapping[Cell, Row]) -> list[Path]:
     """Draw the pictures that the results suffice for into the bench's folder.
 
-    Args:
-        plan: the bench.
-        rows: of its cells.
-
     Returns:
         The PNGs' paths.
     """

@@ -28,10 +28,6 @@ _COLUMNS = (
 def write(plan: Plan, rows: Mapping[Cell, Row]) -> str:
     """Write both files.
 
-    Args:
-        plan: the bench.
-        rows: of its cells.
-
     Returns:
         The text of bench.md.
     """
@@ -49,12 +45,7 @@ def markdown(plan: Plan, results: Results) -> str:
 
 
 def at_budgets(plan: Plan, rows: Mapping[Cell, Row]) -> list[str]:
-    """Where the plan has smaller budgets, a table a prompt: test metric and dev loss at each of them.
-
-    Args:
-        plan: the bench.
-        rows: of its cells.
-    """
+    """Where the plan has smaller budgets, a table a prompt: test metric and dev loss at each of them."""
     if not plan.budgets:
         return []
     by_budget = {budget: Results(plan, rows, budget) for budget in plan.all_budgets}

@@ -46,12 +46,7 @@ def finish(walk: Walk, host: Host, status: str = "budget", message: str = "") ->
 
 
 def measure(x: Any, host: Host) -> None:
-    """Report a point with its value (a mean where f is noisy); if f fails there, the nearest point where it did not.
-
-    Args:
-        x: where the search stands.
-        host: answers points, and counts.
-    """
+    """Report a point with its value (a mean where f is noisy); if f fails there, the nearest point where it did not."""
     calls = min(host.left, kept_for_the_end(host))
     first = host.values([x])[0] if calls else math.nan
     if not math.isfinite(first):

@@ -25,13 +25,7 @@ _SHORTER, _LONGER = 0.5, 0.9  # times a given learning rate, after a step into a
 
 
 def search(settings: MinimizeSettings, space: Space, host: Host) -> None:
-    """Run it; ends with a :class:`zoft.blackbox.ending.Stop`.
-
-    Args:
-        settings: checked.
-        space: what x is.
-        host: answers points with values, and counts.
-    """
+    """Run it; ends with a :class:`zoft.blackbox.ending.Stop`."""
     walk = Walk(space, settings.method(space), host.values, settings.seed)
     clean, noisy = walk.value(), settings.noisy
     if noisy is None:

@@ -82,9 +82,6 @@ def _no_objective(batch: Any) -> Tensor:
 def check_method(method: Method) -> None:
     """Refuse the parts that need more of an objective than values at points.
 
-    Args:
-        method: the composition.
-
     Raises:
         UserError: derivatives, batches, examples or activations are needed.
     """

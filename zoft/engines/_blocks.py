@@ -214,9 +214,6 @@ def blocks_of(model: nn.Module) -> list[Block]:
 
     What several of them hold, and what stands outside, is in none.
 
-    Args:
-        model: any module.
-
     Example:
         >>> import torch
         >>> layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))

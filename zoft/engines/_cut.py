@@ -45,10 +45,6 @@ class Cut:
 def check_stages(model: nn.Module, count: int) -> list[nn.Module]:
     """The blocks that a model is cut between.
 
-    Args:
-        model: any.
-        count: number of processes.
-
     Raises:
         UserError: it has no chain of blocks, or fewer than there are processes.
     """

@@ -80,11 +80,7 @@ class Elsewhere(Engine):
         """Refuse, before anything is loaded, what only a run needs: packages, a server."""
 
     def check_method(self, method: Any) -> None:
-        """Refuse what needs more than losses at points.
-
-        Args:
-            method: a :class:`zoft.step.method.Method`.
-        """
+        """Refuse what needs more than losses at points."""
         estimator, subspace = method.estimator, method.subspace
         check_outputs(self.name(), estimator)
         why = None
@@ -101,11 +97,7 @@ class Elsewhere(Engine):
             )
 
     def check_objective(self, objective: Any) -> None:
-        """Refuse an objective whose queries this engine cannot answer.
-
-        Args:
-            objective: a :class:`zoft.lm.objectives.base.Objective`.
-        """
+        """Refuse an objective whose queries this engine cannot answer."""
         if objective.generates and not self.writes:
             raise UserError(
                 f"engine={self.name()} scores tokens and writes no text, and objective={objective.name()} is computed "

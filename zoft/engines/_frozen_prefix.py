@@ -77,9 +77,6 @@ class FrozenPrefix:
 
         Whether they are what enters this model's block is checked at its first batch, as ever: what is trained outside
         the blocks may be another part here. It has been checked where model and trained parts are the same ones.
-
-        Args:
-            other: whose rows.
         """
         self.rows = other.rows
         same = self.model is other.model and self.first == other.first and self.outside == other.outside

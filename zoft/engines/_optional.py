@@ -65,12 +65,7 @@ def settle(session: HasWeights | None) -> None:
 
 
 def device_of(session: HasWeights, name: str) -> torch.device:
-    """Where a tensor is while it is perturbed, and where what belongs to it is made.
-
-    Args:
-        session: has the tensor.
-        name: of the tensor.
-    """
+    """Where a tensor is while it is perturbed, and where what belongs to it is made."""
     if isinstance(session, KeepsWeightsAway):
         return session.device(name)
     return session.weights.tensors[name].device

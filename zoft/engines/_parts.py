@@ -30,10 +30,6 @@ def find_parts(model: nn.Module, nodes: Mapping[str, Node]) -> tuple[dict[str, N
     attention, if it computes position by position from one tensor (no experts in a list of modules, no second
     argument), with the normalisation behind it; or two matrices directly below a block, with an activation between.
 
-    Args:
-        model: the whole model.
-        nodes: by key.
-
     Returns:
         name -> the part, as a node whose output is perturbed; and key of a node -> name of its part.
     """

@@ -241,10 +241,6 @@ def watched(parameters: Mapping[str, nn.Parameter], note: Note) -> Iterator[dict
     back for that time. A tensor of another class than ``torch.nn.Parameter`` is left alone: it has a meaning of its own
     for torch.
 
-    Args:
-        parameters: what is watched, by name.
-        note: gets a list of arguments.
-
     Yields:
         name -> the class by which a parameter is watched.
     """

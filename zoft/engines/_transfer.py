@@ -161,9 +161,5 @@ class CudaTransfer(Transfer):
 
 
 def transfer_for(device: torch.device) -> Transfer:
-    """The transfer of a device.
-
-    Args:
-        device: the one that computes.
-    """
+    """The transfer of a device."""
     return CudaTransfer(device) if device.type == "cuda" else Transfer(device)

@@ -229,11 +229,7 @@ def stream_to_read(model: Any, engine: Offload, device: torch.device) -> None:
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """The device of what stands outside of the blocks, else of the model.
-
-    Args:
-        model: its blocks may be anywhere.
-    """
+    """The device of what stands outside of the blocks, else of the model."""
     inside = {name for block in blocks_of(model) for name in block.tensors}
     parameters = dict(model.named_parameters())
     outside = next((p for name, p in parameters.items() if name not in inside), None)

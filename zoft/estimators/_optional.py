@@ -58,12 +58,7 @@ class NeedsBackward:
 
 
 def check_parts(estimator: Estimator, method: Any) -> None:
-    """Refuse subspaces and optimizers that know directions only.
-
-    Args:
-        estimator: with a backward pass.
-        method: a :class:`zoft.step.method.Method`.
-    """
+    """Refuse subspaces and optimizers that know directions only."""
     subspace, optimizer = method.subspace, method.optimizer
     reason = f"estimator={estimator.name()} takes gradients from a backward pass, and "
     # subspaces have coordinates for directions; a backward pass gives numbers for every weight

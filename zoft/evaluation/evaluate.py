@@ -351,13 +351,7 @@ def _ungraded(output_dir: str) -> int:
 
 
 def write_files(output_dir: str, lines: list[str], facts: dict[str, Any]) -> None:
-    """Predictions and facts, each whole or not at all.
-
-    Args:
-        output_dir: their folder, which is made.
-        lines: of the predictions, JSON.
-        facts: of the evaluation.
-    """
+    """Predictions and facts, each whole or not at all."""
     place = Path(output_dir)
     place.mkdir(parents=True, exist_ok=True)
     write_atomically(place / PREDICTIONS, "".join(f"{line}\n" for line in lines))
@@ -400,12 +394,6 @@ def with_solved(task: Task, examples: Sequence[Example], train: Sequence[Example
     """Every example behind ``k`` solved ones, another set for each, drawn as MeZO draws them.
 
     A published task draws from all rows of its training source, your own from the rows that it trains on.
-
-    Args:
-        task: where they come from.
-        examples: held-out rows.
-        train: the rows that are trained on.
-        k: how many are shown.
 
     Raises:
         UserError: there are fewer than ``k``.

@@ -58,9 +58,6 @@ class Contents:
 def read(path: Path) -> Contents:
     """All that is whole in a journal file.
 
-    Args:
-        path: the file.
-
     Raises:
         UserError: there is none, it is not a journal, or its format is another one.
     """

@@ -135,10 +135,6 @@ def _is_direction(which: Any) -> bool:
 def require_consecutive(records: Sequence[Record], first: int) -> None:
     """Refuse steps that do not follow each other, and queries that do not add up.
 
-    Args:
-        records: all of a journal.
-        first: number of the first one.
-
     Raises:
         ValueError: naming the step.
     """

@@ -14,9 +14,6 @@ _TREE = "tree"
 def pack(state: Any) -> bytes:
     """Dicts with string or int keys, lists, tuples, numbers, strings, None and tensors, to the bit.
 
-    Args:
-        state: what `ZOOptimizer.state_dict` gives, for one.
-
     Example:
         >>> unpack(pack({"a": [1, 2.5, None], 3: (torch.ones(2),)}))
         {'a': [1, 2.5, None], 3: (tensor([1., 1.]),)}

@@ -72,11 +72,7 @@ def not_waited_for() -> Iterator[None]:
 
 
 def has_cached(model: str) -> bool:
-    """Whether the client's cache has anything of a model.
-
-    Args:
-        model: its name on the hub.
-    """
+    """Whether the client's cache has anything of a model."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots"

@@ -69,9 +69,6 @@ class AdaMU(Optimizer):
     def alpha_at(self, step: int) -> float:
         """The uncertainty in a step.
 
-        Args:
-            step: its number, from 0.
-
         Example:
             >>> [round(AdaMU(alpha=0.5, explore_steps=2, anneal_steps=4).alpha_at(s), 2) for s in (0, 2, 4, 6, 99)]
             [1.0, 1.0, 0.75, 0.5, 0.5]

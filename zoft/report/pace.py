@@ -31,10 +31,6 @@ def seconds_per_query(query: Callable[[], Any], timed: int = 2, longest: float =
 def long_run_line(seconds: float, queries: int) -> str | None:
     """What is said before a run of many hours; None where it is not long.
 
-    Args:
-        seconds: of one query.
-        queries: that are still to be made.
-
     Example:
         >>> print(long_run_line(9.8, 40_000))
         time    about 108:53:20 for 40,000 queries of 9.8 s (by timed queries); budget.queries=367 takes an hour.

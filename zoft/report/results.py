@@ -16,11 +16,7 @@ _LARGEST = 1 << 24  # bytes of a file that is looked into
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A file's JSON object; None where there is no such file, or it is damaged.
-
-    Args:
-        path: the file.
-    """
+    """A file's JSON object; None where there is no such file, or it is damaged."""
     try:
         if path.stat().st_size > _LARGEST:
             return None
@@ -56,11 +52,7 @@ def write_results(path: Path, values: dict[str, float], of: dict[str, str | None
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The report of a run that has ended: its facts, where they and the final results are of the same weights.
-
-    Args:
-        folder: the run's.
-    """
+    """The report of a run that has ended: its facts, where they and the final results are of the same weights."""
     report, final = read_json(folder / REPORT), read_json(folder / FINAL)
     if report is None or final is None or not isinstance(report.get(WEIGHTS), str):
         return None
@@ -69,9 +61,6 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, in step order as written.
-
-    Args:
-        folder: a run's output_dir.
 
     Returns:
         One dict a log step; a quantity not measured at that step is absent, one that was not finite is NaN.

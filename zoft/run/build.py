@@ -32,11 +32,7 @@ METRICS = {
 
 
 def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
-    """The model of a run, its tokenizer, and the encoded rows (train, dev, test).
-
-    Args:
-        cfg: the run's.
-    """
+    """The model of a run, its tokenizer, and the encoded rows (train, dev, test)."""
     tokenizer, rows = load_rows(cfg)
     return load_fitting(cfg, tokenizer, rows), tokenizer, rows
 
@@ -111,12 +107,7 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
 
 
 def row_limit(cfg: ZoftConfig, tokenizer: Any) -> int:
-    """Tokens that are kept of a row: ``task.max_length``, or where that is 0 all that the model takes.
-
-    Args:
-        cfg: of the run.
-        tokenizer: the run's.
-    """
+    """Tokens that are kept of a row: ``task.max_length``, or where that is 0 all that the model takes."""
     from zoft.lm.models.load import tokens_taken
 
     return cfg.task.max_length or tokens_taken(cfg.model.name, cfg.model.revision, tokenizer) or UNCUT
@@ -133,22 +124,12 @@ def _say_cut(rows: list[Any], limit: int, name: str, whole: Callable[[], list[An
 
 
 def model_to_train(cfg: ZoftConfig, tokenizer: Any) -> Any:
-    """The model of a run; where a server has its base, the adapter on shapes alone.
-
-    Args:
-        cfg: of the run.
-        tokenizer: the run's.
-    """
+    """The model of a run; where a server has its base, the adapter on shapes alone."""
     return model_held_elsewhere(cfg, tokenizer) or load_model_of(cfg, tokenizer)
 
 
 def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
-    """The model of a run, with its adapter and with the weights chosen that are trained.
-
-    Args:
-        cfg: of the run.
-        tokenizer: the run's, if it is there already.
-    """
+    """The model of a run, with its adapter and with the weights chosen that are trained."""
     from zoft.lm import formats
     from zoft.lm.models.load import load_model_as
 

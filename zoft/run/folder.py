@@ -36,10 +36,6 @@ def claim(output_dir: str, resolved: str) -> str:
     Two runs are the same when their configs are, but for :data:`CHANGEABLE` keys: the folder may be moved, and budget,
     logging and learning rate be changed. A finished run with a larger budget than before goes on.
 
-    Args:
-        output_dir: the folder.
-        resolved: the text of the run's config.yaml.
-
     Returns:
         ``new`` (the folder was empty or absent), ``resume`` (it holds this very run, unfinished) or ``done``.
 
@@ -68,9 +64,6 @@ def claim(output_dir: str, resolved: str) -> str:
 
 def config_of(run: str) -> Path:
     """The config of a run's folder, once it is one that zoft has written there.
-
-    Args:
-        run: the folder.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -133,11 +126,7 @@ def _content(folder: Path) -> set[str]:
 
 
 def unlock(output_dir: str) -> None:
-    """Let other processes have the folder; nothing of the lock remains. Does nothing where none is held.
-
-    Args:
-        output_dir: the folder that was claimed.
-    """
+    """Let other processes have the folder; nothing of the lock remains. Does nothing where none is held."""
     file = _held.pop(Path(output_dir).absolute(), None)
     if file is not None:
         (Path(output_dir) / LOCK).unlink(missing_ok=True)

@@ -31,14 +31,7 @@ def rehearsing(cfg: ZoftConfig, folder: str, queries: int, **trainer: Any) -> Zo
 
 
 def rehearsing_trainer(cfg: ZoftConfig, model: Any, tokenizer: Any, rows: dict[str, list[Any]]) -> ZOTrainer:
-    """The trainer of such a config, which shows nothing.
-
-    Args:
-        cfg: of :func:`rehearsing`.
-        model: the run's.
-        tokenizer: the run's.
-        rows: encoded ones, by split.
-    """
+    """The trainer of such a config, which shows nothing."""
     import transformers
 
     from zoft.run.build import arguments_of, make_trainer

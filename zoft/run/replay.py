@@ -129,11 +129,7 @@ def _steps(contents: Contents, path: Path, to: str | None) -> int:
 
 
 def begin(cfg: ZoftConfig) -> tuple[ZOOptimizer, StepDirections]:
-    """The run's base model, with its method bound to it, and the directions of its steps; no data, no Trainer.
-
-    Args:
-        cfg: the run's own config.
-    """
+    """The run's base model, with its method bound to it, and the directions of its steps; no data, no Trainer."""
     import transformers
 
     from zoft.lm.models.load import quiet

@@ -31,11 +31,7 @@ class Shared:
     base_mb: float | None = None
 
     def held_before(self, base_mb: float) -> float:
-        """What the process held before it loaded its first model, MiB.
-
-        Args:
-            base_mb: what it holds now.
-        """
+        """What the process held before it loaded its first model, MiB."""
         self.base_mb = base_mb if self.base_mb is None else self.base_mb
         return self.base_mb
 

@@ -76,12 +76,7 @@ def paired_gain(metric: str, before: dict[str, Any], after: dict[str, Any]) -> t
 
 
 def kept_line(args: Any, state: Any) -> str | None:
-    """That the weights are not the last ones but the best on the dev rows; None where they are the last ones.
-
-    Args:
-        args: the trainer's.
-        state: the trainer's, after training.
-    """
+    """That the weights are not the last ones but the best on the dev rows; None where they are the last ones."""
     best, last = state.best_global_step, state.global_step
     if not args.load_best_model_at_end or not best or best == last:
         return None
@@ -133,13 +128,7 @@ def next_lines(output_dir: str, *, chats: bool, chooses: bool, own: Sequence[str
 
 
 def keep_rows(path: Path, rows: dict[str, list[float]], of: dict[str, str | None]) -> None:
-    """Write rows beside the numbers that are of them.
-
-    Args:
-        path: the numbers' file.
-        rows: of :func:`row_values`.
-        of: hashes of what they are of.
-    """
+    """Write rows beside the numbers that are of them."""
     import json
 
     write_atomically(_beside(path), json.dumps({**rows, "of": of}) + "\n")

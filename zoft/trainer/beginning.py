@@ -265,12 +265,7 @@ class RunIdentity:
     # ---- compared ----------------------------------------------------------------------------------------------------
 
     def check_journal(self, contents: Contents, path: Path) -> None:
-        """Refuse the journal of another run.
-
-        Args:
-            contents: of the journal.
-            path: where it lies.
-        """
+        """Refuse the journal of another run."""
         lines = self._differing(contents.header.get("settings", {}))
         frozen, known = str(self.frozen_fingerprint()), str(contents.header.get("frozen"))
         # journals of earlier versions have the first half alone

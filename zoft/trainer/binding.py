@@ -57,10 +57,6 @@ def optimizer_of(
 def steps_of(trainer: HoldsObjects, optimizer: ZOOptimizer) -> RunSteps:
     """The steps of a run: they ask the model, with what the method may want of the data and of the other processes.
 
-    Args:
-        trainer: of the run.
-        optimizer: bound to its model.
-
     Raises:
         UserError: a method of one process in several.
     """
@@ -145,10 +141,6 @@ class StepRows:
 
         A micro-batch of one process is cut into contiguous parts, one for each of several: their order is micro-batch,
         process, example.
-
-        Args:
-            batch: of this process.
-            count: its examples.
         """
         if self.processes.count == 1:
             return [list(range(count))]

@@ -55,9 +55,6 @@ class Checkpoints:
     def save(self, folder: Path) -> Path:
         """Write the checkpoint of this step, whole or not at all.
 
-        Args:
-            folder: of the run.
-
         Returns:
             The checkpoint's own folder.
         """
@@ -82,11 +79,7 @@ class Checkpoints:
         return target
 
     def drop_old(self, target: Path) -> None:
-        """Keep as many as ``save_total_limit`` says, the best one among them.
-
-        Args:
-            target: the newest one.
-        """
+        """Keep as many as ``save_total_limit`` says, the best one among them."""
         args, best = self.trainer.args, f"checkpoint-{self.trainer.state.best_global_step}"
         if args.should_save and args.save_total_limit:
             snapshot.rotate(target, args.save_total_limit, {best})
@@ -264,11 +257,7 @@ class Checkpoints:
             self.trainer._load_best_model()
 
     def verify_best(self, folder: Path) -> None:
-        """Refuse a best checkpoint that is not whole, or another run's.
-
-        Args:
-            folder: its own.
-        """
+        """Refuse a best checkpoint that is not whole, or another run's."""
         is_own = folder.parent.absolute() == Path(str(self.trainer.args.output_dir)).absolute()
         try:
             if not folder.is_dir():

@@ -34,12 +34,7 @@ class Passes:
     _num_steps: int = 0  # of the pass
 
     def next_samples(self, stream: Iterator[Any], num_batches: int) -> list[Any]:
-        """The micro-batches of the next step; none at the end of a pass.
-
-        Args:
-            stream: the Trainer's own.
-            num_batches: as many as a step has.
-        """
+        """The micro-batches of the next step; none at the end of a pass."""
         # the first step of a pass brings the pass's own stream
         if not self._num_steps:
             self._stream = stream
@@ -83,11 +78,7 @@ class Passes:
         return iter(self._loader)
 
     def begin(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Begin a pass: the arguments of the Trainer's ``_run_epoch``, from where the run stands.
-
-        Args:
-            given: those arguments, by name.
-        """
+        """Begin a pass: the arguments of the Trainer's ``_run_epoch``, from where the run stands."""
         given = dict(given)
         self._num_steps = 0
         self._loader = given["train_dataloader"]
@@ -138,12 +129,7 @@ class _Once:
 
 
 def refuse_training_rows(args: Any, rows: Any) -> None:
-    """No rows, or a stream that is to drop what fills no batch: the Trainer passes that setting over.
-
-    Args:
-        args: of the Trainer.
-        rows: for training.
-    """
+    """No rows, or a stream that is to drop what fills no batch: the Trainer passes that setting over."""
     if args.dataloader_drop_last and isinstance(rows, IterableDataset):
         raise UserError(
             "dataloader_drop_last=true is not for a stream (IterableDataset), whose loader keeps the rows that "
@@ -154,13 +140,7 @@ def refuse_training_rows(args: Any, rows: Any) -> None:
 
 
 def refuse_no_batch(args: Any, loader: Any, rows: Any) -> None:
-    """Rows that are dropped because they fill no batch, all of them.
-
-    Args:
-        args: of the Trainer.
-        loader: of the training rows.
-        rows: themselves.
-    """
+    """Rows that are dropped because they fill no batch, all of them."""
     if args.dataloader_drop_last and has_length(loader) and not len(loader):
         raise UserError(
             f"trainer.dataloader_drop_last=true leaves nothing of {len(rows)} training rows, "

@@ -122,9 +122,5 @@ def refuse_optimizers(given: Mapping[str, Any]) -> None:
 
 
 def has_own_loss(compute_loss: Any) -> bool:
-    """Whether a Trainer computes its loss by itself, from more than the model's own one: TRL's look at the outputs.
-
-    Args:
-        compute_loss: its method.
-    """
+    """Whether a Trainer computes its loss by itself, from more than the model's own one: TRL's look at the outputs."""
     return getattr(compute_loss, "__func__", compute_loss) is not Trainer.compute_loss

@@ -58,13 +58,7 @@ class Grid:
 
     @classmethod
     def of(cls, args: Any, world: Processes, estimator: Estimator) -> Grid:
-        """As the arguments ask for it.
-
-        Args:
-            args: of the Trainer.
-            world: all processes.
-            estimator: whose points may be divided.
-        """
+        """As the arguments ask for it."""
         directions = grid_of(args.parallel, args.parallel_directions, world.count, estimator)[1]
         return cls(world, directions, is_pipeline=args.parallel == "pipeline" and world.count > 1)
 

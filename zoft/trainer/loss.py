@@ -157,9 +157,6 @@ def with_float32_losses(objective: Callable[[Any], Tensor]) -> Callable[[Any], T
     loss of 4 is then known to 1/64 in bfloat16, and the difference of two is mostly rounding. The first call finds out
     whether a model does that; where it does not, later calls cost nothing.
 
-    Args:
-        objective: batch -> a scalar loss.
-
     Example:
         >>> logits, label = torch.tensor([[4.0, 1.0]], dtype=torch.bfloat16), torch.tensor([1])
         >>> with_float32_losses(lambda batch: torch.nn.functional.cross_entropy(*batch))((logits, label))

@@ -71,11 +71,6 @@ def without_wrapping(accelerator: Any, engine: Engine, args: Any) -> None:
     """No DDP, FSDP or DeepSpeed and no loss scaler: there is no gradient to synchronise or to scale.
 
     Nor does accelerate move a model whose blocks rest elsewhere.
-
-    Args:
-        accelerator: of the Trainer; it is changed.
-        engine: of the run.
-        args: of the Trainer.
     """
     stays = {"device_placement": False} if isinstance(engine, Offload) or _is_cut(args) else {}
     if _holds_base(engine):

@@ -134,12 +134,7 @@ def pays(spent: int, cost: int, longer: int, most: float) -> bool:
 
 
 def few_queries(budget: int, cost: int) -> UserError:
-    """The error of a budget that does not pay for a search.
-
-    Args:
-        budget: of the run.
-        cost: of the first two trials.
-    """
+    """The error of a budget that does not pay for a search."""
     return UserError(
         f"optimizer.learning_rate=auto compares short trainings, and budget.queries={budget} is too few for that "
         f"({cost} for the first two, and a quarter at most is spent on it): raise the budget, or give a learning rate"

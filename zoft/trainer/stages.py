@@ -140,13 +140,7 @@ class Stages:
     # ---- the model is called outside of a step -----------------------------------------------------------------------
 
     def everywhere(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result, in every process, of a call that calls the model once.
-
-        Args:
-            call: the same in every process.
-            *args: of the call.
-            **kwargs: of the call.
-        """
+        """The result, in every process, of a call that calls the model once."""
         if self.stage is None or self.stage.is_running:
             return call(*args, **kwargs)
         with no_trials():
@@ -161,11 +155,7 @@ class Stages:
     # ---- the optimizer's state ---------------------------------------------------------------------------------------
 
     def gathered(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state with the tensors of all processes, in the first one: all come here.
-
-        Args:
-            state: of this process.
-        """
+        """An optimizer's state with the tensors of all processes, in the first one: all come here."""
         if self.stage is None:
             return state
         groups = zip(self._kinds(Weights(self.trainer.model).tensors), state["param_groups"], strict=True)

@@ -201,12 +201,7 @@ class RunSteps:
     # ---- written -----------------------------------------------------------------------------------------------------
 
     def hand_over(self, estimate: StepEstimate, num_steps: int) -> None:
-        """The step is about to be written into the weights: the journal has it first.
-
-        Args:
-            estimate: of the step.
-            num_steps: of the whole run.
-        """
+        """The step is about to be written into the weights: the journal has it first."""
         lr = float(self.optimizer.param_groups[0]["lr"])
         # whether the step is so long that the weights' dtypes may not hold it
         largest = max((1.0, *(abs(coefficient) for _, coefficient in estimate.terms or ())))
@@ -264,11 +259,7 @@ def _largest_number(model: torch.nn.Module) -> float:
 
 
 def beside(trainer: Any) -> dict[str, Any]:
-    """What a log line of training says beside losses and costs.
-
-    Args:
-        trainer: of the run.
-    """
+    """What a log line of training says beside losses and costs."""
     step = trainer.last_step
     more = {"eps": trainer.method.estimator.radius if step is None else step.eps}
     if trainer.args.guard != "none":

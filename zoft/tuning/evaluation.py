@@ -161,12 +161,7 @@ class TuneResult:
         return sum(len(e.outcomes) for e in self.evaluations)
 
     def table(self, count: int = 10, metric: str = "value") -> str:
-        """The best points, one a line.
-
-        Args:
-            count: how many.
-            metric: what a value is called.
-        """
+        """The best points, one a line."""
         names = list(self.space)
         rows = [["point", metric, *names]]
         rows += [

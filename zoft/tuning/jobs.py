@@ -102,10 +102,6 @@ def tune_training(
 def check_space(arguments: list[str], space: SearchSpace) -> tuple[Values, str, int]:
     """Compose the job at the ends of every range and with every choice, so that a mistake is found now.
 
-    Args:
-        arguments: of ``zoft train``.
-        space: keys of the config.
-
     Returns:
         Where to begin (the config's own values, where they lie in the space), the config's name, the seed.
 

@@ -168,12 +168,7 @@ UNCOUNTED = "uncounted"
 
 
 def known_values(study: Study, space: SearchSpace) -> dict[str, float]:
-    """Key of a point -> its value in a study, lower is better; NaN where it failed.
-
-    Args:
-        study: whose ended trials are read.
-        space: of their parameters.
-    """
+    """Key of a point -> its value in a study, lower is better; NaN where it failed."""
     besides = study.user_attrs.get(UNCOUNTED, [])
     # Optuna maximises or minimises; here lower is better
     sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0

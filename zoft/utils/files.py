@@ -70,11 +70,7 @@ def is_unfinished(name: str) -> bool:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what writes that were killed have left in a folder; nobody else may be writing there.
-
-    Args:
-        folder: not those inside it.
-    """
+    """Remove what writes that were killed have left in a folder itself; nobody else may be writing there."""
     for path in folder.iterdir():
         if is_unfinished(path.name):
             path.unlink(missing_ok=True)

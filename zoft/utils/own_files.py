@@ -28,11 +28,7 @@ def split(text: object) -> tuple[str, str] | None:
 
 
 def absolute(text: str) -> str:
-    """The same choice from wherever it is read.
-
-    Args:
-        text: one that :func:`split` splits.
-    """
+    """The same choice from wherever it is read."""
     path, _, name = text.rpartition(":")
     return f"{Path(path).expanduser().resolve()}:{name}"
 

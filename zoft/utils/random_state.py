@@ -52,11 +52,7 @@ def random_state() -> dict[str, Any]:
 
 
 def put_random_state(saved: dict[str, Any]) -> None:
-    """Put the global random states back.
-
-    Args:
-        saved: what :func:`random_state` gave.
-    """
+    """Put the global random states back."""
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = saved["numpy"]
@@ -71,12 +67,7 @@ def _bytes(text: str) -> torch.Tensor:
 
 
 def prompt_generator(seed: int, prompt: Sequence[int]) -> torch.Generator:
-    """Random numbers of a prompt's samples: the same in every batch and at every point.
-
-    Args:
-        seed: of the run's samples.
-        prompt: token ids.
-    """
+    """Random numbers of a prompt's samples: the same in every batch and at every point."""
     # 56 bits of a hash of seed and prompt
     digest = hashlib.blake2b(f"{seed}:{','.join(map(str, prompt))}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

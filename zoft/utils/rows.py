@@ -16,9 +16,6 @@ from zoft.utils.files import write_atomically
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file that were written to their end, without the newline; none where there is no file.
 
-    Args:
-        path: the file.
-
     Example:
         >>> whole_lines(Path("no/such/file"))
         []
@@ -95,11 +92,7 @@ def append(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def drop_cut_line(file: Any) -> list[bytes]:
-    """Truncate an open file after its last whole line; returns its whole lines, without the newline.
-
-    Args:
-        file: opened for reading and writing bytes.
-    """
+    """Truncate a file, open for bytes, after its last whole line; returns its whole lines, without the newline."""
     file.seek(0)
     content = file.read()
     end = content.rfind(b"\n") + 1

@@ -16,10 +16,6 @@ _locked: set[int] = set()  # open files whose lock this process holds
 def no_link(path: str, flags: int) -> int:
     """An opener for :func:`open` that refuses links of both kinds: writing through one would change another file.
 
-    Args:
-        path: the file.
-        flags: of ``os.open``.
-
     Raises:
         UserError: it is a symbolic link, or a file that has another name too.
         OSError: as the system says.
@@ -47,13 +43,7 @@ def no_link(path: str, flags: int) -> int:
 
 
 def open_own(path: Path, mode: str, **given: Any) -> IO[Any]:
-    """``open`` for writing, for a file of a run's folder; a symbolic link is refused.
-
-    Args:
-        path: the file.
-        mode: as for ``open``.
-        **given: as for ``open``.
-    """
+    """``open`` for writing, for a file of a run's folder; a symbolic link is refused."""
     return open(path, mode, opener=no_link, **given)
 
 

@@ -162,11 +162,7 @@ def _file_at(address: int, size: int) -> tuple[str, int] | None:
 
 
 def release(tensor: Tensor) -> None:
-    """Give back the memory of a mapped tensor, whose values stay in its file; nothing happens to any other tensor.
-
-    Args:
-        tensor: any.
-    """
+    """Give back the memory of a mapped tensor, whose values stay in its file; nothing happens to any other tensor."""
     place = _map_of(tensor) if _maps and tensor.is_cpu else None
     if place is not None and hasattr(mmap, "MADV_DONTNEED"):
         start, pages = place

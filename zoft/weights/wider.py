@@ -20,9 +20,6 @@ def widened(model: nn.Module) -> Iterator[torch.dtype | None]:
     no more than one of them is there twice. Embeddings are looked up as they are: copying does not round. Not float64
     for a float32 model: classes compute norms and softmax in float32 whatever they are given, and then overflow.
 
-    Args:
-        model: any module.
-
     Yields:
         float32; None, and nothing is changed, where nothing is computed in 16 bits, and where weights are quantised:
         they have no wider form.

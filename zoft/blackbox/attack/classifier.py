@@ -82,9 +82,6 @@ class Classifier:
     def index_of(self, label: str) -> int:
         """The number of a class, by its name or its number.
 
-        Args:
-            label: as the user wrote it.
-
         Raises:
             UserError: there is none.
         """

@@ -51,9 +51,6 @@ def hub(model: str, image: str, label: str | None = None) -> Setting:
 def read_image(path: str) -> Any:
     """An image file in RGB.
 
-    Args:
-        path: of any format that Pillow reads.
-
     Raises:
         UserError: there is no such file, or it is no image.
     """

@@ -45,10 +45,6 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
 def read_placed(source: str, split: str = "train") -> Iterator[tuple[str, Row]]:
     """The rows one at a time, each with the place that an error names; no more than one row of a file is held.
 
-    Args:
-        source: as for :func:`read_rows`.
-        split: as for :func:`read_rows`.
-
     Yields:
         (``file:line`` or ``file: row N``, the row).
 

@@ -57,10 +57,6 @@ def exact_match(answer: str, gold: Sequence[str]) -> float:
 
     SQuAD's script takes minus signs and decimal points for punctuation, and 3.5 for 35.
 
-    Args:
-        answer: what was generated.
-        gold: right answers, at least one.
-
     Example:
         >>> exact_match("The tower", ["tower"]), exact_match("-5", ["5"]), exact_match("35", ["3.5"])
         (1.0, 0.0, 0.0)
@@ -82,10 +78,6 @@ _NO_ANSWER = ("no answer", "CANNOTANSWER")
 def f1_of_mezo(answer: str, gold: Sequence[str]) -> float:
     """As :func:`f1`; but where the first gold answer says that there is none, an answer is that or it is wrong.
 
-    Args:
-        answer: what was generated.
-        gold: right answers, at least one.
-
     Example:
         >>> f1("no idea", ["no answer"]), f1_of_mezo("no idea", ["no answer"]), f1_of_mezo("No answer.", ["no answer"])
         (0.5, 0.0, 1.0)
@@ -96,12 +88,6 @@ def f1_of_mezo(answer: str, gold: Sequence[str]) -> float:
 
 
 def scored(answer: str, gold: Sequence[str], *, as_mezo: bool = False) -> dict[str, float]:
-    """All of :data:`SCORES` of one answer.
-
-    Args:
-        answer: what was generated.
-        gold: right answers, at least one.
-        as_mezo: with :func:`f1_of_mezo`.
-    """
+    """All of :data:`SCORES` of one answer; ``as_mezo`` with :func:`f1_of_mezo`."""
     scores = SCORES | {"f1": f1_of_mezo} if as_mezo else SCORES
     return {name: score(answer, gold) for name, score in scores.items()}

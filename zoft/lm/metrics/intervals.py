@@ -54,9 +54,6 @@ def mean_of_scores(scores: Sequence[float]) -> tuple[float, float]:
     The variance s^2 of n scores with mean m is that of n' = n m (1 - m) / s^2 >= n answers that are right or wrong.
     Where all are right or wrong this is :func:`wilson`.
 
-    Args:
-        scores: one a row.
-
     Returns:
         (low, high), fractions in [0, 1].
 
@@ -105,9 +102,6 @@ _T_975 = (
 
 def mean_of_seeds(numbers: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean over a few seeds: mean -+ t s / sqrt(n), with Student's t; infinite for one number.
-
-    Args:
-        numbers: one a seed.
 
     Returns:
         (low, high). Of three seeds it is 2.5 sample standard deviations to each side: three seeds say little.

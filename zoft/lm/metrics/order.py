@@ -78,12 +78,7 @@ def metric_in_rows_order(
 
 
 def longest_first(args: Any, rows: Any) -> LongestFirst | None:
-    """The sampler of an objective's rows; None where batches are reported one by one, or lengths are not known.
-
-    Args:
-        args: of the Trainer.
-        rows: for evaluation.
-    """
+    """The sampler of an objective's rows; None where batches are reported one by one, or lengths are not known."""
     in_batches = args.batch_eval_metrics or args.include_for_metrics or not args.eval_do_concat_batches
     lengths = None if in_batches else lengths_of(rows)
     return None if lengths is None else LongestFirst(lengths)
@@ -91,12 +86,7 @@ def longest_first(args: Any, rows: Any) -> LongestFirst | None:
 
 @contextmanager
 def reported_in_rows_order(trainer: Any, dataloader: Any) -> Iterator[Callable[[Any], Any]]:
-    """While rows are evaluated in another order, metrics see them in their own; what comes out is put into it.
-
-    Args:
-        trainer: computes metrics.
-        dataloader: takes the rows.
-    """
+    """While rows are evaluated in another order, metrics see them in their own; what comes out is put into it."""
     order, metric = order_of(dataloader), trainer.compute_metrics
     if order is None:
         yield lambda output: output

@@ -40,9 +40,6 @@ def pass_at(n: int, c: int, k: int) -> float:
 def read_names(text: str) -> list[int]:
     """The ks of ``pass@1,pass@8``, each once.
 
-    Args:
-        text: as it was written.
-
     Raises:
         UserError: it is something else.
     """

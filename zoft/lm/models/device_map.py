@@ -55,11 +55,8 @@ def check_device_map(given: object) -> None:
 def placing_arguments(given: Any) -> dict[str, Any]:
     """What ``from_pretrained`` is given for a device map; nothing for None.
 
-    Args:
-        given: as for :func:`check_device_map`.
-
     Raises:
-        UserError: as there; a GPU that this machine lacks; a process of several.
+        UserError: as :func:`check_device_map`; a GPU that this machine lacks; a process of several.
     """
     if given is None:
         return {}
@@ -92,10 +89,6 @@ def placing_arguments(given: Any) -> dict[str, Any]:
 def know_device_map(model: nn.Module, given: Any) -> None:
     """Keep with a model where it was put; transformers does so only where that is more than one device.
 
-    Args:
-        model: as loaded.
-        given: what ``from_pretrained`` was given as device_map.
-
     Raises:
         UserError: a mapping with names that the model does not have, or without a device for some of its tensors.
     """
@@ -116,10 +109,6 @@ def require_in_memory(model: nn.Module, name: str) -> None:
     """Refuse a model of which accelerate keeps a part on disk or in the CPU's memory, to bring it for each forward.
 
     Such tensors are on the meta device between forwards: a step into them does nothing, and says nothing.
-
-    Args:
-        model: as loaded with a device map.
-        name: as it was asked for.
 
     Raises:
         UserError: naming a tensor without values.
@@ -152,10 +141,6 @@ def require_run_on(model: Any, device: torch.device) -> None:
 
 def on_device(model: Any, device: torch.device) -> Any:
     """The model on the run's device; one that is spread over several stays where it is.
-
-    Args:
-        model: with or without an adapter.
-        device: of the run.
 
     Raises:
         UserError: as :func:`require_run_on`.

@@ -143,10 +143,6 @@ def require_adapter(model: nn.Module, name: str) -> None:
 
     A step of training is far smaller than the distance between two codes, so codes cannot take it.
 
-    Args:
-        model: with or without an adapter.
-        name: as it was asked for.
-
     Raises:
         UserError: the model is quantised and has no adapter.
     """
@@ -158,11 +154,7 @@ def require_adapter(model: nn.Module, name: str) -> None:
 
 
 def num_weights(parameter: Tensor) -> int:
-    """How many weights a parameter stands for: of 4 bits, two lie in a byte.
-
-    Args:
-        parameter: of a module.
-    """
+    """How many weights a parameter stands for: of 4 bits, two lie in a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(state.shape.numel())
 

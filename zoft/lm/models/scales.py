@@ -73,9 +73,6 @@ def attach(model: nn.Module) -> list[str]:
     From then on ``state_dict`` (and so ``save_pretrained``) gives the moved scales under the quantiser's own names:
     what is saved is an ordinary quantised model.
 
-    Args:
-        model: as transformers loaded it.
-
     Returns:
         The new parameters' names, as in ``named_parameters()``.
 

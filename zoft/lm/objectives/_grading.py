@@ -229,12 +229,7 @@ class _Judge:
 
 @lru_cache
 def judges(function: str, workers: int) -> Judges:
-    """The processes for a function, which stay until this one ends.
-
-    Args:
-        function: by name.
-        workers: how many.
-    """
+    """The processes for a function, which stay until this one ends."""
     pool = Judges(function, workers)
     atexit.register(pool.close)
     return pool
@@ -242,9 +237,6 @@ def judges(function: str, workers: int) -> Judges:
 
 def name_of(function: Any) -> str:
     """What another process finds a function by.
-
-    Args:
-        function: by name already, or itself.
 
     Raises:
         UserError: there is no such name: a lambda, or one within a function.

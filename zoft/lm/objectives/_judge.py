@@ -12,11 +12,7 @@ from typing import Any
 
 
 def main(function: str) -> None:
-    """Answer requests until standard input ends.
-
-    Args:
-        function: by name.
-    """
+    """Answer requests until standard input ends."""
     # the pipe under another number: standard output belongs to the function
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the function prints is no reply

@@ -142,10 +142,6 @@ def _counted(batch: Batch, scores: Tensor, gold: Tensor) -> Tensor:
 def option_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """Log-probability of every option token.
 
-    Args:
-        model: any causal language model.
-        batch: in either layout.
-
     Returns:
         float32: [B, O] where every option is one token, else [N], row by row, N the sum of ``option_len``.
     """

@@ -94,11 +94,6 @@ def unread_content(row: Mapping[str, Any], used: Iterable[str], example: Any) ->
     """Columns that nothing reads and that look like content: several words, or a name that content goes by.
 
     A text that the example holds anyway, as a prompt that is a chat's first message too, is read.
-
-    Args:
-        row: of a source.
-        used: its columns that are read.
-        example: what was made of it.
     """
     read = set(used)
     left = [name for name in row if name not in read and str(name).lower() not in _NAMES]

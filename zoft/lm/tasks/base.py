@@ -87,11 +87,7 @@ class Task(Component):
         raise UserError(f"task={self.name()} has no reader of new rows: predict with a run of another task")
 
     def say_if_fewer(self, num_rows: int) -> None:
-        """Note that there are fewer training rows than ``num_train`` asks for.
-
-        Args:
-            num_rows: that are trained on.
-        """
+        """Note that there are fewer training rows than ``num_train`` asks for."""
         if num_rows < self.num_train != type(self).__dataclass_fields__["num_train"].default:
             log.warning("task.num_train=%s, and %s rows are there to train on", f"{self.num_train:,}", f"{num_rows:,}")
 
@@ -122,11 +118,6 @@ class Task(Component):
 
 def with_demonstrations(example: Example, shown: Sequence[Example], separator: str = Task.separator) -> Example:
     r"""The example behind solved ones, for in-context learning.
-
-    Args:
-        example: the row to solve.
-        shown: solved rows of the same task.
-        separator: what stands between them.
 
     Example:
         >>> solved = Example("1 + 1 =", (" 3", " 2"), 1)

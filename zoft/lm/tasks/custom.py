@@ -190,11 +190,7 @@ class Custom(Task):
         return {"format": reading.format, "columns": reading.columns, "words": words}
 
     def remember(self, said: dict[str, Any]) -> None:
-        """Go by what another one's :meth:`remembered` was, and not by the training rows, which may be gone.
-
-        Args:
-            said: format, columns and words.
-        """
+        """Go by what another one's :meth:`remembered` was, and not by the training rows, which may be gone."""
         vars(self).pop("labels", None)
         self._remembered = said
 

@@ -20,13 +20,7 @@ _MANY = 60  # points of a curve, about: a logged loss is shown by means of as ma
 
 
 def picture(groups: Sequence[Group], folder: Path, axis: str = "queries") -> Path | None:
-    """Draw compare.png; None where no run has logged anything.
-
-    Args:
-        groups: of runs.
-        folder: where it goes.
-        axis: a key of :data:`AXES`.
-    """
+    """Draw compare.png, over a key of :data:`AXES`; None where no run has logged anything."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

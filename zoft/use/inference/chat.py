@@ -68,12 +68,7 @@ class Talk:
     width: int = 80
 
     def run(self, lines: Iterable[str], say: Callable[[str], None]) -> None:
-        """Answer line by line until they end or one is /quit; /reset begins anew.
-
-        Args:
-            lines: what the user types.
-            say: prints.
-        """
+        """Answer line by line until they end or one is /quit; /reset begins anew."""
         tuned, base = Conversation(self.system), Conversation(self.system)
         for line in lines:
             text = line.strip()

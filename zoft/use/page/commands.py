@@ -56,11 +56,7 @@ class Fields:
 
 
 def earlier_runs(root: Path = Path("runs")) -> list[str]:
-    """Folders of runs below a folder, the newest first.
-
-    Args:
-        root: where `zoft train` puts them.
-    """
+    """Folders of runs below a folder, the newest first."""
     folders = [path.parent for path in root.glob("*/config.yaml")] + [
         path.parent for path in root.glob("*/*/config.yaml")
     ]
@@ -68,11 +64,7 @@ def earlier_runs(root: Path = Path("runs")) -> list[str]:
 
 
 def state_of(run: str) -> str:
-    """How an earlier run stands, for people.
-
-    Args:
-        run: its folder.
-    """
+    """How an earlier run stands, for people."""
     from zoft.report.report import summary_lines
     from zoft.report.results import finished, read_metrics
 

@@ -24,12 +24,7 @@ def brief(estimate: RunEstimate) -> str:
 
 
 def of_run(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> list[str]:
-    """The line of a run whose rows are encoded and whose weights are not loaded; none where it cannot be told.
-
-    Args:
-        cfg: the run's.
-        rows: by split.
-    """
+    """The line of a run whose rows are encoded and whose weights are not loaded; none where it cannot be told."""
     from zoft.use.plan.estimate import of_rows
 
     try:

@@ -35,10 +35,6 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     Beside peft's own ``PeftModel.from_pretrained`` it counts positions as the adapter was trained: behind a prompt by
     the mask, and from 0 with a prefix in MeZO's layout, whose mark plain peft passes over with a warning.
 
-    Args:
-        model: a transformers model, the adapter's base.
-        folder: with ``adapter_config.json``.
-
     Raises:
         UserError: its files are damaged, or for another model.
     """
