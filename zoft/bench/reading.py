@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -15,11 +15,9 @@ from zoft.bench.ledger import Ledger
 from zoft.bench.plan import BUILT_IN, FIELDS, MODES, STANDARD, Cell, Entry, Plan
 from zoft.config import texts
 from zoft.config.catalog import preset_files
+from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError, did_you_mean
 from zoft.utils.words import read_words
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 _VARIED = {
     "seed": "seeds",

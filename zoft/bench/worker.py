@@ -10,7 +10,6 @@ import time
 import traceback
 import warnings
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from zoft.bench.choosing import best_point, rate_searches
 from zoft.bench.claims import Claim
@@ -18,9 +17,7 @@ from zoft.bench.ledger import Ledger, Row
 from zoft.bench.plan import MODES, Cell, Plan
 from zoft.errors import UserError
 from zoft.report.text import duration
-
-if TYPE_CHECKING:
-    from zoft.run.shared import Shared
+from zoft.run.shared import Shared
 
 _PAUSE = 1.0  # seconds between looks at what others have finished
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from zoft.blackbox.host import Host
 from zoft.blackbox.walk import Walk
-
-if TYPE_CHECKING:
-    from zoft.blackbox.host import Host
 
 _MOST_FAILED = 20  # steps in a row
 _MOST_AT_THE_END = 16  # queries of a noisy f where the search ends

@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from zoft.blackbox.ending import finish, one_more_failed
+from zoft.blackbox.host import Host
 from zoft.blackbox.lbfgs import LBFGSMemory
 from zoft.blackbox.walk import Walk
 from zoft.optimizers.sgd import SGD
 from zoft.utils.lazy import Tensor
-
-if TYPE_CHECKING:
-    from zoft.blackbox.host import Host
 
 _MEMORY = 10  # pairs for the curvature
 _FLOAT32, _FLOAT64 = 2.0**-23, 2.0**-52  # rounding of f, relative

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from zoft.blackbox.ending import finish, kept_for_the_end, one_more_failed
+from zoft.blackbox.host import Host
 from zoft.blackbox.line_search import LineSearch
 from zoft.blackbox.settings import MinimizeSettings
 from zoft.blackbox.space import Space
@@ -15,10 +15,6 @@ from zoft.estimators.base import scheduled
 from zoft.estimators.central import Central
 from zoft.estimators.one_sided import OneSided
 from zoft.step.method import Method
-
-if TYPE_CHECKING:
-    from zoft.blackbox.host import Host
-
 
 _NOISE_CHECK_FROM = 10  # queries left, of which one may find out whether f is noisy
 _SHORTER, _LONGER = 0.5, 0.9  # times a given learning rate, after a step into a place where f fails; back, step by step

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from zoft.blackbox.ending import finish, kept_for_the_end, one_more_failed
+from zoft.blackbox.host import Host
 from zoft.blackbox.walk import Walk
 from zoft.utils.lazy import Tensor
-
-if TYPE_CHECKING:
-    from zoft.blackbox.host import Host
 
 _REACH = 4.0  # distance of the queries, in lengths of the step
 _FAILED = 0.3  # times the radius, after a step at all of whose points f failed; at half of them its root

@@ -5,22 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoft.diagnostics.bystander import Bystander
 from zoft.errors import UserError
+from zoft.estimators.base import Estimator
 from zoft.estimators.per_example import PerExample
 from zoft.noise.direction import Direction, step_seed
 from zoft.optimizers._optional import line_search_of
 from zoft.optimizers.base import Term
 from zoft.optimizers.sgd import SGD
 from zoft.step.query import StepQueries
-
-if TYPE_CHECKING:
-    from zoft.estimators.base import Estimator
 
 
 @dataclass

@@ -7,13 +7,11 @@ written at, which :func:`device_of` and :func:`settle` say for sessions of every
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from zoft.estimators.base import Point
+from zoft.utils.lazy import torch
 from zoft.weights.tensors import Weights
-
-if TYPE_CHECKING:
-    import torch
 
 
 class LeavesTrace:

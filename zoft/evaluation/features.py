@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError
 from zoft.evaluation.choices import in_batches
+from zoft.evaluation.scoring import Scoring
 from zoft.lm.data.masked import RightPaddedCollator
 from zoft.lm.logits.call import inner
 from zoft.utils.lazy import Tensor, torch
-
-if TYPE_CHECKING:
-    from zoft.evaluation.scoring import Scoring
 
 Row = dict[str, Any]
 

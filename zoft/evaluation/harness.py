@@ -6,13 +6,11 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
 from zoft.evaluation import harness_tasks
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.evaluation.calibration import Calibrated
 from zoft.evaluation.choices import CLOSE, Decision, Scorer, choose, cross_entropy, in_batches
 from zoft.lm.metrics.answers import SCORES, scored
 from zoft.lm.metrics.intervals import mean_of_numbers, mean_of_scores, wilson
 from zoft.lm.models.generate import Written, write
+from zoft.lm.objectives.base import Objective
 from zoft.utils.lazy import Tensor, nn, torch
-
-if TYPE_CHECKING:
-    from zoft.lm.objectives.base import Objective
 
 Row = dict[str, Any]
 CLOSE_LOGITS = {"float32": 1e-3, "float64": 1e-8}

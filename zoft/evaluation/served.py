@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 
 def served_model(cfg: ZoftConfig, run: str, tokenizer: Any) -> Any | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.engines._context import Context, ContextCache
 from zoft.engines.nodes import NodeSession
@@ -20,10 +20,7 @@ from zoft.step.positions import NodePositions, ObjectiveReader, expand
 from zoft.step.shares import Shares
 from zoft.subspaces._node_layers import Node
 from zoft.subspaces.nodes import NodeSpace
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 _ROWS = 256  # directions of a node that are drawn together
 _MOST = 4096  # keys times columns of a response: beyond it, options are not what examples have in common

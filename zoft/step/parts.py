@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.engines.nodes import NodeSession
 from zoft.errors import UserError
 from zoft.step.positions import ObjectiveReader, expand
 from zoft.subspaces.nodes import NodeSpace
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 
 def go_inside(session: NodeSession, e: dict[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from zoft.subspaces.nodes import NodeSpace
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from zoft.utils.lazy import Tensor, torch
 
 
 class PositionReadout(Protocol):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError
 from zoft.noise.counter import sample
@@ -15,9 +16,6 @@ from zoft.subspaces._observes import ObservesInputs
 from zoft.subspaces.outer import outer_factors, outer_noise
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import Weights
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
 
 BASES = ("batch", "first", "oja")
 

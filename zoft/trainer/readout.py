@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,11 @@ from transformers import DynamicCache
 
 from zoft.errors import UserError
 from zoft.estimators.nodes import Nodes
+from zoft.lm.logits.head import Positions
 from zoft.lm.objectives._own_readout import is_seq2seq, own_feedbacks, own_places, own_readout
+from zoft.lm.objectives._readout import Readout
 from zoft.step.positions import NodePositions, at_loss
 from zoft.trainer.protocol import HoldsObjects
-
-if TYPE_CHECKING:
-    from zoft.lm.logits.head import Positions
-    from zoft.lm.objectives._readout import Readout
 
 _MOST_OPTIONS = 64  # different options in the training rows, up to which each has a response of its own
 

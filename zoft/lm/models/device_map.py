@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError, did_you_mean
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import nn
+from zoft.utils.lazy import nn, torch
 
 STRATEGIES = ("auto", "balanced")
 """auto and balanced: accelerate cuts the model into whole layers, as many on each GPU as have room there."""

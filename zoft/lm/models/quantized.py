@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError
-from zoft.utils.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from zoft.utils.lazy import Tensor, nn, torch
 
 QUANTIZATIONS = ("nf4", "int8", "int8_torchao")
 """nf4: 4 bits in blocks of 64 (bitsandbytes); int8: 8 bits, a scale a row (bitsandbytes); int8_torchao: torchao's."""

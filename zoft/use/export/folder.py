@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
 from zoft.use.export.card import write_card
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 
 def facts_of(run: str) -> dict[str, Any]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
 from zoft.use.export.card import write_card
 from zoft.use.export.folder import facts_of, merged_model, new_folder
 from zoft.weights.gguf_layout import rotated
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 QUANTIZATIONS = ("f32", "f16", "q8_0", "q4_0")
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}

@@ -6,12 +6,9 @@ import itertools
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from zoft.use.inference.generate import WritingSettings, chat_ids, written
-
-if TYPE_CHECKING:
-    from zoft.use.inference.load import Loaded
+from zoft.use.inference.load import Loaded
 
 Message = dict[str, str]
 GAP = " │ "

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.errors import UserError
-
-if TYPE_CHECKING:
-    from zoft.use.inference.load import Loaded
+from zoft.use.inference.load import Loaded
 
 
 @dataclass(frozen=True)

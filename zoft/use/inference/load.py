@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 
 @dataclass

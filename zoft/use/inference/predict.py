@@ -7,13 +7,11 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
 from zoft.utils.files import write_atomically
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 SUFFIXES = (".csv", ".jsonl")
 WRITTEN = ("generate", "rated")

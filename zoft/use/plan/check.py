@@ -6,13 +6,11 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
 from zoft.lm.data.lengths import UNCUT, cut_of, length_of
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 _SHOWN = 50  # rows that are tried on the tokenizer
 _STEPS = 2

@@ -7,13 +7,11 @@ import importlib
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zoft.config.schema import ZoftConfig
 from zoft.lm.data.lengths import length_of
 from zoft.use.plan.memory import Memory, Size, of_backprop, of_method
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 PROBED_STEPS = 3
 

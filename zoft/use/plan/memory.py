@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zoft.config.schema import ZoftConfig
 from zoft.engines._elsewhere import Elsewhere
 from zoft.lm.models.quantized import stored_parts
 from zoft.report.backprop import backprop_parts_mb, model_shape
 from zoft.weights.tensors import Weights
-
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
 
 log = logging.getLogger(__name__)
 MB = 2**20

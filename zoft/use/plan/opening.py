@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from zoft.config.schema import ZoftConfig
-    from zoft.use.plan.estimate import RunEstimate
+from zoft.config.schema import ZoftConfig
+from zoft.use.plan.estimate import RunEstimate
 
 
 def brief(estimate: RunEstimate) -> str:
