@@ -52,12 +52,12 @@ class Central(FiniteDifference):
 
     def projected_grads(self, losses: Tensor) -> Tensor:
         """(L+ - L-) / 2 eps, [Q]."""
-        # [2 q] -> [q, 2]: plus and minus of each direction, as points() has them
-        pairs = losses.view(self.num_directions, 2)
+        pairs = self.probe_losses(losses)
         return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
 
     def probe_losses(self, losses: Tensor) -> Tensor:
         """[L+, L-] of each direction, [Q, 2]."""
+        # [2 q] -> [q, 2]: plus and minus of each direction, as points() has them
         return losses.view(self.num_directions, 2)
 
     def loss(self, losses: Tensor) -> Tensor:

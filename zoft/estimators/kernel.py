@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zoft.estimators.base import FiniteDifference, Point
-from zoft.estimators.central import projected_grad
+from zoft.estimators.base import Point
+from zoft.estimators.central import Central
 from zoft.noise.direction import Direction, key_of
-from zoft.utils.lazy import Tensor
 
 
 def kernel(r: float) -> float:
@@ -31,7 +30,7 @@ def radius(direction: Direction) -> float:
 
 
 @dataclass
-class Kernel(FiniteDifference):
+class Kernel(Central):
     """Central differences at radii r_j eps with weights K(r_j): 2 q queries a step, bias O(eps^4), variance 6.25 fold.
 
     g_j = (L(theta + eps r_j z_j) - L(theta - eps r_j z_j)) / (2 eps) K(r_j), r_j uniform on [-1, 1]. The difference is
@@ -46,14 +45,9 @@ class Kernel(FiniteDifference):
 
     measures_slopes: ClassVar[bool] = False
 
-    @property
-    def num_queries(self) -> int:
-        """Two a direction."""
-        return 2 * self.num_directions
-
     def points(self, directions: list[Direction]) -> list[Point]:
         """+ r_j eps and - r_j eps along each direction."""
-        # theta +- eps r_j z_j
+        # theta +- eps r_j z_j; the differences are over 2 eps and not 2 eps r: K(r) has the factor of r
         return [Point(d, sign * radius(d) * self.eps) for d in directions for sign in (1.0, -1.0)]
 
     def terms(self, terms: list[tuple[Direction, float]], state: dict[str, Any]) -> list[tuple[Direction, float]]:
@@ -61,17 +55,3 @@ class Kernel(FiniteDifference):
         del state
         # c_j <- c_j K(r_j), once the weighting has made c_j of the plain differences
         return [(direction, coefficient * kernel(radius(direction))) for direction, coefficient in terms]
-
-    def projected_grads(self, losses: Tensor) -> Tensor:
-        """(L+ - L-) / 2 eps, r_j times the slope: [Q]."""
-        # L(theta + eps r z) - L(theta - eps r z), over 2 eps and not 2 eps r: K(r) has the factor of r
-        pairs = self.probe_losses(losses)
-        return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
-
-    def probe_losses(self, losses: Tensor) -> Tensor:
-        """[L+, L-] of each direction, [Q, 2]."""
-        return losses.view(self.num_directions, 2)
-
-    def loss(self, losses: Tensor) -> Tensor:
-        """The mean over both sides: the clean loss up to O(eps^2)."""
-        return losses.mean()

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.estimators.base import FiniteDifference, Point
-from zoft.estimators.central import projected_grad
-from zoft.noise.direction import Direction
+from zoft.estimators.central import Central
 from zoft.utils.lazy import Tensor
 
 
 @dataclass
-class PerExample(FiniteDifference):
+class PerExample(Central):
     """Central differences of each example's own loss, along q directions of its own: 2 q queries a step.
 
     g_ji = (L_i(theta + eps z_ji) - L_i(theta - eps z_ji)) / (2 eps), and the estimate is the mean of g_ji z_ji over all
@@ -37,27 +35,8 @@ class PerExample(FiniteDifference):
                 " moves one weight for all of them: use subspace=full"
             )
 
-    @property
-    def num_queries(self) -> int:
-        """Two a direction, of all examples together."""
-        return 2 * self.num_directions
-
-    def points(self, directions: list[Direction]) -> list[Point]:
-        """+eps and -eps along each direction; every example goes along its own version of it."""
-        # the engine puts the example's number on the direction: these are the names without one
-        return [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]
-
-    def projected_grads(self, losses: Tensor) -> Tensor:
-        """(L+ - L-) / 2 eps, [Q B]: all examples of the first direction, then of the next; losses are [2 Q, B]."""
-        # g_ji = (L_i(theta + eps z_ji) - L_i(theta - eps z_ji)) / (2 eps)
-        pairs = self.probe_losses(losses)
-        return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
-
     def probe_losses(self, losses: Tensor) -> Tensor:
         """[L+, L-] of each direction and example, [Q B, 2]."""
+        # the engine asks every example along its own version of a direction
         # [2 q, B] -> [q, 2, B] -> [q B, 2]: a row for every example of every direction
         return losses.view(self.num_directions, 2, -1).transpose(1, 2).reshape(-1, 2)
-
-    def loss(self, losses: Tensor) -> Tensor:
-        """The mean over examples and both sides: the clean loss up to O(eps^2)."""
-        return losses.mean()

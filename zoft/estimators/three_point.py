@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zoft.estimators._optional import MeasuresCurvature
-from zoft.estimators.base import FiniteDifference, Measured, Point
-from zoft.estimators.central import projected_grad
+from zoft.estimators.base import Measured, Point
+from zoft.estimators.central import Central
 from zoft.noise.direction import Direction
 from zoft.utils.lazy import Tensor
 
 
 @dataclass
-class ThreePoint(MeasuresCurvature, FiniteDifference):
+class ThreePoint(MeasuresCurvature, Central):
     """Central differences and second differences, with one clean query for all directions: 2 q + 1 queries a step.
 
     g_j = (L+_j - L-_j) / (2 eps) as in ``central``, and k_j = (L+_j - 2 L(theta) + L-_j) / eps^2, which is
@@ -30,12 +30,6 @@ class ThreePoint(MeasuresCurvature, FiniteDifference):
     def points(self, directions: list[Direction]) -> list[Point]:
         """The clean point, then +eps and -eps along each direction."""
         return [Point(), *(Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0))]
-
-    def projected_grads(self, losses: Tensor) -> Tensor:
-        """(L+ - L-) / 2 eps, [Q]."""
-        pairs = self.probe_losses(losses)
-        # the clean loss has no part in the slope: L+ - L- as in central
-        return projected_grad(pairs[:, 0], pairs[:, 1], self.eps)
 
     def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
         """Slopes, and second differences [Q]."""
