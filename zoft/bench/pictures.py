@@ -38,11 +38,7 @@ _COLOURS = (
 
 
 def draw(plan: Plan, rows: Mapping[Cell, Row]) -> list[Path]:
-    """Draw the pictures that the results suffice for into the bench's folder.
-
-    Returns:
-        The PNGs' paths.
-    """
+    """Draw the pictures that the results suffice for into the bench's folder."""
     results, folder = Results(plan, rows), Path(plan.output_dir)
     drawn = []
     if any(results.of(group) for group in results.groups):

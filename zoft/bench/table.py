@@ -26,11 +26,7 @@ _COLUMNS = (
 
 
 def write(plan: Plan, rows: Mapping[Cell, Row]) -> str:
-    """Write both files.
-
-    Returns:
-        The text of bench.md.
-    """
+    """Write both files; returns the text of bench.md."""
     folder = Path(plan.output_dir)
     text = "\n\n".join([*at_budgets(plan, rows), markdown(plan, Results(plan, rows))])
     folder.mkdir(parents=True, exist_ok=True)

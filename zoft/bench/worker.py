@@ -112,11 +112,7 @@ def _in_order(cells: list[Cell], here: tuple[str, str], ledger: Ledger) -> list[
 
 
 class Pace:
-    """How long this process's cells took, and so how long the others will.
-
-    Args:
-        plan: the bench.
-    """
+    """How long this process's cells took, and so how long the others will."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

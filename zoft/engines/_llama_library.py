@@ -130,10 +130,6 @@ def library() -> Any:
 class Llama:
     """A GGUF model in memory.
 
-    Args:
-        path: the file.
-        threads: that compute.
-
     Raises:
         UserError: no such file, or none that llama.cpp loads.
     """

@@ -25,9 +25,6 @@ class Transfer:
     or on their way from a file), ``non_blocking`` (copies that the host does not wait for) and ``buffers`` (bytes of
     device memory handed out).
 
-    Args:
-        device: the one that computes.
-
     Example:
         >>> import torch
         >>> transfer = Transfer(torch.device("cpu"))

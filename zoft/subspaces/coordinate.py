@@ -75,9 +75,6 @@ class Coordinate(Subspace):
 class OneWeight(NoiseSource):
     """A source of directions that are +-sqrt(d) in one place, and zero elsewhere.
 
-    Args:
-        weights: what is trained.
-
     Example:
         >>> source = OneWeight(Weights(torch.nn.Linear(3, 1)))
         >>> sorted(source.place(Direction(0, 0, probe))[:2] for probe in range(4))
@@ -173,12 +170,7 @@ class OneWeight(NoiseSource):
 
 
 class BoundCoordinate(BoundSubspace):
-    """The full space, in which directions are single coordinates.
-
-    Args:
-        weights: what is trained.
-        source: the places and signs.
-    """
+    """The full space, in which directions are single coordinates."""
 
     def __init__(self, weights: Weights, source: NoiseSource) -> None:
         assert isinstance(source, OneWeight)

@@ -89,11 +89,6 @@ class BoundSparse(ObservesGradients, BoundSubspace):
     An optimizer's state has an element for every weight. Where one stands still for an interval its state goes on
     without gradients, and the mask keeps the weight where it is.
 
-    Args:
-        weights: what is trained.
-        source: where z_full comes from.
-        sparse: the component.
-
     Example:
         >>> bound = Sparse(keep=0.5).bind(Weights(torch.nn.Linear(4, 2)))
         >>> int(bound.z(Direction(0, 0), "weight").count_nonzero()), round(bound.gain("weight") ** -2, 6)

@@ -158,11 +158,7 @@ def _lr_factor(contents: Contents) -> float:
 
 
 class RunIdentity:
-    """What tells a run from others.
-
-    Args:
-        trainer: whose run it is.
-    """
+    """What tells a run from others."""
 
     def __init__(self, trainer: HoldsObjects) -> None:
         self.trainer = trainer

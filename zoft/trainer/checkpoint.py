@@ -53,11 +53,7 @@ class Checkpoints:
     # ---- saved -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> Path:
-        """Write the checkpoint of this step, whole or not at all.
-
-        Returns:
-            The checkpoint's own folder.
-        """
+        """Write the checkpoint of this step, whole or not at all; returns its folder."""
         trainer, args, state_ = self.trainer, self.trainer.args, self.trainer.state
         # engine=offload: steps may wait in memory, and files must have them
         trainer.settle_weights()

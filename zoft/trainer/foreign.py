@@ -32,9 +32,6 @@ def by_name(cls: type, positional: Sequence[Any], given: Mapping[str, Any]) -> d
         positional: arguments without a name, in the order of that Trainer.
         given: those with one.
 
-    Returns:
-        All of them by name.
-
     Raises:
         UserError: more arguments than the Trainer has, one twice, or settings of a class that it does not read.
     """

@@ -29,10 +29,6 @@ class MezoRowOrder(Sampler[int]):
     Its sampler is seeded with a number of 64 bits, which it draws from torch's global generator after ``set_seed``; of
     each pass one more permutation is drawn than is used.
 
-    Args:
-        num_rows: how many there are.
-        seed: the run's.
-
     Example:
         >>> order = MezoRowOrder(64, 42)
         >>> list(order)[:4]

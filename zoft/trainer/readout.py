@@ -21,11 +21,7 @@ _MOST_OPTIONS = 64  # different options in the training rows, up to which each h
 
 
 class TrainerReader:
-    """Reads a trainer's objective, or the model's own loss where there is none.
-
-    Args:
-        trainer: whose model is being queried.
-    """
+    """Reads a trainer's objective, or the model's own loss where there is none."""
 
     def __init__(self, trainer: HoldsObjects) -> None:
         self.trainer = trainer

@@ -32,9 +32,6 @@ _OF_TENSORS = ("state", "masters", "history", "sums")
 class Stages:
     """This process's stage.
 
-    Args:
-        trainer: whose model is cut.
-
     Attributes:
         stage: once it is taken.
     """

@@ -26,9 +26,6 @@ def draw_tuning(path: Path, result: Mapping[str, Any], metric: str, title: str =
         result: of :meth:`zoft.tuning.evaluation.TuneResult.as_dict`.
         metric: what a value is called.
         title: above the panels.
-
-    Returns:
-        The PNG's path.
     """
     # A Figure of its own, not pyplot: no global state, no backend to choose, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

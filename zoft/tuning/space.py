@@ -167,9 +167,6 @@ class Range:
     Real numbers: ``low + u (high - low)``, or ``low^(1-u) high^u`` on a logarithmic scale. Whole numbers have equal
     parts of the coordinate; on a logarithmic scale they are real ones between low - 1/2 and high + 1/2, rounded.
 
-    Args:
-        distribution: Optuna's.
-
     Example:
         >>> Range(parsed("lr", "log(1e-5,1e-1)")).value([0.5])
         0.001
@@ -221,9 +218,6 @@ class Range:
 
 class Choice:
     """Options without an order: two are the halves of one coordinate; more take one each, and the largest wins.
-
-    Args:
-        distribution: Optuna's.
 
     Example:
         >>> Choice(parsed("a", "choice(sgd,adam)")).value([0.7])

@@ -146,10 +146,6 @@ _AHEAD = 1024
 class Draws:
     """A stream of random numbers.
 
-    Args:
-        seed: the attack's.
-        image: number of the image.
-
     Example:
         >>> draws = Draws(0, 3)
         >>> sorted(draws.permutation(4).tolist()), 0 <= draws.integer(5) < 5

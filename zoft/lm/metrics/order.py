@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 class LongestFirst(torch.utils.data.Sampler[int]):
     """Indices from the longest row to the shortest, equal ones in their order: what is too large fails at once.
 
-    Args:
-        lengths: of the rows.
-
     Example:
         >>> list(LongestFirst([3, 7, 3, 9]))
         [3, 1, 0, 2]

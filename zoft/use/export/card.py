@@ -50,9 +50,6 @@ def write_card(
         head: a key of :data:`HEADS`.
         name: what the export is loaded by in the card's example.
         files: of a gguf export, its files.
-
-    Returns:
-        The card's path.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

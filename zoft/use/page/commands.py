@@ -101,12 +101,7 @@ def answer(verb: str, words: list[str], *, typed: str = "") -> str:
 
 @dataclass
 class Running:
-    """A training of the page: a process, and the file that its output goes to.
-
-    Args:
-        log: the file.
-        process: none where nothing was started.
-    """
+    """A training of the page: a process, and the file that its output goes to."""
 
     log: Path
     process: subprocess.Popen[bytes] | None = None

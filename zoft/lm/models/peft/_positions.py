@@ -23,9 +23,6 @@ def count_by_mask(model: nn.Module) -> nn.Module:
 
     Args:
         model: a peft model, or any other; calling this twice changes nothing more.
-
-    Returns:
-        The same model.
     """
     config = getattr(model, "active_peft_config", None)
     kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
