@@ -14,9 +14,9 @@ from zoft.config import compose
 from zoft.errors import UserError
 from zoft.estimators.nodes import Nodes
 from zoft.lm.data.completions import counted
+from zoft.lm.data.encoding import PairCollator
 from zoft.lm.data.examples import Rated
 from zoft.lm.data.generated import GeneratedCollator, encode_generated
-from zoft.lm.data.pairs import PairCollator
 from zoft.lm.models.generate import Answering, write
 from zoft.lm.objectives.options import Options
 from zoft.lm.objectives.preference import Preference, keep_reference

@@ -17,7 +17,7 @@ from tests.unit.lm.objectives.test_each_example import OBJECTIVES
 from tests.unit.lm.objectives.test_objectives_more import generated, pair_rows
 from zoft.engines import _survey
 from zoft.estimators.nodes import Nodes
-from zoft.lm.data.pairs import PairCollator
+from zoft.lm.data.encoding import PairCollator
 from zoft.lm.objectives.preference import Preference, keep_reference
 from zoft.noise.direction import Direction
 

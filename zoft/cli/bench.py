@@ -92,8 +92,7 @@ def _of_a_cell(plan: Any, *, probe: bool) -> list[str]:
     """
     from zoft.config import compose
     from zoft.run.build import load_rows
-    from zoft.use.plan.estimate import seconds_of
-    from zoft.use.plan.opening import of_run
+    from zoft.use.plan.estimate import of_run, seconds_of
 
     try:
         cfg = compose(plan.arguments(next(cell for cell in plan.cells() if cell.seed is not None)))

@@ -57,7 +57,7 @@ def command(arguments: list[str]) -> int:
         return 0
     _require_a_start(overrides)
     from zoft.run.train import run
-    from zoft.use.plan.opening import of_run
+    from zoft.use.plan.estimate import of_run
 
     try:
         run(cfg, opening=of_run)
@@ -121,7 +121,7 @@ class Notes(logging.Handler):
 def run_cell(cfg: ZoftConfig) -> dict[str, Any]:
     """One cell of a sweep; a name that other processes can import."""
     from zoft.run.train import run
-    from zoft.use.plan.opening import of_run
+    from zoft.use.plan.estimate import of_run
 
     return dict(run(cfg, opening=of_run, shared=_shared()) or {})
 

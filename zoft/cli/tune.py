@@ -62,7 +62,7 @@ def _of_a_job(training: list[str]) -> list[str]:
     from zoft.config import compose
     from zoft.lm.models.files import placed
     from zoft.run.build import load_rows
-    from zoft.use.plan.opening import of_run
+    from zoft.use.plan.estimate import of_run
 
     try:
         cfg = compose(training)

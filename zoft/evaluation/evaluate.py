@@ -211,27 +211,15 @@ def model_of(cfg: ZoftConfig, run: str, tokenizer: Any = None, *, plain: bool = 
         tokenizer: what rows are encoded by, if it is there already.
         plain: whether a quantised base gets plain weights of the same values, as for merging an adapter into it.
     """
-    from zoft.lm import formats
-    from zoft.lm.models.load import load_model_as
     from zoft.lm.models.quantized import dequantized
-    from zoft.run.build import tokenizer_of
+    from zoft.run.build import load_base, tokenizer_of
 
     # a run's folder has a whole model, or the adapter alone and the base's name
     saved = Path(run) / "model"
     adapter = bool(run) and (saved / "adapter_config.json").is_file()
-    model: Any = load_model_as(
-        formats.model_kind(cfg.task),
-        _base_of(saved, cfg.model.name) if adapter else str(saved.absolute()) if run else cfg.model.name,
-        revision=None if run and not adapter else cfg.model.revision,
-        dtype=cfg.model.dtype,
-        attn_implementation=cfg.model.attn_implementation,
-        quantization=cfg.model.quantization,
-        device_map=cfg.model.device_map,
-        num_labels=formats.num_labels(cfg.task),
-        labels=formats.class_names(cfg.task),
-        seed=cfg.seed,
-        tokenizer=tokenizer or tokenizer_of(cfg, run),
-    )
+    name = _base_of(saved, cfg.model.name) if adapter else str(saved.absolute()) if run else cfg.model.name
+    revision = None if run and not adapter else cfg.model.revision
+    model: Any = load_base(cfg, name, revision, tokenizer or tokenizer_of(cfg, run))
     model = dequantized(model) if plain else model
     if adapter:
         from zoft.lm.models.peft import load_adapter
@@ -270,8 +258,7 @@ def _scored(scoring: Scoring, form: str, rows: Any, examples: Any, request: Requ
 
 def _probed(scoring: Scoring, splits: Any, request: Request, encode: Any) -> Scored:
     from zoft.evaluation.choices import choose
-    from zoft.evaluation.features import features
-    from zoft.evaluation.linear_probe import probe
+    from zoft.evaluation.linear_probe import features, probe
 
     # fitted on train, its penalty chosen on dev, reported on the split that was asked for
     parts = {name: encode(getattr(splits, name)) for name in {"train", "dev", request.split}}

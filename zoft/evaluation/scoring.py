@@ -9,8 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoft.evaluation.calibration import Calibrated
-from zoft.evaluation.choices import CLOSE, Decision, Scorer, choose, cross_entropy, in_batches
+from zoft.evaluation.choices import CLOSE, Calibrated, Decision, Scorer, choose, cross_entropy, in_batches
 from zoft.lm.metrics.answers import SCORES, scored
 from zoft.lm.metrics.intervals import mean_of_numbers, mean_of_scores, wilson
 from zoft.lm.models.generate import Written, write

@@ -201,10 +201,9 @@ def encode_rows(
         room: tokens kept free for a generated text where the examples do not say.
         as_mezo: cut prompts whose answers are generated as MeZO's published code does.
     """
-    from zoft.lm.data.encoding import encode_examples
+    from zoft.lm.data.encoding import encode_examples, encode_pairs
     from zoft.lm.data.generated import encode_generated
     from zoft.lm.data.masked import encode_masked
-    from zoft.lm.data.pairs import encode_pairs
     from zoft.lm.data.tokens import encode_prompts
 
     if form in ("generate", "rated"):
@@ -242,10 +241,9 @@ def collator_for(
         objective: may say how long one may be.
         as_mezo: batches as MeZO's published code makes them.
     """
-    from zoft.lm.data.encoding import collator_of
+    from zoft.lm.data.encoding import PairCollator, collator_of
     from zoft.lm.data.generated import GeneratedCollator
     from zoft.lm.data.masked import RightPaddedCollator
-    from zoft.lm.data.pairs import PairCollator
     from zoft.lm.metrics.answers import SCORES
     from zoft.lm.models.generate import Answering
 

@@ -130,13 +130,18 @@ def model_to_train(cfg: ZoftConfig, tokenizer: Any) -> Any:
 
 def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
     """The model of a run, with its adapter and with the weights chosen that are trained."""
+    return _ready_to_train(cfg, load_base(cfg, cfg.model.name, cfg.model.revision, tokenizer or tokenizer_of(cfg)))
+
+
+def load_base(cfg: ZoftConfig, name: str, revision: str | None, tokenizer: Any) -> Any:
+    """A model of this name with the config's head, dtype, quantisation and place; no adapter."""
     from zoft.lm import formats
     from zoft.lm.models.load import load_model_as
 
-    model = load_model_as(
+    return load_model_as(
         formats.model_kind(cfg.task),
-        cfg.model.name,
-        revision=cfg.model.revision,
+        name,
+        revision=revision,
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
         quantization=cfg.model.quantization,
@@ -144,9 +149,8 @@ def load_model_of(cfg: ZoftConfig, tokenizer: Any = None) -> Any:
         num_labels=formats.num_labels(cfg.task),
         labels=formats.class_names(cfg.task),
         seed=cfg.seed,
-        tokenizer=tokenizer or tokenizer_of(cfg),
+        tokenizer=tokenizer,
     )
-    return _ready_to_train(cfg, model)
 
 
 def _ready_to_train(cfg: ZoftConfig, model: Any) -> Any:

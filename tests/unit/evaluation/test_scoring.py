@@ -15,12 +15,11 @@ from tests.unit.lm.objectives.test_objectives import naive_scores
 from tests.unit.lm.objectives.test_objectives_more import ANSWERED, MASKED, RIGHT, generated
 from zoft.evaluation import evaluate
 from zoft.evaluation.choices import CLOSE, choose, cross_entropy, is_close
-from zoft.evaluation.features import features
-from zoft.evaluation.linear_probe import fit, probe
+from zoft.evaluation.linear_probe import features, fit, probe
 from zoft.evaluation.scoring import Scoring
 from zoft.lm.data.completions import CountedCollator, counted
+from zoft.lm.data.encoding import PairCollator
 from zoft.lm.data.examples import Example
-from zoft.lm.data.pairs import PairCollator
 from zoft.lm.data.tokens import OptionCollator
 from zoft.lm.objectives.label_words import LabelWords
 from zoft.lm.objectives.metric import Metric
@@ -178,7 +177,7 @@ def test_a_probe_asks_again_alone_where_it_cannot_tell(monkeypatch):
         asked.append(len(rows))
         return torch.tensor([[float(len(row["input_ids"])), 1.0] for row in rows])
 
-    monkeypatch.setattr("zoft.evaluation.features.features", counted_features)
+    monkeypatch.setattr("zoft.evaluation.linear_probe.features", counted_features)
     scoring = Scoring(tiny_llama(), Options(), OptionCollator(PAD), batch_size=4)
     for rows, alone in (
         ([{"input_ids": [1, 2], "label": k % 2} for k in range(6)], 6),

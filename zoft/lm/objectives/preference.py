@@ -25,7 +25,7 @@ class Preference(Objective):
     (:func:`keep_reference`, which `zoft train` calls), so that no second model is held. What is reported as accuracy is
     the share of pairs whose better answer the model gives the larger log-probability, which needs no p_0.
 
-    A batch is left-padded, two rows a pair, the better answer first (:class:`zoft.lm.data.pairs.PairCollator`).
+    A batch is left-padded, two rows a pair, the better answer first (:class:`zoft.lm.data.encoding.PairCollator`).
 
     Args:
         beta: how fast leaving the start costs; 0.1 to 0.5 are common.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import tempfile
 import time
 from dataclasses import dataclass
@@ -100,6 +101,28 @@ def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> RunEstimate:
     return RunEstimate(
         cfg.model.name, num_params, trained, memory, lora, adamw, device, free_mb(device), cfg.budget.queries
     )
+
+
+def brief(estimated: RunEstimate) -> str:
+    """The estimate in one line, for the beginning of a run."""
+    from zoft.report.text import gib
+
+    line = f"memory  about {gib(estimated.method.total_mb)} on {estimated.device} by estimate"
+    if estimated.adamw.parts:
+        lora, adamw = gib(estimated.lora.total_mb), gib(estimated.adamw.total_mb)
+        line += f"; by backpropagation LoRA {lora}, AdamW on all weights {adamw}"
+    if estimated.free_mb is None or estimated.method.total_mb - estimated.method.host_mb <= estimated.free_mb:
+        return line
+    return f"{line}; {gib(estimated.free_mb)} ARE FREE: take a smaller batch, or fewer tokens"
+
+
+def of_run(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> list[str]:
+    """The line of a run whose rows are encoded and whose weights are not loaded; none where it cannot be told."""
+    try:
+        return [brief(of_rows(cfg, rows))]
+    except Exception as error:  # what a run cannot do it says itself, and better
+        logging.getLogger(__name__).debug("no estimate: %s", error)
+        return []
 
 
 def size_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Size:

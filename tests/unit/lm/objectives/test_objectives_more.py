@@ -17,10 +17,10 @@ from tests.unit.lm.objectives.test_objectives import COLLATE, SINGLE, UNEQUAL
 from zoft.config import compose
 from zoft.errors import UserError
 from zoft.lm.data.completions import counted
+from zoft.lm.data.encoding import PairCollator
 from zoft.lm.data.examples import Example, Rated
 from zoft.lm.data.generated import GeneratedCollator, encode_generated
 from zoft.lm.data.masked import RightPaddedCollator
-from zoft.lm.data.pairs import PairCollator
 from zoft.lm.data.rows import examples_of
 from zoft.lm.models.generate import Answering, write
 from zoft.lm.objectives.classes import Classes
