@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from zoft.bench.ledger import Row
 from zoft.bench.plan import Cell, Plan
 from zoft.bench.results import Results
-from zoft.utils.files import write_filled
+from zoft.report.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 CURVES, RANKS, RATES, GAPS, BUDGETS = "curves.png", "ranks.png", "rates.png", "gaps.png", "budgets.png"
 
 _INK, _PALE, _GRID = "#2b2f36", "#6b7079", "#e6e8ec"
+_DPI = 130
 _DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (1, 3)))
 _REFERENCES = {"forward_gradient": "#8e5ea2", "adamw": "#d9603b", "lora": "#e0a458"}
 _KNOWN = {"mezo": "#2b2f36", "zoft": "#1f8a5b"}
@@ -64,7 +64,7 @@ def _curves(results: Results, file: Path) -> Path:
     plan = results.plan
     colour = colours(plan)
     tasks = [task for task in plan.tasks if any(results.of((task, prompt)) for prompt in plan.prompts)]
-    figure = _figure(4.4 * len(plan.prompts) + 1.6, 2.9 * len(tasks) + 0.5)
+    figure = new_figure(4.4 * len(plan.prompts) + 1.6, 2.9 * len(tasks) + 0.5, _DPI)
     panels = figure.subplots(len(tasks), len(plan.prompts), squeeze=False, sharex=True, sharey="row")
     handles: dict[str, Any] = {}
     for panel, group in zip(panels.flat, [(task, prompt) for task in tasks for prompt in plan.prompts], strict=True):
@@ -92,7 +92,7 @@ def _curves(results: Results, file: Path) -> Path:
     order = [name for name in (*plan.runs, *plan.modes) if name in handles]
     labels = [f"{name} (test rows)" if name in plan.modes else name for name in order]
     figure.legend([handles[name] for name in order], labels, loc="outside right upper", frameon=False, fontsize=9)
-    return _save(figure, file)
+    return save_figure(figure, file)
 
 
 def _budgets(plan: Plan, rows: Mapping[Cell, Row], file: Path) -> Path:
@@ -101,7 +101,7 @@ def _budgets(plan: Plan, rows: Mapping[Cell, Row], file: Path) -> Path:
     colour, last = colours(plan), by_budget[plan.queries]
     prompts = [prompt for prompt in plan.prompts if any(last.of((task, prompt)) for task in plan.tasks)]
     tasks = [task for task in plan.tasks if any(last.of((task, prompt)) for prompt in prompts)]
-    figure = _figure(4.1 * len(tasks) + 1.8, 3.2 * len(prompts) + 0.5)
+    figure = new_figure(4.1 * len(tasks) + 1.8, 3.2 * len(prompts) + 0.5, _DPI)
     panels = figure.subplots(len(prompts), len(tasks), squeeze=False, sharex=True)
     handles: dict[str, Any] = {}
     for panel, group in zip(panels.flat, [(task, prompt) for prompt in prompts for task in tasks], strict=True):
@@ -135,14 +135,14 @@ def _budgets(plan: Plan, rows: Mapping[Cell, Row], file: Path) -> Path:
         panel.set_xlabel("queries (forward passes)", color=_INK)
     order = [name for name in (*plan.runs, *plan.modes) if name in handles]
     figure.legend([handles[name] for name in order], order, loc="outside right upper", frameon=False, fontsize=9)
-    return _save(figure, file)
+    return save_figure(figure, file)
 
 
 def _ranks(results: Results, file: Path) -> Path:
     """One line a method from prompt to prompt, by its mean rank over the tasks."""
     plan = results.plan
     colour, ranks = colours(plan), [results.ranks(prompt) for prompt in plan.prompts]
-    figure = _figure(2.2 + 2.4 * len(plan.prompts), 4.6)
+    figure = new_figure(2.2 + 2.4 * len(plan.prompts), 4.6, _DPI)
     panel = figure.subplots()
     _dress(panel)
     for method in plan.runs:
@@ -165,7 +165,7 @@ def _ranks(results: Results, file: Path) -> Path:
     panel.set_xlim(-0.9, len(ranks) - 0.1)
     panel.invert_yaxis()
     panel.set_title("mean rank by test metric, 1 is best", loc="left", fontsize=10, color=_INK)
-    return _save(figure, file)
+    return save_figure(figure, file)
 
 
 def _together(ranks: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -180,7 +180,7 @@ def _rates(results: Results, file: Path) -> Path:
     """What a learning rate costs against the best of those tried, per method."""
     plan = results.plan
     colour = colours(plan)
-    figure = _figure(8.2, 4.4)
+    figure = new_figure(8.2, 4.4, _DPI)
     panel = figure.subplots()
     _dress(panel)
     lost = {method: results.robustness(method) for method in plan.runs}
@@ -208,7 +208,7 @@ def _rates(results: Results, file: Path) -> Path:
         color=_INK,
     )
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    return _save(figure, file)
+    return save_figure(figure, file)
 
 
 def _distances(results: Results) -> dict[str, dict[str, list[float]]]:
@@ -228,7 +228,7 @@ def _gaps(results: Results, measured: dict[str, dict[str, list[float]]], file: P
     plan = results.plan
     colour = colours(plan)
     methods = [method for method in reversed(plan.runs) if any(values.get(method) for values in measured.values())]
-    figure = _figure(3.5 * len(measured) + 1.2, 0.36 * len(methods) + 1.4)
+    figure = new_figure(3.5 * len(measured) + 1.2, 0.36 * len(methods) + 1.4, _DPI)
     for panel, (title, values) in zip(
         figure.subplots(1, len(measured), sharey=True, squeeze=False)[0], measured.items(), strict=True
     ):
@@ -240,7 +240,7 @@ def _gaps(results: Results, measured: dict[str, dict[str, list[float]]], file: P
                 panel.plot(mean(numbers), place, "|", ms=13, mew=2.4, color=colour[method])
         panel.set_yticks(range(len(methods)), methods, fontsize=9)
         panel.set_title(title, loc="left", fontsize=10, color=_INK)
-    return _save(figure, file)
+    return save_figure(figure, file)
 
 
 def _gaps_to(results: Results, reference: str) -> dict[str, list[float]]:
@@ -264,16 +264,6 @@ def _capped(values: list[float], most: float) -> list[float]:
     return [min(value, 1.05 * most) for value in values]
 
 
-def _figure(width: float, height: float) -> Figure:
-    # A Figure of its own, not pyplot: no global state, no backend to choose, nothing to close.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _dress(axes: Axes) -> None:
     axes.grid(color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
@@ -281,8 +271,3 @@ def _dress(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#c5c9d0")
-
-
-def _save(figure: Figure, file: Path) -> Path:
-    write_filled(file, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture
-    return file

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.report.plots import _BLUE, _GREEN, _GREY, _INK, _dress, _legend
-from zoft.utils.files import write_filled
+from zoft.report.plots import _BLUE, _GREEN, _GREY, _INK, _dress, _legend, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,14 +32,8 @@ def draw_diagnostics(folder: str | Path, rows: Sequence[dict[str, str]], tables:
     panels = _panels(rows, tables)
     if not panels:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     columns, lines = min(2, len(panels)), -(-len(panels) // 2)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04)
-    figure = Figure(figsize=(5.25 * columns, 3.9 * lines + 0.3), dpi=150, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.25 * columns, 3.9 * lines + 0.3, w_pad=0.12, h_pad=0.1, wspace=0.04)
     places = figure.subplots(lines, columns, squeeze=False).ravel()
     for place, panel in zip(places, panels, strict=False):
         panel(place)
@@ -48,9 +41,7 @@ def draw_diagnostics(folder: str | Path, rows: Sequence[dict[str, str]], tables:
         place.set_visible(False)
     name = f"{Path(folder).resolve().name}, diagnostics"
     figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
-    path = Path(folder) / PICTURE
-    write_filled(path, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture
-    return path
+    return save_figure(figure, Path(folder) / PICTURE)
 
 
 def _panels(rows: Sequence[dict[str, str]], tables: dict[str, Any]) -> list[Panel]:

@@ -11,6 +11,7 @@ from zoft.utils.files import write_filled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CURVE = "curve.png"
 
@@ -51,15 +52,8 @@ def learning_curve(
     scores = _series(rows, f"eval_{metric}")
     if not (losses or eval_losses or scores):
         return None
-    # A Figure of its own, not pyplot: no global state, no backend to choose, nothing to close.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     both = bool(losses or eval_losses) and bool(scores)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.04)
-    figure = Figure(figsize=(10.5 if both else 5.8, 4.2), dpi=150, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
+    figure = new_figure(10.5 if both else 5.8, 4.2, w_pad=0.12, h_pad=0.08, wspace=0.04)
     panels = iter(figure.subplots(1, 2 if both else 1, squeeze=False, sharex=True)[0])
     if losses or eval_losses:
         _draw_loss(next(panels), losses, eval_losses)
@@ -67,8 +61,25 @@ def learning_curve(
         _draw_metric(next(panels), scores, metric, zero_shot, final, num_eval_rows)
     name = title or Path(folder).resolve().name
     figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
-    path = Path(folder) / CURVE
-    write_filled(path, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture
+    return save_figure(figure, Path(folder) / CURVE)
+
+
+def new_figure(width: float, height: float, dpi: int = 150, **padding: Any) -> Figure:
+    """A white figure, in inches; ``padding`` as of matplotlib's ConstrainedLayoutEngine."""
+    # A Figure of its own, not pyplot: no global state, no backend to choose, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(**padding)
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG; a reader never sees half a picture."""
+    write_filled(path, lambda file: figure.savefig(file, format="png"))
     return path
 
 

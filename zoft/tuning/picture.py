@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.utils.files import write_filled
+from zoft.report.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,15 +27,10 @@ def draw_tuning(path: Path, result: Mapping[str, Any], metric: str, title: str =
         metric: what a value is called.
         title: above the panels.
     """
-    # A Figure of its own, not pyplot: no global state, no backend to choose, nothing to close.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = list(result["space"])[:_MOST_PARAMETERS]
     across = min(4, 1 + len(names))
     down = -(-(1 + len(names)) // across)
-    figure = Figure(figsize=(3.5 * across, 3.1 * down), dpi=130, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.5 * across, 3.1 * down, dpi=130)
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     points = [e for e in result["evaluations"] if e["value"] is not None]
     shown = _limits([e["value"] for e in points])
@@ -48,8 +43,7 @@ def draw_tuning(path: Path, result: Mapping[str, Any], metric: str, title: str =
     for panel in panels[1 + len(names) :]:
         panel.set_axis_off()
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=_INK)
-    write_filled(path, lambda file: figure.savefig(file, format="png"))  # a reader never sees half a picture
-    return path
+    return save_figure(figure, path)
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float] | None:

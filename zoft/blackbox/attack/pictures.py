@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoft.blackbox.attack.attack import ImageOutcome
+from zoft.report.plots import new_figure
 from zoft.utils.files import write_filled
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def triplets(outcomes: Sequence[ImageOutcome], names: Sequence[str], path: Path)
     """
     columns = 2 if len(outcomes) >= 4 else 1
     rows = -(-len(outcomes) // columns)
-    figure = _figure(4.7 * columns, 1.85 * rows)
+    figure = new_figure(4.7 * columns, 1.85 * rows)
     groups = figure.subfigures(1, columns, squeeze=False)[0] if columns > 1 else [figure]
     for column, group in enumerate(groups):
         panels = group.subplots(rows, 3, squeeze=False)
@@ -68,7 +69,7 @@ def curves(
         budget: where the lines end.
         title: above it.
     """
-    figure = _figure(6.6, 4.2)
+    figure = new_figure(6.6, 4.2)
     axes = figure.subplots()
     for number, (name, rows) in enumerate(methods.items()):
         colour, dashes = _COLOURS[number % len(_COLOURS)], "--" if number >= len(_COLOURS) else "-"
@@ -134,16 +135,6 @@ def _triplet(panels: Sequence[Any], outcome: ImageOutcome, names: Sequence[str])
 def _shown(image: np.ndarray) -> np.ndarray:
     """[h, w] of one channel, [h, w, 3] of three; the first one of any other number."""
     return image.transpose(1, 2, 0) if len(image) == 3 else image[0]
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout=ConstrainedLayoutEngine())
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.lm.metrics.intervals import mean_of_seeds
+from zoft.report.plots import new_figure
 from zoft.use.compare.runs import Group
 from zoft.use.compare.table import NAME
 
@@ -21,15 +22,11 @@ _MANY = 60  # points of a curve, about: a logged loss is shown by means of as ma
 
 def picture(groups: Sequence[Group], folder: Path, axis: str = "queries") -> Path | None:
     """Draw compare.png, over a key of :data:`AXES`; None where no run has logged anything."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     score = next((name for name in _SCORES if any(name in row for g in groups for r in g.runs for row in r.rows)), None)
     panels = [name for name in (score, "loss") if name is not None and any(curves(g, name, axis) for g in groups)]
     if not panels:
         return None
-    figure = Figure(figsize=(5.6 * len(panels), 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.6 * len(panels), 4.4)
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         percent = name == "eval_accuracy"
         for number, group in enumerate(groups):
