@@ -78,13 +78,12 @@ class ServerLostError(Requeued):
     """A server that computes the forwards is gone; the weights are those of the last step, and exit code 75 follows."""
 
 
-def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The near ones of ``known`` as a phrase, or all of them when none is near.
 
     Args:
         word: what the user wrote.
         known: the words that would have been right.
-        limit: how many near ones to name.
 
     Returns:
         A phrase that begins with a space, or the empty string when ``known`` is empty.
@@ -94,7 +93,7 @@ def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:
         ' Did you mean eps?'
     """
     names = sorted(set(known))
-    near = difflib.get_close_matches(word, names, n=limit, cutoff=0.55)
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.55)
     if near:
         return f" Did you mean {' or '.join(near)}?"
     return f" Known: {', '.join(names)}." if names else ""

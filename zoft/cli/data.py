@@ -165,7 +165,8 @@ def lines(facts: dict[str, Any], *, width: int | None = None, colour: bool = Fal
     printed = _within("\n".join(printed), width)
     for name, split in facts["splits"].items():
         for number, row in enumerate(split["first"], start=1):
-            printed += ["", f"--- {name}, row {number} of {split['rows']:,}" + _origin(row)]
+            origin = f" ({row['where']})" if row["where"] else ""
+            printed += ["", f"--- {name}, row {number} of {split['rows']:,}{origin}"]
             for part in row["parts"]:
                 printed += _part(part, width, colour)
             if row.get("options"):
@@ -225,10 +226,6 @@ def _summary(split: dict[str, Any]) -> str:
 def _range(spread: dict[str, Any]) -> str:
     low, high = spread["min"], spread["max"]
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _origin(row: dict[str, Any]) -> str:
-    return f" ({row['where']})" if row["where"] else ""
 
 
 def _part(part: dict[str, Any], width: int | None, colour: bool) -> list[str]:

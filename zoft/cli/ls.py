@@ -54,7 +54,7 @@ def _of_file(file: str) -> list[str]:
 
 def listing(group: str) -> str:
     """A group and its choices, each with the first line of what it says about itself."""
-    entries = {name: first_line(cls) for name, cls in _components(group).items()}
+    entries = {name: first_line(cls) for name, cls in (components(group) if group in GROUPS else {}).items()}
     entries.update({name: first_comment(file) for name, file in preset_files(group).items()})
     width = max(map(len, entries), default=0)
     indent = " " * (width + 4)
@@ -67,7 +67,3 @@ def listing(group: str) -> str:
 def first_line(cls: type) -> str:
     """What a component says first of itself, without the marks of reStructuredText."""
     return inspect.cleandoc(cls.__doc__ or "").split("\n")[0].replace("``", "")
-
-
-def _components(group: str) -> dict[str, type]:
-    return dict(components(group)) if group in GROUPS else {}

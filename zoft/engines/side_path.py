@@ -16,6 +16,7 @@ from zoft.engines.base import Engine, Objective, Session
 from zoft.engines.layerwise import LayerwiseSession
 from zoft.estimators.base import Point
 from zoft.noise.direction import Direction
+from zoft.subspaces._node_layers import is_matrix
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, nn, torch
 
@@ -165,7 +166,7 @@ class _SidePathSession(LayerwiseSession):
 
     def _is_frozen_linear(self, module: nn.Module) -> bool:
         names = [name for _, name in self.weights.owners.get(module, [])]
-        return _is_linear(module) and not any(map(self.coordinates.ever_moves, names))
+        return is_matrix(module) and not any(map(self.coordinates.ever_moves, names))
 
     def _shared(self, module: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         outputs = int(module.out_features if isinstance(module, torch.nn.Linear) else module.nf)  # type: ignore[arg-type]
@@ -200,8 +201,3 @@ def _in_one_product(xs: Sequence[Tensor], forward: Callable[[Tensor], Tensor]) -
     pieces = y.split([len(r) for r in rows])
     # back into one output for each forward, of its own leading shape
     return [piece.view(*x.shape[:-1], y.shape[-1]) for piece, x in zip(pieces, xs, strict=True)]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """A map of the last dimension alone, row by row: torch's linear layer, and transformers' transposed one."""
-    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"

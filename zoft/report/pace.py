@@ -11,21 +11,22 @@ from zoft.report.text import duration
 LONG_SECONDS = 3600.0
 """A run that takes longer says so before it begins."""
 
+_LONG_QUERY = 60.0  # seconds
 
-def seconds_per_query(query: Callable[[], Any], timed: int = 2, longest: float = 60.0) -> float:
+
+def seconds_per_query(query: Callable[[], Any]) -> float:
     """The seconds of one query: the quickest of a few, after one that warms up.
 
     Args:
         query: makes one.
-        timed: how many are timed.
-        longest: seconds; a first query that takes longer is the measurement itself.
 
     Example:
         >>> seconds_per_query(lambda: None) < 1
         True
     """
     first = _seconds_of(query)
-    return first if first > longest else min(_seconds_of(query) for _ in range(timed))
+    # a first one that takes long is the measurement itself
+    return first if first > _LONG_QUERY else min(_seconds_of(query) for _ in range(2))
 
 
 def long_run_line(seconds: float, queries: int) -> str | None:

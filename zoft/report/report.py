@@ -59,7 +59,7 @@ def complete_facts(facts: dict[str, Any]) -> dict[str, Any]:
         >>> complete_facts({"zero_shot": 0.5, "final": 0.75, "num_steps": None})
         {'zero_shot': 0.5, 'final': 0.75, 'metric': 'accuracy', 'difference_points': 25.0}
     """
-    known = {key: value for key, value in facts.items() if _is_known(value)}
+    known = {key: value for key, value in facts.items() if finite(value) is not None}
     if "versions" in known:
         known["versions"] = {name: version for name, version in known["versions"].items() if version is not None}
     known.setdefault("metric", "accuracy")
@@ -112,10 +112,6 @@ def summary_lines(facts: dict[str, Any]) -> list[str]:
     lines = [(name, text) for name, text in lines if text]
     width = max((len(name) for name, _ in lines), default=0)
     return [f"{name:<{width}}  {text}" for name, text in lines]
-
-
-def _is_known(value: Any) -> bool:
-    return finite(value) is not None
 
 
 def _markdown(known: dict[str, Any], *, pictures: list[str]) -> str:

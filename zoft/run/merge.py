@@ -47,12 +47,9 @@ def merge_runs(runs: Sequence[Path], output: Path, how: str, *, fold: bool = Fal
         journal.close()
     size, before = (output / files.NAME).stat().st_size, sum(path.stat().st_size for path in paths)
     count = sum(len(record.coefficients) for record in records)
+    known = sum(len(record.coefficients) for _, contents in read for record in contents.records)
     return [
         f"{output / files.NAME}: {size:,} bytes, the {how} of {len(runs)} runs of {before:,} bytes",
-        f"steps   {len(records):,}, with {count:,} coefficients of the {_coefficients(read):,} that the runs have",
+        f"steps   {len(records):,}, with {count:,} coefficients of the {known:,} that the runs have",
         f"next    zoft replay {output} --output MODEL",
     ]
-
-
-def _coefficients(read: Sequence[tuple[str, files.Contents]]) -> int:
-    return sum(len(record.coefficients) for _, contents in read for record in contents.records)

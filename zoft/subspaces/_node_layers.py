@@ -93,12 +93,12 @@ def _of_other_layers(weights: Weights) -> set[str]:
 
 def _kind(module: nn.Module, attribute: str, tensor: Tensor) -> str | None:
     if attribute == "bias" and tensor.dim() == 1:
-        return "shift" if _is_matrix(module) or _is_norm(module) else None
+        return "shift" if is_matrix(module) or _is_norm(module) else None
     if tensor.dim() == 3 and is_experts(module):
         return "experts"
     if attribute != "weight":
         return None
-    if tensor.dim() == 2 and _is_matrix(module):
+    if tensor.dim() == 2 and is_matrix(module):
         return "conv1d" if type(module).__name__ == "Conv1D" else "linear"
     return "scale" if tensor.dim() == 1 and _is_norm(module) else None
 
@@ -109,7 +109,8 @@ def is_experts(module: nn.Module) -> bool:
     return getattr(module, "is_transposed", True) is False and not getattr(module, "has_bias", False)
 
 
-def _is_matrix(module: nn.Module) -> bool:
+def is_matrix(module: nn.Module) -> bool:
+    """A map of the last dimension alone, row by row: torch's linear layer, and transformers' transposed one."""
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -90,12 +90,11 @@ def load_run(run: str, overrides: list[str], *, with_base: bool = False) -> Load
     return Loaded(model, tokenizer_of(cfg, run), run, cfg, base)
 
 
-def load_named(name: str, dtype: str = "float32") -> Loaded:
-    """A model as it is.
+def load_named(name: str) -> Loaded:
+    """A model as it is, in float32.
 
     Args:
         name: hub name, folder, or ``zoft:<asset>``; a folder may be an adapter's.
-        dtype: of its weights.
     """
     from zoft.lm.models.load import load_model_as, load_tokenizer, quiet
     from zoft.lm.models.peft import load_adapter
@@ -107,16 +106,18 @@ def load_named(name: str, dtype: str = "float32") -> Loaded:
         base, revision = base_of(folder)
         tokenizer_name = name if (folder / "tokenizer_config.json").is_file() else base
         tokenizer = load_tokenizer(tokenizer_name, revision=revision if tokenizer_name == base else None)
-        model = load_model_as("causal", base, revision=revision, dtype=dtype, tokenizer=tokenizer)
+        model = load_model_as("causal", base, revision=revision, tokenizer=tokenizer)
         return Loaded(load_adapter(model, folder).to(device()).eval(), tokenizer, name)
     tokenizer = load_tokenizer(name)
-    return Loaded(load_model_as("causal", name, dtype=dtype, tokenizer=tokenizer).to(device()).eval(), tokenizer, name)
+    return Loaded(load_model_as("causal", name, tokenizer=tokenizer).to(device()).eval(), tokenizer, name)
 
 
 def require_writer(loaded: Loaded) -> None:
     """Refuse a model that writes no text."""
-    if not hasattr(loaded.model, "generate") or "ForCausalLM" not in type(_inner(loaded.model)).__name__:
-        kind = type(_inner(loaded.model)).__name__
+    from zoft.lm.logits.call import inner
+
+    if not hasattr(loaded.model, "generate") or "ForCausalLM" not in type(inner(loaded.model)).__name__:
+        kind = type(inner(loaded.model)).__name__
         raise UserError(f"{loaded.name} is a {kind}, which writes no text: zoft predict gives its labels")
 
 
@@ -126,8 +127,3 @@ def device(*, on_cpu: bool = False) -> Any:
 
     has_one = torch.accelerator.is_available() and not on_cpu
     return torch.accelerator.current_accelerator() if has_one else torch.device("cpu")
-
-
-def _inner(model: Any) -> Any:
-    """The transformers model inside an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

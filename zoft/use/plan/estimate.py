@@ -128,8 +128,8 @@ def of_run(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> list[str]:
 def size_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Size:
     """How much goes through the model at a time."""
     every = [row for part in rows.values() for row in part]
-    options = max(len(row.get("sequences", ())) or 1 for row in every)
-    options = 1 if _one_token(every) else options
+    one_token = all("sequences" in row and set(row["lengths"]) == {1} for row in every)
+    options = 1 if one_token else max(len(row.get("sequences", ())) or 1 for row in every)
     longest = max(length_of(row) for row in every)
     counted = max(_counted(row) for row in every)
     batch, eval_batch = (int(cfg.trainer.get(f"per_device_{name}_batch_size", 8)) for name in ("train", "eval"))
@@ -204,10 +204,6 @@ def _kept(model: Any, rows: dict[str, list[Any]]) -> int:
     if FrozenPrefix.of(model, Weights(model, shapes_only=True), 1) is None:
         return 0
     return sum(length_of(row) for part in rows.values() for row in part)
-
-
-def _one_token(rows: list[Any]) -> bool:
-    return all("sequences" in row and set(row["lengths"]) == {1} for row in rows)
 
 
 def _counted(row: Any) -> int:

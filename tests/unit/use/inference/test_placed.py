@@ -14,6 +14,7 @@ from tests.used import chatting, used
 from zoft.cli import main
 from zoft.config import compose
 from zoft.engines.offload import Offload
+from zoft.lm.logits.call import inner
 from zoft.run.train import run
 from zoft.trainer.placing import to_read
 from zoft.use.inference import load
@@ -55,13 +56,13 @@ def test_their_exports_are_the_same(name: str, folder: Path, tmp_path: Path, cap
 
 def test_an_offloaded_runs_blocks_rest_in_files_while_it_is_used(folder: Path):
     for kind in ("whole", "lora"):
-        inner = load._inner(load_run(str(folder / f"offload-{kind}"), []).model)
+        bare = inner(load_run(str(folder / f"offload-{kind}"), []).model)
         ids = torch.tensor([[4, 5, 6]])
         for _ in range(2):
             with torch.no_grad():
-                inner(input_ids=ids)
-            assert is_mapped(inner.model.layers[1].mlp.up_proj.weight.data)
-            assert not is_mapped(inner.lm_head.weight.data)
+                bare(input_ids=ids)
+            assert is_mapped(bare.model.layers[1].mlp.up_proj.weight.data)
+            assert not is_mapped(bare.lm_head.weight.data)
 
 
 @pytest.mark.parametrize("store", ["file", "memory"])
