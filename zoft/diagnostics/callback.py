@@ -93,24 +93,20 @@ class DiagnosticsCallback(TrainerCallback):
         """Whether this step is measured."""
         return self.trainer is not None and not self.trainer.state.global_step % self.every
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """New files, or those of the run that goes on."""
         if self.trainer is None:
             raise UserError("DiagnosticsCallback belongs to a trainer of zoft: use ZOTrainer, or ZOMixin beside yours")
         self.record = MeasurementFiles(Path(str(args.output_dir)), max(state.global_step, self.trainer.journal.end))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """What parts remember before the step."""
         if self.is_due:
             assert self.trainer is not None
             self._remembered = self.trainer.zo_optimizer.memory()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Measure, where it is time and there is an estimate that was queried."""
         trainer, record = self.trainer, self.record
@@ -131,9 +127,7 @@ class DiagnosticsCallback(TrainerCallback):
             log.warning("diagnostics: %s", note)
         trainer.run_steps.pause_clock(took)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw the picture."""
         if self.draw and self.record is not None:
             from zoft.diagnostics.picture import draw_diagnostics

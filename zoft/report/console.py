@@ -103,9 +103,7 @@ class ProgressCallback(TrainerCallback):
         """The whole progress line."""
         return " | ".join(self.parts().values())
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar, at what a resumed run has already spent."""
         if not state.is_world_process_zero:
             return
@@ -122,14 +120,12 @@ class ProgressCallback(TrainerCallback):
             self._bar = tqdm(total=self._total, initial=self._done, file=stream, ncols=columns(stream), bar_format=" ")
             self._draw(force=True)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print the plain line that came due: here, after the last step's log and evaluation rows came in."""
         if self._training and self._bar is None and self._done >= self._next_line:
             self._line()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the step's queries."""
         if self._training:
             step, queries = self._logged
@@ -142,7 +138,7 @@ class ProgressCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """Take over the row's values."""
         if not logs or not state.is_world_process_zero:
@@ -159,23 +155,21 @@ class ProgressCallback(TrainerCallback):
         self._draw()
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Show that an evaluation goes on, so that the bar does not seem stuck."""
         if self._bar is not None:
             self._batches += 1
             self._draw()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The evaluation is over."""
         self._batches = 0
         self._draw()
 
     on_predict = on_evaluate
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show where the run ended and leave that on the screen."""
         if self._training and self._bar is None:
             self._line()

@@ -52,7 +52,7 @@ class HealthCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """Look at a row."""
         if not logs or not state.is_world_process_zero:

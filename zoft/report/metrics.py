@@ -62,9 +62,7 @@ class MetricsCallback(TrainerCallback):
         self._waiting: list[dict[str, Any]] = []
         self._row: dict[str, Any] = {}  # the last row written
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """New files for a fresh run; a resumed one keeps its rows up to `state.global_step`."""
         if not state.is_world_process_zero:
             return
@@ -96,7 +94,7 @@ class MetricsCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """One row, or more cells of the last one."""
         if not logs or _SUMMARY in logs or not state.is_world_process_zero:

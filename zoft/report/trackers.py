@@ -32,17 +32,15 @@ class TrackerAxisCallback(TrainerCallback):
     def __init__(self) -> None:
         self._run_id: str | None = None  # of the wandb run whose axis is already set
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Send the trackers' files into the run's own folder, before anything starts one of their runs."""
         keep_in_folder(args)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Define the axis."""
         self._define(args, state)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Define the axis of a run that began otherwise: with an evaluation, or anew in a search."""
         self._define(args, state)
 

@@ -16,17 +16,15 @@ NAME = "ungraded.jsonl"
 class UngradedCallback(TrainerCallback):
     """Writes them down after every step and evaluation; a step that is asked again after a kill is written again."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """What this process has left of a run before (a cell that broke off) is not this one's."""
         take_ungraded()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write down what the judge left ungraded in the step's queries, or in an evaluation."""
         write(Path(str(args.output_dir)), step=state.global_step)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write down what the judge left ungraded in an evaluation."""
         write(Path(str(args.output_dir)), step=state.global_step)
 
