@@ -102,15 +102,11 @@ class ContextCache:
                 return
             context.hidden = hidden_states_in(args, kwargs)[:, -last:].clone()
 
-        handles = [  # behind what serves the frozen prefix, which must see the call as it is
+        with (  # behind what serves the frozen prefix, which must see the call as it is
             self.model.register_forward_pre_hook(before, with_kwargs=True),
             self.blocks[self.first].register_forward_pre_hook(entering, with_kwargs=True),
-        ]
-        try:
+        ):
             yield context
-        finally:
-            for handle in handles:
-                handle.remove()
         # an objective that calls the model twice has no one context
         if len(calls) != 1:
             return
@@ -145,16 +141,12 @@ class ContextCache:
         def entering(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return with_hidden_states(hidden.clone(), args, kwargs)  # a block may write into its input
 
-        handles = [  # in front of what serves the frozen prefix, whose rows are whole ones
+        with (  # in front of what serves the frozen prefix, whose rows are whole ones
             self.model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             self.blocks[self.first].register_forward_pre_hook(entering, with_kwargs=True),
-        ]
-        try:
-            with forwards_replaced(self.blocks[: self.first], lambda _: passes_through):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            forwards_replaced(self.blocks[: self.first], lambda _: passes_through),
+        ):
+            yield
 
 
 def _takes_cache(model: Any) -> bool:

@@ -48,15 +48,13 @@ class StepPrefix:
         if first < 1:
             yield
             return
-        handle = self.blocks[first].register_forward_pre_hook(self._enter, with_kwargs=True)
-        # modules that were entered in an earlier call of this forward say nothing of this one
-        begin = self.model.register_forward_pre_hook(lambda *_: self.begin())
-        try:
-            with forwards_replaced(self.blocks[:first], lambda block: self._passing(block.forward)):
-                yield
-        finally:
-            handle.remove()
-            begin.remove()
+        with (
+            self.blocks[first].register_forward_pre_hook(self._enter, with_kwargs=True),
+            # modules that were entered in an earlier call of this forward say nothing of this one
+            self.model.register_forward_pre_hook(lambda *_: self.begin()),
+            forwards_replaced(self.blocks[:first], lambda block: self._passing(block.forward)),
+        ):
+            yield
 
     def _passing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -175,11 +175,8 @@ def _examine(model: nn.Module, inputs: Inputs, positions: Positions, plainly: He
     piece, where = piece_of(inputs, positions, plainly.vocabulary)
     whole: list[Tensor] = []
     # the output as the head made it, before hooks of others
-    handle = head.register_forward_hook(lambda _module, _args, output: whole.append(output))
-    try:
+    with head.register_forward_hook(lambda _module, _args, output: whole.append(output)):
         plain, call = recorded_call(model, piece)
-    finally:
-        handle.remove()
     wanted = where.of(plain)
     # logits that are not finite agree with nothing, and say nothing of the head
     if not bool(torch.isfinite(wanted).all()):

@@ -61,11 +61,8 @@ def _labelled(labels: Tensor) -> Positions:
 def _of_seq2seq(model: nn.Module, inputs: Inputs, feedback: str) -> Readout:
     """The loss of each label is a term of its own; seen in what its decoder hands to the head, or in itself."""
     head, given = inner(model).get_output_embeddings(), list[Tensor]()
-    handle = head.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
-    try:
+    with head.register_forward_pre_hook(lambda _module, args: given.append(args[0])):
         output = model(**inputs)
-    finally:
-        handle.remove()
     places = _labelled(inputs["labels"])
     targets = inputs["labels"][inputs["labels"] != -100]
     logits = places.of(output.logits).float()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -167,7 +168,7 @@ def of_hidden(
         )
     norm = _final_norm(model)
     entered: list[Tensor] = []
-    handle = None if norm is None else norm.register_forward_pre_hook(lambda _m, args: entered.append(args[0]))
+    hook = nullcontext() if norm is None else norm.register_forward_pre_hook(lambda _m, args: entered.append(args[0]))
     outputs: list[Tensor] = []
 
     def of_rows(forward: Forward, rows: Tensor) -> Tensor:
@@ -191,12 +192,8 @@ def of_hidden(
         # what the class does behind its head is known, and needs no more than a number to be done with
         return rows.new_zeros(1, 1, 1)
 
-    try:
-        with torch.no_grad():
-            with_rows(model, inputs, places, of_rows)
-    finally:
-        if handle is not None:
-            handle.remove()
+    with torch.no_grad(), hook:
+        with_rows(model, inputs, places, of_rows)
     values, losses, slopes = outputs
     zeros, columns = torch.zeros_like(unit), torch.arange(values.shape[1], device=unit.device)
     return Readout(values, slopes.float(), zeros, columns, losses, unit)
