@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zoft.lm.tasks._words import WordsTask
+from zoft.lm.tasks._answers import WordsTask
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from zoft.errors import UserError
 from zoft.lm.data.files import Row, column
-from zoft.lm.tasks._words import WordsTask
+from zoft.lm.tasks._answers import WordsTask
 
 
 @dataclass

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from zoft.errors import UserError
 from zoft.lm.data.examples import Example
 from zoft.lm.data.files import Row
+from zoft.lm.tasks._answers import GeneratedTask
 from zoft.lm.tasks._fields import text
-from zoft.lm.tasks._generated import GeneratedTask
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from zoft.lm.data.examples import Example
 from zoft.lm.data.files import Row
+from zoft.lm.tasks._answers import GeneratedTask
 from zoft.lm.tasks._fields import text, texts
-from zoft.lm.tasks._generated import GeneratedTask
 
 
 @dataclass

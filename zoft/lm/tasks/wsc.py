@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from zoft.lm.tasks._words import WordsTask
+from zoft.lm.tasks._answers import WordsTask
 
 log = logging.getLogger(__name__)
 
