@@ -152,12 +152,7 @@ class Progress:
 
 
 def summary(tuned: Tuned, metric: str) -> str:
-    """What is printed at the end.
-
-    Args:
-        tuned: what was found, and where it is.
-        metric: what a value is called.
-    """
+    """What is printed at the end."""
     from zoft.tuning.space import as_arguments
 
     result = tuned.result

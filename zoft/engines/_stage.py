@@ -212,12 +212,7 @@ class Stage:
         return self._schedule
 
     def _compute(self, number: int, received: Tensor) -> Tensor:
-        """This process's part of a forward: bytes of hidden states in, and out.
-
-        Args:
-            number: of the call.
-            received: from the process before.
-        """
+        """This process's part of a forward: bytes of hidden states in, and out."""
         assert self._run is not None
         self._received, self._has_entered = received, False
         try:

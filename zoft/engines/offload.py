@@ -237,12 +237,7 @@ def compute_device(model: nn.Module) -> torch.device:
 
 
 def place_outside(model: nn.Module, device: torch.device) -> None:
-    """Move what stands outside of the blocks, and every buffer, to a device; the blocks stay where they are.
-
-    Args:
-        model: any.
-        device: the one that is going to compute.
-    """
+    """Move what stands outside of the blocks, and every buffer, to a device; the blocks stay where they are."""
     inside = {id(parameter) for block in blocks_of(model) for parameter in block.tensors.values()}
     for module in model.modules():
         for parameter in module._parameters.values():

@@ -352,12 +352,7 @@ def clean_query(trainer: ZOTrainer, rows: list[Any]) -> None:
 
 
 def save_model(trainer: ZOTrainer, target: Path) -> None:
-    """Save the model, whole or not at all; a folder or link that is there makes room.
-
-    Args:
-        trainer: holds it; all of its processes come here.
-        target: the model's folder.
-    """
+    """Save the model, whole or not at all; a folder or link that is there makes room."""
     from zoft.journal import snapshot
 
     # every process calls it, since saving may gather weights; the first one writes

@@ -168,11 +168,7 @@ class Stages:
         return state | tensors | {"param_groups": [of_kind[kind] for kind in sorted(of_kind, reverse=True)]}
 
     def share_of(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The part of a whole optimizer's state that concerns this process's tensors.
-
-        Args:
-            state: as :meth:`gathered` gives it, or one process has it.
-        """
+        """The part of a whole optimizer's state that concerns this process's tensors."""
         if self.stage is None:
             return state
         names = Weights(self.trainer.model).tensors

@@ -212,9 +212,6 @@ class RunSteps:
         """A step of finite losses can be too long for the weights' numbers: it is none, and the run does not go on.
 
         In memory the weights are spoilt; the step is taken out of the journal, and nothing is saved of it.
-
-        Args:
-            estimate: of the step that was written last.
         """
         is_huge, self._is_huge = self._is_huge, False
         if not is_huge or estimate is None or estimate.from_journal:

@@ -36,10 +36,6 @@ def absolute(text: str) -> str:
 def module_of(path: str, where: str) -> tuple[types.ModuleType, str]:
     """The file as a module, and the SHA-256 of its bytes; its folder is searched for what it imports.
 
-    Args:
-        path: the file.
-        where: the argument that names it, for messages.
-
     Raises:
         UserError: it is not there, or Python cannot import it.
     """

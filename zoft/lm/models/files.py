@@ -47,10 +47,6 @@ def placed(name: str) -> str:
 def check_files(name: str, folder: Path) -> None:
     """Refuse files that are no JSON objects, sizes that no model has, and shards outside of the folder.
 
-    Args:
-        name: what the user asked for, for messages.
-        folder: the model's.
-
     Raises:
         UserError: with the file and what is wrong.
     """

@@ -199,12 +199,7 @@ def _load_classifier(
 
 
 def require_causal_lm(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model that does not score texts from left to right, as ranking options needs.
-
-    Args:
-        model: what :func:`load_model` gave.
-        name: what it was asked for, for the message.
-    """
+    """Refuse a model that does not score texts from left to right, as ranking options needs."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

@@ -49,12 +49,7 @@ class Loaded:
 
 
 def config_of(run: str, overrides: list[str]) -> ZoftConfig:
-    """The config of a finished run; functions that it names are not called in inference.
-
-    Args:
-        run: its folder.
-        overrides: arguments that change it, as of `zoft train`.
-    """
+    """The config of a finished run; functions that it names are not called in inference."""
     from zoft.config import compose
     from zoft.evaluation.evaluate import config_of_run
     from zoft.lm.tasks.custom import Custom

@@ -86,13 +86,7 @@ def shown(verb: str, words: list[str]) -> str:
 
 
 def answer(verb: str, words: list[str], *, typed: str = "") -> str:
-    """What a verb prints, whole; for those that end by themselves.
-
-    Args:
-        verb: of the command line.
-        words: its arguments.
-        typed: what it reads from its standard input.
-    """
+    """What a verb prints, whole; for those that end by themselves."""
     done = subprocess.run(
         _command(verb, words), input=typed, capture_output=True, text=True, check=False, env=_environment()
     )
