@@ -37,14 +37,7 @@ class TrackerAxisCallback(TrainerCallback):
         keep_in_folder(args)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Define the axis."""
-        self._define(args, state)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Define the axis of a run that began otherwise: with an evaluation, or anew in a search."""
-        self._define(args, state)
-
-    def _define(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Define the axis; at a log row too, of a run that began otherwise: with an evaluation, or anew in a search."""
         if not state.is_world_process_zero or not _wanted(args):
             return
         run = _current_run()
@@ -53,6 +46,8 @@ class TrackerAxisCallback(TrainerCallback):
         run.define_metric(QUERIES)
         run.define_metric("*", step_metric=QUERIES, step_sync=True)
         self._run_id = run.id
+
+    on_log = on_train_begin
 
 
 def keep_in_folder(args: TrainingArguments) -> None:

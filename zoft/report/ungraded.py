@@ -24,9 +24,7 @@ class UngradedCallback(TrainerCallback):
         """Write down what the judge left ungraded in the step's queries, or in an evaluation."""
         write(Path(str(args.output_dir)), step=state.global_step)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write down what the judge left ungraded in an evaluation."""
-        write(Path(str(args.output_dir)), step=state.global_step)
+    on_evaluate = on_step_end
 
 
 def write(folder: Path, **of: Any) -> int:

@@ -15,7 +15,6 @@ class BoundPartial(BoundSubspace):
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j z_j; zeros where the tensor does not move."""
         # which block moves is a matter of the step, the same for all its directions
-        # which block moves is a matter of the step, the same for all its directions
         if not self.moves(terms[0][0], name):
             return self._zeros(name, stop - start)
         return super().combination(name, start, stop, terms)
