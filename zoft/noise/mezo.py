@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zoft.noise.direction import Direction
-from zoft.noise.source import NoiseSource, _of_step
+from zoft.noise.source import NoiseSource, of_step
 from zoft.utils.lazy import Tensor, torch
 
 _KEEP_IN_PIECES = 1 << 26  # elements of z that are kept while a tensor is asked for in pieces
@@ -39,13 +39,13 @@ class TorchSequentialNoise(NoiseSource):
     ) -> Tensor:
         """Elements [start, stop) of tensor ``name`` of z, in the parameter's dtype, flat."""
         dtype = self._dtypes[name]  # whatever is asked for: a sum may be float32 where the parameter is not
-        states = _of_step(self._states, direction)
+        states = of_step(self._states, direction)
         if direction not in states:
             states[direction] = self._record_states(direction)
         if name != self._in_pieces_of:
             self._in_pieces.clear()
             self._in_pieces_of = name
-        in_pieces = _of_step(self._in_pieces, direction)
+        in_pieces = of_step(self._in_pieces, direction)
         z = in_pieces.get(direction)
         if z is None:
             generator = torch.Generator(device)

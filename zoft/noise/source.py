@@ -137,7 +137,7 @@ class CounterNoise(NoiseSource):
         if self.law != "sphere":
             return 1.0
         # sqrt(d) / ||z||: the sum of squares is exact integer arithmetic, so every device finds the same scale
-        scales = _of_step(self._scales, direction)
+        scales = of_step(self._scales, direction)
         if direction not in scales:
             total = sum(squared_norm(key_of(direction, name), n, device) for name, n in self.shapes.items())
             # sqrt(d) / ||z||, with ||z||^2 in units of 2^-32
@@ -210,7 +210,7 @@ def _specimens(device: torch.device, thorough: bool) -> list[Tensor]:
 _T = TypeVar("_T")
 
 
-def _of_step(by_direction: dict[Direction, _T], direction: Direction) -> dict[Direction, _T]:
+def of_step(by_direction: dict[Direction, _T], direction: Direction) -> dict[Direction, _T]:
     """``by_direction`` without other steps: an update asks for all of a step's directions, tensor by tensor."""
     if by_direction and next(iter(by_direction)).step != direction.step:
         by_direction.clear()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from zoft.errors import UserError
 from zoft.noise.counter import perturb_with
 from zoft.noise.direction import Direction, key_of
-from zoft.noise.source import NoiseSource
+from zoft.noise.source import NoiseSource, of_step
 from zoft.subspaces.base import BoundSubspace, Subspace
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights
@@ -102,11 +102,10 @@ class OneWeight(NoiseSource):
 
     def place(self, direction: Direction) -> tuple[str, int, float]:
         """(tensor, flat place in it, z there)."""
-        if self._places and next(iter(self._places)).step != direction.step:
-            self._places.clear()
-        if direction not in self._places:
-            self._places[direction] = self._find(direction)
-        return self._places[direction]
+        places = of_step(self._places, direction)
+        if direction not in places:
+            places[direction] = self._find(direction)
+        return places[direction]
 
     def _find(self, direction: Direction) -> tuple[str, int, float]:
         # position in the run -> (sweep, turn in it): step t has turns q t to q t + q - 1

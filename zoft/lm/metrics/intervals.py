@@ -84,11 +84,15 @@ def mean_of_numbers(numbers: Sequence[float]) -> tuple[float, float]:
         >>> mean_of_numbers([1.0])
         (-inf, inf)
     """
+    return _around_mean(numbers, _Z_95)
+
+
+def _around_mean(numbers: Sequence[float], quantile: float) -> tuple[float, float]:
     n = len(numbers)
     if n < 2:
         return -math.inf, math.inf
     mean = math.fsum(numbers) / n
-    half = _Z_95 * math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (n - 1) / n)
+    half = quantile * math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (n - 1) / n)
     return mean - half, mean + half
 
 
@@ -113,10 +117,5 @@ def mean_of_seeds(numbers: Sequence[float]) -> tuple[float, float]:
 
     References: Student 1908, The probable error of a mean, Biometrika 6.
     """
-    n = len(numbers)
-    if n < 2:
-        return -math.inf, math.inf
-    mean = math.fsum(numbers) / n
-    quantile = _T_975[n - 2] if n - 1 <= len(_T_975) else _Z_95
-    half = quantile * math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (n - 1) / n)
-    return mean - half, mean + half
+    degrees = len(numbers) - 1
+    return _around_mean(numbers, _T_975[degrees - 1] if 1 <= degrees <= len(_T_975) else _Z_95)
