@@ -154,8 +154,14 @@ class Survey:
         """Within this block, a trained tensor handed to torch while none of its modules runs is noted."""
         # a compiled graph would call no torch function
         eager = torch.compiler.set_stance("force_eager") if may_be_compiled() else nullcontext()
-        with eager, watching(self._call_noted):
-            yield
+        usual = self.swapper.unseen
+        if not torch._C._len_torch_function_stack():  # else contexts of others (torch.device, ...), which hold here too
+            self.swapper.unseen = torch._C.DisableTorchFunction  # nine in ten calls are the engine's own
+        try:
+            with eager, watching(self._call_noted):
+                yield
+        finally:
+            self.swapper.unseen = usual
 
     def _call_noted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)

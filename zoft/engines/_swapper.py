@@ -78,6 +78,7 @@ class Swapper:
         self.scratch = Scratch()
         self.state = ForwardState()
         self.compiled = False  # the model: a large matrix cannot be read in pieces there
+        self.unseen: Any = torch._C.DisableTorchFunctionSubclass  # context in which the engine reads for itself
         self.largest_output = 0  # bytes: of a module that holds trained weights, in the last call of losses
         self._names = {module: [name for _, name in held] for module, held in self.weights.owners.items()}
         self.watched: dict[str, type] = {}  # name -> class by which a read outside of the tensor's module is noticed
@@ -220,7 +221,7 @@ class Swapper:
             self.weights.tensors[name].data = clean
 
         def unseen(items: list[Any]) -> Sequence[Any]:
-            with torch._C.DisableTorchFunction():  # what the engine itself reads is no read of the model's
+            with self.unseen():  # what the engine itself reads is no read of the model's
                 return batch_fn(items)
 
         answer = self.lockstep.sync(key, item, unseen) if self.lockstep.is_running else unseen([item])[0]

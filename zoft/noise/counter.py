@@ -286,7 +286,7 @@ def _quantile_table(device: str) -> Tensor:
     scale = (size / 2 / sum(x * x for x in upper)) ** 0.5  # midpoints lose a little of the tails' variance
     # integers: the same on every device, and their sums are exact
     positive = [round(x * scale * FIXED_POINT) for x in upper]
-    return torch.tensor([-x for x in reversed(positive)] + positive, dtype=torch.int32).to(device)
+    return torch.tensor([-x for x in reversed(positive)] + positive, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=8)
