@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from zoft.errors import UserError, did_you_mean
+from zoft.errors import Conditions, UserError, did_you_mean, refuse_unmet
 from zoft.utils import own_files
 
 GROUPS: dict[str, str] = {
@@ -46,6 +46,9 @@ class Component:
     escapes: ClassVar[tuple[str, ...]] = ()
     r"""Fields of text that a model reads: in an argument of the command line, ``\n`` in them is a line break."""
 
+    counts_with: ClassVar[Conditions] = {}
+    """Fields that only count with some values of another one: elsewhere they are refused unless they have a default."""
+
     own_name: ClassVar[str] = ""
     """What a part from outside is called: ``my_est.py:Wide``, or its entry point's name."""
 
@@ -57,6 +60,7 @@ class Component:
 
     def __post_init__(self) -> None:
         self.check()
+        refuse_unmet(self.counts_with, vars(self), self.defaults(), f"{self.name()}.")
 
     def check(self) -> None:
         """Raise :class:`zoft.errors.UserError` for values that cannot work."""
@@ -65,6 +69,11 @@ class Component:
     def name(cls) -> str:
         """The name it is chosen by: its file's name, e.g. ``one_sided``."""
         return str(vars(cls).get("own_name") or cls.__module__.rpartition(".")[2])
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The default of every field that has one."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}
 
     def own_code(self) -> dict[str, str]:
         """Code from outside that it runs: name -> SHA-256 of the file. A run does not go on with another one."""

@@ -7,8 +7,11 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -76,6 +79,52 @@ class Requeued(KeyboardInterrupt):
 
 class ServerLostError(Requeued):
     """A server that computes the forwards is gone; the weights are those of the last step, and exit code 75 follows."""
+
+
+_is_recorded: ContextVar[bool] = ContextVar("is_recorded", default=False)
+
+Conditions = Mapping[str, tuple[str, tuple[Any, ...]]]
+"""A field -> another one, and the values of that with which the first counts; none named: all but its default."""
+
+
+@contextmanager
+def of_recorded(is_recorded: bool) -> Iterator[None]:
+    """Whether what is read in here was recorded by a run: what is ignored now was ignored there too."""
+    token = _is_recorded.set(is_recorded)
+    try:
+        yield
+    finally:
+        _is_recorded.reset(token)
+
+
+def refuse_ignored(message: str) -> None:
+    """Refuse a setting that would change nothing, unless a run has recorded it."""
+    if not _is_recorded.get():
+        raise UserError(message)
+
+
+def refuse_unmet(conditions: Conditions, values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a setting whose condition does not hold; one that is left at its default is no choice.
+
+    Args:
+        conditions: of some fields.
+        values: of all fields.
+        defaults: likewise.
+        prefix: before each name in the message.
+    """
+    for name, (other, counting) in conditions.items():
+        value, chosen = values[name], values[other]
+        holds = chosen in counting if counting else chosen != defaults[other]
+        if not holds and value != defaults[name]:
+            instead = f" to {' or '.join(map(_shown, counting))}" if counting else ""
+            refuse_ignored(
+                f"{prefix}{name}={_shown(value)} does nothing with {prefix}{other}={_shown(chosen)}: leave it out, or "
+                f"set {prefix}{other}{instead}"
+            )
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -140,7 +140,8 @@ class Steps:
         self.model = tiny_opt(num_hidden_layers=1)
         self.batch = batch_for(self.model)
         subspace = composed(name).subspace
-        small = [f"subspace.{field}={value}" for field, value in SMALL.items() if hasattr(subspace, field)]
+        counting = [field for field in SMALL if field == "rank" or getattr(subspace, "basis", "") == "oja"]
+        small = [f"subspace.{field}={SMALL[field]}" for field in counting if hasattr(subspace, field)]
         cfg = composed(name, *small, *more)
         self.method = cfg.composition
         coordinates = self.method.bind(Weights(self.model))

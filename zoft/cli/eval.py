@@ -37,7 +37,7 @@ def command(arguments: list[str]) -> int:
     if run:
         run_config = f"config={evaluate.config_of_run(run, overrides)}"
         overrides = overrides if any(word.startswith("config=") for word in overrides) else [run_config, *overrides]
-    cfg = compose(overrides)
+    cfg = compose(overrides, recorded=bool(run))
     given = any(word.startswith("output_dir=") for word in overrides)
     request = dataclasses.replace(request, output_dir=place.default_output_dir(cfg, request, given=given))
     facts = place.evaluate(cfg, request)

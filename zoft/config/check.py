@@ -30,9 +30,11 @@ class Checker:
 
     Args:
         chosen: group -> the class that was chosen for it.
+        given: ``group.field`` -> its value, of arguments.
     """
 
     chosen: dict[str, type[Component]]
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self, data: dict[str, Any], where: str, replaced: frozenset[str] = frozenset()) -> list[str]:
         """Refuse what does not fit; take out of ``data`` what belongs to a part that was replaced.
@@ -77,6 +79,11 @@ class Checker:
         for key in list(value):
             if key in _hints(cls):
                 _check_value(value[key], _hints(cls)[key], f"{group}.{key}", where)
+                other, counting = cls.counts_with.get(key, ("", ()))
+                # a file's setting of the choice that an argument has replaced by another one
+                if counting and self.given.get(f"{group}.{other}", counting[0]) not in counting:
+                    del value[key]
+                    dropped.append(f"{group}.{key}")
             # settings of the part that another file replaced belong to no part now
             elif replaced and any(key in _hints(other) for other in components(group).values()):
                 del value[key]

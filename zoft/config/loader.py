@@ -33,19 +33,21 @@ from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir, user_c
 from zoft.config.check import Checker, refuse_code, translated
 from zoft.config.foldername import suffix
 from zoft.config.schema import ZoftConfig
-from zoft.errors import UserError
+from zoft.errors import UserError, of_recorded
 
 log = logging.getLogger("zoft.config")
 DEFAULT_DIR = str(ZoftConfig.__dataclass_fields__["output_dir"].default)
 PRIMARY = "zoft_train"  # configs/train.yaml under a name that no file of a user's ./configs can hide
 
 
-def compose(overrides: list[str], *, runs_code: bool = True) -> ZoftConfig:
+def compose(overrides: list[str], *, runs_code: bool = True, recorded: bool | None = None) -> ZoftConfig:
     """The run that these arguments describe; components are instances, everything is checked.
 
     Args:
         overrides: as on the command line: ``config=quickstart``, ``estimator=one_sided``, ``estimator.eps=1e-2``.
         runs_code: whether functions that the config names may be called; what a file alone names is then refused.
+        recorded: whether they name the config of a run that is read, and not trained: what that has ignored is let
+            pass; without ``runs_code`` it is one.
 
     Returns:
         The run's config.
@@ -63,7 +65,8 @@ def compose(overrides: list[str], *, runs_code: bool = True) -> ZoftConfig:
     cfg = loader.load([texts.argument(override) for override in overrides])
     if OmegaConf.to_container(cfg)["output_dir"] == DEFAULT_DIR:
         cfg.output_dir = DEFAULT_DIR + suffix(overrides)
-    config = to_config(cfg)
+    with of_recorded(not runs_code if recorded is None else recorded):
+        config = to_config(cfg)
     config.chosen = loader.chosen
     return config
 
@@ -203,8 +206,10 @@ class Loader(ConfigLoaderImpl):
         parsed = self.parse(overrides)
         values = [one for one in parsed if arguments.is_value(one)]
         words = [text for text, one in zip(overrides, parsed, strict=True) if not arguments.is_value(one)]
-        experiment = str(self.experiments.contents)
-        key = (*words, self._chosen_by_arguments, self._implied, experiment, user_configs_dir() or configs_dir())
+        # values on which it depends what of a file counts
+        decisive = str([one.input_line for one in self._values if one.key_or_group in _decisive()])
+        files = decisive, str(self.experiments.contents), user_configs_dir() or configs_dir()
+        key = (*words, self._chosen_by_arguments, self._implied, *files)
         parts = _PARTS.get(key)
         if parts is None:
             self._files, self._notes = [], []
@@ -258,7 +263,8 @@ class Loader(ConfigLoaderImpl):
     def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
         # Every part is known here, and nothing is merged yet: the moment to check what arguments and files set.
         chosen = dict(default.config_path.split("/", 1) for default in defaults if _is_component(default))
-        self._checker = Checker({group: own.known(group)[name] for group, name in chosen.items()})
+        given = {override.key_or_group: override.value() for override in self._values}
+        self._checker = Checker({group: own.known(group)[name] for group, name in chosen.items()}, given)
         self._check_values(self._checker)
         self._replaced = self._replaced_parts(defaults, repo, chosen)
         return super()._compose_config_from_defaults_list(defaults, repo)
@@ -313,7 +319,7 @@ class Loader(ConfigLoaderImpl):
             del result.config[section][field]
             if section == "trainable" and self._implied:  # an adapter takes the whole part's place: nothing is lost
                 continue
-            self._notes.append(f"{key} of {where} is left out: the {section} you chose has no such setting")
+            self._notes.append(f"{key} of {where} is left out: the {section} you chose has no use for it")
             self.note(self._notes[-1])
         return result
 
@@ -328,6 +334,13 @@ def _is_component(default: ResultDefault) -> bool:
     """Whether a file of the defaults list is a component's own schema (and not a YAML preset of its group)."""
     group, _, name = (default.config_path or "").partition("/")
     return group in GROUPS and name in own.known(group)
+
+
+@lru_cache
+def _decisive() -> set[str]:
+    """Keys with some of whose values alone others count."""
+    every = ((group, cls) for group in GROUPS for cls in components(group).values())
+    return {f"{group}.{other}" for group, cls in every for other, _ in cls.counts_with.values()}
 
 
 _PREPARED: list[bool] = []

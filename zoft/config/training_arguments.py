@@ -41,6 +41,10 @@ REFUSED = {
 UNHEEDED = {
     "label_smoothing_factor": "the run's objective computes the loss, and smooths no labels",
     "prediction_loss_only": "a run reports the metric of what the model predicts",
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        "evaluations are of the weights as they are trained; trainer.bf16=true computes in bfloat16, training too",
+    ),
     "batch_eval_metrics": "the metric is of all held-out rows at once",
     "eval_do_concat_batches": "the metric is of all held-out rows at once",
     "include_for_metrics": "the metric reads predictions and answers alone",

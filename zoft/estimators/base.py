@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from zoft.component import Component
-from zoft.errors import UserError
+from zoft.errors import Conditions, UserError
 from zoft.noise.direction import Direction
 from zoft.noise.joint import ACROSS
 from zoft.noise.source import SOURCES
@@ -192,6 +192,8 @@ class FiniteDifference(Estimator):
             learning rate's schedule).
         eps_end: what is left of eps at the end, as a share of it; for linear and cosine.
     """
+
+    counts_with: ClassVar[Conditions] = {"eps_end": ("eps_schedule", ("linear", "cosine"))}
 
     eps: float = 1e-3
     eps_schedule: str = "constant"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zoft.errors import UserError
+from zoft.errors import Conditions, UserError
 from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
 from zoft.optimizers.base import Estimate, Optimizer, State
@@ -48,6 +48,7 @@ class Muon(Optimizer):
 
     per_matrix: ClassVar[bool] = True
     linear_state: ClassVar[tuple[str, ...]] = ("momentum",)
+    counts_with: ClassVar[Conditions] = {"top_k": ("method", ("power",))}
 
     method: str = "newton_schulz"
     top_k: int = 32

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from zoft.trainer.trainer import ZOTrainer
 
 _OFF = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+_OF_GUARD = ("guard_factor", "guard_steps", "guard_back")
 
 
 def rehearsing(cfg: ZoftConfig, folder: str, queries: int, **trainer: Any) -> ZoftConfig:
@@ -24,8 +25,11 @@ def rehearsing(cfg: ZoftConfig, folder: str, queries: int, **trainer: Any) -> Zo
     """
     cfg = copy.copy(cfg)
     cfg.output_dir = folder
-    cfg.trainer = dict(cfg.trainer) | _OFF | {"eval_on_start": False, "journal": False, **trainer}
-    cfg.tracker = dataclasses.replace(cfg.tracker, report_to=[])
+    goes_back = cfg.trainer.get("guard") == "rollback"  # by a journal, which there is none of
+    of_journal = ("journal_hash_steps", *(("guard", *_OF_GUARD) if goes_back else ()))
+    kept = {name: value for name, value in cfg.trainer.items() if name not in of_journal}
+    cfg.trainer = kept | _OFF | {"eval_on_start": False, "journal": False, **trainer}
+    cfg.tracker = type(cfg.tracker)()
     cfg.budget = dataclasses.replace(cfg.budget, queries=queries)
     return cfg
 

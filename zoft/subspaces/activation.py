@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from zoft.errors import UserError
+from zoft.errors import Conditions, UserError
 from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource
@@ -56,6 +56,10 @@ class Activation(Factored):
     References: AGZO (arXiv 2601.17261): basis=batch, rank 1, 3 iterations. ZO-Act (arXiv 2607.01125): basis=first.
     AIM-ZO (2026): basis=oja, 128 columns, 48 shared, rank 64, step 0.3, rank_one and law=sphere.
     """
+
+    counts_with: ClassVar[Conditions] = dict.fromkeys(
+        ("basis_columns", "shared_columns", "step_size"), ("basis", ("oja",))
+    )
 
     rank: int = 1
     basis: str = "batch"

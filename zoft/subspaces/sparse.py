@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zoft.errors import UserError
+from zoft.errors import Conditions, UserError
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource
 from zoft.subspaces._masks import Mask, by_chance, check_file, read, smallest
@@ -50,6 +50,10 @@ class Sparse(Subspace):
     """
 
     changes_basis: ClassVar[bool] = True
+    counts_with: ClassVar[Conditions] = {
+        "keep": ("choose", ("magnitude", "random", "gradient")),
+        "interval": ("choose", ("magnitude", "random")),
+    }
 
     choose: str = "magnitude"
     keep: float = 0.2

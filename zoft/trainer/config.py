@@ -32,6 +32,10 @@ _MEANINGLESS = {
     "gradient_checkpointing_kwargs": "there is no backward pass to checkpoint activations for",
     "neftune_noise_alpha": "NEFTune perturbs embeddings in training mode; zoft queries in evaluation mode",
     "fp16": "there is no gradient to scale: load the model in float16 (dtype=) or give bf16=True",
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        "an evaluation before training would turn the weights themselves into 16 bits: give bf16=True instead",
+    ),
     "fsdp": "FSDP shards gradients and optimizer states, and there are none; use torchrun instead",
     "fsdp_config": "FSDP shards gradients and optimizer states, and there are none; use torchrun instead",
     "deepspeed": "DeepSpeed shards gradients and optimizer states, and there are none",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from zoft.errors import UserError, did_you_mean
+from zoft.errors import Conditions, UserError, did_you_mean, refuse_unmet
 
 _AT_LEAST = {
     "per_device_train_batch_size": 1,
@@ -42,6 +42,24 @@ _NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 _NO_KWARGS = ("constant", "constant_with_warmup")
 
 
+DEFAULTS: dict[str, Any] = {
+    **{"guard": "none", "guard_factor": 10.0, "guard_steps": 100, "guard_back": 20},
+    **{"dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None},
+    **dict.fromkeys(("bf16", "fp16", "torch_compile", "narrow_last_block"), False),
+    **{"journal": True, "journal_hash_steps": 1000, "keep_frozen_prefix": True, "frozen_prefix_mb": 2048},
+}
+"""Of ZOConfig, without importing it."""
+OF_FORWARDS = ("bf16", "fp16", "torch_compile", "narrow_last_block", "frozen_prefix_mb")
+"""How forwards of this process are computed, whole rows at a time."""
+COUNTS_WITH: Conditions = {
+    **dict.fromkeys(("guard_factor", "guard_steps"), ("guard", ("clip", "rollback"))),
+    "guard_back": ("guard", ("rollback",)),
+    "journal_hash_steps": ("journal", (True,)),
+    "frozen_prefix_mb": ("keep_frozen_prefix", (True,)),
+    **dict.fromkeys(("dataloader_persistent_workers", "dataloader_prefetch_factor"), ("dataloader_num_workers", ())),
+}
+
+
 def require_taken(values: Mapping[str, Any], prefix: str = "") -> None:
     """Refuse numbers and words that would be replaced, ignored, or fallen over in the middle of a run.
 
@@ -60,6 +78,16 @@ between 0 and 1, got 0; trainer.eval_strategy=no evaluates at no step
     """
     for sentence in (*_numbers(values, prefix), *_words(values, prefix), *_ignored(values, prefix)):
         raise UserError(sentence)
+    refuse_unmet(COUNTS_WITH, {**DEFAULTS, **values}, DEFAULTS, prefix)
+
+
+def unread_forwards(
+    values: Mapping[str, Any], why: str, prefix: str = "", names: Sequence[str] = OF_FORWARDS
+) -> Iterator[str]:
+    """A sentence for each of ``names`` that ``values`` have where there are no such forwards, with ``why``."""
+    for name in names:
+        if (value := values.get(name, DEFAULTS[name])) != DEFAULTS[name]:
+            yield f"{prefix}{name}={str(value).lower()} does nothing: {why}: leave it out"
 
 
 def require_budget(queries: int) -> None:
@@ -111,13 +139,6 @@ def _ignored(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
             f"{prefix}lr_scheduler_kwargs would be ignored: {prefix}lr_scheduler_type={schedule} takes none; leave "
             "them out, or choose a schedule that does"
         )
-    if not values.get("dataloader_num_workers"):
-        for name in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
-            if values.get(name):
-                yield (
-                    f"{prefix}{name}={values[name]} would be ignored without workers that load rows: set "
-                    f"{prefix}dataloader_num_workers too, or leave it out"
-                )
 
 
 def _is_number(value: Any) -> bool:

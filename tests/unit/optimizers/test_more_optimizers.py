@@ -396,7 +396,7 @@ def _coordinates(matrix, gain=1.0):
 
 @pytest.mark.parametrize("method", ["newton_schulz", "svd", "power"])
 def test_the_step_in_the_weights_does_not_depend_on_the_scale_of_the_subspace(method):
-    rule, matrix = Muon(method=method, top_k=3), matrix_of(5, 9)
+    rule, matrix = Muon(method=method, **({"top_k": 3} if method == "power" else {})), matrix_of(5, 9)
     steps = []
     for gain in (1.0, 16.0):
         state = {key: torch.zeros(shape) for key, shape in rule.state_shapes((5, 9)).items()}

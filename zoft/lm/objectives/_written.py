@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
-from zoft.errors import UserError
+from zoft.errors import Conditions, UserError
 from zoft.lm.logits.head import Positions
 from zoft.lm.metrics.answers import scored
 from zoft.lm.models.generate import Written, write
@@ -31,6 +32,8 @@ class WrittenObjective(Objective):
         max_new_tokens: tokens a text may have; 0 takes the task's own number, 64 where it has none.
     """
 
+    counts_with: ClassVar[Conditions] = {"seed": ("temperature", ())}
+
     temperature: float = 0.0
     seed: int = 0
     num_samples: int = 1
@@ -44,6 +47,11 @@ class WrittenObjective(Objective):
         self.require(self.num_samples >= 1, "num_samples", "at least 1")
         alike = self.num_samples > 1 and not self.temperature
         self.require(not alike, "num_samples", "1 with temperature=0", "the samples would all be the same")
+
+    def of_writing(self) -> list[str]:
+        """Names of the settings of how texts are written that differ from their defaults."""
+        names, defaults = ("temperature", "seed", "num_samples", "max_new_tokens"), self.defaults()
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
     @property
     def differentiable(self) -> bool:

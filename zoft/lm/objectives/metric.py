@@ -50,7 +50,7 @@ class Metric(WrittenObjective):
         self.require(known, "metric", f"one of {', '.join(METRICS)}, or {LIBRARY}NAME")
         why = "it is about metrics of the evaluate library"
         self.require(self.greater_is_better or bool(self.library), "greater_is_better", f"true with {self.metric}", why)
-        unread = self.metric == "accuracy" and (self.temperature or self.seed or self.max_new_tokens)
+        unread = self.metric == "accuracy" and self.of_writing()
         self.require(not unread, "metric", "f1 or exact_match with settings of generation", "accuracy writes nothing")
 
     @property

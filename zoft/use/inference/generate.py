@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.errors import UserError
+from zoft.errors import UserError, refuse_unmet
 from zoft.use.inference.load import Loaded
 
 
@@ -31,6 +31,7 @@ class WritingSettings:
             raise UserError(f"temperature must be 0 or more and finite, got {self.temperature}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be 0 or more and below 2**32, got {self.seed}")
+        refuse_unmet({"seed": ("temperature", ())}, vars(self), {"temperature": 0.0, "seed": 0}, "")
 
 
 def written(loaded: Loaded, prompts: Sequence[Sequence[int]], how: WritingSettings, model: Any = None) -> list[str]:

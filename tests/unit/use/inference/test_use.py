@@ -213,7 +213,7 @@ def test_columns_fit_the_terminal():
         (["generate", "run=RUN"], 'give prompt="..." or data=FILE'),
         (["generate", "run=RUN", "prompt=x", "max_new_tokens=0"], "max_new_tokens must be at least 1"),
         (["generate", "run=RUN", "prompt=x", "temperature=hot"], "temperature must be a number, got 'hot'"),
-        (["generate", "model=MODEL", "prompt=x", "seed=1", "task.x=1"], "task.x=1 is a run's key"),
+        (["generate", "model=MODEL", "prompt=x", "temperature=1", "seed=1", "task.x=1"], "task.x=1 is a run's key"),
         (["generate", "run=RUN", "prompt="], "the prompt is empty"),
         (["chat", "model=MODEL", "--compare"], "give run=DIR, not model="),
         (["chat", "--compar"], "Did you mean --compare"),
