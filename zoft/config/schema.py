@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from zoft.config.ignored import refuse_without_effect
 from zoft.config.quantized import check_quantization
 from zoft.engines._elsewhere import Elsewhere
 from zoft.engines.base import Engine
@@ -232,6 +233,7 @@ class ZoftConfig:
         self._check_outputs()
         self.check_processes(1)
         refuse_without_slopes(self.estimator, self.trainer.get("max_grad_norm"), self.trainer.get("guard"), "trainer.")
+        refuse_without_effect(self)
 
     def _check_auto(self) -> None:
         """What can be chosen, and parts that have it."""
@@ -240,10 +242,20 @@ class ZoftConfig:
             group, name = key.split(".")
             if not hasattr(getattr(self, group), name):
                 raise UserError(f"{key}=auto: {group}={getattr(self, group).name()} has no {name}")
+        if "estimator.eps" in self.auto and (why := self._no_radius()):
+            raise UserError(
+                f"estimator.eps=auto cannot be measured with estimator={self.estimator.name()}: {why}: give a value"
+            )
         if self.auto and self.protocol == "mezo":
             raise UserError(
                 f"{self.auto[0]}=auto does not go with protocol=mezo, whose numbers are MeZO's: give a value"
             )
+
+    def _no_radius(self) -> str:
+        """Why a run cannot measure its radius; empty where it can."""
+        if self.subspace.moves_outputs:
+            return "its radius is in units of layers' outputs, and 0.1 of them is near the best (docs/nodes.md)"
+        return f"subspace={self.subspace.name()} looks at the model first" if self.subspace.observes_at(0) else ""
 
     def _check_trainable(self) -> None:
         """What is trained must be there, and be saved; regex alone has to see the model's names."""
@@ -324,6 +336,8 @@ class ZoftConfig:
             return
         estimator = self.estimator.name()
         exact = any(point.derivative for point in self.estimator.points(self.estimator.directions(0, 0)))
+        if getattr(self.estimator, "feedback", "") == "exact":
+            estimator, exact = f"{estimator} with estimator.feedback=exact", True
         if exact or self.estimator.backpropagates:
             raise UserError(
                 f"objective={self.objective.name()} has no gradient, and estimator={estimator} computes one: choose an "

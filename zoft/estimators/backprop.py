@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.errors import UserError
+from zoft.errors import UserError, refuse_ignored
 from zoft.estimators._optional import NeedsBackward, check_parts
 from zoft.estimators.base import Estimator, Point
 from zoft.noise.direction import Direction
@@ -34,6 +34,11 @@ class Backprop(NeedsBackward, Estimator):
     def check_with(self, method: Any) -> None:
         """Refuse a subspace, and what weighs or shapes directions."""
         check_parts(self, method)
+        if method.subspace.law != "gaussian":
+            refuse_ignored(
+                f"subspace.law={method.subspace.law} does nothing: estimator={self.name()} draws no directions: leave "
+                "it out"
+            )
         # weightings make coefficients of slopes, of which there are none
         if method.weighting.name() != "mean":
             raise UserError(

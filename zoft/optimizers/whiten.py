@@ -151,6 +151,24 @@ class Whiten(ReadsFactors, Optimizer):
         return replace(factor, e=moved, x=_whitened(x, omega, ridge))
 
 
+def unread_bound(method: Any) -> str:
+    """A sentence on a bound that is set and that no step reads; empty where it is not known yet whether steps do.
+
+    Args:
+        method: a :class:`zoft.step.method.Method`.
+    """
+    rule, estimator = method.optimizer, method.estimator
+    if not (isinstance(rule, Whiten) and isinstance(estimator, Nodes)):
+        return ""
+    exact = estimator.feedback == "exact" or estimator.response == "identity"
+    is_open = estimator.response == "auto" and estimator.feedback in ("auto", "hidden")
+    name, other = ("trust", "trust_exact") if exact else ("trust_exact", "trust")
+    if getattr(rule, name) == rule.defaults()[name] or (is_open and not exact):
+        return ""
+    why = "no step has probes" if exact else "every step is from probes"
+    return f"optimizer.{name}={getattr(rule, name)} does nothing: {why}: leave it out, or set optimizer.{other}"
+
+
 def _whitened(x: Tensor, omega: Tensor, ridge: Tensor) -> Tensor:
     """X A^-1, with A = X^T diag(omega) X + lambda I."""
     count, width = x.shape

@@ -182,11 +182,6 @@ def _radius(
     cfg: ZoftConfig, folder: str, model: Any, tokenizer: Any, rows: dict[str, list[Any]], choice: AutoSettings
 ) -> float:
     """The radius at which slopes change least to the next one: (L(+eps) - L(-eps)) / 2 eps on a plateau."""
-    if not cfg.estimator.radius or cfg.subspace.observes_at(0) or cfg.subspace.moves_outputs:
-        why = f"subspace={cfg.subspace.name()} looks at the model first" if cfg.estimator.radius else "it has no radius"
-        if cfg.subspace.moves_outputs:
-            why = "its radius is in units of layers' outputs, and 0.1 of them is near the best (docs/nodes.md)"
-        raise UserError(f"estimator.eps=auto cannot be measured with estimator={cfg.estimator.name()}: {why}")
     slopes, _ = _slopes(cfg, folder, model, tokenizer, rows, choice, *RADII)
     return plateau(slopes, choice.slopes)
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.errors import UserError, did_you_mean
+from zoft.errors import UserError, did_you_mean, refuse_ignored
 from zoft.lm.data.lengths import UNCUT, cut_of
+from zoft.lm.objectives._written import WrittenObjective
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -95,6 +96,7 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
     repeats.warn(splits)
     cfg.settle(formats.settled(cfg.task, splits.train, cfg.objective))
     form = formats.format_of(cfg.task, splits.train, cfg.objective)
+    _refuse_unread(cfg, is_written=form in ("generate", "rated"))
     tokenizer = tokenizer_of(cfg)
     length, room = row_limit(cfg, tokenizer), formats.room_of(cfg.task, cfg.objective)
     encode = functools.partial(
@@ -104,6 +106,22 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
     for name in ("train", "test"):
         _say_cut(rows[name], length, name, functools.partial(encode, getattr(splits, name), max_length=UNCUT))
     return tokenizer, rows
+
+
+def _refuse_unread(cfg: ZoftConfig, *, is_written: bool) -> None:
+    """Refuse settings of how texts are written where none is, and of forwards over whole rows where texts are."""
+    from zoft.trainer.values import unread_forwards
+
+    objective, unread = cfg.objective, list[str]()
+    if isinstance(objective, WrittenObjective) and not is_written:
+        why = f"task={cfg.task.name()} has answers to choose from, and nothing is written"
+        unread = [f"objective.{name}={getattr(objective, name)} does nothing: {why}" for name in objective.of_writing()]
+    names = ("frozen_prefix_mb", *(("narrow_last_block",) if is_written else ()))
+    if objective.generates:
+        why = f"what objective={objective.name()} writes is computed token by token"
+        unread += unread_forwards(cfg.trainer, why, "trainer.", names)
+    for sentence in unread:
+        refuse_ignored(sentence if sentence.endswith("leave it out") else f"{sentence}: leave it out")
 
 
 def row_limit(cfg: ZoftConfig, tokenizer: Any) -> int:
@@ -277,6 +295,8 @@ def arguments_of(cfg: ZoftConfig) -> Any:
         require_trackers(cfg)
         os.environ["WANDB_PROJECT"] = cfg.tracker.project
         os.environ["WANDB_MODE"] = cfg.tracker.mode
+        if cfg.tracker.project != type(cfg.tracker).project or "MLFLOW_EXPERIMENT_NAME" not in os.environ:
+            os.environ["MLFLOW_EXPERIMENT_NAME"] = cfg.tracker.project
     try:
         args = ZOConfig(
             output_dir=cfg.output_dir,
@@ -284,6 +304,7 @@ def arguments_of(cfg: ZoftConfig) -> Any:
             budget_queries=cfg.budget.queries,
             precision_update=cfg.precision.update,
             report_to=list(cfg.tracker.report_to),
+            project=cfg.tracker.project,
             disable_tqdm=False,  # the bar is ours (zoft.report.console), and plain lines where there is no terminal
             **values,
         )

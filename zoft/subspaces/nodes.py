@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zoft.errors import UserError
+from zoft.errors import UserError, refuse_ignored
 from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import CounterNoise, NoiseSource
@@ -19,6 +19,9 @@ LAYERS = ("auto", "mlp", "linear", "all")
 POSITIONS = ("loss", "last", "all")
 DIRECTIONS = ("orthogonal", "iid")
 PROBED = ("auto", "layers", "parts", "shared")
+OF_AN_ADAPTER = (
+    "subspace.layers={} does nothing: an adapter's own layers move, and what is below is frozen: leave it out"
+)
 STREAM = "residual stream"
 """Stands among the responses for that of all blocks' parts together."""
 
@@ -105,6 +108,8 @@ class Nodes(Subspace):
         every = find_nodes(weights)
         if any(is_adapter(node) for node in every.values()):
             # an adapter's own layers are the ones that move; the base below is frozen anyway
+            if self.layers != "auto":
+                refuse_ignored(OF_AN_ADAPTER.format(self.layers))
             every = {key: node for key, node in every.items() if is_adapter(node)}
             rules = [_any]
         else:

@@ -12,10 +12,12 @@ from torch import nn
 from zoft.engines._stage import Pipeline
 from zoft.engines.base import Engine
 from zoft.engines.nodes import NodeSession
+from zoft.errors import refuse_ignored
 from zoft.lm.data.rows import examples_of, groups_of, of_lengths
 from zoft.noise.direction import step_seed
 from zoft.step.directions import StepDirections
 from zoft.step.estimate import StepEstimate
+from zoft.step.method import Method
 from zoft.step.nodes import NodeQueries
 from zoft.step.query import StepQueries
 from zoft.step.update import ZOOptimizer, decay_groups
@@ -25,7 +27,7 @@ from zoft.trainer.processes import Processes
 from zoft.trainer.protocol import HoldsObjects
 from zoft.trainer.readout import TrainerReader
 from zoft.trainer.stepping import RunSteps
-from zoft.weights.rounding import Rounding
+from zoft.weights.rounding import Rounding, has_few_bits
 from zoft.weights.tensors import Weights
 
 
@@ -48,10 +50,34 @@ def optimizer_of(
     # only the last process of a pipeline comes to a loss
     objective = loss.of if stage is not None and not stage.is_last else with_float32_losses(loss.of)
     session = engine.bind(model, coordinates, objective)
-    groups = decay_groups(weights, trainer.get_decay_parameter_names(model), args.weight_decay)
+    decayed = trainer.get_decay_parameter_names(model)
+    if stage is None:  # of several stages one alone may have nothing that decays
+        _refuse_unread(
+            args,
+            method,
+            weights,
+            {name for name in weights.tensors if name in decayed and coordinates.ever_moves(name)},
+        )
+    groups = decay_groups(weights, decayed, args.weight_decay)
     rounding = Rounding.chosen(args.precision_update, args.seed, estimator.noise)
     optimizer = ZOOptimizer(groups, method.optimizer, session, args.learning_rate, rounding, next_estimate)
     return optimizer, engine.name()
+
+
+def _refuse_unread(args: Any, method: Method, weights: Weights, decayed: set[str]) -> None:
+    """Refuse decay where nothing that decays moves, and ways to write 16 bits where no trained tensor has them."""
+    usual = (method.optimizer.defaults()["weight_decay"], type(args).__dataclass_fields__["weight_decay"].default)
+    if args.weight_decay and args.weight_decay not in usual and not decayed:
+        refuse_ignored(
+            f"optimizer.weight_decay={args.weight_decay} does nothing: norms and biases do not decay, and nothing else "
+            "moves: leave it out"
+        )
+    if args.precision_update != "auto" and not any(map(has_few_bits, weights.tensors.values())):
+        dtype = str(next(iter(weights.tensors.values())).dtype).removeprefix("torch.")
+        refuse_ignored(
+            f"precision.update={args.precision_update} does nothing: what is trained is in {dtype}, which takes steps "
+            "as they are: leave it out"
+        )
 
 
 def steps_of(trainer: HoldsObjects, optimizer: ZOOptimizer) -> RunSteps:

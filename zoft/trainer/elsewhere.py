@@ -6,10 +6,11 @@ from typing import Any
 
 from zoft.engines._elsewhere import Elsewhere
 from zoft.engines.base import Engine
-from zoft.errors import UserError
+from zoft.errors import UserError, refuse_ignored
 from zoft.lm.objectives.base import Objective
 from zoft.step.method import Method
 from zoft.step.shares import check_pipeline
+from zoft.trainer.values import unread_forwards
 
 
 def settle_forwards(engine: Engine, method: Method, objective: Objective | None, args: Any) -> None:
@@ -29,6 +30,10 @@ def settle_forwards(engine: Engine, method: Method, objective: Objective | None,
         names["optimizer.learning_rate=auto"] = args.learning_rate == "auto"
         check_pipeline(method, engine.name(), objective, [name for name, is_on in names.items() if is_on])
         args.keep_frozen_prefix = False  # a process sees no rows below its own blocks
+    if objective is not None and objective.generates:
+        why = f"what objective={objective.name()} writes is computed token by token"
+        for sentence in unread_forwards(vars(args), why, names=("frozen_prefix_mb",)):
+            refuse_ignored(sentence)
     if not isinstance(engine, Elsewhere):
         return
     engine.check_method(method)
@@ -38,13 +43,8 @@ def settle_forwards(engine: Engine, method: Method, objective: Objective | None,
             "objective (objective=options, cross_entropy), or use engine=auto"
         )
     engine.check_objective(objective)
-    # settings of this process's forwards would be ignored
-    for name in ("bf16", "fp16", "torch_compile"):
-        if getattr(args, name):
-            raise UserError(
-                f"trainer.{name}=true is about forwards of this process, and those of engine={engine.name()} run "
-                "elsewhere: leave it out, or use engine=auto"
-            )
+    for sentence in unread_forwards(vars(args), f"forwards of engine={engine.name()} run elsewhere"):
+        refuse_ignored(sentence)
     # last: a server is asked only once everything else fits
     engine.prepare()
     args.keep_frozen_prefix = False  # hidden states are not seen here

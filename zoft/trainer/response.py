@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from zoft.engines.nodes import NodeSession
-from zoft.errors import UserError
+from zoft.errors import UserError, refuse_ignored
 from zoft.estimators.nodes import Nodes
+from zoft.optimizers.whiten import unread_bound
 from zoft.step.method import Method
 from zoft.step.parts import passes_down
 from zoft.trainer.batch import StepBatch
@@ -27,8 +28,16 @@ def settle_response(trainer: Any) -> None:
         trainer: with model and rows; ``method`` and ``args.max_steps`` are changed.
 
     Raises:
-        UserError: identity is asked for and does not hold.
+        UserError: identity is asked for and does not hold, or a bound is set that no step reads.
     """
+    if unread := unread_bound(trainer.method):
+        refuse_ignored(unread)
+    _settle(trainer)
+    if unread := unread_bound(trainer.method):  # not known before: a run of an earlier version may have it
+        log.warning("%s", unread)
+
+
+def _settle(trainer: Any) -> None:
     method, estimator = trainer.method, trainer.method.estimator
     if (
         not isinstance(estimator, Nodes)

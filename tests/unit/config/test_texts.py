@@ -55,8 +55,10 @@ FIELDS = ("task.template", "task.label", "task.train", "model.name", "model.revi
 @pytest.mark.parametrize("text", [text for text in TYPED if text != "null"])
 def test_fault_2_every_setting_of_text_is_read_as_it_is_written(tmp_path, text):
     task = ", ".join(f"{key.split('.')[1]}: {text}" for key in FIELDS if key.startswith("task."))
-    body = f"task: {{{task}}}\nmodel: {{name: {text}, revision: {text}}}\ntracker: {{project: {text}}}\n"
-    given = ["config=quickstart", "task=custom", *(f"{key}={text}" for key in FIELDS)]
+    tracker = f"{{report_to: [wandb], project: {text}}}"
+    body = f"task: {{{task}}}\nmodel: {{name: {text}, revision: {text}}}\ntracker: {tracker}\n"
+    given = ["config=quickstart", "task=custom", "tracker.report_to=[wandb]"]
+    given += [f"{key}={text}" for key in FIELDS]
     for cfg in (compose(experiment(tmp_path, body)), compose(given)):
         for key in FIELDS:
             section, field = key.split(".")
