@@ -75,6 +75,11 @@ def read_plan(words: list[str]) -> Plan:
         content["methods"] = references | content["methods"]
     plan = _made(content)
     plan.about = about
+    # of the command line: what a file says of them may be for other references, and another target
+    if "demonstrations" in settings and "icl" not in plan.references:
+        raise UserError("demonstrations does nothing: they are shown under icl: leave it out, or add icl to references")
+    if "baseline" in settings and plan.target is not None:
+        raise UserError(f"baseline does nothing: queries are counted to target={plan.target:g}: leave it out")
     plan.base += training
     plan.output_dir = plan.output_dir or f"runs/bench-{about}"
     _check(plan)

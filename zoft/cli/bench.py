@@ -30,6 +30,8 @@ def command(arguments: list[str]) -> int:
     flags = {word for word in arguments if word in FLAGS}
     if "--time" in flags and "--plan" not in flags:
         raise UserError("--time goes with --plan: a bench that runs says with every cell how long is left")
+    if {"--plan", "--draw"} <= flags:
+        raise UserError("--plan says what would be run, and --draw draws what was: give one of them")
     words = [word for word in arguments if word not in flags]
     plan = read_plan(words)
     if "--draw" not in flags or any(word.startswith("config=") for word in words):  # else as it was when it was run

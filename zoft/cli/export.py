@@ -40,6 +40,7 @@ def command(arguments: list[str]) -> int:
         words.flags,
     )
     _check(asked, flags)
+    _refuse_unread(asked["run"], overrides, flags)
     from zoft.cli.train import _quiet
     from zoft.lm.models.load import quiet
     from zoft.use.export.push import push, require_name
@@ -65,6 +66,17 @@ def command(arguments: list[str]) -> int:
     if "push" in asked:
         print(f"pushed  {push(folder, asked['push'], public='--public' in flags)}")
     return 0
+
+
+def _refuse_unread(run: str, overrides: list[str], flags: set[str]) -> None:
+    """Files that are copied as they are read nothing of the config but the names of model and task."""
+    if "--gguf" in flags or ("--merge" in flags and (Path(run) / "model" / "adapter_config.json").is_file()):
+        return
+    for key in (word.lstrip("+~").partition("=")[0] for word in overrides if ".py" not in word):
+        if key not in ("model.name", "model.revision") and not key.startswith("task"):
+            raise UserError(
+                f"{key} does nothing: files are copied as they are: leave it out, or merge an adapter (--merge)"
+            )
 
 
 def _check(asked: dict[str, str], flags: set[str]) -> None:
