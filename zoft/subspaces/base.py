@@ -108,6 +108,12 @@ class Subspace(Component):
         return TorchSequentialNoise([(n, t.shape, t.dtype, t.device) for n, t in weights.tensors.items()])
 
 
+def num_moving(coordinates: BoundSubspace) -> int:
+    """How many of the trained numbers are in tensors that directions, or a backward pass, ever move."""
+    moving = (name for name in coordinates.weights.tensors if coordinates.ever_moves(name))
+    return sum(coordinates.weights.tensors[name].numel() for name in {*moving, *coordinates.backprop_names})
+
+
 class BoundSubspace:
     """A subspace bound to tensors: draws coordinates, lifts them to pieces of tensors, perturbs weights.
 

@@ -21,6 +21,7 @@ from zoft.errors import UserError
 from zoft.journal.fingerprint import know_base
 from zoft.lm.logits.support import no_trials
 from zoft.lm.models.quantized import is_quantized
+from zoft.subspaces.base import num_moving
 from zoft.trainer.batch import Inputs, StepBatch
 from zoft.trainer.protocol import HoldsObjects
 from zoft.weights.tensors import Weights
@@ -131,8 +132,10 @@ class Stages:
 
     @property
     def num_trained(self) -> int:
-        """How many numbers are trained, in all processes."""
-        return Weights(self.trainer.model).num_elements if self.stage is None else self.stage.held.num_trained
+        """How many numbers the run's directions move, in all processes."""
+        if self.stage is not None:
+            return self.stage.held.num_trained
+        return num_moving(self.trainer.zo_optimizer.subspace)
 
     # ---- the model is called outside of a step -----------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from zoft.config.schema import ZoftConfig
 from zoft.lm.data.lengths import length_of
-from zoft.use.plan.memory import Memory, Size, of_backprop, of_method
+from zoft.use.plan.memory import Memory, Size, num_moving_of, of_backprop, of_method
 
 PROBED_STEPS = 3
 
@@ -97,7 +97,7 @@ def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> RunEstimate:
         quantize_on_meta(wrapped, cfg.model.quantization)
     _trainable_of(cfg).apply(wrapped)
     memory = of_method(cfg, wrapped, dataclasses.replace(size, kept_tokens=_kept(wrapped, rows)), host)
-    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    trained = num_moving_of(cfg, wrapped)
     return RunEstimate(
         cfg.model.name, num_params, trained, memory, lora, adamw, device, free_mb(device), cfg.budget.queries
     )

@@ -10,6 +10,7 @@ from zoft.config.schema import ZoftConfig
 from zoft.engines._elsewhere import Elsewhere
 from zoft.lm.models.quantized import stored_parts
 from zoft.report.backprop import backprop_parts_mb, model_shape
+from zoft.subspaces.base import num_moving
 from zoft.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,15 @@ def of_method(cfg: ZoftConfig, model: Any, size: Size, host_mb: float = 0.0) -> 
         "chunks of noise": CHUNK_MB,
     }
     return Memory({name: mb for name, mb in parts.items() if mb >= 0.05}, host_mb)
+
+
+def num_moving_of(cfg: ZoftConfig, model: Any) -> int:
+    """How many numbers this config's run moves of a model on the meta device."""
+    weights = Weights(model, shapes_only=True)
+    try:
+        return num_moving(cfg.composition.bind(weights))
+    except Exception:  # a subspace that looks at the numbers themselves
+        return weights.num_elements
 
 
 def of_backprop(model: Any, size: Size, host_mb: float = 0.0, *, lora: bool) -> Memory:
