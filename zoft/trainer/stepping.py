@@ -68,7 +68,7 @@ class RunSteps:
         self._began: float | None = None  # on this process's clock, as if earlier sessions had been part of this one
         self._largest = _largest_number(queries.session.model)
         self._is_first = True  # whether the next step is the first of this training
-        self._is_huge = False  # whether the step at hand is so long that weights may become infinite
+        self._suspects: list[str] = []  # tensors that the step at hand may make infinite
 
     def next(self, batch: StepBatch, share_done: float) -> StepEstimate:
         """The estimate of the next step; the counters of the run have it.
@@ -203,9 +203,10 @@ class RunSteps:
     def hand_over(self, estimate: StepEstimate, num_steps: int) -> None:
         """The step is about to be written into the weights: the journal has it first."""
         lr = float(self.optimizer.param_groups[0]["lr"])
-        # whether the step is so long that the weights' dtypes may not hold it
+        # it may be so long that the weights' dtypes do not hold it; how long one without terms is shows afterwards
         largest = max((1.0, *(abs(coefficient) for _, coefficient in estimate.terms or ())))
-        self._is_huge = abs(lr) * largest * _MARGIN > self._largest
+        is_huge = abs(lr) * largest * _MARGIN > self._largest or estimate.backward is not None
+        self._suspects = list(self.queries.session.weights.tensors if is_huge else estimate.factors or ())
         self.journal.append(estimate, lr, self.optimizer.progress, num_steps)
 
     def refuse_infinite_weights(self, estimate: StepEstimate | None) -> None:
@@ -213,18 +214,19 @@ class RunSteps:
 
         In memory the weights are spoilt; the step is taken out of the journal, and nothing is saved of it.
         """
-        is_huge, self._is_huge = self._is_huge, False
-        if not is_huge or estimate is None or estimate.from_journal:
+        suspects, self._suspects = self._suspects, []
+        if not suspects or estimate is None or estimate.from_journal:
             return
         settle(self.queries.session)
-        weights = self.queries.session.weights
-        if self.grid.holds(all(bool(torch.isfinite(tensor).all()) for tensor in weights.tensors.values())):
+        tensors = self.queries.session.weights.tensors
+        if self.grid.holds(all(_is_finite(tensors[name]) for name in suspects)):
             return
         step = self.optimizer.progress.steps - 1
         self.journal.take_out(step)
         raise NonFiniteLossError(
-            f"step {step} has made weights infinite (its losses were finite, its projected gradient "
-            f"{estimate.slope:.3g}): it was not kept, and the run's folder is as it was before it. "
+            f"step {step} has made weights infinite (its losses were finite"
+            f"{'' if estimate.projected_grads is None else f', its projected gradient {estimate.slope:.3g}'}): "
+            "it was not kept, and the run's folder is as it was before it. "
             "Lower optimizer.learning_rate and repeat the command"
         )
 
@@ -247,6 +249,11 @@ class RunSteps:
     def stop_clock(self) -> None:
         """Training has ended: what comes after it takes no time of the run."""
         self._began = None
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are; their sum takes one pass and no memory, and only finite numbers have a finite one."""
+    return bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 def _largest_number(model: torch.nn.Module) -> float:

@@ -6,8 +6,10 @@ import pytest
 
 from tests import models
 from zoft import ZOConfig, ZOTrainer
-from zoft.errors import UserError
+from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.nodes import Nodes
+from zoft.optimizers.sgd import SGD
+from zoft.optimizers.whiten import Whiten
 from zoft.subspaces.nodes import Nodes as Outputs
 
 BUDGET = 12
@@ -36,6 +38,41 @@ def test_blocks_that_add_their_parts_need_no_probes(tmp_path, family):
     trainer.train()
     assert trainer.progress.num_queries == BUDGET
     assert not trainer.zo_optimizer.subspace.response
+
+
+@pytest.mark.parametrize(
+    "parts", [{"estimator": Nodes(feedback="exact")}, {"estimator": "backprop", "subspace": "full"}]
+)
+def test_a_step_without_directions_in_the_weights_that_makes_them_infinite_is_none(tmp_path, parts):
+    trainer = trainer_of(tmp_path, models.tiny_llama().half(), optimizer=SGD(learning_rate=1e9), **parts)
+    with pytest.raises(
+        NonFiniteLossError, match=r"^step 0 has made weights infinite \(its losses were finite\): it was"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "bound", "word"),
+    [
+        (
+            Nodes(response="identity"),
+            {"trust": 5.0},
+            r"^optimizer\.trust=5\.0 does nothing: no step has probes: leave it out",
+        ),
+        (Nodes(feedback="exact"), {"trust": 5.0}, "or set optimizer.trust_exact"),
+        (Nodes(response="learnt"), {"trust_exact": 1.0}, "trust_exact=1.0 does nothing: every step is from probes"),
+        (Nodes(feedback="log_odds"), {"trust_exact": 1.0}, "or set optimizer.trust$"),
+    ],
+)
+def test_a_bound_that_no_step_reads_is_refused(tmp_path, estimator, bound, word):
+    with pytest.raises(UserError, match=word):
+        trainer_of(tmp_path, models.tiny_llama(), estimator, optimizer=Whiten(**bound))
+
+
+def test_a_bound_that_turns_out_to_be_read_by_no_step_is_said(tmp_path, caplog):
+    """The trainer has chosen: a run that has it goes on."""
+    assert trainer_of(tmp_path, models.tiny_llama(), Nodes(), optimizer=Whiten(trust=5.0)).method
+    assert "optimizer.trust=5.0 does nothing: no step has probes" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["tiny_granite", "tiny_bloom"])
