@@ -114,14 +114,14 @@ def _refuse_unread(cfg: ZoftConfig, *, is_written: bool) -> None:
 
     objective, unread = cfg.objective, list[str]()
     if isinstance(objective, WrittenObjective) and not is_written:
-        why = f"task={cfg.task.name()} has answers to choose from, and nothing is written"
+        why = f"task={cfg.task.name()} has answers to choose from, and nothing is written: leave it out"
         unread = [f"objective.{name}={getattr(objective, name)} does nothing: {why}" for name in objective.of_writing()]
     names = ("frozen_prefix_mb", *(("narrow_last_block",) if is_written else ()))
     if objective.generates:
         why = f"what objective={objective.name()} writes is computed token by token"
         unread += unread_forwards(cfg.trainer, why, "trainer.", names)
     for sentence in unread:
-        refuse_ignored(sentence if sentence.endswith("leave it out") else f"{sentence}: leave it out")
+        refuse_ignored(sentence)
 
 
 def row_limit(cfg: ZoftConfig, tokenizer: Any) -> int:

@@ -203,10 +203,13 @@ class RunSteps:
     def hand_over(self, estimate: StepEstimate, num_steps: int) -> None:
         """The step is about to be written into the weights: the journal has it first."""
         lr = float(self.optimizer.param_groups[0]["lr"])
-        # it may be so long that the weights' dtypes do not hold it; how long one without terms is shows afterwards
+        # it may be so long that the weights' dtypes do not hold it; how long a gradient's step is shows afterwards
         largest = max((1.0, *(abs(coefficient) for _, coefficient in estimate.terms or ())))
-        is_huge = abs(lr) * largest * _MARGIN > self._largest or estimate.backward is not None
-        self._suspects = list(self.queries.session.weights.tensors if is_huge else estimate.factors or ())
+        if estimate.factors:  # no element of E^T X is larger than |E| |X|
+            norms = [(one.e.norm() * one.x.norm()).cpu() for one in estimate.factors.values()]
+            largest = float(torch.stack(norms).max())
+        is_huge = not abs(lr) * largest * _MARGIN <= self._largest or estimate.backward is not None
+        self._suspects = list(self.queries.session.weights.tensors) if is_huge else []
         self.journal.append(estimate, lr, self.optimizer.progress, num_steps)
 
     def refuse_infinite_weights(self, estimate: StepEstimate | None) -> None:
