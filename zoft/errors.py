@@ -116,7 +116,7 @@ def refuse_unmet(conditions: Conditions, values: Mapping[str, Any], defaults: Ma
         value, chosen = values[name], values[other]
         holds = chosen in counting if counting else chosen != defaults[other]
         if not holds and value != defaults[name]:
-            instead = f" to {' or '.join(map(_shown, counting))}" if counting else ""
+            instead = f" to {' or '.join(map(_shown, counting))}" if counting else " too"
             refuse_ignored(
                 f"{prefix}{name}={_shown(value)} does nothing with {prefix}{other}={_shown(chosen)}: leave it out, or "
                 f"set {prefix}{other}{instead}"

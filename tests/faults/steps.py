@@ -140,10 +140,13 @@ def _losses(one: ZOTrainer) -> list[float]:
     return [line["loss"] for line in one.state.log_history if "loss" in line]
 
 
+BACK = {"rollback": {"guard_back": 4}, "clip": {}}
+
+
 def guarded(folder: Path, guard: str) -> ZOTrainer:
     """A step whose loss is fifty times the others', under a guard."""
     one = trainer(
-        folder, Faulty, max_steps=24, guard=guard, guard_steps=10, guard_back=4, logging_steps=1, save_steps=6
+        folder, Faulty, max_steps=24, guard=guard, guard_steps=10, **BACK[guard], logging_steps=1, save_steps=6
     )
     one.factors = {16: 50.0}
     begun = _go_back(one)

@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.faults.damage import digest, trainer
-from tests.faults.steps import Faulty
+from tests.faults.steps import BACK, Faulty
 from zoft.journal import file as journal
 
 JUMPS = {14: 50.0, 19: 80.0}
@@ -30,7 +30,7 @@ class Dies(TrainerCallback):
 def guarded(folder: Path, guard: str, jumps: dict[int, float], steps: int = 30, save: int = 6) -> Faulty:
     """A run some of whose losses jump; its optimizer is made before it knows its journal, as `zoft train` does."""
     one = trainer(
-        folder, Faulty, max_steps=steps, guard=guard, guard_steps=10, guard_back=4, logging_steps=1, save_steps=save
+        folder, Faulty, max_steps=steps, guard=guard, guard_steps=10, **BACK[guard], logging_steps=1, save_steps=save
     )
     one.factors = dict(jumps)
     one.create_optimizer()

@@ -164,7 +164,7 @@ def test_words_of_verbs_that_nothing_reads(tmp_path):
     from zoft.use.inference.generate import WritingSettings
 
     with pytest.raises(
-        UserError, match=r"^seed=3 does nothing with temperature=0\.0: leave it out, or set temperature$"
+        UserError, match=r"^seed=3 does nothing with temperature=0\.0: leave it out, or set temperature too$"
     ):
         WritingSettings(seed=3)
     for word, why in (
