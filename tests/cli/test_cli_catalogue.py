@@ -108,7 +108,10 @@ def test_every_preset_composes_with_the_quickstart(method: str) -> None:
         ("estimator=backprop trainer.max_grad_norm=1", "trainer.max_grad_norm is about projected gradients"),
         ("method=adamw trainer.guard=clip", "trainer.guard is about projected gradients"),
         ("method=zoft trainer.guard=rollback", "trainer.guard is about projected gradients"),
-        ("method=zoft estimator.num_directions=8", "of probes after the first step: set every=1, or first instead"),
+        (
+            "method=zoft estimator.num_directions=8",
+            "of probes after the first step: set estimator.every=1, or estimator.first instead",
+        ),
         ("method=zoft estimator.feedback=exact estimator.eps=5", "feedback=exact makes no probes: leave out eps"),
         ("method=nodes estimator.feedback=exact", "feedback=exact makes no probes: leave out"),
         (

@@ -19,7 +19,8 @@ from zoft.config import training_arguments
 from zoft.config.catalog import ELSEWHERE, ORDER, PRESET_GROUPS
 from zoft.config.experiments import Experiments, yaml_message
 from zoft.config.schema import ZoftConfig
-from zoft.errors import UserError, did_you_mean
+from zoft.errors import Conditions, UserError, did_you_mean
+from zoft.trainer.values import COUNTS_WITH
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -36,7 +37,7 @@ class Checker:
     chosen: dict[str, type[Component]]
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def check(self, data: dict[str, Any], where: str, replaced: frozenset[str] = frozenset()) -> list[str]:
+    def check(self, data: dict[str, Any], where: str, replaced: frozenset[str] = frozenset()) -> dict[str, str]:
         """Refuse what does not fit; take out of ``data`` what belongs to a part that was replaced.
 
         Args:
@@ -45,13 +46,13 @@ class Checker:
             replaced: groups for which something of higher precedence chose another part than ``data`` was written for.
 
         Returns:
-            The keys taken out.
+            The keys taken out, each with why.
 
         Raises:
             UserError: an unknown key or a value of another type, with the key that was probably meant.
         """
         refuse_targets(data, where)
-        dropped: list[str] = []
+        dropped: dict[str, str] = {}
         # in the order of the file: the first error is the one nearest to the top
         for key, value in data.items():
             if key == "hydra":
@@ -60,45 +61,52 @@ class Checker:
             if key not in _hints(ZoftConfig):
                 raise UserError(f"{where}: there is no key {key!r}.{_near_root(key)}")
             if key in GROUPS:
-                dropped += self._component(key, value, where, key in replaced)
+                dropped |= self._component(key, value, where, key in replaced)
             elif key == "trainer":
-                self._trainer(value, where)
+                dropped |= self._trainer(value, where)
             else:
                 _check_value(value, _hints(ZoftConfig)[key], key, where)
         return dropped
 
-    def _component(self, group: str, value: Any, where: str, replaced: bool) -> list[str]:
+    def _component(self, group: str, value: Any, where: str, replaced: bool) -> dict[str, str]:
         if value is None or value == "???":
-            return []
+            return {}
         if not isinstance(value, dict):
             raise UserError(
                 f"{where}: {group} must be a mapping of its settings, got {value!r}; a {group} is chosen by "
                 f"`{group}=NAME` on the command line or `- override /{group}: NAME` under `defaults:` in a file"
             )
-        cls, dropped = self.chosen[group], []
+        cls, dropped = self.chosen[group], self._of_other_choices(self.chosen[group].counts_with, group, value)
         for key in list(value):
             if key in _hints(cls):
                 _check_value(value[key], _hints(cls)[key], f"{group}.{key}", where)
-                other, counting = cls.counts_with.get(key, ("", ()))
-                # a file's setting of the choice that an argument has replaced by another one
-                if counting and self.given.get(f"{group}.{other}", counting[0]) not in counting:
-                    del value[key]
-                    dropped.append(f"{group}.{key}")
             # settings of the part that another file replaced belong to no part now
             elif replaced and any(key in _hints(other) for other in components(group).values()):
                 del value[key]
-                dropped.append(f"{group}.{key}")
+                dropped[f"{group}.{key}"] = f"the {group} you chose has no such setting"
             else:
                 raise UserError(_no_such_field(group, key, cls, where))
         return dropped
 
-    def _trainer(self, value: Any, where: str) -> None:
+    def _of_other_choices(self, conditions: Conditions, group: str, value: dict[str, Any]) -> dict[str, str]:
+        """Take out a file's settings that count with other values than the ones that arguments have put in place."""
+        dropped = {}
+        for name, (other, counting) in conditions.items():
+            key = f"{group}.{other}"
+            if name in value and counting and self.given.get(key, counting[0]) not in counting:
+                del value[name]
+                dropped[f"{group}.{name}"] = f"it does nothing with {key}={self.given[key]}"
+        return dropped
+
+    def _trainer(self, value: Any, where: str) -> dict[str, str]:
         if value is None:
-            return
+            return {}
         if not isinstance(value, dict):
             raise UserError(f"{where}: trainer must be a mapping of TrainingArguments' fields, got {value!r}")
+        dropped = self._of_other_choices(COUNTS_WITH, "trainer", value)
         for key, item in value.items():
             training_arguments.check(str(key), item, where)
+        return dropped
 
 
 def refuse_targets(data: Any, where: str) -> None:

@@ -34,6 +34,7 @@ from zoft.config.check import Checker, refuse_code, translated
 from zoft.config.foldername import suffix
 from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError, of_recorded
+from zoft.trainer.values import COUNTS_WITH
 
 log = logging.getLogger("zoft.config")
 DEFAULT_DIR = str(ZoftConfig.__dataclass_fields__["output_dir"].default)
@@ -314,12 +315,12 @@ class Loader(ConfigLoaderImpl):
         self._refuse_code(data, where)
         self._files.append((copy.deepcopy(data), where))
         dropped = self._checker.check(data, where, self._replaced.get(path, frozenset()))
-        for key in dropped:
+        for key, why in dropped.items():
             section, field = key.split(".")
             del result.config[section][field]
             if section == "trainable" and self._implied:  # an adapter takes the whole part's place: nothing is lost
                 continue
-            self._notes.append(f"{key} of {where} is left out: the {section} you chose has no use for it")
+            self._notes.append(f"{key} of {where} is left out: {why}")
             self.note(self._notes[-1])
         return result
 
@@ -339,8 +340,9 @@ def _is_component(default: ResultDefault) -> bool:
 @lru_cache
 def _decisive() -> set[str]:
     """Keys with some of whose values alone others count."""
-    every = ((group, cls) for group in GROUPS for cls in components(group).values())
-    return {f"{group}.{other}" for group, cls in every for other, _ in cls.counts_with.values()}
+    every = [(group, cls.counts_with) for group in GROUPS for cls in components(group).values()]
+    every.append(("trainer", COUNTS_WITH))
+    return {f"{group}.{other}" for group, conditions in every for other, _ in conditions.values()}
 
 
 _PREPARED: list[bool] = []

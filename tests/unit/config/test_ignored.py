@@ -157,6 +157,22 @@ def test_rehearsals_leave_out_what_is_of_the_journal():
     values.require_taken(rehearsing(cfg, "x", 4).trainer, "trainer.")
 
 
+def test_a_files_settings_of_a_choice_that_an_argument_replaces_are_left_out(tmp_path, caplog):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "defaults: [override /method: mezo]\ntrainer: {guard: clip, guard_steps: 20}\n"
+        "estimator: {eps_schedule: cosine, eps_end: 0.01}\n"
+    )
+    for _ in range(2):  # the second time of parts that are there
+        caplog.clear()
+        cfg = compose([f"config={file}", "trainer.guard=none", "estimator.eps_schedule=constant"])
+        assert "guard_steps" not in cfg.trainer
+        assert cfg.estimator.eps_end == 0.25
+        assert f"trainer.guard_steps of {file} is left out: it does nothing with trainer.guard=none" in caplog.text
+        assert f"eps_end of {file} is left out: it does nothing with estimator.eps_schedule=constant" in caplog.text
+        assert compose([f"config={file}"]).trainer["guard_steps"] == 20
+
+
 def test_words_of_verbs_that_nothing_reads(tmp_path):
     from zoft.bench.reading import read_plan
     from zoft.cli.bench import command
