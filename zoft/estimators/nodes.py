@@ -74,7 +74,9 @@ class Nodes(Estimator):
         if self.feedback == "exact" and (ignored := self.of_probes() or ["response"] * (self.response != "auto")):
             raise UserError(f"nodes.feedback=exact makes no probes: leave out {ignored[0]}, or use another feedback")
         if self.num_directions > 1 and not self.every:
-            raise UserError("nodes.num_directions is of probes after the first step: set nodes.every=1, or nodes.first instead")
+            raise UserError(
+                "nodes.num_directions is of probes after the first step: set nodes.every=1, or nodes.first instead"
+            )
         # one probe says little of its own step: nothing is remembered that the next one could add to
         if self.feedback == "loss" and self.every != 1:
             raise UserError(
