@@ -96,8 +96,9 @@ def page(folder: Path | None = None) -> Any:
         stop.click(_stopped(running), None, console, api_name="stop")
         write.click(_tried, [run, prompt], [command, console], api_name="generate")
         export.click(_exported, run, [command, console], api_name="export")
+        last = gradio.State("")
         gradio.Timer(_SECONDS).tick(
-            lambda: _seen(running), None, [console, curve], api_name="seen", show_progress="hidden"
+            lambda text: _seen(running, text), last, [console, curve, last], api_name="seen", show_progress="hidden"
         )
     return blocks
 
@@ -165,14 +166,18 @@ def _exported(run: str) -> tuple[str, str]:
     return shown("export", words), answer("export", words)
 
 
-def _seen(running: Running) -> Any:
-    """The output and the curve of the training; nothing changes where none was started."""
+def _seen(running: Running, last: str) -> Any:
+    """The training's output and curve, and the output once more for the next time; what has not changed is skipped.
+
+    Else an ended run would take the place of whatever another button has said since.
+    """
     gradio = require_gradio()
-    if running.process is None:
-        return gradio.skip(), gradio.skip()
+    text = running.text() if running.process is not None else last
+    if text == last:
+        return gradio.skip(), gradio.skip(), last
     folder = folder_of(running.words)
     path = _curve(folder) if folder else None
-    return running.text(), path or gradio.skip()
+    return text, path or gradio.skip(), text
 
 
 def folder_of(words: list[str]) -> Path | None:
