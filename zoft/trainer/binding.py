@@ -52,22 +52,18 @@ def optimizer_of(
     session = engine.bind(model, coordinates, objective)
     decayed = trainer.get_decay_parameter_names(model)
     if stage is None:  # of several stages one alone may have nothing that decays
-        _refuse_unread(
-            args,
-            method,
-            weights,
-            {name for name in weights.tensors if name in decayed and coordinates.ever_moves(name)},
-        )
+        is_decaying = any(name in decayed and coordinates.ever_moves(name) for name in weights.tensors)
+        _refuse_unread(args, method, weights, is_decaying=is_decaying)
     groups = decay_groups(weights, decayed, args.weight_decay)
     rounding = Rounding.chosen(args.precision_update, args.seed, estimator.noise)
     optimizer = ZOOptimizer(groups, method.optimizer, session, args.learning_rate, rounding, next_estimate)
     return optimizer, engine.name()
 
 
-def _refuse_unread(args: Any, method: Method, weights: Weights, decayed: set[str]) -> None:
+def _refuse_unread(args: Any, method: Method, weights: Weights, *, is_decaying: bool) -> None:
     """Refuse decay where nothing that decays moves, and ways to write 16 bits where no trained tensor has them."""
     usual = (method.optimizer.defaults()["weight_decay"], type(args).__dataclass_fields__["weight_decay"].default)
-    if args.weight_decay and args.weight_decay not in usual and not decayed:
+    if args.weight_decay and args.weight_decay not in usual and not is_decaying:
         refuse_ignored(
             f"optimizer.weight_decay={args.weight_decay} does nothing: norms and biases do not decay, and nothing else "
             "moves: leave it out"

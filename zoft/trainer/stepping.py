@@ -206,8 +206,7 @@ class RunSteps:
         # it may be so long that the weights' dtypes do not hold it; how long a gradient's step is shows afterwards
         largest = max((1.0, *(abs(coefficient) for _, coefficient in estimate.terms or ())))
         if estimate.factors:  # no element of E^T X is larger than |E| |X|
-            norms = [(one.e.norm() * one.x.norm()).cpu() for one in estimate.factors.values()]
-            largest = float(torch.stack(norms).max())
+            largest = float(_together([one.e.norm() * one.x.norm() for one in estimate.factors.values()]).max())
         is_huge = not abs(lr) * largest * _MARGIN <= self._largest or estimate.backward is not None
         self._suspects = list(self.queries.session.weights.tensors) if is_huge else []
         self.journal.append(estimate, lr, self.optimizer.progress, num_steps)
@@ -222,7 +221,7 @@ class RunSteps:
             return
         settle(self.queries.session)
         tensors = self.queries.session.weights.tensors
-        if self.grid.holds(all(_is_finite(tensors[name]) for name in suspects)):
+        if self.grid.holds(_are_finite([tensors[name].detach() for name in suspects])):
             return
         step = self.optimizer.progress.steps - 1
         self.journal.take_out(step)
@@ -254,9 +253,16 @@ class RunSteps:
         self._began = None
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are; their sum takes one pass and no memory, and only finite numbers have a finite one."""
-    return bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+def _are_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether all numbers are: sums take one pass and no memory, and only finite numbers have a finite one."""
+    if torch.isfinite(_together([tensor.sum(dtype=torch.float32) for tensor in tensors])).all():
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)  # a sum of large ones may be too large
+
+
+def _together(numbers: list[torch.Tensor]) -> torch.Tensor:
+    """Numbers of several tensors, on the device of the first: it is waited for once, and not for each."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
 def _largest_number(model: torch.nn.Module) -> float:

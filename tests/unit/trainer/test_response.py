@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests import models
 from zoft import ZOConfig, ZOTrainer
@@ -11,6 +12,7 @@ from zoft.estimators.nodes import Nodes
 from zoft.optimizers.sgd import SGD
 from zoft.optimizers.whiten import Whiten
 from zoft.subspaces.nodes import Nodes as Outputs
+from zoft.trainer.stepping import _are_finite
 
 BUDGET = 12
 
@@ -116,3 +118,11 @@ def test_the_method_of_nobody_is_settled_too(tmp_path):
     trainer = trainer_of(tmp_path, models.tiny_llama(), subspace=None, optimizer=None)
     assert trainer.method.subspace.name() == "nodes"
     assert trainer.method.estimator.response == "identity"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "finite"), [([3e38, 3e38], True), ([1.0, -1.0], True), ([1.0, torch.inf], False), ([torch.nan], False)]
+)
+def test_weights_are_finite_where_every_number_is(numbers, finite):
+    """Also where their sum is not, and where others are."""
+    assert _are_finite([torch.ones(3), torch.tensor(numbers)]) is finite
