@@ -72,11 +72,15 @@ def data_file(path: Path, count: int = 48) -> Path:
 def arguments(folder: Path, output_dir: str | Path, *more: str) -> list[str]:
     """The command line of a run of 12 steps with a checkpoint every fourth; ``folder`` gets what it needs.
 
+    A strategy in ``more`` takes the place of that for evaluations or checkpoints, with its steps.
+
     Its method is composed by hand, of MeZO's parts where ``more`` says nothing: two queries a step.
     """
     if not (folder / "model").exists():
         model_folder(folder / "model")
         data_file(folder / "data.jsonl")
+    every = {"eval": ["trainer.eval_steps=4"], "save": ["trainer.save_strategy=steps", "trainer.save_steps=4"]}
+    strategies = "".join(word for word in more if "_strategy=" in word)
     return [
         f"model.name={folder / 'model'}",
         "task=custom",
@@ -90,9 +94,7 @@ def arguments(folder: Path, output_dir: str | Path, *more: str) -> list[str]:
         "optimizer.learning_rate=1e-2",
         "trainer.per_device_train_batch_size=4",
         "trainer.logging_steps=2",
-        "trainer.eval_steps=4",
-        "trainer.save_strategy=steps",
-        "trainer.save_steps=4",
+        *(word for kind, words in every.items() if f"{kind}_strategy" not in strategies for word in words),
         f"output_dir={output_dir}",
         *([] if any(word.startswith("method=") for word in more) else ["method=null"]),
         *more,

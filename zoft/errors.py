@@ -24,6 +24,10 @@ class UserError(ValueError):
     """
 
 
+class IgnoredError(UserError):
+    """A setting that would change nothing in this run."""
+
+
 class OutOfMemoryError(UserError, RuntimeError):
     """A query did not fit; the weights are what they were (with ``in_place`` and ``subtract``, to the last bit or two).
 
@@ -100,7 +104,7 @@ def of_recorded(is_recorded: bool) -> Iterator[None]:
 def refuse_ignored(message: str) -> None:
     """Refuse a setting that would change nothing, unless a run has recorded it."""
     if not _is_recorded.get():
-        raise UserError(message)
+        raise IgnoredError(message)
 
 
 def refuse_unmet(conditions: Conditions, values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> None:

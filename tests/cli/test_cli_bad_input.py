@@ -65,7 +65,7 @@ ARGUMENTS = [
     ("trainer.eval_steps=0", "trainer.eval_steps must be a whole number of steps from 1 on, or a share of the run"),
     ("trainer.eval_steps=-1", "got -1; trainer.eval_strategy=no evaluates at no step"),
     ("trainer.eval_steps=2.5", "or a share of the run between 0 and 1, got 2.5"),
-    ("trainer.save_steps=0", "got 0; trainer.save_strategy=no saves no checkpoint"),
+    ("trainer.save_steps=0", "trainer.save_steps=0 does nothing: trainer.save_strategy=no saves no checkpoint"),
     ("trainer.logging_steps=-2", "got -2; trainer.logging_strategy=no logs nothing"),
     ("trainer.eval_delay=-3", "trainer.eval_delay must be at least 0, got -3"),
     ("trainer.warmup_steps=-1", "trainer.warmup_steps must be at least 0, got -1"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,23 @@ def refuse_without_effect(cfg: Any) -> None:
     """
     for sentence in (*_of_model(cfg), *_of_tracker(cfg), *_of_method(cfg)):
         refuse_ignored(sentence)
+
+
+def refuse_steps(trainer: Mapping[str, Any], given: Collection[str]) -> None:
+    """Refuse steps between evaluations or checkpoints where there are none; an argument may put a file's to rest.
+
+    Args:
+        trainer: the composed section.
+        given: keys that arguments set.
+    """
+    for kind, usual, nothing in (("eval", 500, "evaluates at no step"), ("save", None, "saves no checkpoint")):
+        steps, strategy = trainer.get(f"{kind}_steps", usual), f"trainer.{kind}_strategy"
+        put_to_rest = strategy in given and f"trainer.{kind}_steps" not in given
+        if trainer.get(f"{kind}_strategy") == "no" and steps != usual and not put_to_rest:
+            refuse_ignored(
+                f"trainer.{kind}_steps={steps} does nothing: {strategy}=no {nothing}: leave it out, or set "
+                f"{strategy}=steps"
+            )
 
 
 def _of_model(cfg: Any) -> Iterator[str]:

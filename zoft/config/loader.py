@@ -32,6 +32,7 @@ from zoft.config import arguments, auto, experiments, own, recommended, texts
 from zoft.config.catalog import ORDER, choices, config_dirs, configs_dir, user_configs_dir
 from zoft.config.check import Checker, refuse_code, translated
 from zoft.config.foldername import suffix
+from zoft.config.ignored import refuse_steps
 from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError, of_recorded
 from zoft.trainer.values import COUNTS_WITH
@@ -63,10 +64,10 @@ def compose(overrides: list[str], *, runs_code: bool = True, recorded: bool | No
     loader = Loader()
     loader.runs_code = runs_code
     own.register_named(overrides)
-    cfg = loader.load([texts.argument(override) for override in overrides])
-    if OmegaConf.to_container(cfg)["output_dir"] == DEFAULT_DIR:
-        cfg.output_dir = DEFAULT_DIR + suffix(overrides)
     with of_recorded(not runs_code if recorded is None else recorded):
+        cfg = loader.load([texts.argument(override) for override in overrides])
+        if OmegaConf.to_container(cfg)["output_dir"] == DEFAULT_DIR:
+            cfg.output_dir = DEFAULT_DIR + suffix(overrides)
         config = to_config(cfg)
     config.chosen = loader.chosen
     return config
@@ -87,7 +88,7 @@ def to_config(cfg: DictConfig) -> ZoftConfig:
                 fields = "|".join(field.name for field in dataclasses.fields(cls))
                 if fields:
                     message = re.sub(rf"(?<![\w./=]){cls.name()}\.(?=(?:{fields})\b)", f"{group}.", message)
-            raise UserError(message) from error
+            raise type(error)(message) from error
     for warning in config.warnings():
         _note_once(warning)
     return config
@@ -200,6 +201,7 @@ class Loader(ConfigLoaderImpl):
                 cfg = cfg if choice.method == recommended.BEST else compose([*rewritten, f"method={choice.method}"])
                 self.chosen = choice.line()
             auto.settled(cfg, chosen, given)
+            refuse_steps(cfg.trainer, {override.key_or_group for override in self._values})
         return self._labelled(cfg)
 
     def _with_parts(self, overrides: list[str]) -> DictConfig:
@@ -233,7 +235,8 @@ class Loader(ConfigLoaderImpl):
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """One cell of a sweep: composed by itself, in a folder of its own under the sweep's."""
-        cfg = self.load_configuration(PRIMARY, list(sweep_overrides), RunMode.RUN)
+        with of_recorded(is_recorded=True):  # what does nothing was refused before the first cell began
+            cfg = self.load_configuration(PRIMARY, list(sweep_overrides), RunMode.RUN)
         cfg.hydra.sweep.dir = master_config.hydra.sweep.dir
         name = self.cells[tuple(sweep_overrides)]
         cfg.output_dir = os.path.join(cfg.hydra.sweep.dir, name) if name else cfg.hydra.sweep.dir

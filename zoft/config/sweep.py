@@ -22,7 +22,7 @@ from zoft.config import own, texts
 from zoft.config.foldername import named_after, suffix
 from zoft.config.loader import DEFAULT_DIR, PRIMARY, Loader, to_config
 from zoft.config.schema import ZoftConfig
-from zoft.errors import Requeued, UserError
+from zoft.errors import IgnoredError, Requeued, UserError, of_recorded
 
 
 @dataclass
@@ -50,16 +50,19 @@ class RunCell:
 
     Args:
         run: trains; an importable function, so that it can travel to another process.
+        idle: names of cells in which a setting does nothing that counts in others.
     """
 
     run: Callable[[ZoftConfig], dict[str, Any] | None]
+    idle: frozenset[str] = frozenset()
 
     def __call__(self, cfg: DictConfig) -> CellResult:
         """Run one cell."""
         output_dir = str(cfg.output_dir)
         result = CellResult(os.path.basename(output_dir), output_dir)
         try:
-            result.metrics = dict(self.run(to_config(cfg)) or {})
+            with of_recorded(result.name in self.idle):
+                result.metrics = dict(self.run(to_config(cfg)) or {})
         except Requeued:
             _requeue()  # in a job of submitit; elsewhere the whole sweep ends, and the same command goes on
             raise
@@ -93,7 +96,7 @@ def multirun(overrides: list[str], run: Callable[[ZoftConfig], dict[str, Any] | 
     own.register_named(overrides)
     overrides = [texts.argument(override) for override in overrides]
     cells = expand(loader, overrides)
-    base = _base(loader, list(cells))
+    base, idle = _base(loader, list(cells))
     loader.cells = cells
     master = loader.load_configuration(PRIMARY, list(next(iter(cells))), RunMode.RUN)
     master.hydra.sweep.dir = master.output_dir = base
@@ -103,7 +106,7 @@ def multirun(overrides: list[str], run: Callable[[ZoftConfig], dict[str, Any] | 
     sweeper = Plugins.instance().instantiate_sweeper(
         config=master,
         hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks(master)),
-        task_function=RunCell(run),
+        task_function=RunCell(run, frozenset(cells[cell] for cell in idle)),
     )
     sweeper.validate_batch_is_legal = lambda batch: None  # done: see _base
     arguments = [argument.input_line for argument in loader.parse(overrides)]
@@ -201,14 +204,27 @@ def expand(loader: Loader, overrides: list[str]) -> dict[tuple[str, ...], str]:
     return named
 
 
-def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
-    """The sweep's folder; composing every cell on the way, so that a mistake in the last one is found now."""
+def _base(loader: Loader, cells: list[tuple[str, ...]]) -> tuple[str, list[tuple[str, ...]]]:
+    """The sweep's folder; composing every cell on the way, so that a mistake in the last one is found now.
+
+    With the cells in which a setting does nothing: one that counts in others is no mistake of the sweep.
+    """
     folders, configs = set(), set()
+    idle: list[tuple[str, ...]] = []
     same = set.intersection(*map(set, cells))
+
+    def composed(cell: tuple[str, ...]) -> tuple[DictConfig, ZoftConfig]:
+        cfg = loader.load(list(cell))
+        return cfg, to_config(cfg)
+
     for cell in cells:
         try:
-            cfg = loader.load(list(cell))
-            resolved = to_config(cfg)
+            try:
+                cfg, resolved = composed(cell)
+            except IgnoredError:
+                idle.append(cell)
+                with of_recorded(len(idle) < len(cells)):  # in the last of them that all ignore it: refused
+                    cfg, resolved = composed(cell)
             if loader.chosen:
                 loader.note(loader.chosen)
         except UserError as error:
@@ -222,6 +238,6 @@ def _base(loader: Loader, cells: list[tuple[str, ...]]) -> str:
         raise UserError("the cells of this sweep name different output_dirs: give one folder for all, output_dir=...")
     folder = folders.pop()
     if folder:
-        return folder
+        return folder, idle
     shared = suffix(sorted(same))  # what all cells have in common tells sweeps apart
-    return (f"runs/{configs.pop()}-sweep" if len(configs) == 1 else "runs/sweep") + shared
+    return (f"runs/{configs.pop()}-sweep" if len(configs) == 1 else "runs/sweep") + shared, idle

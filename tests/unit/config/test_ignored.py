@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from zoft.component import GROUPS, components
-from zoft.config import compose
-from zoft.errors import UserError, of_recorded, refuse_ignored
+from zoft.config import ZoftConfig, compose, multirun
+from zoft.errors import IgnoredError, UserError, of_recorded, refuse_ignored
 from zoft.estimators.central import Central
 from zoft.lm.objectives.metric import Metric
 from zoft.optimizers.adamw import AdamW
@@ -238,3 +238,29 @@ def test_what_is_counted_as_trained_is_what_moves():
     model = models.tiny_llama()
     mlp = sum(parameter.numel() for name, parameter in model.named_parameters() if "mlp" in name)
     assert num_moving(Nodes().bind(Weights(model))) == mlp < Weights(model).num_elements
+
+
+@pytest.mark.parametrize(("kind", "nothing"), [("eval", "evaluates at no step"), ("save", "saves no checkpoint")])
+def test_steps_between_what_never_happens(kind: str, nothing: str, tmp_path):
+    steps, never = f"trainer.{kind}_steps=7", f"trainer.{kind}_strategy='no'"
+    with pytest.raises(IgnoredError, match=rf"{kind}_steps=7 does nothing: trainer\.{kind}_strategy=no {nothing}: "):
+        compose([steps, never])
+    assert compose(["config=quickstart", never]).trainer[f"{kind}_strategy"] == "no"  # puts the preset's to rest
+    (tmp_path / "mine.yaml").write_text(f"trainer: {{{kind}_steps: 7, {kind}_strategy: 'no'}}\n")
+    with pytest.raises(IgnoredError, match="does nothing"):
+        compose([f"config={tmp_path / 'mine.yaml'}"])
+    compose([f"config={tmp_path / 'mine.yaml'}"], recorded=True)
+
+
+def _eps_end(cfg: ZoftConfig) -> dict[str, Any]:
+    return {"radius": cfg.estimator.radius, "end": vars(cfg.estimator)["eps_end"]}
+
+
+def test_a_sweep_over_a_condition_has_cells_in_which_a_setting_does_nothing(tmp_path):
+    words = ["method=mezo", "estimator.eps_end=0.1", f"output_dir={tmp_path}"]
+    cells = multirun(["estimator.eps_schedule=constant,cosine", *words], _eps_end)
+    assert [(cell.error, cell.metrics["end"]) for cell in cells] == [(None, 0.1), (None, 0.1)]
+    with pytest.raises(UserError, match=r"eps_end=0\.1 does nothing with estimator\.eps_schedule=tied: leave it out"):
+        multirun(["estimator.eps_schedule=constant,tied", *words], _eps_end)  # in no cell
+    with pytest.raises(UserError, match=r"eps_end=0\.1 does nothing"):
+        multirun(["seed=0,1", *words], _eps_end)

@@ -104,11 +104,11 @@ def test_fault_8_another_spelling_of_the_same_characters_is_no_other_row(twin):
 
 @pytest.mark.parametrize("verb", ["train", "eval", "data show", "data show --json"])
 def test_fault_8_train_eval_and_data_show_all_say_it(tmp_path, capsys, verb):
-    words = arguments(tmp_path, tmp_path / "out")
+    words = arguments(tmp_path, tmp_path / "out", "trainer.save_strategy=no")
     lines = (tmp_path / "data.jsonl").read_text().splitlines()
     (tmp_path / "held.jsonl").write_text("\n".join([*lines[:3], '{"text": "free home yes no", "label": "spam"}']))
     words += [f"task.validation={tmp_path / 'held.jsonl'}", "task.num_train=100", "task.num_dev=1", "task.num_test=4"]
-    words += ["budget.queries=2", "trainer.save_strategy=no"]
+    words += ["budget.queries=2"]
     assert main([*verb.split(), *words]) == 0
     out, err = capsys.readouterr()
     said = {"train": err, "eval": err, "data show": out, "data show --json": out}[verb]
