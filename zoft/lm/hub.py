@@ -22,11 +22,13 @@ def switched_off() -> str:
     return next((name for name in _SWITCHES if os.environ.get(name, "").upper() in on), "")
 
 
-@functools.lru_cache(1)
 def out_of_reach() -> str:
     """Why the hub does not answer, in words; empty where it does. It is asked once in a process, for 5 s at most."""
-    if name := switched_off():
-        return f"{name} is set"
+    return f"{name} is set" if (name := switched_off()) else _unanswered()
+
+
+@functools.lru_cache(1)
+def _unanswered() -> str:
     from huggingface_hub import constants, get_session
 
     try:

@@ -58,10 +58,16 @@ def keep_in_folder(args: TrainingArguments) -> None:
     """
     folder = os.path.abspath(str(args.output_dir))
     for tracker, (variable, place) in _PLACES.items():
-        ours = os.environ.get(variable, _Folder.ours.get(variable)) == _Folder.ours.get(variable)
-        if _wanted(args, tracker) and ours:
+        if _wanted(args, tracker):
             os.makedirs(folder, exist_ok=True)  # wandb falls back to a temporary folder when it is not there
-            os.environ[variable] = _Folder.ours[variable] = place.format(folder)
+            set_variable(variable, place.format(folder))
+
+
+def set_variable(variable: str, value: str, overrides: bool = False) -> None:
+    """Set a variable for trackers; one of the environment that the user has set stays, unless a setting overrides it."""
+    ours = _Variables.ours.get(variable)
+    if overrides or os.environ.get(variable, ours) == ours:
+        os.environ[variable] = _Variables.ours[variable] = value
 
 
 def forgive_trackers(callbacks: Iterable[TrainerCallback]) -> None:
@@ -107,7 +113,7 @@ _PLACES = {
 """Tracker -> (the variable that says where it writes, its value for a run's folder)."""
 
 
-class _Folder:
+class _Variables:
     ours: ClassVar[dict[str, str]] = {}  # variable -> what this file has set it to; any other value is the user's
 
 
@@ -123,10 +129,10 @@ def close_trackers() -> None:
     if run is not None:
         sys.modules["wandb"].finish()
         sys.modules["wandb"].teardown()
-    for variable, value in _Folder.ours.items():
+    for variable, value in _Variables.ours.items():
         if os.environ.get(variable) == value:
             del os.environ[variable]
-    _Folder.ours.clear()
+    _Variables.ours.clear()
 
 
 def _wanted(args: TrainingArguments, tracker: str = "wandb") -> bool:

@@ -292,11 +292,12 @@ def arguments_of(cfg: ZoftConfig) -> Any:
         values.setdefault("greater_is_better", False)
     _check_best_checkpoint(values)
     if cfg.tracker.report_to:
+        from zoft.report.trackers import set_variable
+
         require_trackers(cfg)
         os.environ["WANDB_PROJECT"] = cfg.tracker.project
         os.environ["WANDB_MODE"] = cfg.tracker.mode
-        if cfg.tracker.project != type(cfg.tracker).project or "MLFLOW_EXPERIMENT_NAME" not in os.environ:
-            os.environ["MLFLOW_EXPERIMENT_NAME"] = cfg.tracker.project
+        set_variable("MLFLOW_EXPERIMENT_NAME", cfg.tracker.project, cfg.tracker.project != type(cfg.tracker).project)
     try:
         args = ZOConfig(
             output_dir=cfg.output_dir,

@@ -126,6 +126,7 @@ def test_settings_without_effect_in_a_run_are_refused_before_anything_is_loaded(
 
 
 def test_a_tracker_is_given_the_project(monkeypatch: pytest.MonkeyPatch):
+    from zoft.report.trackers import close_trackers
     from zoft.run import build
 
     monkeypatch.setattr(build, "require_trackers", lambda cfg: None)
@@ -134,6 +135,12 @@ def test_a_tracker_is_given_the_project(monkeypatch: pytest.MonkeyPatch):
     cfg = compose(["config=quickstart", "tracker.report_to=[mlflow]", "tracker.project=mine", "trainer.use_cpu=true"])
     assert build.arguments_of(cfg).project == "mine"
     assert build.os.environ["MLFLOW_EXPERIMENT_NAME"] == "mine"
+    build.arguments_of(compose(["config=quickstart", "tracker.report_to=[mlflow]", "trainer.use_cpu=true"]))
+    assert build.os.environ["MLFLOW_EXPERIMENT_NAME"] == "zoft"  # not the last run's
+    close_trackers()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "before")
+    build.arguments_of(compose(["config=quickstart", "tracker.report_to=[mlflow]", "trainer.use_cpu=true"]))
+    assert build.os.environ["MLFLOW_EXPERIMENT_NAME"] == "before"
 
 
 def test_what_is_written_has_settings_that_what_is_chosen_has_not():

@@ -33,9 +33,9 @@ def unreachable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hub, "_SECONDS", 0.3)
-        hub.out_of_reach.cache_clear()
+        hub._unanswered.cache_clear()
         yield endpoint
-    hub.out_of_reach.cache_clear()
+    hub._unanswered.cache_clear()
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_data_set_that_is_nowhere(unreachable: str, waits: list[float]):
 def test_a_switch_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    hub.out_of_reach.cache_clear()
+    hub._unanswered.cache_clear()
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE, or give a folder"):
         placed("gpt2")
 
@@ -86,3 +86,13 @@ def test_what_is_cached_is_served(unreachable: str, waits: list[float], tmp_path
     assert load_model("owner/tiny").num_parameters()
     assert load_tokenizer("owner/tiny").pad_token == "<pad>"
     assert not waits
+
+
+def test_the_hub_is_asked_once_and_the_switch_every_time(monkeypatch: pytest.MonkeyPatch):
+    """What a session found out does not hide that the hub has been switched off meanwhile."""
+    monkeypatch.setattr(hub, "_unanswered", lambda: "nothing answers")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    assert hub.out_of_reach() == "nothing answers"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.out_of_reach() == "HF_HUB_OFFLINE is set"
