@@ -64,7 +64,7 @@ def keep_in_folder(args: TrainingArguments) -> None:
 
 
 def set_variable(variable: str, value: str, overrides: bool = False) -> None:
-    """Set a variable for trackers; one of the environment that the user has set stays, unless a setting overrides it."""
+    """Set a variable for trackers; one that the user has set stays, unless a setting overrides it."""
     ours = _Variables.ours.get(variable)
     if overrides or os.environ.get(variable, ours) == ours:
         os.environ[variable] = _Variables.ours[variable] = value
