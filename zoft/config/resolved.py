@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -10,6 +11,9 @@ from zoft.component import GROUPS, Component, components
 from zoft.config.loader import compose
 from zoft.config.own import words
 from zoft.config.schema import ZoftConfig
+from zoft.utils.own_files import digest
+
+DATA = "# task."
 
 
 def resolved_yaml(source: ZoftConfig | list[str]) -> str:
@@ -30,7 +34,15 @@ def resolved_yaml(source: ZoftConfig | list[str]) -> str:
     for group in GROUPS:
         for name, sha in getattr(cfg, group).own_code().items():  # a line like any other: it must stay the same
             header += f"# {group}: {name} has the SHA-256 {sha}\n"
+    header += "".join(f"{line}\n" for line in data_lines(cfg))
     return header + OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **_plain(cfg)}))
+
+
+def data_lines(cfg: ZoftConfig) -> list[str]:
+    """A line for each file of rows that the task reads, with its digest: with other rows it would be another run."""
+    named = {key: str(getattr(cfg.task, key, None) or "") for key in ("train", "validation")}
+    files = {key: path for key, name in named.items() if (path := Path(name).expanduser()).is_file()}
+    return [f"{DATA}{key}: {named[key]} has the SHA-256 {digest(str(path))}" for key, path in files.items()]
 
 
 def _choice(group: str, part: Component) -> str:

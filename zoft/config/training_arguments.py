@@ -45,6 +45,7 @@ UNHEEDED = {
         ("bf16_full_eval", "fp16_full_eval"),
         "evaluations are of the weights as they are trained; trainer.bf16=true computes in bfloat16, training too",
     ),
+    "ignore_data_skip": "a run that is resumed goes on with the rows that it would have had, and ends the same",
     "batch_eval_metrics": "the metric is of all held-out rows at once",
     "eval_do_concat_batches": "the metric is of all held-out rows at once",
     "include_for_metrics": "the metric reads predictions and answers alone",

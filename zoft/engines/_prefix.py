@@ -27,6 +27,14 @@ def lowest_with(modules: Set[nn.Module], blocks: list[nn.Module]) -> int:
     return next((i for i, block in enumerate(blocks) if modules & set(block.modules())), len(blocks))
 
 
+def num_below(model: nn.Module) -> int:
+    """How many blocks lie below all that is trained: a backward pass does not come to them."""
+    every, blocks = list(model.modules()), longest_stack(model)
+    trained = {m for m in every if any(p.requires_grad for p in m.parameters(recurse=False))}
+    # embeddings are named in front of the blocks
+    return 0 if not blocks or trained & set(every[: every.index(blocks[0])]) else lowest_with(trained, blocks)
+
+
 def passes_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     """The forward of a block that is left out; engine=offload sees by it that the block needs no weights."""
     return hidden_states

@@ -16,6 +16,7 @@ from zoft.evaluation import passing
 from zoft.lm.data.examples import Example
 from zoft.lm.tasks._rows import RowsTask, permutation
 from zoft.lm.tasks.base import Task, with_demonstrations
+from zoft.report.results import finished
 from zoft.run import folder
 from zoft.utils.files import write_atomically
 
@@ -366,7 +367,9 @@ def config_of_run(run: str, overrides: Sequence[str] = ()) -> str:
     """The config of a run with a final model; arguments that change nothing are refused, but for files of parts."""
     path = folder.config_of(run)
     if not (path.parent / "model").is_dir():
-        raise UserError(f"run={run} holds no final model: finish it with the command that began it")
+        again = f"it was removed, and zoft replay {run} --output {run}/model writes it again"
+        mend = again if finished(path.parent) else "finish it with the command that began it"
+        raise UserError(f"run={run} holds no final model: {mend}")
     is_whole = not (path.parent / "model" / "adapter_config.json").is_file()
     for key in (word.lstrip("+~").partition("=")[0] for word in overrides if ".py" not in word):
         if key.partition(".")[0] in _OF_TRAINING or (is_whole and key in ("model", "model.name", "model.revision")):

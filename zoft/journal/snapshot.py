@@ -23,7 +23,7 @@ from zoft.utils.lazy import torch
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
 FORMAT = 1
 _LARGEST = 1 << 26  # bytes of a manifest
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -136,7 +136,8 @@ def newest(output_dir: Path, run: str | None = None) -> Path | None:
         except UserError as error:
             log.warning("%s; an earlier checkpoint is used", error)
         else:
-            return folder
+            if OPTIMIZER in _manifest(folder)[1]:  # else of trainer.save_only_model: nothing to go on from
+                return folder
     return None
 
 

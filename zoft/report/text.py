@@ -27,12 +27,15 @@ def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         ("wall time", _time(known)),
         ("peak memory", gib(known["peak_memory_mb"]) if "peak_memory_mb" in known else None),
         ("inference alone", _beside(known, "inference_peak_mb", "{}")),
-        ("backpropagation", _beside(known, "backprop_estimate_mb", "about {} with AdamW, by estimate")),
+        ("backpropagation", _beside(known, "backprop_estimate_mb", _BACKPROP)),
         ("weights trained", _trained(known)),
         ("weights' SHA-256", _format(known, "weights_sha256", "`{}`")),
         ("versions", ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())),
     ]
     return [(name, text) for name, text in rows if text]
+
+
+_BACKPROP = "about {} with AdamW on the same weights, by estimate"
 
 
 def _format(known: dict[str, Any], name: str, template: str) -> str | None:
@@ -81,7 +84,11 @@ def _ungraded(known: dict[str, Any]) -> str | None:
 def _time(known: dict[str, Any]) -> str | None:
     parts = [
         (duration(known[name]), what)
-        for name, what in (("seconds_forward", "in forward passes"), ("seconds_other", "in everything else"))
+        for name, what in (
+            ("seconds_forward", "in forward passes"),
+            ("seconds_other", "in everything else"),
+            ("seconds_prefix", "before that on frozen blocks"),
+        )
         if name in known
     ]
     split = ", ".join(f"{clock} {what}" for clock, what in parts)

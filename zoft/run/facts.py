@@ -113,9 +113,10 @@ def _read_as(cfg: ZoftConfig) -> dict[str, Any] | None:
         return None
 
 
-def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]:
+def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int, seconds_prefix: float | None) -> dict[str, Any]:
     """What the report says, as numbers."""
     from zoft.config import own
+    from zoft.engines._prefix import num_below
     from zoft.report import ungraded
     from zoft.report.backprop import backprop_estimate_mb, model_shape
 
@@ -123,6 +124,8 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
     batch = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
     longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
     shape = model_shape(trainer.model, num_trained)
+    if shape is not None:  # a backward pass ends at the lowest trained block
+        shape.num_layers -= num_below(trainer.model)
     return {
         "run_name": Path(cfg.output_dir).name,
         "model": cfg.model.name,
@@ -144,6 +147,7 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int) -> dict[str, Any]
         "seconds": progress.seconds,
         "seconds_forward": progress.seconds_forward,
         "seconds_other": progress.seconds - progress.seconds_forward,
+        "seconds_prefix": seconds_prefix,
         "backprop_estimate_mb": backprop_estimate_mb(shape, batch=batch, seq=longest) if shape else None,
         "num_trainable": num_trained,
         "num_params": sum(p.numel() for p in trainer.model.parameters()),

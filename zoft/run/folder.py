@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import socket
@@ -22,6 +23,12 @@ CHANGEABLE = re.compile(
 )
 """Keys of a config that may differ when a run is resumed; batches may be cut in other ways of the same size, which the
 journal checks."""
+_BATCH = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
+_DECISIVE = re.compile(
+    r"optimizer\.learning_rate|trainer\.(lr_scheduler|warmup|metric_for|greater_is|load_best|max_skipped|guard).*"
+    rf"|{'|'.join(map(re.escape, _BATCH))}"
+)
+_DATA = re.compile(r"^# task\..* has the SHA-256 .*\n", re.MULTILINE)
 _IGNORED = {".hydra", "multirun.yaml", ".submitit", LOCK}
 _held: dict[Path, int] = {}  # folder -> the open file of the lock that this process holds
 if hasattr(os, "register_at_fork"):
@@ -109,13 +116,23 @@ def _standing(output_dir: str, resolved: str) -> str:
         )
     if CONFIG in held:
         earlier = _config_text(folder / CONFIG)
-        if _identity(earlier) != _identity(resolved):
-            different = _difference(_identity(earlier), _identity(resolved))
+        then, now = _identity(earlier), _identity(resolved)
+        if _DATA.search(then) is None:  # written before digests of rows were
+            now = _DATA.sub("", now)
+        if then != now:
             raise UserError(
-                f"output_dir={output_dir} holds another run; it differs in\n{different}\n"
+                f"output_dir={output_dir} holds another run; it differs in\n{_difference(then, now)}\n"
                 "choose another output_dir, or repeat that run's command to resume it"
             )
-        return "done" if _budget(resolved) <= _budget(earlier) and finished(folder) else "resume"
+        if _budget(resolved) > _budget(earlier) or not finished(folder):
+            return "resume"
+        then, now = _way_to_its_end(earlier), _way_to_its_end(resolved)
+        if then != now:
+            raise UserError(
+                f"output_dir={output_dir} holds this run, finished with other settings:\n{_difference(then, now)}\n"
+                "choose another output_dir, or go on from its end with these and a larger budget.queries"
+            )
+        return "done"
     return "new"
 
 
@@ -202,6 +219,13 @@ def _short(text: str) -> str:
 def _identity(resolved: str) -> str:
     """The lines of a config that a resumed run must share."""
     return "".join(f"{line}\n" for key, line in keys_of(resolved) if not CHANGEABLE.fullmatch(key))
+
+
+def _way_to_its_end(resolved: str) -> str:
+    """Of what may differ when a run is resumed, the lines on which depends how it ends."""
+    lines = {key: line for key, line in keys_of(resolved) if _DECISIVE.fullmatch(key)}
+    batch = [int(lines.pop(key, ":1").split(":")[1]) for key in _BATCH]  # may be cut in another way
+    return "\n".join([*sorted(lines.values()), f"  rows of a step: {math.prod(batch)}"])
 
 
 def _budget(resolved: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,7 +265,7 @@ def _carry_out(
         say(f"resume  {'nothing was saved yet: starting over' if known is None else f'{known:,} steps are known'}")
     _say_if_long(trainer, rows, known or 0)
     keep_reference(trainer, rows)
-    _fill_frozen_prefix(trainer, rows)
+    seconds_prefix = _fill_frozen_prefix(trainer, rows)
     before = None if resuming or trainer.stages.is_pipeline else Weights(trainer.model).digest_above()
     # the peak of the zero-shot evaluation is inference's; that of training is taken anew below
     memory.reset()
@@ -288,7 +289,7 @@ def _carry_out(
     if first:
         trainer.checkpoints.refuse_full_disk(Path(cfg.output_dir) / "model")
     save_model(trainer, Path(cfg.output_dir) / "model")
-    facts = _facts(cfg, trainer, len(rows["test"])) | _scores(metric, zero_shot, final)
+    facts = _facts(cfg, trainer, len(rows["test"]), seconds_prefix) | _scores(metric, zero_shot, final)
     facts |= {"peak_memory_mb": peak, "inference_peak_mb": zero_shot["peak_memory_mb"]}
     if facts.get("backprop_estimate_mb"):  # like with like: the process would hold the same libraries
         facts["backprop_estimate_mb"] += memory.base_mb
@@ -388,11 +389,11 @@ def keep_reference(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
             list(keep_reference(trainer.model, part, trainer.data_collator, trainer.args.per_device_eval_batch_size))
 
 
-def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
-    """Hidden states that never change, computed once for all rows; silent where every block is trained."""
-    forward = trainer.query_forward
+def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> float | None:
+    """Seconds for hidden states that never change, computed once for all rows; None where every block is trained."""
+    forward, began = trainer.query_forward, time.perf_counter()
     if forward.frozen_prefix is None:
-        return
+        return None
     from tqdm import tqdm
 
     total = sum(map(len, rows.values()))
@@ -400,6 +401,7 @@ def _fill_frozen_prefix(trainer: ZOTrainer, rows: dict[str, list[Any]]) -> None:
     with tqdm(total=total, unit="row", desc=label, disable=not trainer.is_world_process_zero(), mininterval=5) as bar:
         for done in forward.fill_prefix(*rows.values()):
             bar.update(done - bar.n)
+    return time.perf_counter() - began
 
 
 def _held_out(

@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from zoft.errors import UserError
 from zoft.journal import snapshot, state
+from zoft.journal.snapshot import OPTIMIZER
 from zoft.lm.models.names import without_asking
 from zoft.lm.models.scales import has_trained_scales
 from zoft.trainer.journaling import RunJournal
@@ -26,9 +27,8 @@ from zoft.trainer.protocol import HoldsObjects
 from zoft.utils.random_state import put_random_state, random_state
 from zoft.weights.tensors import Weights
 
-TRAINED, OPTIMIZER, SCHEDULER, RANDOM, STATE, ARGUMENTS = (
+TRAINED, SCHEDULER, RANDOM, STATE, ARGUMENTS = (
     "trained.safetensors",
-    "optimizer.safetensors",
     "scheduler.json",
     "random.json",
     "trainer_state.json",

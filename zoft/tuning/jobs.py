@@ -17,6 +17,7 @@ from zoft.tuning.settings import TuneSettings, record_at
 from zoft.tuning.space import Choice, Range, SearchSpace, Values, text_of, written
 from zoft.tuning.workers import Workers
 from zoft.utils.files import write_atomically
+from zoft.utils.own_files import digest
 
 RESULTS = "results.json"
 _OF_STEPS = ("loss", "projected_grad", "seconds", "seconds_forward", "peak_memory_mb")
@@ -69,9 +70,9 @@ def tune_training(
     if metric not in metrics():
         raise UserError(f"there is no metric called {metric!r}.{did_you_mean(metric, metrics())}")
     where = SearchSpace(space)
-    start, config, seed = check_space(arguments, where)
+    start, config, seed, data = check_space(arguments, where)
     folder = output_dir or f"runs/{config}-tune-seed{seed}"
-    settings.seed, settings.about = seed, {"arguments": arguments, "metric": metric}
+    settings.seed, settings.about = seed, {"arguments": arguments, "metric": metric, "data": data}
     path = str(record_at(folder))
     others = [argument for argument in arguments if argument.partition("=")[0] not in space]
     work = Training(others, folder, metric, seed, settings.repeats, path if settings.stop_early else None)
@@ -99,16 +100,18 @@ def tune_training(
     return Tuned(result, folder, work.folder(result.best.number, 0) if result.best else "", command)
 
 
-def check_space(arguments: list[str], space: SearchSpace) -> tuple[Values, str, int]:
+def check_space(arguments: list[str], space: SearchSpace) -> tuple[Values, str, int, list[str]]:
     """Compose the job at the ends of every range and with every choice, so that a mistake is found now.
 
     Returns:
-        Where to begin (the config's own values, where they lie in the space), the config's name, the seed.
+        Where to begin (the config's own values, where they lie in the space), the config's name, the seed, and what
+        its files hold, as digests.
 
     Raises:
         UserError: what ``zoft train`` would say, and of which parameter.
     """
     from zoft.config import compose
+    from zoft.config.resolved import data_lines
 
     for name in space.parameters:
         if name in ("seed", "output_dir", "config"):
@@ -128,7 +131,9 @@ def check_space(arguments: list[str], space: SearchSpace) -> tuple[Values, str, 
                 raise UserError(
                     f"space.{name}={text_of(space.distributions[name])} at {written(value)}: {error}"
                 ) from error
-    return start, base.config, base.seed
+    files = [word for word in arguments if word.startswith("config=") and Path(word[len("config=") :]).is_file()]
+    digests = [f"{word} has the SHA-256 {digest(word[len('config=') :])}" for word in files]
+    return start, base.config, base.seed, [*data_lines(base), *digests]
 
 
 def refuse_other_things(folder: Path) -> None:

@@ -88,7 +88,8 @@ class StudyRecord:
     def _compare(self, before: Mapping[str, Any]) -> None:
         # batch: how many points were asked for side by side; a search goes on with what it began with
         self.header["batch"] = before.get("batch", self.header.get("batch"))
-        for name in sorted({*before, *self.header}):
+        # data: earlier records have none
+        for name in sorted({*before, *self.header} - ({"data"} - before.keys())):
             if before.get(name) != self.header.get(name):
                 raise UserError(
                     f"{self.path} is the journal of another search: its {name} is {_as_text(before.get(name))}, and "

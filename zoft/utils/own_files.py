@@ -51,7 +51,8 @@ def module_of(path: str, where: str) -> tuple[types.ModuleType, str]:
 
 def digest(path: str) -> str:
     """SHA-256 of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @lru_cache

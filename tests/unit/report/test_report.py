@@ -33,7 +33,8 @@ def test_everything_known_is_in_the_report(tmp_path: Path) -> None:
         "| wall time | 05:12 (04:50 in forward passes, 00:22 in everything else) |",
         "| peak memory | 0.60 GiB |",
         "| inference alone | 0.50 GiB; the run took 1.20 times that |",
-        "| backpropagation | about 2.00 GiB with AdamW, by estimate; the run took 0.30 times that |",
+        "| backpropagation | about 2.00 GiB with AdamW on the same weights, by estimate; "
+        "the run took 0.30 times that |",
         "| weights trained | 1,000 of 4,000 (25 %) |",
         "| weights' SHA-256 | `abc` |",
         "| versions | zoft 0.1.0, torch 2.13.0 |",
@@ -82,7 +83,8 @@ def test_the_console_summary() -> None:
     assert summary_lines(FACTS) == [
         "accuracy  92.0 % [90.2, 93.5] from zero-shot 62.4 % [59.4, 65.3], +29.6 points on 1,000 rows",
         "spent     2,000 of 2,001 queries, 1,000 steps, 05:12 (04:50 in forward passes, 00:22 in everything else)",
-        "memory    0.60 GiB, inference alone 0.50 GiB, backpropagation about 2.00 GiB with AdamW, by estimate",
+        "memory    0.60 GiB, inference alone 0.50 GiB, "
+        "backpropagation about 2.00 GiB with AdamW on the same weights, by estimate",
         "trained   1,000 of 4,000 (25 %)",
     ]
 

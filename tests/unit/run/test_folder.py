@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import environment
+from zoft.config import resolved_yaml
 from zoft.errors import UserError
 from zoft.run import folder
 
@@ -195,3 +196,39 @@ def test_a_run_is_the_same_whatever_its_folder_is_called(name: str, tmp_path: Pa
     with pytest.raises(UserError, match="holds another run") as caught:
         folder.claim(str(tmp_path), now.replace("seed: 0", "seed: 1"))
     assert "output_dir:" not in str(caught.value)
+
+
+def test_a_finished_run_is_not_shown_for_settings_with_which_it_would_have_ended_elsewhere(tmp_path: Path):
+    config = "optimizer:\n  learning_rate: {}\ntrainer:\n  per_device_train_batch_size: {}\n  " + (
+        "gradient_accumulation_steps: {}\n  logging_steps: {}\nbudget:\n  queries: {}\n"
+    )
+    place = str(tmp_path / "a")
+    folder.claim(place, config.format(0.1, 8, 1, 10, 40))
+    folder.unlock(place)
+    finish(tmp_path / "a")
+    for now in ((0.1, 8, 1, 5, 40), (0.1, 4, 2, 10, 40), (0.1, 8, 1, 10, 30)):
+        assert folder.claim(place, config.format(*now)) == "done"
+    with pytest.raises(UserError, match=r"finished with other settings:\n  -  learning_rate: 0\.1\n  \+  learning_rat"):
+        folder.claim(place, config.format(3.0, 8, 1, 10, 40))
+    with pytest.raises(UserError, match=r"rows of a step: 8\n  \+  rows of a step: 4\nchoose another output_dir"):
+        folder.claim(place, config.format(0.1, 4, 1, 10, 40))
+    assert folder.claim(place, config.format(3.0, 8, 1, 10, 60)) == "resume"
+    folder.unlock(place)
+
+
+def test_other_rows_in_the_same_file_are_another_run(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    words = ["task=custom", f"task.train={rows}", "task.template='{text} is'", "task.words={a: b, c: d}"]
+    rows.write_text('{"text": "x", "label": "a"}\n')
+    before = resolved_yaml(words)
+    assert folder.claim(str(tmp_path / "a"), before) == "new"
+    folder.unlock(str(tmp_path / "a"))
+    assert folder.claim(str(tmp_path / "a"), resolved_yaml(words)) == "resume"
+    folder.unlock(str(tmp_path / "a"))
+    rows.write_text('{"text": "x", "label": "c"}\n')
+    with pytest.raises(UserError, match=r"holds another run; it differs in\n  -# task.train: .*rows.jsonl has"):
+        folder.claim(str(tmp_path / "a"), resolved_yaml(words))
+    earlier = "".join(line for line in before.splitlines(keepends=True) if not line.startswith("# task."))
+    (tmp_path / "a" / "config.yaml").write_text(earlier)  # as runs were written before
+    assert folder.claim(str(tmp_path / "a"), resolved_yaml(words)) == "resume"
+    folder.unlock(str(tmp_path / "a"))

@@ -152,7 +152,12 @@ def test_another_run_is_refused(change: str, finished: tuple[Path, dict[str, Any
     assert contents(folder / "out") == before
 
 
-@pytest.mark.parametrize("change", ["trainer.logging_steps=3", "optimizer.learning_rate=1e-4", "budget.queries=20"])
+def test_a_finished_run_is_not_shown_for_another_learning_rate(finished: tuple[Path, dict[str, Any]]):
+    with pytest.raises(UserError, match=r"holds this run, finished with other settings:(.|\n)*larger budget\.queries"):
+        go(finished[0], "out", "optimizer.learning_rate=1e-4")
+
+
+@pytest.mark.parametrize("change", ["trainer.logging_steps=3", "budget.queries=20"])
 def test_what_may_change_does_not_make_another_run(
     change: str, finished: tuple[Path, dict[str, Any]], capfd: pytest.CaptureFixture[str]
 ):

@@ -46,3 +46,12 @@ def test_the_best_checkpoint_is_put_back(tmp_path):
     _, wanted = trained(tmp_path / "again", "tiny_mixtral", step, **ruinous)
     for name, tensor in wanted.items():
         assert torch.equal(tensors[name], tensor), name
+
+
+def test_models_alone_are_passed_over_and_the_journal_has_every_step(tmp_path):
+    given = {"save_only_model": True, "lr_scheduler_type": "constant"}
+    _, whole = trained(tmp_path / "whole", "tiny_llama", 6, **given)
+    trained(tmp_path / "parted", "tiny_llama", 4, **given)
+    _, resumed = trained(tmp_path / "parted", "tiny_llama", 6, resume=True, **given)
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name

@@ -100,6 +100,23 @@ def test_a_search_of_training_jobs(tmp_path, fake):
     assert len(fake.seen) == 10  # all of it is in the journal
 
 
+def test_a_search_does_not_go_on_with_other_rows(tmp_path, fake):
+    rows, config = tmp_path / "rows.jsonl", tmp_path / "mine.yaml"
+    rows.write_text('{"text": "x", "label": "a"}\n')
+    config.write_text("seed: 3\n")
+    words = [f"config={config}", f"task.train={rows}"]
+    words += ["task=custom", "task.template='{text} is'", "task.words={a: b, c: d}"]
+    words += ["model.name=none", "method=mezo", "budget.queries=24", "optimizer.learning_rate=1e-2"]
+    tuned(tmp_path / "t", arguments=words)
+    tuned(tmp_path / "t", arguments=words, budget=11)
+    for file, text in ((rows, '{"text": "x", "label": "c"}\n'), (config, "seed: 3\n# edited\n")):
+        before = file.read_text()
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"is the journal of another search: its data is .*SHA-256"):
+            tuned(tmp_path / "t", arguments=words, budget=12)
+        file.write_text(before)
+
+
 def test_repeats_are_seeds_and_accuracy_goes_up(tmp_path, monkeypatch):
     fake = FakeRun(logged=("eval_accuracy", "eval_loss"))
     monkeypatch.setattr("zoft.run.train.run", fake)
