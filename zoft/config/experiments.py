@@ -41,7 +41,7 @@ class Experiments:
             auto.take_out(content)
             check_defaults(content, str(file))
             self.contents[choice] = content
-        name = "_" + re.sub(r"\W", "_", str(file.with_suffix("")).lstrip("./"))
+        name = own.hydra_name("_", str(file))
         self.files[name] = str(file)
         self.labels["config"] = file.stem
         ConfigStore.instance().store(

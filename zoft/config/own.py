@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -40,12 +42,17 @@ def register(group: str, choice: str) -> str:
         UserError: there is no such file or class, or it is no part of that group.
     """
     cls = from_file(group, choice)
-    name = "_own_" + re.sub(r"\W", "_", cls.own_file)
+    name = hydra_name("_own_", cls.own_file)
     if _REGISTERED[group].get(name) is not cls:
         _REGISTERED[group][name] = cls
         ConfigStore.instance().store(group=group, name=name, node=cls, provider="zoft")
         texts.own_places(group, cls)
     return name
+
+
+def hydra_name(prefix: str, path: str) -> str:
+    """A name for a file that no other path has; Hydra's grammar knows no letters beyond ASCII."""
+    return f"{prefix}{re.sub('[^A-Za-z0-9_]', '_', path)}_{zlib.crc32(os.fsencode(path)):08x}"
 
 
 def register_named(overrides: Iterable[str]) -> set[tuple[str, str]]:

@@ -207,6 +207,15 @@ def test_paths_that_hydras_grammar_would_stumble_over():
     assert compose(["model.name=/models/step=5"]).model.name == "/models/step=5"
 
 
+def test_letters_that_hydras_grammar_has_not():
+    """Files whose names differ in such letters or signs alone stay apart."""
+    loader = Loader()
+    for seed, path in enumerate(("é/a.yaml", "日/a.yaml", "b/ä.yaml", "b/_.yaml", "b/_.yml")):
+        write(path, f"seed: {seed}\n")
+        assert loader.load([f"config={path}"]).seed == seed
+    assert len(set(loader.experiments.files)) == 5
+
+
 def test_own_configs_folder():
     write("configs/config/mine.yaml", "seed: 5\n")
     write("configs/flat.yaml", "seed: 6\n")

@@ -107,6 +107,11 @@ def test_what_cannot_be_is_one_sentence(word: str, message: str):
         compose(["config=smoke", word])
 
 
+def test_a_file_whose_name_hydras_grammar_has_not(folder: Path):
+    (folder / "mené.py").write_text(FILE)
+    assert type(compose(["config=smoke", "estimator=./mené.py:Wide"]).estimator).__name__ == "Wide"
+
+
 def test_a_setting_that_it_has_not_is_an_error():
     with pytest.raises(UserError, match=r"estimator=my_est.py:Wide has no 'noote'. Did you mean note"):
         compose(["config=smoke", "estimator=./my_est.py:Wide", "estimator.noote=1"])
