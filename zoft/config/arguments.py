@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from zoft.component import GROUPS
@@ -52,15 +52,15 @@ def quoted(parser: OverridesParser, text: str) -> str:
     A sweep's folders are called ``seed=1,task=sst2``; their paths must work as they are.
     """
     key, _, value = text.partition("=")
-    if re.search(r"""['"{}()\[\]\\]|^$""", value):
-        return text
     if not (key == "config" and Path(value).is_file()):
+        if re.search(r"""['"{}()\[\]\\]|^$""", value):
+            return text
         try:
             parser.parse_overrides([text])
             return text
         except (HydraException, ValueError):
             pass
-    return f"{key}='{value}'"
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def with_adapter(overrides: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ The places come from the types of the fields: a ``str`` is text, and so are the 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing
 from functools import lru_cache
@@ -209,7 +210,8 @@ def argument(text: str) -> str:
     where: Places = places()
     for part in key.lstrip("+").split("."):
         where = where.value if isinstance(where, Each) else where.get(part) if isinstance(where, dict) else None
-    if not equals or not isinstance(where, Text | Each) or _FUNCTION.match(value):
+    is_file = key == "config" and os.path.isfile(value)  # `a (1).yaml`: whole, where arguments are parsed
+    if is_file or not equals or not isinstance(where, Text | Each) or _FUNCTION.match(value):
         return text
     if isinstance(where, Each):
         for name in _names(value):

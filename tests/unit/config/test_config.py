@@ -200,7 +200,8 @@ def test_path_with_and_without_the_package_line():
 
 
 def test_paths_that_hydras_grammar_would_stumble_over():
-    for path in ("out/seed=0,task=x/config.yaml", "a b.yaml", "a,b.yaml"):
+    signs = [f"{sign}/a (1).yaml" for sign in ("'", '"', "{", "[", "${x}", "\\", "\\'\\", " ", "a: b#", "%", "@")]
+    for path in ("out/seed=0,task=x/config.yaml", "a b.yaml", "a,b.yaml", *signs):
         write(path, "seed: 5\n")
         assert compose([f"config={path}"]).seed == 5
     assert compose(["output_dir=out/seed=1,task=x"]).output_dir == "out/seed=1,task=x"
