@@ -380,3 +380,23 @@ def test_a_path_that_may_not_be_written_is_one_sentence_for_every_verb(wrong: ob
         "a/b.csv: Permission denied" if isinstance(wrong, OSError) else "nowhere/rows.csv: No such file or directory"
     )
     assert f"{named}: name a path that you may read and write" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(28, "No space left on device", "a/b.csv"), "the disk of a/b.csv is full"),
+        (OSError(28, "No space left on device", "from.csv", None, "to/it.csv"), "the disk of to/it.csv is full"),
+        (OSError(122, "Disk quota exceeded"), "the disk of what this command writes is full"),
+        (RuntimeError("I/O error: No space (os error 28)"), "the disk of what this command writes is full"),
+    ],
+)
+def test_a_full_disk_is_one_sentence_for_every_verb(error: Exception, named: str, monkeypatch, capsys):
+    from zoft.cli import version
+
+    def command(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(version, "command", command)
+    assert main(["version"]) == 2
+    assert capsys.readouterr().err == f"zoft: error: {named}: free some space and repeat the command\n"

@@ -103,9 +103,15 @@ def _ended(arguments: list[str]) -> int:
 
 def _of_a_path(error: Exception) -> str | None:
     """What to say of a file or folder that cannot be read or written, whichever verb met it; None of other errors."""
-    if not isinstance(error, OSError) or error.errno not in _CLOSED or error.filename is None:
+    from zoft.errors import os_error_of
+
+    said = os_error_of(error)
+    if said is not None and said.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = said.filename2 or said.filename or "what this command writes"
+        return f"the disk of {where} is full: free some space and repeat the command"
+    if said is None or said.errno not in _CLOSED or said.filename is None:
         return None
-    return f"{error.filename}: {error.strerror}: name a path that you may read and write"
+    return f"{said.filename}: {said.strerror}: name a path that you may read and write"
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from zoft.config.schema import ZoftConfig
@@ -29,13 +32,18 @@ def facts_of(run: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error}): repeat the run's command, which writes it again") from None
 
 
-def new_folder(output: str) -> Path:
-    """The folder of an export, made; it must be empty."""
+@contextmanager
+def new_folder(output: str) -> Iterator[Path]:
+    """A folder to fill, whose files come into the export's, which must be empty, once all of them are whole."""
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output={output} is there and not empty: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    # inside it, since it may be another disk, a link, or the folder that the command was started in
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as begun:
+        yield Path(begun)
+        for path in Path(begun).iterdir():
+            path.rename(folder / path.name)
 
 
 def export_folder(cfg: ZoftConfig, run: str, output: str, *, merge: bool, name: str = "") -> tuple[Path, str]:
@@ -60,15 +68,15 @@ def export_folder(cfg: ZoftConfig, run: str, output: str, *, merge: bool, name: 
     facts = facts_of(run)
     adapter = (Path(run) / "model" / "adapter_config.json").is_file()
     model = merged_model(cfg, run) if merge and adapter else None
-    folder = new_folder(output)
-    if model is not None:
-        model.save_pretrained(folder)
-    else:
-        _copy(Path(run) / "model", folder, cfg if adapter else None)
-    tokenizer_of(cfg).save_pretrained(folder)
-    kind = "adapter" if adapter and not merge else "model"
-    write_card(folder, facts, kind=kind, head=formats.model_kind(cfg.task), name=name or str(folder.absolute()))
-    return folder, kind
+    kind, name = "adapter" if adapter and not merge else "model", name or str(Path(output).absolute())
+    with new_folder(output) as folder:
+        if model is not None:
+            model.save_pretrained(folder)
+        else:
+            _copy(Path(run) / "model", folder, cfg if adapter else None)
+        tokenizer_of(cfg).save_pretrained(folder)
+        write_card(folder, facts, kind=kind, head=formats.model_kind(cfg.task), name=name)
+    return Path(output), kind
 
 
 def merged_model(cfg: ZoftConfig, run: str) -> Any:

@@ -45,12 +45,12 @@ def export_gguf(cfg: ZoftConfig, run: str, output: str, quantize: str, *, name: 
     facts, tokenizer = facts_of(run), tokenizer_of(cfg)
     model = merged_model(cfg, run)
     require(model.config, tokenizer)
-    folder = new_folder(output)
-    title = str(facts.get("run_name", "run"))
+    title, name = str(facts.get("run_name", "run")), name or str(Path(output).absolute())
     file = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title)}-{quantize}.gguf"
-    write_gguf(model, tokenizer, folder / file, quantize, title)
-    write_card(folder, facts, kind="gguf", head=kind, name=name or str(folder.absolute()), files=[file])
-    return folder
+    with new_folder(output) as folder:
+        write_gguf(model, tokenizer, folder / file, quantize, title)
+        write_card(folder, facts, kind="gguf", head=kind, name=name, files=[file])
+    return Path(output)
 
 
 def write_gguf(model: Any, tokenizer: Any, path: Path, quantize: str, name: str) -> Path:

@@ -130,6 +130,22 @@ def test_a_gguf_file_is_read_by_others(kind: str, tolerance: float, runs: Path, 
     assert f"llama-cli -m {file.name}" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("flags", [(), ("--gguf",)])
+def test_an_export_that_fails_leaves_nothing(flags: tuple[str, ...], runs: Path, tmp_path: Path, monkeypatch: Any):
+    def write(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    words = ["export", f"run={runs / 'whole'}", "output=.", *flags]
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(f"zoft.use.export.{'gguf_file' if flags else 'folder'}.write_card", write)
+        assert main(words) == 2
+    assert not any(tmp_path.iterdir())
+    assert main(words) == 0
+    assert (tmp_path / "README.md").is_file()
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
 def test_the_card_says_what_was_done(runs: Path, tmp_path: Path, capsys: Any):
     from huggingface_hub import ModelCard
 
