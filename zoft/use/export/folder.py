@@ -88,11 +88,11 @@ def merged_model(cfg: ZoftConfig, run: str) -> Any:
     from zoft.evaluation.evaluate import model_of
 
     model = model_of(cfg, run, plain=True)
-    if not hasattr(model, "merge_and_unload"):
+    if not hasattr(model, "peft_config"):
         return model
     if not hasattr(model.base_model, "merge_and_unload"):
         raise UserError(
-            f"peft={cfg.peft.name()} adds inputs and no weights, so there is nothing to merge: export without --merge"
+            f"peft={cfg.peft.name()} adds inputs and no weights to merge: export it without --merge or --gguf"
         )
     return model.merge_and_unload()
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli.test_cli_start import ROWS
 from tests.models import tiny_llama
-from tests.runs import environment
+from tests.runs import arguments, environment
 from zoft.cli import main
 from zoft.config import compose
 from zoft.evaluation.evaluate import model_of
@@ -236,6 +236,16 @@ def test_wrong_requests_are_one_sentence(
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert not (runs / "whole" / "export").exists()
+
+
+@pytest.mark.parametrize("peft", ["prefix", "prompt"])
+def test_an_adapter_of_inputs_has_nothing_to_merge(peft: str, tmp_path: Path, capsys: Any):
+    run(compose(arguments(tmp_path, tmp_path / "run", f"peft={peft}", "budget.queries=8")))
+    for flag in ("--merge", "--gguf"):
+        assert main(["export", f"run={tmp_path / 'run'}", flag]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"peft={peft} adds inputs and no weights to merge: export it without --merge or --gguf" in said
+    assert not (tmp_path / "run" / "export").exists()
 
 
 def test_a_vocabulary_without_pairs_is_refused(tmp_path: Path):
