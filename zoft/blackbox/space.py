@@ -189,7 +189,7 @@ def _not_empty(value: Any, size: int, called: str) -> Any:
 
 def _float64(value: Any) -> Tensor:
     tensor = torch.from_numpy(np.array(value, dtype=np.float64)) if isinstance(value, np.ndarray) else value
-    return tensor.to(torch.float64).clone()
+    return tensor.to(torch.float64).clone(memory_format=torch.contiguous_format)
 
 
 def _torch_dtype(like: Any) -> torch.dtype:

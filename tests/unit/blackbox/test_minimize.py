@@ -76,6 +76,18 @@ def test_a_dict_keeps_its_kinds_and_a_mutating_f_harms_nothing():
 
 
 @pytest.mark.parametrize(
+    "settings", [{}, {"learning_rate": 0.01}, {"eps": 1e-3}, {"subspace": "low_rank"}, {"bounds": (-99, 99)}]
+)
+def test_the_order_in_memory_does_not_count(settings):
+    rows, columns = np.arange(12.0).reshape(4, 3), np.asfortranarray(np.arange(12.0).reshape(4, 3))
+    expected = zoft.minimize(bowl, rows, budget=100, **settings).x
+    for x0 in (columns, torch.from_numpy(columns), torch.arange(12.0).double().view(4, 3)):
+        assert np.array_equal(np.asarray(zoft.minimize(bowl, x0, budget=100, **settings).x), expected)
+    like_it = {"scale": np.asfortranarray(rows + 1), "bounds": (columns - 9, columns + 9)}
+    assert zoft.minimize(bowl, columns, budget=100, **{**settings, **like_it}).success
+
+
+@pytest.mark.parametrize(
     ("x0", "words"),
     [
         ([], "x0 is empty"),
