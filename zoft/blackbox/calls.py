@@ -41,13 +41,19 @@ def number(value: Any) -> Value:
     if isinstance(value, BaseException):
         return value
     try:
-        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        array = _array(value)
         if array.size != 1:
             return NotANumberError(f"an array of shape {array.shape}")
-        result = float(array.reshape(-1)[0])
+        result = float(array.item())
+    except OverflowError:
+        return NotFiniteError("an integer beyond float64")
     except (TypeError, ValueError):
         return NotANumberError(f"{value!r}"[:80])
     return result if math.isfinite(result) else NotFiniteError(str(result))
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.tolist() if hasattr(value, "detach") else value)  # numpy has no bfloat16
 
 
 class Calls:
@@ -112,10 +118,9 @@ class Calls:
     def _at_once(self, points: Sequence[Any]) -> list[Value]:
         assert self.stack is not None
         try:
-            values = self.f(self.stack(points))
+            values = _array(self.f(self.stack(points)))
         except Exception as error:
             return [error] * len(points)
-        values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
         if values.shape not in ((len(points),), (len(points), 1)):
             raise UserError(
                 f"with vectorized=True f gets n points and must return n numbers: of {len(points)} points it returned "

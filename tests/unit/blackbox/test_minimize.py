@@ -396,12 +396,31 @@ def test_an_interrupt_keeps_the_best():
         (lambda x: None, "None"),
         (lambda x: 1 / 0, "ZeroDivisionError: division by zero"),
         (lambda x: math.inf, "inf"),
+        (lambda x: 10**5000, "an integer beyond float64"),
+        (lambda x: 1 + 2j, r"\(1\+2j\)"),
+        (lambda x: torch.ones((), dtype=torch.complex64), r"tensor\(1"),
         (3.0, "f must be a function"),
     ],
 )
 def test_an_f_that_gives_nothing_at_x0(f, words):
     with pytest.raises(UserError, match=words):
         zoft.minimize(f, np.zeros(3))
+
+
+def test_bfloat16_is_a_number():
+    for f, vectorized in ((lambda x: x.square().sum(), False), (lambda xs: xs.square().sum(1), True)):
+        start = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+        result = zoft.minimize(f, start, budget=100, vectorized=vectorized)
+        assert result.fun < 1
+        assert not result.failures
+
+
+def test_points_of_a_vectorised_f_fail_one_by_one():
+    result = zoft.minimize(lambda xs: [10**400 if x[0] > 0.5 else bowl(x) for x in xs], np.zeros(3), vectorized=True)
+    assert result.success
+    for values in ([[1], [1, 2]], [None], [1j]):
+        with pytest.raises(UserError, match="one finite number at x0"):
+            zoft.minimize(lambda xs, values=values: values, np.zeros(3), vectorized=True)
 
 
 def test_a_vectorised_f_must_give_a_number_for_each_point():
