@@ -51,7 +51,7 @@ class Box:
         if bounds_by != "projection" and bounds is None:
             raise UserError(f"bounds_by={bounds_by} without bounds has no effect: give bounds, or leave it out")
         self.by, self.dtypes = bounds_by, dtypes
-        of_each = _by_name(bounds, x0)
+        of_each = by_name(bounds, x0, "bounds")
         self.lower, self.upper = {}, {}
         for name, value in x0.items():
             low, high = _pair(of_each.get(name), value)
@@ -122,13 +122,14 @@ def _kinds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return from_below & from_above, from_below & ~from_above, from_above & ~from_below
 
 
-def _by_name(bounds: Any, x0: dict[str, Tensor]) -> dict[str, Any]:
-    if not isinstance(bounds, Mapping):
-        return dict.fromkeys(x0, bounds)
-    unknown = sorted(set(bounds) - set(x0))
+def by_name(values: Any, x0: dict[str, Tensor], what: str) -> dict[str, Any]:
+    """A setting of each array of x0; refuses one of an array that is not there."""
+    if not isinstance(values, Mapping):
+        return dict.fromkeys(x0, values)
+    unknown = sorted(set(values) - set(x0), key=str)
     if unknown:
-        raise UserError(f"bounds has the keys {', '.join(map(str, unknown))}, which x0 does not have")
-    return dict(bounds)
+        raise UserError(f"{what} has the keys {', '.join(map(str, unknown))}, which x0 does not have")
+    return dict(values)
 
 
 def _pair(bounds: Any, x0: Tensor) -> tuple[Any, Any]:

@@ -75,7 +75,7 @@ class MinimizeSettings:
             raise UserError(f"radius must be > 0 and finite, got {self.radius!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UserError(f"seed must be a whole number, got {self.seed!r}")
-        if self.target is not None and not isinstance(self.target, (int, float)):
+        if self.target is not None and not (isinstance(self.target, (int, float)) and self.target <= float("inf")):
             raise UserError(f"target must be a number, got {self.target!r}")
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from zoft.blackbox.bounds import Box
+from zoft.blackbox.bounds import Box, by_name
 from zoft.errors import UserError
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights
@@ -76,9 +76,9 @@ class Space:
         return f"x0[{name!r}]" if self.is_dict else "x0"
 
     def _scales(self, scale: Any) -> Values:
-        scales = {}
+        scales, of_each = {}, by_name(scale, self.x0, "scale")
         for name, value in self.x0.items():
-            factor = scale.get(name, 1.0) if isinstance(scale, Mapping) else scale
+            factor = of_each.get(name, 1.0)
             try:
                 tensor = torch.as_tensor(factor, dtype=torch.float64, device=value.device).expand(value.shape)
             except (RuntimeError, TypeError, ValueError):

@@ -460,7 +460,9 @@ def test_a_vectorised_f_must_give_a_number_for_each_point():
         ({"workers": 2, "parallel": "gpu"}, "parallel must be"),
         ({"workers": 2, "parallel": "processes"}, "cannot be sent"),
         ({"seed": 0.5}, "seed must be"),
+        ({"scale": {"y": 2.0}}, "scale has the keys y, which x0 does not have"),
         ({"target": "low"}, "target must be"),
+        ({"target": math.nan}, "target must be a number, got nan"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_f_is_called(settings, words):
