@@ -159,7 +159,8 @@ def test_cells_of_one_process_load_the_model_once_and_are_the_runs_alone(tmp_pat
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["seed=1,1"], "twice"),
+        (["seed=1,1"], "the sweep has the cell seed=1 twice"),
+        (["task=custom", "task.template=\"a b\",'a b'"], "cell task.template=a-b twice"),
         (["output_dir=a,b"], "output_dir cannot be swept"),
         (["seed=interval(0,1)"], "range(start,stop,step)"),
     ],
@@ -183,6 +184,16 @@ def test_expansion_and_names():
     assert named_after(["b=2", "a=1"], ["a", "b"]) == named_after(["a=1", "b=2"], ["a", "b"]) == "a=1,b=2"
     assert len(named_after(["a=" + "x" * 500], ["a"])) < 255
     assert named_after(["seed=1"], []) == ""
+
+
+def test_values_that_differ_in_signs_alone_have_folders_of_their_own():
+    """The same ones in every order; cells whose names are their own keep them."""
+    words = ["task=custom", 'task.template="a {text}","a {text} ",b', "task.data_seed=-1,1"]
+    names = list(expand(Loader(), words).values())
+    assert len(set(names)) == 6
+    assert all(name.startswith("task.data_seed=1,task.template=") for name in names)
+    assert set(names) == set(expand(Loader(), [*words[:2], "task.data_seed=1,-1", "budget.queries=9"]).values())
+    assert list(expand(Loader(), ["task=custom", "task.data_seed=-1,1,2"]).values())[2] == "task.data_seed=2"
 
 
 def test_table():

@@ -20,12 +20,13 @@ _UNTOLD = {
 _LONGEST = 64  # characters of a folder's name beyond the experiment's; what is longer nobody reads
 
 
-def named_after(arguments: list[str], keys: list[str]) -> str:
+def named_after(arguments: list[str], keys: list[str], *, exactly: bool = False) -> str:
     """A folder's name from the arguments that tell it from its neighbours, the same for every order of arguments.
 
     Args:
         arguments: of the run, ``key=value``.
         keys: those that belong in the name, sorted.
+        exactly: whether signs that a folder's name has not count too, in a hash.
 
     Example:
         >>> named_after(["config=a/b.yaml", "seed=1", "model.name=facebook/opt-125m"], ["config", "model.name"])
@@ -44,7 +45,8 @@ def named_after(arguments: list[str], keys: list[str]) -> str:
     name = re.sub(r"[^\w.=,+-]+", "-", ",".join(parts)).strip("-")
     if len(name) > _LONGEST:
         name = f"{name[: _LONGEST - 9]}-{zlib.crc32(name.encode()):08x}"
-    return name
+    written = repr([values[key].strip("'\"") for key in keys])
+    return f"{name}-{zlib.crc32(written.encode()):08x}" if exactly else name
 
 
 def suffix(arguments: list[str]) -> str:

@@ -196,11 +196,12 @@ def expand(loader: Loader, overrides: list[str]) -> dict[tuple[str, ...], str]:
     except HydraException as error:
         raise UserError(f"this sweep lists no values ({error}): use key=a,b or key=range(start,stop,step)") from error
     named: dict[tuple[str, ...], str] = {}
-    for cell in cells:
-        name = named_after(cell, swept)
-        if name in named.values():
+    names = [named_after(cell, swept) for cell in cells]
+    for cell, name in zip(cells, names, strict=True):
+        folder = name if names.count(name) == 1 else named_after(cell, swept, exactly=True)
+        if folder in named.values():
             raise UserError(f"the sweep has the cell {name or 'without values'} twice: drop the repeated value")
-        named[tuple(cell)] = name
+        named[tuple(cell)] = folder
     return named
 
 
