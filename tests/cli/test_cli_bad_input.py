@@ -360,6 +360,16 @@ def test_interruption_and_failure_have_their_codes(monkeypatch: pytest.MonkeyPat
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_file_where_a_folder_is_written_is_one_sentence(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"queries": 1}\n')
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "taken").touch()
+    assert main(["compare", "run", "output=taken"]) == 2
+    assert "taken: File exists: name a path" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", [PermissionError(13, "Permission denied", "a/b.csv"), "predictions"])
 def test_a_path_that_may_not_be_written_is_one_sentence_for_every_verb(wrong: object, monkeypatch, capsys, tmp_path):
     """Also where a verb has not looked before: here the file's folder is not there when it is written."""
