@@ -14,6 +14,7 @@ from omegaconf._utils import get_yaml_loader
 from zoft.config import auto, own, texts
 from zoft.config.catalog import ORDER, choices, preset_files
 from zoft.errors import UserError, did_you_mean
+from zoft.utils.files import at_home
 
 
 class Experiments:
@@ -75,7 +76,7 @@ def find(choice: str) -> Path:
         UserError: no such file or experiment; the near ones are named.
     """
     if is_path(choice):
-        file = Path(choice).expanduser()
+        file = at_home(choice)
         if file.is_dir():
             raise UserError(f"config={choice} is a folder; name a YAML file in it")
         if not file.is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from zoft.engines._elsewhere import Elsewhere
@@ -12,6 +11,7 @@ from zoft.lm.data.files import ASSET
 from zoft.optimizers.whiten import unread_bound
 from zoft.subspaces.nodes import OF_AN_ADAPTER
 from zoft.trainer.values import unread_forwards
+from zoft.utils.files import at_home
 
 
 def refuse_without_effect(cfg: Any) -> None:
@@ -43,7 +43,7 @@ def refuse_steps(trainer: Mapping[str, Any], given: Collection[str]) -> None:
 
 def _of_model(cfg: Any) -> Iterator[str]:
     model, update = cfg.model, cfg.precision.update
-    if model.revision is not None and (model.name.startswith(ASSET) or Path(model.name).expanduser().is_dir()):
+    if model.revision is not None and (model.name.startswith(ASSET) or at_home(model.name).is_dir()):
         what = "an asset of one version" if model.name.startswith(ASSET) else "a folder, which has no revisions"
         yield f"model.revision={model.revision} does nothing: model.name={model.name} is {what}: leave it out"
     if model.dtype == "float32" and update != "auto":

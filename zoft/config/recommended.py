@@ -17,6 +17,7 @@ from zoft.lm import formats
 from zoft.lm.data.files import ASSET, SUFFIXES
 from zoft.lm.objectives.base import Objective
 from zoft.lm.tasks.base import Task
+from zoft.utils.files import at_home
 
 METHOD_GROUPS = ("subspace", "estimator", "weighting", "optimizer")
 """Who chooses one of these composes a method by hand."""
@@ -159,7 +160,7 @@ def _has_other_experts(name: str) -> bool:
 
 def _folder(name: str) -> Path:
     """Where a model lies on this machine: a folder, or the hub's cache."""
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     if folder.is_dir() or name.startswith("zoft:"):
         return folder
     from huggingface_hub import try_to_load_from_cache

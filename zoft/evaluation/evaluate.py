@@ -18,7 +18,7 @@ from zoft.lm.tasks._rows import RowsTask, permutation
 from zoft.lm.tasks.base import Task, with_demonstrations
 from zoft.report.results import finished
 from zoft.run import folder
-from zoft.utils.files import write_atomically
+from zoft.utils.files import at_home, write_atomically
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -235,7 +235,7 @@ def _base_of(adapter: Path, name: str) -> str:
     from zoft.lm.models.peft._positions import adapter_config
 
     # a config that names a local folder of another machine: the adapter knows where its base was
-    if Path(name).expanduser().is_dir():
+    if at_home(name).is_dir():
         return name
     base = adapter_config(adapter).get("base_model_name_or_path")
     return base if isinstance(base, str) and Path(base).is_absolute() and Path(base).is_dir() else name

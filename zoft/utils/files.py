@@ -13,11 +13,16 @@ from typing import IO
 _UNFINISHED = re.compile(r"\.(.+)\.\d+\.new")  # the name that a file has until it is whole
 
 
+def at_home(path: str) -> Path:
+    """A path as users write it, ``~`` for the home; a folder that is called ``~x`` is itself without a user x."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_dir() -> Path:
     """$ZOFT_CACHE, else $XDG_CACHE_HOME/zoft, else ~/.cache/zoft. It may not exist yet."""
     if folder := os.environ.get("ZOFT_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zoft"
+        return at_home(folder)
+    return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zoft"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

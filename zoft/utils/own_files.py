@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from zoft.errors import UserError
+from zoft.utils.files import at_home
 
 _CHOICE = re.compile(r"(?P<path>.+\.py):(?P<name>\w*)", re.S)
 
@@ -30,7 +31,7 @@ def split(text: object) -> tuple[str, str] | None:
 def absolute(text: str) -> str:
     """The same choice from wherever it is read."""
     path, _, name = text.rpartition(":")
-    return f"{Path(path).expanduser().resolve()}:{name}"
+    return f"{at_home(path).resolve()}:{name}"
 
 
 def module_of(path: str, where: str) -> tuple[types.ModuleType, str]:
@@ -39,7 +40,7 @@ def module_of(path: str, where: str) -> tuple[types.ModuleType, str]:
     Raises:
         UserError: it is not there, or Python cannot import it.
     """
-    file = Path(path).expanduser().resolve()
+    file = at_home(path).resolve()
     if not file.is_file():
         raise UserError(f"{where}: there is no file {path}; give FILE.py:Name")
     sha = digest(str(file))

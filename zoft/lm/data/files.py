@@ -12,6 +12,7 @@ from zoft.errors import UserError, did_you_mean
 from zoft.lm.data import _json, _parquet
 from zoft.lm.data._json import lines_of
 from zoft.lm.hub import not_here, not_waited_for, out_of_reach
+from zoft.utils.files import at_home
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -91,7 +92,7 @@ def located(source: str) -> Path:
         ('sms_spam.csv', 'mail.csv')
     """
     if not source.startswith(ASSET):
-        return Path(source).expanduser()
+        return at_home(source)
     from zoft.lm.data.assets import ASSETS, fetch
 
     name = source.removeprefix(ASSET)

@@ -9,6 +9,7 @@ from typing import Any
 
 from zoft.errors import UserError
 from zoft.lm.hub import has_cached, not_here, out_of_reach
+from zoft.utils.files import at_home
 
 _LARGEST = {"config.json": 1 << 24, "tokenizer.json": 1 << 29, "index": 1 << 27}  # bytes
 _MOST_LAYERS = 2000
@@ -34,7 +35,7 @@ def placed(name: str) -> str:
 
         return str(fetch(name.removeprefix("zoft:")))
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    path = Path(name).expanduser()
+    path = at_home(name)
     if looks_local and not path.is_dir():
         raise UserError(f"there is no model folder {name} (looked in {Path.cwd()})")
     if path.is_dir():

@@ -21,13 +21,13 @@ def portable_name(name: str) -> str:
         ('HuggingFaceTB/SmolLM2-135M-Instruct', 'Qwen/Qwen3-0.6B')
     """
     from zoft.lm.data.assets import ASSETS
-    from zoft.utils.files import cache_dir
+    from zoft.utils.files import at_home, cache_dir
 
     for asset in ASSETS.values():
         cached = (cache_dir() / asset.target).absolute()
-        if asset.hub and (name == f"zoft:{asset.name}" or Path(name).expanduser().absolute() == cached):
+        if asset.hub and (name == f"zoft:{asset.name}" or at_home(name).absolute() == cached):
             return asset.hub
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     return str(folder.absolute()) if folder.is_dir() else name
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
@@ -18,7 +17,7 @@ from zoft.lm.metrics.libraries import number_of
 from zoft.lm.objectives._grading import judges, name_of, raised
 from zoft.lm.objectives._written import WrittenObjective
 from zoft.lm.objectives.base import Batch
-from zoft.utils import own_files
+from zoft.utils import files, own_files
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.utils.meeting import met
 
@@ -79,7 +78,7 @@ class Reward(WrittenObjective):
     def own_code(self) -> dict[str, str]:
         """The function's file, where it is named by one."""
         named = own_files.split(self.function)
-        file = Path(named[0]).expanduser() if named else None
+        file = files.at_home(named[0]) if named else None
         digests = {f"{file.name}:{named[1]}": own_files.digest(str(file))} if named and file and file.is_file() else {}
         return super().own_code() | digests
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
+from zoft.utils.files import at_home
 
 
 @dataclass
@@ -96,7 +97,7 @@ def load_named(name: str) -> Loaded:
     from zoft.lm.models.peft._load import base_of
 
     quiet()
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     if (folder / "adapter_config.json").is_file():
         base, revision = base_of(folder)
         tokenizer_name = name if (folder / "tokenizer_config.json").is_file() else base
