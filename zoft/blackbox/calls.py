@@ -41,7 +41,7 @@ def number(value: Any) -> Value:
     if isinstance(value, BaseException):
         return value
     try:
-        array = _array(value)
+        array = np.asarray(value.tolist() if hasattr(value, "detach") else value)  # numpy has no bfloat16
         if array.size != 1:
             return NotANumberError(f"an array of shape {array.shape}")
         result = float(array.item())
@@ -50,10 +50,6 @@ def number(value: Any) -> Value:
     except (TypeError, ValueError):
         return NotANumberError(f"{value!r}"[:80])
     return result if math.isfinite(result) else NotFiniteError(str(result))
-
-
-def _array(value: Any) -> np.ndarray:
-    return np.asarray(value.tolist() if hasattr(value, "detach") else value)  # numpy has no bfloat16
 
 
 class Calls:
@@ -118,7 +114,8 @@ class Calls:
     def _at_once(self, points: Sequence[Any]) -> list[Value]:
         assert self.stack is not None
         try:
-            values = _array(self.f(self.stack(points)))
+            values = self.f(self.stack(points))
+            values = np.asarray(values.tolist() if hasattr(values, "detach") else values)
         except Exception as error:
             return [error] * len(points)
         if values.shape not in ((len(points),), (len(points), 1)):

@@ -84,9 +84,8 @@ def _ended(arguments: list[str]) -> int:
         return _dispatch(arguments)
     except KeyboardInterrupt as stop:
         _leave_at_the_next()
-        requeued = any(
-            cls.__name__ == "Requeued" for cls in type(stop).__mro__
-        )  # by name: it need not be loaded for Ctrl-C
+        # by name: it need not be loaded for Ctrl-C
+        requeued = any(cls.__name__ == "Requeued" for cls in type(stop).__mro__)
         _complain(str(stop) or ("stopped by a signal; the same command goes on" if requeued else "interrupted"))
         return REQUEUE if requeued else INTERRUPTED
     except BrokenPipeError:  # `zoft ls | head`
@@ -106,13 +105,12 @@ def _of_a_path(error: Exception) -> str | None:
     """What to say of a file or folder that cannot be read or written, whichever verb met it; None of other errors."""
     from zoft.errors import os_error_of
 
-    said = os_error_of(error)
-    if said is not None and said.errno in (errno.ENOSPC, errno.EDQUOT):
+    said = os_error_of(error) or OSError()
+    if said.errno in (errno.ENOSPC, errno.EDQUOT):
         where = said.filename2 or said.filename or "what this command writes"
         return f"the disk of {where} is full: free some space and repeat the command"
-    if said is None or said.errno not in _CLOSED or said.filename is None:
-        return None
-    return f"{said.filename}: {said.strerror}: name a path that you may read and write"
+    is_closed = said.errno in _CLOSED and said.filename is not None
+    return f"{said.filename}: {said.strerror}: name a path that you may read and write" if is_closed else None
 
 
 def _dispatch(arguments: list[str]) -> int:

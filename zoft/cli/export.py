@@ -34,11 +34,8 @@ OPTIONS = ("--quantize", "--push")
 def command(arguments: list[str]) -> int:
     """Export."""
     words = read_words("export", arguments, keys=KEYS, flags=FLAGS, options=OPTIONS, bare=False)
-    asked, overrides, flags = (
-        words.own | {name.lstrip("-"): text for name, text in words.options.items()},
-        words.rest,
-        words.flags,
-    )
+    asked = words.own | {name.lstrip("-"): text for name, text in words.options.items()}
+    overrides, flags = words.rest, words.flags
     _check(asked, flags)
     _refuse_unread(asked["run"], overrides, flags)
     from zoft.cli.train import _quiet

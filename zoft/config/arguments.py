@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,9 @@ def quoted(parser: OverridesParser, text: str) -> str:
     if not (key == "config" and Path(value).is_file()):
         if re.search(r"""['"{}()\[\]\\]|^$""", value):
             return text
-        try:
+        with suppress(HydraException, ValueError):
             parser.parse_overrides([text])
             return text
-        except (HydraException, ValueError):
-            pass
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 

@@ -9,14 +9,8 @@ import zlib
 from zoft.config.experiments import is_path
 from zoft.utils import own_files
 
-_UNTOLD = {
-    "config",
-    "seed",
-    "output_dir",
-    "launcher",
-    "tracker",
-    "diagnostics",
-}  # in the name already, or no part of what is run
+# in the name already, or no part of what is run
+_UNTOLD = {"config", "seed", "output_dir", "launcher", "tracker", "diagnostics"}
 _LONGEST = 64  # characters of a folder's name beyond the experiment's; what is longer nobody reads
 
 

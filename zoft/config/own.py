@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -52,7 +51,7 @@ def register(group: str, choice: str) -> str:
 
 def hydra_name(prefix: str, path: str) -> str:
     """A name for a file that no other path has; Hydra's grammar knows no letters beyond ASCII."""
-    return f"{prefix}{re.sub('[^A-Za-z0-9_]', '_', path)}_{zlib.crc32(os.fsencode(path)):08x}"
+    return f"{prefix}{re.sub('[^A-Za-z0-9_]', '_', path)}_{zlib.crc32(path.encode('utf-8', 'surrogateescape')):08x}"
 
 
 def register_named(overrides: Iterable[str]) -> set[tuple[str, str]]:
