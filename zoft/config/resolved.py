@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -11,6 +10,7 @@ from zoft.component import GROUPS, Component, components
 from zoft.config.loader import compose
 from zoft.config.own import words
 from zoft.config.schema import ZoftConfig
+from zoft.utils.files import at_home
 from zoft.utils.own_files import digest
 
 DATA = "# task."
@@ -41,7 +41,7 @@ def resolved_yaml(source: ZoftConfig | list[str]) -> str:
 def data_lines(cfg: ZoftConfig) -> list[str]:
     """A line for each file of rows that the task reads, with its digest: with other rows it would be another run."""
     named = {key: str(getattr(cfg.task, key, None) or "") for key in ("train", "validation")}
-    files = {key: path for key, name in named.items() if (path := Path(name).expanduser()).is_file()}
+    files = {key: path for key, name in named.items() if (path := at_home(name)).is_file()}
     return [f"{DATA}{key}: {named[key]} has the SHA-256 {digest(str(path))}" for key, path in files.items()]
 
 
