@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
 from zoft.lm.data.examples import Completion
+from zoft.lm.data.packing import num_shared
 from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def encode_completions(
     eos = tokenizer.eos_token_id
     rows = []
     for example, prompt, ids in zip(examples, prompts, whole, strict=True):
-        begins = max(1, _common(prompt, ids))  # nothing predicts the first token
+        begins = max(1, num_shared((prompt, ids)))  # nothing predicts the first token
         if begins >= len(ids):
             raise UserError(f"{example.where}: the completion adds no token to its prompt")
         if eos is not None and ids[-1] != eos:
@@ -72,14 +73,6 @@ def without_beginning(ids: list[int], cut: int, bos: int | None) -> list[int]:
     """
     marked = cut and bos is not None and ids[0] == bos
     return [ids[0], *ids[1 + cut :]] if marked else ids[cut:]
-
-
-def _common(first: list[int], second: list[int]) -> int:
-    """How many first tokens two sequences share."""
-    for place, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return place
-    return min(len(first), len(second))
 
 
 @dataclass

@@ -39,7 +39,7 @@ def encode_generated(
         and, but for rewards, what :func:`zoft.lm.data.tokens.encode` gives of the gold answer.
     """
     plain = [_plain(example, max_new_tokens) for example in examples]
-    prompts = encode_prompts(plain, tokenizer, max_length)
+    prompts = encode_prompts(plain, tokenizer, max_length, continued=True)
     rows = (
         [{"input_ids": row["input_ids"]} for row in prompts]
         if isinstance(examples[0], Rated)

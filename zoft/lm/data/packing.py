@@ -81,7 +81,7 @@ def pack(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any] | 
 def _tree(sequences: list[list[int]], lengths: list[int]) -> _Tree:
     # the last token of a sequence predicts nothing
     fed = [sequence[:-1] for sequence in sequences]
-    shared = _common(fed)
+    shared = num_shared(fed)
     tree = _Tree(fed[0][:shared], [0] * shared, list(range(shared)))
     for option, (ids, length) in enumerate(zip(fed, lengths, strict=True), start=1):
         begins = len(tree.tokens)
@@ -95,7 +95,7 @@ def _tree(sequences: list[list[int]], lengths: list[int]) -> _Tree:
     return tree
 
 
-def _common(sequences: list[list[int]]) -> int:
+def num_shared(sequences: Sequence[list[int]]) -> int:
     """How many first tokens all of them share."""
     first, *others = sequences
     # the first place where one of the others differs, or ends

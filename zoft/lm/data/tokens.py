@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
+from zoft.lm.data.completions import without_beginning
 from zoft.lm.data.examples import Example
-from zoft.lm.data.packing import pack
+from zoft.lm.data.packing import num_shared, pack
 from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
         options are right, ``also_right`` has the indices of the others; where answers are generated, ``answers`` has
         the gold ones.
     """
-    # all prompts in one call, and all prompts with options in another: a fast tokenizer works on lists
-    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
-    whole = tokenizer([e.prompt + option for e in examples for option in e.options])["input_ids"]
-    rows, first = [], 0
-    for example, prompt in zip(examples, prompts, strict=True):
+    # all prompts and then all prompts with options, in one call: a fast tokenizer works on lists
+    texts = [e.prompt for e in examples] + [e.prompt + option for e in examples for option in e.options]
+    whole = open_ended(texts, tokenizer)
+    rows, first = [], len(examples)
+    for example, prompt in zip(examples, whole[:first], strict=True):
         sequences = whole[first : first + len(example.options)]
         first += len(example.options)
         if not prompt:  # the first token of an answer is predicted from something
@@ -59,18 +60,30 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
     return rows
 
 
-def encode_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+def open_ended(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts that something stands behind: without the marks that a tokenizer may put at a text's end."""
+    *rows, empty = tokenizer([*texts, ""])["input_ids"]
+    # a text shares the marks at its beginning with the empty one, whose other marks are those of the end
+    num_end = len(empty) - num_shared((empty, max(rows, key=len)))
+    return [ids[: len(ids) - num_end] for ids in rows]
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, *, continued: bool = False
+) -> list[Row]:
     """Token ids of the prompts alone: for answers that are generated, and for a classification head.
 
     Args:
         examples: what the task made.
         tokenizer: the model's.
         max_length: tokens kept of a prompt, with room for the answer that is generated behind it.
+        continued: whether there is one; a head reads a text with the mark at its end, some at that very mark.
 
     Returns:
         Rows with ``input_ids`` and ``label``; and ``answers``, the gold ones, where answers are generated.
     """
-    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+    texts = [e.prompt for e in examples]
+    prompts = open_ended(texts, tokenizer) if continued else tokenizer(texts)["input_ids"]
     return [
         {"input_ids": _cut(ids, max_length - e.max_new_tokens, tokenizer.bos_token_id), "label": e.label} | _gold(e)
         for e, ids in zip(examples, prompts, strict=True)
@@ -119,11 +132,8 @@ def _refuse_alike(example: Example, sequences: list[list[int]]) -> None:
 
 
 def _cut(ids: list[int], max_length: int, bos: int | None) -> list[int]:
-    if len(ids) <= max_length:
-        return ids
-    tail = ids[len(ids) - max_length :]
     # the beginning-of-text mark stays: models have learnt to attend to it
-    return [ids[0], *tail[1:]] if bos is not None and ids[0] == bos else tail
+    return without_beginning(ids, max(0, len(ids) - max_length), bos)
 
 
 @dataclass

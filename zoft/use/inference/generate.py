@@ -61,7 +61,9 @@ def plain_ids(loaded: Loaded, prompt: str) -> list[int]:
     Raises:
         UserError: there are none, or more than the model has positions for.
     """
-    return _checked(loaded, loaded.tokenizer(prompt)["input_ids"])
+    from zoft.lm.data.tokens import open_ended
+
+    return _checked(loaded, open_ended([prompt], loaded.tokenizer)[0])
 
 
 def chat_ids(loaded: Loaded, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -208,6 +208,17 @@ DOES_NOT_FIT = [
     ),
     ({"t": "a", "label": 2}, {"prompt": "head", "template": "{t}", "words": {0: "a", 1: "b"}}, r"'2' has no class"),
     ({"t": "a", "text": "b", "label": 0}, {"columns": {"text": "t"}, "template": "{t}"}, r"leave one of them out"),
+    *(
+        (row, {"template": f"{{{column}}} {{{text}}}"}, rf"task.template names '{column}', .*the {role}")
+        for row, text, column, role in (
+            ({"text": "a", "label": 0}, "text", "label", "label"),
+            ({"question": "a", "options": ["b", "c"], "correct": "b"}, "question", "correct", "answer"),
+            ({"prompt": "a", "response": "b"}, "prompt", "response", "completion"),
+            ({"prompt": "a", "chosen": "b", "rejected": "c"}, "prompt", "rejected", "rejected"),
+            ({"prompt": "a", "reward": 1}, "prompt", "reward", "reward"),
+        )
+    ),
+    ({"text": "a", "label": 0}, {"prompt": "head", "template": "{label} {text}"}, r"task.template names 'label'"),
     (
         {"text": "b", "label": 0},
         {"columns": {"text": "text"}},

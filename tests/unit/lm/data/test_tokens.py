@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
+from tests.runs import tiny_tokenizer
 from zoft.errors import UserError
-from zoft.lm.data.tokens import OptionCollator, encode
+from zoft.lm.data.examples import Completion
+from zoft.lm.data.generated import encode_generated
+from zoft.lm.data.tokens import OptionCollator, encode, encode_prompts
 from zoft.lm.models.load import load_tokenizer
 from zoft.lm.tasks import Example
 
@@ -71,6 +75,25 @@ def test_a_tokenizer_without_a_first_token_is_cut_plainly():
 
     (row,) = encode([Example("abcdefghij", ("k",), 0)], Plain(), 4)
     assert row["sequences"] == [[ord(c) for c in "hijk"]]
+
+
+def test_what_is_continued_has_no_mark_of_its_end():
+    """A tokenizer with add_eos_token=True: options stand behind words, and an answer is written behind the prompt."""
+    ending = tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 2)]
+    )
+    bos, eos = 0, 2
+    free, win, yes, no = tiny_tokenizer()("free win yes no")["input_ids"]
+    asked = [Example("free win", (" yes", " no"), 1), Example("", (" yes", " no win"), 1)]
+    rows = encode(asked, ending, 100)
+    assert rows[0]["sequences"] == [[bos, free, win, yes], [bos, free, win, no]]
+    assert rows[1]["sequences"] == [[bos, yes], [bos, no, win]]
+    assert [row["lengths"] for row in rows] == [[1, 1], [1, 2]]
+    (written,) = encode_generated([Completion("free win", " yes", "x:1")], ending, 100, 4)
+    assert (written["prompt_ids"], written["sequences"]) == ([bos, free, win], [[bos, free, win, yes]])
+    # a head reads a text as the tokenizer ends it: BART's at that very mark
+    assert encode_prompts(asked, ending, 100)[0]["input_ids"] == [bos, free, win, eos]
 
 
 def test_an_option_that_adds_nothing_is_refused(tokenizer):

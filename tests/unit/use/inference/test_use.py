@@ -17,6 +17,7 @@ from zoft.config import compose
 from zoft.errors import UserError
 from zoft.run.train import run
 from zoft.use.inference.chat import beside
+from zoft.use.inference.generate import plain_ids
 from zoft.use.inference.load import load_run
 
 TEMPLATE = (
@@ -160,6 +161,17 @@ def test_texts_are_written_alike_by_a_seed(runs: Path, capsys: Any):
     assert len({text("temperature=5", f"seed={seed}") for seed in range(4)}) > 1
     assert json.loads(text("--json"))["prompt"] == "is it free"
     assert main(["generate", f"model={runs / 'model'}", "prompt=is it", "max_new_tokens=3", "--chat"]) == 0
+
+
+def test_a_prompt_is_continued_before_the_mark_that_its_tokenizer_ends_texts_with(runs: Path):
+    from tokenizers.processors import TemplateProcessing
+
+    loaded = load_run(str(runs / "out/instruct"), [])
+    assert plain_ids(loaded, "is it") == loaded.tokenizer("is it")["input_ids"]
+    loaded.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 2)]
+    )
+    assert plain_ids(loaded, "is it") == loaded.tokenizer("is it")["input_ids"][:-1]
 
 
 def test_a_conversation_in_a_process(runs: Path):
