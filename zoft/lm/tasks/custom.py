@@ -280,6 +280,11 @@ class Custom(Task):
     def _maker(self, reading: Reading) -> Callable[[Any, str], Any]:
         """(row, place) -> example, for this format."""
         template = rows.Template.of(self.template) if self.template else None
+        written = tuple(template.columns if template else ())
+        for role, column in reading.columns.items():
+            if column in written and role != "choices":
+                why = f"the column of the {role}, and a prompt that says it leaves nothing to learn"
+                raise UserError(f"task.template names {column!r}, {why}: take {{{column}}} out")
         more: dict[str, Any] = {"columns": reading.columns}
         if reading.format != "chat":
             more["template"] = template
@@ -291,7 +296,6 @@ class Custom(Task):
             }
             if self.prompt != "aligned":
                 more["template"] = rows.Template.bare(template.columns if template else [reading.columns["text"]])
-        written = tuple(template.columns if template else ())
         return _Noting(partial(getattr(rows, reading.format), **more), reading.used + written, written)
 
     def _words(self, column: str) -> dict[str, str]:
