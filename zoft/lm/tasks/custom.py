@@ -207,7 +207,15 @@ class Custom(Task):
         role = _ANSWERS[reading.format]
         answer = names[0] if names else 0 if role == "answer" else "?"
         known = {reading.columns[role]: answer} if role in reading.columns else {}
-        return lambda row, where: example_of({**row, **known}, where), names
+        optional = {*known, reading.columns.get("input"), reading.columns.get("system")}
+
+        def example(row: Any, where: str) -> Any:
+            for name in example_of.used:
+                if name not in optional:  # asked before the answer stands among the columns that an error lists
+                    rows.value_of(row, name, where)
+            return example_of({**row, **known}, where)
+
+        return example, names
 
     def _counts(self, num_test: int, num_rows: int) -> tuple[int, int]:
         """Held-out and dev rows: as set, or shares of a small file where they are the defaults.
@@ -277,7 +285,7 @@ class Custom(Task):
     def _chosen(self, source: str, split: str, example_of: Callable[[Any, str], Any], wanted: int) -> list[Any]:
         return choose(partial(read_placed, source, split), example_of, wanted, self.data_seed)
 
-    def _maker(self, reading: Reading) -> Callable[[Any, str], Any]:
+    def _maker(self, reading: Reading) -> _Noting:
         """(row, place) -> example, for this format."""
         template = rows.Template.of(self.template) if self.template else None
         written = tuple(template.columns if template else ())

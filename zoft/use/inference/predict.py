@@ -55,7 +55,8 @@ def predict(run: str, data: str, output: str, overrides: list[str]) -> Predicted
     examples = [examples_of(row, where) for where, row in placed]
     predictions = _found(cfg, run, examples, labels)
     rows = [row | more for (_, row), more in zip(placed, predictions, strict=True)]
-    taken = sorted(set(predictions[0]) & set(placed[0][1]))
+    added = {name for more in predictions for name in (_flat(more) if output.endswith(".csv") else more)}
+    taken = sorted(added & {name for _, row in placed for name in row})
     if taken:
         raise UserError(f"{data} has a column called {taken[0]!r}, as the prediction would be: rename it")
     _write(output, rows)
@@ -102,12 +103,17 @@ def _check_output(output: str, data: str) -> None:
         raise UserError(f"output={output}: there is no folder {path.parent}")
 
 
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """With each probability in a column of its own, called ``p(LABEL)``."""
+    return row | {f"p({label})": share for label, share in row.get("probabilities", {}).items()}
+
+
 def _write(output: str, rows: list[dict[str, Any]]) -> None:
-    """A csv's probabilities are a column each, called ``p(LABEL)``; a jsonl's one object."""
+    """A csv's probabilities are a column each; a jsonl's one object."""
     if output.endswith(".jsonl"):
         write_atomically(Path(output), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
         return
-    flat = [{**row, **{f"p({k})": v for k, v in row.get("probabilities", {}).items()}} for row in rows]
+    flat = [_flat(row) for row in rows]
     columns = list(dict.fromkeys(key for row in flat for key in row if key != "probabilities"))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="", lineterminator="\n")

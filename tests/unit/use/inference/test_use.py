@@ -216,7 +216,10 @@ def test_columns_fit_the_terminal():
         (["predict", "run=RUN", "data=nowhere.csv"], "there is no data file nowhere.csv"),
         (["predict", "run=RUN", "data=new.csv", "output=x.txt"], "must end in .csv or .jsonl"),
         (["predict", "run=RUN", "data=new.csv", "output=new.csv"], "is the file that is read"),
-        (["predict", "run=RUN", "data=bad.csv"], "bad.csv:2 has no 'text'"),
+        (["predict", "run=RUN", "data=bad.csv"], "bad.csv:2 has no 'text' (its columns: id, txt)"),
+        (["predict", "run=WRITER", "data=bad.csv"], "bad.csv:2 has no 'prompt' (its columns: id, txt)"),
+        (["predict", "run=RUN", "data=taken.jsonl"], "taken.jsonl has a column called 'prediction'"),
+        (["predict", "run=RUN", "data=p.csv"], "p.csv has a column called 'p(no)'"),
         (["predict", "run=CHAT", "data=new.csv"], "try the model with zoft chat"),
         (["predict", "runs/mine"], "Did you mean run=runs/mine?"),
         (["predict", "--data=x"], "Did you mean data=x?"),
@@ -237,8 +240,15 @@ def test_wrong_requests_are_one_sentence(
     monkeypatch.chdir(tmp_path)
     new_rows(tmp_path / "new.csv")
     (tmp_path / "bad.csv").write_text("id,txt\n1,x\n")
+    (tmp_path / "p.csv").write_text("text,p(no)\nx,mine\n")
+    (tmp_path / "taken.jsonl").write_text('{"text": "x"}\n{"text": "y", "prediction": "mine"}\n')
     names = sorted(path.name for path in tmp_path.iterdir())
-    places = {"RUN": runs / "out/classify", "CHAT": runs / "out/chat", "MODEL": runs / "model"}
+    places = {
+        "RUN": runs / "out/classify",
+        "CHAT": runs / "out/chat",
+        "WRITER": runs / "out/instruct",
+        "MODEL": runs / "model",
+    }
     given = [
         f"{key}={places.get(value, value)}" if sign else key for key, sign, value in (w.partition("=") for w in words)
     ]
