@@ -112,8 +112,10 @@ def require_writer(loaded: Loaded) -> None:
     """Refuse a model that writes no text."""
     from zoft.lm.logits.call import inner
 
-    if not hasattr(loaded.model, "generate") or "ForCausalLM" not in type(inner(loaded.model)).__name__:
-        kind = type(inner(loaded.model)).__name__
+    bare = inner(loaded.model)
+    # an encoder has a class that generates too, whose tokens see those behind them: its config says is_decoder=False
+    if not bare.can_generate() or not getattr(bare.config, "is_decoder", True):
+        kind = type(bare).__name__
         raise UserError(f"{loaded.name} is a {kind}, which writes no text: zoft predict gives its labels")
 
 

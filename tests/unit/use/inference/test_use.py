@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
+from tests import models
 from tests.cli.test_cli_start import ROWS, words_of
-from tests.runs import model_folder, zoft
+from tests.runs import model_folder, tiny_tokenizer, zoft
 from zoft.cli import main
 from zoft.config import compose
 from zoft.errors import UserError
 from zoft.run.train import run
 from zoft.use.inference.chat import beside
 from zoft.use.inference.generate import plain_ids
-from zoft.use.inference.load import load_run
+from zoft.use.inference.load import Loaded, load_run, require_writer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}is {% endif %}"
@@ -172,6 +173,20 @@ def test_a_prompt_is_continued_before_the_mark_that_its_tokenizer_ends_texts_wit
         single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 2)]
     )
     assert plain_ids(loaded, "is it") == loaded.tokenizer("is it")["input_ids"][:-1]
+
+
+def test_who_can_write_is_asked_of_the_model(tmp_path: Path, capsys: Any):
+    """And not of its class's name: GPT-2's and BERT's are both LMHeadModel, and BERT's tokens see what follows."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    models.tiny_gpt2().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert main(["generate", f"model={tmp_path}", "prompt=is it", "max_new_tokens=3"]) == 0
+    bert = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    for model in (BertLMHeadModel(BertConfig(**bert)), models.tiny_bert_classifier()):
+        with pytest.raises(UserError, match=r"mine is a Bert.*, which writes no text: zoft predict gives its labels"):
+            require_writer(Loaded(model, None, "mine"))
+    require_writer(Loaded(models.tiny_llama(), None, "mine"))
 
 
 def test_a_conversation_in_a_process(runs: Path):
