@@ -39,7 +39,9 @@ def command(arguments: list[str]) -> int:
     loaded = loaded_of("generate", asked, overrides)
     as_chat = "--chat" in flags or loaded.is_chat
     ids = [
-        chat_ids(loaded, [{"role": "user", "content": prompt}]) if as_chat else plain_ids(loaded, prompt)
+        chat_ids(loaded, [{"role": "user", "content": prompt}], how.max_new_tokens)
+        if as_chat
+        else plain_ids(loaded, prompt, how.max_new_tokens)
         for prompt in prompts
     ]
     texts = [written(loaded, [one], how)[0] for one in ids]

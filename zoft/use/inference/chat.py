@@ -80,11 +80,11 @@ class Talk:
                 say(beside(base.ask(text, self._base), answer, self.width) if self.compare else answer)
 
     def _tuned(self, messages: list[Message]) -> str:
-        return written(self.loaded, [chat_ids(self.loaded, messages)], self.how)[0]
+        return written(self.loaded, [chat_ids(self.loaded, messages, self.how.max_new_tokens)], self.how)[0]
 
     def _base(self, messages: list[Message]) -> str:
         with self.loaded.base() as model:
-            return written(self.loaded, [chat_ids(self.loaded, messages)], self.how, model)[0]
+            return written(self.loaded, [chat_ids(self.loaded, messages, self.how.max_new_tokens)], self.how, model)[0]
 
 
 def beside(base: str, tuned: str, width: int) -> str:

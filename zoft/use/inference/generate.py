@@ -55,22 +55,22 @@ def written(loaded: Loaded, prompts: Sequence[Sequence[int]], how: WritingSettin
     return sampled.texts
 
 
-def plain_ids(loaded: Loaded, prompt: str) -> list[int]:
+def plain_ids(loaded: Loaded, prompt: str, new_tokens: int) -> list[int]:
     """A prompt's tokens, as the tokenizer begins a text.
 
     Raises:
-        UserError: there are none, or more than the model has positions for.
+        UserError: there are none, or with the new ones more than the model has positions for.
     """
     from zoft.lm.data.tokens import open_ended
 
-    return _checked(loaded, open_ended([prompt], loaded.tokenizer)[0])
+    return _checked(loaded, open_ended([prompt], loaded.tokenizer)[0], new_tokens)
 
 
-def chat_ids(loaded: Loaded, messages: Sequence[dict[str, str]]) -> list[int]:
+def chat_ids(loaded: Loaded, messages: Sequence[dict[str, str]], new_tokens: int) -> list[int]:
     """The tokens of a conversation up to where the assistant answers.
 
     Raises:
-        UserError: the model has no chat template, or it refuses these messages.
+        UserError: the model has no chat template, it refuses these messages, or they leave too few positions.
     """
     require_template(loaded)
     try:
@@ -78,7 +78,7 @@ def chat_ids(loaded: Loaded, messages: Sequence[dict[str, str]]) -> list[int]:
     except Exception as error:  # whatever a template does
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"the chat template of {loaded.name} refuses this conversation: {reason:.200}") from None
-    return _checked(loaded, loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _checked(loaded, loaded.tokenizer(text, add_special_tokens=False)["input_ids"], new_tokens)
 
 
 def require_template(loaded: Loaded) -> None:
@@ -87,10 +87,11 @@ def require_template(loaded: Loaded) -> None:
         raise UserError(f"the tokenizer of {loaded.name} has no chat template: write behind plain text, zoft generate")
 
 
-def _checked(loaded: Loaded, ids: list[int]) -> list[int]:
-    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+def _checked(loaded: Loaded, ids: list[int], new_tokens: int) -> list[int]:
+    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 0
     if not ids:
         raise UserError("the prompt is empty: give some text")
-    if room is not None and len(ids) >= room:
-        raise UserError(f"the prompt has {len(ids):,} tokens, and {loaded.name} reads {room:,} at most: shorten it")
+    if 0 < room < len(ids) + new_tokens:  # XLNet's -1: there is no limit
+        free = f"leaves {max(0, room - len(ids)):,} for max_new_tokens={new_tokens}: lower that, or shorten it"
+        raise UserError(f"{loaded.name} takes {room:,} tokens at most, of which the prompt ({len(ids):,}) {free}")
     return list(ids)

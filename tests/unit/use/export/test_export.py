@@ -311,7 +311,10 @@ def test_a_run_that_a_function_judged_is_exported_and_used_without_it(tmp_path: 
     assert "| function | ./judge.py:score |" in card.read_text()
     again = next(line for line in card.read_text().splitlines() if line.startswith("Again, exactly"))
     assert "objective.function=./judge.py:score" in again
-    for verb in (["generate", "run=out", "prompt=free"], ["predict", "run=out", "data=prompts.jsonl"]):
+    for verb in (
+        ["generate", "run=out", "prompt=free", "max_new_tokens=9"],
+        ["predict", "run=out", "data=prompts.jsonl"],
+    ):
         assert main(verb) == 0, capsys.readouterr().err
     assert main(["eval", "run=out"]) == 2
     assert "names a function to call, objective.function=./judge.py:score" in capsys.readouterr().err
