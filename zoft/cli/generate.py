@@ -38,10 +38,9 @@ def command(arguments: list[str]) -> int:
     prompts = [asked["prompt"]] if "prompt" in asked else _prompts(asked["data"])
     loaded = loaded_of("generate", asked, overrides)
     as_chat = "--chat" in flags or loaded.is_chat
+    room = how.max_new_tokens
     ids = [
-        chat_ids(loaded, [{"role": "user", "content": prompt}], how.max_new_tokens)
-        if as_chat
-        else plain_ids(loaded, prompt, how.max_new_tokens)
+        chat_ids(loaded, [{"role": "user", "content": prompt}], room) if as_chat else plain_ids(loaded, prompt, room)
         for prompt in prompts
     ]
     texts = [written(loaded, [one], how)[0] for one in ids]

@@ -48,8 +48,7 @@ def encode_generated(
     if as_mezo and "sequences" in rows[0]:
         prompts = [{"input_ids": row["sequences"][0][: -row["lengths"][0]]} for row in rows]
     return [
-        row
-        | {"prompt_ids": _never_empty(prompt["input_ids"], tokenizer), "prompt": plain_row.prompt, "answers": answers}
+        row | {"prompt_ids": prompt["input_ids"], "prompt": plain_row.prompt, "answers": answers}
         for row, prompt, plain_row, answers in zip(rows, prompts, plain, map(_answers, examples), strict=True)
     ]
 
@@ -65,12 +64,6 @@ def _answers(example: Example | Completion | Rated) -> list[Any]:
     if isinstance(example, Rated):
         return [example.reward]
     return [example.completion.strip()] if isinstance(example, Completion) else list(example.answers)
-
-
-def _never_empty(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Something has to stand before the first generated token."""
-    mark = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return ids or [int(mark)]
 
 
 @dataclass

@@ -97,12 +97,8 @@ def _tree(sequences: list[list[int]], lengths: list[int]) -> _Tree:
 
 def num_shared(sequences: Sequence[list[int]]) -> int:
     """How many first tokens all of them share."""
-    first, *others = sequences
-    # the first place where one of the others differs, or ends
-    for place, token in enumerate(first):
-        if any(place >= len(other) or other[place] != token for other in others):
-            return place
-    return len(first)
+    places = enumerate(zip(*sequences, strict=False))  # up to where the shortest ends
+    return next((place for place, tokens in places if len(set(tokens)) > 1), min(map(len, sequences)))
 
 
 def one_of_each_size(rows: Iterable[Any]) -> list[Any]:

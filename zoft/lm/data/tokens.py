@@ -85,7 +85,9 @@ def encode_prompts(
     texts = [e.prompt for e in examples]
     prompts = open_ended(texts, tokenizer) if continued else tokenizer(texts)["input_ids"]
     return [
-        {"input_ids": _cut(ids, max_length - e.max_new_tokens, tokenizer.bos_token_id), "label": e.label} | _gold(e)
+        {"input_ids": _cut(ids or [_first_token(tokenizer, e)], max_length - e.max_new_tokens, tokenizer.bos_token_id)}
+        | {"label": e.label}
+        | _gold(e)
         for e, ids in zip(examples, prompts, strict=True)
     ]
 
