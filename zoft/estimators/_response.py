@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from zoft.utils.lazy import Tensor, torch
+
+log = logging.getLogger(__name__)
 
 
 def taken_in(known: Tensor, seen: Tensor) -> Tensor:
@@ -21,6 +25,14 @@ def index_of(known: Tensor, seen: Tensor) -> Tensor:
     # [P, 1] == [K]: each of `seen` against all of `known`
     same = seen.unsqueeze(1) == known  # [P, K]
     return torch.where(same.any(1), same.int().argmax(1), -1)
+
+
+def says_unknown(keys: Tensor) -> bool:
+    """Whether positions have no response (-1 in ``keys``), which is warned of."""
+    if count := int((keys < 0).sum()):
+        what = "%d of %d positions of a step move nothing, as no probe has seen their answer, and later ones may"
+        log.warning(f"{what}: set estimator.every=1 or a larger trainer.per_device_train_batch_size", count, len(keys))
+    return count > 0
 
 
 def widened(response: Tensor, keys: int, columns: int) -> Tensor:

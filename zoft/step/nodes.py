@@ -11,7 +11,7 @@ from typing import Any
 from zoft.engines._context import Context, ContextCache
 from zoft.engines.nodes import NodeSession
 from zoft.errors import UserError
-from zoft.estimators._response import answers, index_of, node_gradients, taken_in, widened
+from zoft.estimators._response import answers, index_of, node_gradients, says_unknown, taken_in, widened
 from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors
@@ -104,6 +104,7 @@ class NodeQueries:
     gather: Callable[[Tensor], list[Tensor]] | None = None
     rank: int = 0
     shares: Shares = field(default_factory=Shares)
+    _told: bool = field(default=False, init=False)
 
     def __call__(self, batch: Any, direction: Direction, estimator: Nodes) -> NodeEstimate:
         """The estimate of a step.
@@ -388,6 +389,7 @@ class NodeQueries:
             slopes = part.clean.slopes[part.places.anchor]
             keys = index_of(tables["keys"], part.places.keys(part.clean.keys, apart=apart).cpu())
             columns = index_of(tables["columns"], part.clean.columns.cpu()).to(slopes.device)
+            self._told = self._told or says_unknown(keys)
             for name, response in space.response.items():
                 e = node_gradients(slopes, response, tables["counts"], keys.to(slopes.device), columns)
                 part.e.update({key: e for key in part.seen if space.response_of(key) == name})

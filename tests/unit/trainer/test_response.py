@@ -9,6 +9,8 @@ from tests import models
 from zoft import ZOConfig, ZOTrainer
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.estimators.nodes import Nodes
+from zoft.lm.data.tokens import OptionCollator
+from zoft.lm.objectives.options import Options
 from zoft.optimizers.sgd import SGD
 from zoft.optimizers.whiten import Whiten
 from zoft.subspaces.nodes import Nodes as Outputs
@@ -17,14 +19,14 @@ from zoft.trainer.stepping import _are_finite
 BUDGET = 12
 
 
-def trainer_of(tmp_path, model, estimator=None, train=("mlp",), **more):
+def trainer_of(tmp_path, model, estimator=None, train=("mlp",), rows=None, size=4, **more):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(word in name for word in train))
     batch = models.batch_for(model, rows=8, length=7)
-    rows = [{name: value[i] for name, value in batch.items()} for i in range(8)]
+    rows = rows or [{name: value[i] for name, value in batch.items()} for i in range(8)]
     args = ZOConfig(
         output_dir=str(tmp_path), budget_queries=BUDGET, use_cpu=True, report_to=[], disable_tqdm=True,
-        save_strategy="no", logging_strategy="no", per_device_train_batch_size=4, dataloader_pin_memory=False,
+        save_strategy="no", logging_strategy="no", per_device_train_batch_size=size, dataloader_pin_memory=False,
     )  # fmt: skip
     parts = {"subspace": "nodes", "estimator": estimator, "optimizer": "whiten"} | more
     return ZOTrainer(model, args, train_dataset=rows, **parts)
@@ -75,6 +77,18 @@ def test_a_bound_that_turns_out_to_be_read_by_no_step_is_said(tmp_path, caplog):
     """The trainer has chosen: a run that has it goes on."""
     assert trainer_of(tmp_path, models.tiny_llama(), Nodes(), optimizer=Whiten(trust=5.0)).method
     assert "optimizer.trust=5.0 does nothing: no step has probes" in caplog.text
+
+
+@pytest.mark.parametrize(("every", "size", "told"), [(0, 1, 1), (1, 1, 0), (0, 6, 0)])
+def test_answers_without_a_response_are_told_of_once(tmp_path, caplog, every, size, told):
+    """One row a step: the first one's answer alone has been probed when others come, three of every six rows."""
+    rows = [{"sequences": [[5, 6, 7], [5, 6, 8]], "lengths": [1, 1], "label": k % 2} for k in range(6)]
+    more = {"objective": Options(), "data_collator": OptionCollator(0), "rows": rows, "size": size}
+    trainer_of(tmp_path, models.tiny_llama(), Nodes(feedback="log_odds", every=every), **more).train()
+    said = [record.getMessage() for record in caplog.records if "move nothing" in record.getMessage()]
+    assert len(said) == told
+    assert all(one.startswith("1 of 1 positions of a step move nothing, as no probe has seen their") for one in said)
+    assert all("set estimator.every=1 or a larger trainer.per_device_train_batch_size" in one for one in said)
 
 
 @pytest.mark.parametrize("family", ["tiny_granite", "tiny_bloom"])
