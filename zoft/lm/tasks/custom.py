@@ -144,15 +144,10 @@ class Custom(Task):
     def check(self) -> None:
         """Refuse a format that there is not, and settings that it would not read."""
         super().check()
-        known = ("auto", *FORMATS)
-        near = did_you_mean(self.format, known)
-        self.require(
-            self.format in known, "format", f"one of {', '.join(known)}", near.strip() if "Did" in near else ""
-        )
-        near = did_you_mean(self.prompt, PROMPTS)
-        self.require(
-            self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}", near.strip() if "Did" in near else ""
-        )
+        for name, known in (("format", ("auto", *FORMATS)), ("prompt", PROMPTS)):
+            near = did_you_mean(getattr(self, name), known)
+            meant = near.strip() if "Did" in near else ""
+            self.require(getattr(self, name) in known, name, f"one of {', '.join(known)}", meant)
         self._refuse_unread(self.format)
 
     @property

@@ -118,10 +118,8 @@ def _round_trip(examples: Any, tokenizer: Any) -> Finding:
     ]
     if not lost:
         return Finding("tokenizer", "ok", f"{len(texts):,} texts come back from their tokens as they were")
-    message = (
-        f"{len(lost):,} of {len(texts):,} texts do not come back from their tokens as they were, e.g. {lost[0][:60]!r}"
-    )
-    return Finding("tokenizer", "note", message)
+    message = f"{len(lost):,} of {len(texts):,} texts do not come back from their tokens as they were"
+    return Finding("tokenizer", "note", f"{message}, e.g. {lost[0][:60]!r}")
 
 
 def _options(rows: Any, examples: Any) -> Iterator[Finding]:
@@ -157,12 +155,8 @@ def _memory(estimate: Any) -> Finding:
     if estimate.free_mb is None:
         return Finding("memory", "ok", message)
     fits = wanted <= estimate.free_mb
-    return Finding(
-        "memory",
-        "ok" if fits else "failed",
-        f"{message}, {gib(estimate.free_mb)} free"
-        + ("" if fits else ": take a smaller batch, model.dtype=bfloat16, or fewer tokens"),
-    )
+    mend = "" if fits else ": take a smaller batch, model.dtype=bfloat16, or fewer tokens"
+    return Finding("memory", "ok" if fits else "failed", f"{message}, {gib(estimate.free_mb)} free{mend}")
 
 
 def _rehearsal(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> Finding:
