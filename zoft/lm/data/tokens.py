@@ -114,10 +114,14 @@ def _check_lengths(example: Example, lengths: list[int], room: int) -> None:
     if min(lengths) < 1:
         raise UserError(f"an option adds no token to its prompt: {example.options!r} behind {example.prompt[-40:]!r}")
     if max(lengths) >= room:
-        reserve = f", of which {example.max_new_tokens} stay free for an answer," if example.max_new_tokens else ""
+        reserve, mend = "", "raise task.max_length"
+        if example.max_new_tokens:
+            reserve = f", of which {example.max_new_tokens} stay free for an answer,"
+            mend = "set fewer by objective.max_new_tokens, task.max_new_tokens or zoft generate max_new_tokens=N, or "
+            mend += "raise task.max_length if the model takes more"
         raise UserError(
             f"max_length={room + example.max_new_tokens}{reserve} leaves no room for a prompt in front of an option of "
-            f"{max(lengths)} tokens ({example.options!r}): raise task.max_length"
+            f"{max(lengths)} tokens ({example.options!r}): {mend}"
         )
 
 

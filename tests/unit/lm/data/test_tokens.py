@@ -111,6 +111,13 @@ def test_an_option_longer_than_the_limit_is_refused_or_kept_whole(tokenizer, len
         encode([example(options=options)], tokenizer, length)
 
 
+def test_what_stays_free_for_an_answer_can_be_less(tokenizer):
+    """Where the limit is the model's own it cannot be raised: a completion's prediction has 64 tokens free."""
+    message = r"max_length=64, of which 64 stay free .*: set fewer .*zoft generate max_new_tokens=N.*the model takes"
+    with pytest.raises(UserError, match=message):
+        encode_generated([Completion("free win", "?", "x:1")], tokenizer, 64, 64)
+
+
 # ----------------------------------------------------------------------------------------------------------- collator
 
 ROWS = [
