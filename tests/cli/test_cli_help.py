@@ -85,7 +85,7 @@ def test_ls_and_show_know_everything(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_key_is_shown_by_itself(capsys: pytest.CaptureFixture[str]):
-    assert out(capsys, "show", "trainer.eval_steps").startswith("  trainer.eval_steps=None   (float | None)")
+    assert out(capsys, "show", "trainer.eval_steps").startswith("  trainer.eval_steps=500   (float | None)")
     assert "seed=0   (int)" in out(capsys, "show", "seed")
     eps = out(capsys, "show", "estimator.eps")
     assert "    of estimator=nodes" in eps
@@ -97,6 +97,16 @@ def test_a_key_is_shown_by_itself(capsys: pytest.CaptureFixture[str]):
     ):
         assert main(["show", wrong]) == 2
         assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_defaults_of_sections_are_those_of_a_run(capsys: pytest.CaptureFixture[str]):
+    run = compose([])
+    shown = {name: out(capsys, "show", name) for name in ("trainer", "budget", "model")}
+    for key, value in run.trainer.items():
+        assert f"  trainer.{key}={value!r}   (" in shown["trainer"], key
+    assert f"budget.queries={run.budget.queries}   (int)" in shown["budget"]
+    assert f"model.name={run.model.name!r}   (str)" in shown["model"]
+    assert "trainer.bf16=False" in shown["trainer"], "what the run does not set is transformers' own default"
 
 
 def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]):

@@ -101,9 +101,12 @@ def section(name: str) -> str:
 
 
 def _section_rows(name: str) -> list[tuple[str, str, str, str]]:
-    from zoft.config import schema
+    from zoft.config import compose, schema
 
-    return explained() if name == "trainer" else describe(getattr(schema, _SECTIONS[name]))
+    rows = explained() if name == "trainer" else describe(getattr(schema, _SECTIONS[name]))
+    # as configs/train.yaml and its presets have it, and not a class
+    run = compose([]).trainer if name == "trainer" else vars(getattr(compose([]), name))
+    return [(key, kind, repr(run[key]) if key in run else default, about) for key, kind, default, about in rows]
 
 
 def _settings(group: str, rows: list[tuple[str, str, str, str]]) -> list[str]:

@@ -183,9 +183,9 @@ def test_a_run_at_an_absurd_rate_says_that_it_guesses(tmp_path: Path, caplog: An
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("trainer", ["trainer.logging_steps=500   (float)", "trainer.guard='none'   (str)"]),
+        ("trainer", ["trainer.logging_steps=10   (float)", "trainer.guard='none'   (str)"]),
         ("precision", ["precision.update='auto'   (str)"]),
-        ("budget", ["budget.queries=40000   (int)", "mezo"]),
+        ("budget", ["budget.queries=2000   (int)", "mezo"]),
         ("tracker", ["tracker.project='zoft'   (str)"]),
         ("diagnostics", ["diagnostics.every=0   (int)"]),
         ("model", ["model.dtype='float32'   (str)", "smollm2_demo"]),
