@@ -119,7 +119,7 @@ def _settings(group: str, rows: list[tuple[str, str, str, str]]) -> list[str]:
 
 def _find(text: str) -> tuple[str, str]:
     group, slash, name = text.partition("/")
-    if slash:
+    if slash and (group in ORDER or own_files.split(text) is None):
         if group not in ORDER:
             raise UserError(f"there is no group called {group!r}.{did_you_mean(group, ORDER)}")
         if name not in choices(group) and own_files.split(name) is None:

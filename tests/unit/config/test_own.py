@@ -133,7 +133,7 @@ def test_a_config_that_names_code_is_no_reason_to_run_it(folder: Path):
 
 
 def test_show_and_ls_know_it_by_its_name(capsys: Any):
-    assert main(["show", "estimator=./my_est.py:Wide", "my_est.py:Steady"]) == 0
+    assert main(["show", "estimator=./my_est.py:Wide", "my_est.py:Steady", "./my_est.py:Middle"]) == 0
     output = capsys.readouterr().out
     assert "estimator.note=''   (str)\n      what is written to it." in output
     assert "optimizer=my_est.py:Steady" in output
