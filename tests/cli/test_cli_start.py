@@ -57,6 +57,18 @@ def test_neither_do_arguments_without_data(words: list[str], capsys: Any, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("verb", ["train", "check", "estimate"])
+def test_neither_does_a_config_for_own_rows_without_them(verb: str, capsys: Any, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    for config in READY:
+        more = ["objective.function=zoft.lm.rewards:countdown"] if config == "reward" else []
+        assert main([verb, f"config={config}", *more]) == 2
+        said = capsys.readouterr().err
+        assert "there are no rows to train on: set task.train=FILE" in " ".join(said.split())
+        assert sum(line.startswith("  zoft ") for line in said.splitlines()) == 3
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("word", "meant"),
     [

@@ -39,6 +39,7 @@ def command(arguments: list[str]) -> int:
 
     _quiet()
     cfg = compose(overrides)
+    _require_a_start(overrides, cfg)
     logging.getLogger("zoft").setLevel(logging.ERROR)  # what is noted is a line of its own here
     findings = []
     for finding in checked(cfg, rehearse="--quick" not in flags):

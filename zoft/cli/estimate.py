@@ -42,7 +42,9 @@ def command(arguments: list[str]) -> int:
     from zoft.use.plan.estimate import estimate
 
     _quiet()
-    estimated = estimate(compose(overrides), probe="--time" in flags)
+    cfg = compose(overrides)
+    _require_a_start(overrides, cfg)
+    estimated = estimate(cfg, probe="--time" in flags)
     if "--json" in flags:
         totals = {f"{name}_mb": getattr(estimated, name).total_mb for name in ("method", "lora", "adamw")}
         print(json.dumps(dataclasses.asdict(estimated) | totals))

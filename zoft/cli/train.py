@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 COLUMNS = ("zero_shot", "final", "num_queries", "seconds", "peak_memory_mb")
 """What a sweep's table shows of what its runs return; all their numbers when they have none of these."""
 
-START = """\
-zoft train needs something to train on: an experiment, config=NAME, or a task, task=NAME. To start:
+_EXAMPLES = """ To start:
   zoft train config=quickstart                       the demo: a real model on real text, two minutes
   zoft train config=classify task.train=reviews.csv  your own rows; also config=instruct, chat, preference, reward
   zoft data show config=classify task.train=reviews.csv   what the model would see of them; zoft train --help"""
+START = "zoft train needs something to train on: an experiment, config=NAME, or a task, task=NAME." + _EXAMPLES
 
 _STARTS = ("config=", "task=")
 
@@ -55,7 +55,7 @@ def command(arguments: list[str]) -> int:
     if "cfg" in flags:
         print(resolved_yaml(cfg), end="")
         return 0
-    _require_a_start(overrides)
+    _require_a_start(overrides, cfg)
     from zoft.run.train import run
     from zoft.use.plan.estimate import of_run
 
@@ -66,10 +66,12 @@ def command(arguments: list[str]) -> int:
     return 0
 
 
-def _require_a_start(overrides: list[str]) -> None:
-    """Refuse arguments that name neither an experiment nor data: the defaults alone would be a run of days."""
+def _require_a_start(overrides: list[str], cfg: ZoftConfig | None = None) -> None:
+    """Refuse arguments without experiment or data (the defaults alone would be a run of days), and a config without."""
     if not any(word.lstrip("+").startswith(_STARTS) for word in overrides):
         raise UserError(START)
+    if cfg is not None and not getattr(cfg.task, "train", True):
+        raise UserError(f"there are no rows to train on: set task.train=FILE, or a data set of the hub.{_EXAMPLES}")
 
 
 def _leave_the_others() -> None:
