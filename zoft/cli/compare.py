@@ -30,6 +30,7 @@ def command(arguments: list[str]) -> int:
     places = [folder_of(place) for place in places]
     if not places:
         raise UserError("say which runs: zoft compare RUN_A RUN_B, or a sweep's folder")
+    from zoft.cli.train import _quiet
     from zoft.use.compare.picture import AXES, picture
     from zoft.use.compare.runs import grouped, read_runs
     from zoft.use.compare.table import plain, table, write
@@ -37,6 +38,7 @@ def command(arguments: list[str]) -> int:
     axis = asked.get("axis", "queries")
     if axis not in AXES:
         raise UserError(f"axis must be one of {', '.join(AXES)}, got {axis!r}.{did_you_mean(axis, AXES)}")
+    _quiet()
     groups = grouped(read_runs(places))
     rows = table(groups)
     alone = len(places) == 1

@@ -104,11 +104,12 @@ _T_975 = (
 """Student's t distribution, 97.5 % quantiles for 1 to 30 degrees of freedom."""
 
 
-def mean_of_seeds(numbers: Sequence[float]) -> tuple[float, float]:
+def mean_of_seeds(numbers: Sequence[float], metric: str = "") -> tuple[float, float]:
     """The 95 % interval of the mean over a few seeds: mean -+ t s / sqrt(n), with Student's t; infinite for one number.
 
     Returns:
-        (low, high). Of three seeds it is 2.5 sample standard deviations to each side: three seeds say little.
+        (low, high). Of three seeds it is 2.5 sample standard deviations to each side: three seeds say little. Where
+        the metric is an accuracy, F1 or exact match it ends at 0 and 1, as they do.
 
     Example:
         >>> low, high = mean_of_seeds([0.80, 0.82, 0.84])
@@ -118,4 +119,5 @@ def mean_of_seeds(numbers: Sequence[float]) -> tuple[float, float]:
     References: Student 1908, The probable error of a mean, Biometrika 6.
     """
     degrees = len(numbers) - 1
-    return _around_mean(numbers, _T_975[degrees - 1] if 1 <= degrees <= len(_T_975) else _Z_95)
+    low, high = _around_mean(numbers, _T_975[degrees - 1] if 1 <= degrees <= len(_T_975) else _Z_95)
+    return (max(0.0, low), min(1.0, high)) if metric in ("accuracy", "f1", "exact_match") else (low, high)

@@ -26,7 +26,8 @@ def picture(groups: Sequence[Group], folder: Path, axis: str = "queries") -> Pat
     panels = [name for name in (score, "loss") if name is not None and any(curves(g, name, axis) for g in groups)]
     if not panels:
         return None
-    figure = new_figure(5.6 * len(panels), 4.4)
+    # the legend has two groups a line: beyond six lines it takes no more from the panels
+    figure = new_figure(5.6 * len(panels), 4.4 + 0.2 * max(0, math.ceil(len(groups) / 2) - 6))
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         percent = name == "eval_accuracy"
         for number, group in enumerate(groups):
@@ -61,7 +62,7 @@ def curves(group: Group, name: str, axis: str) -> list[tuple[float, float, float
     points = []
     for steps in _stretches(shared, 1 if name.startswith("eval_") else max(1, len(shared) // _MANY)):
         values = [_mean([run[step][1] for step in steps]) for run in runs]
-        low, high = mean_of_seeds(values) if len(values) > 1 else (math.nan, math.nan)
+        low, high = mean_of_seeds(values, name.removeprefix("eval_")) if len(values) > 1 else (math.nan, math.nan)
         points.append((_mean([run[steps[-1]][0] for run in runs]), _mean(values), low, high))
     return points
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from zoft.errors import UserError
 from zoft.report.results import REPORT, read_json, read_metrics
 from zoft.run.folder import CONFIG, keys_of
 
+log = logging.getLogger(__name__)
 _NOT_SETTINGS = ("seed", "output_dir", "config", "defaults", "tracker", "hydra")
 _DEPTH = 2  # folders below a sweep's that are looked into
 
@@ -21,12 +23,14 @@ class Run:
 
     Args:
         folder: its folder.
-        settings: dotted key -> its line in the config.
+        seed: its line in the config.
+        settings: dotted key -> the same of what else is set.
         facts: of its report; empty where it has not ended.
         rows: of its metrics.
     """
 
     folder: Path
+    seed: str
     settings: dict[str, str]
     facts: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -75,17 +79,23 @@ def _read(folder: Path) -> Run:
     parts = [line.strip() for key, line in lines if key == "defaults" and "override" in line]
     chosen = dict(part.removeprefix("- override /").split(": ", 1) for part in parts)
     settings |= {group: f"{group}={name}" for group, name in chosen.items()}
-    return Run(folder, settings, read_json(folder / REPORT) or {}, read_metrics(folder))
+    seed = dict(lines).get("seed", "").strip()
+    return Run(folder, seed, settings, read_json(folder / REPORT) or {}, read_metrics(folder))
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs with the same settings together, each group under what tells it from the others."""
+    """Runs with the same settings together, each group under what tells it from the others; no seed counts twice."""
     keys = sorted({key for run in runs for key in run.settings})
     differ = [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
     groups: dict[tuple[str | None, ...], Group] = {}
     for run in runs:
         values = tuple(run.settings.get(key) for key in differ)
-        groups.setdefault(values, Group(_name(run, differ))).runs.append(run)
+        group = groups.setdefault(values, Group(_name(run, differ)))
+        same = next((one for one in group.runs if one.seed == run.seed), None)
+        if same is not None:
+            log.warning("%s and %s are the same run, seed and all, which counts once", same.folder, run.folder)
+        if same is None or "final" not in same.facts:
+            group.runs = [*(one for one in group.runs if one is not same), run]
     names = [group.name for group in groups.values()]
     for group in groups.values():
         if names.count(group.name) > 1:  # what tells them apart is not in the name
@@ -99,4 +109,5 @@ def _name(run: Run, differ: Sequence[str]) -> str:
     values = [key for key in differ if "." in key and key.partition(".")[0] not in parts]
     parts_of_name = [run.settings[key] for key in parts]
     parts_of_name += [f"{key}={run.settings[key].partition(': ')[2]}" for key in values if key in run.settings]
-    return " ".join(parts_of_name) if 0 < len(parts_of_name) <= 3 else str(run.facts.get("method") or run.folder.name)
+    other = str(run.facts.get("method") or run.folder.name) if not differ else run.folder.name
+    return " ".join(parts_of_name) if 0 < len(parts_of_name) <= 3 else other

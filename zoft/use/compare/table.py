@@ -48,7 +48,7 @@ def _row(group: Group) -> dict[str, Any]:
     values = [facts["final"] for facts in ended]
     # seeds that all end alike have no spread: the rows' own interval is what is known
     spread = len(set(values)) > 1
-    low, high = mean_of_seeds(values) if spread else ended[0].get("final_interval", (math.nan, math.nan))
+    low, high = mean_of_seeds(values, ended[0]["metric"]) if spread else ended[0].get("final_interval", [math.nan] * 2)
     zero = [facts["zero_shot"] for facts in ended if "zero_shot" in facts]
     row |= {"metric": ended[0]["metric"], "final": _mean(values), "low": low, "high": high}
     if zero:

@@ -171,3 +171,44 @@ def test_seeds_that_end_alike_have_the_interval_of_the_rows(tmp_path: Path):
     (row,) = table(grouped(read_runs(folders)))
     assert row["seeds"] == 2
     assert (row["low"], row["high"]) == pytest.approx((0.604, 0.781), abs=1e-3)
+
+
+def test_an_interval_of_accuracies_ends_at_all_right(tmp_path: Path):
+    folders = [str(a_run(tmp_path / f"seed={seed}", seed, final)) for seed, final in enumerate((0.99, 1.0, 0.98))]
+    (group,) = grouped(read_runs(folders))
+    (row,) = table([group])
+    low, _ = mean_of_seeds([0.99, 1.0, 0.98])
+    assert (row["low"], row["high"]) == (low, 1.0)
+    assert plain([row]).splitlines()[1].count("99.0 % [96.5, 100.0]") == 1
+    for run, final in zip(group.runs, (1.0, 0.2, 0.3), strict=True):
+        run.rows = [row | {"eval_accuracy": final, "loss": 10 * final} for row in run.rows]
+    assert curves(group, "eval_accuracy", "queries")[0][2:] == (0.0, 1.0)
+    assert curves(group, "loss", "queries")[0][3] > 10, "a loss has no such end"
+
+
+def test_a_seed_twice_counts_once(tmp_path: Path, capsys: Any):
+    ended = {"one": (0, 0.7, False), "again": (0, 0.7, True), "other": (1, 0.8, True), "third": (1, 0.8, False)}
+    folders = [str(a_run(tmp_path / name, seed, final, ended=has)) for name, (seed, final, has) in ended.items()]
+    assert main(["compare", *folders, f"output={tmp_path}", "--json"]) == 0
+    said = capsys.readouterr()
+    (row,) = json.loads(said.out)
+    assert (row["seeds"], row["final"]) == (2, pytest.approx(0.75))
+    assert "third are the same run, seed and all, which counts once" in " ".join(said.err.split())
+
+
+def test_runs_with_many_differences_are_called_by_their_folder(tmp_path: Path):
+    """A method is no name for runs of it that differ in four keys."""
+    folders = [a_run(tmp_path / name, 0, 0.7) for name in ("plain", "wide")]
+    config = folders[1] / "config.yaml"
+    config.write_text(config.read_text() + "trainer:\n  a: 1\n  b: 2\n  c: 3\n  d: 4\n")
+    for folder, method in zip(folders, ("mezo", "zoft"), strict=True):
+        report = folder / "report.json"
+        report.write_text(json.dumps(json.loads(report.read_text()) | {"method": method}))
+    assert [group.name for group in grouped(read_runs([*map(str, folders)]))] == ["plain", "wide"]
+    assert [group.name for group in grouped(read_runs([str(folders[0])]))] == ["mezo"], "nothing tells it from others"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_many_runs_has_room_for_their_names(tmp_path: Path):
+    (group,) = grouped(read_runs([str(a_run(tmp_path / "run", 0, 0.7))]))
+    assert picture([type(group)(f"run {number}", group.runs) for number in range(60)], tmp_path)
