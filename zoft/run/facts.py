@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.errors import UserError
 from zoft.lm import formats
 from zoft.run import folder
-from zoft.run.build import _metric_of
+from zoft.run.build import _metric_of, _trainable_of
 from zoft.version import __version__
 
 if TYPE_CHECKING:
@@ -88,8 +88,12 @@ def _settings(cfg: ZoftConfig, trainer: ZOTrainer) -> dict[str, Any]:
     """How the run was trained: its parts by name, its rates and its batch."""
     from zoft.config import own
 
-    groups = ("subspace", "estimator", "weighting", "optimizer", "objective", "peft", "trainable")
+    groups = ("subspace", "estimator", "weighting", "optimizer", "objective", "peft")
+    trained = _trainable_of(cfg)
     return {group: getattr(cfg, group).name() for group in groups} | {
+        "trainable": trained.name() if trained.name() != "auto" else "all" if cfg.peft.name() == "none" else "adapter",
+        "trainable_settings": vars(trained) or None,
+        "optimizer_settings": {k: v for k, v in vars(cfg.optimizer).items() if k != "learning_rate" and v is not None},
         "function": ", ".join(word.partition("=")[2] for word in own.code_words(cfg)) or None,
         "engine": trainer.engine_name,
         **dict(zip(("law", "num_directions", "eps"), _drawn(cfg, trainer), strict=True)),
@@ -100,6 +104,7 @@ def _settings(cfg: ZoftConfig, trainer: ZOTrainer) -> dict[str, Any]:
         "num_train_rows": len(trainer.train_dataset),
         "data": getattr(cfg.task, "train", "") or cfg.task.name(),
         "read_as": _read_as(cfg),
+        "template": getattr(cfg.task, "template", "") or None,
     }
 
 

@@ -33,8 +33,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")""",
 HEADS = {"causal": "CausalLM", "masked": "MaskedLM", "classifier": "SequenceClassification"}
 _SETTINGS = (
     *("method", "subspace", "law", "estimator", "response", "num_directions", "eps", "weighting"),
-    *("optimizer", "learning_rate", "lr_scheduler_type", "batch_size", "num_train_rows", "objective", "function"),
-    *("peft", "trainable", "engine", "dtype", "quantization", "seed"),
+    *("optimizer", "optimizer_settings", "learning_rate", "lr_scheduler_type", "batch_size", "num_train_rows"),
+    *("template", "words", "objective", "function", "peft", "trainable", "trainable_settings"),
+    *("engine", "dtype", "quantization", "seed"),
 )
 
 
@@ -61,8 +62,7 @@ def write_card(
         pipeline_tag={"causal": "text-generation", "masked": "fill-mask"}.get(head, "text-classification"),
         tags=["zoft", "zeroth-order", "forward-only", *([str(known["method"])] if known.get("method") else [])],
     )
-    loads = "from 0" if kind == "adapter" and counts_from_zero(folder) else kind
-    text = "\n\n".join(_parts(known, base, _revision(folder), kind, loads, head, name, files))
+    text = "\n\n".join(_parts(known, base, folder, kind, head, name, files))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
     path = folder / "README.md"
     card.save(path)
@@ -70,24 +70,18 @@ def write_card(
 
 
 def _parts(
-    known: dict[str, Any],
-    base: str,
-    revision: str | None,
-    kind: str,
-    loads: str,
-    head: str,
-    name: str,
-    files: Sequence[str],
+    known: dict[str, Any], base: str, folder: Path, kind: str, head: str, name: str, files: Sequence[str]
 ) -> list[str]:
     what = {"adapter": "An adapter for", "model": "A fine-tune of", "gguf": "A fine-tune (GGUF) of"}[kind]
-    title = str(known.get("run_name", "a run of zoft"))
+    revision = adapter_config(folder).get("revision")  # of the base that an adapter was trained on
+    loads = "from 0" if kind == "adapter" and counts_from_zero(folder) else kind
     more = ", num_labels=..." * (head == "classifier") + (f', revision="{revision}"' if revision else "")
     load = _LOADS[loads].format(head=HEADS[head], base=base, name=name, more=more, file=files[0] if files else "")
     fence = "sh" if kind == "gguf" else "python"
     return [
-        f"# {title}",
+        f"# {known.get('run_name', 'a run of zoft')}",
         f"{what} `{base}`, trained with forward passes only (zeroth-order) by zoft on `{known['data']}`.",
-        *_warnings(known, base),
+        *_warnings(known, base, kind),
         *_quantized(known, base, kind),
         f"## Load it\n\n```{fence}\n{load}\n```",
         f"## How good it is\n\n{_table(_results(known))}",
@@ -97,22 +91,17 @@ def _parts(
     ]
 
 
-def _revision(folder: Path) -> str | None:
-    """Of the base that an adapter was trained on."""
-    revision = adapter_config(folder).get("revision")
-    return None if revision is None else str(revision)
-
-
-def _warnings(known: dict[str, Any], base: str) -> list[str]:
-    if is_local(base):
+def _warnings(known: dict[str, Any], base: str, kind: str) -> list[str]:
+    if is_local(base) and kind == "adapter":  # anything else holds all its weights
         return [
             f"> **Warning.** The base model is a folder of the machine it was trained on (`{base}`). Others can load "
             "this adapter only where they have the same base: say where it is to be had, or export with `--merge`."
         ]
     if str(known["model"]).startswith("zoft:"):
+        more = ": on the original weights its results differ. `--merge` exports the weights it was measured with."
         return [
-            f"> **Note.** It was trained on the copy of `{base}` that `zoft fetch` makes of a 4-bit file: on the "
-            "original weights its results differ a little. `--merge` exports the weights it was measured with."
+            f"> **Note.** It was trained on the copy of `{base}` that `zoft fetch` makes of a 4-bit file"
+            + (more if kind == "adapter" else ", whose weights differ a little from the original's.")
         ]
     return []
 
@@ -129,7 +118,8 @@ def _quantized(known: dict[str, Any], base: str, kind: str) -> list[str]:
 
 def _results(known: dict[str, Any]) -> list[tuple[str, str]]:
     rows = dict(fact_rows(known))
-    names = {"zero-shot": "before training", "final": "after training", "difference": "difference"}
+    names = {"zero-shot": "before training", "final": "after training"}
+    names["paired gain" if "paired gain" in rows else "difference"] = "difference"
     metric = known["metric"]
     lines = [(f"{metric}, {label}", rows[name]) for name, label in names.items() if name in rows]
     if "evaluated on" in rows:
@@ -138,7 +128,10 @@ def _results(known: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settings(known: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(name, str(known[name])) for name in _SETTINGS if known.get(name) is not None]
+    known = known | {"words": known.get("read_as", {}).get("words")}
+    shown = [(name, known[name]) for name in _SETTINGS if known.get(name) not in (None, {})]
+    # without braces or quotes, and the ends of a template's lines as they are typed: a row is one line
+    return [(name, repr(said)[1:-1] if isinstance(said, dict | str) else str(said)) for name, said in shown]
 
 
 def _costs(known: dict[str, Any]) -> list[tuple[str, str]]:

@@ -160,6 +160,30 @@ def test_the_card_says_what_was_done(runs: Path, tmp_path: Path, capsys: Any):
     assert "| eps |" not in card.text  # no probe was made
     for part in (facts["weights_sha256"], "queries | 10", "95 %", "transformers", facts["command"], "rows.jsonl"):
         assert part in card.text
+    assert "'beta': 0.9, 'decay': 0.95, 'window': 10, 'ridge': 1.0, 'cooling': 8.0, 'trust'" in card.text
+    assert "| template | {text}\\nLabel: |" in card.text
+    assert "| words | 'no': 'no', 'yes': 'yes' |" in card.text
+    low, high = (100 * end for end in facts["gain_interval"])
+    assert f"accuracy, difference | {100 * facts['gain']:+.1f} [{low:+.1f}, {high:+.1f}] on the same rows" in card.text
+
+
+def test_the_card_of_whole_weights_asks_for_no_base(runs: Path, tmp_path: Path, capsys: Any):
+    cases = [("whole", []), ("adapter", ["--merge"]), ("adapter", ["--gguf"])]
+    for number, (name, flags) in enumerate(cases):
+        card = (exported(capsys, runs / name, tmp_path / f"export{number}", *flags) / "README.md").read_text()
+        assert "this adapter" not in card
+        assert "--merge" not in card
+
+
+def test_the_card_of_the_demos_model_says_so(tmp_path: Path):
+    from zoft.use.export.card import write_card
+
+    facts = {"model": "zoft:smollm2-135m-instruct", "metric": "accuracy"}
+    for kind in ("adapter", "model"):
+        (tmp_path / kind).mkdir()
+        card = write_card(tmp_path / kind, facts, kind=kind, head="causal", name="me/mine").read_text()
+        assert "the copy of `HuggingFaceTB/SmolLM2-135M-Instruct`" in card
+        assert ("`--merge` exports the weights it was measured with" in card) is (kind == "adapter")
 
 
 def test_the_report_names_method_rates_and_batch(runs: Path):
@@ -168,6 +192,22 @@ def test_the_report_names_method_rates_and_batch(runs: Path):
     assert (facts["learning_rate"], facts["batch_size"], facts["response"]) == (0.01, 16, "identity")
     assert facts.keys().isdisjoint(("law", "eps", "num_directions"))  # nothing was drawn
     assert (facts["peft"], facts["trainable"], facts["engine"]) == ("lora", "adapter", "nodes")
+    assert (facts["optimizer_settings"]["window"], facts["template"]) == (10, "{text}\nLabel:")
+
+
+def test_the_report_says_what_trainable_settled_to(runs: Path, tmp_path: Path):
+    settled = {"last_blocks": ["method=zoft"], "all": ["method=mezo"], "adapter": ["method=mezo", "peft=lora"]}
+    for trained, words in settled.items():
+        given = [
+            "config=classify",
+            f"task.train={runs / 'rows.jsonl'}",
+            f"model.name={runs / 'base'}",
+            "budget.queries=8",
+        ]
+        run(compose([*given, "trainable=auto", *words, f"output_dir={tmp_path / trained}"]))
+        facts = json.loads((tmp_path / trained / "report.json").read_text())
+        assert facts["trainable"] == trained
+        assert facts.get("trainable_settings") == ({"num_blocks": 1} if trained == "last_blocks" else None)
 
 
 def test_an_adapter_knows_its_base_from_any_folder(runs: Path, tmp_path: Path, capsys: Any, monkeypatch: Any):
