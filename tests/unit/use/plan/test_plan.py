@@ -123,7 +123,8 @@ def ticks(capsys: Any) -> dict[str, dict[str, Any]]:
 
 
 def test_a_run_in_order_has_ticks_alone(tmp_path: Path, capsys: Any):
-    words = arguments(tmp_path, tmp_path / "out")
+    counts = ["task.num_train=8", "task.num_dev=20", "task.num_test=20"]
+    words = arguments(tmp_path, tmp_path / "out", *counts)
     rows = [
         {"text": f"{a} {b}", "label": ("ham", "spam")[k % 2]}
         for k, (a, b) in enumerate((a, b) for a in WORDS[:7] for b in WORDS[:7])
@@ -153,6 +154,8 @@ def test_a_run_in_order_has_ticks_alone(tmp_path: Path, capsys: Any):
         ),
         (["task.template='{text} unheard'"], "tokenizer", "note", "do not come back from their tokens"),
         ([], "leaks", "note", "repeats another"),
+        ([], "held out", "note", "only 8 dev and 16 test rows"),
+        (["task.num_test=30"], "held out", "note", "only 8 dev rows"),
     ],
 )
 def test_what_is_wrong_is_a_line(more: list[str], name: str, state: str, text: str, tmp_path: Path, capsys: Any):
