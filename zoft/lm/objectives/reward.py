@@ -71,7 +71,7 @@ class Reward(WrittenObjective):
 
     def prepare(self) -> None:
         """The function has to be there, for other processes too where they are to call it."""
-        self.loaded()
+        _checked(self.loaded(), self._name, self._name.rpartition(":")[2])
         if self.workers:
             name_of(self.function)
 
@@ -178,23 +178,22 @@ def _of_module(path: str) -> Function:
 
 
 def _checked(attribute: Any, path: str, name: str) -> Function:
-    """The function, which must take prompts and generations."""
+    """The function, which must take what it is called with."""
     if not callable(attribute):
         raise UserError(f"objective.function={path}: the module has no function called {name}")
-    takes = inspect.signature(attribute).parameters
-    if not {"prompts", "generations"} <= takes.keys() and not _takes_any(attribute):
+    more: dict[str, list[Any]] = {"answers": []} if takes_answers(attribute) else {}
+    try:
+        inspect.signature(attribute).bind(prompts=[], generations=[], **more)
+    except TypeError:
         raise UserError(
-            f"objective.function={path} must take prompts and generations by these names, it takes "
-            f"{', '.join(takes) or 'nothing'}"
-        )
+            f"objective.function={path} must take prompts and generations, two lists of texts, by these names, and "
+            f"answers where it judges by them: it is {name}{inspect.signature(attribute)}, write "
+            f"def {name}(prompts, generations)"
+        ) from None
     function: Function = attribute
     return function
 
 
-def _takes_any(function: Function) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-
-
 def takes_answers(function: Function) -> bool:
     """Whether a function is given what rows are judged by."""
-    return "answers" in inspect.signature(function).parameters or _takes_any(function)
+    return any(p.name == "answers" or p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())

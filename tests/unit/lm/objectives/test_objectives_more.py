@@ -207,6 +207,8 @@ def test_a_reward_is_any_function(monkeypatch, tmp_path):
         "def lengths(prompts, generations):\n    return [len(text) for text in generations]\n"
         "def bad(prompts, generations):\n    return [float('nan')] * len(prompts)\n"
         "def wrong(texts):\n    return texts\n"
+        "def other(prompt, completion, **_):\n    return prompt\n"
+        "def more(prompts, generations, scale):\n    return prompts\n"
     )
     monkeypatch.chdir(tmp_path)
 
@@ -232,6 +234,9 @@ def test_a_reward_is_any_function(monkeypatch, tmp_path):
         ("judge:none", "no function called none"),
         ("nowhere:f", "No module named 'nowhere'"),
         ("judge:wrong", "must take prompts and generations"),
+        ("judge:other", r"it is other\(prompt, completion, \*\*_\), write def other\(prompts, generations\)"),
+        ("judge:more", r"it is more\(prompts, generations, scale\)"),
+        (lambda texts: texts, r"must take prompts and generations, two lists of texts, by these names"),
         ("", "needs objective.function=module:function"),
     ):
         with pytest.raises(UserError, match=message):
