@@ -262,7 +262,7 @@ def preference(row: Row, where: str, columns: Columns, template: Template | None
             Completion(prompt, _answer(row, columns[role], where, columns, template, prompt), where) for role in answers
         ]
     if sides[0] == sides[1]:
-        raise UserError(f"{where}: chosen and rejected are the same")
+        raise UserError(f"{where}: chosen and rejected are the same: remove the row, or let them differ")
     return PreferencePair(sides[0], sides[1], where)
 
 

@@ -232,7 +232,7 @@ DOES_NOT_FIT = [
     ({"prompt": True, "completion": "b"}, {}, r"own.jsonl:1: 'prompt' must be text, got true or false"),
     ({"prompt": "a\ud800", "completion": "b"}, {}, r"own.jsonl:1: 'prompt' holds half a character"),
     ({"prompt": "a", "reward": [1]}, {}, r"own.jsonl:1: 'reward' must be a number or text, got a list"),
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, {}, r"own.jsonl:1: chosen and rejected are the same"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, {}, r"own.jsonl:1: chosen and rejected are the same: remove"),
     ({"chosen": "b", "rejected": "c"}, {}, r"own.jsonl:1 has no prompt"),
     (
         {"prompt": "ho", "chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "no"}]},
