@@ -132,14 +132,7 @@ class ProgressCallback(TrainerCallback):
             self._done = queries + round((state.global_step - step) * self.queries_per_step)
             self._draw()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Take over the row's values."""
         if not logs or not state.is_world_process_zero:
             return

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from zoft.lm.metrics.intervals import wilson
+from zoft.utils.lazy import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +25,16 @@ ROUNDING = 4 * 2**-23
 """Of a loss: points whose losses differ by no more (four units in the last place of float32) show no slope."""
 
 CHANCE_SHARE = 0.25
-"""Share of the budget after which an accuracy at chance level is said."""
+"""Share of the budget after which an accuracy at chance level is said, and slopes that are not there."""
+
+UNMOVED_SHARE = 0.99
+"""Of the weights: a run that has changed fewer than the rest says so."""
+
+FAR = 100.0
+"""Times the usual learning rate: what is far above it, so that a tenth of it would be no help."""
 
 
+@dataclass(eq=False)
 class HealthCallback(TrainerCallback):
     """Watches what is logged and warns once of each kind.
 
@@ -33,45 +43,46 @@ class HealthCallback(TrainerCallback):
         num_rows: rows that the accuracy on the way is measured on.
         asks_directions: whether a step asks for directions or makes probes, of which more would help.
         eps: radius of the directions; None where there is none.
+        usual: learning rate of such a method; 0 where it is not known.
+        bounded: whether a bound sets the length of steps from that rate upwards.
+        has_adapter: whether few weights are trained already.
+        last_step: the estimate of the step that has just been taken.
     """
 
-    def __init__(
-        self, chance: float | None, num_rows: int, *, asks_directions: bool = True, eps: float | None = None
-    ) -> None:
-        self.chance = chance
-        self.num_rows = num_rows
-        self.eps = eps
-        self.more = "more estimator.num_directions, " if asks_directions else ""
-        self.first: float | None = None
-        self.sees_slopes = False
+    chance: float | None
+    num_rows: int
+    asks_directions: bool = True
+    eps: float | None = None
+    usual: float = 0.0
+    bounded: bool = False
+    has_adapter: bool = False
+    last_step: Callable[[], Any] = lambda: None
+    first: float | None = None  # the untrained model's loss, or else the first that is logged
+    sloped = 0  # the last step whose losses differed by more than rounding
+
+    def __post_init__(self) -> None:
         self.warned: set[str] = set()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """See whether the step had a slope: rows are too rare for a run that its first step has ruined."""
+        step = self.last_step()
+        if step is not None and step.projected_grads is not None:
+            self._slope(state.global_step, step.slope, step.loss)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Look at a row."""
         if not logs or not state.is_world_process_zero:
             return
-        loss = logs.get("loss")
+        loss, slope = logs.get("loss", logs.get("eval_loss")), logs.get("projected_grad")
         if isinstance(loss, int | float) and math.isfinite(loss):
             self._loss(float(loss), args.learning_rate)
         skipped = logs.get("num_skipped_steps", 0)
         if skipped >= max(FEWEST_SKIPPED, SKIPPED_SHARE * state.global_step):
             self._ruined(f"the loss was no finite number in {skipped} of {state.global_step} steps", args.learning_rate)
-        slope = logs.get("projected_grad")
         if slope is not None and self.eps and isinstance(loss, int | float):
-            self.sees_slopes |= not 2 * self.eps * abs(slope) <= ROUNDING * abs(loss)  # NaN is another matter
-        if slope is not None and self.eps and not self.sees_slopes and self._is_late(state):
-            self._warn(
-                "flat",
-                f"the losses of a step's points differ by rounding alone: estimator.eps={self.eps:g} is too small for "
-                f"what they resolve, and nothing is learnt; try estimator.eps={10 * self.eps:.3g}, or =auto",
-            )
+            self._slope(state.global_step, slope, loss)
+            if state.max_steps and state.global_step - self.sloped >= CHANCE_SHARE * state.max_steps:
+                self._flat(args.learning_rate)
         accuracy = logs.get("eval_accuracy")
         if accuracy is not None and self._is_late(state):
             self._accuracy(float(accuracy), args.learning_rate)
@@ -79,6 +90,23 @@ class HealthCallback(TrainerCallback):
     @staticmethod
     def _is_late(state: TrainerState) -> bool:
         return bool(state.max_steps) and state.global_step >= CHANCE_SHARE * state.max_steps
+
+    def _slope(self, step: int, slope: float, loss: float) -> None:
+        if self.eps and not 2 * self.eps * abs(slope) <= ROUNDING * abs(loss):  # NaN is another matter
+            self.sloped = step
+
+    def _flat(self, rate: float) -> None:
+        if not self.sloped:
+            self._warn(
+                "flat",
+                f"the losses of a step's points differ by rounding alone: estimator.eps={self.eps:g} is too small for "
+                f"what they resolve, and nothing is learnt; try estimator.eps={10 * (self.eps or 0):.3g}, or =auto",
+            )
+        elif self._is_far(rate):  # at a rate that is usual, an objective in jumps may have none for a while
+            self._ruined(f"the losses of a step's points have been equal since step {self.sloped}", rate)
+
+    def _is_far(self, rate: float) -> bool:
+        return 0 < FAR * self.usual < rate
 
     def _loss(self, loss: float, rate: float) -> None:
         if self.first is None:
@@ -89,20 +117,27 @@ class HealthCallback(TrainerCallback):
     def _ruined(self, what: str, rate: float) -> None:
         self._warn(
             "ruined",
-            f"{what}: the run is ruined, its steps are too long; begin again with a tenth of the learning rate, "
-            f"optimizer.learning_rate={rate / 10:.3g}",
+            f"{what}: the run is ruined, its steps are too long; begin again with a lower learning rate, "
+            f"optimizer.learning_rate={self.usual if self._is_far(rate) else rate / 10:.3g}",
         )
 
     def _accuracy(self, accuracy: float, rate: float) -> None:
         if self.chance is None or self.warned & {"ruined", "flat"}:  # which say more
             return
-        low, high = wilson(accuracy * self.num_rows, self.num_rows)
-        if low <= self.chance <= high:
+        low, _ = wilson(accuracy * self.num_rows, self.num_rows)
+        if low <= self.chance:
+            more = ", or more estimator.num_directions" * self.asks_directions
+            fewer = ", or fewer trained weights (peft=lora)" * (not self.has_adapter)
+            rates = f"{rate / 3:.3g} or {rate * 3:.3g}"
+            if self.bounded and rate >= self.usual:  # any higher one is the same
+                rates = f"{self.usual / 3:.3g}"
+            elif self._is_far(rate):
+                rates = f"{self.usual:.3g}"
             self._warn(
                 "chance",
                 f"after a quarter of the budget the dev accuracy, {100 * accuracy:.1f} %, cannot be told from guessing "
-                f"({100 * self.chance:.1f} %): try another learning rate (optimizer.learning_rate={rate / 3:.3g} or "
-                f"{rate * 3:.3g}), {self.more}or fewer trained weights (peft=lora)",
+                f"({100 * self.chance:.1f} %) or is below it: try another learning rate "
+                f"(optimizer.learning_rate={rates}){more}{fewer}",
             )
 
     def _warn(self, kind: str, text: str) -> None:
@@ -111,20 +146,26 @@ class HealthCallback(TrainerCallback):
             log.warning(text)
 
 
-def warn_unmoved(before: str | None, after: str | None, steps: int, rate: float) -> None:
-    """Say so where no weight has changed: the steps are lost in the weights' rounding, or are none.
+def warn_unmoved(
+    before: Tensor | None, after: Tensor | None, steps: int, rate: float, *, is_partial: bool = False
+) -> None:
+    """Say so where (nearly) no weight has changed: the steps are lost in the weights' rounding, or are none.
 
     Args:
-        before: a hash of the weights before training, :meth:`~zoft.weights.tensors.Weights.digest_above`; None where
-            it is not known.
+        before: a :meth:`~zoft.weights.tensors.Weights.sample` before training; None where it is not known.
         after: after it.
         steps: of the run.
         rate: its learning rate.
+        is_partial: whether steps leave most weights as they are, as a mask has it.
     """
-    if before is not None and before == after and steps:
+    if before is None or after is None or not steps:
+        return
+    unmoved = float(((after - before).abs() <= 1e-12).double().mean())  # a zero that has become 1e-30 is as it was
+    if unmoved > UNMOVED_SHARE and (unmoved == 1 or not is_partial):
         log.warning(
-            "no weight has changed in %s steps, but for zeros: the steps are smaller than the weights' rounding; raise "
-            "the learning rate, optimizer.learning_rate=%.3g",
+            "%s in %s steps: the steps are smaller than the weights' rounding; raise the learning rate, "
+            "optimizer.learning_rate=%.3g",
+            "no weight has changed" if unmoved == 1 else f"{100 * unmoved:.1f} % of the weights have not changed",
             f"{steps:,}",
             rate * 10,
         )

@@ -88,14 +88,7 @@ class MetricsCallback(TrainerCallback):
         if rows and not self._row:
             self._row = rows[-1]
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """One row, or more cells of the last one."""
         if not logs or _SUMMARY in logs or not state.is_world_process_zero:
             return

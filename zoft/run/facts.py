@@ -179,6 +179,17 @@ def _chats(cfg: ZoftConfig) -> bool:
     return hasattr(task, "reading") and (task.format if task.format != "auto" else task.reading().format) == "chat"
 
 
+def _usual_rate(cfg: ZoftConfig) -> float:
+    """The learning rate of the method's preset, or else what is usual for the optimizer."""
+    from zoft.config.catalog import preset_files
+    from zoft.config.experiments import read
+    from zoft.trainer.rate import STARTS
+
+    file = preset_files("method").get(str(cfg.method))
+    usual = read(file, str(file)).get("optimizer", {}).get("learning_rate") if file else None
+    return float(usual or STARTS.get(cfg.optimizer.name(), 1e-3))
+
+
 def _chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
     """The accuracy of a guess among the answers of a row; None where another metric is reported."""
     if _metric_of(cfg, rows) != "accuracy":

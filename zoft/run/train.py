@@ -25,7 +25,7 @@ from zoft.run.build import (
     require_fit,
     require_trackers,
 )
-from zoft.run.facts import _chance, _chats, _costs, _facts, _opening_lines, _scores, _scores_text
+from zoft.run.facts import _chance, _chats, _costs, _facts, _opening_lines, _scores, _scores_text, _usual_rate
 from zoft.run.verdict import gain_of, keep_rows, kept_line, next_lines, row_values, verdict_line
 
 if TYPE_CHECKING:
@@ -211,6 +211,10 @@ def _prepare(
             len(rows["dev"]),
             asks_directions=trainer.method.queries_at(0) > 1,
             eps=cfg.estimator.radius,
+            usual=_usual_rate(cfg),
+            bounded=hasattr(cfg.optimizer, "trust"),
+            has_adapter=cfg.peft.name() != "none",
+            last_step=lambda: trainer.last_step,
         ),
         *([] if measuring is None else [measuring]),
     ):
@@ -251,7 +255,7 @@ def _carry_out(
 ) -> dict[str, Any]:
     from zoft.config import own
     from zoft.report import results
-    from zoft.report.health import warn_unmoved
+    from zoft.report.health import HealthCallback, warn_unmoved
     from zoft.report.plots import learning_curve
     from zoft.report.report import summary_lines, write_report
     from zoft.report.text import say
@@ -266,11 +270,15 @@ def _carry_out(
     _say_if_long(trainer, rows, known or 0)
     keep_reference(trainer, rows)
     seconds_prefix = _fill_frozen_prefix(trainer, rows)
-    before = None if resuming or trainer.stages.is_pipeline else Weights(trainer.model).digest_above()
+    # a sample of millions would not see the few coordinates of a step
+    is_unknown = resuming or trainer.stages.is_pipeline or cfg.subspace.name() == "coordinate"
+    before = None if is_unknown else Weights(trainer.model).sample()
     # the peak of the zero-shot evaluation is inference's; that of training is taken anew below
     memory.reset()
     metric, final_file = _metric_of(cfg, rows), Path(cfg.output_dir) / results.FINAL
     zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory, metric)
+    # what is logged first may be of a ruined model
+    next(c for c in trainer.callback_handler.callbacks if isinstance(c, HealthCallback)).first = zero_shot.get("loss")
     memory.reset()
     # steps that are known come from the journal, and a new run begins at its first query
     trainer.train(resume_from_checkpoint=None if known is None else True)
@@ -297,8 +305,9 @@ def _carry_out(
     if gain is not None:
         facts |= {"gain": gain[0], "gain_interval": gain[1:]}
     if first:
-        after = None if before is None else Weights(trainer.model).digest_above()
-        warn_unmoved(before, after, facts["num_steps"], trainer.args.learning_rate)
+        after = None if before is None else Weights(trainer.model).sample()
+        is_partial = cfg.subspace.name() in ("blocks", "sparse", "vectors")
+        warn_unmoved(before, after, facts["num_steps"], trainer.args.learning_rate, is_partial=is_partial)
         learning_curve(
             cfg.output_dir,
             title=Path(cfg.output_dir).name,

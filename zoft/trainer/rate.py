@@ -34,7 +34,7 @@ _RISE = 0.05
 """Of the loss: what a longer training may end above the best short one, as dev rows are few."""
 _FLAT = 1e-4
 """Of the loss: rates whose trials end closer than that have moved nothing."""
-_STARTS = {"whiten": 4.0, "adam": 1e-3, "adamw": 1e-3, "sgd": 1e-5, "momentum": 1e-5}
+STARTS = {"whiten": 4.0, "adam": 1e-3, "adamw": 1e-3, "sgd": 1e-5, "momentum": 1e-5}
 
 
 def climb(start: float, loss: Callable[[float], float], may_go_on: Callable[[], bool]) -> float:
@@ -146,7 +146,7 @@ def few_queries(budget: int, cost: int) -> UserError:
 
 def start_of(optimizer: Any) -> float:
     """Where the search of a trainer begins: the optimizer's own rate, or what is usual for it."""
-    return float(optimizer.learning_rate or _STARTS.get(optimizer.name(), 1e-3))
+    return float(optimizer.learning_rate or STARTS.get(optimizer.name(), 1e-3))
 
 
 def choose(trainer: Any, start: float, *, resuming: bool) -> None:

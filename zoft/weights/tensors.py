@@ -14,7 +14,6 @@ from zoft.weights.mapped import release
 
 log = logging.getLogger(__name__)
 
-_PIECE = 1 << 22  # elements of a tensor that are looked at together
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 """In the names of a block's attention and of what lies in it."""
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|classifier_router)\.", re.IGNORECASE)
@@ -70,14 +69,13 @@ class Weights:
         """SHA-256 over names, dtypes and bits: equal exactly when two sets of weights are bit-identical."""
         return digest_of(self.tensors.items())
 
-    def digest_above(self, size: float = 1e-12) -> str:
-        """As :meth:`digest`, of what is larger than ``size``: a zero that has become 1e-30 is as it was."""
-        sha = hashlib.sha256()
+    def sample(self, size: int = 1_000_000) -> Tensor:
+        """Every n-th number that is trained, some ``size`` of them at most, on the host: what steps have moved."""
+        every, chosen = max(1, self.num_elements // size), list[Tensor]()
         for tensor in self.tensors.values():
-            for piece in tensor.detach().view(-1).split(_PIECE):  # in pieces: no second copy of an embedding
-                sha.update(bits_of(piece.where(piece.abs() > size, 0)))
+            chosen.append(tensor.detach().view(-1)[::every].cpu().clone())  # a view would move along
             release(tensor)
-        return sha.hexdigest()
+        return torch.cat(chosen)
 
     def check_eps(self, eps: float) -> None:
         """Refuse an ``eps`` that the dtype cannot represent at the scale of most of the weights.

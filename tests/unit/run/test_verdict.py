@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 
 from tests.runs import arguments
 from zoft.cli import main
@@ -120,6 +121,28 @@ def test_steps_without_a_finite_loss_ruin_a_run_too(caplog: Any):
     assert watched([{"loss": 0.7, "num_skipped_steps": 2}], caplog) == []  # here and there: the guard's matter
 
 
+def test_a_run_that_its_first_step_has_ruined_says_so(caplog: Any):
+    """The untrained model's loss is what a loss is compared with, and slopes that are gone are no matter of eps."""
+    flat = {"loss": 0.693, "projected_grad": 0.0}
+    said = []
+    for rows, first, sloped in (([{"loss": 739.0}], 0.76, 0), ([{"eval_loss": 739.0}], 0.76, 0), ([flat], None, 1)):
+        callback: Any = HealthCallback(0.5, 100, eps=1e-3, usual=1e-3)
+        callback.first, callback.sloped = first, sloped
+        args = Args()
+        args.learning_rate = 1e9
+        with caplog.at_level(logging.WARNING, logger="zoft"):
+            for row in [*rows, {"eval_accuracy": 0.5}]:
+                callback.on_log(args, State(), None, row)
+        said.append(caplog.messages)
+        caplog.clear()
+    assert [len(one) for one in said] == [1, 1, 1]
+    assert all("the run is ruined" in text and text.endswith("optimizer.learning_rate=0.001") for (text,) in said)
+    callback = HealthCallback(0.5, 100, eps=1e-3, usual=1e-3)
+    callback.sloped = 1  # of an accuracy that did not jump at a usual rate
+    callback.on_log(Args(), State(), None, flat)
+    assert not caplog.messages
+
+
 def test_slopes_that_are_all_zero_are_said(caplog: Any):
     (said,) = watched([{"loss": 0.7, "projected_grad": 0.0}, {"eval_accuracy": 0.5}], caplog)
     assert "estimator.eps=1e-09 is too small for what they resolve" in said
@@ -136,6 +159,13 @@ def test_chance_level_is_said_once_and_a_learning_run_is_not(caplog: Any):
     assert watched([{"eval_accuracy": 0.5}], caplog, chance=None) == []
 
 
+def test_below_chance_is_said_too_with_what_makes_a_difference(caplog: Any):
+    callback: Any = HealthCallback(0.5, 100, asks_directions=False, usual=0.1, bounded=True, has_adapter=True)
+    callback.on_log(Args(), State(), None, {"eval_accuracy": 0.3})
+    (said,) = caplog.messages
+    assert said.endswith("or is below it: try another learning rate (optimizer.learning_rate=0.0333)")
+
+
 @pytest.mark.parametrize("asks", [True, False])
 def test_more_directions_are_named_only_where_a_step_asks_for_some(asks: bool, caplog: Any):
     callback: Any = HealthCallback(0.5, 100, asks_directions=asks)
@@ -147,18 +177,23 @@ def test_more_directions_are_named_only_where_a_step_asks_for_some(asks: bool, c
 
 def test_weights_that_do_not_move_are_said(caplog: Any):
     with caplog.at_level(logging.WARNING, logger="zoft"):
-        warn_unmoved("a", "b", 10, 1e-9)
-        assert not caplog.records
-        warn_unmoved("a", "a", 10, 1e-9)
+        weights = torch.linspace(-1, 1, 1000)
+        warn_unmoved(weights, weights + torch.eye(1000)[:20].sum(0), 10, 1e-9)  # 2 % have changed
+        warn_unmoved(weights, weights + torch.eye(1000)[0], 10, 1e-9, is_partial=True)
         warn_unmoved(None, None, 10, 1e-9)  # a run that went on
+        assert not caplog.records
+        warn_unmoved(weights, weights, 10, 1e-9)
+        warn_unmoved(weights, weights + torch.eye(1000)[0], 10, 1e-9)
+    assert "99.9 % of the weights have not changed in 10 steps" in caplog.text
     assert "no weight has changed in 10 steps" in caplog.text
-    assert len(caplog.records) == 1
+    assert len(caplog.records) == 2
 
 
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("optimizer.learning_rate=1e-30", "no weight has changed in 12 steps, but for zeros"),
+        ("optimizer.learning_rate=1e-30", "no weight has changed in 12 steps"),
+        ("optimizer.learning_rate=2e-12", "% of the weights have not changed in 12 steps"),
         ("estimator.eps=8e-9", "estimator.eps=8e-09 is too small for what they resolve"),
         ("optimizer.learning_rate=1e12", "the run is ruined"),
     ],
@@ -173,11 +208,12 @@ def test_a_run_that_cannot_learn_says_what_to_change(tmp_path: Path, caplog: Any
     assert "load the weights in float32" not in caplog.text  # they are
 
 
-def test_a_run_at_an_absurd_rate_says_that_it_guesses(tmp_path: Path, caplog: Any):
+def test_a_run_at_an_absurd_rate_says_that_it_is_ruined(tmp_path: Path, caplog: Any):
     """The tiny model's answers become equally likely, whatever the text."""
     with caplog.at_level(logging.WARNING, logger="zoft"):
         run(compose(arguments(tmp_path, tmp_path / "out", "optimizer.learning_rate=1e4", "trainer.logging_steps=1")))
-    assert "cannot be told from guessing" in caplog.text
+    assert "have been equal since step 1: the run is ruined" in caplog.text
+    assert "optimizer.learning_rate=1e-05" in caplog.text
 
 
 @pytest.mark.parametrize(

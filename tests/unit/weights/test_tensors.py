@@ -103,15 +103,13 @@ def test_eps_below_the_dtype_is_refused_and_the_advice_works():
     assert "load the weights in float32" not in str(caught.value)
 
 
-def test_a_digest_of_what_is_larger_sees_no_change_of_a_zero():
+def test_a_sample_is_a_copy_of_some_numbers_of_each_tensor():
     layer = nn.Linear(4, 4)
-    nn.init.zeros_(layer.bias)
-    before, all_of_it = Weights(layer).digest_above(), Weights(layer).digest()
-    layer.bias.data.add_(1e-30)
-    assert Weights(layer).digest_above() == before
-    assert Weights(layer).digest() != all_of_it
-    layer.bias.data.add_(1e-6)
-    assert Weights(layer).digest_above() != before
+    whole, some = Weights(layer).sample(), Weights(layer).sample(size=5)
+    assert whole.tolist() == [*layer.weight.flatten().tolist(), *layer.bias.tolist()]
+    assert some.tolist() == [*whole[:16:4].tolist(), whole[16]]
+    layer.bias.data.add_(1)
+    assert Weights(layer).sample()[16] == whole[16] + 1
 
 
 @pytest.mark.parametrize(("eps", "says"), [(1e-3, True), (1e-2, False)])
