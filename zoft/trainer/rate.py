@@ -37,16 +37,19 @@ _FLAT = 1e-4
 STARTS = {"whiten": 4.0, "adam": 1e-3, "adamw": 1e-3, "sgd": 1e-5, "momentum": 1e-5}
 
 
-def climb(start: float, loss: Callable[[float], float], may_go_on: Callable[[], bool]) -> float:
+def climb(
+    start: float, loss: Callable[[float], float], may_go_on: Callable[[], bool], untrained: Callable[[], float]
+) -> float:
     """The learning rate with the lowest loss on a ladder around ``start``, walked in the direction that pays.
 
     Args:
         start: the first rate.
         loss: of a rate; infinite where it ruins the model.
         may_go_on: whether another trial can be paid for.
+        untrained: loss before any step, asked for where all trials end alike.
 
     Example:
-        >>> climb(1.0, lambda rate: abs(math.log(rate / 0.07)), lambda: True)
+        >>> climb(1.0, lambda rate: abs(math.log(rate / 0.07)), lambda: True, lambda: 3.0)
         0.0625
     """
     losses = {0: loss(start)}
@@ -62,11 +65,14 @@ def climb(start: float, loss: Callable[[float], float], may_go_on: Callable[[], 
         if at or not may_go_on():  # it fell in this direction: the other one was not meant
             break
     if are_flat(losses.values()):
-        highest = start * FACTOR ** max(losses)
+        lowest, highest = start * FACTOR ** min(losses), start * FACTOR ** max(losses)
+        if not are_flat((untrained(), *losses.values())):
+            log.warning("every learning rate from %.3g to %.3g ends at the same loss: the lowest does", lowest, highest)
+            return lowest
         log.warning(
-            "no learning rate from %.3g to %.3g changed the loss in trials this short: %.3g is a guess, and higher "
-            "ones are worth a try (a larger budget tries more)",
-            *(start * FACTOR ** min(losses), highest, highest),
+            "no learning rate from %.3g to %.3g changed the loss in trials this short: the choice is a guess, and "
+            "higher ones are worth a try (a larger budget tries more)",
+            *(lowest, highest),
         )
         return highest
     return start * FACTOR ** min(losses, key=lambda rung: (losses[rung], rung))
@@ -202,12 +208,19 @@ def _searched(trainer: Any, start: float) -> dict[str, Any]:
         )
         return last_loss
 
+    def untrained() -> float:
+        nonlocal spent
+        spent += len(batches)
+        return _after(trainer, start, 0, batches)
+
     def longer(rate: float) -> float | None:
         return loss(rate, LONGER) if spent + more <= most else None
 
-    rate = climb(start, loss, lambda: len(trials) < MOST_TRIALS and pays(spent, cost, more, most))
+    rate = climb(start, loss, lambda: len(trials) < MOST_TRIALS and pays(spent, cost, more, most), untrained)
     best = min((value for value in trials.values() if value is not None), default=math.inf)
-    chosen = held(rate, best, longer)
+    chosen = (
+        rate if rate == start and are_flat(value or math.inf for value in trials.values()) else held(rate, best, longer)
+    )
     return {"values": {"optimizer.learning_rate": chosen}, "queries": spent, "trials": trials}
 
 
