@@ -22,8 +22,8 @@ ROLLBACK = [
     "trainer.guard_steps=20",
     "optimizer.learning_rate=2e-2",
 ]
-BEST = ["trainer.load_best_model_at_end=true", "trainer.metric_for_best_model=loss", "trainer.eval_steps=10"]
-BEST += ["trainer.greater_is_better=true"]  # the best of falling losses would be the last
+BEST = ["trainer.load_best_model_at_end=true", "trainer.metric_for_best_model=accuracy"]
+BEST += ["trainer.eval_steps=10"]  # by accuracy: the best of falling losses would be the last
 WORKERS = ["trainer.dataloader_num_workers=2"]
 
 VARIANTS: dict[str, list[str]] = {

@@ -290,7 +290,7 @@ def arguments_of(cfg: ZoftConfig) -> Any:
     values.setdefault("dataloader_pin_memory", _has_cuda())
     if str(values.get("metric_for_best_model")).removeprefix("eval_") in METRICS["loss"]:
         values.setdefault("greater_is_better", False)
-    _check_best_checkpoint(values)
+    _check_best_checkpoint(cfg, values)
     if cfg.tracker.report_to:
         from zoft.report.trackers import set_variable
 
@@ -317,9 +317,25 @@ def arguments_of(cfg: ZoftConfig) -> Any:
     return args
 
 
-def _check_best_checkpoint(values: Mapping[str, Any]) -> None:
-    """The best checkpoint is one that was saved when it was evaluated."""
+def _check_best_checkpoint(cfg: ZoftConfig, values: Mapping[str, Any]) -> None:
+    """The best checkpoint is the best, and one that was saved when it was evaluated."""
     save, judge = (str(values.get(f"{verb}_strategy", "no")) for verb in ("save", "eval"))
+    metric, up = (
+        str(values.get("metric_for_best_model") or "loss").removeprefix("eval_"),
+        values.get("greater_is_better"),
+    )
+    known = {name for names in METRICS.values() for name in names}
+    if metric in known and up is not None and bool(up) == (metric in METRICS["loss"]):
+        raise UserError(
+            f"trainer.greater_is_better={str(up).lower()} would keep the worst {metric} for the best: leave it out, or "
+            "name another trainer.metric_for_best_model"
+        )
+    delay = values.get("eval_delay") or 0
+    if values.get("load_best_model_at_end") and delay > (last := cfg.composition.steps_within(cfg.budget.queries)):
+        raise UserError(
+            f"trainer.eval_delay={delay} is longer than the run of {last} steps: trainer.load_best_model_at_end=true has "
+            "nothing to choose from: lower it, or set trainer.load_best_model_at_end=false"
+        )
     if values.get("load_best_model_at_end") and save not in ("best", judge):
         raise UserError(
             f"trainer.load_best_model_at_end=true goes back to a checkpoint, and trainer.save_strategy={save} with "

@@ -280,6 +280,15 @@ def test_interrupted_before_the_first_step_starts_over(tmp_path: Path, monkeypat
             "trainer.load_best_model_at_end=true trainer.metric_for_best_model=acuracy",
             "trainer.metric_for_best_model=acuracy is not computed by an evaluation. Did you mean accuracy",
         ),
+        ("trainer.greater_is_better=true", "trainer.greater_is_better=true would keep the worst loss for the best"),
+        (
+            "trainer.greater_is_better=false trainer.metric_for_best_model=accuracy",
+            "trainer.greater_is_better=false would keep the worst accuracy for the best",
+        ),
+        (
+            "trainer.load_best_model_at_end=true trainer.eval_delay=13",
+            "trainer.eval_delay=13 is longer than the run of 12 steps",
+        ),
         ("trainer.disable_tqdm=true", "trainer.disable_tqdm cannot be set here"),
         ("trainer.resume_from_checkpoint=x", "the same command resumes"),
         ("engine=layerwise estimator=forward_gradient", "needs exact derivatives: choose engine=auto"),
