@@ -105,9 +105,7 @@ class DiagnosticsCallback(TrainerCallback):
             assert self.trainer is not None
             self._remembered = self.trainer.zo_optimizer.memory()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Measure, where it is time and there is an estimate that was queried."""
         trainer, record = self.trainer, self.record
         if not self.is_due or self._remembered is None:

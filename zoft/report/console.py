@@ -147,9 +147,7 @@ class ProgressCallback(TrainerCallback):
             self._logged = (state.global_step, self._done)
         self._draw()
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show that an evaluation goes on, so that the bar does not seem stuck."""
         if self._bar is not None:
             self._batches += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
@@ -27,41 +27,25 @@ ROUNDING = 4 * 2**-23
 CHANCE_SHARE = 0.25
 """Share of the budget after which an accuracy at chance level is said, and slopes that are not there."""
 
-UNMOVED_SHARE = 0.99
-"""Of the weights: a run that has changed fewer than the rest says so."""
-
-FAR = 100.0
-"""Times the usual learning rate: what is far above it, so that a tenth of it would be no help."""
+UNMOVED_SHARE, FAR = 0.99, 100.0
+"""Share of weights that have not changed which is said; times the usual learning rate that a tenth is no help."""
 
 
 @dataclass(eq=False)
 class HealthCallback(TrainerCallback):
-    """Watches what is logged and warns once of each kind.
+    """Watches what is logged and warns once of each kind."""
 
-    Args:
-        chance: accuracy of a guess; None where the metric is another one.
-        num_rows: rows that the accuracy on the way is measured on.
-        asks_directions: whether a step asks for directions or makes probes, of which more would help.
-        eps: radius of the directions; None where there is none.
-        usual: learning rate of such a method; 0 where it is not known.
-        bounded: whether a bound sets the length of steps from that rate upwards.
-        has_adapter: whether few weights are trained already.
-        last_step: the estimate of the step that has just been taken.
-    """
-
-    chance: float | None
-    num_rows: int
-    asks_directions: bool = True
-    eps: float | None = None
-    usual: float = 0.0
-    bounded: bool = False
+    chance: float | None  # accuracy of a guess; None where the metric is another one
+    num_rows: int  # that the accuracy on the way is measured on
+    asks_directions: bool = True  # or makes probes, of which more would help
+    eps: float | None = None  # radius of the directions; None where there is none
+    usual: float = 0.0  # learning rate of such a method; 0 where it is not known
+    bounded: bool = False  # whether a bound sets the length of steps from that rate upwards
     has_adapter: bool = False
-    last_step: Callable[[], Any] = lambda: None
+    last_step: Callable[[], Any] = lambda: None  # the estimate of the step that has just been taken
     first: float | None = None  # the untrained model's loss, or else the first that is logged
-    sloped = 0  # the last step whose losses differed by more than rounding
-
-    def __post_init__(self) -> None:
-        self.warned: set[str] = set()
+    sloped: int = 0  # the last step whose losses differed by more than rounding
+    warned: set[str] = field(default_factory=set)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """See whether the step had a slope: rows are too rare for a run that its first step has ruined."""
@@ -128,11 +112,9 @@ class HealthCallback(TrainerCallback):
         if low <= self.chance:
             more = ", or more estimator.num_directions" * self.asks_directions
             fewer = ", or fewer trained weights (peft=lora)" * (not self.has_adapter)
-            rates = f"{rate / 3:.3g} or {rate * 3:.3g}"
+            rates = f"{self.usual:.3g}" if self._is_far(rate) else f"{rate / 3:.3g} or {rate * 3:.3g}"
             if self.bounded and rate >= self.usual:  # any higher one is the same
                 rates = f"{self.usual / 3:.3g}"
-            elif self._is_far(rate):
-                rates = f"{self.usual:.3g}"
             self._warn(
                 "chance",
                 f"after a quarter of the budget the dev accuracy, {100 * accuracy:.1f} %, cannot be told from guessing "
@@ -146,22 +128,14 @@ class HealthCallback(TrainerCallback):
             log.warning(text)
 
 
-def warn_unmoved(
-    before: Tensor | None, after: Tensor | None, steps: int, rate: float, *, is_partial: bool = False
-) -> None:
+def warn_unmoved(before: Tensor, after: Tensor, steps: int, rate: float, *, partial: bool = False) -> None:
     """Say so where (nearly) no weight has changed: the steps are lost in the weights' rounding, or are none.
 
-    Args:
-        before: a :meth:`~zoft.weights.tensors.Weights.sample` before training; None where it is not known.
-        after: after it.
-        steps: of the run.
-        rate: its learning rate.
-        is_partial: whether steps leave most weights as they are, as a mask has it.
+    ``before`` and ``after`` are each a :meth:`~zoft.weights.tensors.Weights.sample`. Where ``partial``, as with a
+    mask, steps leave most weights as they are.
     """
-    if before is None or after is None or not steps:
-        return
     unmoved = float(((after - before).abs() <= 1e-12).double().mean())  # a zero that has become 1e-30 is as it was
-    if unmoved > UNMOVED_SHARE and (unmoved == 1 or not is_partial):
+    if steps and unmoved > UNMOVED_SHARE and (unmoved == 1 or not partial):
         log.warning(
             "%s in %s steps: the steps are smaller than the weights' rounding; raise the learning rate, "
             "optimizer.learning_rate=%.3g",

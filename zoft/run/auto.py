@@ -22,19 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import NonFiniteLossError, UserError
 from zoft.run.rehearsal import rehearsing, rehearsing_trainer
-from zoft.trainer.rate import (
-    LONGER,
-    MOST,
-    MOST_TRIALS,
-    NAME,
-    SHARE,
-    are_flat,
-    climb,
-    few_queries,
-    held,
-    pays,
-    weights_kept,
-)
+from zoft.trainer.rate import LONGER, MOST, MOST_TRIALS, NAME, SHARE, climb, few_queries, pays, settled, weights_kept
 from zoft.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -101,10 +89,8 @@ def choose(cfg: ZoftConfig, model: Any, tokenizer: Any, rows: dict[str, list[Any
         if "optimizer.learning_rate" in cfg.auto:
             trial = _Trials(cfg, folder, model, tokenizer, rows, choice)
             start = cfg.optimizer.learning_rate or _first_rate(cfg, folder, model, tokenizer, rows, choice)
-            rate = climb(start, trial, trial.may_go_on, trial.untrained)
-            best = min((loss for loss in choice.trials.values() if loss is not None), default=math.inf)
-            alike = rate == start and are_flat(loss or math.inf for loss in choice.trials.values())
-            _keep(cfg, choice, "optimizer.learning_rate", rate if alike else held(rate, best, trial.longer))
+            rate = climb(start, trial, trial.may_go_on)
+            _keep(cfg, choice, "optimizer.learning_rate", settled(rate, choice.trials, trial.longer))
     write_atomically(known, json.dumps(dataclasses.asdict(choice), indent=2) + "\n")
     return choice
 
@@ -172,13 +158,6 @@ class _Trials:
         """Loss of the dev rows after a longer training; None where the budget does not pay for one."""
         spent = self.choice.queries + LONGER * self.queries + self.cost
         return self(rate, LONGER) if spent <= MOST * self.cfg.budget.queries else None
-
-    def untrained(self) -> float:
-        """Loss of the dev rows before any step."""
-        self.choice.queries += self.cost
-        cfg = rehearsing(self.cfg, self.folder, self.queries)
-        trainer = rehearsing_trainer(cfg, self.model, self.tokenizer, {**self.rows, "dev": self.dev})
-        return float(trainer.evaluate()["eval_loss"])
 
     def __call__(self, rate: float, share: int = 1) -> float:
         """Loss of the dev rows after a training of ``share`` times the shortest."""

@@ -320,12 +320,9 @@ def arguments_of(cfg: ZoftConfig) -> Any:
 def _check_best_checkpoint(cfg: ZoftConfig, values: Mapping[str, Any]) -> None:
     """The best checkpoint is the best, and one that was saved when it was evaluated."""
     save, judge = (str(values.get(f"{verb}_strategy", "no")) for verb in ("save", "eval"))
-    metric, up = (
-        str(values.get("metric_for_best_model") or "loss").removeprefix("eval_"),
-        values.get("greater_is_better"),
-    )
-    known = {name for names in METRICS.values() for name in names}
-    if metric in known and up is not None and bool(up) == (metric in METRICS["loss"]):
+    up, metric = values.get("greater_is_better"), str(values.get("metric_for_best_model") or "loss")
+    metric = metric.removeprefix("eval_")
+    if up is not None and any(metric in one for one in METRICS.values()) and bool(up) == (metric in METRICS["loss"]):
         raise UserError(
             f"trainer.greater_is_better={str(up).lower()} would keep the worst {metric} for the best: leave it out, or "
             "name another trainer.metric_for_best_model"
@@ -333,8 +330,8 @@ def _check_best_checkpoint(cfg: ZoftConfig, values: Mapping[str, Any]) -> None:
     delay = values.get("eval_delay") or 0
     if values.get("load_best_model_at_end") and delay > (last := cfg.composition.steps_within(cfg.budget.queries)):
         raise UserError(
-            f"trainer.eval_delay={delay} is longer than the run of {last} steps: trainer.load_best_model_at_end=true has "
-            "nothing to choose from: lower it, or set trainer.load_best_model_at_end=false"
+            f"trainer.eval_delay={delay} is longer than the run of {last} steps: trainer.load_best_model_at_end=true "
+            "has nothing to choose from: lower it, or set trainer.load_best_model_at_end=false"
         )
     if values.get("load_best_model_at_end") and save not in ("best", judge):
         raise UserError(

@@ -305,9 +305,9 @@ def _carry_out(
     if gain is not None:
         facts |= {"gain": gain[0], "gain_interval": gain[1:]}
     if first:
-        after = None if before is None else Weights(trainer.model).sample()
-        is_partial = cfg.subspace.name() in ("blocks", "sparse", "vectors")
-        warn_unmoved(before, after, facts["num_steps"], trainer.args.learning_rate, is_partial=is_partial)
+        if before is not None:
+            partial, rate = cfg.subspace.name() in ("blocks", "sparse", "vectors"), trainer.args.learning_rate
+            warn_unmoved(before, Weights(trainer.model).sample(), facts["num_steps"], rate, partial=partial)
         learning_curve(
             cfg.output_dir,
             title=Path(cfg.output_dir).name,

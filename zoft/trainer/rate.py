@@ -37,19 +37,16 @@ _FLAT = 1e-4
 STARTS = {"whiten": 4.0, "adam": 1e-3, "adamw": 1e-3, "sgd": 1e-5, "momentum": 1e-5}
 
 
-def climb(
-    start: float, loss: Callable[[float], float], may_go_on: Callable[[], bool], untrained: Callable[[], float]
-) -> float:
+def climb(start: float, loss: Callable[[float], float], may_go_on: Callable[[], bool]) -> float:
     """The learning rate with the lowest loss on a ladder around ``start``, walked in the direction that pays.
 
     Args:
         start: the first rate.
-        loss: of a rate; infinite where it ruins the model.
+        loss: of a rate; infinite where it ruins the model. Of 0 it is asked where all rates end alike.
         may_go_on: whether another trial can be paid for.
-        untrained: loss before any step, asked for where all trials end alike.
 
     Example:
-        >>> climb(1.0, lambda rate: abs(math.log(rate / 0.07)), lambda: True, lambda: 3.0)
+        >>> climb(1.0, lambda rate: abs(math.log(rate / 0.07)), lambda: True)
         0.0625
     """
     losses = {0: loss(start)}
@@ -66,7 +63,7 @@ def climb(
             break
     if are_flat(losses.values()):
         lowest, highest = start * FACTOR ** min(losses), start * FACTOR ** max(losses)
-        if not are_flat((untrained(), *losses.values())):
+        if not are_flat((loss(0.0), *losses.values())):
             log.warning("every learning rate from %.3g to %.3g ends at the same loss: the lowest does", lowest, highest)
             return lowest
         log.warning(
@@ -109,6 +106,13 @@ def held(rate: float, best: float, longer: Callable[[float], float | None]) -> f
         if loss is None:
             break
     return rate
+
+
+def settled(rate: float, trials: dict[str, float | None], longer: Callable[[float], float | None]) -> float:
+    """As :func:`held`, of trials by rate; one that a bound makes as good as any (0 was tried, and is worse) stays."""
+    best = min(losses := [loss for loss in trials.values() if loss is not None], default=math.inf)
+    is_bounded = "0" in trials and not are_flat(losses)
+    return rate if is_bounded else held(rate, best, longer)
 
 
 @contextmanager
@@ -208,19 +212,11 @@ def _searched(trainer: Any, start: float) -> dict[str, Any]:
         )
         return last_loss
 
-    def untrained() -> float:
-        nonlocal spent
-        spent += len(batches)
-        return _after(trainer, start, 0, batches)
-
     def longer(rate: float) -> float | None:
         return loss(rate, LONGER) if spent + more <= most else None
 
-    rate = climb(start, loss, lambda: len(trials) < MOST_TRIALS and pays(spent, cost, more, most), untrained)
-    best = min((value for value in trials.values() if value is not None), default=math.inf)
-    chosen = (
-        rate if rate == start and are_flat(value or math.inf for value in trials.values()) else held(rate, best, longer)
-    )
+    rate = climb(start, loss, lambda: len(trials) < MOST_TRIALS and pays(spent, cost, more, most))
+    chosen = settled(rate, trials, longer)
     return {"values": {"optimizer.learning_rate": chosen}, "queries": spent, "trials": trials}
 
 

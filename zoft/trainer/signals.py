@@ -46,9 +46,7 @@ class StopOnInterrupt(TrainerCallback):
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, *_REQUEUE)}
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         """Ask for a checkpoint and the end, in every process after the same step."""
         heard = self.heard or 0
         if args.world_size > 1:

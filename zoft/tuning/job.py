@@ -145,14 +145,7 @@ class HalfWayWatch(TrainerCallback):
         if state.global_step in (half_of(state.max_steps), state.max_steps):
             control.should_evaluate = control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Judge it."""
         at_half = half_of(state.max_steps) == state.global_step < state.max_steps
         if self.is_bad is None or not logs or self.metric not in logs or not at_half:

@@ -51,7 +51,7 @@ def test_the_climb_ends_at_the_best_rung(best: float, trials: int):
         asked.append(rate)
         return abs(rate / best - best / rate)
 
-    chosen = auto.climb(1.0, loss, lambda: len(asked) < auto.MOST_TRIALS, lambda: 0.7)
+    chosen = auto.climb(1.0, loss, lambda: len(asked) < auto.MOST_TRIALS)
     assert len(asked) == trials
     assert chosen == min(asked, key=lambda rate: abs(rate / best - best / rate))
 
@@ -63,9 +63,9 @@ def test_the_climb_leaves_rates_that_move_nothing_by_larger_steps(caplog: pytest
         asked.append(rate)
         return 0.7 - min(rate, 0.5)
 
-    assert auto.climb(1e-6, loss, lambda: len(asked) < auto.MOST_TRIALS, lambda: 0.7) == max(asked) == 1e-6 * 4**7
+    assert auto.climb(1e-6, loss, lambda: len(asked) < auto.MOST_TRIALS) == max(asked) == 1e-6 * 4**7
     assert not caplog.records
-    chosen = auto.climb(1e-9, loss, lambda: len(asked) < 8, lambda: 0.7)  # two trials more are paid for
+    chosen = auto.climb(1e-9, loss, lambda: len(asked) < 8)  # two trials more are paid for
     assert chosen == max(asked[6:]) == 4e-9
     assert (
         "no learning rate from 1e-09 to 4e-09 changed the loss in trials this short: the choice is a guess"
@@ -75,15 +75,12 @@ def test_the_climb_leaves_rates_that_move_nothing_by_larger_steps(caplog: pytest
 
 def test_rates_that_a_bound_makes_alike_are_not_said_to_change_nothing(caplog: pytest.LogCaptureFixture):
     asked: list[float] = []
-    assert auto.climb(4.0, lambda rate: asked.append(rate) or 0.39, lambda: len(asked) < 4, lambda: 0.78) == 4.0
+    assert auto.climb(4.0, lambda rate: asked.append(rate) or (0.39 if rate else 0.78), lambda: len(asked) < 4) == 4.0
     assert caplog.messages == ["every learning rate from 4 to 4.1e+03 ends at the same loss: the lowest does"]
 
 
 def test_the_climb_goes_down_out_of_ruin():
-    assert (
-        auto.climb(1.0, lambda rate: float("inf") if rate > 0.1 else abs(rate - 0.05), lambda: True, lambda: 0.7)
-        == 1 / 16
-    )
+    assert auto.climb(1.0, lambda rate: float("inf") if rate > 0.1 else abs(rate - 0.05), lambda: True) == 1 / 16
 
 
 def test_q_follows_from_the_method():
