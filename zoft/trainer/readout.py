@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
+from zoft.engines._prefix import longest_stack
 from zoft.errors import UserError
 from zoft.estimators.nodes import Nodes
+from zoft.lm.logits.call import inner
 from zoft.lm.logits.head import Positions
+from zoft.lm.logits.own_loss import is_causal_lm, other_than_labels
+from zoft.lm.logits.support import close
 from zoft.lm.objectives._own_readout import is_seq2seq, own_feedbacks, own_places, own_readout
 from zoft.lm.objectives._readout import Readout
+from zoft.lm.objectives.base import Objective
+from zoft.lm.objectives.classes import Classes, read_by_head
 from zoft.step.positions import NodePositions, at_loss
 from zoft.trainer.protocol import HoldsObjects
 
 _MOST_OPTIONS = 64  # different options in the training rows, up to which each has a response of its own
+OTHER_LOSS = (
+    "node directions read the cross-entropy of labels, and the trainer makes another loss of it "
+    "(label_smoothing_factor, compute_loss_func, or a compute_loss of its own): leave that out, or use method=mezo "
+    '(estimator="central")'
+)
 
 
 class TrainerReader:
@@ -26,10 +38,27 @@ class TrainerReader:
     def __init__(self, trainer: HoldsObjects) -> None:
         self.trainer = trainer
         self._feedback: str | None = None
+        self._is_checked = False
 
     def parts(self, batch: Any) -> Sequence[Any]:
         """The micro-batches, their rows as separate ones (``packed`` rows have other positions)."""
-        return [{key: value for key, value in one.items() if key != "packed"} for one in batch.micro_batches]
+        parts = [{key: value for key, value in one.items() if key != "packed"} for one in batch.micro_batches]
+        if not self._is_checked:
+            refuse_unread(self.trainer.model_wrapped, self.trainer.objective)
+            if self.trainer.objective is None:
+                self._compare(parts[0])
+        self._is_checked = True
+        return parts
+
+    def _compare(self, part: Any) -> None:
+        """What is read must be the loss that the trainer computes, where a ``compute_loss`` may be a user's own."""
+        trainer, is_other = self.trainer, self.trainer.label_smoother or self.trainer.compute_loss_func
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            own_places(trainer.model_wrapped, part)  # what it refuses cannot be read
+            read = own_readout(trainer.model_wrapped, part, "loss").losses.mean()
+            loss = read if is_other else trainer.compute_loss(trainer.model_wrapped, dict(part)).float()
+        if is_other or not torch.isclose(read, loss, rtol=1e-2, equal_nan=True):
+            raise UserError(OTHER_LOSS)
 
     def places(self, part: Any) -> NodePositions:
         """The positions that the loss is read from."""
@@ -90,6 +119,54 @@ class TrainerReader:
         if "scores" in feedbacks and "hidden" in feedbacks and _num_options(trainer.train_dataset) > _MOST_OPTIONS:
             return "hidden"
         return feedbacks[0]
+
+
+def refuse_unread(model: nn.Module, objective: Objective | None) -> None:
+    """Try a causal model or a classifier with eight tokens: its loss, and the positions it reads, must be known.
+
+    Args:
+        model: in evaluation mode.
+        objective: or None for the model's own loss.
+
+    Raises:
+        UserError: its own loss is more than the cross-entropy of its labels, or it reads other positions.
+    """
+    bare, why = inner(model), None
+    name = type(bare).__name__
+    ids = torch.tensor([[token for token in range(9) if token != bare.config.pad_token_id][:8]], device=bare.device)
+    if objective is None and is_causal_lm(model):
+        why = other_than_labels(model, ids)
+    elif name.endswith("ForSequenceClassification") and (objective is None or isinstance(objective, Classes)):
+        labels = torch.arange(min(bare.config.num_labels, 8), device=ids.device)  # all: a class may have its own weight
+        ids = ids.expand(len(labels), -1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        at = own_places(model, inputs) if objective is None else read_by_head(model, inputs)
+
+        def turned(_module: nn.Module, _args: Any, output: Any) -> None:
+            h = output[0] if isinstance(output, tuple) else output
+            if h.shape[:2] == ids.shape:
+                read = h[at.row, at.column]
+                h[1:] = h[1:].flip(-1)
+                h[at.row, at.column] = read
+
+        # a single block may run several times: what it gives reaches the places by attention
+        blocks = longest_stack(bare)
+        with torch.no_grad(), blocks[-1].register_forward_hook(turned) if len(blocks) > 1 else nullcontext():
+            output = model(**inputs)
+        logits = output.logits.float()
+        # the rows are alike but for what the last block gives at other positions
+        if not close(logits, logits[:1].expand_as(logits), 1e-2):
+            raise UserError(
+                f"the classifier of {name} reads other positions than the one of each row that subspace=nodes moves "
+                '(it may take their mean): use method=mezo (estimator="central")'
+            )
+        off = abs(float(torch.nn.functional.cross_entropy(logits, labels) - output.loss)) if objective is None else 0.0
+        why = f"it is off by {off:.2g}" if off > (1e-4 if output.logits.element_size() > 2 else 2e-2) else None
+    if why:
+        raise UserError(
+            f"the loss of {name} is more than the cross-entropy of its labels ({why}), and subspace=nodes does not "
+            'know where the rest is read from: use method=mezo (estimator="central")'
+        )
 
 
 def last_tokens(part: Any, last: int) -> Any:

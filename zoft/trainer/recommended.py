@@ -12,10 +12,12 @@ from zoft.errors import UserError
 from zoft.estimators.nodes import Nodes
 from zoft.lm.logits.call import inner
 from zoft.lm.logits.own_loss import is_causal_lm
+from zoft.lm.logits.support import FAILURES
 from zoft.lm.objectives.base import Objective
 from zoft.optimizers.whiten import Whiten
 from zoft.step.method import Method
 from zoft.subspaces.nodes import Nodes as NodeOutputs
+from zoft.trainer.readout import OTHER_LOSS, refuse_unread
 from zoft.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
@@ -35,13 +37,14 @@ def may_be(args: Any, engine: str, objective: Objective | None) -> bool:
     return objective is None or objective.feedbacks not in ((), ("loss",))
 
 
-def recommended(model: nn.Module | None, objective: Objective | None, rows: Any) -> Method | None:
+def recommended(model: nn.Module | None, objective: Objective | None, rows: Any, other: Any = None) -> Method | None:
     """Node directions as ``method=zoft`` has them; None where the loss or what is trained does not go with them.
 
     Args:
         model: with the weights chosen that are trained; None where it is made later.
         objective: or None for the model's own loss.
         rows: of the training.
+        other: whether the trainer makes another loss of the model's.
     """
     try:
         row = rows[0]
@@ -53,6 +56,13 @@ def recommended(model: nn.Module | None, objective: Objective | None, rows: Any)
     try:
         outputs.chosen(Weights(model))
     except UserError:
+        return None
+    try:
+        if other:
+            raise UserError(OTHER_LOSS)
+        refuse_unread(model.eval(), objective)  # as in every query
+    except FAILURES as error:  # a UserError, or what a class raises for labels that it does not take
+        log.warning("no method is named: MeZO's parts (full, central, sgd) are taken: %s", error)
         return None
     log.warning(
         "no method is named: node directions (method=zoft), which learn from the fewest queries; name a part, "

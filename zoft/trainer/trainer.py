@@ -24,6 +24,7 @@ from zoft.engines.base import Engine
 from zoft.estimators.base import Estimator
 from zoft.journal import snapshot
 from zoft.lm.metrics.order import every_row_in_order, longest_first, reported_in_rows_order
+from zoft.lm.models.agreement import align
 from zoft.lm.models.load import as_model
 from zoft.lm.objectives.base import Objective
 from zoft.optimizers.base import Optimizer
@@ -116,11 +117,13 @@ class ZOMixin(_Base):
         refuse_optimizers(kwargs)
         args = copy.copy(as_zo_config(args, "zoft_run"))  # what is settled here must not reach the user's next trainer
         own_loss = has_own_loss(super().compute_loss)
-        is_named = is_named or mezo_protocol or own_loss or type(self).compute_loss is not ZOMixin.compute_loss
-        if not (is_named or kwargs.get("compute_loss_func")) and may_be(args, self.engine_name, self.objective):
+        if not (is_named or mezo_protocol) and may_be(args, self.engine_name, self.objective):
+            other = own_loss or type(self).compute_loss is not ZOMixin.compute_loss or kwargs.get("compute_loss_func")
+            other = other or (objective is None and args.label_smoothing_factor)
             with global_random_state_kept():
                 model, peft_config = as_model(model, peft_config, args.seed), None
-            self.method = recommended(model, self.objective, kwargs.get("train_dataset")) or self.method
+                align(model, kwargs.get("processing_class"))
+                self.method = recommended(model, self.objective, kwargs.get("train_dataset"), other) or self.method
         self.seeks_rate = args.learning_rate == "auto"
         settle_forwards(self.engine, self.method, self.objective, args)
         settle_arguments(args, self.method, has_objective=objective is not None)

@@ -5,16 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
-from tests.models import tiny_opt
+from tests.models import tiny_bert_classifier, tiny_mixtral, tiny_opt
 from zoft import ZOConfig, ZOTrainer
+from zoft.errors import UserError
 
 ROWS = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]} for _ in range(8)]
+CLASSES = [{"input_ids": [5, 6, 7, 8 + k], "labels": k % 3} for k in range(8)]
+NODES = {"subspace": "nodes", "estimator": "nodes", "optimizer": "whiten"}
 
 
-def trainer(tmp_path: Any, cls: Any = ZOTrainer, rows: Any = ROWS, settings: Any = None, **parts: Any) -> Any:
+def trainer(
+    tmp_path: Any, cls: Any = ZOTrainer, rows: Any = ROWS, settings: Any = None, make: Any = tiny_opt, **parts: Any
+) -> Any:
     args = ZOConfig(output_dir=str(tmp_path), budget_queries=12, report_to=[], use_cpu=True, **(settings or {}))
-    return cls(model=tiny_opt(), args=args, train_dataset=rows, **parts)
+    return cls(model=make(), args=args, train_dataset=rows, **parts)
 
 
 def test_the_models_own_loss_is_learnt_by_node_directions(tmp_path: Any, caplog: pytest.LogCaptureFixture):
@@ -51,3 +58,94 @@ class Other(ZOTrainer):
 )
 def test_what_is_named_or_not_served_keeps_the_directions_in_the_weights(given: dict[str, Any], tmp_path: Any):
     assert trainer(tmp_path, **given).method.subspace.name() == "full"
+
+
+def weighted() -> Any:
+    """A classifier with the loss of a user's own class, whose name says nothing of it."""
+
+    class WeightedForSequenceClassification(transformers.BertForSequenceClassification):
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
+            output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            if labels is not None:
+                weight = torch.tensor([1.0, 1.0, 5.0])
+                output.loss = torch.nn.functional.cross_entropy(output.logits, labels, weight=weight)
+            return output
+
+    model = tiny_bert_classifier()
+    model.__class__ = WeightedForSequenceClassification
+    return model
+
+
+def pooled(pooling: str) -> Any:
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    sizes = {"vocab_size": 64, "num_labels": 3, "max_position_embeddings": 64}
+    config = transformers.ModernBertConfig(**small, **ends, **sizes, classifier_pooling=pooling)
+    with torch.random.fork_rng(devices=[]):
+        return transformers.ModernBertForSequenceClassification(config).eval()
+
+
+class Same(ZOTrainer):
+    """The loss is looked at and left as it is."""
+
+    def compute_loss(self, *given: Any, **more: Any) -> Any:
+        return super().compute_loss(*given, **more)
+
+
+class Squared(ZOTrainer):
+    """A loss of its own, which is another one."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return model(input_ids=inputs["input_ids"]).logits.square().mean()
+
+
+def router() -> Any:
+    return tiny_mixtral(output_router_logits=True, router_aux_loss_coef=0.001)
+
+
+OTHER_LOSSES = {
+    "smoothed": ({"settings": {"label_smoothing_factor": 0.3}}, "label_smoothing_factor"),
+    "smoothed classes": (
+        {"settings": {"label_smoothing_factor": 0.01}, "make": tiny_bert_classifier, "rows": CLASSES},
+        "label_smoothing_factor",
+    ),
+    "function": ({"compute_loss_func": lambda outputs, labels, **_: outputs.logits.square().mean()}, "compute_loss"),
+    "method": ({"cls": Squared}, "compute_loss"),
+    "weighted": ({"make": weighted, "rows": CLASSES}, "more than the cross-entropy"),
+    "router": ({"make": router}, "more than the cross-entropy"),
+    "mean": ({"make": lambda: pooled("mean"), "rows": CLASSES}, "other positions"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_a_loss_that_is_not_read_is_trained_as_it_is_with_a_note(name: str, tmp_path: Any, caplog: Any):
+    given, said = OTHER_LOSSES[name]
+    zo_trainer = trainer(tmp_path, **given)
+    assert zo_trainer.method.subspace.name() == "full"
+    assert "no method is named: MeZO's parts" in caplog.text
+    assert said in caplog.text
+    zo_trainer.train()
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_a_loss_that_is_not_read_is_refused_where_node_directions_are_named(name: str, tmp_path: Any):
+    given, said = OTHER_LOSSES[name]
+    with pytest.raises(UserError, match=said):
+        trainer(tmp_path, **given, **NODES).train()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"cls": Same},
+        {"make": tiny_bert_classifier, "rows": CLASSES},
+        {"make": tiny_mixtral},
+        {"make": lambda: pooled("cls"), "rows": CLASSES},
+    ],
+    ids=["same loss", "classes", "mixture", "first token"],
+)
+def test_a_loss_that_is_read_is_learnt_where_node_directions_are_named(given: dict[str, Any], tmp_path: Any):
+    zo_trainer = trainer(tmp_path, **given, **NODES)
+    before = float(zo_trainer.evaluate(zo_trainer.train_dataset)["eval_loss"])
+    zo_trainer.train()
+    assert float(zo_trainer.evaluate(zo_trainer.train_dataset)["eval_loss"]) < before

@@ -150,6 +150,12 @@ def _compare(model: nn.Module, inputs: Inputs) -> bool | None:
     return False
 
 
+def other_than_labels(model: nn.Module, input_ids: Tensor) -> str | None:
+    """What besides the cross-entropy of its next tokens a causal model's loss consists of; None for nothing."""
+    piece = {"input_ids": input_ids, "labels": input_ids}
+    return _difference(*_with_marked_loss(model, piece), piece)
+
+
 @dataclass
 class _LossCall:
     """One call of the class's loss function, in a forward of which it returned :data:`_MARK` instead of the loss."""
