@@ -114,6 +114,7 @@ OTHER_LOSSES = {
     "weighted": ({"make": weighted, "rows": CLASSES}, "more than the cross-entropy"),
     "router": ({"make": router}, "more than the cross-entropy"),
     "mean": ({"make": lambda: pooled("mean"), "rows": CLASSES}, "other positions"),
+    "regression": ({"make": lambda: tiny_bert_classifier(num_labels=1), "rows": CLASSES}, "which positions the loss"),
 }
 
 

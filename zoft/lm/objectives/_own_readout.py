@@ -89,4 +89,6 @@ def _of_seq2seq(model: nn.Module, inputs: Inputs, feedback: str) -> Readout:
 def _is_classified(model: nn.Module, inputs: Inputs) -> bool:
     labels = inputs.get("labels")
     whole = isinstance(labels, torch.Tensor) and labels.dim() == 1 and not labels.is_floating_point()
-    return whole and type(inner(model)).__name__.endswith("ForSequenceClassification") and "input_ids" in inputs
+    named = type(inner(model)).__name__.endswith("ForSequenceClassification") and "input_ids" in inputs
+    # one output is a regression's: its loss is a square
+    return whole and named and inner(model).config.num_labels > 1
