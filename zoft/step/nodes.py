@@ -117,21 +117,21 @@ class NodeQueries:
         space = self._space()
         parts = [_Part(one, expand(self.reader.places(one), space)) for one in self.reader.parts(batch)]
         total = self._number(parts)
-        probes, exact = estimator.probes_at(direction.step), estimator.feedback == "exact"
-        shared = False
+        # a response that no step has taught yet (no label of theirs counted) is learnt as in the first one
+        step = direction.step if space.tables or estimator.feedback == "loss" else 0
+        probes, exact = estimator.probes_at(step), estimator.feedback == "exact"
+        first, shared = next((n for n, part in enumerate(parts) if len(part.places.rows)), -1), False
         for number, part in enumerate(parts):
             # feedback=exact has its own forward, with a graph; the others share one clean forward with the probes
             if exact:
                 self._exactly(part)
-            elif space.shared is None and number == 0 and probes:
+            elif space.shared is None and number == first and probes:
                 with self._keeping_context(part, wanted=True), self._seeing_sums(part) as adds_parts:
                     self._cleanly(part)
                 shared = adds_parts()
             else:
                 with self._keeping_context(part, wanted=probes > 0):
                     self._cleanly(part)
-        if space.shared is None and probes:
-            space.shared = all(bool(one) for one in self._all(torch.tensor([shared])))
         # L = sum_i L_i / n over the terms i of all micro-batches and processes
         sums = [sum(float(part.clean.losses.detach().double().sum()) for part in parts)]
         sums.append(sum(len(part.clean.losses) for part in parts))
@@ -141,6 +141,8 @@ class NodeQueries:
         # a clean loss that is not finite: no probe is made, and the step moves nothing
         if not math.isfinite(loss):
             return NodeEstimate({}, loss, estimator.num_queries, usable=False)
+        if space.shared is None and probes:
+            space.shared = all(bool(one) for one in self._all(torch.tensor([shared])))
         if estimator.feedback == "loss":
             self._own(parts, direction, probes, estimator.eps, total)
         elif not exact:

@@ -69,6 +69,8 @@ def passes_down(session: NodeSession, reader: ObjectiveReader, batch: Any) -> bo
         return False
     part = next(iter(reader.parts(batch)))
     at = expand(reader.places(part), space)
+    if not len(at.rows):
+        return False  # no label of these rows counts
     reader.read(part)  # the first reading of a model may try what its head can be asked for, with shorter rows
     with torch.no_grad(), session.adding(space.parts, at.rows, at.columns, len(at.starts)) as verdict:
         last = reader.read(part).values

@@ -11,6 +11,7 @@ import transformers
 from tests.models import tiny_bert_classifier, tiny_mixtral, tiny_opt
 from zoft import ZOConfig, ZOTrainer
 from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes
 
 ROWS = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]} for _ in range(8)]
 CLASSES = [{"input_ids": [5, 6, 7, 8 + k], "labels": k % 3} for k in range(8)]
@@ -150,3 +151,38 @@ def test_a_loss_that_is_read_is_learnt_where_node_directions_are_named(given: di
     before = float(zo_trainer.evaluate(zo_trainer.train_dataset)["eval_loss"])
     zo_trainer.train()
     assert float(zo_trainer.evaluate(zo_trainer.train_dataset)["eval_loss"]) < before
+
+
+TOKENS = [{"input_ids": [5, 6, 7, 8 + k], "labels": [5, 6, 7, 8 + k]} for k in range(4)]
+KINDS = {"tokens": (tiny_opt, TOKENS, [-100] * 4), "classes": (tiny_bert_classifier, CLASSES[:4], -100)}
+
+
+def trained(tmp_path: Any, make: Any, rows: Any, size: int, micro: int = 1, **parts: Any) -> list[Any]:
+    settings = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": size}
+    settings |= {"gradient_accumulation_steps": micro, "max_skipped_steps": 9, "save_strategy": "no"}
+    zo_trainer = trainer(tmp_path, rows=rows, make=make, settings=settings, **parts)
+    assert zo_trainer.method.subspace.name() == "nodes"
+    zo_trainer.train()
+    return [parameter.detach().clone() for parameter in zo_trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("estimator", [None, Nodes(feedback="loss", every=1), Nodes(feedback="exact")], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_whose_labels_do_not_count_say_nothing(kind: str, estimator: Any, tmp_path: Any):
+    make, rows, none = KINDS[kind]
+    parts = {} if estimator is None else {**NODES, "estimator": estimator}
+    a, b, c, d = rows
+    u = {**a, "labels": none}
+    beside = trained(tmp_path / "a", make, [a, u, b, u, u, c, d, u], 2, **parts)
+    torch.testing.assert_close(beside, trained(tmp_path / "b", make, rows, 1, **parts), rtol=1e-3, atol=1e-3)
+    micro = trained(tmp_path / "c", make, [a, b, u, u, u, u, c, d], 2, 2, **parts)
+    torch.testing.assert_close(micro, trained(tmp_path / "d", make, rows, 2, **parts), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_step_without_a_label_that_counts_is_left_out(kind: str, tmp_path: Any):
+    make, rows, none = KINDS[kind]
+    moved = trained(tmp_path, make, [{**row, "labels": none} for row in rows[:2]] + rows[2:], 2)
+    start = list(make().parameters())
+    assert all(parameter.isfinite().all() for parameter in moved)
+    assert any(not torch.equal(one, other) for one, other in zip(moved, start, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoft.lm.logits.call import arguments
+from zoft.lm.logits.call import arguments, called, inner
 from zoft.lm.logits.head import Positions
 from zoft.lm.logits.logits import log_probs_at
 from zoft.lm.objectives._readout import Readout, of_hidden, of_losses
@@ -57,6 +57,12 @@ def readout_of_tokens(
         feedback: hidden or loss.
     """
     unit = torch.arange(len(places), device=targets.device)
+    if not len(places):  # no label counts: layers see their inputs, and nothing is read
+        losses = called(model, inputs).flatten()[:0].float()
+        if feedback != "hidden":
+            return of_losses(losses, unit)
+        none = losses.new_zeros(0, inner(model).config.get_text_config().hidden_size)
+        return Readout(none, none, unit, torch.arange(none.shape[1], device=unit.device), losses, unit)
     if feedback == "hidden":
         return of_hidden(model, inputs, places, unit, terms=lambda log_probs: -log_probs, targets=targets)
     return of_losses(-log_probs_at(model, inputs, places, targets), unit)

@@ -32,7 +32,7 @@ def own_places(model: nn.Module, inputs: Inputs) -> Positions:
             f"subspace=nodes does not know which positions the loss of {type(inner(model)).__name__} is read from: "
             "give an objective (objective=options, cross_entropy, classes), or use method=mezo"
         )
-    return read_by_head(model, inputs)
+    return read_by_head(model, inputs).chosen(inputs["labels"] != -100)
 
 
 def own_readout(model: nn.Module, inputs: Inputs, feedback: str) -> Readout:
@@ -42,7 +42,8 @@ def own_readout(model: nn.Module, inputs: Inputs, feedback: str) -> Readout:
         return readout_of_tokens(model, rest, *predictions(inputs["labels"]), feedback)
     if is_seq2seq(model, inputs):
         return _of_seq2seq(model, rest | {"labels": inputs["labels"]}, feedback)
-    return of_classes(model(**rest).logits.float(), inputs["labels"], feedback)
+    counts = inputs["labels"] != -100
+    return of_classes(model(**rest).logits.float()[counts], inputs["labels"][counts], feedback)
 
 
 def is_seq2seq(model: nn.Module, inputs: Inputs) -> bool:
