@@ -18,6 +18,7 @@ from zoft.lm.data.encoding import PairCollator
 from zoft.lm.data.examples import Rated
 from zoft.lm.data.generated import GeneratedCollator, encode_generated
 from zoft.lm.models.generate import Answering, write
+from zoft.lm.objectives._own_readout import own_readout
 from zoft.lm.objectives.options import Options
 from zoft.lm.objectives.preference import Preference, keep_reference
 from zoft.lm.objectives.reward import Reward
@@ -247,3 +248,8 @@ def test_a_trainer_says_what_a_reward_needs(tmp_path):
 def test_losses_alone_are_composed_for_a_reward():
     cfg = compose(["task=sst2", "model.name=none", "method=nodes", *JUDGED])
     assert cfg.estimator.feedback == "loss"
+
+
+def test_compiled_code_is_named_where_it_hides_what_is_read():
+    with pytest.raises(UserError, match=r"leave trainer\.torch_compile out"):
+        own_readout(torch.compile(tiny_llama(), backend="eager"), models.batch_for(tiny_llama()), "hidden")

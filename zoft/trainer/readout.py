@@ -131,7 +131,8 @@ def refuse_unread(model: nn.Module, objective: Objective | None) -> None:
     Raises:
         UserError: its own loss is more than the cross-entropy of its labels, or it reads other positions.
     """
-    bare, why = inner(model), None
+    model, why = getattr(model, "_orig_mod", model), None  # compiled code does not see another loss function
+    bare = inner(model)
     name = type(bare).__name__
     ids = torch.tensor([[token for token in range(9) if token != bare.config.pad_token_id][:8]], device=bare.device)
     if objective is None and is_causal_lm(model):

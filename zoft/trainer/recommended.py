@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def may_be(args: Any, engine: str, objective: Objective | None) -> bool:
-    """Whether node directions can serve, as far as it is known without the model: nobody chose a rate or clips slopes.
+    """Whether node directions can serve, as far as it is known without the model: no rate, clip or compiling is set.
 
     Args:
         args: of the trainer, with zoft's fields.
@@ -34,6 +34,8 @@ def may_be(args: Any, engine: str, objective: Objective | None) -> bool:
     default = type(args).__dataclass_fields__["learning_rate"].default
     if args.learning_rate not in (default, "auto") or args.max_grad_norm or engine not in ("auto", "nodes"):
         return False
+    if args.torch_compile:
+        return False  # it does not show the last hidden state
     return objective is None or objective.feedbacks not in ((), ("loss",))
 
 

@@ -49,6 +49,7 @@ class Other(ZOTrainer):
         {"optimizer": "adam"},
         {"settings": {"learning_rate": 1e-3}},
         {"settings": {"max_grad_norm": 1.0}},
+        {"settings": {"torch_compile": True}},
         {"engine": "in_place"},
         {"cls": Other},
         {"rows": [{"input_ids": [5, 6, 7]}]},

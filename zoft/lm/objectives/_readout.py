@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from zoft.errors import UserError
-from zoft.lm.logits.call import Inputs, inner
+from zoft.lm.logits.call import Inputs, inner, is_compiled
 from zoft.lm.logits.head import Forward, Positions, logits_of_tokens, with_rows
 from zoft.lm.logits.logits import MAX_LOGITS
 from zoft.lm.logits.support import probe
@@ -162,9 +162,11 @@ def of_hidden(
     # known before the queries: a perturbed forward must call the model as the clean one does
     known = probe(model, inputs, places)
     if not known.rows or known.after is None:
+        why = "head is used in a way that it cannot be read from: use estimator.feedback=loss"
+        if is_compiled(model):
+            why = "compiled code (trainer.torch_compile=true) does not show it: leave trainer.torch_compile out"
         raise UserError(
-            f"estimator.feedback=hidden reads the last hidden state of {type(inner(model)).__name__}, whose head is "
-            "used in a way that it cannot be read from: use estimator.feedback=loss"
+            f"estimator.feedback=hidden reads the last hidden state of {type(inner(model)).__name__}, whose {why}"
         )
     norm = _final_norm(model)
     entered: list[Tensor] = []
