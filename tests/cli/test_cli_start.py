@@ -128,6 +128,7 @@ WRONG = {
     "train config=clasify": "there is no config called 'clasify'. Did you mean classify?",
     "train config=quickstart optimizer.learnng_rate=1": "has no 'learnng_rate'. Did you mean learning_rate?",
     "train config=quickstart tracker.report_to=[mlflow]": "tracker=mlflow needs a package that is not there",
+    "train config=quickstart trainer.use_liger_kernel=true": "trainer.use_liger_kernel=true needs a package",
     "train config=classify task.train=many.csv model.name=./nowhere": "there is no model folder ./nowhere",
     "data show config=classify task.train=broken.csv": "broken.csv:3: 1 cells",
     "check config=classify task.train=broken.csv": "broken.csv:3: 1 cells",

@@ -55,7 +55,7 @@ def load_fitting(cfg: ZoftConfig, tokenizer: Any, rows: dict[str, list[Any]], ba
 
 
 def require_trackers(cfg: ZoftConfig) -> None:
-    """Refuse a tracker whose package is not there.
+    """Refuse a tracker, or a kernel, whose package is not there.
 
     Raises:
         UserError: saying what to install.
@@ -67,6 +67,10 @@ def require_trackers(cfg: ZoftConfig) -> None:
                 f"tracker={tracker} needs a package that is not there: pip install {packages[0]}, or leave it out "
                 "(metrics.csv and metrics.jsonl in the run's folder are always written)"
             )
+    if cfg.trainer.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
+        raise UserError(
+            "trainer.use_liger_kernel=true needs a package that is not there: pip install liger-kernel, or leave it out"
+        )
 
 
 def require_fit(cfg: ZoftConfig) -> None:
