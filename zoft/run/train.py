@@ -286,8 +286,7 @@ def _carry_out(
     if stops:
         if first:
             say(f"stopped after {trainer.state.global_step:,} steps; the same command goes on from there")
-        # 75 asks a scheduler for another start; a user's own Ctrl-C does not
-        raise Requeued if stops[0].requeue else KeyboardInterrupt
+        raise Requeued if stops[0].requeue else KeyboardInterrupt  # 75: a scheduler is to start it again
     if first and (kept := kept_line(trainer.args, trainer.state)) is not None:
         say(kept)
     # before the final evaluation, whose batches may be larger than training's

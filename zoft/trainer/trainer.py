@@ -118,8 +118,8 @@ class ZOMixin(_Base):
         args = copy.copy(as_zo_config(args, "zoft_run"))  # what is settled here must not reach the user's next trainer
         own_loss = has_own_loss(super().compute_loss)
         if not (is_named or mezo_protocol) and may_be(args, self.engine_name, self.objective):
-            other = own_loss or type(self).compute_loss is not ZOMixin.compute_loss or kwargs.get("compute_loss_func")
-            other = other or (objective is None and args.label_smoothing_factor)
+            other = own_loss or kwargs.get("compute_loss_func") or (objective is None and args.label_smoothing_factor)
+            other = other or type(self).compute_loss is not ZOMixin.compute_loss
             with global_random_state_kept():
                 model, peft_config = as_model(model, peft_config, args.seed), None
                 align(model, kwargs.get("processing_class"))
@@ -436,9 +436,7 @@ class ZOMixin(_Base):
 
 
 class ZOTrainer(ZOMixin, Trainer):
-    """`transformers.Trainer` with forward passes only.
-
-    Args: those of ``transformers.Trainer``, and those of :class:`ZOMixin`.
+    """`transformers.Trainer` with forward passes only; its arguments, and those of :class:`ZOMixin`.
 
     Example:
         >>> from zoft import ZOConfig, ZOTrainer
