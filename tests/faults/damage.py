@@ -199,6 +199,7 @@ def die_at_every_point(folder: Path) -> int:
     def save(text: str) -> None:
         with snapshot.staged(target, {"run": "r", "step": 4}) as staged:
             (staged / "a").write_text(text)
+            (staged / snapshot.OPTIMIZER).touch()
             (staged / "inside").mkdir()
             (staged / "inside" / "b").write_text(text)
 

@@ -104,7 +104,8 @@ def why_not(cfg: DictConfig) -> str | None:
     if objective is not None and not objective.feedbacks:
         return f"objective={objective.name()} is one number for all that the model says"
     if objective is not None and objective.feedbacks == ("loss",):
-        return f"objective={objective.name()} gives each written text one number and nothing else"
+        begin = " (begin with config=reward, which has an optimizer, eps and rate for that)"
+        return f"objective={objective.name()} gives each written text one number and nothing else{begin}"
     if peft == "none" and _has_other_experts(str(cfg.model.name)):
         return "experts of this mixture lie transposed, or have biases"
     return None

@@ -117,8 +117,6 @@ def _standing(output_dir: str, resolved: str) -> str:
     if CONFIG in held:
         earlier = _config_text(folder / CONFIG)
         then, now = _identity(earlier), _identity(resolved)
-        if _DATA.search(then) is None:  # written before digests of rows were
-            now = _DATA.sub("", now)
         if then != now:
             raise UserError(
                 f"output_dir={output_dir} holds another run; it differs in\n{_difference(then, now)}\n"
@@ -126,11 +124,13 @@ def _standing(output_dir: str, resolved: str) -> str:
             )
         if _budget(resolved) > _budget(earlier) or not finished(folder):
             return "resume"
+        if _DATA.search(earlier) is None:  # written before digests of rows were
+            resolved = _DATA.sub("", resolved)
         then, now = _way_to_its_end(earlier), _way_to_its_end(resolved)
         if then != now:
             raise UserError(
-                f"output_dir={output_dir} holds this run, finished with other settings:\n{_difference(then, now)}\n"
-                "choose another output_dir, or go on from its end with these and a larger budget.queries"
+                f"output_dir={output_dir} holds this run, finished with other settings or rows:\n"
+                f"{_difference(then, now)}\nchoose another output_dir, or go on from its end with these and a larger budget.queries"
             )
         return "done"
     return "new"
@@ -217,15 +217,17 @@ def _short(text: str) -> str:
 
 
 def _identity(resolved: str) -> str:
-    """The lines of a config that a resumed run must share."""
+    """The lines of a config that a resumed run must share; of rows its journal knows more than that files differ."""
+    resolved = _DATA.sub("", resolved)
     return "".join(f"{line}\n" for key, line in keys_of(resolved) if not CHANGEABLE.fullmatch(key))
 
 
 def _way_to_its_end(resolved: str) -> str:
-    """Of what may differ when a run is resumed, the lines on which depends how it ends."""
+    """Of what may differ when a run is resumed, or is seen later, the lines on which depends how it ends."""
     lines = {key: line for key, line in keys_of(resolved) if _DECISIVE.fullmatch(key)}
     batch = [int(lines.pop(key, ":1").split(":")[1]) for key in _BATCH]  # may be cut in another way
-    return "\n".join([*sorted(lines.values()), f"  rows of a step: {math.prod(batch)}"])
+    data = [line.strip() for line in _DATA.findall(resolved)]
+    return "\n".join([*data, *sorted(lines.values()), f"  rows of a step: {math.prod(batch)}"])
 
 
 def _budget(resolved: str) -> int:

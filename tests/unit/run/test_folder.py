@@ -208,7 +208,7 @@ def test_a_finished_run_is_not_shown_for_settings_with_which_it_would_have_ended
     finish(tmp_path / "a")
     for now in ((0.1, 8, 1, 5, 40), (0.1, 4, 2, 10, 40), (0.1, 8, 1, 10, 30)):
         assert folder.claim(place, config.format(*now)) == "done"
-    with pytest.raises(UserError, match=r"finished with other settings:\n  -  learning_rate: 0\.1\n  \+  learning_rat"):
+    with pytest.raises(UserError, match=r"finished with other settings or rows:\n  -  learning_rate: 0\.1\n  \+  le"):
         folder.claim(place, config.format(3.0, 8, 1, 10, 40))
     with pytest.raises(UserError, match=r"rows of a step: 8\n  \+  rows of a step: 4\nchoose another output_dir"):
         folder.claim(place, config.format(0.1, 4, 1, 10, 40))
@@ -216,19 +216,22 @@ def test_a_finished_run_is_not_shown_for_settings_with_which_it_would_have_ended
     folder.unlock(place)
 
 
-def test_other_rows_in_the_same_file_are_another_run(tmp_path: Path):
-    rows = tmp_path / "rows.jsonl"
+def test_a_finished_run_is_not_shown_for_other_rows_in_its_file(tmp_path: Path):
+    rows, place = tmp_path / "rows.jsonl", str(tmp_path / "a")
     words = ["task=custom", f"task.train={rows}", "task.template='{text} is'", "task.words={a: b, c: d}"]
     rows.write_text('{"text": "x", "label": "a"}\n')
     before = resolved_yaml(words)
-    assert folder.claim(str(tmp_path / "a"), before) == "new"
-    folder.unlock(str(tmp_path / "a"))
-    assert folder.claim(str(tmp_path / "a"), resolved_yaml(words)) == "resume"
-    folder.unlock(str(tmp_path / "a"))
+    assert folder.claim(place, before) == "new"
+    folder.unlock(place)
+    finish(tmp_path / "a")
+    assert folder.claim(place, resolved_yaml(words)) == "done"
     rows.write_text('{"text": "x", "label": "c"}\n')
-    with pytest.raises(UserError, match=r"holds another run; it differs in\n  -# task.train: .*rows.jsonl has"):
-        folder.claim(str(tmp_path / "a"), resolved_yaml(words))
+    with pytest.raises(UserError, match=r"other settings or rows:\n  -# task.train: .*rows.jsonl has the SHA-25"):
+        folder.claim(place, resolved_yaml(words))
     earlier = "".join(line for line in before.splitlines(keepends=True) if not line.startswith("# task."))
     (tmp_path / "a" / "config.yaml").write_text(earlier)  # as runs were written before
-    assert folder.claim(str(tmp_path / "a"), resolved_yaml(words)) == "resume"
-    folder.unlock(str(tmp_path / "a"))
+    assert folder.claim(place, resolved_yaml(words)) == "done"
+    (tmp_path / "a" / "config.yaml").write_text(before)
+    (tmp_path / "a" / "report.json").unlink()
+    assert folder.claim(place, resolved_yaml(words)) == "resume"  # its journal knows which row differs
+    folder.unlock(place)

@@ -153,7 +153,7 @@ def test_another_run_is_refused(change: str, finished: tuple[Path, dict[str, Any
 
 
 def test_a_finished_run_is_not_shown_for_another_learning_rate(finished: tuple[Path, dict[str, Any]]):
-    with pytest.raises(UserError, match=r"holds this run, finished with other settings:(.|\n)*larger budget\.queries"):
+    with pytest.raises(UserError, match=r"finished with other settings or rows:(.|\n)*larger budget\.queries"):
         go(finished[0], "out", "optimizer.learning_rate=1e-4")
 
 
