@@ -130,7 +130,8 @@ def _standing(output_dir: str, resolved: str) -> str:
         if then != now:
             raise UserError(
                 f"output_dir={output_dir} holds this run, finished with other settings or rows:\n"
-                f"{_difference(then, now)}\nchoose another output_dir, or go on from its end with these and a larger budget.queries"
+                f"{_difference(then, now)}\nchoose another output_dir, or go on from its end with these and a larger "
+                "budget.queries"
             )
         return "done"
     return "new"
