@@ -93,7 +93,7 @@ Conditions = Mapping[str, tuple[str, tuple[Any, ...]]]
 
 @contextmanager
 def of_recorded(is_recorded: bool) -> Iterator[None]:
-    """Whether what is read in here was recorded by a run: what is ignored now was ignored there too."""
+    """Let pass in here what does nothing: a run recorded it, or it counts in other cells of a sweep."""
     token = _is_recorded.set(is_recorded)
     try:
         yield

@@ -13,8 +13,6 @@ from zoft.config.schema import ZoftConfig
 from zoft.utils.files import at_home
 from zoft.utils.own_files import digest
 
-DATA = "# task."
-
 
 def resolved_yaml(source: ZoftConfig | list[str]) -> str:
     """The YAML text of a run, with every value in it; ``zoft train config=that.yaml`` composes the same run.
@@ -39,10 +37,10 @@ def resolved_yaml(source: ZoftConfig | list[str]) -> str:
 
 
 def data_lines(cfg: ZoftConfig) -> list[str]:
-    """A line for each file of rows that the task reads, with its digest: with other rows it would be another run."""
+    """A line for each file of rows that the task reads, with its digest: of other rows a finished run says nothing."""
     named = {key: str(getattr(cfg.task, key, None) or "") for key in ("train", "validation")}
     files = {key: path for key, name in named.items() if (path := at_home(name)).is_file()}
-    return [f"{DATA}{key}: {named[key]} has the SHA-256 {digest(str(path))}" for key, path in files.items()]
+    return [f"# task.{key}: {named[key]} has the SHA-256 {digest(str(path))}" for key, path in files.items()]
 
 
 def _choice(group: str, part: Component) -> str:

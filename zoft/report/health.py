@@ -28,7 +28,7 @@ CHANCE_SHARE = 0.25
 """Share of the budget after which an accuracy at chance level is said, and slopes that are not there."""
 
 UNMOVED_SHARE, FAR = 0.99, 100.0
-"""Share of weights that have not changed which is said; times the usual learning rate that a tenth is no help."""
+"""Share of weights that stay as they were from which it is said; how many times the usual rate is far above it."""
 
 
 @dataclass(eq=False)

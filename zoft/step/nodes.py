@@ -104,7 +104,7 @@ class NodeQueries:
     gather: Callable[[Tensor], list[Tensor]] | None = None
     rank: int = 0
     shares: Shares = field(default_factory=Shares)
-    _told: bool = field(default=False, init=False)
+    _warned: bool = field(default=False, init=False)
 
     def __call__(self, batch: Any, direction: Direction, estimator: Nodes) -> NodeEstimate:
         """The estimate of a step.
@@ -391,7 +391,7 @@ class NodeQueries:
             slopes = part.clean.slopes[part.places.anchor]
             keys = index_of(tables["keys"], part.places.keys(part.clean.keys, apart=apart).cpu())
             columns = index_of(tables["columns"], part.clean.columns.cpu()).to(slopes.device)
-            self._told = self._told or says_unknown(keys)
+            self._warned = self._warned or says_unknown(keys)
             for name, response in space.response.items():
                 e = node_gradients(slopes, response, tables["counts"], keys.to(slopes.device), columns)
                 part.e.update({key: e for key in part.seen if space.response_of(key) == name})

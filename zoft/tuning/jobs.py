@@ -16,7 +16,7 @@ from zoft.tuning.job import Training, overrides
 from zoft.tuning.settings import TuneSettings, record_at
 from zoft.tuning.space import Choice, Range, SearchSpace, Values, text_of, written
 from zoft.tuning.workers import Workers
-from zoft.utils.files import write_atomically
+from zoft.utils.files import at_home, write_atomically
 from zoft.utils.own_files import digest
 
 RESULTS = "results.json"
@@ -131,8 +131,8 @@ def check_space(arguments: list[str], space: SearchSpace) -> tuple[Values, str, 
                 raise UserError(
                     f"space.{name}={text_of(space.distributions[name])} at {written(value)}: {error}"
                 ) from error
-    files = [word for word in arguments if word.startswith("config=") and Path(word[len("config=") :]).is_file()]
-    digests = [f"{word} has the SHA-256 {digest(word[len('config=') :])}" for word in files]
+    named = {word: at_home(word[len("config=") :]) for word in arguments if word.startswith("config=")}
+    digests = [f"{word} has the SHA-256 {digest(str(path))}" for word, path in named.items() if path.is_file()]
     return start, base.config, base.seed, [*data_lines(base), *digests]
 
 

@@ -249,6 +249,8 @@ def test_what_is_counted_as_trained_is_what_moves():
 
 @pytest.mark.parametrize(("kind", "nothing"), [("eval", "evaluates at no step"), ("save", "saves no checkpoint")])
 def test_steps_between_what_never_happens(kind: str, nothing: str, tmp_path):
+    usual = {"eval": 500, "save": None}[kind]
+    assert compose([]).trainer.get(f"{kind}_steps") == usual  # of train.yaml, which refuse_steps lets pass
     steps, never = f"trainer.{kind}_steps=7", f"trainer.{kind}_strategy='no'"
     with pytest.raises(IgnoredError, match=rf"{kind}_steps=7 does nothing: trainer\.{kind}_strategy=no {nothing}: "):
         compose([steps, never])

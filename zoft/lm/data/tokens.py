@@ -62,9 +62,9 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
 
 def open_ended(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of texts that something stands behind: without the marks that a tokenizer may put at a text's end."""
-    *rows, empty = tokenizer([*texts, ""])["input_ids"]
+    *rows, empty, some = tokenizer([*texts, "", "a"])["input_ids"]
     # a text shares the marks at its beginning with the empty one, whose other marks are those of the end
-    num_end = len(empty) - num_shared((empty, max(rows, key=len)))
+    num_end = len(empty) - num_shared((empty, some))
     return [ids[: len(ids) - num_end] for ids in rows]
 
 

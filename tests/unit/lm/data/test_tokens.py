@@ -12,7 +12,7 @@ from tests.runs import tiny_tokenizer
 from zoft.errors import UserError
 from zoft.lm.data.examples import Completion
 from zoft.lm.data.generated import encode_generated
-from zoft.lm.data.tokens import OptionCollator, encode, encode_prompts
+from zoft.lm.data.tokens import OptionCollator, encode, encode_prompts, open_ended
 from zoft.lm.models.load import load_tokenizer
 from zoft.lm.tasks import Example
 
@@ -175,3 +175,12 @@ def test_lengths_are_multiples():
     assert batch["input_ids"][0].tolist() == [1, 1, 1, 1, 1, 5, 6, 7]
     full = [{"sequences": [[3] * 9], "lengths": [1], "label": 0}]
     assert OptionCollator(pad_token_id=1, multiple_of=8)(full)["input_ids"].shape == (1, 8)
+
+
+def test_no_rows_are_none_and_empty_texts_alone_lose_the_end_mark_too():
+    ending = tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 2)]
+    )
+    assert encode([], ending, 8) == encode_prompts([], ending, 8, continued=True) == []
+    assert open_ended(["", ""], ending) == [[0], [0]]
