@@ -34,17 +34,18 @@ def long_run_line(seconds: float, queries: int) -> str | None:
 
     Example:
         >>> print(long_run_line(9.8, 40_000))
-        time    about 108:53:20 for 40,000 queries of 9.8 s (by timed queries); budget.queries=367 takes an hour.
-                Ctrl-C stops the run, the same command goes on
+        time    at least 108:53:20: 40,000 forward passes of 9.8 s, and the steps between them (zoft estimate --time
+                times those too); budget.queries=367 takes an hour. Ctrl-C stops the run, the same command goes on
         >>> long_run_line(0.01, 40_000)
     """
     total = seconds * queries
     if total <= LONG_SECONDS:
         return None
     return (
-        f"time    about {duration(total)} for {queries:,} queries of {seconds:.3g} s (by timed queries); "
-        f"budget.queries={max(1, int(LONG_SECONDS / seconds))} takes an hour.\n"
-        "        Ctrl-C stops the run, the same command goes on"
+        f"time    at least {duration(total)}: {queries:,} forward passes of {seconds:.3g} s, and the steps between them "
+        "(zoft estimate --time\n        times those too); "
+        f"budget.queries={max(1, int(LONG_SECONDS / seconds))} takes an hour. "
+        "Ctrl-C stops the run, the same command goes on"
     )
 
 

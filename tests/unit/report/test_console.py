@@ -58,6 +58,15 @@ def test_a_pipe_gets_a_plain_line_every_tenth(clock: Any) -> None:
     assert lines[-1].endswith("01:40<00:00")
 
 
+def test_a_slow_run_says_early_how_long_is_left_and_then_as_its_time_doubles(clock: Any) -> None:
+    """1,000 steps of a second: a tenth is 100 of them, which in a run of days would be hours."""
+    stream = io.StringIO()
+    train(ProgressCallback(2, stream=stream), clock, last=1_000)
+    lines = stream.getvalue().splitlines()
+    assert [line.split(" | ")[0] for line in lines[:4]] == [f"queries {done}/2,000" for done in (120, 240, 440, 640)]
+    assert lines[0].endswith("01:00<15:40")
+
+
 def test_a_plain_line_is_one_line_where_columns_are_known(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     stream = io.StringIO()
