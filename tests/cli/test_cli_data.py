@@ -351,7 +351,8 @@ def test_what_data_says_cannot_move_the_cursor():
         (["show", "--jsn"], "has no flag '--jsn'. Did you mean --json"),
         (["show", "--rows", "many"], "--rows must be a whole number up to 1000, got 'many'"),
         (["show", "--rows"], "--rows is followed by a value"),
-        (["show", "task=custom"], "task.train must be a data file or hub dataset"),
+        (["show", "task=custom"], "there are no rows to train on: set task.train=FILE"),
+        (["show", "config=classify"], "there are no rows to train on: set task.train=FILE"),
         (["show", "task=custm"], "custom"),
     ],
 )

@@ -42,7 +42,7 @@ FORM_OBJECTIVES = {
 def test_train_alone_says_what_is_missing_and_begins_nothing(tmp_path: Path):
     done = zoft("train", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("zoft: error: zoft train needs something to train on")
+    assert done.stderr.startswith("zoft: error: there is nothing to train on")
     assert sum(line.startswith("  zoft ") for line in done.stderr.splitlines()) == 3
     assert not list(tmp_path.iterdir())
 
@@ -53,7 +53,7 @@ def test_train_alone_says_what_is_missing_and_begins_nothing(tmp_path: Path):
 def test_neither_do_arguments_without_data(words: list[str], capsys: Any, tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *words]) == 2
-    assert "needs something to train on" in capsys.readouterr().err
+    assert "there is nothing to train on" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

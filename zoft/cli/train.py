@@ -27,7 +27,7 @@ _EXAMPLES = """ To start:
   zoft train config=quickstart                       the demo: a real model on real text, two minutes
   zoft train config=classify task.train=reviews.csv  your own rows; also config=instruct, chat, preference, reward
   zoft data show config=classify task.train=reviews.csv   what the model would see of them; zoft train --help"""
-START = "zoft train needs something to train on: an experiment, config=NAME, or a task, task=NAME." + _EXAMPLES
+START = "there is nothing to train on: name an experiment, config=NAME, or a task, task=NAME." + _EXAMPLES
 
 _STARTS = ("config=", "task=")
 
@@ -71,7 +71,9 @@ def _require_a_start(overrides: list[str], cfg: ZoftConfig | None = None) -> Non
     if not any(word.lstrip("+").startswith(_STARTS) for word in overrides):
         raise UserError(START)
     if cfg is not None and not getattr(cfg.task, "train", True):
-        raise UserError(f"there are no rows to train on: set task.train=FILE, or a data set of the hub.{_EXAMPLES}")
+        from zoft.lm.tasks.base import NO_ROWS
+
+        raise UserError(f"{NO_ROWS}.{_EXAMPLES}")
 
 
 def _leave_the_others() -> None:

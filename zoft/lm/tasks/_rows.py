@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from zoft.errors import UserError
 from zoft.lm.data.examples import Example
 from zoft.lm.data.files import ASSET, SUFFIXES, Row, read_rows
-from zoft.lm.tasks.base import NewRow, Splits, Task
+from zoft.lm.tasks.base import NO_ROWS, NewRow, Splits, Task
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,9 @@ class RowsTask(Task):
 
     def rows(self, source: str, split: str) -> list[tuple[int, Row]]:
         """The source's rows, each with its number, without those that have no label at all."""
-        self.require(bool(source), "train" if split == "train" else "validation", "a data file or hub dataset")
+        if not source and split == "train":
+            raise UserError(NO_ROWS)
+        self.require(bool(source), "validation", "a data file or hub dataset")
         return [(number, row) for number, row in enumerate(read_rows(source, split), start=1) if self.keeps(row)]
 
     def keeps(self, row: Row) -> bool:

@@ -18,6 +18,7 @@ T = TypeVar("T")
 NewRow = Callable[[Mapping[str, Any], str], Any]
 """(row, its place) -> the example without a known answer."""
 
+NO_ROWS = "there are no rows to train on: set task.train=FILE, or a data set of the hub"
 PROMPTS = ("aligned", "none", "head")
 """What a task's ``prompt`` may be: its template, the raw text and the words, the raw text for a classification head."""
 

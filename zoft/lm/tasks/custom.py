@@ -17,7 +17,7 @@ from zoft.lm.tasks import _custom_rows as rows
 from zoft.lm.tasks._custom_formats import FORMATS, Reading, listed, reading
 from zoft.lm.tasks._labels import in_order, label_key, look, spelled
 from zoft.lm.tasks._layouts import unread_content
-from zoft.lm.tasks.base import PROMPTS, NewRow, Splits, Task
+from zoft.lm.tasks.base import NO_ROWS, PROMPTS, NewRow, Splits, Task
 
 log = logging.getLogger("zoft.lm.tasks.custom")
 _JOINS = "([{<>\"'`|/=-_#@$"
@@ -241,7 +241,8 @@ class Custom(Task):
         Raises:
             UserError: no first row, no format that fits or several, or a setting that the format does not read.
         """
-        self._need(bool(self.train), "train", "a data file or hub dataset")
+        if not self.train:
+            raise UserError(NO_ROWS)
         if self.words:
             self._check_words()
         if known := vars(self).get("_remembered"):

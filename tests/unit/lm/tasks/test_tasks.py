@@ -175,7 +175,7 @@ def test_custom_text_that_looks_like_another_column_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train": ""}, "task.train must be a data file"),
+        ({"train": ""}, "there are no rows to train on: set task.train=FILE"),
         ({"template": ""}, "task.template must be the prompt"),
         ({"words": {"ham": "No"}}, "task.words must be a word for each label"),
         ({"words": {"hem": "No", "spam": "Yes"}}, "label 'ham' has no word. Did you mean hem"),

@@ -169,8 +169,8 @@ def test_what_is_wrong_is_a_line(more: list[str], name: str, state: str, text: s
 @pytest.mark.parametrize("verb", ["check", "estimate"])
 def test_wrong_requests_are_one_sentence(verb: str, capsys: Any):
     for words, message in (
-        ([], "needs something to train on"),
-        (["task.train=own.csv"], "needs something to train on"),
+        ([], "there is nothing to train on"),
+        (["task.train=own.csv"], "there is nothing to train on"),
         (["config=quickstart", "--tim"], "has no flag '--tim'"),
         (["config=nowhere"], "there is no config called 'nowhere'"),
     ):
