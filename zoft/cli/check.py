@@ -50,5 +50,6 @@ def command(arguments: list[str]) -> int:
     if "--json" in flags:
         print(json.dumps({"ok": not failed, "checks": [vars(finding) for finding in findings]}, indent=2))
     else:
-        print(f"\nNot ready: {', '.join(failed)}." if failed else "\nReady: zoft train with the same arguments.")
+        ready = "Ready, as far as it shows without the two steps" if "--quick" in flags else "Ready"
+        print(f"\nNot ready: {', '.join(failed)}." if failed else f"\n{ready}: zoft train with the same arguments.")
     return 2 if failed else 0
