@@ -47,12 +47,6 @@ def take_out(content: DictConfig) -> None:
 
 
 def settled(cfg: DictConfig, chosen: list[str], given: list[str]) -> None:
-    """The list as files and arguments have it together: an argument's number takes the place of a file's ``auto``.
-
-    Args:
-        cfg: the composed config; changed in place.
-        chosen: of :func:`split`.
-        given: likewise.
-    """
+    """The list as files and arguments have it together: an argument's number takes the place of a file's ``auto``."""
     listed = [key for key in [*cfg.auto, *chosen] if key not in given or key in chosen]
     cfg.auto = list(dict.fromkeys(listed))

@@ -62,12 +62,7 @@ def places() -> dict[str, Places]:
 
 
 def own_places(group: str, cls: type) -> None:
-    """Add those of a part that is not among the components of its group.
-
-    Args:
-        group: of the part.
-        cls: the part.
-    """
+    """Add those of a part that is not among the components of its group."""
     places()[group] |= _places_of(cls, getattr(cls, "escapes", ()))
 
 

@@ -249,13 +249,7 @@ def place_outside(model: nn.Module, device: torch.device) -> None:
 
 
 def rest_in_files(blocks: Sequence[Block], trained: Collection[str], folder: str | None = None) -> None:
-    """Put the blocks' tensors where they rest with store=file; those that do already stay.
-
-    Args:
-        blocks: of a model on the CPU.
-        trained: names of the tensors that move.
-        folder: where the scratch file is made.
-    """
+    """Put the blocks' tensors where they rest with store=file; those that do already stay."""
     for block in blocks:
         for parameter, tensor in zip(block.tensors.values(), _in_file(trained, folder, block), strict=True):
             parameter.data = tensor

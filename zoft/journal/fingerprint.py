@@ -21,12 +21,7 @@ Feed = Any  # a hashlib object
 
 
 def know_base(model: Any, fingerprint: str) -> None:
-    """Attach a fingerprint of frozen weights to a model, where they cannot be read later or reading them twice is dear.
-
-    Args:
-        model: with its adapter.
-        fingerprint: the same for the same weights.
-    """
+    """Attach a fingerprint of frozen weights to a model whose weights cannot be read later, or dearly."""
     vars(model)[BASE] = fingerprint
 
 

@@ -41,12 +41,7 @@ def _unanswered() -> str:
 
 
 def not_here(what: str, instead: str) -> UserError:
-    """That neither the hub, which is out of reach, nor its cache can serve a name.
-
-    Args:
-        what: the setting with the name, ``model.name=gpt2``.
-        instead: what to give in its place.
-    """
+    """That neither the hub, which is out of reach, nor its cache can serve a name."""
     unset = f"unset {name_of_switch}, or " if (name_of_switch := switched_off()) else ""
     return UserError(f"{what} is not on this machine, and {out_of_reach()}: {unset}give {instead}")
 

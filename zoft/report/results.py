@@ -41,13 +41,7 @@ def read_results(path: Path, of: dict[str, str | None]) -> dict[str, float] | No
 
 
 def write_results(path: Path, values: dict[str, float], of: dict[str, str | None]) -> None:
-    """Keep numbers with the hashes of what they are of.
-
-    Args:
-        path: the file.
-        values: what was measured.
-        of: as for :func:`read_results`.
-    """
+    """Keep numbers with the hashes of what they are of."""
     write_atomically(path, json.dumps({**values, **of}, indent=2) + "\n")
 
 

@@ -39,14 +39,7 @@ def load(cfg: ZoftConfig) -> tuple[Any, Any, dict[str, list[Any]]]:
 
 
 def load_fitting(cfg: ZoftConfig, tokenizer: Any, rows: dict[str, list[Any]], base: Any = None) -> Any:
-    """The model with the weights chosen that are trained, which has to know the rows' tokens.
-
-    Args:
-        cfg: the run's.
-        tokenizer: the run's.
-        rows: encoded ones, by split.
-        base: its model as it was loaded, without an adapter, where that is there already.
-    """
+    """The model with the weights chosen that are trained, which has to know the rows' tokens."""
     from zoft.lm.models.agreement import require_rows_fit
 
     model = model_to_train(cfg, tokenizer) if base is None else _ready_to_train(cfg, base)

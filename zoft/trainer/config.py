@@ -217,10 +217,15 @@ def zo_config(cls: type) -> type:
     if cls is TrainingArguments:
         return ZOConfig
     known: Any = cls
-    names = {f.name for f in fields(known)}
-    off: list[Any] = [(name, bool, field(default=False)) for name in _CHECKPOINTING if name in names]
-    off += [("bf16", bool, field(default=False))]
-    return make_dataclass(f"ZO{cls.__name__}", off, bases=(ZOConfig, cls), kw_only=True)
+    names, stock = {f.name for f in fields(known)}, {f.name: f for f in fields(TrainingArguments)}
+    own: list[Any] = [  # defaults of the class that are not transformers', which ZOConfig's would replace
+        (f.name, f.type, field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
+        for f in fields(known)
+        if f.name in stock and f.name not in (*ZOConfig.__annotations__, *_CHECKPOINTING, "bf16")
+        if (f.default, f.default_factory) != (stock[f.name].default, stock[f.name].default_factory)
+    ]
+    own += [(name, bool, field(default=False)) for name in (*_CHECKPOINTING, "bf16") if name in names]
+    return make_dataclass(f"ZO{cls.__name__}", own, bases=(ZOConfig, cls), kw_only=True)
 
 
 def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any:
@@ -241,7 +246,10 @@ def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any
         converted = ZOConfig(**{name: value for name, value in given.items() if name not in replaced})
         if replaced:
             values = ", ".join(f"{name}={ZOConfig.__dataclass_fields__[name].default}" for name in replaced)
-            log.warning("TrainingArguments left at their defaults are zoft's here: %s (ZOConfig has these)", values)
+            said = (
+                "TrainingArguments left at their defaults are zoft's here: %s (ZOConfig has these, and node directions"
+            )
+            log.warning(f"{said} a rate of their own)", values)
         return converted
     _refuse_meaningless(args, but=(*_CHECKPOINTING, *(f"{name}_kwargs" for name in _CHECKPOINTING)))
     _refuse_numbers(args)

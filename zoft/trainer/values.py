@@ -23,6 +23,8 @@ _AT_LEAST = {
     "frozen_prefix_mb": 0,
     "journal_hash_steps": 0,
     "max_grad_norm": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
 }
 _MOST_QUERIES = 100_000_000  # months of training; the steps of some methods are counted one by one
 _MEANING = {

@@ -12,7 +12,7 @@ import pytest
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from zoft.errors import UserError
-from zoft.trainer.config import ZOConfig, as_zo_config
+from zoft.trainer.config import ZOConfig, as_zo_config, zo_config
 
 
 @dataclass
@@ -51,6 +51,28 @@ def test_numbers_are_checked_in_any_arguments(name: str, tmp_path: Path):
             as_zo_config(make_args(cls, tmp_path, **{name: 0}), "x")
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_a_rate_uphill_or_of_no_number_is_refused(name: str, value: float, tmp_path: Path):
+    with pytest.raises(UserError, match=f"^{name} must be at least 0, got {value}"):
+        make_args(ZOConfig, tmp_path, **{name: value})
+
+
+def test_a_class_keeps_its_own_defaults_with_zofts_fields(tmp_path: Path):
+    """KTOConfig's order of rows became transformers' random one, which KTOTrainer refuses."""
+
+    @dataclass
+    class Own(Checkpointing):
+        train_sampling_strategy: str = "sequential"
+        logging_steps: float = 10
+        label_names: list[str] | None = dataclasses.field(default_factory=lambda: ["labels"])
+
+    args = make_args(zo_config(Own), tmp_path, budget_queries=8)
+    assert (args.train_sampling_strategy, args.logging_steps, args.label_names) == ("sequential", 10, ["labels"])
+    assert (args.learning_rate, args.max_grad_norm, args.gradient_checkpointing) == (1e-6, 0.0, False)
+    assert make_args(zo_config(Own), tmp_path, logging_steps=3).logging_steps == 3
+
+
 def test_a_loss_scaler_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"no gradient to scale: load the model in float16 .* or give bf16=True"):
         make_args(ZOConfig, tmp_path, fp16=True)
@@ -72,7 +94,7 @@ def test_conversion_of_plain_arguments_is_said(tmp_path: Path, caplog: pytest.Lo
         as_zo_config(make_args(TrainingArguments, tmp_path, learning_rate=1e-3), "x")
     assert [record.getMessage() for record in caplog.records] == [
         "TrainingArguments left at their defaults are zoft's here: lr_scheduler_type=constant, max_grad_norm=0.0 "
-        "(ZOConfig has these)"
+        "(ZOConfig has these, and node directions a rate of their own)"
     ]
 
 

@@ -19,13 +19,7 @@ _ENCODERS: dict[type, Callable[..., list[Row]]] = {Completion: encode_completion
 
 
 def encode_examples(examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Token rows of one split's examples, whatever their kind.
-
-    Args:
-        examples: what a task made, all of one kind.
-        tokenizer: the model's.
-        max_length: tokens kept of a row.
-    """
+    """Token rows of one split's examples, whatever their kind."""
     return _ENCODERS.get(type(examples[0]), encode)(examples, tokenizer, max_length)
 
 
@@ -35,26 +29,14 @@ def are_counted(rows: Sequence[Row]) -> bool:
 
 
 def collator_of(rows: Sequence[Row], pad_token_id: int, *, as_mezo: bool = False) -> Any:
-    """What makes batches of such rows.
-
-    Args:
-        rows: what :func:`encode_examples` gave.
-        pad_token_id: fills the left.
-        as_mezo: batches as MeZO's published code makes them.
-    """
+    """What makes batches of such rows."""
     if are_counted(rows):
         return CountedCollator(pad_token_id)
     return OptionCollator(pad_token_id, one_row_per_option=as_mezo, multiple_of=8 if as_mezo else 1)
 
 
 def encode_pairs(examples: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Rows with ``chosen`` and ``rejected``, rows of a completion or a chat each, and the longer one's ``input_ids``.
-
-    Args:
-        examples: what the task made.
-        tokenizer: the model's.
-        max_length: tokens kept of each answer with its prompt.
-    """
+    """Rows with ``chosen`` and ``rejected``, of a completion or a chat each, and the longer one's ``input_ids``."""
     sides = [[example.chosen for example in examples], [example.rejected for example in examples]]
     chosen, rejected = (_encoded(side, tokenizer, max_length) for side in sides)
     return [

@@ -22,11 +22,7 @@ def align(model: Any, tokenizer: Any) -> None:
     """Give the model's configs the tokenizer's special tokens, as the Trainer does when training begins.
 
     A classifier finds a text's last token by ``config.pad_token_id``, and batches are padded with the tokenizer's.
-    Before training and after it must see the same.
-
-    Args:
-        model: of transformers, also inside an adapter; another is left as it is.
-        tokenizer: what rows are encoded by; another processor is left as it is.
+    Before training and after it must see the same. Another library's model or processor is left as it is.
     """
     from transformers import PreTrainedTokenizerBase
     from transformers.trainer_utils import align_special_tokens

@@ -92,14 +92,7 @@ def value_of(row: Row, column: str, where: str) -> Any:
 
 
 def text_of(row: Row, column: str, where: str, *, filled: bool = False) -> str:
-    """A column's text; a number is text too, a list is not.
-
-    Args:
-        row: of the source.
-        column: its name.
-        where: the row's place.
-        filled: whether it must hold more than blanks.
-    """
+    """A column's text; a number is text too, a list is not."""
     return as_text(value_of(row, column, where), column, where, filled=filled)
 
 
