@@ -152,10 +152,14 @@ def from_file(group: str, choice: str) -> type[Component]:
         raise UserError(f"{where}: {path} {what} called {name!r}.{did_you_mean(name, known)}")
     if not issubclass(cls, base):
         raise UserError(f"{where}: {name} must inherit from {base.__module__}.{base.__name__}, or from one below it")
-    # a subclass with annotations and no decorator would silently have its base's fields alone
-    if "__dataclass_fields__" not in vars(cls) and vars(cls).get("__annotations__"):
-        raise UserError(f"{where}: put @dataclass above class {name}: its fields are its settings")
+    _require_fields(cls, where)
     return cls
+
+
+def _require_fields(cls: type, where: str) -> None:
+    """A subclass with annotations and no decorator would silently have its base's fields alone."""
+    if "__dataclass_fields__" not in vars(cls) and vars(cls).get("__annotations__"):
+        raise UserError(f"{where}: put @dataclass above class {cls.__name__}: its fields are its settings")
 
 
 def parts_in(path: str, where: str) -> dict[str, type[Component]]:
@@ -225,7 +229,13 @@ def create(group: str, choice: str | Component | None, default: str, **fields: A
     """
     # an instance is taken as it is: its fields are settled
     if isinstance(choice, Component):
+        base = base_of(group)
+        if not isinstance(choice, base):
+            raise UserError(f"{group}= takes a part that inherits from {base.__name__}, got {choice!r}")
+        _require_fields(type(choice), f"{group}=")
         return choice
+    if inspect.isclass(choice):
+        raise UserError(f"{group}= takes a part, not its class: give {choice.__name__}(), with its settings")
     name = default if choice is None else choice
     cls = find(group, name) if isinstance(name, str) else None
     if cls is None:

@@ -46,6 +46,11 @@ def by_name(cls: type, positional: Sequence[Any], given: Mapping[str, Any]) -> d
         raise UserError(f"{base} was given {twice[0]} twice, by its place and by its name: drop one")
     arguments = named | dict(given)
     _refuse_other_settings(cls, arguments.get("args"))
+    if isinstance(arguments.get("model"), str) and getattr(arguments.get("args"), "model_init_kwargs", None):
+        raise UserError(
+            "model_init_kwargs would be ignored: a model's name is loaded in float32; load it with from_pretrained, "
+            "and give model= the model"
+        )
     return arguments
 
 
@@ -56,11 +61,8 @@ def _refuse_other_settings(cls: type, args: Any) -> None:
         if module.split(".")[0] not in ("trl", "transformers") or not base.__name__.endswith("Trainer"):
             continue  # a user's own class may well take what it is given
         stem = base.__name__.removesuffix("Trainer")
-        for place, suffix in (
-            (module, "Config"),
-            (module.split(".")[0], "Config"),
-            ("transformers", "TrainingArguments"),
-        ):
+        package = module.split(".")[0]
+        for place, suffix in ((module, "Config"), (package, "Config"), ("transformers", "TrainingArguments")):
             wanted = getattr(sys.modules.get(place), stem + suffix, None)
             if not isinstance(wanted, type):
                 continue
@@ -68,7 +70,7 @@ def _refuse_other_settings(cls: type, args: Any) -> None:
                 got = "none" if args is None else f"a {type(args).__name__}"
                 raise UserError(
                     f"{base.__name__} reads its settings from a {wanted.__name__}, got {got}: "
-                    f"give args={wanted.__name__}(output_dir=...)"
+                    f"give args=zo_config({wanted.__name__})(output_dir=...)"
                 )
             return
 
@@ -85,11 +87,22 @@ def _names_of(cls: type) -> tuple[str, list[str]]:
             return base.__name__, names
         if names:  # and the others' places behind them, which nobody can know
             return base.__name__, []
-    raise AssertionError("there is a Trainer behind the mixin")
+    raise UserError("ZOMixin is half of a class: class ZOSFT(ZOMixin, SFTTrainer), or ZOTrainer")
 
 
 def _mixin(cls: type) -> type:
     return next(base for base in cls.__mro__ if base.__name__ == "ZOMixin" and base.__module__.startswith("zoft."))
+
+
+def refuse_behind(cls: type) -> None:
+    """A Trainer in front of the mixin would train by backpropagation, and nothing of the mixin would be called.
+
+    Raises:
+        UserError: it stands there.
+    """
+    for base in cls.__mro__[1 : cls.__mro__.index(_mixin(cls))]:
+        if issubclass(base, Trainer) and not issubclass(base, _mixin(cls)):
+            raise UserError(f"class {cls.__name__}: put ZOMixin in front of {base.__name__}, whose steps it replaces")
 
 
 def refuse_generating(cls: type) -> None:

@@ -40,7 +40,7 @@ from zoft.trainer.checkpoint import Checkpoints
 from zoft.trainer.config import as_zo_config, settle_arguments
 from zoft.trainer.elsewhere import settle_forwards
 from zoft.trainer.epochs import Passes, refuse_no_batch, refuse_training_rows
-from zoft.trainer.foreign import by_name, has_own_loss, refuse_generating, refuse_optimizers
+from zoft.trainer.foreign import by_name, has_own_loss, refuse_behind, refuse_generating, refuse_optimizers
 from zoft.trainer.forward import QueryForward, make_ready
 from zoft.trainer.grid import Grid
 from zoft.trainer.guard import RolledBack
@@ -84,6 +84,11 @@ class ZOMixin(_Base):
     control: Any
     run_steps: RunSteps  # there is one as soon as there is an optimizer
     passes: Passes  # over the rows, of the training at hand
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a Trainer in front of the mixin, whose own training step would be taken."""
+        super().__init_subclass__(**kwargs)
+        refuse_behind(cls)
 
     def __init__(
         self,
@@ -188,13 +193,7 @@ class ZOMixin(_Base):
     # ---- a training begins and ends ----------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's own, with a journal; the global torch, numpy and Python random states are left as they were.
-
-        Args:
-            resume_from_checkpoint: True goes on from what is in ``output_dir``; a folder, from that checkpoint.
-            *args: as the Trainer's.
-            **kwargs: as the Trainer's.
-        """
+        """As the Trainer's own, with a journal to go on from; torch's, numpy's and Python's random states are kept."""
         with global_random_state_kept():
             try:
                 return self._train(resume_from_checkpoint, *args, **kwargs)

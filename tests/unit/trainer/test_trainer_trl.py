@@ -199,8 +199,35 @@ def test_fault_11_settings_of_another_class_are_a_sentence(name: str, how: str, 
     args = ZOConfig(output_dir=str(tmp_path), report_to=[]) if how == "zoft's" else None
     wanted = "Seq2SeqTrainingArguments" if name == "Seq2SeqTrainer" else name.replace("Trainer", "Config")
     cls = type(f"ZO{name}", (ZOMixin, getattr(trl, name, None) or getattr(transformers, name)), {})
-    with pytest.raises(UserError, match=rf"{name} reads its settings from a {wanted}.* give args={wanted}\("):
+    with pytest.raises(
+        UserError, match=rf"{name} reads its settings from a {wanted}.* give args=zo_config\({wanted}\)\("
+    ):
         cls(model=models.tiny_llama(), args=args)
+
+
+def test_what_a_name_is_not_loaded_with_is_refused(tmp_path: Path):
+    """TRL said that it would be ignored, and a model in float32 was trained."""
+    from zoft.errors import UserError
+
+    with pytest.raises(UserError, match=r"^model_init_kwargs would be ignored.* load it with from_pretrained"):
+        sft(tmp_path, model="owner/name", fields={"model_init_kwargs": {"dtype": "bfloat16"}})
+
+
+def test_kto_trains_with_the_order_that_its_config_asks_for(tmp_path: Path):
+    from datasets import Dataset
+
+    from zoft.trainer.config import zo_config
+    from zoft.trainer.trainer import ZOMixin
+
+    args = zo_config(trl.KTOConfig)(
+        output_dir=str(tmp_path), budget_queries=4, use_cpu=True, report_to=[], max_length=16
+    )
+    trainer = type("ZOKTO", (ZOMixin, trl.KTOTrainer), {})(
+        model=models.tiny_llama(), ref_model=models.tiny_llama(), args=args, processing_class=tiny_tokenizer(),
+        train_dataset=Dataset.from_list(ROWS["KTOTrainer"] * 4), estimator="central",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.progress.num_queries == 4
 
 
 def test_fault_11_a_subclass_with_arguments_of_its_own_takes_them_by_name(tmp_path: Path):

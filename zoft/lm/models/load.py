@@ -88,10 +88,12 @@ def as_model(model: Any, peft_config: Any, seed: int) -> Any:
             raise UserError("model_init= and peft_config= do not go together: put the adapter on inside model_init")
         if getattr(peft_config, "prefix_projection", False):
             raise UserError("prefix_projection=True cannot be resumed (peft saves the projected prefix): leave it off")
-        from peft import get_peft_model
+        from peft import PeftConfig, get_peft_model
 
         from zoft.lm.models.peft.base import without_old_names
 
+        if not isinstance(peft_config, PeftConfig):
+            raise UserError(f"peft_config takes a config of peft's, e.g. peft.LoraConfig(r=8), got {peft_config!r}")
         # an adapter draws its first weights from torch's global generator
         torch.manual_seed(seed)
         with without_old_names():

@@ -1,0 +1,62 @@
+"""Classes with the mixin in them, and what a trainer is given for a part or a loss that is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.models import tiny_opt
+from zoft import UserError, ZOConfig, ZOMixin, ZOTrainer
+from zoft.estimators.central import Central
+from zoft.optimizers.sgd import SGD
+
+ROWS = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]} for _ in range(8)]
+
+
+def args(folder: Any, **given: Any) -> ZOConfig:
+    return ZOConfig(output_dir=str(folder), budget_queries=4, report_to=[], use_cpu=True, **given)
+
+
+def test_a_trainer_in_front_of_the_mixin_is_refused():
+    """It trained by backpropagation, and nothing was said."""
+    with pytest.raises(UserError, match=r"^class Behind: put ZOMixin in front of Trainer"):
+        type("Behind", (transformers.Trainer, ZOMixin), {})
+    type("Front", (type("Mine", (ZOMixin,), {}), transformers.Trainer), {})
+
+
+def test_the_mixin_alone_is_no_trainer(tmp_path: Any):
+    with pytest.raises(UserError, match="ZOMixin is half of a class"):
+        ZOMixin(model=tiny_opt(), args=args(tmp_path))
+
+
+@dataclass
+class Wide(Central):
+    """A part of one's own."""
+
+    eps: float = 1e-2
+
+
+class Undecorated(Central):
+    eps: float = 1e-2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"estimator": Wide}, r"estimator= takes a part, not its class: give Wide\(\), with its settings"),
+        ({"estimator": Undecorated()}, "estimator=: put @dataclass above class Undecorated"),
+        ({"estimator": SGD()}, r"estimator= takes a part that inherits from Estimator, got SGD\("),
+        ({"optimizer": torch.optim.SGD}, "optimizer= takes a part, not its class"),
+        (
+            {"peft_config": {"r": 2}},
+            r"peft_config takes a config of peft's, e.g. peft.LoraConfig\(r=8\), got \{'r': 2\}",
+        ),
+    ],
+)
+def test_what_is_no_part_is_a_sentence(given: dict[str, Any], message: str, tmp_path: Any):
+    with pytest.raises(UserError, match=message):
+        ZOTrainer(model=tiny_opt(), args=args(tmp_path), train_dataset=ROWS, **given)
