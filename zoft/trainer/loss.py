@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from zoft.errors import UserError
 from zoft.trainer.batch import Inputs, StepBatch
 from zoft.trainer.processes import Processes
 from zoft.trainer.protocol import HoldsObjects
@@ -26,6 +28,7 @@ class StepLoss:
     """
 
     def __init__(self, trainer: HoldsObjects, processes: Processes) -> None:
+        trainer.compute_loss = as_one_number(trainer.compute_loss)
         self.trainer = trainer
         self.processes = processes
         self.asks_for_scaling = False  # whether the model's use of the token count is still to be found out
@@ -131,6 +134,34 @@ class StepLoss:
         weight = 1.0 if self.is_a_share(batch) else float(sum(map(self.num_terms, batch.micro_batches)))
         total = self.processes.sum(torch.cat((losses.double() * weight, torch.tensor([weight], dtype=torch.float64))))
         return (total[:-1] / total[-1]).float()
+
+
+def as_one_number(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss of the user's own as a tensor, whatever kind of number it is.
+
+    Raises:
+        UserError: in a call whose loss is none, or has several elements.
+
+    Example:
+        >>> as_one_number(lambda model, inputs: 0.5)(None, {})
+        tensor(0.5000)
+    """
+
+    @functools.wraps(compute_loss)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        found = compute_loss(*args, **kwargs)
+        loss, *outputs = found if isinstance(found, tuple) else (found,)
+        try:
+            loss = loss if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        except (TypeError, ValueError):
+            raise UserError(f"compute_loss must return a number, got {type(loss).__name__}") from None
+        if loss.numel() != 1 and not kwargs.get("of_each"):
+            raise UserError(
+                f"compute_loss must return one number, got a tensor of shape {list(loss.shape)}: take its mean()"
+            )
+        return (loss, *outputs) if isinstance(found, tuple) else loss
+
+    return computed
 
 
 def num_tokens(micro_batches: Iterable[Inputs]) -> int:

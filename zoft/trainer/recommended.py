@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import number_of_arguments
 
 from zoft.errors import UserError
 from zoft.estimators.nodes import Nodes
 from zoft.lm.logits.call import inner
 from zoft.lm.logits.own_loss import is_causal_lm
 from zoft.lm.logits.support import FAILURES
+from zoft.lm.models.agreement import align
 from zoft.lm.objectives.base import Objective
 from zoft.optimizers.whiten import Whiten
 from zoft.step.method import Method
@@ -39,17 +41,24 @@ def may_be(args: Any, engine: str, objective: Objective | None) -> bool:
     return objective is None or objective.feedbacks not in ((), ("loss",))
 
 
-def recommended(model: nn.Module | None, objective: Objective | None, rows: Any, other: Any = None) -> Method | None:
+def recommended(
+    model: nn.Module | None, objective: Objective | None, args: Any, given: Mapping[str, Any], other: bool
+) -> Method | None:
     """Node directions as ``method=zoft`` has them; None where the loss or what is trained does not go with them.
 
     Args:
-        model: with the weights chosen that are trained; None where it is made later.
+        model: with the weights chosen that are trained; None where ``model_init`` makes it, which is called for a look.
         objective: or None for the model's own loss.
-        rows: of the training.
+        args: of the trainer.
+        given: to the trainer besides: rows, a tokenizer, a loss.
         other: whether the trainer makes another loss of the model's.
     """
+    if model is None and (make := given.get("model_init")) is not None:
+        model = make(None) if number_of_arguments(make) else make()
+    align(model, given.get("processing_class"))
+    other = bool(other or given.get("compute_loss_func") or (objective is None and args.label_smoothing_factor))
     try:
-        row = rows[0]
+        row = given.get("train_dataset")[0]  # type: ignore[index]
     except (TypeError, KeyError, IndexError, NotImplementedError):
         return None
     if model is None or not isinstance(row, Mapping) or (objective is None and not _is_read(model, row)):

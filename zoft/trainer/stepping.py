@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers.trainer_utils import default_compute_objective
 
 from zoft.engines._optional import settle
 from zoft.errors import NonFiniteLossError
@@ -282,6 +284,10 @@ def beside(trainer: Any) -> dict[str, Any]:
     return more | trainer.grid.traffic
 
 
+_COUNTERS = ("num_queries", "num_tokens", "seconds")
+"""Of a run, in each line of its log."""
+
+
 def complete(logs: dict[str, Any], progress: Progress, estimate: StepEstimate | None, more: dict[str, Any]) -> None:
     """Add to a log line what the run has cost; to one of training, its mean loss since the last one, and the step's.
 
@@ -301,4 +307,14 @@ def complete(logs: dict[str, Any], progress: Progress, estimate: StepEstimate | 
         logs["seconds_other"] = progress.seconds - progress.seconds_forward
         logs["num_skipped_steps"] = progress.num_skipped
         logs |= more
-    logs |= {"num_queries": progress.num_queries, "num_tokens": progress.num_tokens, "seconds": progress.seconds}
+    logs |= dict(zip(_COUNTERS, (progress.num_queries, progress.num_tokens, progress.seconds), strict=True))
+
+
+def by_metrics(metrics: Mapping[str, float]) -> float:
+    """What a search of hyper-parameters goes by: the loss, or the sum of the user's metrics, without our counters.
+
+    Example:
+        >>> by_metrics({"eval_loss": 0.5, "num_queries": 8, "num_tokens": 256, "seconds": 0.1})
+        0.5
+    """
+    return float(default_compute_objective({key: metrics[key] for key in metrics if key not in _COUNTERS}))

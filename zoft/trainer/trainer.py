@@ -1,8 +1,7 @@
 """ZOTrainer: the glue between `transformers.Trainer` and the five nouns; no loop of its own.
 
-What the Trainer is to do differently stands here, method by method, each under its own name in `transformers`; what
-these methods do is in the objects that the trainer holds. They live in :class:`ZOMixin`, so that any Trainer subclass
-becomes a zeroth-order one: ``class ZOSFT(ZOMixin, SFTTrainer): ...``.
+What the Trainer does differently stands here, each under its own name in `transformers`; how, in the objects that it
+holds. :class:`ZOMixin` has all of it, for any Trainer: ``class ZOSFT(ZOMixin, SFTTrainer): ...``.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from zoft.engines.base import Engine
 from zoft.estimators.base import Estimator
 from zoft.journal import snapshot
 from zoft.lm.metrics.order import every_row_in_order, longest_first, reported_in_rows_order
-from zoft.lm.models.agreement import align
 from zoft.lm.models.load import as_model
 from zoft.lm.objectives.base import Objective
 from zoft.optimizers.base import Optimizer
@@ -52,7 +50,7 @@ from zoft.trainer.processes import Processes, check_processes
 from zoft.trainer.recommended import may_be, recommended
 from zoft.trainer.response import settle_response
 from zoft.trainer.stages import Stages
-from zoft.trainer.stepping import RunSteps, beside, complete
+from zoft.trainer.stepping import RunSteps, beside, by_metrics, complete
 from zoft.utils.random_state import global_random_state_kept
 from zoft.weightings.base import Weighting
 from zoft.weights.tensors import Weights
@@ -123,12 +121,10 @@ class ZOMixin(_Base):
         args = copy.copy(as_zo_config(args, "zoft_run"))  # what is settled here must not reach the user's next trainer
         own_loss = has_own_loss(super().compute_loss)
         if not (is_named or mezo_protocol) and may_be(args, self.engine_name, self.objective):
-            other = own_loss or kwargs.get("compute_loss_func") or (objective is None and args.label_smoothing_factor)
-            other = other or type(self).compute_loss is not ZOMixin.compute_loss
+            other = own_loss or type(self).compute_loss is not ZOMixin.compute_loss
             with global_random_state_kept():
                 model, peft_config = as_model(model, peft_config, args.seed), None
-                align(model, kwargs.get("processing_class"))
-                self.method = recommended(model, self.objective, kwargs.get("train_dataset"), other) or self.method
+                self.method = recommended(model, self.objective, args, kwargs, other) or self.method
         self.seeks_rate = args.learning_rate == "auto"
         settle_forwards(self.engine, self.method, self.objective, args)
         settle_arguments(args, self.method, has_objective=objective is not None)
@@ -223,6 +219,16 @@ class ZOMixin(_Base):
             if self.optimizer is not None:
                 self.run_steps.stop_clock()
         return result
+
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *pos: Any, **kw: Any) -> Any:
+        """As the Trainer's own; its sum of metrics leaves out what each line counts (queries, tokens, seconds)."""
+        return super().hyperparameter_search(hp_space, compute_objective or by_metrics, *pos, **kw)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the Trainer's own; a trial may have a budget of its own."""
+        super()._hp_search_setup(trial)
+        if trial is not None and self.args.budget_queries is not None:
+            self.args.max_steps = self.method.steps_within(self.args.budget_queries)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own; when to log, evaluate and save is what is asked for now, not when the run began."""
@@ -442,7 +448,4 @@ class ZOTrainer(ZOMixin, Trainer):
         >>> args = ZOConfig(output_dir="runs/demo", budget_queries=40_000, learning_rate=1e-6)  # doctest: +SKIP
         >>> trainer = ZOTrainer("facebook/opt-125m", args, train_dataset=rows, estimator="central")  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
-
-    Without a part and a learning rate it takes node directions where they serve (docs/nodes.md), else MeZO's parts:
-    subspace full, estimator central, optimizer sgd (Malladi et al. 2023).
     """

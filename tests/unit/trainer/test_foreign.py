@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -60,3 +61,47 @@ class Undecorated(Central):
 def test_what_is_no_part_is_a_sentence(given: dict[str, Any], message: str, tmp_path: Any):
     with pytest.raises(UserError, match=message):
         ZOTrainer(model=tiny_opt(), args=args(tmp_path), train_dataset=ROWS, **given)
+
+
+class Own(ZOTrainer):
+    """A loss of the test's own."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = self.make(outputs.logits[:, -1].max(-1).values)
+        return (loss, outputs) if return_outputs else loss
+
+
+NUMBERS = {
+    "tensor": lambda values: values.mean(),
+    "one element": lambda values: values.mean().view(1),
+    "float": lambda values: float(values.mean()),
+    "numpy": lambda values: numpy.float32(values.mean()),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_a_loss_is_any_number_in_training_and_evaluation(kind: str, tmp_path: Any):
+    """docs/python.md: anything that gives a number. A float was an AttributeError."""
+    found = []
+    for each in ("tensor", kind):
+        trainer = Own(model=tiny_opt(), args=args(tmp_path / each, learning_rate=1e-2), train_dataset=ROWS)
+        trainer.make = NUMBERS[each]
+        trainer.train()
+        found.append(trainer.evaluate(ROWS)["eval_loss"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda values: values, r"must return one number, got a tensor of shape \[8\]: take its mean\(\)"),
+        (lambda values: None, "must return a number, got NoneType"),
+        (lambda values: {"loss": values}, "must return a number, got dict"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_a_sentence(make: Any, message: str, tmp_path: Any):
+    trainer = Own(model=tiny_opt(), args=args(tmp_path), train_dataset=ROWS)
+    trainer.make = make
+    with pytest.raises(UserError, match=f"compute_loss {message}"):
+        trainer.train()

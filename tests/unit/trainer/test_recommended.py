@@ -35,6 +35,49 @@ def test_the_models_own_loss_is_learnt_by_node_directions(tmp_path: Any, caplog:
     assert float(zo_trainer.evaluate(ROWS)["eval_loss"]) < before - 0.3
 
 
+def made_later() -> Any:
+    """As the Trainer calls it."""
+    return tiny_opt()
+
+
+def test_a_model_that_is_made_later_is_looked_at_too(tmp_path: Any, caplog: pytest.LogCaptureFixture):
+    """It was trained by MeZO's parts at 1e-6, and nothing was said."""
+    first, args = trainer(tmp_path / "model"), ZOConfig(str(tmp_path), budget_queries=12, report_to=[], use_cpu=True)
+    second = ZOTrainer(model_init=made_later, args=args, train_dataset=ROWS)
+    assert caplog.text.count("no method is named: node directions") == 2
+    for each in (first, second):
+        each.train()
+    assert second.evaluate(ROWS)["eval_loss"] == first.evaluate(ROWS)["eval_loss"]
+
+
+def test_a_search_of_hyper_parameters_goes_by_the_loss_and_takes_each_trials_budget(tmp_path: Any):
+    """It went by the sum of queries, tokens and seconds: the fastest trial was the best one."""
+    args = ZOConfig(str(tmp_path), budget_queries=4, report_to=[], use_cpu=True, learning_rate=1e-3, save_strategy="no")
+    zo_trainer, spent = ZOTrainer(model_init=made_later, args=args, train_dataset=ROWS, eval_dataset=ROWS), []
+    zo_trainer.add_callback(Spent(spent, zo_trainer))
+    best = zo_trainer.hyperparameter_search(
+        lambda trial: {"budget_queries": trial.suggest_int("budget_queries", 6, 6), "learning_rate": 1e-2},
+        n_trials=2,
+        backend="optuna",
+    )
+    alone = ZOConfig(str(tmp_path / "alone"), budget_queries=6, report_to=[], use_cpu=True, learning_rate=1e-2)
+    same = ZOTrainer(model=tiny_opt(), args=alone, train_dataset=ROWS)
+    same.train()
+    assert best.objective == same.evaluate(ROWS)["eval_loss"]
+    assert spent == [6, 6]
+
+
+class Spent(transformers.TrainerCallback):
+    """Notes the queries of each training."""
+
+    def __init__(self, spent: list[int], zo_trainer: Any) -> None:
+        self.spent, self.trainer = spent, zo_trainer
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """At the end of one."""
+        self.spent.append(self.trainer.progress.num_queries)
+
+
 class Other(ZOTrainer):
     """A loss of its own."""
 
