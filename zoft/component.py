@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import inspect
+import logging
 import pkgutil
 import re
 from functools import lru_cache
@@ -19,6 +20,8 @@ from typing import Any, ClassVar, TypeVar
 
 from zoft.errors import Conditions, UserError, did_you_mean, refuse_unmet
 from zoft.utils import own_files
+
+log = logging.getLogger(__name__)
 
 GROUPS: dict[str, str] = {
     "subspace": "zoft.subspaces",
@@ -111,7 +114,14 @@ def components(group: str) -> dict[str, type[Component]]:
         classes.update({cls.name(): cls for cls in vars(module).values() if _is_component_of(cls, module.__name__)})
     # behind our own files: a package may bring a part, and under a name of ours replaces it
     for entry in importlib.metadata.entry_points(group=f"zoft.{group}"):
-        cls = entry.load()
+        try:
+            cls = entry.load()
+            if not (inspect.isclass(cls) and issubclass(cls, base_of(group))):
+                raise UserError(f"it is no {base_of(group).__name__}")
+            _require_fields(cls, entry.value)
+        except Exception as error:  # another package's, which the run at hand may have nothing to do with
+            log.warning("%s=%s, which %s brings, is left out: %s", group, entry.name, entry.value, error)
+            continue
         file = inspect.getsourcefile(cls)
         classes[entry.name] = _from_outside(cls, entry.name, own_files.digest(file) if file else "")
     return dict(sorted(classes.items()))
@@ -163,12 +173,7 @@ def _require_fields(cls: type, where: str) -> None:
 
 
 def parts_in(path: str, where: str) -> dict[str, type[Component]]:
-    """The components that a file of one's own defines, by their class's name; they know their file from now on.
-
-    Args:
-        path: the file.
-        where: what names it, for messages.
-    """
+    """The components that a file of one's own defines, by their class's name; they know their file from now on."""
     module, sha = own_files.module_of(path, where)
     parts = {name: cls for name, cls in vars(module).items() if _is_component_of(cls, module.__name__)}
     for name, cls in parts.items():

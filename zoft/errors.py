@@ -108,14 +108,7 @@ def refuse_ignored(message: str) -> None:
 
 
 def refuse_unmet(conditions: Conditions, values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> None:
-    """Refuse a setting whose condition does not hold; one that is left at its default is no choice.
-
-    Args:
-        conditions: of some fields.
-        values: of all fields.
-        defaults: likewise.
-        prefix: before each name in the message.
-    """
+    """Refuse a setting whose condition does not hold; one that is left at its default is no choice."""
     for name, (other, counting) in conditions.items():
         value, chosen = values[name], values[other]
         holds = chosen in counting if counting else chosen != defaults[other]
@@ -145,6 +138,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         >>> did_you_mean("epss", ["eps", "law"])
         ' Did you mean eps?'
     """
+    if word.endswith(".py"):
+        return f" Of a file name one part, {word}:NAME; zoft ls {word} lists them."
     names = sorted(set(known))
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.55)
     if near:

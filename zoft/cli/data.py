@@ -45,12 +45,7 @@ def command(arguments: list[str]) -> int:
 
 
 def gathered(overrides: list[str], num_rows: int = ROWS) -> dict[str, Any]:
-    """What the verb shows, as plain values; the model's weights are not read.
-
-    Args:
-        overrides: as of `zoft train`.
-        num_rows: rows shown of a split.
-    """
+    """What the verb shows, as plain values; the model's weights are not read."""
     from zoft.cli.train import _quiet
     from zoft.config import compose
 

@@ -36,6 +36,8 @@ def command(arguments: list[str]) -> int:
 
 def shown(text: str) -> str:
     """The description of a choice, or of a key."""
+    if text.endswith(".py"):
+        raise UserError(f"{text} is a file.{did_you_mean(text.rpartition('=')[2], ())}")
     if own_files.split(text) is None and (known := setting(text)):
         return fitted(known)
     if text in ORDER:
@@ -47,7 +49,8 @@ def shown(text: str) -> str:
     part = find(group, name) if group in GROUPS else None
     if part is not None:
         return fitted(_component(group, name, part))
-    file = preset_files(group)[name]
+    if (file := preset_files(group).get(name)) is None:  # what a package brings, and cannot be loaded
+        raise UserError(f"there is no {group} called {name!r}; zoft ls {group} lists them")
     return f"{group}={name}  ({file})\n\n{file.read_text(encoding='utf-8').rstrip()}"
 
 
@@ -67,7 +70,7 @@ def setting(text: str) -> str:
     for owner, row in rows:
         if row[0] == name:
             owners.setdefault(row, []).append(owner)
-    if rows and dot and not owners:
+    if rows and group and dot and not owners:
         raise UserError(f"{group} has no key {name!r}.{did_you_mean(name, {row[0] for _, row in rows})}")
     lines = []
     for row, homes in owners.items():

@@ -25,12 +25,7 @@ def refuse_without_effect(cfg: Any) -> None:
 
 
 def refuse_steps(trainer: Mapping[str, Any], given: Collection[str]) -> None:
-    """Refuse steps between evaluations or checkpoints where there are none; an argument may put a file's to rest.
-
-    Args:
-        trainer: the composed section.
-        given: keys that arguments set.
-    """
+    """Refuse steps between evaluations or checkpoints where there are none; an argument may put a file's to rest."""
     for kind, usual, nothing in (("eval", 500, "evaluates at no step"), ("save", None, "saves no checkpoint")):
         steps, strategy = trainer.get(f"{kind}_steps", usual), f"trainer.{kind}_strategy"
         put_to_rest = strategy in given and f"trainer.{kind}_steps" not in given

@@ -45,12 +45,7 @@ class Recommended(NamedTuple):
 
 
 def is_named(parsed: list[Override], experiments: Experiments) -> bool:
-    """Whether arguments or the experiment that they name choose a method, or a part of one.
-
-    Args:
-        parsed: the arguments.
-        experiments: has what ``config=`` named.
-    """
+    """Whether arguments or the experiment that they name choose a method, or a part of one."""
     if any(one.key_or_group in ("method", *METHOD_GROUPS) for one in parsed):
         return True
     chosen = [str(one.value()) for one in parsed if one.key_or_group == "config" and not one.is_delete()]

@@ -318,11 +318,7 @@ class ZoftConfig:
         return warnings
 
     def check_processes(self, world: int) -> None:
-        """Refuse a number of processes that cannot divide what they are to divide.
-
-        Args:
-            world: how many there are.
-        """
+        """Refuse a number of processes that cannot divide what they are to divide."""
         parallel = self.trainer.get("parallel", "data")
         grid_of(parallel, self.trainer.get("parallel_directions", 0), world, self.estimator)
         if parallel == "pipeline" and world > 1:

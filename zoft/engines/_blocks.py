@@ -116,13 +116,7 @@ class BlockStream:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def write(self, name: str, step: Callable[[], None], *, now: bool) -> None:
-        """Write a step into a tensor: at the next visit of its block, or ``now``, which brings it.
-
-        Args:
-            name: the tensor.
-            step: moves it.
-            now: whether it cannot wait.
-        """
+        """Write a step into a tensor: at the next visit of its block, or ``now``, which brings it."""
         # what stands outside of the blocks is on the device all the time
         if name not in self.of:
             step()

@@ -15,14 +15,7 @@ _OF_GUARD = ("guard_factor", "guard_steps", "guard_back")
 
 
 def rehearsing(cfg: ZoftConfig, folder: str, queries: int, **trainer: Any) -> ZoftConfig:
-    """The config of the first steps of a run.
-
-    Args:
-        cfg: of the run; it stays as it is.
-        folder: for what the steps write.
-        queries: how many they may make.
-        **trainer: other fields of ``trainer.``.
-    """
+    """The config of the first steps of a run."""
     cfg = copy.copy(cfg)
     cfg.output_dir = folder
     goes_back = cfg.trainer.get("guard") == "rollback"  # by a journal, which there is none of

@@ -113,14 +113,7 @@ def verdict_line(metric: str, gain: tuple[float, float, float], num_rows: int) -
 
 
 def next_lines(output_dir: str, *, chats: bool, chooses: bool, own: Sequence[str] = ()) -> list[str]:
-    """The next three commands.
-
-    Args:
-        output_dir: the run's folder.
-        chats: whether its rows are conversations.
-        chooses: whether it chooses between labels.
-        own: arguments that name parts of the user's own files.
-    """
+    """The next three commands."""
     run = " ".join([f"run={output_dir}", *own])
     use = f"zoft predict {run} data=new.csv" if chooses else f"zoft generate {run} prompt='...'"
     use = f"zoft chat {run} --compare" if chats else use

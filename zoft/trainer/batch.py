@@ -36,11 +36,7 @@ class StepBatch:
     of_each: bool = False
 
     def cut(self, parts: int) -> StepBatch:
-        """Every micro-batch cut into ``parts``, or into single examples where it has fewer.
-
-        Args:
-            parts: 1 leaves the batch as it is.
-        """
+        """Every micro-batch cut into ``parts``, or into single examples where it has fewer."""
         if parts == 1:
             return self
         pieces = []

@@ -11,13 +11,7 @@ from zoft.utils.lazy import Tensor
 
 
 def refuse_one_loss(weighting: Any, method: Any, does: str = "divides by the spread of the losses") -> None:
-    """Refuse a single direction asked for on one side: one loss has no spread.
-
-    Args:
-        weighting: that takes several.
-        method: what it is a part of.
-        does: what it does with them.
-    """
+    """Refuse a single direction asked for on one side: one loss has no spread."""
     # step 1, and not 0, in which svrg makes an anchor and asks at other points
     estimator = method.estimator
     points = [] if estimator.backpropagates else estimator.points(estimator.directions(0, 1))

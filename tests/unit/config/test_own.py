@@ -212,3 +212,35 @@ def test_an_entry_point_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch, f
     assert estimator_class().own_code().keys() == {"broad"}
     assert estimator_class.own_file == ""
     del sys.modules["plugged"]
+
+
+@pytest.mark.parametrize(
+    "value", ["plugged:Everything", "plugged:Bare", "plugged:Nope", "plugged:score", "nowhere:Wide"]
+)
+def test_a_part_of_a_package_that_cannot_be_loaded_stops_no_other(
+    value: str, monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
+):
+    """Each command ended with the package's traceback, whatever it was about."""
+    import importlib.metadata
+    import sys
+
+    Path("plugged.py").write_text(FILE + "\n    more: int = 0\n\n\nscore = len\n")
+    monkeypatch.syspath_prepend(str(folder))
+    entry = importlib.metadata.EntryPoint("broad", value, "zoft.estimator")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] * (group == "zoft.estimator"))
+    known = components.__wrapped__("estimator")
+    assert "central" in known
+    assert "broad" not in known
+    assert f"estimator=broad, which {value} brings, is left out: " in caplog.text
+    sys.modules.pop("plugged", None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train", "config=smoke", "estimator=./parts.py"], ["show", "./parts.py"], ["show", "estimator=parts.py"]],
+)
+def test_a_file_without_its_part_is_told_how(command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]):
+    Path("parts.py").write_text(FILE)
+    assert main(command) == 2
+    path = command[-1].rpartition("=")[2]
+    assert f"Of a file name one part, {path}:NAME; zoft ls {path} lists them." in capsys.readouterr().err

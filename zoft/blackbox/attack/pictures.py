@@ -92,12 +92,7 @@ def curves(
 
 
 def save(image: np.ndarray, path: Path) -> None:
-    """An image as a PNG of its own size.
-
-    Args:
-        image: [c, h, w] in [0, 1].
-        path: of the PNG.
-    """
+    """An image as a PNG of its own size."""
     from PIL import Image
 
     levels = (_shown(image) * 255).round().astype(np.uint8)

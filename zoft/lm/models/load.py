@@ -240,13 +240,7 @@ def _config_of(place: str, revision: str | None) -> Any:
 
 
 def tokens_taken(name: str, revision: str | None, tokenizer: Any) -> int | None:
-    """Tokens of a row that a model is made for, by its config and its tokenizer; None where neither says.
-
-    Args:
-        name: as for :func:`load_model`.
-        revision: branch, tag or commit on the hub.
-        tokenizer: its own.
-    """
+    """Tokens of a row that a model is made for, by its config and its tokenizer; None where neither says."""
     text: Any = getattr(_config_of(placed(name), revision), "get_text_config", lambda: None)()
     said = [getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_sequence_length")]
     if getattr(text, "model_type", "") in _COUNT_FROM_PADDING:
