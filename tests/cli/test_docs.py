@@ -65,7 +65,10 @@ def test_recipes_are_read_by_what_reads_them(tmp_path: Path):
     subprocess.run(["bash", "-n", str(recipes / "slurm.sh")], check=True)
     sky = yaml.safe_load((recipes / "sky.yaml").read_text())
     assert compose(sky["envs"]["ARGS"].split()).config == "quickstart"
+    assert [mount["mode"] for mount in sky["file_mounts"].values()] == ["MOUNT_CACHED"]  # MOUNT takes no appending
+    assert all("conda activate zoft" in sky[part] for part in ("setup", "run"))  # its images have an older Python
     dockerfile = (recipes / "Dockerfile").read_text()
+    assert "HF_HOME=/cache/" in dockerfile
     for source in re.findall(r"^COPY (.+) \S+$", dockerfile, re.M):
         assert all((ROOT / name).exists() for name in source.split())
 
