@@ -42,7 +42,10 @@ def command(arguments: list[str]) -> int:
 
 def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        try:
+            yield from sys.stdin
+        except UnicodeDecodeError:
+            raise UserError("a line is not UTF-8 text: re-encode it") from None
         return
     while True:
         try:

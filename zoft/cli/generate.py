@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from zoft.errors import UserError
+from zoft.errors import UserError, did_you_mean
 from zoft.utils.words import read_words
 
 KEYS = ("run", "model", "prompt", "data", "output", "max_new_tokens", "temperature", "seed")
 FLAGS = ("--chat", "--json")
 HELP = """\
 usage: zoft generate run=DIR prompt=TEXT [max_new_tokens=128] [temperature=0] [seed=0] [--chat]
-       zoft generate model=NAME data=FILE [output=FILE.jsonl] [--json]
+       zoft generate model=NAME data=FILE [output=FILE.jsonl|FILE.csv] [--json]
 
 What a run's model, or any causal language model, writes behind a prompt, or behind every row's `prompt` of a file.
 temperature=0 takes the likeliest token; above, the same seed gives the same text. --chat puts the prompt into the
@@ -34,8 +33,12 @@ def command(arguments: list[str]) -> int:
         )
     how = writing_of(asked)
     from zoft.use.inference.generate import chat_ids, plain_ids, written
+    from zoft.use.inference.predict import check_output, write_rows
 
-    prompts = [asked["prompt"]] if "prompt" in asked else _prompts(asked["data"])
+    if "output" in asked:
+        check_output(asked["output"], asked.get("data", ""))
+    rows = [{"prompt": asked["prompt"]}] if "prompt" in asked else _rows(asked["data"])
+    prompts = [row["prompt"] for row in rows]
     loaded = loaded_of("generate", asked, overrides)
     as_chat = "--chat" in flags or loaded.is_chat
     room = how.max_new_tokens
@@ -44,15 +47,13 @@ def command(arguments: list[str]) -> int:
         for prompt in prompts
     ]
     texts = [written(loaded, [one], how)[0] for one in ids]
-    rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    rows = [row | {"text": text} for row, text in zip(rows, texts, strict=True)]
     if "output" in asked:
-        from zoft.utils.files import write_atomically
-
-        write_atomically(Path(asked["output"]), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(asked["output"], rows)
         print(f"{len(rows):,} texts: {asked['output']}")
     else:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False) if "--json" in flags else row["text"])
+            print(json.dumps(row, ensure_ascii=False, default=str) if "--json" in flags else row["text"])
     return 0
 
 
@@ -82,7 +83,9 @@ def loaded_of(verb: str, asked: dict[str, str], overrides: list[str], *, with_ba
 
     if asked.get("model"):
         if overrides:
-            raise UserError(f"{overrides[0]} is a run's key, and model= names no run: leave it out")
+            near = did_you_mean(overrides[0].partition("=")[0], KEYS)
+            near = near if near.startswith(" Did") else ""
+            raise UserError(f"{overrides[0]} could be a run's key alone, and model= names no run: leave it out.{near}")
         loaded = load_named(asked["model"])
     else:
         loaded = load_run(asked["run"], overrides, with_base=with_base)
@@ -90,7 +93,10 @@ def loaded_of(verb: str, asked: dict[str, str], overrides: list[str], *, with_ba
     return loaded
 
 
-def _prompts(data: str) -> list[str]:
+def _rows(data: str) -> list[dict[str, Any]]:
     from zoft.lm.data.files import read_placed, text_in
 
-    return [text_in(row, "prompt", where) for where, row in read_placed(data, "test")]
+    rows = [row | {"prompt": text_in(row, "prompt", where)} for where, row in read_placed(data, "test")]
+    if any("text" in row for row in rows):
+        raise UserError(f"{data} has a column called 'text', as what is written would be: rename it")
+    return rows

@@ -101,7 +101,7 @@ def load_rows(cfg: ZoftConfig, splits: Splits | None = None) -> tuple[Any, dict[
     )
     rows = {name: encode(getattr(splits, name), max_length=length) for name in ("train", "dev", "test")}
     for name in ("train", "test"):
-        _say_cut(rows[name], length, name, functools.partial(encode, getattr(splits, name), max_length=UNCUT))
+        say_cut(rows[name], length, name, functools.partial(encode, getattr(splits, name), max_length=UNCUT))
     return tokenizer, rows
 
 
@@ -128,7 +128,7 @@ def row_limit(cfg: ZoftConfig, tokenizer: Any) -> int:
     return cfg.task.max_length or tokens_taken(cfg.model.name, cfg.model.revision, tokenizer) or UNCUT
 
 
-def _say_cut(rows: list[Any], limit: int, name: str, whole: Callable[[], list[Any]]) -> None:
+def say_cut(rows: list[Any], limit: int, name: str, whole: Callable[[], list[Any]]) -> None:
     """A note where rows were longer than what is kept of them."""
     cut = cut_of(rows, limit, whole)
     if cut is not None and cut.num_cut:

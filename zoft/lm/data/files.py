@@ -76,9 +76,22 @@ def text_in(row: Mapping[str, Any], name: str, where: str) -> str:
     """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        why = "is empty" if name in row else f"is not there (its columns: {', '.join(map(str, row))})"
+        blank = "is empty" if not value or isinstance(value, str) else "is no text"
+        why = blank if name in row else f"is not there (its columns: {', '.join(map(str, row))})"
         raise UserError(f"{where}: {name!r} {why}")
+    if not is_unicode(value):
+        raise UserError(f"{where}: {name!r} holds half a character")
     return value
+
+
+def is_unicode(text: str) -> bool:
+    r"""Whether a text is whole characters; bytes that are no UTF-8, and halves of pairs, are read as surrogates.
+
+    Example:
+        >>> is_unicode("é"), is_unicode("\udcff")
+        (True, False)
+    """
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def located(source: str) -> Path:

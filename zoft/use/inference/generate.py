@@ -63,6 +63,7 @@ def plain_ids(loaded: Loaded, prompt: str, new_tokens: int) -> list[int]:
     """
     from zoft.lm.data.tokens import open_ended
 
+    _require_unicode(prompt)
     return _checked(loaded, open_ended([prompt], loaded.tokenizer)[0], new_tokens)
 
 
@@ -73,6 +74,7 @@ def chat_ids(loaded: Loaded, messages: Sequence[dict[str, str]], new_tokens: int
         UserError: the model has no chat template, it refuses these messages, or they leave too few positions.
     """
     require_template(loaded)
+    _require_unicode("".join(message["content"] for message in messages))
     try:
         text = loaded.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever a template does
@@ -85,6 +87,13 @@ def require_template(loaded: Loaded) -> None:
     """Refuse a model that was not made for conversations."""
     if not getattr(loaded.tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer of {loaded.name} has no chat template: write behind plain text, zoft generate")
+
+
+def _require_unicode(text: str) -> None:
+    from zoft.lm.data.files import is_unicode
+
+    if not is_unicode(text):
+        raise UserError("the prompt is not UTF-8 text: re-encode it")
 
 
 def _checked(loaded: Loaded, ids: list[int], new_tokens: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def predict(run: str, data: str, output: str, overrides: list[str]) -> Predicted
     from zoft.use.inference.load import config_of
 
     cfg = config_of(run, overrides)
-    _check_output(output, data)
+    check_output(output, data)
     examples_of, labels = cfg.task.for_new_rows()
     placed = list(read_placed(data, "test"))
     # Before the weights are read: an error in a row should not cost minutes of loading.
@@ -59,7 +60,7 @@ def predict(run: str, data: str, output: str, overrides: list[str]) -> Predicted
     taken = sorted(added & {name for _, row in placed for name in row})
     if taken:
         raise UserError(f"{data} has a column called {taken[0]!r}, as the prediction would be: rename it")
-    _write(output, rows)
+    write_rows(output, rows)
     return Predicted(rows, tuple(predictions[0]), output)
 
 
@@ -67,8 +68,9 @@ def _found(cfg: ZoftConfig, run: str, examples: list[Any], labels: tuple[str, ..
     """What is added to each row."""
     from zoft.evaluation import evaluate as evaluating
     from zoft.lm import formats
+    from zoft.lm.data.lengths import UNCUT
     from zoft.lm.models.load import quiet
-    from zoft.run.build import row_limit, tokenizer_of
+    from zoft.run.build import row_limit, say_cut, tokenizer_of
 
     quiet()
     objective = formats.scorer_of(cfg.task, examples, cfg.objective)
@@ -76,7 +78,9 @@ def _found(cfg: ZoftConfig, run: str, examples: list[Any], labels: tuple[str, ..
     if form == "counted":  # a completion that nobody knows: it is written
         form = "generate"
     tokenizer, room = tokenizer_of(cfg, run), formats.room_of(cfg.task, objective)
-    rows = formats.encode_rows(form, examples, tokenizer, row_limit(cfg, tokenizer), room)
+    encode = functools.partial(formats.encode_rows, form, examples, tokenizer, room=room)
+    rows = encode(limit := row_limit(cfg, tokenizer))
+    say_cut(rows, limit, "new", functools.partial(encode, UNCUT))
     scoring = evaluating.scoring_of(cfg, run, form, rows, tokenizer, objective)
     if form in WRITTEN:
         return [{"prediction": text.strip()} for text in scoring.texts(rows)[0][0]]
@@ -93,7 +97,8 @@ def _label(scores: list[float], labels: tuple[str, ...]) -> dict[str, Any]:
     return {"prediction": best, "probability": named[best], "probabilities": named}
 
 
-def _check_output(output: str, data: str) -> None:
+def check_output(output: str, data: str) -> None:
+    """Refuse a file of rows of another kind, without a folder, or the one that is read."""
     path = Path(output)
     if path.suffix not in SUFFIXES:
         raise UserError(f"output={output} must end in {' or '.join(SUFFIXES)}")
@@ -108,7 +113,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return row | {f"p({label})": share for label, share in row.get("probabilities", {}).items()}
 
 
-def _write(output: str, rows: list[dict[str, Any]]) -> None:
+def write_rows(output: str, rows: list[dict[str, Any]]) -> None:
     """A csv's probabilities are a column each; a jsonl's one object."""
     if output.endswith(".jsonl"):
         write_atomically(Path(output), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,41 @@ def test_texts_are_written_alike_by_a_seed(runs: Path, capsys: Any):
     assert main(["generate", f"model={runs / 'model'}", "prompt=is it", "max_new_tokens=3", "--chat"]) == 0
 
 
+def test_texts_of_a_file_keep_its_columns_in_the_kind_that_is_named(runs: Path, tmp_path: Path, capsys: Any):
+    """A .csv had lines of JSON in it, and the other columns were left out."""
+    data, words = tmp_path / "prompts.tsv", [f"run={runs / 'out/instruct'}", "max_new_tokens=3"]
+    data.write_text("prompt\tid\nis it free\t7\nis it\t8\n")
+    for name in ("out.csv", "out.jsonl"):
+        assert main(["generate", *words, f"data={data}", f"output={tmp_path / name}"]) == 0
+    written = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
+    assert written == [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [list(row) for row in written] == [["prompt", "id", "text"]] * 2
+    assert [row["id"] for row in written] == ["7", "8"]
+
+
+def test_new_rows_that_are_cut_are_said(runs: Path, tmp_path: Path, capsys: Any):
+    (tmp_path / "long.csv").write_text("text\nyou call\n" + "you call " * 2000 + "\n")
+    words = [f"run={runs / 'out/classify'}", f"data={tmp_path / 'long.csv'}", f"output={tmp_path / 'out.csv'}"]
+    assert main(["predict", *words]) == 0
+    assert "1 of 2 new rows are cut at" in capsys.readouterr().err
+    new_rows(tmp_path / "long.csv")
+    assert main(["predict", *words]) == 0
+    assert "cut" not in capsys.readouterr().err
+
+
+def test_lines_that_are_no_text_end_a_conversation_with_a_sentence(runs: Path):
+    import subprocess
+    import sys
+
+    for locale in ("C.UTF-8", "C"):
+        done = subprocess.run(
+            [sys.executable, "-m", "zoft", "chat", f"model={runs / 'model'}"],
+            input=b"is \xff\n", capture_output=True, env={**os.environ, "LC_ALL": locale}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert b"not UTF-8 text: re-encode it" in done.stderr.splitlines()[-1]
+
+
 def test_a_prompt_is_continued_before_the_mark_that_its_tokenizer_ends_texts_with(runs: Path):
     from tokenizers.processors import TemplateProcessing
 
@@ -243,7 +279,17 @@ def test_columns_fit_the_terminal():
         (["generate", "run=RUN"], 'give prompt="..." or data=FILE'),
         (["generate", "run=RUN", "prompt=x", "max_new_tokens=0"], "max_new_tokens must be at least 1"),
         (["generate", "run=RUN", "prompt=x", "temperature=hot"], "temperature must be a number, got 'hot'"),
-        (["generate", "model=MODEL", "prompt=x", "temperature=1", "seed=1", "task.x=1"], "task.x=1 is a run's key"),
+        (
+            ["generate", "model=MODEL", "prompt=x", "temperature=1", "seed=1", "task.x=1"],
+            "task.x=1 could be a run's key",
+        ),
+        (["generate", "model=MODEL", "prompt=x", "max_tokens=1"], "leave it out. Did you mean max_new_tokens?"),
+        (["generate", "run=RUN", "prompt=is \udcff it"], "the prompt is not UTF-8 text"),
+        (["generate", "run=RUN", "data=prompts.jsonl", "output=prompts.jsonl"], "is the file that is read"),
+        (["generate", "run=RUN", "data=prompts.jsonl", "output=x.txt"], "must end in .csv or .jsonl"),
+        (["generate", "run=RUN", "data=prompts.jsonl"], "prompts.jsonl has a column called 'text'"),
+        (["generate", "run=RUN", "data=half.jsonl"], "half.jsonl:1: 'prompt' holds half a character"),
+        (["generate", "run=RUN", "data=numbers.jsonl"], "numbers.jsonl:1: 'prompt' is no text"),
         (["generate", "run=RUN", "prompt="], "the prompt is empty"),
         (["generate", "run=RUN", "prompt=is it", "max_new_tokens=1199"], "leaves 1,198 for max_new_tokens=1199"),
         (["generate", "run=CHAT", "prompt=is it", "max_new_tokens=1197"], "1,200 tokens at most, of which the prompt"),
@@ -257,6 +303,9 @@ def test_wrong_requests_are_one_sentence(
     monkeypatch.chdir(tmp_path)
     new_rows(tmp_path / "new.csv")
     (tmp_path / "bad.csv").write_text("id,txt\n1,x\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x", "text": "y"}\n')
+    (tmp_path / "half.jsonl").write_text('{"prompt": "is \\ud800 it"}\n')
+    (tmp_path / "numbers.jsonl").write_text('{"prompt": 5}\n')
     (tmp_path / "p.csv").write_text("text,p(no)\nx,mine\n")
     (tmp_path / "taken.jsonl").write_text('{"text": "x"}\n{"text": "y", "prediction": "mine"}\n')
     names = sorted(path.name for path in tmp_path.iterdir())
