@@ -124,9 +124,9 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print the plain line that came due: here, after the last step's log and evaluation rows came in."""
-        if self._training and self._bar is None:
-            if self._done >= self._next_line or time.monotonic() >= self._next_time:
-                self._line()
+        is_due = self._done >= self._next_line or time.monotonic() >= self._next_time
+        if self._training and self._bar is None and is_due:
+            self._line()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the step's queries."""

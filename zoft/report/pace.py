@@ -42,8 +42,8 @@ def long_run_line(seconds: float, queries: int) -> str | None:
     if total <= LONG_SECONDS:
         return None
     return (
-        f"time    at least {duration(total)}: {queries:,} forward passes of {seconds:.3g} s, and the steps between them "
-        "(zoft estimate --time\n        times those too); "
+        f"time    at least {duration(total)}: {queries:,} forward passes of {seconds:.3g} s, and the steps between "
+        "them (zoft estimate --time\n        times those too); "
         f"budget.queries={max(1, int(LONG_SECONDS / seconds))} takes an hour. "
         "Ctrl-C stops the run, the same command goes on"
     )
