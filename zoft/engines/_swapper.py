@@ -171,8 +171,12 @@ class Swapper:
         if visits:
             visit = visits.pop()
             # in the reverse order of entering: the mode was opened before the tensors were swapped
-            if visit.lease is not None:
-                self._swap_back(state, visit.swapped, visit.lease, output)
+            for name in visit.swapped:
+                self.weights.tensors[name].data = state.clean[name]
+                del state.clean[name], state.perturbed[name]  # only now: whatever interrupts, nothing is lost
+            # a module that hands out a view of its weights (an embedding's own) still needs the memory
+            if visit.lease is not None and not visit.lease.appears_in(output):
+                self.scratch.give_back(visit.lease)
             if visit.mode is not None:
                 state.modes.pop().__exit__(None, None, None)
             state.depth.subtract(names)
@@ -204,14 +208,6 @@ class Swapper:
             state.clean[name], state.perturbed[name] = clean, perturbed
             self.weights.tensors[name].data = perturbed
         return lease
-
-    def _swap_back(self, state: ForwardState, names: list[str], lease: Lease, output: Any) -> None:
-        for name in names:
-            self.weights.tensors[name].data = state.clean[name]
-            del state.clean[name], state.perturbed[name]  # after the assignment: whatever interrupts, nothing is lost
-        # a module that hands out a view of its weights (an embedding's own) still needs the memory
-        if not lease.appears_in(output):
-            self.scratch.give_back(lease)
 
     def sync(self, key: Any, item: Any, batch_fn: Callable[[list[Any]], Sequence[Any]]) -> Any:
         """:meth:`Lockstep.sync`; while this forward waits, the weights are clean for the others."""

@@ -96,7 +96,8 @@ def encode(record: Record) -> bytes:
         record.loss,
         record.slope,
     )
-    return fixed + _doubles(record.coefficients) + _doubles(record.curvatures) + extra
+    numbers = (*record.coefficients, *record.curvatures)
+    return fixed + struct.pack(f"<{len(numbers)}d", *numbers) + extra
 
 
 def decode(data: bytes) -> Record:
@@ -146,10 +147,6 @@ def require_consecutive(records: Sequence[Record], first: int) -> None:
         if not 0 <= record.queries - queries < 1 << 32 and number > first:
             raise ValueError(f"step {number} has used {record.queries - queries} queries")
         queries = record.queries
-
-
-def _doubles(values: Sequence[float]) -> bytes:
-    return struct.pack(f"<{len(values)}d", *values)
 
 
 # ---- sealed ----------------------------------------------------------------------------------------------------------

@@ -216,20 +216,18 @@ def _streams(
         block, offset = divmod(start + at, block_size)
         # a piece ends with its block of words, or where it is large enough
         until = min(count, at + block_size - offset, at + (at_most or count))
-        yield Stream(*_block_key(key, block), table, factor), offset, at, until
+        of_block = key
+        if block:
+            # a block of 2^30 words has a key of its own, from the stream's key and its number
+            of_block = int.from_bytes(hashlib.blake2b(f"{key}|{block}".encode(), digest_size=8).digest(), "little")
+        stream = Stream(_int32(of_block & 0xFFFFFFFF), _int32(of_block >> 32), table, factor)
+        yield stream, offset, at, until
         at = until
 
 
 def _chunk(device: torch.device | str) -> int:
     """Words that eager code hashes at a time: more on a GPU, where launches would set the pace and 16 MiB is little."""
     return _CHUNK_WORDS if torch.device(device).type == "cpu" else 32 * _CHUNK_WORDS
-
-
-def _block_key(key: int, block: int) -> tuple[int, int]:
-    if block:
-        # a block of 2^30 words has a key of its own, from the stream's key and its number
-        key = int.from_bytes(hashlib.blake2b(f"{key}|{block}".encode(), digest_size=8).digest(), "little")
-    return _int32(key & 0xFFFFFFFF), _int32(key >> 32)
 
 
 # ---- bits to numbers -------------------------------------------------------------------------------------------------

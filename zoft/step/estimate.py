@@ -92,11 +92,6 @@ class StepEstimate:
         return self.terms is not None
 
     @property
-    def is_repeatable(self) -> bool:
-        """Whether a record is enough to take the step again."""
-        return self.backward is None and self.factors is None and self.leaves_no_trace
-
-    @property
     def slope(self) -> float:
         """Root mean square of the projected gradients; NaN where none were measured."""
         # sqrt(mean_j p_j^2)
@@ -151,6 +146,8 @@ class StepEstimate:
             extra["scalars"] = scalars
         if self.num_parts > 1:
             extra["parts"] = self.num_parts
+        # a record is enough to take the step again where nothing but coefficients, or kept factors, has made it
+        is_repeatable = self.backward is None and (has_factors or (self.factors is None and self.leaves_no_trace))
         return Record(
             step=self.step,
             seed=self.directions[0].seed,
@@ -163,9 +160,7 @@ class StepEstimate:
             coefficients=tuple(map(float, coefficients)),
             curvatures=tuple(map(float, self.curvatures or ())),
             # flags are bits: a step can be guarded and not repeatable at once
-            flags=SKIPPED * (self.terms is None)
-            + COMPUTED * (not (self.is_repeatable or (has_factors and self.backward is None)))
-            + GUARDED * bool(self.outlier),
+            flags=SKIPPED * (self.terms is None) + COMPUTED * (not is_repeatable) + GUARDED * bool(self.outlier),
             extra=extra,
         )
 

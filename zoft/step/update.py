@@ -285,7 +285,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         dense: Tensor | None = None,
     ) -> None:
         direction = now.direction
-        count, state = self._state_of(name, direction)
+        state = self._moments(name)
+        self._transport(name, direction)
+        count = self.history.get(name, (0, direction))[0] + 1  # of the tensor's updates, this one included
+        self.history[name] = count, direction
         if dense is None and self._is_one_addition(parameter, terms, decay):
             self._add_direction(name, parameter, *terms[0], lr)
             return
@@ -371,14 +374,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         if name not in self.masters:
             self.masters[name] = self.session.weights.tensors[name].detach().to(torch.float32).view(-1)
         return follow_(self.masters[name][first:last], self.session.piece(name, first, last))
-
-    def _state_of(self, name: str, direction: Direction) -> tuple[int, dict[str, Tensor]]:
-        """The number of this update of the tensor, and its state in the basis of this direction."""
-        state = self._moments(name)
-        self._transport(name, direction)
-        count = self.history.get(name, (0, direction))[0] + 1
-        self.history[name] = count, direction
-        return count, state
 
     # ---- saved and loaded --------------------------------------------------------------------------------------------
 

@@ -240,7 +240,7 @@ class BoundSubspace:
 
     def chunks(self, name: str) -> Iterator[tuple[int, int]]:
         """Flat ranges [start, stop) that cover the coordinates of ``name``."""
-        yield from _ranges(math.prod(self.shape(name)), self._chunk(name))
+        yield from _ranges(0, math.prod(self.shape(name)), self._chunk(name))
 
     def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Coordinates [start, stop) of one direction, flat, float32; the caller may overwrite the result."""
@@ -298,8 +298,7 @@ class BoundSubspace:
 
     def spans(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Flat ranges of bounded size that cover elements [start, stop) of tensor ``name`` itself."""
-        for first, last in _ranges(stop - start, self._chunk(name)):
-            yield start + first, start + last
+        yield from _ranges(start, stop, self._chunk(name))
 
     def lift(self, direction: Direction, name: str, coordinates: Tensor, start: int, first: int, last: int) -> Tensor:
         """Elements [first, last) of the step in tensor ``name`` that these coordinates stand for.
@@ -387,6 +386,6 @@ class BoundSubspace:
         return _CHUNK if self.weights.tensors[name].device.type == "cpu" else _CHUNK_GPU
 
 
-def _ranges(count: int, chunk: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, chunk):
-        yield start, min(count, start + chunk)
+def _ranges(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, size):
+        yield first, min(stop, first + size)

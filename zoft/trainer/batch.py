@@ -55,6 +55,7 @@ class StepBatch:
         return max(len(groups_of(inputs)) for inputs in self.micro_batches)
 
 
+@dataclass
 class BatchSplitter:
     """Asks again with micro-batches of half the size when memory does not suffice; the smaller size stays.
 
@@ -67,8 +68,7 @@ class BatchSplitter:
         1
     """
 
-    def __init__(self, parts: int = 1) -> None:
-        self.parts = parts
+    parts: int = 1
 
     def __call__(self, ask: Callable[[StepBatch], T], batch: StepBatch) -> T:
         """The answer, from the largest micro-batches that fit.

@@ -98,7 +98,10 @@ class RunSteps:
         progress.seconds_forward += time.perf_counter() - began
         progress.steps += 1
         progress.num_queries += estimate.num_queries
-        progress.num_tokens += self._num_tokens(batch) * estimate.num_queries
+        tokens = num_tokens(map(self.forward.as_served, batch.micro_batches))  # of one query
+        if self.grid.rows.count > 1:
+            tokens = int(self.grid.rows.sum(torch.tensor(float(tokens))))
+        progress.num_tokens += tokens * estimate.num_queries
         progress.losses.append(estimate.loss)
         self._count_skipped(estimate)
         if self.args.guard != "none":
@@ -140,11 +143,6 @@ class RunSteps:
         estimate = splitter(ask, batch)
         optimizer.progress.num_parts = splitter.parts
         return replace(estimate, num_parts=splitter.parts)
-
-    def _num_tokens(self, batch: StepBatch) -> int:
-        """Tokens of a step, one query, over all of its rows."""
-        count = num_tokens(map(self.forward.as_served, batch.micro_batches))
-        return count if self.grid.rows.count == 1 else int(self.grid.rows.sum(torch.tensor(float(count))))
 
     def _count_skipped(self, estimate: StepEstimate) -> None:
         """A step whose losses are not finite does not reach the weights; many in a row end the run."""

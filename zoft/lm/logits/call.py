@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from zoft.errors import UserError
@@ -22,7 +23,7 @@ def inner(model: Any) -> Any:
 
 def takes(model: nn.Module, name: str) -> bool:
     """Whether the forward of the model's class names this argument."""
-    return name in _parameters(inner(model))
+    return name in _parameters(type(inner(model)))
 
 
 def is_compiled(model: Any) -> bool:
@@ -62,7 +63,7 @@ def refuse_elsewhere(model: nn.Module) -> None:
 
 def called(model: nn.Module, inputs: Mapping[str, Any], **more: Any) -> Tensor:
     """The logits of one call, [B, T, V] or what the head was made to give; no key-value cache is built."""
-    parameters = _parameters(inner(model))
+    parameters = _parameters(type(inner(model)))
     if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         more["use_cache"] = False
     output = model(**{**inputs, **more})
@@ -70,11 +71,6 @@ def called(model: nn.Module, inputs: Mapping[str, Any], **more: Any) -> Tensor:
     return logits
 
 
-def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    cls = type(module)
-    if cls not in _SIGNATURES:
-        _SIGNATURES[cls] = inspect.signature(cls.forward).parameters
-    return _SIGNATURES[cls]
-
-
-_SIGNATURES: dict[type, Mapping[str, inspect.Parameter]] = {}
+@cache
+def _parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(cls.forward).parameters
