@@ -30,22 +30,22 @@ def loss_with_graph(session: Session, batch: Any, names: frozenset[str] | None =
         UserError: the objective has no gradient.
     """
     # autograd keeps no activations of layers below the lowest tensor that wants a gradient
-    wanted = {n: t for n, t in session.weights.tensors.items() if names is None or n in names}
-    others = [t for n, t in session.weights.tensors.items() if n not in wanted]
+    parameters = {n: t for n, t in session.weights.tensors.items() if names is None or n in names}
+    frozen = [t for n, t in session.weights.tensors.items() if n not in parameters]
     try:
-        for tensor in others:
+        for tensor in frozen:
             tensor.requires_grad_(False)
         with torch.enable_grad():
             loss = session.objective(batch)
     finally:
-        for tensor in others:
+        for tensor in frozen:
             tensor.requires_grad_(True)
     if not loss.requires_grad:
         raise UserError(
             "the objective has no gradient along the trained weights: a backward pass needs a differentiable "
             "objective; use estimator=central"
         )
-    return loss.detach().to("cpu", torch.float32), partial(_run_backward, loss, wanted)
+    return loss.detach().to("cpu", torch.float32), partial(_run_backward, loss, parameters)
 
 
 def _run_backward(loss: Tensor, wanted: dict[str, nn.Parameter], take: Callable[[str, Tensor], None]) -> None:

@@ -181,9 +181,9 @@ class BlockStream:
     def _put_away(self, block: Block) -> None:
         """The block's memory is free for another one; what has moved is copied back first."""
         assert block.lease is not None
-        here = dict(zip(block.tensors, block.lease.tensors, strict=True))
+        leased = dict(zip(block.tensors, block.lease.tensors, strict=True))
         if block.moved:
-            pairs = [(here[name], block.resting[name]) for name in block.tensors if name in block.moved]
+            pairs = [(leased[name], block.resting[name]) for name in block.tensors if name in block.moved]
             self._going.append(self.transfer.down(pairs, lambda: _release([resting for _, resting in pairs])))
         _point(block, block.resting.values())
         self._free.append(block.lease.buffer)

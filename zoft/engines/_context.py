@@ -135,8 +135,8 @@ class ContextCache:
             cache.update(keys, context.values[number], number)
 
         def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            more = {"attention_mask": context.mask, "position_ids": context.positions}
-            return args, {**kwargs, **more, "past_key_values": cache, "use_cache": True}
+            masked = {"attention_mask": context.mask, "position_ids": context.positions}
+            return args, {**kwargs, **masked, "past_key_values": cache, "use_cache": True}
 
         def entering(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return with_hidden_states(hidden.clone(), args, kwargs)  # a block may write into its input

@@ -134,11 +134,11 @@ def _share_out(model: nn.Module, stages: Cut, phases: dict[nn.Module, set[str]])
     count = len(stages.held)
     stage_of = {block: rank for rank, share in enumerate(stages.shares) for block in (stages.blocks[i] for i in share)}
     inside = {module: rank for block, rank in stage_of.items() for module in block.modules()}
-    around = {module for module in model.modules() if not stage_of.keys().isdisjoint(module.modules())}
+    containers = {module for module in model.modules() if not stage_of.keys().isdisjoint(module.modules())}
     for module in model.modules():
         if module in inside:
             ranks = {inside[module]}
-        elif (module in around and module not in stage_of) or "inside" in phases.get(module, ()):
+        elif (module in containers and module not in stage_of) or "inside" in phases.get(module, ()):
             ranks = set(range(count))  # it may read what it has at any time
         else:  # what never ran is the last one's, which has a loss to read it for
             ranks = {0 if when == "before" else count - 1 for when in phases.get(module, {"after"})}

@@ -64,8 +64,8 @@ def _number(tensor: Tensor, matrix: Tensor) -> int | None:
         return None
     if matrix.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
         return None
-    number, rest = divmod(int(matrix.storage_offset()) - int(tensor.storage_offset()), tensor.stride(0))
-    return number if rest == 0 and 0 <= number < len(tensor) else None
+    number, remainder = divmod(int(matrix.storage_offset()) - int(tensor.storage_offset()), tensor.stride(0))
+    return number if remainder == 0 and 0 <= number < len(tensor) else None
 
 
 @contextmanager

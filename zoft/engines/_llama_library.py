@@ -219,21 +219,21 @@ class Llama:
         total = sum(len(tokens) for _, _, tokens, _ in rows)
         batch = self._lib.llama_batch_init(total, 0, 1)
         try:
-            wanted = []
+            indices = []
             for sequence, start, tokens, places in rows:
                 for place, token in enumerate(tokens):
                     at = batch.n_tokens
                     batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, start + place, 1
                     batch.seq_id[at][0], batch.logits[at] = sequence, place in places
                     if place in places:
-                        wanted.append(at)
+                        indices.append(at)
                     batch.n_tokens += 1
             status = self._lib.llama_decode(self._context, batch)
             if status:
                 raise RuntimeError(f"llama.cpp could not compute a batch of {total} tokens ({status})")
             # copied by stack: the next batch overwrites them
             of = self._lib.llama_get_logits_ith
-            return numpy.stack([numpy.ctypeslib.as_array(of(self._context, at), (self.num_tokens,)) for at in wanted])
+            return numpy.stack([numpy.ctypeslib.as_array(of(self._context, at), (self.num_tokens,)) for at in indices])
         finally:
             self._lib.llama_batch_free(batch)
 

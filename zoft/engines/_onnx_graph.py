@@ -50,8 +50,8 @@ class OnnxGraph:
             places: [N] int64, positions counted through the rows of the batch.
             tokens: [N, C] int64.
         """
-        given = [*(inputs[name] for name in self.inputs), places, tokens, *(adapter[name] for name in self.names)]
-        feed = {name: _array(tensor) for name, tensor in zip(self._order, given, strict=True)}
+        values = [*(inputs[name] for name in self.inputs), places, tokens, *(adapter[name] for name in self.names)]
+        feed = {name: _array(tensor) for name, tensor in zip(self._order, values, strict=True)}
         return torch.from_numpy(self._session.run(None, feed)[0])
 
     def plainly(

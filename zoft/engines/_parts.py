@@ -187,8 +187,8 @@ class _Sums:
 
     def hold(self, num_blocks: int, last: Tensor | None = None) -> bool:
         """Whether the sums hold in all blocks; with ``last`` [P, H] also whether it is what leaves the last block."""
-        seen = self.last_hidden
-        if last is not None and (len(seen) != 1 or seen[0].shape != last.shape or _off(seen[0], last) >= 1):
+        hidden = self.last_hidden
+        if last is not None and (len(hidden) != 1 or hidden[0].shape != last.shape or _off(hidden[0], last) >= 1):
             return False
         return len(self.errors) >= num_blocks > 0 and max(self.errors) < 1
 

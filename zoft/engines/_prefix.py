@@ -29,10 +29,10 @@ def lowest_with(modules: Set[nn.Module], blocks: list[nn.Module]) -> int:
 
 def num_below(model: nn.Module) -> int:
     """How many blocks lie below all that is trained: a backward pass does not come to them."""
-    every, blocks = list(model.modules()), longest_stack(model)
-    trained = {m for m in every if any(p.requires_grad for p in m.parameters(recurse=False))}
+    modules, blocks = list(model.modules()), longest_stack(model)
+    trained = {m for m in modules if any(p.requires_grad for p in m.parameters(recurse=False))}
     # embeddings are named in front of the blocks
-    return 0 if not blocks or trained & set(every[: every.index(blocks[0])]) else lowest_with(trained, blocks)
+    return 0 if not blocks or trained & set(modules[: modules.index(blocks[0])]) else lowest_with(trained, blocks)
 
 
 def passes_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

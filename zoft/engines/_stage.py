@@ -63,16 +63,16 @@ class Stage:
         forward: Callable[[], Any],
         gather: Callable[[Tensor], list[Tensor]],
     ) -> None:
-        whole = cut(model, count, forward)
+        stages = cut(model, count, forward)
         self.rank, self.count, self.device = rank, count, device
         self.is_last = rank == count - 1
         self.gather = gather
-        self.held = HeldTensors(model, whole.held, rank, device)
+        self.held = HeldTensors(model, stages.held, rank, device)
         self.bytes_sent = 0
-        self._blocks, self._share = whole.blocks, whole.shares[rank]
-        self._dtype = whole.entering[rank].dtype
-        self._item = max(hidden.element_size() for hidden in whole.entering)  # bytes of a number on its way
-        self._width = whole.width
+        self._blocks, self._share = stages.blocks, stages.shares[rank]
+        self._dtype = stages.entering[rank].dtype
+        self._item = max(hidden.element_size() for hidden in stages.entering)  # bytes of a number on its way
+        self._width = stages.width
         self._received: Tensor | None = None  # of the forward at hand, bytes
         self._has_entered = self._is_measuring = False
         self._schedule: Any = None
@@ -80,7 +80,7 @@ class Stage:
         self._run: _Schedule | None = None
         self.held.drop()
         self._hook()
-        self._check(whole.entering[rank].to(device), whole.left[rank].to(device), whole.result, forward)
+        self._check(stages.entering[rank].to(device), stages.left[rank].to(device), stages.result, forward)
 
     # ---- the model's blocks ------------------------------------------------------------------------------------------
 
@@ -130,11 +130,11 @@ class Stage:
         self._has_entered = False
         with torch.no_grad():
             try:
-                same = _close(forward(), result)
+                is_same = _close(forward(), result)
             except HandedOn as handed:
-                same = _close(handed.hidden, left)
+                is_same = _close(handed.hidden, left)
         self._received = None
-        if not all(bool(one.item()) for one in self.gather(torch.tensor([float(same)], dtype=torch.float64))):
+        if not all(bool(one.item()) for one in self.gather(torch.tensor([float(is_same)], dtype=torch.float64))):
             raise UserError(
                 "trainer.parallel=pipeline sends hidden states from block to block, and with these settings "
                 f"{type(self.held.model).__name__} hands on more than that: use trainer.parallel=directions"

@@ -5,14 +5,29 @@ Where a step moves some blocks only (subspace=blocks), what enters the lowest of
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from zoft.engines._lockstep import is_sequential
 from zoft.engines._prefix import forwards_replaced, hidden_states_in, longest_stack, lowest_with, with_hidden_states
 from zoft.utils.lazy import Tensor, nn, torch
+
+
+@dataclass
+class PrefixState:
+    """How far one forward has come.
+
+    Args:
+        call: number of the model's call that runs, or comes next; an objective may call the model several times.
+        has_looked: whether the lowest block of this call has been entered.
+        is_same: whether what entered it is what entered it in the step's first query.
+    """
+
+    call: int = 0
+    has_looked: bool = False
+    is_same: bool = False
 
 
 class StepPrefix:
@@ -23,13 +38,13 @@ class StepPrefix:
 
     Args:
         model: any module; without a stack of alike blocks that hand on a tensor, nothing is reused.
-        state: a place for the forward that runs to count in (several may be under way, side by side).
+        state: the state of the forward that runs (several may be under way, side by side).
         begin: called before every forward of the model.
         moved: whether a module that moves has been entered since.
     """
 
     def __init__(
-        self, model: nn.Module, state: Callable[[], Counter[Any]], begin: Callable[[], None], moved: Callable[[], bool]
+        self, model: nn.Module, state: Callable[[], PrefixState], begin: Callable[[], None], moved: Callable[[], bool]
     ) -> None:
         self.model = model
         self.begin = begin
@@ -62,13 +77,12 @@ class StepPrefix:
             if is_sequential():
                 return forward(hidden_states, *args, **kwargs)
             state = self.state()
-            call = state["call"]
-            if state["looked"] == call:  # the lowest block of this call
-                state["looked"] += 1
+            if not state.has_looked:  # the lowest block of this call
+                state.has_looked = True
                 # what went in at this call's number is compared: an objective may call the model on something else
-                seen = self._inputs.setdefault(call, hidden_states)
-                state["same"] = call in self._hidden and _same(seen, hidden_states)
-            if state["same"]:
+                first_input = self._inputs.setdefault(state.call, hidden_states)
+                state.is_same = state.call in self._hidden and _same(first_input, hidden_states)
+            if state.is_same:
                 return hidden_states
             output = forward(hidden_states, *args, **kwargs)
             self._usable = self._usable and isinstance(output, torch.Tensor)
@@ -80,14 +94,14 @@ class StepPrefix:
         if is_sequential():
             return None
         state = self.state()
-        call, looked, same = state["call"], state["looked"], state["same"]
+        call, has_looked, is_same = state.call, state.has_looked, state.is_same
         # the next call of the model in this forward counts from here
-        state["call"], state["looked"], state["same"] = call + 1, call + 1, 0
-        if same:
+        state.call, state.has_looked, state.is_same = call + 1, False, False
+        if is_same:
             return with_hidden_states(self._hidden[call], args, kwargs)
         hidden = hidden_states_in(args, kwargs)
         # a moving tensor that was entered below (an embedding) makes the states depend on the point
-        exact = looked > call and self._usable and not self.moved()
+        exact = has_looked and self._usable and not self.moved()
         # the first query keeps them; the others find them
         if exact and hidden is not None and call not in self._hidden:
             self._hidden[call] = hidden

@@ -136,15 +136,15 @@ class Survey:
 
     def find_new(self) -> bool:
         """After later queries: has this batch made the model read a tensor outside that no batch before did?"""
-        new = sorted(self.read_outside - set(self.whole_forward))
-        if not new:
+        new_reads = sorted(self.read_outside - set(self.whole_forward))
+        if not new_reads:
             return False
         log.warning(
             "engine=%s: from this step on %d more trainable tensors are perturbed for the whole forward, which reads "
             "them outside their own module's for some batches (%s)",
-            *(self.engine, len(new), _some(new)),
+            *(self.engine, len(new_reads), _some(new_reads)),
         )
-        self.whole_forward += new
+        self.whole_forward += new_reads
         return True
 
     # ---- reads -------------------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def _some(names: list[str]) -> str:
 def _watchable(model: nn.Module, tensors: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
     """All but those of torch's own attention, which computes in another way where a tensor is watched."""
     attention = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
-    theirs = {id(p) for module in model.modules() if isinstance(module, attention) for p in module.parameters()}
-    return {name: tensor for name, tensor in tensors if id(tensor) not in theirs}
+    of_attention = {id(p) for module in model.modules() if isinstance(module, attention) for p in module.parameters()}
+    return {name: tensor for name, tensor in tensors if id(tensor) not in of_attention}
 
 
 def _global_state() -> Any:

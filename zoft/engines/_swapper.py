@@ -16,6 +16,7 @@ from typing import Any
 
 from zoft.engines._lockstep import Lockstep
 from zoft.engines._pieces import LinearCall, Reads
+from zoft.engines._step_prefix import PrefixState
 from zoft.estimators.base import Point
 from zoft.noise.direction import Direction
 from zoft.subspaces.base import BoundSubspace
@@ -46,6 +47,7 @@ class ForwardState:
         entered: tensors whose modules have run or are running.
         entered_since: the same, since the model was called.
         visits: how often each module was entered.
+        prefix: how far it has come below the blocks that move.
         modes: contexts that are open.
         running: modules that have been entered and not left, with each visit: a module may be inside itself.
     """
@@ -58,6 +60,7 @@ class ForwardState:
     entered: set[str] = field(default_factory=set)
     entered_since: set[str] = field(default_factory=set)
     visits: Counter[Any] = field(default_factory=Counter)
+    prefix: PrefixState = field(default_factory=PrefixState)
     modes: list[Any] = field(default_factory=list)
     running: dict[nn.Module, list[Visit]] = field(default_factory=dict)
 

@@ -102,7 +102,7 @@ class Session:
         if self.anchor is None:
             yield
             return
-        here = {name: tensor.data for name, tensor in self.weights.tensors.items()}
+        current = {name: tensor.data for name, tensor in self.weights.tensors.items()}
         try:
             # .data is exchanged, nothing is copied: the anchor is a second set of weights in memory
             for name, tensor in self.weights.tensors.items():
@@ -110,21 +110,21 @@ class Session:
             yield
         finally:
             for name, tensor in self.weights.tensors.items():
-                tensor.data = here[name]
+                tensor.data = current[name]
 
     def observe(self, batch: Any, direction: Direction) -> Tensor:
         """The clean loss, from a forward in which the subspace sees the inputs of the linear layers it asks for."""
         coordinates = self.coordinates
         assert isinstance(coordinates, ObservesInputs)
-        wanted = coordinates.inputs_wanted(direction)
+        names = coordinates.inputs_wanted(direction)
 
         def see(name: str) -> Callable[[Any, Any], None]:
             def hook(module: nn.Module, inputs: Any) -> None:
                 del module
                 with torch.inference_mode(False), torch.no_grad():
                     # what is observed outlives the query: it goes into a basis
-                    seen = inputs[0].detach()
-                    coordinates.observe(direction, name, seen.reshape(-1, seen.shape[-1]).clone())
+                    x = inputs[0].detach()
+                    coordinates.observe(direction, name, x.reshape(-1, x.shape[-1]).clone())
 
             return hook
 
@@ -132,7 +132,7 @@ class Session:
             module.register_forward_pre_hook(see(name))
             for module, held in self.weights.owners.items()
             for attribute, name in held
-            if name in wanted and attribute == "weight"
+            if name in names and attribute == "weight"
         ]
         try:
             return self.evaluate(batch)

@@ -145,8 +145,8 @@ class _SubtractSession(LeavesTrace, Session):
         if self._here.direction is not None and self._here.direction != target.direction:
             moves.append((self._here, -self._here.scale))
         if target.direction is not None:
-            same = self._here.direction == target.direction
-            moves.append((target, target.scale - self._here.scale if same else target.scale))
+            is_same_line = self._here.direction == target.direction
+            moves.append((target, target.scale - self._here.scale if is_same_line else target.scale))
         if not moves:
             return
         begun: list[tuple[Tensor, str, int]] = []
@@ -162,8 +162,8 @@ class _SubtractSession(LeavesTrace, Session):
             if self._here is not target:
                 for piece, name, start in begun:
                     # torch counts a tensor's in-place writes: an interrupt comes before an addition or after it
-                    done = moves[: piece._version]
-                    self._add([(point, -distance) for point, distance in reversed(done)], piece, name, start)
+                    applied = moves[: piece._version]
+                    self._add([(point, -distance) for point, distance in reversed(applied)], piece, name, start)
             raise
 
     def _add(self, moves: list[tuple[Point, float]], piece: Tensor, name: str, start: int) -> None:

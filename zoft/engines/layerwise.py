@@ -136,8 +136,8 @@ class LayerwiseSession(Session):
         context, which is one of the things that a graph depends on.
         """
         graphs = self.swapper.compiled or graphs_exist()  # looking at every torch function takes time, too
-        apart = watching(lambda func, args, kwargs: func(*args, **kwargs)) if graphs else nullcontext()
-        with apart, torch.inference_mode() if self.survey.is_done else torch.no_grad():
+        overriding = watching(lambda func, args, kwargs: func(*args, **kwargs)) if graphs else nullcontext()
+        with overriding, torch.inference_mode() if self.survey.is_done else torch.no_grad():
             yield
 
     def what_to_lower(self) -> str:
@@ -191,7 +191,7 @@ class LayerwiseSession(Session):
         owners = {module for module, held in self.weights.owners.items() if any(name in moving for _, name in held)}
         prefix = StepPrefix(
             self.model,
-            lambda: self.swapper.state.visits,
+            lambda: self.swapper.state.prefix,
             lambda: self.swapper.state.entered_since.clear(),
             lambda: not moving.isdisjoint(self.swapper.state.entered_since),
         )

@@ -135,16 +135,19 @@ class _LlamaBackend:
         rows = [ids[real].tolist() for ids, real in zip(one.inputs["input_ids"].cpu(), mask, strict=True)]
         # a column counts from the right: how many real tokens stand up to it
         places = mask.cumsum(1)[one.row, one.column + mask.shape[1]] - 1  # [N]
-        wanted: dict[int, dict[int, list[int]]] = {}  # row -> place in it -> which of the N; several may share one
+        indices_at: dict[int, dict[int, list[int]]] = {}  # row -> place in it -> which of the N; several may share one
         for n, (row, place) in enumerate(zip(one.row.tolist(), places.tolist(), strict=True)):
-            wanted.setdefault(row, {}).setdefault(place, []).append(n)
-        log_probs, scored = torch.empty(one.tokens.shape), list(wanted)  # rows of which nothing is scored are left out
+            indices_at.setdefault(row, {}).setdefault(place, []).append(n)
+        log_probs, scored = (
+            torch.empty(one.tokens.shape),
+            list(indices_at),
+        )  # rows of which nothing is scored are left out
         for first in range(0, len(scored), _SEQUENCES):
-            some = scored[first : first + _SEQUENCES]
-            self.llama.begin(len(some), max(len(rows[row]) for row in some), adapter)
-            asked = [(number, 0, rows[row], sorted(wanted[row])) for number, row in enumerate(some)]
-            of_place = [wanted[row][place] for row in some for place in sorted(wanted[row])]
-            for logits, sharing in zip(torch.from_numpy(self.llama.logits(asked)), of_place, strict=True):
+            numbers = scored[first : first + _SEQUENCES]
+            self.llama.begin(len(numbers), max(len(rows[row]) for row in numbers), adapter)
+            requests = [(number, 0, rows[row], sorted(indices_at[row])) for number, row in enumerate(numbers)]
+            of_place = [indices_at[row][place] for row in numbers for place in sorted(indices_at[row])]
+            for logits, sharing in zip(torch.from_numpy(self.llama.logits(requests)), of_place, strict=True):
                 log_probs[sharing] = logits.log_softmax(-1)[one.tokens[sharing].cpu()]
         return log_probs
 
@@ -164,14 +167,14 @@ class _LlamaBackend:
         noise = [prompt_generator(settings["seed"], prompt) for prompt in prompts]
         self.llama.begin(len(prompts), max(map(len, prompts)) + room, adapter)
         going: dict[int, Sequence[int]] = dict(enumerate(prompts))  # sequence -> tokens that it has not seen
-        seen = [0] * len(prompts)
+        num_seen = [0] * len(prompts)
         while going:
-            rows = [(number, seen[number], tokens, [len(tokens) - 1]) for number, tokens in going.items()]
+            rows = [(number, num_seen[number], tokens, [len(tokens) - 1]) for number, tokens in going.items()]
             for (number, _, tokens, _), logits in zip(rows, torch.from_numpy(self.llama.logits(rows)), strict=True):
                 if temperature:
                     # s + T g with g = -log(-log u): its largest is a draw from softmax(s / T) (Gumbel-max)
                     logits = logits + temperature * -(-torch.rand(len(logits), generator=noise[number]).log()).log()
-                seen[number] += len(tokens)
+                num_seen[number] += len(tokens)
                 written[number].append(int(logits.argmax()))
                 going[number] = written[number][-1:]
                 if len(written[number]) == room or self._has_ended(written[number], settings):

@@ -164,8 +164,8 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
 
     def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:
         """All points of a step, or as many as may be in flight."""
-        apart = self.swapper.compiled or self.survey.sets_global_state
-        size = 1 if apart else self.points_in_flight or len(points)
+        one_by_one = self.swapper.compiled or self.survey.sets_global_state
+        size = 1 if one_by_one else self.points_in_flight or len(points)
         for start in range(0, len(points), size):
             yield list(points[start : start + size])
 
@@ -187,11 +187,11 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
         return bool(survey.whole_forward)
 
     def _find_new_reads(self) -> bool:
-        again = super()._find_new_reads()
+        has_new = super()._find_new_reads()
         for name in self.survey.whole_forward:
             if name in self.stream.of:
                 self.stream.keep(name)
-        return again
+        return has_new
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 

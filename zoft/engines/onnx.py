@@ -106,8 +106,8 @@ class _OnnxBackend:
     ) -> None:
         """Refuse a graph that computes something else than torch, at an adapter that does something."""
         moved = {name: tensor + 0.01 for name, tensor in adapter.items()}  # B is zero at the start
-        given = (moved, inputs, places, tokens)
-        off = float((graph(*given) - graph.plainly(*given)).abs().max())
+        arguments = (moved, inputs, places, tokens)
+        off = float((graph(*arguments) - graph.plainly(*arguments)).abs().max())
         # few bits change the numbers by design; the log says how much
         if self.bits:
             log.info("engine=onnx: in %d bits log-probabilities are off by up to %.2g", self.bits, off)

@@ -146,23 +146,23 @@ class _ServedAdapters:
     def _score(self, name: str, digest: str, one: ScoreRequest) -> Tensor:
         """Every position is a prompt that ends there; what several ask at the same prompt is asked once."""
         ids, mask = one.inputs["input_ids"].tolist(), one.inputs["attention_mask"].tolist()
-        length, wanted = one.inputs["input_ids"].shape[1], one.tokens.tolist()
+        length, tokens_of_row = one.inputs["input_ids"].shape[1], one.tokens.tolist()
         prompts = [
             tuple(token for token, real in zip(ids[row][:stop], mask[row][:stop], strict=True) if real)
             for row, stop in zip(one.row.tolist(), (one.column + length + 1).tolist(), strict=True)
         ]
         of_prompt: dict[tuple[int, ...], set[int]] = {}
-        for prompt, tokens in zip(prompts, wanted, strict=True):
+        for prompt, tokens in zip(prompts, tokens_of_row, strict=True):
             of_prompt.setdefault(prompt, set()).update(tokens)
         union = set().union(*of_prompt.values())
         requests: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         for prompt, tokens_of_prompt in of_prompt.items():
             requests.setdefault(tuple(sorted(union if len(union) <= _UNION else tokens_of_prompt)), []).append(prompt)
-        known: dict[tuple[int, ...], dict[int, float]] = {}
-        for tokens, some in requests.items():
-            for prompt, values in zip(some, self.client.scores(name, digest, some, tokens), strict=True):
-                known[prompt] = dict(zip(tokens, values, strict=True))
-        return torch.tensor([[known[p][t] for t in ts] for p, ts in zip(prompts, wanted, strict=True)])
+        log_probs: dict[tuple[int, ...], dict[int, float]] = {}
+        for tokens, sharing in requests.items():
+            for prompt, values in zip(sharing, self.client.scores(name, digest, sharing, tokens), strict=True):
+                log_probs[prompt] = dict(zip(tokens, values, strict=True))
+        return torch.tensor([[log_probs[p][t] for t in ts] for p, ts in zip(prompts, tokens_of_row, strict=True)])
 
     def _write(self, name: str, digest: str, one: WriteRequest) -> list[list[int]]:
         if not one.settings["temperature"]:

@@ -88,11 +88,11 @@ class SVRG(KeepsAnchor, FiniteDifference):
 
     def points(self, directions: list[Direction]) -> list[Point]:
         """+eps and -eps along each direction; where no anchor is made, the same from the anchor."""
-        here = [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]
+        at_theta = [Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0)]
         if self.batches_at(directions[0].step):
-            return here
+            return at_theta
         # the same points once more, from the anchor: the same z, so that what the batch adds cancels
-        return [*here, *(replace(point, anchor=True) for point in here)]
+        return [*at_theta, *(replace(point, anchor=True) for point in at_theta)]
 
     def init(self) -> dict[str, Any]:
         """The anchor's directions and coefficients: rows of seed, step, index, coefficient."""

@@ -121,8 +121,8 @@ class Journal:
             header: see :class:`Contents`; ``format``, ``run`` and ``first`` are added.
         """
         # run is a name by chance: a checkpoint says by it whether it belongs to this journal
-        whole = {"format": FORMAT, "run": uuid.uuid4().hex, "first": 0, **header}
-        data, _ = chunks.encode(chunks.HEADER, json.dumps(whole, sort_keys=True).encode(), 0)
+        fields = {"format": FORMAT, "run": uuid.uuid4().hex, "first": 0, **header}
+        data, _ = chunks.encode(chunks.HEADER, json.dumps(fields, sort_keys=True).encode(), 0)
         # the earlier file is kept beside the new one: it may be all that is left of a run
         if path.exists():
             shared.close(_opened(path))  # refused while another process writes it
@@ -230,8 +230,8 @@ class Journal:
         with _full_disk_said(self.path, len(data)):
             # a write may be short; what is missing follows at its own place
             while view:
-                done = os.pwrite(self._file, view, at)
-                view, at = view[done:], at + done
+                written = os.pwrite(self._file, view, at)
+                view, at = view[written:], at + written
             # On the disk before the step is written into the weights: the journal is never behind them. fdatasync
             # leaves out the times of the file, which nothing here depends on.
             getattr(os, "fdatasync", os.fsync)(self._file)

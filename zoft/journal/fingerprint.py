@@ -55,10 +55,10 @@ def some_rows_digest(rows: Any) -> str | None:
     try:
         count = len(rows)
         with global_random_state_kept():
-            some = [rows[i] for i in range(0, count, max(1, count // 32))]
+            sample = [rows[i] for i in range(0, count, max(1, count // 32))]
     except (TypeError, KeyError, NotImplementedError):
         return None
-    plain = [{k: _plain(v) for k, v in row.items()} if isinstance(row, dict) else str(row) for row in some]
+    plain = [{k: _plain(v) for k, v in row.items()} if isinstance(row, dict) else str(row) for row in sample]
     return f"{count} rows, {hashlib.sha256(json.dumps(plain, default=str).encode()).hexdigest()[:16]}"
 
 
@@ -90,9 +90,9 @@ def _feed(digest: Feed, value: Any) -> None:
         data = value.encode("utf-8", "surrogatepass")
         digest.update(f"s{len(data)}:".encode() + data)
     elif isinstance(value, torch.Tensor):
-        whole = value.detach().cpu().contiguous()
-        digest.update(f"t{whole.dtype}{tuple(whole.shape)}:".encode())
-        digest.update(whole.view(-1).view(torch.uint8).numpy().tobytes())
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"t{tensor.dtype}{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     elif hasattr(value, "tobytes"):  # an array, a picture, bytes of a view
         digest.update(f"a{getattr(value, 'dtype', '')}{getattr(value, 'shape', getattr(value, 'size', ''))}:".encode())
         digest.update(value.tobytes())

@@ -169,10 +169,11 @@ def _check_same(first_path: str, first: Contents, path: str, contents: Contents)
                 f"{path} began with other {what} than {first_path}: what is merged has one base (the same model, "
                 "adapter and seed of a fresh adapter or head)"
             )
-    settings, others = (one.header.get("settings", {}) for one in (first, contents))
-    for key in sorted(settings.keys() | others.keys()):
-        if key in _OWN or key.endswith(_ROWS) or settings.get(key) == others.get(key):
+    settings, other_settings = (one.header.get("settings", {}) for one in (first, contents))
+    for key in sorted(settings.keys() | other_settings.keys()):
+        if key in _OWN or key.endswith(_ROWS) or settings.get(key) == other_settings.get(key):
             continue
         raise UserError(
-            f"{path} is of another method than {first_path}: {key} is {others.get(key)}, and {settings.get(key)} there"
+            f"{path} is of another method than {first_path}: {key} is {other_settings.get(key)}, and "
+            f"{settings.get(key)} there"
         )

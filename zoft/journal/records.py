@@ -102,13 +102,16 @@ def encode(record: Record) -> bytes:
 
 def decode(data: bytes) -> Record:
     """The record that :func:`encode` made these bytes of."""
-    step, flags, terms, bends, extra, seed, lr, eps, queries, tokens, loss, slope = _FIXED.unpack_from(data)
+    step, flags, num_terms, num_curvatures, num_bytes, seed, lr, eps, queries, tokens, loss, slope = _FIXED.unpack_from(
+        data
+    )
     at = _FIXED.size
-    values = struct.unpack_from(f"<{terms + bends}d", data, at)
-    at += 8 * (terms + bends)
-    more = json.loads(data[at : at + extra]) if extra else {}
+    values = struct.unpack_from(f"<{num_terms + num_curvatures}d", data, at)
+    at += 8 * (num_terms + num_curvatures)
+    fields = json.loads(data[at : at + num_bytes]) if num_bytes else {}
     return Record(
-        step, seed, lr, eps, queries, tokens, loss, slope, values[:terms], values[terms:], flags, _fitting(more)
+        step, seed, lr, eps, queries, tokens, loss, slope,
+        values[:num_terms], values[num_terms:], flags, _fitting(fields),
     )  # fmt: skip
 
 
@@ -205,18 +208,18 @@ def seal(records: Sequence[Record], *, with_losses: bool = False) -> bytes:
 
 def unseal(data: bytes) -> list[Record]:
     """The steps of a block; only the last says tokens and what parts remember, losses may have been left out (NaN)."""
-    whole = _inflated(data)
-    (length,) = struct.unpack_from("<I", whole)
-    header = json.loads(whole[4 : 4 + length])
+    block = _inflated(data)
+    (length,) = struct.unpack_from("<I", block)
+    header = json.loads(block[4 : 4 + length])
     # checked before the loops below run that many times
     at, columns = 4 + length, []
     count, code = header["count"], header["code"]
     if not (isinstance(count, int) and 1 <= count <= BLOCK_STEPS) or code not in ("f", "d"):
         raise ValueError(f"a block of {count} steps")
     for kind, size in zip(("H", "H", "H", "Q", "d", "d", "I", code, code), header["sizes"], strict=True):
-        columns.append(_unshuffled(kind, whole[at : at + size]))
+        columns.append(_unshuffled(kind, block[at : at + size]))
         at += size
-    flags, terms, bends, seeds, rates, eps, gaps, coefficients, curvatures = columns
+    flags, num_terms, num_curvatures, seeds, rates, eps, gaps, coefficients, curvatures = columns
     queries, c, b, records = header["queries"], 0, 0, []
     losses, slopes = (header.get(name) or [float("nan")] * count for name in ("losses", "slopes"))
     # NaN where losses were left out: metrics.csv has them
@@ -226,11 +229,11 @@ def unseal(data: bytes) -> list[Record]:
         records.append(
             Record(
                 header.get("first", 0) + i, seeds[i], rates[i], eps[i], queries, 0, losses[i], slopes[i],
-                tuple(coefficients[c : c + terms[i]]), tuple(curvatures[b : b + bends[i]]), flags[i],
+                tuple(coefficients[c : c + num_terms[i]]), tuple(curvatures[b : b + num_curvatures[i]]), flags[i],
                 _fitting({"directions": directions[i]}) if i in directions else {},
             )
         )  # fmt: skip
-        c, b = c + terms[i], b + bends[i]
+        c, b = c + num_terms[i], b + num_curvatures[i]
     remembered = {key: header[key] for key in ("scalars", "parts") if key in header}
     last = records[-1]
     # tokens and what parts remember are those after the last step: earlier ones are of no use to a run that goes on
@@ -241,10 +244,10 @@ def unseal(data: bytes) -> list[Record]:
 def _inflated(data: bytes) -> bytes:
     """Decompressed, up to what a block can hold: a small file must not fill the memory."""
     inflate = zlib.decompressobj()
-    whole = inflate.decompress(data, _LARGEST)
+    block = inflate.decompress(data, _LARGEST)
     if inflate.unconsumed_tail:
         raise UserError(f"a block of the journal is larger than {_LARGEST} bytes: it was not written by zoft")
-    return whole
+    return block
 
 
 def _steps(values: list[int]) -> list[tuple[int, int]]:
@@ -267,9 +270,9 @@ def _shuffled(column: array[Any]) -> bytes:
 def _unshuffled(kind: str, data: bytes) -> array[Any]:
     column = array(kind)
     size, count = column.itemsize, len(data) // column.itemsize
-    whole = bytearray(len(data))
+    values = bytearray(len(data))
     for i in range(size):
         # value i of byte plane p lies at p * count + i
-        whole[i::size] = data[i * count : (i + 1) * count]
-    column.frombytes(bytes(whole))
+        values[i::size] = data[i * count : (i + 1) * count]
+    column.frombytes(bytes(values))
     return column

@@ -82,16 +82,16 @@ def verify(folder: Path, run: str | None = None) -> dict[str, Any]:
         raise UserError(f"{folder} is the checkpoint of step {step}: give it its name checkpoint-{step} back")
     if run is not None and facts.get("run") != run:
         raise UserError(f"{folder} belongs to another run: its manifest says {facts.get('run')}, this one is {run}")
-    here = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {MANIFEST}
-    for name, said in files.items():
-        if name not in here:
+    present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {MANIFEST}
+    for name, entry in files.items():
+        if name not in present:
             raise UserError(f"{folder / name} is missing: the checkpoint is not whole")
-        if (folder / name).stat().st_size != said["size"]:
+        if (folder / name).stat().st_size != entry["size"]:
             size = (folder / name).stat().st_size
-            raise UserError(f"{folder / name} has {size:,} bytes and was written with {said['size']:,}: it is damaged")
-        if _sha256(folder / name) != said["sha256"]:
+            raise UserError(f"{folder / name} has {size:,} bytes and was written with {entry['size']:,}: it is damaged")
+        if _sha256(folder / name) != entry["sha256"]:
             raise UserError(f"{folder / name} is not what was written (its SHA-256 differs): it is damaged")
-    for name in sorted(here - set(files)):
+    for name in sorted(present - set(files)):
         raise UserError(f"{folder / name} was not written with the checkpoint: remove it")
     return facts
 
@@ -203,9 +203,9 @@ def rotate(written: Path, most: int, protected: Collection[str]) -> None:
         protected: names of others that stay whatever their step is.
     """
     earlier = sorted((c for c in checkpoints(written.parent) if step_of(c) < step_of(written)), key=step_of)
-    stay = [one for one in earlier if one.name in protected]
-    others = [one for one in earlier if one.name not in protected]
-    for folder in others[: max(0, len(others) - max(0, most - 1 - len(stay)))]:
+    staying = [one for one in earlier if one.name in protected]
+    removable = [one for one in earlier if one.name not in protected]
+    for folder in removable[: max(0, len(removable) - max(0, most - 1 - len(staying)))]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -250,18 +250,18 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         if path.stat().st_size > _LARGEST:
             raise ValueError
         first, text = path.read_bytes().split(b"\n", 1)
-        whole = hashlib.sha256(text[:-1]).hexdigest().encode() == first and text.endswith(b"\n")
-        said = dict(json.loads(text)) if whole else {}
+        is_whole = hashlib.sha256(text[:-1]).hexdigest().encode() == first and text.endswith(b"\n")
+        facts = dict(json.loads(text)) if is_whole else {}
     except (OSError, ValueError, TypeError, RecursionError):
-        whole, said = False, {}
-    if not whole:
+        is_whole, facts = False, {}
+    if not is_whole:
         raise UserError(f"{path} is not what was written: it is damaged")
-    if said.pop("format", None) != FORMAT:
+    if facts.pop("format", None) != FORMAT:
         raise UserError(f"{path} has a format that this zoft does not read: use the version of zoft that wrote it")
-    files = said.pop("files", None)
+    files = facts.pop("files", None)
     if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise UserError(f"{path} does not say which files there are: it was not written by zoft")
-    return said, files
+    return facts, files
 
 
 def _is_entry(said: Any) -> bool:

@@ -66,5 +66,5 @@ def _put_together(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[value]
     if kind == "d":
         return {key: _put_together(each, tensors) for key, each in value}
-    whole = [_put_together(each, tensors) for each in value]
-    return whole if kind == "l" else tuple(whole)
+    items = [_put_together(each, tensors) for each in value]
+    return items if kind == "l" else tuple(items)

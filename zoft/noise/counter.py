@@ -114,8 +114,8 @@ def gather(law: str, key: int, indices: Tensor, count: int, factor: float = 1.0)
         return out
     for stream, offset, first, _ in _streams(law, key, 0, count, indices.device, factor):
         assert offset == 0  # whole blocks; the elements of other blocks are made here too, and not taken
-        here = _elements(law, stream, indices - first)
-        out = here if first == 0 else torch.where(indices >= first, here, out)
+        values = _elements(law, stream, indices - first)
+        out = values if first == 0 else torch.where(indices >= first, values, out)
     return out
 
 

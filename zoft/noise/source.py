@@ -180,10 +180,10 @@ def agrees(compiled: kernels.Kernels, device: torch.device, *, thorough: bool = 
         thorough: every law, operation and dtype; else what most runs use, as Triton compiles each for a second.
     """
     with kernels.using(device, compiled):
-        ours = _specimens(device, thorough)
+        of_kernels = _specimens(device, thorough)
     with kernels.using(device, None):
         # bit by bit: a kernel that is off in the last place would change a run by whether a compiler is there
-        return all(torch.equal(a, b) for a, b in zip(ours, _specimens(device, thorough), strict=True))
+        return all(torch.equal(a, b) for a, b in zip(of_kernels, _specimens(device, thorough), strict=True))
 
 
 def _specimens(device: torch.device, thorough: bool) -> list[Tensor]:

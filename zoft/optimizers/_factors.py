@@ -80,14 +80,16 @@ def to_state(factors: Mapping[str, Factors]) -> dict[str, Any]:
     """
     inputs: list[Tensor] = []
     tensors = {}
-    for name, one in factors.items():
+    for name, factor in factors.items():
         # gate and up of a block have the same inputs, the largest part of what is written
-        same = (number for number, x in enumerate(inputs) if x.shape == one.x.shape and torch.equal(x, one.x))
-        number = next(same, len(inputs))
+        same_inputs = (
+            number for number, x in enumerate(inputs) if x.shape == factor.x.shape and torch.equal(x, factor.x)
+        )
+        number = next(same_inputs, len(inputs))
         if number == len(inputs):
-            inputs.append(one.x)
-        more = [] if one.expert is None else [one.expert, one.num_experts]
-        tensors[name] = [one.e, number, one.layout, one.noisy, *more]
+            inputs.append(factor.x)
+        expert = [] if factor.expert is None else [factor.expert, factor.num_experts]
+        tensors[name] = [factor.e, number, factor.layout, factor.noisy, *expert]
     return {"x": inputs, "tensors": tensors}
 
 

@@ -73,9 +73,9 @@ class AdaMU(Optimizer):
             >>> [round(AdaMU(alpha=0.5, explore_steps=2, anneal_steps=4).alpha_at(s), 2) for s in (0, 2, 4, 6, 99)]
             [1.0, 1.0, 0.75, 0.5, 0.5]
         """
-        done = step - self.explore_steps
+        annealed = step - self.explore_steps
         # share of the way from 1 down to alpha
-        share = min(1.0, max(0.0, done / self.anneal_steps)) if self.anneal_steps else float(done >= 0)
+        share = min(1.0, max(0.0, annealed / self.anneal_steps)) if self.anneal_steps else float(annealed >= 0)
         # alpha_t = alpha + (1 - alpha) (1 + cos(pi share)) / 2: 1 while it explores, alpha in the end
         return self.alpha + (1 - self.alpha) * (1 + math.cos(math.pi * share)) / 2
 

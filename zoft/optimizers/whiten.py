@@ -109,15 +109,15 @@ class Whiten(ReadsFactors, Optimizer):
         cooled = min((self._share(states[name]) for name in factors), default=1.0)
         bound = (self.trust if is_noisy else self.trust_exact) * loss * cooled
         # Polyak: lr p <= trust L, else the step is shortened to it
-        kept = bound / (lr * promised) if 0 < bound < lr * promised else 1.0
+        share = bound / (lr * promised) if 0 < bound < lr * promised else 1.0
         # A batch whose loss is nearly 0, or whose gradient is at right angles to the momentum, promises nothing: the
         # bound would let a step of any length through.
-        kept = min(
-            kept, *(_LENGTHENED * float(states[name]["kept"]) for name in factors if "kept" in states[name]), 1.0
+        share = min(
+            share, *(_LENGTHENED * float(states[name]["kept"]) for name in factors if "kept" in states[name]), 1.0
         )
         for name in factors:
-            states[name]["kept"] = torch.tensor(kept)
-        return {name: one.scaled(kept) for name, one in steps.items()} if kept < 1 else steps
+            states[name]["kept"] = torch.tensor(share)
+        return {name: one.scaled(share) for name, one in steps.items()} if share < 1 else steps
 
     def _share(self, state: State) -> float:
         """1 / sqrt(1 + t / cooling), with t the steps that this tensor has taken before."""

@@ -105,8 +105,8 @@ class Method:
             UserError: less than one step.
         """
         self.check_budget(queries)
-        asked, observed = type(self.estimator).queries_at, type(self.subspace).observes_at
-        if asked is Estimator.queries_at and observed is Subspace.observes_at:
+        queries_at, observes_at = type(self.estimator).queries_at, type(self.subspace).observes_at
+        if queries_at is Estimator.queries_at and observes_at is Subspace.observes_at:
             return queries // self.queries_at(0)  # every step costs the same
         steps = spent = 0  # counted step by step: those that observe, or make an anchor, cost more than others
         while (spent := spent + self.queries_at(steps)) <= queries:

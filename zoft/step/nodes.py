@@ -135,8 +135,8 @@ class NodeQueries:
         # L = sum_i L_i / n over the terms i of all micro-batches and processes
         sums = [sum(float(part.clean.losses.detach().double().sum()) for part in parts)]
         sums.append(sum(len(part.clean.losses) for part in parts))
-        whole, num_terms = torch.stack(self._all(torch.tensor(sums, dtype=torch.float64))).sum(0).tolist()
-        loss = whole / num_terms if num_terms else math.nan
+        total_loss, num_terms = torch.stack(self._all(torch.tensor(sums, dtype=torch.float64))).sum(0).tolist()
+        loss = total_loss / num_terms if num_terms else math.nan
         queries = estimator.num_queries + probes
         # a clean loss that is not finite: no probe is made, and the step moves nothing
         if not math.isfinite(loss):
@@ -275,12 +275,12 @@ class NodeQueries:
         space = self._space()
         # total counts the positions of all processes: whichever has a position, its direction is the same
         at_once = max(1, _ROWS // max(1, total))  # few positions: several probes' directions are drawn in one call
-        some = [_Drawn(space, direction, at, min(at_once, probes - at), total) for at in range(0, probes, at_once)]
-        asked = [] if self.shares.count == 1 else self._asked(parts, some, probes, eps)
-        for drawn in some:
+        draws = [_Drawn(space, direction, at, min(at_once, probes - at), total) for at in range(0, probes, at_once)]
+        joined = [] if self.shares.count == 1 else self._asked(parts, draws, probes, eps)
+        for drawn in draws:
             for number, part in enumerate(parts):
-                if asked:  # what others' probes moved is drawn here too: names are enough
-                    changes_of, sizes = asked[number]
+                if joined:  # what others' probes moved is drawn here too: names are enough
+                    changes_of, sizes = joined[number]
                     changes = changes_of[drawn.first : drawn.first + drawn.count]
                     for key, size in sizes.items():
                         drawn.draw(key, size, part.places.rows.device)
@@ -299,15 +299,17 @@ class NodeQueries:
         numbers, sizes = self.shares.questions(probes), [dict[str, int]() for _ in parts]
         changes_of: list[list[Tensor]] = [[] for _ in parts]
         for drawn in some:
-            here = [probe - drawn.first for probe in numbers if 0 <= probe - drawn.first < drawn.count]
-            for number, part in enumerate(parts if here else ()):
-                changes_of[number] += [self._probe(part, drawn, probe, eps) for probe in here]
+            probes_here = [probe - drawn.first for probe in numbers if 0 <= probe - drawn.first < drawn.count]
+            for number, part in enumerate(parts if probes_here else ()):
+                changes_of[number] += [self._probe(part, drawn, probe, eps) for probe in probes_here]
                 sizes[number] = {key: v.shape[-1] for key, v in drawn.kept.items()}
             drawn.kept.clear()
         stacked = [torch.stack(changes) for changes in changes_of]
-        whole = self.shares.joined(torch.cat([one.flatten(1) for one in stacked], dim=1), probes)
-        each = whole.split([one[0].numel() for one in stacked], dim=1)
-        return [(s.reshape(probes, *one.shape[1:]), keys) for s, one, keys in zip(each, stacked, sizes, strict=True)]
+        joined = self.shares.joined(torch.cat([one.flatten(1) for one in stacked], dim=1), probes)
+        of_parts = joined.split([one[0].numel() for one in stacked], dim=1)
+        return [
+            (s.reshape(probes, *one.shape[1:]), keys) for s, one, keys in zip(of_parts, stacked, sizes, strict=True)
+        ]
 
     def _probe(self, part: _Part, drawn: _Drawn, probe: int, eps: float) -> Tensor:
         """(s' - s) / eps, [P, C]."""

@@ -200,10 +200,10 @@ class StepQueries:
 
     def _of_each(self, batch: Any, points: list[Point], clean: Tensor | None) -> Tensor:
         """Each example's loss at all points, [P, B]; a clean loss that is known is taken for all of them."""
-        asked = [point for point in points if clean is None or point.direction is not None]
-        share = [asked[number] for number in self.shares.questions(len(asked))]
+        queried = [point for point in points if clean is None or point.direction is not None]
+        share = [queried[number] for number in self.shares.questions(len(queried))]
         losses = self.session.losses(self.each(batch), share).view(len(share), -1)
-        all_losses = self._joined(losses, self.places(batch, losses.shape[1]), len(asked))
+        all_losses = self._joined(losses, self.places(batch, losses.shape[1]), len(queried))
         if clean is None:
             return all_losses
         rows = iter(all_losses.unbind())

@@ -220,27 +220,27 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.progress.updates += 1
         now = _Now(self.direction, self.progress.updates, along, list(self.records))
         # the tensors that are not written yet: the loops below take them out one by one
-        left = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
+        unwritten = {self.names[id(parameter)]: group for group in self.param_groups for parameter in group["params"]}
 
         terms_of: dict[str, list[Term]] = {}
         for direction, coefficient in terms:
             for name in self.subspace.moving(direction):
                 terms_of.setdefault(name, []).append((direction, coefficient))
-        away = self.session if isinstance(self.session, KeepsWeightsAway) else None
-        can_wait = away is not None and self._can_wait and estimate.backward is None and not estimate.factors
+        offloaded = self.session if isinstance(self.session, KeepsWeightsAway) else None
+        can_wait = offloaded is not None and self._can_wait and estimate.backward is None and not estimate.factors
 
         # a tensor that no direction moves, and that has no gradient, is left alone: no decay either
         def write(name: str, dense: Tensor | None = None) -> None:
-            group = left.pop(name)
+            group = unwritten.pop(name)
             moving = terms_of.get(name, [])
             if moving or dense is not None:
                 parameter, lr, decay = self.session.weights.tensors[name], group["lr"], group["weight_decay"]
                 move = partial(self._move, now, name, parameter, moving, lr, decay, dense)
                 with torch.no_grad():
-                    if away is None:
+                    if offloaded is None:
                         move()
                     else:  # engine=offload: the tensor may rest in a file, and its step waits for the next visit
-                        away.write(name, move, can_wait=can_wait)
+                        offloaded.write(name, move, can_wait=can_wait)
 
         # A backward pass hands over one gradient after the other, and frees it once its tensor is written.
         if estimate.backward is not None:
@@ -248,7 +248,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if estimate.factors:
             for name, factor in self._steps_of(estimate.factors, estimate.loss).items():
                 write(name, factor.dense())
-        for name in list(left):
+        for name in list(unwritten):
             write(name)
         # a window over the last steps' directions and coefficients, which are drawn again where they are needed
         if self._history_length:
@@ -323,10 +323,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         self, now: _Now, name: str, terms: list[Term], state: dict[str, Tensor], count: int, dense: Tensor | None
     ) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, what the component makes of the estimate) for every chunk of the coordinates."""
-        whole = [(0, math.prod(self.subspace.shape(name)))]
+        all_at_once = [(0, math.prod(self.subspace.shape(name)))]
         records = [terms_ for record in now.records if (terms_ := self._record_of(now.direction, name, record))]
         curvatures = [now.curvatures[direction] for direction, _ in terms] if now.curvatures else None
-        for start, stop in whole if self.component.per_matrix else self.subspace.chunks(name):
+        for start, stop in all_at_once if self.component.per_matrix else self.subspace.chunks(name):
             # state and piece are views of the same chunk: the rule updates them in place
             piece = None if dense is None else dense.view(-1)[start:stop]
             estimate = Estimate(self.subspace, name, start, stop, terms, curvatures, records, piece)

@@ -305,9 +305,11 @@ class BoundFactored(BoundSubspace):
             yield from super().pieces(name, start, stop)
             return
         layout = self.layouts[name]
-        whole = layout.rows * layout.columns
+        num_elements = layout.rows * layout.columns
         # rows of C -> rows of Z, as flat ranges
-        first, last = (i // layout.shape[1] * layout.columns for i in (start, stop)) if layout.by_rows else (0, whole)
+        first, last = (
+            (i // layout.shape[1] * layout.columns for i in (start, stop)) if layout.by_rows else (0, num_elements)
+        )
         yield from self._cut(name, first, last)
 
     def spans(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -319,11 +321,11 @@ class BoundFactored(BoundSubspace):
         if name not in self.layouts:
             return super().lift(direction, name, coordinates, start, first, last)
         layout = self.layouts[name]
-        given = coordinates.view(-1, layout.shape[1]) if layout.by_rows else coordinates.view(layout.shape)
+        matrix = coordinates.view(-1, layout.shape[1]) if layout.by_rows else coordinates.view(layout.shape)
         step = torch.empty(last - first, dtype=torch.float32, device=coordinates.device)
         for row, end, begin, stop in self._blocks(name, first, last):
             # rows of C for this block; those that are not given count as zero, and are cut away below
-            of_block = rows_of(given, row - start // layout.shape[1], end - row) if layout.by_rows else given
+            of_block = rows_of(matrix, row - start // layout.shape[1], end - row) if layout.by_rows else matrix
             step[begin - first : stop - first] = self._block(direction, name, of_block, row, end, begin, stop)
         return step
 
@@ -362,8 +364,8 @@ class BoundFactored(BoundSubspace):
         blocks = rows // size
         for block in torch.unique(blocks).tolist():
             row, end = block * size, min(len(tensor), (block + 1) * size)
-            here = (blocks == block).nonzero().squeeze(1)
-            z[here] = self._elements(direction, name, row * n, end * n).view(-1, n)[rows[here] - row]
+            of_block = (blocks == block).nonzero().squeeze(1)
+            z[of_block] = self._elements(direction, name, row * n, end * n).view(-1, n)[rows[of_block] - row]
         return perturbed(tensor[rows], z, scale)
 
     def _make_z(self, direction: Direction, name: str) -> Tensor:
@@ -376,9 +378,9 @@ class BoundFactored(BoundSubspace):
 
     def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of z, flat; the caller may overwrite them."""
-        known = self.z_cache.get((direction, name))
-        if known is not None:
-            return known.view(-1)[start:stop].clone()
+        cached = self.z_cache.get((direction, name))
+        if cached is not None:
+            return cached.view(-1)[start:stop].clone()
         z = torch.empty(stop - start, dtype=torch.float32, device=self.weights.tensors[name].device)
         for row, end, first, last in self._blocks(name, start, stop):
             coordinates = self._rows_of(direction, name, row, end)
@@ -412,10 +414,10 @@ class BoundFactored(BoundSubspace):
     def _cut(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """[start, stop) in pieces of bounded size: of whole blocks, or within one where a block is larger."""
         block, size = self._block_rows(name) * self.layouts[name].columns, self._chunk(name)
-        whole = size // block * block
+        blocks_size = size // block * block
         while start < stop:
             # cut at borders of blocks, so that no block's product is made twice
             border = start // block * block
-            end = min(stop, border + whole if whole else min(start + size, border + block))
+            end = min(stop, border + blocks_size if blocks_size else min(start + size, border + block))
             yield start, end
             start = end

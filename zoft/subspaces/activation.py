@@ -317,14 +317,14 @@ class BoundActivation(ObservesInputs, BoundFactored):
 def linear_layers(weights: Weights) -> dict[str, bool]:
     """name -> whether it is stored transposed ([n_in, n_out]), of what is the weight of linear layers alone."""
     layers: dict[str, bool] = {}
-    others: set[str] = set()
+    shared: set[str] = set()
     for module, held in weights.owners.items():
         for attribute, name in held:
             turned = _turned(module) if attribute == "weight" and weights.tensors[name].dim() == 2 else None
             # a tensor that is also something else's (a tied embedding) has no inputs to go by
             if turned is None or layers.setdefault(name, turned) != turned:
-                others.add(name)
-    return {name: layers[name] for name in weights.tensors if name in layers and name not in others}
+                shared.add(name)
+    return {name: layers[name] for name in weights.tensors if name in layers and name not in shared}
 
 
 def _turned(module: nn.Module) -> bool | None:
@@ -367,8 +367,8 @@ def power_iteration(inputs: Tensor, start: Tensor, iterations: int) -> Tensor:
     basis = start
     for _ in range(iterations):
         # Q = orth(H A), then A = orth(H^T Q): two half steps of H^T H
-        seen, _ = torch.linalg.qr(_product(inputs, basis))
-        basis = orthonormal(_transposed_product(inputs, seen), start)
+        orthogonal, _ = torch.linalg.qr(_product(inputs, basis))
+        basis = orthonormal(_transposed_product(inputs, orthogonal), start)
     return basis
 
 

@@ -320,9 +320,9 @@ class BoundSubspace:
         if self._cached_step != (direction.seed, direction.step):
             self.forget_z()
             self._cached_step = (direction.seed, direction.step)
-        known = self.z_cache.get((direction, name))
-        if known is not None:
-            return known
+        cached = self.z_cache.get((direction, name))
+        if cached is not None:
+            return cached
         z = self._make_z(direction, name)
         # kept up to a bound over all directions of the step; what does not fit is drawn again
         if self.keeps and self._cached_elements + z.numel() <= _KEEP:

@@ -130,10 +130,10 @@ class QueryForward:
                     trainer.objective.probe(model, self.as_served(inputs))
                 elif self._loss_is_enough():
                     is_counted = trainer.model_accepts_loss_kwargs and batch.num_items is not None
-                    given = {**inputs, "num_items_in_batch": batch.num_items} if is_counted else inputs
+                    arguments = {**inputs, "num_items_in_batch": batch.num_items} if is_counted else inputs
                     # known by the way in which the class is called: a count may change what it computes
-                    if not is_known(model, given):
-                        own_loss(model, **given)
+                    if not is_known(model, arguments):
+                        own_loss(model, **arguments)
 
     def probe_sizes(self) -> None:
         """Probe once with a row of every size in the run, so that findings do not depend on where a process began.
@@ -146,8 +146,8 @@ class QueryForward:
         self._has_tried_sizes = True
         evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
         # rows of every kind that the run may come to: for training, evaluation and results
-        known = [trainer.train_dataset, *evaluated.values(), *trainer.held_out.values()]
-        for row in one_of_each_size(row for rows in known if hasattr(rows, "__len__") for row in rows):
+        datasets = [trainer.train_dataset, *evaluated.values(), *trainer.held_out.values()]
+        for row in one_of_each_size(row for rows in datasets if hasattr(rows, "__len__") for row in rows):
             self.probe(StepBatch([trainer.collated([row])]))
 
     def narrow(self) -> None:
@@ -207,10 +207,10 @@ class QueryForward:
         # short rows first, in the order of the data: the same groups in every session
         for rows in (by_length[length] for length in sorted(by_length)):
             for start in range(0, len(rows), group):
-                some = rows[start : start + group]
+                chunk = rows[start : start + group]
                 with torch.no_grad(), trainer.compute_loss_context_manager(), no_trials():  # one call, of this batch
                     self.frozen_prefix.fill(
-                        functools.partial(trainer.compute_loss, trainer.model, trainer.collated(some))
+                        functools.partial(trainer.compute_loss, trainer.model, trainer.collated(chunk))
                     )
-                num_done += len(some)
+                num_done += len(chunk)
                 yield num_done

@@ -171,8 +171,8 @@ class RunJournal:
 
     def next_evaluation(self, step: int) -> dict[str, Any] | None:
         """What the next evaluation after a step found; None where it is to be made."""
-        known = [] if self.contents is None else self.contents.evaluations.get(step, [])
-        return dict(known.pop(0)) if known else None
+        recorded = [] if self.contents is None else self.contents.evaluations.get(step, [])
+        return dict(recorded.pop(0)) if recorded else None
 
     def evaluated(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write down an evaluation that was made; its metrics come back as they are."""
@@ -191,8 +191,8 @@ class RunJournal:
             step: how many have been taken.
             is_replaying: whether the last one was read from the journal.
         """
-        every, is_alone = self.args.journal_hash_steps, self.file is None and self.processes.count == 1
-        if not every or step % every or step == self._hashed or is_alone:
+        period, is_alone = self.args.journal_hash_steps, self.file is None and self.processes.count == 1
+        if not period or step % period or step == self._hashed or is_alone:
             # once a step, and only where something is compared or written
             return
         self._hashed = step
@@ -200,8 +200,8 @@ class RunJournal:
         settle(session)
         sha = self.identity.trainer.stages.digest()
         # a step that is queried may differ: another device computes other last bits
-        known = None if self.contents is None or not is_replaying else self.contents.digests.get(step)
-        if known not in (None, sha):
+        recorded = None if self.contents is None or not is_replaying else self.contents.digests.get(step)
+        if recorded not in (None, sha):
             raise UserError(
                 f"the weights after step {step} are not those of the run in {self.args.output_dir}: another device or "
                 "another version of torch computes other last bits; start from a checkpoint, or a new run"

@@ -39,12 +39,12 @@ class StepLoss:
         Or that of each of their examples, [B], where the batch asks for it.
         """
         trainer, losses = self.trainer, []
-        each = {"of_each": True} if batch.of_each else {}
+        of_each = {"of_each": True} if batch.of_each else {}
         for inputs in batch.micro_batches:
             # autocast as the Trainer would have it, around one micro-batch
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(
-                    trainer.model_wrapped, dict(inputs), num_items_in_batch=batch.num_items, **each
+                    trainer.model_wrapped, dict(inputs), num_items_in_batch=batch.num_items, **of_each
                 )
             # 16 bits of a loss of 4 are steps of 1/64: differences of two would be mostly rounding
             losses.append(loss.float())

@@ -79,8 +79,8 @@ class RunSteps:
             batch: the rows of the step.
             share_done: of the run, for schedules of the estimator.
         """
-        known = self.journal.next_record(self.optimizer.progress.steps)
-        estimate = self._queried(batch, share_done) if known is None else self._replayed(*known)
+        recorded = self.journal.next_record(self.optimizer.progress.steps)
+        estimate = self._queried(batch, share_done) if recorded is None else self._replayed(*recorded)
         self.read_clock()
         return estimate
 
@@ -274,12 +274,12 @@ def _largest_number(model: torch.nn.Module) -> float:
 def beside(trainer: Any) -> dict[str, Any]:
     """What a log line of training says beside losses and costs."""
     step = trainer.last_step
-    more = {"eps": trainer.method.estimator.radius if step is None else step.eps}
+    facts = {"eps": trainer.method.estimator.radius if step is None else step.eps}
     if trainer.args.guard != "none":
-        more["num_guarded_steps"] = trainer.progress.num_guarded + trainer.journal.num_returns
+        facts["num_guarded_steps"] = trainer.progress.num_guarded + trainer.journal.num_returns
     if trainer.peak_memory_mb is not None:
-        more["peak_memory_mb"] = trainer.peak_memory_mb()
-    return more | trainer.grid.traffic
+        facts["peak_memory_mb"] = trainer.peak_memory_mb()
+    return facts | trainer.grid.traffic
 
 
 _COUNTERS = ("num_queries", "num_tokens", "seconds")

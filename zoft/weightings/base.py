@@ -37,3 +37,8 @@ class Weighting(Component):
             state: what :meth:`init` gave; updated in place.
         """
         raise NotImplementedError
+
+
+def by_direction(scores: Tensor) -> Tensor:
+    """One score a direction, [Q, ...], of those of its points [Q, S, ...]: s_j, or (s+_j - s-_j) / 2 of two sides."""
+    return scores[:, 0] if scores.shape[1] == 1 else (scores[:, 0] - scores[:, 1]) / 2

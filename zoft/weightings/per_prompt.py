@@ -10,7 +10,7 @@ from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
 from zoft.weightings._spread import refuse_one_loss, refuse_other_rows
-from zoft.weightings.base import Gram, Weighting
+from zoft.weightings.base import Gram, Weighting, by_direction
 
 SCALES = ("prompt", "step", "none")
 
@@ -78,7 +78,5 @@ class PerPrompt(Weighting):
             squares = centred.square()
             deviation = (squares.mean(dim=(0, 1)) if self.scale == "prompt" else squares.mean()).sqrt()
             scores = torch.where(deviation <= self.floor, torch.zeros_like(centred), centred / deviation)
-        # one side: s_ij; two sides: (s+_ij - s-_ij) / 2
-        one = scores[:, 0] if scores.shape[1] == 1 else (scores[:, 0] - scores[:, 1]) / 2  # [Q, B]
         # a_j = 1 / (q B) sum_i s_ij
-        return (one.mean(1) / len(one)).to(measured.projected_grads.dtype)
+        return (by_direction(scores).mean(1) / len(scores)).to(measured.projected_grads.dtype)

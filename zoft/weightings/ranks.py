@@ -8,7 +8,7 @@ from typing import Any
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
 from zoft.weightings._spread import refuse_one_loss, refuse_other_rows
-from zoft.weightings.base import Gram, Weighting
+from zoft.weightings.base import Gram, Weighting, by_direction
 
 
 @dataclass
@@ -39,9 +39,7 @@ class Ranks(Weighting):
         if not losses.shape[1]:  # L(theta +- h z_j) for h to 0
             losses = torch.stack((slopes, -slopes), dim=1)
         ranks = centred_ranks(losses.reshape(-1)).view(losses.shape)  # [Q, S]
-        # one side: r_j; two sides: (r+_j - r-_j) / 2
-        one = ranks[:, 0] if ranks.shape[1] == 1 else (ranks[:, 0] - ranks[:, 1]) / 2
-        return (one / len(slopes)).to(slopes.dtype)
+        return (by_direction(ranks) / len(slopes)).to(slopes.dtype)
 
 
 def centred_ranks(values: Tensor) -> Tensor:

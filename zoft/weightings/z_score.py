@@ -8,7 +8,7 @@ from typing import Any
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
 from zoft.weightings._spread import refuse_one_loss, refuse_other_rows, rms
-from zoft.weightings.base import Gram, Weighting
+from zoft.weightings.base import Gram, Weighting, by_direction
 
 
 @dataclass
@@ -48,6 +48,4 @@ class ZScore(Weighting):
         if float(deviation) <= self.floor:
             return torch.zeros_like(slopes)
         scores = centred / deviation  # [Q, S]
-        # one side: s_j; two sides: (s+_j - s-_j) / 2
-        one = scores[:, 0] if scores.shape[1] == 1 else (scores[:, 0] - scores[:, 1]) / 2
-        return one / len(slopes)
+        return by_direction(scores) / len(slopes)

@@ -76,8 +76,8 @@ def follow_(master: Tensor, weight: Tensor) -> Tensor:
         master: float32, flat; overwritten.
         weight: bfloat16 or float16, flat.
     """
-    ours = master.to(weight.dtype).view(torch.int16) == weight.view(torch.int16)
-    return master.copy_(torch.where(ours, master, weight.to(torch.float32)))
+    is_rounded = master.to(weight.dtype).view(torch.int16) == weight.view(torch.int16)
+    return master.copy_(torch.where(is_rounded, master, weight.to(torch.float32)))
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, start: int) -> Tensor:
@@ -167,6 +167,6 @@ class Sum:
 
     def add_(self, start: int, stop: int, update: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """Add a step to the coordinates [start, stop): the sum there before and after."""
-        here = self.total.view(-1)[start:stop]
-        before = here.clone()
-        return before, here.add_(update, alpha=lr).clone()
+        total = self.total.view(-1)[start:stop]
+        before = total.clone()
+        return before, total.add_(update, alpha=lr).clone()

@@ -44,11 +44,11 @@ class Weights:
                 "nothing is trainable: every parameter has requires_grad=False; "
                 "choose what moves with trainable=all, peft=lora, trainable=last_blocks or trainable=regex"
             )
-        away = next((name for name, tensor in self.tensors.items() if tensor.is_meta), None)
-        if away is not None and not shapes_only:  # an addition to a tensor on meta does nothing, and says nothing
+        on_meta = next((name for name, tensor in self.tensors.items() if tensor.is_meta), None)
+        if on_meta is not None and not shapes_only:  # an addition to a tensor on meta does nothing, and says nothing
             raise UserError(
-                f"{away} is to be trained and has no values in memory (it is on the meta device, as weights are that "
-                "accelerate has offloaded): use engine=offload instead, load the model without offloading (no "
+                f"{on_meta} is to be trained and has no values in memory (it is on the meta device, as weights are "
+                "that accelerate has offloaded): use engine=offload instead, load the model without offloading (no "
                 "device_map=auto to a disk or the CPU's memory), or train an adapter, whose weights stay in memory"
             )
         for tensor in self.tensors.values():
@@ -71,9 +71,9 @@ class Weights:
 
     def sample(self, size: int = 1_000_000) -> Tensor:
         """Every n-th number that is trained, some ``size`` of them at most, on the host: what steps have moved."""
-        every, chosen = max(1, self.num_elements // size), list[Tensor]()
+        stride, chosen = max(1, self.num_elements // size), list[Tensor]()
         for tensor in self.tensors.values():
-            chosen.append(tensor.detach().view(-1)[::every].cpu().clone())  # a view would move along
+            chosen.append(tensor.detach().view(-1)[::stride].cpu().clone())  # a view would move along
             release(tensor)
         return torch.cat(chosen)
 
