@@ -31,7 +31,7 @@ class Block:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes on the device."""
+        """Bytes that the block takes on the device."""
         return sum(aligned(tensor.numel() * tensor.element_size()) for tensor in self.tensors.values())
 
 
@@ -85,7 +85,7 @@ class BlockStream:
                 self._bring(self._next[index])
 
     def leave(self, index: int) -> None:
-        """One of them ends; the block stays until its memory is wanted."""
+        """A forward leaves a block, which stays on the device until its memory is wanted."""
         self.blocks[index].inside -= 1
 
     def rest(self) -> None:
@@ -192,7 +192,7 @@ class BlockStream:
 
 
 def _point(block: Block, tensors: Iterable[Tensor]) -> None:
-    """The block's parameters have their values there from now on."""
+    """Let the block's parameters have these tensors as their values."""
     with torch._C.DisableTorchFunction():
         for parameter, tensor in zip(block.tensors.values(), tensors, strict=True):
             parameter.data = tensor

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Context:
-    """What one clean forward has left.
+    """The keys, values and hidden states that one clean forward leaves for probes.
 
     Args:
         last: tokens of each row that a probe computes.

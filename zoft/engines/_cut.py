@@ -129,7 +129,7 @@ def cut(model: nn.Module, count: int, forward: Callable[[], Any]) -> Cut:
 
 
 def _share_out(model: nn.Module, stages: Cut, phases: dict[nn.Module, set[str]]) -> None:
-    """Say of every parameter which processes hold it."""
+    """Decide which processes hold each parameter."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     count = len(stages.held)
     stage_of = {block: rank for rank, share in enumerate(stages.shares) for block in (stages.blocks[i] for i in share)}
@@ -169,7 +169,7 @@ class HeldTensors:
         self.is_whole = True  # this process has, or is being given, all parameters
 
     def drop(self) -> None:
-        """Keep what this process holds, and free the rest; that is not trained here either."""
+        """Free the parameters that other processes hold; they are not trained in this one."""
         held, trained = self.held[self.rank], set(self.trained)
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in held and name in trained)

@@ -130,7 +130,7 @@ class Elsewhere(Engine):
         return ElsewhereSession(model, coordinates, objective, self.backend(model, coordinates), self)
 
     def backend(self, model: nn.Module, coordinates: BoundSubspace) -> Backend:
-        """What computes the forwards of this model."""
+        """The backend that computes the forwards of this model."""
         raise NotImplementedError
 
 

@@ -67,7 +67,7 @@ class FrozenPrefix:
         return cls(model, blocks, first, outside, max_mb * 2**20)
 
     def clear(self) -> None:
-        """Forget everything that is kept."""
+        """Drop all kept hidden states."""
         self.rows = RowStore(self.max_bytes)
         self._batch: tuple[dict[str, Tensor], Tensor] | None = None  # the last batch, put together
         self._serving: Tensor | None = None

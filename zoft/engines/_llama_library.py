@@ -153,7 +153,7 @@ class Llama:
         weakref.finalize(self, _free, self._lib, self._held)
 
     def architecture(self) -> str:
-        """As GGUF names it, such as llama or qwen2."""
+        """The architecture's name in GGUF, such as llama or qwen2."""
         buffer = ctypes.create_string_buffer(128)
         self._lib.llama_model_meta_val_str(self._model, b"general.architecture", buffer, len(buffer))
         return buffer.value.decode()
@@ -166,14 +166,14 @@ class Llama:
     # ---- adapters and forwards ---------------------------------------------------------------------------------------
 
     def load_adapter(self, path: Path) -> Any:
-        """One from a GGUF file; free it with :meth:`free_adapter`."""
+        """Load an adapter from a GGUF file; free it with :meth:`free_adapter`."""
         adapter = self._lib.llama_adapter_lora_init(self._model, bytes(path))
         if not adapter:
             raise UserError(f"engine=llamacpp: llama.cpp does not load this adapter onto its base ({path.name})")
         return adapter
 
     def free_adapter(self, adapter: Any) -> None:
-        """Let go of one, which no forward may use any longer."""
+        """Free an adapter, which no forward may use any longer."""
         # the context still points at it
         self._lib.llama_set_adapters_lora(self._context, None, 0, None)
         self._lib.llama_adapter_lora_free(adapter)

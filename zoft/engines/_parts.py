@@ -123,7 +123,7 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
 
 
 class _Sums:
-    """The hooks of :func:`seeing_sums`, and what they have seen of a forward."""
+    """The hooks of :func:`seeing_sums`, and the sums that they check in a forward."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows

@@ -26,7 +26,7 @@ class LinearCall(NamedTuple):
 
 
 class PieceReader(Protocol):
-    """What of a swapper is needed here."""
+    """The part of a swapper that piecewise reading uses."""
 
     coordinates: BoundSubspace
     scratch: Any  # zoft.engines._swapper.Scratch

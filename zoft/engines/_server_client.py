@@ -125,7 +125,7 @@ class Client:
     # ---- what it serves ----------------------------------------------------------------------------------------------
 
     def cards(self) -> list[dict[str, Any]]:
-        """What it serves: bases, and adapters with the path they came from as ``root``."""
+        """The models that it serves: bases, and adapters with the path they came from as ``root``."""
         reply = self.asked("GET", "/v1/models")
         rows = reply.get("data") if isinstance(reply, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -178,7 +178,7 @@ class Client:
         raise self.failure(status, said, "/v1/load_lora_adapter")
 
     def unload(self, name: str) -> None:
-        """Let go of an adapter; whatever comes of it."""
+        """Unload an adapter; an error is passed over."""
         try:
             self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         except BadReplyError as error:
@@ -279,7 +279,7 @@ def _scores_of(choice: Mapping[str, Any], tokens: Sequence[int]) -> list[float]:
 
 
 def _message(reply: Any) -> str:
-    """What a server says of an error."""
+    """The message in a server's reply to a failed request."""
     inner = reply.get("error", reply) if isinstance(reply, dict) else reply
     said = inner.get("message", inner.get("detail", inner)) if isinstance(inner, dict) else inner
     return f"{said}"[:300]

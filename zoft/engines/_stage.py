@@ -85,7 +85,7 @@ class Stage:
     # ---- the model's blocks ------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        """From here on forwards of the model are this process's part of them."""
+        """Hook the model so that its forwards compute this process's part."""
         for block in self._blocks[: self._share.start]:
             block.forward = self._passes_on
         self._blocks[0].register_forward_pre_hook(self._measure, with_kwargs=True, prepend=True)
@@ -125,7 +125,7 @@ class Stage:
         raise HandedOn(output[0] if self._width else output)
 
     def _check(self, entering: Tensor, left: Tensor, result: Any, forward: Callable[[], Any]) -> None:
-        """The part that this process has kept computes what it computed in the whole."""
+        """Refuse a cut after which this process's part computes something else than in the whole model."""
         self._received = entering.contiguous().view(-1).view(torch.uint8)
         self._has_entered = False
         with torch.no_grad():

@@ -170,7 +170,7 @@ class Survey:
         return result
 
     def _note(self, value: Any) -> None:
-        """A trained tensor that torch is handed while none of its modules runs."""
+        """Note a trained tensor that torch is handed while none of its modules runs."""
         if isinstance(value, (tuple, list)):
             for item in value:
                 self._note(item)
@@ -186,7 +186,7 @@ def _some(names: list[str]) -> str:
 
 
 def _watchable(model: nn.Module, tensors: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """All but those of torch's own attention, which computes in another way where a tensor is watched."""
+    """The tensors outside of torch's own attention, which takes another path where a tensor is watched."""
     attention = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
     of_attention = {id(p) for module in model.modules() if isinstance(module, attention) for p in module.parameters()}
     return {name: tensor for name, tensor in tensors if id(tensor) not in of_attention}

@@ -27,7 +27,7 @@ _ALIGN = 64  # bytes: a view begins where vector instructions like it
 
 @dataclass
 class Visit:
-    """What leaving a module takes back."""
+    """One entry into a module: what has to be undone when it is left."""
 
     swapped: list[str] = field(default_factory=list)  # names of its tensors that were swapped on the way in
     lease: Lease | None = None  # the memory of what they were swapped for
@@ -189,7 +189,7 @@ class Swapper:
                 self.weights.tensors[name].__class__ = self.watched[name]
 
     def see(self, output: Tensor) -> None:
-        """Note how large a forward is."""
+        """Remember the size of the largest output."""
         self.largest_output = max(self.largest_output, output.numel() * output.element_size())
 
     def _look_away(self, names: Sequence[str]) -> None:

@@ -93,12 +93,12 @@ class Session:
         return torch.stack(of_each, dim=1)
 
     def keep_anchor(self) -> None:
-        """The weights as they are become the anchor."""
+        """Make a copy of the current weights the anchor."""
         self.anchor = {name: tensor.detach().clone() for name, tensor in self.weights.tensors.items()}
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """The model has the anchor weights in here; those it has anyway while there is no anchor."""
+        """Within this block the model has the anchor weights, or its own while there is no anchor."""
         if self.anchor is None:
             yield
             return
@@ -220,14 +220,14 @@ def check_outputs(engine: str, estimator: Estimator) -> None:
 
 
 def of_example(point: Point, index: int) -> Point:
-    """The point moved along one example's own version of its direction."""
+    """The point along one example's own version of its direction."""
     if point.direction is None:
         return point
     return replace(point, direction=replace(point.direction, example=index))
 
 
 def refuse_derivatives(points: Sequence[Point], engine: str) -> None:
-    """Engines that only evaluate losses say so when asked for exact derivatives."""
+    """Refuse points that ask for exact derivatives, for engines that only evaluate losses."""
     for point in points:
         if point.derivative:
             raise UserError(f"engine={engine} evaluates losses; exact derivatives need engine=forward_mode (or auto)")

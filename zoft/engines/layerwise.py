@@ -122,7 +122,7 @@ class LayerwiseSession(Session):
         return self.survey.conclude(self.swapper.state)
 
     def _find_new_reads(self) -> bool:
-        """After later queries: whether more are."""
+        """After later queries: whether further tensors are perturbed for the whole forward from now on."""
         return self.survey.find_new()
 
     def _hooks(self) -> AbstractContextManager[None]:

@@ -204,7 +204,7 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
         self.stream.settle()
 
     def device(self, name: str) -> torch.device:
-        """The one that computes, where a tensor belongs to a block."""
+        """The computing device, where a tensor belongs to a block."""
         return self.transfer.device if name in self.stream.of else self.weights.tensors[name].device
 
 

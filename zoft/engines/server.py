@@ -82,7 +82,7 @@ class Server(Elsewhere):
         return f"{card.get('id')}:{card.get('root')}"
 
     def client(self) -> Client:
-        """What talks to the server."""
+        """The client of the server."""
         return Client(self.url, self.timeout, self.retries)
 
     def backend(self, model: nn.Module, coordinates: BoundSubspace) -> Backend:
@@ -118,7 +118,7 @@ class _ServedAdapters:
         return self._each(asked, "write texts", self._write)
 
     def _each(self, asked: Sequence[Request], what: str, ask: Callable[[str, str, Request], T]) -> list[T]:
-        """``ask`` of every one with its adapter loaded, as many adapters at a time as there are slots."""
+        """Call ``ask`` for every request with its adapter loaded, as many adapters at a time as there are slots."""
         digests = [digest_of(one.adapter) for one in asked]
         distinct = list(dict.fromkeys(digests))
         answers: dict[int, T] = {}
@@ -132,7 +132,7 @@ class _ServedAdapters:
     def _wave(
         self, asked: dict[int, Request], digests: dict[int, str], ask: Callable[[str, str, Request], T]
     ) -> dict[int, T]:
-        """Those whose adapters have room together, all at once."""
+        """Carry out, all at once, the requests whose adapters have room together."""
         adapters = {digests[number]: one.adapter for number, one in asked.items()}
         self._load(adapters)
 
@@ -179,7 +179,7 @@ class _ServedAdapters:
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
     def _load(self, adapters: dict[str, Adapter]) -> None:
-        """Load what the server has not, or has no longer; what has been unused the longest makes room."""
+        """Load the adapters that the server lacks; those unused for the longest make room."""
         roots = self._roots()
         lost = [digest for digest in self.digests if roots.get(self._name(digest)) != str(self.folder / digest)]
         new = [digest for digest in adapters if digest not in self.digests or digest in lost]
@@ -208,7 +208,7 @@ class _ServedAdapters:
                 raise BadReplyError(f"{self._name(digest)} is another adapter: {root}")
 
     def _roots(self) -> dict[Any, Any]:
-        """What the server has, and the folder that it came from."""
+        """Name of each adapter that the server has -> the folder that it came from."""
         return {card.get("id"): card.get("root") for card in self.client.cards()}
 
     def _name(self, digest: str) -> str:

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 def taken_in(known: Tensor, seen: Tensor) -> Tensor:
-    """``known`` with those of ``seen`` behind it that are new, in order.
+    """``known``, and behind it the values of ``seen`` that it lacks, in order.
 
     Example:
         >>> taken_in(torch.tensor([5, 2]), torch.tensor([7, 2, 3])).tolist()

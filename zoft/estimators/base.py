@@ -38,7 +38,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the losses of a step say; what a weighting makes coefficients of.
+    """Slopes and losses of a step, of which a weighting makes coefficients.
 
     Args:
         projected_grads: the objective's slope along each direction, float32 [Q]; their mean times z is the estimate.
@@ -140,11 +140,11 @@ class Estimator(Component):
         raise NotImplementedError
 
     def init(self) -> dict[str, Any]:
-        """What it remembers from step to step: plain numbers; empty for most."""
+        """The estimator's memory before the first step: plain numbers; empty for most."""
         return {}
 
     def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
-        """What the losses say.
+        """Slopes, the training loss, and the losses that a weighting may read.
 
         Args:
             losses: the objective at :meth:`points`, in their order, float32 [P].

@@ -60,7 +60,7 @@ class OnePoint(FiniteDifference):
         return Measured((losses - past) / self.eps, self.loss(losses), self.probe_losses(losses), self.eps)
 
     def projected_grads(self, losses: Tensor) -> Tensor:
-        """Without a past, zeros; without feedback, L+ / eps: [Q]."""
+        """Zeros where there is no earlier loss; without feedback L+ / eps: [Q]."""
         # g = L+ / eps: E[g z] = grad L + O(eps), with a variance of about d L^2 / eps^2
         return torch.zeros_like(losses) if self.feedback else losses / self.eps
 

@@ -82,7 +82,7 @@ class SVRG(KeepsAnchor, FiniteDifference):
         return 2 * self.num_directions * batches if batches else self.num_queries
 
     def batches_at(self, step: int) -> int:
-        """Several where an anchor is made."""
+        """``anchor_batches`` in a step that makes an anchor, 0 in the others."""
         # an anchor is made every ``interval`` steps, over several batches
         return 0 if step % self.interval else self.anchor_batches
 
@@ -105,7 +105,7 @@ class SVRG(KeepsAnchor, FiniteDifference):
         return super().measure(losses if anchored else losses[: 2 * self.num_directions])
 
     def terms(self, terms: Terms, state: dict[str, Any]) -> Terms:
-        """The step's own, and the anchor's; where an anchor is made, its terms are noted."""
+        """The step's terms and the anchor's; a step that makes an anchor notes its own as the anchor's."""
         if self.batches_at(terms[0][0].step):
             # plain numbers: they go into the journal and the checkpoint
             state["terms"] = [[d.seed, d.step, d.index, coefficient] for d, coefficient in terms]

@@ -284,7 +284,7 @@ def _take(contents: Contents, chunk: chunks.Chunk) -> None:
 
 
 def _mapping(payload: bytes) -> dict[str, Any]:
-    """What stands behind a chunk's number of steps."""
+    """The JSON mapping behind a chunk's number of steps."""
     mapping = json.loads(payload[_NUMBER.size :])
     if not isinstance(mapping, dict):
         raise ValueError(f"a {type(mapping).__name__} where a mapping belongs")
@@ -292,7 +292,7 @@ def _mapping(payload: bytes) -> dict[str, Any]:
 
 
 def _is_factor(value: Any) -> bool:
-    """Of a learning rate: it becomes smaller at a return, and never nothing."""
+    """Whether a value is a factor of a learning rate: above 0 and at most 1."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 

@@ -113,7 +113,7 @@ def _names(record: Record) -> list[Name]:
 
 
 def _direction(key: Name, step: int, *, by_seed: bool) -> list[int]:
-    """As a record has it; MeZO's stream knows no step, and keeps what it draws for one step at a time."""
+    """A direction as a record names it; MeZO's stream knows no step, and keeps its draws for one step."""
     return [key[0], step, 0] if by_seed else list(key)
 
 

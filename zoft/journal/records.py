@@ -251,7 +251,7 @@ def _inflated(data: bytes) -> bytes:
 
 
 def _steps(values: list[int]) -> list[tuple[int, int]]:
-    """(the one before, each); the first has itself before it."""
+    """(the value before, each value); the first has itself before it."""
     # differences within the block: its first step counts from itself, with the total in the header
     return list(zip([values[0], *values[:-1]], values, strict=True))
 

@@ -94,7 +94,7 @@ def to_state(factors: Mapping[str, Factors]) -> dict[str, Any]:
 
 
 def of_state(state: Mapping[str, Any], device: torch.device | str) -> dict[str, Factors]:
-    """What :func:`to_state` was given, on a device."""
+    """The factors that :func:`to_state` made this state of, on a device."""
     inputs = [x.to(device) for x in state["x"]]
     return {
         name: Factors(e, inputs[number], *more).to(torch.device(device))

@@ -13,7 +13,7 @@ class RescalesCoefficients:
     """A rule that makes other numbers of the coefficients themselves, once a step."""
 
     def init(self) -> dict[str, Any]:
-        """What it remembers from step to step, for all tensors together: plain numbers."""
+        """The rule's memory before the first step, for all tensors together: plain numbers."""
         raise NotImplementedError
 
     def coefficients(self, coefficients: list[float], scalars: dict[str, Any]) -> list[float]:

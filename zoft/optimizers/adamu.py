@@ -80,7 +80,7 @@ class AdaMU(Optimizer):
         return self.alpha + (1 - self.alpha) * (1 + math.cos(math.pi * share)) / 2
 
     def shape_context(self, states: Mapping[str, State], step: int) -> dict[str, Any]:
-        """What the momentum and the random part are multiplied with."""
+        """The factors of the momentum and of the random part."""
         # sin^2 = alpha_t is the share of the fresh noise, cos^2 = 1 - alpha_t that of the momentum
         return mix(states, math.asin(math.sqrt(min(1.0, self.alpha_at(step)))))
 

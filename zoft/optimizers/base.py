@@ -21,7 +21,7 @@ Term = tuple[Direction, float]
 
 @dataclass
 class Estimate:
-    """What a step knows of a flat piece of one tensor's coordinates.
+    """The estimate, and earlier steps, for a flat piece of one tensor's coordinates.
 
     Args:
         coordinates: the subspace, bound.
@@ -163,7 +163,7 @@ class Optimizer(Component):
         return {}
 
     def shape(self, z: Tensor, state: State, context: dict[str, Any]) -> Tensor:
-        """What a random direction becomes, element by element.
+        """The direction that is used in place of a random one, element by element.
 
         Args:
             z: elements of the direction, of mean 0 and variance 1; may be overwritten and handed back.

@@ -49,7 +49,7 @@ class Cone(Optimizer):
         return {"momentum": shape}
 
     def shape_context(self, states: Mapping[str, State], step: int) -> dict[str, Any]:
-        """What the momentum and the random part are multiplied with."""
+        """The factors of the momentum and of the random part."""
         del step
         return mix(states, self.angle)
 

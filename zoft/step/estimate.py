@@ -73,7 +73,7 @@ class StepEstimate:
 
     @classmethod
     def of(cls, terms: Sequence[Term], curvatures: Sequence[float] | None = None) -> StepEstimate:
-        """The estimate that these terms are, with nothing else known.
+        """An estimate of these terms alone.
 
         Args:
             terms: at least one.
@@ -112,7 +112,7 @@ class StepEstimate:
         return replace(self, terms=[(direction, c * share) for direction, c in self.terms], factors=factors)
 
     def applied(self) -> StepEstimate:
-        """What is worth keeping once the step is written: not the tensors of a backward pass or an observation."""
+        """The estimate marked as written, without the tensors of a backward pass or an observation."""
         # the dropped tensors may be as large as the model; what stays is read by log lines and diagnostics
         return replace(self, backward=None, factors=None, observations=None, is_applied=True)
 

@@ -75,7 +75,7 @@ class Method:
         weighting: str | Weighting | None = None,
         optimizer: str | Optimizer | None = None,
     ) -> Method:
-        """From names or components; None takes MeZO's."""
+        """A method of these parts, given by name or as components; None takes MeZO's part."""
         return cls(
             create("subspace", subspace, "full"),
             create("estimator", estimator, "central"),
@@ -190,7 +190,7 @@ class Method:
             )
 
     def check_processes(self) -> None:
-        """Refuse parts that go by the rows of one process, where there are several.
+        """Refuse several processes where a part follows the rows of one process.
 
         Raises:
             UserError: with what to do instead.

@@ -76,13 +76,13 @@ class _Drawn:
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     def draw(self, key: str, size: int, device: torch.device) -> None:
-        """Make those of one node."""
+        """Draw the directions of one node's outputs, where they are not drawn yet."""
         if key not in self.kept:
             named, rows = f"{key}|{self.first}", self.count * self.total
             self.kept[key] = self.space.directions(self.direction, named, size, rows, device)
 
     def rows(self, key: str, part: _Part, probe: int) -> Tensor:
-        """v of a micro-batch's positions, [P, m]."""
+        """The directions v of one probe at a micro-batch's positions, [P, m]."""
         start = probe * self.total + part.offset
         return self.kept[key][start : start + len(part.places.rows)]
 
@@ -187,7 +187,7 @@ class NodeQueries:
     # ---- forwards ----------------------------------------------------------------------------------------------------
 
     def _cleanly(self, part: _Part) -> None:
-        """The loss, what the nodes see, and what the objective is seen in."""
+        """Run the clean forward of a micro-batch; keep its losses, its scores, and the inputs of the nodes."""
         at = part.places
         # not in inference mode: what is seen goes into factors, which are used outside of the query
         with torch.no_grad(), self.session.seeing(self._space().seen(), at.rows, at.columns, len(at.starts)) as seen:
@@ -196,7 +196,7 @@ class NodeQueries:
 
     @contextmanager
     def _seeing_sums(self, part: _Part) -> Iterator[Callable[[], bool]]:
-        """A clean forward in here tells whether the parts of all blocks have one response."""
+        """Within this block the clean forward tells whether the parts of all blocks share one response."""
         space, at = self._space(), part.places
         asked = space.subspace.probed
         if asked != "auto" or len(space.parts) < 2 or space.subspace.positions != "loss":
@@ -208,7 +208,7 @@ class NodeQueries:
 
     @contextmanager
     def _keeping_context(self, part: _Part, *, wanted: bool) -> Iterator[None]:
-        """A clean forward in here keeps what probes have in common with it, if they move some last positions alone."""
+        """Within this block the clean forward keeps the context of its last positions, if probes move those alone."""
         contexts = self._contexts()
         last = -int(part.places.columns.min()) if wanted and contexts.usable and len(part.places.columns) else 0
         tail = self.reader.tail(part.batch, last) if last else None
@@ -225,7 +225,7 @@ class NodeQueries:
             self._check(part, context)
 
     def _check(self, part: _Part, context: Context) -> None:
-        """The first one: what is read behind a context is what whole rows give."""
+        """Check, once a model, that a forward behind a kept context reads what whole rows give."""
         contexts = self._contexts()
         contexts.checked = True
         # once a model: the values behind kept keys must be those of whole rows, up to rounding
@@ -244,7 +244,7 @@ class NodeQueries:
             part.tail = part.context = None
 
     def _exactly(self, part: _Part) -> None:
-        """The same, and the node gradients by backpropagation to the nodes."""
+        """Run the clean forward with its graph, and backpropagate to the nodes."""
         # A zero is added to every node's output; dL/d zero is the node's gradient, and no weight needs one.
         at, zeros = part.places, dict[str, Any]()
 
@@ -338,7 +338,7 @@ class NodeQueries:
                 part.e[key] = part.e[key] + e if key in part.e else e
 
     def _learn(self, parts: list[_Part], direction: Direction, probes: int, eps: float, total: int) -> None:
-        """Add what the probes of this step tell to the response."""
+        """Add the answers to this step's probes to the response."""
         space = self._space()
         tables, apart = space.tables, space.subspace.positions == "last"
         keys = [part.places.keys(part.clean.keys, apart=apart) for part in parts]

@@ -12,7 +12,7 @@ from zoft.utils.lazy import Tensor, torch
 
 
 class PositionReadout(Protocol):
-    """What one forward tells, position by position (:class:`zoft.lm.objectives._readout.Readout`)."""
+    """The losses and scores of one forward, position by position (:class:`zoft.lm.objectives._readout.Readout`)."""
 
     @property
     def values(self) -> Tensor: ...  # noqa: D102
@@ -68,7 +68,7 @@ class ObjectiveReader(Protocol):
         """The positions that the loss is read from."""
 
     def read(self, part: Any) -> PositionReadout:
-        """One forward."""
+        """Run one forward and read the objective in it."""
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values, as the model takes it."""

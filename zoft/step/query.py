@@ -109,7 +109,7 @@ class StepQueries:
     def _all(
         self, blank: StepEstimate, batch: Any, estimator: Estimator, clean: Tensor | None, lr: float
     ) -> StepEstimate:
-        """The whole estimate from queries."""
+        """The estimate of a method that has no backward pass."""
         directions, losses, queries = self._losses(batch, list(blank.directions), estimator, clean)
         examples = losses if isinstance(self.method.weighting, PerPrompt) else None  # [P, B]
         losses = losses if examples is None else losses.mean(1)  # every example counts alike

@@ -136,7 +136,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     # ---- what parts remember -----------------------------------------------------------------------------------------
 
     def remember(self, **memory: dict[str, Any]) -> None:
-        """What parts of the method begin with, where nothing of theirs is known yet."""
+        """Set the first memory of parts of the method; what a part has already stays."""
         for part, start in memory.items():
             self.scalars.setdefault(part, start)
 
@@ -255,7 +255,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.records = [*self.records, terms][-self._history_length :]
 
     def _steps_of(self, of_estimate: Mapping[str, Factors], loss: float) -> Mapping[str, Factors]:
-        """What the component makes of all factors together; themselves where it works on tensors."""
+        """The component's steps, made of all factors together; the factors themselves where it works on tensors."""
         factors = {name: factor.to(device_of(self.session, name)) for name, factor in of_estimate.items()}
         if not isinstance(self.component, ReadsFactors):
             return factors
@@ -322,7 +322,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _updates(
         self, now: _Now, name: str, terms: list[Term], state: dict[str, Tensor], count: int, dense: Tensor | None
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, what the component makes of the estimate) for every chunk of the coordinates."""
+        """(start, stop, the component's update) for every chunk of the coordinates."""
         all_at_once = [(0, math.prod(self.subspace.shape(name)))]
         records = [terms_ for record in now.records if (terms_ := self._record_of(now.direction, name, record))]
         curvatures = [now.curvatures[direction] for direction, _ in terms] if now.curvatures else None
@@ -370,7 +370,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.subspace.add_(theta[first:last], direction, name, first, -lr * coefficient)
 
     def _master_piece(self, name: str, first: int, last: int) -> Tensor:
-        """A view of the master of the flat piece [first, last), which is the weight itself where it is none of ours."""
+        """A view of elements [first, last) of the float32 master, reset where something else changed the weight."""
         if name not in self.masters:
             self.masters[name] = self.session.weights.tensors[name].detach().to(torch.float32).view(-1)
         return follow_(self.masters[name][first:last], self.session.piece(name, first, last))
@@ -397,7 +397,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back; torch's own would cast float32 state to the weights' dtype."""
+        """Restore what :meth:`state_dict` gave; torch's own method would cast float32 state to the weights' dtype."""
         if state_dict["rule"] != self.component.name():
             raise UserError(
                 f"the checkpoint was made with optimizer={state_dict['rule']}, this run has "

@@ -146,7 +146,7 @@ class BoundSubspace:
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart: tensors and plain numbers; empty where all follows from seed and step."""
+        """State that a restart needs: tensors and plain numbers; empty where all follows from seed and step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

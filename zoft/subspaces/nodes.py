@@ -192,7 +192,7 @@ class NodeSpace(BoundSubspace):
         return name in self.names
 
     def leave_out(self, which: Callable[[str], bool]) -> None:
-        """Let the tensors stand still whose names ``which`` is true of.
+        """Keep the tensors still whose names satisfy ``which``.
 
         Raises:
             UserError: nothing would move.
@@ -243,7 +243,7 @@ class NodeSpace(BoundSubspace):
         return {**{key: node for key, node in self.nodes.items() if node.kind != "experts"}, **self.parts}
 
     def response_of(self, key: str) -> str:
-        """Under which name the response of a node or part is kept.
+        """The name under which the response of a node or part is kept.
 
         Args:
             key: of it; where a layer runs more than once, of one of its calls (``key@1``).

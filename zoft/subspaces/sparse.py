@@ -206,7 +206,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         return scored or self.sparse.choose == "mask" or _is_matrix(self.weights.tensors[name])
 
     def _interval(self, direction: Direction) -> tuple[int, ...]:
-        """What the mask lasts for."""
+        """The interval of steps that share the mask in use."""
         index = direction.step // self.sparse.interval
         return {"magnitude": (index,), "random": (direction.seed, index)}.get(self.sparse.choose, ())
 
@@ -235,12 +235,12 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         return sum(self.weights.tensors[n].numel() if mask is None else mask.count for n, mask in masks.items())
 
     def moves(self, direction: Direction, name: str) -> bool:
-        """Not where no element does; by magnitude, the smallest element always does."""
+        """Whether some element moves; by magnitude, the smallest always does."""
         mask = None if self.sparse.choose == "magnitude" else self._mask(direction, name)
         return (mask is None or mask.count > 0) and super().moves(direction, name)
 
     def ever_moves(self, name: str) -> bool:
-        """Not where a supplied mask leaves a tensor out."""
+        """False where a supplied mask leaves the tensor out."""
         return super().ever_moves(name) and (self.sparse.choose != "mask" or self._masks[name].count > 0)
 
     def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:

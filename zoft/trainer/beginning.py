@@ -158,7 +158,7 @@ def _lr_factor(contents: Contents) -> float:
 
 
 class RunIdentity:
-    """What tells a run from others."""
+    """The settings, rows and weights that identify a run."""
 
     def __init__(self, trainer: HoldsObjects) -> None:
         self.trainer = trainer
@@ -166,7 +166,7 @@ class RunIdentity:
         self._digest: str | None = None  # of weights that no process has alone
 
     def forget(self) -> None:
-        """Read the rows again: a new training begins."""
+        """Forget the digests of the rows: a new training reads them again."""
         self._settings = None
 
     def settings(self) -> dict[str, Any]:

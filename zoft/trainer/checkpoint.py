@@ -267,5 +267,5 @@ class Checkpoints:
 
 
 def _public(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what is secret."""
+    """The arguments without secrets."""
     return {key: value for key, value in values.items() if "token" not in key or isinstance(value, bool | int)}

@@ -65,7 +65,7 @@ class Passes:
         return len(self._waiting) - num_before
 
     def _refuse_empty(self) -> None:
-        """The loop would take it for the end of the run, and say that all went well."""
+        """Refuse a pass without rows, which the loop would take for the successful end of the run."""
         again = "train_dataset gives its rows only once: make a new iterator in its __iter__, or ask for fewer steps"
         why = again if self._number else "train_dataset is empty"
         raise UserError(f"pass {self._number + 1} over the training rows found none: {why}")
@@ -129,7 +129,7 @@ class _Once:
 
 
 def refuse_training_rows(args: Any, rows: Any) -> None:
-    """No rows, or a stream that is to drop what fills no batch: the Trainer passes that setting over."""
+    """Refuse an empty data set, and ``dataloader_drop_last`` for a stream, which the Trainer would ignore."""
     if args.dataloader_drop_last and isinstance(rows, IterableDataset):
         raise UserError(
             "dataloader_drop_last=true is not for a stream (IterableDataset), whose loader keeps the rows that "
@@ -140,7 +140,7 @@ def refuse_training_rows(args: Any, rows: Any) -> None:
 
 
 def refuse_no_batch(args: Any, loader: Any, rows: Any) -> None:
-    """Rows that are dropped because they fill no batch, all of them."""
+    """Refuse rows that are all dropped because they fill no batch."""
     if args.dataloader_drop_last and has_length(loader) and not len(loader):
         raise UserError(
             f"trainer.dataloader_drop_last=true leaves nothing of {len(rows)} training rows, "

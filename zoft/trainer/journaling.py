@@ -39,7 +39,7 @@ _FACTOR_BYTES = 1 << 28  # of a run's factors (node directions) in the journal; 
 
 
 class RunJournal:
-    """What the run has done: written by the first process, known to all of them.
+    """The journal of a run: written by its first process, known to all of them.
 
     Args:
         args: of the Trainer: the folder, and what is written.
@@ -107,7 +107,7 @@ class RunJournal:
             group.pop("initial_lr", None)  # a schedule's own note of the rate before
 
     def keep_first(self, model: torch.nn.Module) -> None:
-        """Where the run may have to go back: the weights that a new one begins with."""
+        """Save the weights that a new run begins with, where a guard may send it back to them."""
         # written before the first step, as a whole model may be larger than the run's checkpoints
         if self.file is not None and self.contents is None and self.args.guard == "rollback":
             weights = {name: tensor.detach() for name, tensor in Weights(model).tensors.items()}
@@ -138,7 +138,7 @@ class RunJournal:
         return record, self.contents.observations.get(step)
 
     def append(self, estimate: StepEstimate, lr: float, progress: Progress, num_steps: int) -> None:
-        """A step is about to be written into the weights.
+        """Write down a step before it goes into the weights.
 
         Args:
             estimate: of the step; one that was read from the journal is in it.
@@ -170,7 +170,7 @@ class RunJournal:
     # ---- evaluations -------------------------------------------------------------------------------------------------
 
     def next_evaluation(self, step: int) -> dict[str, Any] | None:
-        """What the next evaluation after a step found; None where it is to be made."""
+        """The recorded metrics of the next evaluation after a step; None where it has to be made."""
         recorded = [] if self.contents is None else self.contents.evaluations.get(step, [])
         return dict(recorded.pop(0)) if recorded else None
 

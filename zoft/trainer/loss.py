@@ -69,7 +69,7 @@ class StepLoss:
         return sum(loss * (count / sum(counts)) for loss, count in zip(losses, counts, strict=True))
 
     def batch_of(self, micro_batches: list[Inputs], like: StepBatch) -> StepBatch:
-        """Other rows than the step's, or a part of them: their loss is their own mean, and no share of the step's."""
+        """A batch of other rows than the step's, or of part of them: its loss is a mean, no share of the step's."""
         # no count where the step has none: the class would divide by it
         if like.num_items is None:
             return StepBatch(micro_batches)

@@ -25,7 +25,7 @@ class Weighting(Component):
         """Refuse the other parts of a :class:`zoft.step.method.Method` that make no sense with this weighting."""
 
     def init(self) -> dict[str, Any]:
-        """What it remembers from step to step: plain numbers; empty for most."""
+        """The weighting's memory before the first step: plain numbers; empty for most."""
         return {}
 
     def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:

@@ -137,7 +137,7 @@ def is_mapped(tensor: Tensor, *, to_write: bool = False) -> bool:
 
 
 def _map_of(tensor: Tensor) -> tuple[int, _Map] | None:
-    """(where it begins in its map, the map)."""
+    """(offset of a tensor in its map, the map)."""
     address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     # A list made in one go: the copying thread asks here, and other models come and are collected meanwhile.
     for reference in _maps.valuerefs():

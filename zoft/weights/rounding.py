@@ -63,7 +63,7 @@ class Rounding:
 
 
 def has_few_bits(tensor: Tensor) -> bool:
-    """Whether it is bfloat16 or float16."""
+    """Whether a tensor is bfloat16 or float16."""
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 

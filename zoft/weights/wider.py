@@ -88,7 +88,7 @@ def _around(unit: nn.Module, dtype: torch.dtype) -> list[Any]:
 
 
 def _widen(module: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
-    """Replace a module's own tensors by wider ones; returns what puts them back."""
+    """Replace a module's own tensors by wider ones; returns a function that puts them back."""
     earlier: list[tuple[dict[str, Any], dict[str, Any]]] = []
     kinds: list[dict[str, Any]] = [module._parameters, module._buffers]
     for tensors in kinds:
