@@ -36,6 +36,9 @@ GROUPS: dict[str, str] = {
 }
 """Group name (as on the command line) -> the package whose files are its components."""
 
+Memory = dict[str, Any]
+"""What a part remembers from step to step: plain numbers and lists of them, as journals and checkpoints hold them."""
+
 C = TypeVar("C", bound="Component")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoft.component import Memory
 from zoft.diagnostics.bystander import Bystander
 from zoft.errors import UserError
 from zoft.estimators.base import Estimator
@@ -26,12 +27,12 @@ class _Remembering:
     """Takes the place of a run's optimizer: says what parts remember, and applies nothing."""
 
     session: Bystander
-    remembered: dict[str, Any]
+    remembered: dict[str, Memory]
 
-    def remember(self, **memory: dict[str, Any]) -> None:
+    def remember(self, **memory: Memory) -> None:
         """Nothing to do: what parts remember is copied already."""
 
-    def memory(self) -> dict[str, Any]:
+    def memory(self) -> dict[str, Memory]:
         """What parts remembered before the step."""
         return copy.deepcopy(self.remembered)
 
@@ -40,7 +41,7 @@ class _Remembering:
 class _InTheStep(StepQueries):
     """A run's queries, in a step that has begun: bases and masks are those in use."""
 
-    def _begin(self, batch: Any, direction: Direction) -> tuple[Tensor | None, int, dict[str, Any] | None]:
+    def _begin(self, batch: Any, direction: Direction) -> tuple[Tensor | None, int, None]:
         del batch, direction
         return None, 0, None
 
@@ -62,7 +63,7 @@ class Asking:
     session: Bystander
     batch: Any
     estimator: Estimator
-    remembered: dict[str, Any]
+    remembered: dict[str, Memory]
     slopes: dict[tuple[Direction, ...], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from zoft.component import Memory
 from zoft.diagnostics.measurement import Measurement, Wanted
 from zoft.diagnostics.record import MeasurementFiles, read_rows, read_tables
 from zoft.errors import UserError
@@ -71,7 +72,7 @@ class DiagnosticsCallback(TrainerCallback):
         self.wanted = Wanted(gradient, num_probes, tuple(float(value) for value in eps))
         self.trainer: ZOMixin | None = None
         self.record: MeasurementFiles | None = None
-        self._remembered: dict[str, Any] | None = None
+        self._remembered: dict[str, Memory] | None = None
         self.snr: float | None = None  # of the last measurement
 
     def watch(self, trainer: ZOMixin) -> None:

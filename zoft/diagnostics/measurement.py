@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from zoft.component import Memory
 from zoft.diagnostics.alignment import alignment, cosine_by_chance
 from zoft.diagnostics.asking import Asking, further
 from zoft.diagnostics.bystander import Bystander, mirrored
@@ -59,7 +60,7 @@ class Measurement:
         notes: takes what cannot be measured and why, each once.
     """
 
-    def __init__(self, trainer: ZOMixin, wanted: Wanted, remembered: dict[str, Any], notes: list[str]) -> None:
+    def __init__(self, trainer: ZOMixin, wanted: Wanted, remembered: dict[str, Memory], notes: list[str]) -> None:
         self.trainer, self.wanted, self.notes = trainer, wanted, notes
         assert trainer.last_step is not None
         assert trainer.run_steps.last_batch is not None

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
-from zoft.component import Component
+from zoft.component import Component, Memory
 from zoft.errors import Conditions, UserError
 from zoft.noise.direction import Direction
 from zoft.noise.joint import ACROSS
@@ -139,11 +139,11 @@ class Estimator(Component):
         """Where to query the objective, in the order in which it is cheapest to walk there."""
         raise NotImplementedError
 
-    def init(self) -> dict[str, Any]:
+    def init(self) -> Memory:
         """The estimator's memory before the first step: plain numbers; empty for most."""
         return {}
 
-    def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
+    def measure(self, losses: Tensor, state: Memory | None = None) -> Measured:
         """Slopes, the training loss, and the losses that a weighting may read.
 
         Args:
@@ -159,7 +159,7 @@ class Estimator(Component):
             eps=self.radius,
         )
 
-    def terms(self, terms: list[tuple[Direction, float]], state: dict[str, Any]) -> list[tuple[Direction, float]]:
+    def terms(self, terms: list[tuple[Direction, float]], state: Memory) -> list[tuple[Direction, float]]:
         """The estimate, from the step's own directions and coefficients and what is remembered of earlier ones.
 
         Args:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from zoft.component import Memory
 from zoft.estimators.base import Point
 from zoft.estimators.central import Central
 from zoft.noise.direction import Direction, key_of
@@ -50,7 +51,7 @@ class Kernel(Central):
         # theta +- eps r_j z_j; the differences are over 2 eps and not 2 eps r: K(r) has the factor of r
         return [Point(d, sign * radius(d) * self.eps) for d in directions for sign in (1.0, -1.0)]
 
-    def terms(self, terms: list[tuple[Direction, float]], state: dict[str, Any]) -> list[tuple[Direction, float]]:
+    def terms(self, terms: list[tuple[Direction, float]], state: Memory) -> list[tuple[Direction, float]]:
         """Each coefficient times K(r_j)."""
         del state
         # c_j <- c_j K(r_j), once the weighting has made c_j of the plain differences

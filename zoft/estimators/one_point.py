@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from zoft.component import Memory
 from zoft.estimators.base import FiniteDifference, Measured, Point
 from zoft.noise.direction import Direction
 from zoft.utils.lazy import Tensor, torch
@@ -43,11 +44,11 @@ class OnePoint(FiniteDifference):
         """+eps along each direction."""
         return [Point(direction, self.eps) for direction in directions]
 
-    def init(self) -> dict[str, Any]:
+    def init(self) -> Memory:
         """The losses of the last step, none before the first."""
         return {"losses": []}
 
-    def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
+    def measure(self, losses: Tensor, state: Memory | None = None) -> Measured:
         """Each direction's loss against the loss that stood in its place in the step before."""
         state = self.init() if state is None else state
         if not self.feedback:

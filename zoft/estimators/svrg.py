@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from zoft.component import Memory
 from zoft.errors import UserError
 from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import FiniteDifference, Measured, Point
@@ -94,17 +95,17 @@ class SVRG(KeepsAnchor, FiniteDifference):
         # the same points once more, from the anchor: the same z, so that what the batch adds cancels
         return [*at_theta, *(replace(point, anchor=True) for point in at_theta)]
 
-    def init(self) -> dict[str, Any]:
+    def init(self) -> Memory:
         """The anchor's directions and coefficients: rows of seed, step, index, coefficient."""
         return {"terms": []}
 
-    def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
+    def measure(self, losses: Tensor, state: Memory | None = None) -> Measured:
         """The difference of two slopes, of which there is only one while there is no anchor."""
         # without an anchor the second half of the losses is of the same weights and would cancel the first
         anchored = state is not None and bool(state["terms"])
         return super().measure(losses if anchored else losses[: 2 * self.num_directions])
 
-    def terms(self, terms: Terms, state: dict[str, Any]) -> Terms:
+    def terms(self, terms: Terms, state: Memory) -> Terms:
         """The step's terms and the anchor's; a step that makes an anchor notes its own as the anchor's."""
         if self.batches_at(terms[0][0].step):
             # plain numbers: they go into the journal and the checkpoint

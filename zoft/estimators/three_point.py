@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
+from zoft.component import Memory
 from zoft.estimators._optional import MeasuresCurvature
 from zoft.estimators.base import Measured, Point
 from zoft.estimators.central import Central
@@ -31,7 +31,7 @@ class ThreePoint(MeasuresCurvature, Central):
         """The clean point, then +eps and -eps along each direction."""
         return [Point(), *(Point(direction, sign * self.eps) for direction in directions for sign in (1.0, -1.0))]
 
-    def measure(self, losses: Tensor, state: dict[str, Any] | None = None) -> Measured:
+    def measure(self, losses: Tensor, state: Memory | None = None) -> Measured:
         """Slopes, and second differences [Q]."""
         return replace(super().measure(losses, state), curvatures=self.curvatures(losses))
 

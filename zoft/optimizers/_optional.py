@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from zoft.component import Memory
 from zoft.optimizers._factors import Factors
 from zoft.optimizers.base import State
 
@@ -12,11 +13,11 @@ from zoft.optimizers.base import State
 class RescalesCoefficients:
     """A rule that makes other numbers of the coefficients themselves, once a step."""
 
-    def init(self) -> dict[str, Any]:
+    def init(self) -> Memory:
         """The rule's memory before the first step, for all tensors together: plain numbers."""
         raise NotImplementedError
 
-    def coefficients(self, coefficients: list[float], scalars: dict[str, Any]) -> list[float]:
+    def coefficients(self, coefficients: list[float], scalars: Memory) -> list[float]:
         """The coefficients that the step is made with.
 
         Args:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from zoft.optimizers.base import Estimate, Optimizer, State
-from zoft.optimizers.cone import mix
+from zoft.optimizers.cone import Mix, mix
 from zoft.utils.lazy import Tensor
 
 
@@ -79,15 +79,15 @@ class AdaMU(Optimizer):
         # alpha_t = alpha + (1 - alpha) (1 + cos(pi share)) / 2: 1 while it explores, alpha in the end
         return self.alpha + (1 - self.alpha) * (1 + math.cos(math.pi * share)) / 2
 
-    def shape_context(self, states: Mapping[str, State], step: int) -> dict[str, Any]:
+    def shape_context(self, states: Mapping[str, State], step: int) -> Mix:
         """The factors of the momentum and of the random part."""
         # sin^2 = alpha_t is the share of the fresh noise, cos^2 = 1 - alpha_t that of the momentum
         return mix(states, math.asin(math.sqrt(min(1.0, self.alpha_at(step)))))
 
-    def shape(self, z: Tensor, state: State, context: dict[str, Any]) -> Tensor:
+    def shape(self, z: Tensor, state: State, context: Mix) -> Tensor:
         """sqrt(alpha) u + sqrt(1 - alpha) sqrt(d) m / ||m||."""
         # z = sqrt(alpha_t) u + sqrt(1 - alpha_t) sqrt(d) m / ||m||
-        return z.mul_(context["across"]).add_(state["momentum"], alpha=context["along"])
+        return z.mul_(context.across).add_(state["momentum"], alpha=context.along)
 
     def update_from(self, estimate: Estimate, state: State, step: int) -> Tensor:
         """The estimate over the root of the squares' mean."""

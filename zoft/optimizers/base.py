@@ -152,7 +152,7 @@ class Optimizer(Component):
 
     # ---- directions shaped by the state ------------------------------------------------------------------------------
 
-    def shape_context(self, states: Mapping[str, State], step: int) -> dict[str, Any]:
+    def shape_context(self, states: Mapping[str, State], step: int) -> Any:
         """Numbers over all tensors that :meth:`shape` needs, made once before the queries of a step.
 
         Args:
@@ -160,9 +160,9 @@ class Optimizer(Component):
             step: number of the step, from 0.
         """
         del states, step
-        return {}
+        return None
 
-    def shape(self, z: Tensor, state: State, context: dict[str, Any]) -> Tensor:
+    def shape(self, z: Tensor, state: State, context: Any) -> Tensor:
         """The direction that is used in place of a random one, element by element.
 
         Args:

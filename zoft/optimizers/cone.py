@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 from zoft.optimizers.base import Optimizer, State, norm_of, num_elements_of
 from zoft.utils.lazy import Tensor
@@ -48,15 +48,15 @@ class Cone(Optimizer):
         """The running mean of the estimates."""
         return {"momentum": shape}
 
-    def shape_context(self, states: Mapping[str, State], step: int) -> dict[str, Any]:
+    def shape_context(self, states: Mapping[str, State], step: int) -> Mix:
         """The factors of the momentum and of the random part."""
         del step
         return mix(states, self.angle)
 
-    def shape(self, z: Tensor, state: State, context: dict[str, Any]) -> Tensor:
+    def shape(self, z: Tensor, state: State, context: Mix) -> Tensor:
         """sqrt(d) cos(angle) m / ||m|| + sin(angle) u."""
         # z = sin(angle) u + sqrt(d) cos(angle) m / ||m||
-        return z.mul_(context["across"]).add_(state["momentum"], alpha=context["along"])
+        return z.mul_(context.across).add_(state["momentum"], alpha=context.along)
 
     def update(self, gradient: Tensor, state: State, step: int) -> Tensor:
         """The estimate; the momentum takes it in."""
@@ -66,7 +66,14 @@ class Cone(Optimizer):
         return gradient
 
 
-def mix(states: Mapping[str, State], angle: float) -> dict[str, Any]:
+class Mix(NamedTuple):
+    """A direction in parts: ``across`` times a random one, and ``along`` times the momentum."""
+
+    along: float
+    across: float
+
+
+def mix(states: Mapping[str, State], angle: float) -> Mix:
     """Factors of the momentum and of the random part, for a direction at some angle to the momentum.
 
     Args:
@@ -79,7 +86,7 @@ def mix(states: Mapping[str, State], angle: float) -> dict[str, Any]:
     length = norm_of(states, "momentum")
     # No momentum yet, or a right angle: z = u, as in MeZO.
     if not length or angle >= math.pi / 2:
-        return {"along": 0.0, "across": 1.0}
+        return Mix(0.0, 1.0)
     elements = num_elements_of(states, "momentum")
     # E||z||^2 = d cos^2 + d sin^2 = d: eps and the learning rate keep their meaning
-    return {"along": math.sqrt(elements) * math.cos(angle) / length, "across": math.sin(angle)}
+    return Mix(math.sqrt(elements) * math.cos(angle) / length, math.sin(angle))

@@ -53,7 +53,7 @@ class Hessian(Optimizer):
         """The diagonal."""
         return {"hessian": shape}
 
-    def shape(self, z: Tensor, state: State, context: dict[str, float]) -> Tensor:
+    def shape(self, z: Tensor, state: State, context: Any) -> Tensor:
         """z / sqrt(H)."""
         del context
         # z' = z / sqrt(H)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from zoft.component import Memory
 from zoft.optimizers._optional import RescalesCoefficients
 from zoft.optimizers.base import Optimizer
 from zoft.utils.lazy import Tensor
@@ -43,11 +44,11 @@ class ScalarAdam(RescalesCoefficients, Optimizer):
         self.require(0 <= self.adam_beta2 < 1, "adam_beta2", "in [0, 1)")
         self.require(0 < self.adam_epsilon < float("inf"), "adam_epsilon", "> 0 and finite")
 
-    def init(self) -> dict[str, Any]:
+    def init(self) -> Memory:
         """The second moment, and the number of updates that it has seen."""
         return {"moment2": 0.0, "updates": 0}
 
-    def coefficients(self, coefficients: list[float], scalars: dict[str, Any]) -> list[float]:
+    def coefficients(self, coefficients: list[float], scalars: Memory) -> list[float]:
         """Each divided by the root of the bias-corrected second moment."""
         # sum_j a_j^2
         square = math.fsum(coefficient**2 for coefficient in coefficients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from zoft.lm.metrics.intervals import mean_of_seeds
 from zoft.utils.files import write_atomically
@@ -14,16 +14,31 @@ _DOWN = ("loss",)  # the lower the better
 _SHARES = ("accuracy", "f1", "exact_match")  # of a row it is 0 to 1
 
 
-def row_values(metric: str, predictions: Any, labels: Any) -> dict[str, list[float]]:
+class RowValues(TypedDict):
+    """A metric row by row.
+
+    Args:
+        values: what each row adds to it.
+        weights: how much each row counts.
+    """
+
+    values: list[float]
+    weights: list[float]
+
+
+class KeptRows(RowValues):
+    """The same beside a file of numbers; ``of`` has the digests of the weights and rows that they are of."""
+
+    of: dict[str, str | None]
+
+
+def row_values(metric: str, predictions: Any, labels: Any) -> RowValues:
     """What each row adds to the metric, and how much it weighs.
 
     Args:
         metric: accuracy, loss, f1, exact_match or reward.
         predictions: as the objective's metric gets them.
         labels: likewise.
-
-    Returns:
-        ``values`` and ``weights``, one a row.
     """
     import numpy
 
@@ -38,7 +53,7 @@ def row_values(metric: str, predictions: Any, labels: Any) -> dict[str, list[flo
     return {"values": numpy.asarray(values, dtype=float).tolist(), "weights": weights.tolist()}
 
 
-def paired_gain(metric: str, before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float, float] | None:
+def paired_gain(metric: str, before: RowValues, after: RowValues) -> tuple[float, float, float] | None:
     """(gain, low, high) of the metric over the same rows, 95 %; None where the rows are not the same.
 
     d_i = after_i - before_i: their mean over rows of equal weight, the ratio sum d_i / sum w_i over rows of w_i tokens;
@@ -120,20 +135,20 @@ def next_lines(output_dir: str, *, chats: bool, chooses: bool, own: Sequence[str
     return [f"next    {use}", f"        zoft export {run}", f"        zoft journal show {output_dir}"]
 
 
-def keep_rows(path: Path, rows: dict[str, list[float]], of: dict[str, str | None]) -> None:
+def keep_rows(path: Path, rows: RowValues, of: dict[str, str | None]) -> None:
     """Write rows beside the numbers that are of them."""
     import json
 
     write_atomically(_beside(path), json.dumps({**rows, "of": of}) + "\n")
 
 
-def kept_rows(path: Path) -> dict[str, Any] | None:
+def kept_rows(path: Path) -> KeptRows | None:
     """The rows that :func:`keep_rows` wrote beside a file of numbers, where both are of the same weights and rows."""
     from zoft.report.results import read_json
 
     numbers, rows = read_json(path) or {}, read_json(_beside(path)) or {}
     same = bool(rows.get("of")) and all(numbers.get(name) == sha for name, sha in rows["of"].items())
-    return rows if same else None
+    return cast(KeptRows, rows) if same else None
 
 
 def gain_of(metric: str, before: Path, after: Path) -> tuple[float, float, float] | None:

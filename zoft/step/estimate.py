@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoft.component import Memory
 from zoft.engines._backward import Backward
 from zoft.errors import UserError
 from zoft.journal import state
@@ -18,6 +19,7 @@ from zoft.journal.records import COMPUTED, GUARDED, SKIPPED, Record
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors, of_state, to_state
 from zoft.optimizers.base import Term
+from zoft.subspaces.base import SubspaceState
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class StepEstimate:
     loss: float = math.nan
     num_queries: int = 0
     eps: float = 0.0
-    observations: dict[str, Any] | None = None
-    memory: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    observations: SubspaceState | None = None
+    memory: Mapping[str, Memory] = field(default_factory=dict)
     backward: Backward | None = None
     factors: Mapping[str, Factors] | None = None
     outlier: str | None = None

@@ -24,6 +24,7 @@ from zoft.step.nodes import NodeQueries
 from zoft.step.shares import Shares
 from zoft.step.update import ZOOptimizer
 from zoft.subspaces._observes import ObservesGradients, ObservesInputs
+from zoft.subspaces.base import SubspaceState
 from zoft.weightings.per_prompt import PerPrompt
 
 
@@ -60,7 +61,7 @@ class StepQueries:
     select: Callable[[Any, tuple[int, float]], Any] = field(default=lambda batch, lengths: batch)
     batches: Callable[[Any, int, int], Iterable[Any]] = field(default=lambda batch, count, step: [])
     average: Callable[[Tensor, Any], Tensor] = _as_they_are
-    agree: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    agree: Callable[[SubspaceState], SubspaceState] | None = None
     gather: Callable[[Any], list[Any]] | None = None
     places: Callable[[Any, int], list[list[int]]] = field(default=lambda batch, count: [list(range(count))])
     rank: int = 0
@@ -129,7 +130,7 @@ class StepQueries:
         learnt = self.session.coordinates.state_dict() if estimator.probes_at(estimate.step) else None
         return replace(estimate, terms=[], factors=nodes.factors, observations=learnt) if nodes.usable else estimate
 
-    def _begin(self, batch: Any, direction: Direction) -> tuple[Tensor | None, int, dict[str, Any] | None]:
+    def _begin(self, batch: Any, direction: Direction) -> tuple[Tensor | None, int, SubspaceState | None]:
         """Settle what the directions of the step depend on, before the first of them is drawn.
 
         Returns:

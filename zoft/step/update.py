@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoft.component import Memory
 from zoft.engines._optional import KeepsWeightsAway, device_of, settle
 from zoft.engines.base import Session
 from zoft.errors import UserError
@@ -125,22 +126,22 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.records: list[list[Term]] = []  # the last steps, as many as the component looks back at
         self._history_length = component.history_length
         remembered = component.init() if isinstance(component, RescalesCoefficients) else {}
-        self.scalars: dict[str, dict[str, Any]] = {"optimizer": remembered}  # what parts of the method remember
+        self.scalars: dict[str, Memory] = {"optimizer": remembered}  # what parts of the method remember
         self.direction: Direction | None = None  # one of the step in progress
         # set by begin(): numbers over the whole state that shape() needs, a norm for example
-        self._context: dict[str, Any] = {}
+        self._context: Any = None
         # from here on every direction that is drawn goes through the rule, in queries and in the step alike
         if component.shapes_directions:
             self.subspace.arrange(shape=self._shape)
 
     # ---- what parts remember -----------------------------------------------------------------------------------------
 
-    def remember(self, **memory: dict[str, Any]) -> None:
+    def remember(self, **memory: Memory) -> None:
         """Set the first memory of parts of the method; what a part has already stays."""
         for part, start in memory.items():
             self.scalars.setdefault(part, start)
 
-    def memory(self) -> dict[str, dict[str, Any]]:
+    def memory(self) -> dict[str, Memory]:
         """A copy of what estimator and weighting remember."""
         return copy.deepcopy({part: memory for part, memory in self.scalars.items() if part != "optimizer"})
 

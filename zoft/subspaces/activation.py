@@ -13,6 +13,7 @@ from zoft.noise.source import NoiseSource
 from zoft.subspaces._factored import Bases, BoundFactored, Factored, MatrixLayout
 from zoft.subspaces._matrices import haar
 from zoft.subspaces._observes import ObservesInputs
+from zoft.subspaces.base import SubspaceState
 from zoft.subspaces.outer import outer_factors, outer_noise
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import Weights
@@ -290,14 +291,14 @@ class BoundActivation(ObservesInputs, BoundFactored):
 
     # ---- saved and loaded --------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SubspaceState:
         """The bases in use, and what they are made of."""
         return {
             "seen": {name: [step, basis] for name, (step, basis) in self._seen.items()},
             "followed": dict(self._followed),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SubspaceState) -> None:
         """Take over saved bases; the basis of the step before stays known."""
         devices = {name: self.weights.tensors[name].device for name in self.layouts}
         # tensors that are no longer trained in the subspace are passed over

@@ -24,6 +24,9 @@ _CHUNK_GPU = 1 << 25  # the same where launching a kernel costs more than its wo
 _KEEP_MODELS = 1 << 22  # trained elements up to which z is kept: adapters and norms draw each direction once a step
 _KEEP = 1 << 24  # elements kept at most, over all of a step's directions: 64 MiB
 
+SubspaceState = dict[str, Any]
+"""Tensors and plain numbers that a bound subspace has observed or chosen, as journals and checkpoints hold them."""
+
 NOT_LAWS = {
     "cone": "a cone around the momentum is optimizer=cone",
     **dict.fromkeys(("orthogonal", "antithetic"), "how a step's directions hang together is estimator.across"),
@@ -145,11 +148,11 @@ class BoundSubspace:
         """Numbers (32 bits each) that bases and masks take, as long as they are in use."""
         return 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SubspaceState:
         """State that a restart needs: tensors and plain numbers; empty where all follows from seed and step."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SubspaceState) -> None:
         """Take over what :meth:`state_dict` gave."""
         del state
 

@@ -11,7 +11,7 @@ from zoft.noise.counter import sample
 from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import CounterNoise, NoiseSource
 from zoft.subspaces._node_layers import Node, find_nodes, is_adapter, is_fresh_head, is_linear, is_mlp
-from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.subspaces.base import BoundSubspace, Subspace, SubspaceState
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights
 
@@ -281,11 +281,11 @@ class NodeSpace(BoundSubspace):
 
     # ---- saved and loaded --------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SubspaceState:
         """The response."""
         return {"response": dict(self.response), "tables": dict(self.tables)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SubspaceState) -> None:
         """Take up a saved response."""
         if "response" not in state:  # a step of the journal without probes
             return

@@ -11,7 +11,7 @@ from zoft.noise.direction import Direction, key_of
 from zoft.noise.source import NoiseSource
 from zoft.subspaces._masks import Mask, by_chance, check_file, read, smallest
 from zoft.subspaces._observes import ObservesGradients
-from zoft.subspaces.base import BoundSubspace, Subspace
+from zoft.subspaces.base import BoundSubspace, Subspace, SubspaceState
 from zoft.utils.lazy import Tensor, torch
 from zoft.weights.tensors import Weights, perturbed
 
@@ -166,7 +166,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         ]
         return -(-sum(tensor.numel() for tensor in masked) // 32)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SubspaceState:
         """The masks by magnitude or gradient, packed: the weights of which they were made have moved on."""
         if self.sparse.choose not in ("magnitude", "gradient") or not self._masks or self._mask_interval is None:
             return {}
@@ -177,7 +177,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
             "counts": {name: mask.count for name, mask in self._masks.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SubspaceState) -> None:
         """Take over saved masks; without any in the state they are made anew."""
         if self.sparse.choose in ("magnitude", "gradient") and state:
             interval = state["made_for"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from zoft.component import Memory
 from zoft.errors import UserError
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
@@ -39,7 +40,7 @@ class Align(Weighting):
         """Refuse estimators without slopes."""
         refuse_no_slopes(self, method)
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """The solution in float64, rounded once; nothing moves where no direction does."""
         del state
         slopes, products = measured.projected_grads, gram().double().cpu()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zoft.component import Component
+from zoft.component import Component, Memory
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor
 
@@ -24,11 +24,11 @@ class Weighting(Component):
     def check_with(self, method: Any) -> None:
         """Refuse the other parts of a :class:`zoft.step.method.Method` that make no sense with this weighting."""
 
-    def init(self) -> dict[str, Any]:
+    def init(self) -> Memory:
         """The weighting's memory before the first step: plain numbers; empty for most."""
         return {}
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """The coefficients, float32 [Q].
 
         Args:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from zoft.component import Memory
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor
 from zoft.weightings.base import Gram, Weighting
@@ -27,7 +27,7 @@ class Clip(Weighting):
         """Refuse a bound that lets nothing through."""
         self.require(0 < self.bound < float("inf"), "bound", "> 0 and finite")
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """Clipped p / q."""
         del gram, state
         # a_j = clip(p_j, -bound, bound) / q

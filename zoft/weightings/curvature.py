@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from zoft.component import Memory
 from zoft.estimators._optional import require_curvature
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor
@@ -37,7 +38,7 @@ class Curvature(Weighting):
         """Refuse estimators that measure no curvature."""
         require_curvature(f"weighting={self.name()}", method)
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """w p / q."""
         del gram, state
         slopes, curvatures = measured.projected_grads, measured.curvatures

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from zoft.component import Memory
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
 from zoft.weightings.align import refuse_no_slopes
@@ -52,12 +53,12 @@ class Kalman(Weighting):
         """Refuse estimators without slopes."""
         refuse_no_slopes(self, method)
 
-    def init(self) -> dict[str, Any]:
+    def init(self) -> Memory:
         """The variance of the noise."""
         # of the slopes' noise: s = noise^2 before the first step
         return {"variance": self.noise**2}
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """b / q, filtered in float64."""
         slopes, products = measured.projected_grads, gram().double().cpu()
         length = float(products.diagonal().mean())  # D

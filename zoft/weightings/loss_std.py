@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from zoft.component import Memory
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
 from zoft.weightings._spread import refuse_one_loss, spread
@@ -44,7 +45,7 @@ class LossStd(Weighting):
         """Refuse one loss, which has no spread."""
         refuse_one_loss(self, method)
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """p eps / (q sigma)."""
         del gram, state
         slopes, sigma = measured.projected_grads, spread(measured)

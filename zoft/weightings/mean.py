@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from zoft.component import Memory
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor
 from zoft.weightings.base import Gram, Weighting
@@ -23,7 +23,7 @@ class Mean(Weighting):
     References: Malladi et al. 2023 (MeZO), Algorithm 2.
     """
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """p / q."""
         del gram, state
         # a_j = p_j / q

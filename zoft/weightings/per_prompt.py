@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from zoft.component import Memory
 from zoft.errors import UserError
 from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import Measured
@@ -64,7 +65,7 @@ class PerPrompt(Weighting):
                 f"estimator={estimator.name()} asks for something else: use estimator=central or one_sided"
             )
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """The mean over prompts of the scores, or of half a pair's difference, over q."""
         del gram, state
         losses = measured.examples  # [Q, S, B]

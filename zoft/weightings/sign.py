@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from zoft.component import Memory
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
 from zoft.weightings.base import Gram, Weighting
@@ -18,7 +18,7 @@ class Sign(Weighting):
     zeroth-order oracle) takes the sign element by element, which is ``optimizer=sign``.
     """
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """sign(p) / q."""
         del gram, state
         slopes = measured.projected_grads

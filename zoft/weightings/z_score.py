@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from zoft.component import Memory
 from zoft.estimators.base import Measured
 from zoft.utils.lazy import Tensor, torch
 from zoft.weightings._spread import refuse_one_loss, refuse_other_rows, rms
@@ -37,7 +38,7 @@ class ZScore(Weighting):
         refuse_one_loss(self, method)
         refuse_other_rows(self, method)
 
-    def coefficients(self, measured: Measured, gram: Gram, state: dict[str, Any]) -> Tensor:
+    def coefficients(self, measured: Measured, gram: Gram, state: Memory) -> Tensor:
         """The scores, or half the difference of a pair's, over q."""
         del gram, state
         slopes, losses = measured.projected_grads, measured.losses

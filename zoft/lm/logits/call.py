@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,7 @@ def inner(model: Any) -> Any:
 
 def takes(model: nn.Module, name: str) -> bool:
     """Whether the forward of the model's class names this argument."""
-    return name in _parameters(type(inner(model)))
+    return name in _parameters(type(inner(model)).forward)
 
 
 def is_compiled(model: Any) -> bool:
@@ -63,7 +63,7 @@ def refuse_elsewhere(model: nn.Module) -> None:
 
 def called(model: nn.Module, inputs: Mapping[str, Any], **more: Any) -> Tensor:
     """The logits of one call, [B, T, V] or what the head was made to give; no key-value cache is built."""
-    parameters = _parameters(type(inner(model)))
+    parameters = _parameters(type(inner(model)).forward)
     if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         more["use_cache"] = False
     output = model(**{**inputs, **more})
@@ -72,5 +72,5 @@ def called(model: nn.Module, inputs: Mapping[str, Any], **more: Any) -> Tensor:
 
 
 @cache
-def _parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(cls.forward).parameters
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
