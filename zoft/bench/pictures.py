@@ -80,11 +80,7 @@ def _curves(results: Results, file: Path) -> Path:
                     queries, [scale * v for v in values], color=colour[result.method], linewidth=1.7, linestyle=style
                 )
                 handles[result.method] = line
-        for mode, dashes in zip(plan.modes, _DASHES, strict=False):
-            row = results.untrained.get((group, mode))
-            if row is not None:
-                score = row["test"][row["metric"]] * (100.0 if row["metric"] == "accuracy" else 1.0)
-                handles[mode] = panel.axhline(score, color="#8a8f98", lw=1.2, ls=dashes)
+        handles |= _draw_untrained(panel, results, group)
         unit = ", %" if metric == "accuracy" else ""
         panel.set_title(f"{group[0]}, prompt {group[1]}: dev {metric}{unit}", loc="left", fontsize=10, color=_INK)
     for panel in panels[-1]:
@@ -121,11 +117,7 @@ def _budgets(plan: Plan, rows: Mapping[Cell, Row], file: Path) -> Path:
             style: Any = (0, (4, 2)) if method in plan.references else "-"
             look = {"color": colour[method], "lw": 1.6, "ls": style, "marker": "o", "ms": 3.5, "elinewidth": 0.8}
             handles[method] = panel.errorbar(at, middle, [below, above], **look)
-        for mode, dashes in zip(plan.modes, _DASHES, strict=False):
-            row = last.untrained.get((group, mode))
-            if row is not None:
-                score = row["test"][row["metric"]] * (100.0 if row["metric"] == "accuracy" else 1.0)
-                handles[mode] = panel.axhline(score, color="#8a8f98", lw=1.2, ls=dashes)
+        handles |= _draw_untrained(panel, last, group)
         unit = ", %" if metric == "accuracy" else ""
         panel.set_title(f"{group[0]}, prompt {group[1]}: test {metric}{unit}", loc="left", fontsize=10, color=_INK)
         panel.set_xscale("log")
@@ -136,6 +128,17 @@ def _budgets(plan: Plan, rows: Mapping[Cell, Row], file: Path) -> Path:
     order = [name for name in (*plan.runs, *plan.modes) if name in handles]
     figure.legend([handles[name] for name in order], order, loc="outside right upper", frameon=False, fontsize=9)
     return save_figure(figure, file)
+
+
+def _draw_untrained(panel: Any, results: Results, group: tuple[str, str]) -> dict[str, Any]:
+    """A line across for each way of asking the untrained model; by its name, for the legend."""
+    lines = {}
+    for mode, dashes in zip(results.plan.modes, _DASHES, strict=False):
+        row = results.untrained.get((group, mode))
+        if row is not None:
+            score = row["test"][row["metric"]] * (100.0 if row["metric"] == "accuracy" else 1.0)
+            lines[mode] = panel.axhline(score, color="#8a8f98", lw=1.2, ls=dashes)
+    return lines
 
 
 def _ranks(results: Results, file: Path) -> Path:

@@ -32,9 +32,7 @@ def parse(parser: OverridesParser, text: str) -> Override:
         UserError: it is not ``key=value`` in Hydra's grammar.
     """
     if "=" not in text and not text.startswith("~"):
-        if Path(text).is_dir():
-            meant = f"config={text}/config.yaml" if (Path(text) / "config.yaml").is_file() else f"model.name={text}"
-            raise UserError(f"{text!r} is a folder, not an argument: write key=value, e.g. {meant}")
+        _refuse_folder(text)
         hint = f" Did you mean config={text}?" if re.fullmatch(r"[\w./-]+", text) and not text.startswith("-") else ""
         raise UserError(f"{text!r} is not an argument: write key=value or group=choice.{hint}")
     try:
@@ -45,6 +43,12 @@ def parse(parser: OverridesParser, text: str) -> Override:
             f"cannot read the argument {text!r} ({reason}): write key=value; quote a value with spaces, commas, braces "
             "or other signs twice, as in 'key=\"a, b\"'"
         ) from error
+
+
+def _refuse_folder(text: str) -> None:
+    if Path(text).is_dir():
+        meant = f"config={text}/config.yaml" if (Path(text) / "config.yaml").is_file() else f"model.name={text}"
+        raise UserError(f"{text!r} is a folder, not an argument: write key=value, e.g. {meant}")
 
 
 def quoted(parser: OverridesParser, text: str) -> str:
@@ -109,12 +113,13 @@ def rewrite(parsed: list[Override], experiments: Experiments, *, sweeping: bool 
     rewritten: list[str] = []
     for override in parsed:
         text = override.input_line or ""
-        refuse_targets(_as_data(override), text)
         if override.is_sweep_override():
+            refuse_targets(dict.fromkeys(override.key_or_group.split(".")), text)
             raise UserError(
                 f"{text} has several values: add -m to run one training for each, "
                 f"or write {override.key_or_group}=[...] for a list"
             )
+        refuse_targets(nested(override), text)
         if override.package is not None:
             raise UserError(f"{text}: groups have one place each here: drop the part after '@'")
         if is_hydra(override):
@@ -130,10 +135,6 @@ def rewrite(parsed: list[Override], experiments: Experiments, *, sweeping: bool 
 
 def _value(override: Override) -> Any:
     return None if override.is_delete() and override.value_type is None else override.value()
-
-
-def _as_data(override: Override) -> Any:
-    return dict.fromkeys(override.key_or_group.split(".")) if override.is_sweep_override() else nested(override)
 
 
 def _hydra_argument(override: Override, text: str, sweeping: bool) -> str:
@@ -163,9 +164,7 @@ def _choice(override: Override, experiments: Experiments) -> list[str]:
     known = choices(group)
     if value not in known:
         homes = [f"{other}={value}" for other in ORDER if value in choices(other)]  # `optimizer=lozo`: a method's name
-        if Path(text).is_dir():
-            meant = f"config={text}/config.yaml" if (Path(text) / "config.yaml").is_file() else f"model.name={text}"
-            raise UserError(f"{text!r} is a folder, not an argument: write key=value, e.g. {meant}")
+        _refuse_folder(text)
         hint = f" Did you mean {' or '.join(homes)}?" if homes else did_you_mean(value, known)
         if group == "model" and "/" in value:
             hint = f" One of the hub or a folder is model.name={value}."

@@ -83,7 +83,10 @@ def _feed(digest: Feed, value: Any) -> None:
     if kind is int or kind is bool or kind is float or value is None:
         digest.update(f"{value!r};".encode())
     elif kind is dict or isinstance(value, Mapping):
-        _feed_mapping(digest, value)
+        digest.update(f"d{len(value)}:".encode())
+        for key in value:
+            digest.update(f"{key!r}=".encode())
+            _feed(digest, value[key])
     elif kind is list or kind is tuple:
         _feed_list(digest, value)
     elif kind is str:
@@ -99,13 +102,6 @@ def _feed(digest: Feed, value: Any) -> None:
     else:
         text = repr(value)
         digest.update((kind.__name__ if " at 0x" in text else text).encode() + b";")
-
-
-def _feed_mapping(digest: Feed, value: Mapping[Any, Any]) -> None:
-    digest.update(f"d{len(value)}:".encode())
-    for key in value:
-        digest.update(f"{key!r}=".encode())
-        _feed(digest, value[key])
 
 
 def _feed_list(digest: Feed, value: list[Any] | tuple[Any, ...]) -> None:

@@ -86,7 +86,8 @@ def merge(
     records = []
     for number, terms in enumerate(parts):
         share = (number + 1) / len(parts)
-        named = [_direction(key, number, by_seed=by_seed) for key in terms]
+        # MeZO's stream knows no step, and keeps its draws for one step at a time
+        named = [[key[0], number, 0] if by_seed else list(key) for key in terms]
         records.append(
             Record(
                 number, seed_of(number), 1.0, 0.0, round(queries * share), round(tokens * share), math.nan, math.nan,
@@ -110,11 +111,6 @@ def _names(record: Record) -> list[Name]:
     """The directions of a record, as they are named everywhere."""
     named = record.extra.get("directions") or [[record.seed, record.step, j] for j in range(len(record.coefficients))]
     return [tuple(which if which[-1] is not None else which[:-1]) for which in named]
-
-
-def _direction(key: Name, step: int, *, by_seed: bool) -> list[int]:
-    """A direction as a record names it; MeZO's stream knows no step, and keeps its draws for one step."""
-    return [key[0], step, 0] if by_seed else list(key)
 
 
 def _header(journals: Sequence[tuple[str, Contents]], how: str) -> dict[str, Any]:

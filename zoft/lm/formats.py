@@ -141,7 +141,11 @@ def require_fit(task: Task, form: str, objective: Objective) -> None:
         UserError: saying which objectives are.
     """
     if objective.forms and form not in objective.forms:
-        fitting = [name for name, cls in _objectives().items() if form in cls().forms]
+        from zoft.component import components
+
+        known: dict[str, Any] = components("objective")
+        others = ("auto", "expression")
+        fitting = [name for name, cls in known.items() if name not in others and form in cls().forms]
         wanted = " or ".join(FORMS[one].what for one in objective.forms)
         raise UserError(
             f"task={task.name()} has {FORMS[form].what}, and objective={objective.name()} is computed from {wanted}: "
@@ -159,12 +163,6 @@ def require_fit(task: Task, form: str, objective: Objective) -> None:
             f"task.max_length={task.max_length} leaves no room for a prompt in front of a text of "
             f"{room_of(task, objective)} tokens: raise it, or set a smaller objective.max_new_tokens"
         )
-
-
-def _objectives() -> dict[str, Any]:
-    from zoft.component import components
-
-    return {name: cls for name, cls in components("objective").items() if name not in ("auto", "expression")}
 
 
 def reported(form: str, task: Task) -> str:

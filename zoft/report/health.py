@@ -68,12 +68,9 @@ class HealthCallback(TrainerCallback):
             if state.max_steps and state.global_step - self.sloped >= CHANCE_SHARE * state.max_steps:
                 self._flat(args.learning_rate)
         accuracy = logs.get("eval_accuracy")
-        if accuracy is not None and self._is_late(state):
+        is_late = bool(state.max_steps) and state.global_step >= CHANCE_SHARE * state.max_steps
+        if accuracy is not None and is_late:
             self._accuracy(float(accuracy), args.learning_rate)
-
-    @staticmethod
-    def _is_late(state: TrainerState) -> bool:
-        return bool(state.max_steps) and state.global_step >= CHANCE_SHARE * state.max_steps
 
     def _slope(self, step: int, slope: float, loss: float) -> None:
         if self.eps and not 2 * self.eps * abs(slope) <= ROUNDING * abs(loss):  # NaN is another matter

@@ -21,8 +21,8 @@ def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         ("evaluated on", _format(known, "num_eval_rows", "{:,} rows")),
         ("queries", _join(_format(known, "num_queries", "{:,}"), _format(known, "budget_queries", "of {:,}"))),
         ("steps", _format(known, "num_steps", "{:,}")),
-        ("steps skipped", _skipped(known)),
-        ("texts ungraded", _ungraded(known)),
+        ("steps skipped", _count(known, "num_skipped_steps", "their loss was not finite")),
+        ("texts ungraded", _count(known, "num_ungraded", "`ungraded.jsonl` says why")),
         ("tokens", _format(known, "num_tokens", "{:,}")),
         ("wall time", _time(known)),
         ("peak memory", gib(known["peak_memory_mb"]) if "peak_memory_mb" in known else None),
@@ -73,12 +73,8 @@ def _gain(known: dict[str, Any]) -> str | None:
     return f"{scale * known['gain']:+.{digits}f}{interval} on the same rows"
 
 
-def _skipped(known: dict[str, Any]) -> str | None:
-    return f"{known['num_skipped_steps']:,}: their loss was not finite" if known.get("num_skipped_steps") else None
-
-
-def _ungraded(known: dict[str, Any]) -> str | None:
-    return f"{known['num_ungraded']:,}: `ungraded.jsonl` says why" if known.get("num_ungraded") else None
+def _count(known: dict[str, Any], name: str, why: str) -> str | None:
+    return f"{known[name]:,}: {why}" if known.get(name) else None
 
 
 def _time(known: dict[str, Any]) -> str | None:

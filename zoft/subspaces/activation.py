@@ -218,7 +218,8 @@ class BoundActivation(ObservesInputs, BoundFactored):
             largest = torch.linalg.eigvalsh((k.T @ pulled).double())[-1].clamp(min=torch.finfo(torch.float32).tiny)
             # K <- orth(K + eta H^T H K / lambda): the rule's step does not depend on how large inputs are
             self._followed[name] = orthonormal(k + self.subspace.step_size * (pulled / largest.float()), k)
-        order = sample("gaussian", key_of(_of_step(direction), name, role="activation.active"), 0, columns - shared)
+        key = key_of(Direction(direction.seed, direction.step), name, role="activation.active")
+        order = sample("gaussian", key, 0, columns - shared)
         # the leading columns are in every step, the others take turns at random, the same on every device
         drawn = order.argsort()[: rank - shared].sort().values + shared
         active = torch.cat((torch.arange(shared), drawn)).to(inputs.device)
@@ -336,10 +337,6 @@ def _turned(module: nn.Module) -> bool | None:
 
 def _inputs(layout: MatrixLayout) -> int:
     return layout.columns if layout.by_rows else layout.rows
-
-
-def _of_step(direction: Direction) -> Direction:
-    return Direction(direction.seed, direction.step)
 
 
 # ---- linear algebra --------------------------------------------------------------------------------------------------

@@ -141,7 +141,8 @@ class _Try:
         self.number, self.image, self.aim, self.ball = number, image, aim, ball
         self.subspace, self.method, self.budget, self.seed = subspace, method, budget, seed
         self.num_queries, self.skipped, self.success = 0, False, False
-        self.best, self.best_loss, self.search = image, np.inf, None  # type: tuple[np.ndarray, float, Search | None]
+        self.best, self.best_loss = image, float(np.inf)
+        self.search: Search | None = None
         self.questions = image[None]  # [m, c, h, w]; empty: it is over
         self.before = self.after = (-1, 0.0)
 
@@ -158,7 +159,10 @@ class _Try:
             if self.search is None:
                 self.before = _said(log_probabilities[0])
                 self.skipped = self.before[0] != self.aim.label or self.success
-                self.search = self._start(float(losses[0]))
+                self.search = self.method.search(
+                    self.subspace, self.ball, clean=float(losses[0]), budget=self.budget, seed=self.seed,
+                    image=self.number,
+                )  # fmt: skip
                 asked = None if self.skipped else next(self.search)
             else:
                 asked = None if self.success else self.search.send(losses.tolist())
@@ -170,11 +174,6 @@ class _Try:
             self.questions = self.questions[:0]
         else:
             self.questions = np.stack([self.at(z) for z in asked])
-
-    def _start(self, clean: float) -> Search:
-        return self.method.search(
-            self.subspace, self.ball, clean=clean, budget=self.budget, seed=self.seed, image=self.number
-        )
 
     def at(self, z: np.ndarray) -> np.ndarray:
         """The image that z stands for, float32, within the ball in float32 too."""

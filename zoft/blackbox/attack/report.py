@@ -50,7 +50,7 @@ def carry_out(settings: AttackSettings, progress: Any = None) -> dict[str, Any]:
         budget=settings.budget,
         method=settings.attack_method(),
         subspace=settings.subspace,
-        grid=_grid(settings, images),
+        grid=0 if settings.subspace == "pixels" else settings.grid or max(1, min(images.shape[2:]) // 4),
         loss=settings.loss,
         target=target,
         seed=settings.seed,
@@ -90,12 +90,6 @@ def _chosen(settings: AttackSettings, setting: Setting) -> tuple[np.ndarray, np.
         )
     part = slice(first, first + count)
     return setting.images[part], setting.labels[part], range(first, first + count)
-
-
-def _grid(settings: AttackSettings, images: np.ndarray) -> int:
-    if settings.subspace == "pixels":
-        return 0
-    return settings.grid or max(1, min(images.shape[2:]) // 4)
 
 
 def _in_bytes(setting: Setting, outcome: ImageOutcome, target: int | None) -> dict[str, Any]:

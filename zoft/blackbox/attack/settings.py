@@ -100,7 +100,9 @@ class AttackSettings:
         for key, known in (("loss", LOSSES), ("subspace", SUBSPACES)):
             if getattr(self, key) not in known:
                 raise UserError(f"there is no {key} {getattr(self, key)!r}.{did_you_mean(getattr(self, key), known)}")
-        whole = self if self.radius is not None else dataclasses.replace(self, radius=self._usual_radius())
+        linf, l2 = RADII[self.data or "image"]  # the usual ones
+        usual = linf if self.norm == "linf" else l2
+        whole = self if self.radius is not None else dataclasses.replace(self, radius=usual)
         Ball(whole.norm, whole.radius or 0.0)
         whole.attack_method()
         if self.subspace == "pixels" and self.grid is not None:
@@ -130,10 +132,6 @@ class AttackSettings:
                 raise UserError(
                     f"{key} has no effect with {'data=' + self.data if self.data else 'model'}: leave it out"
                 )
-
-    def _usual_radius(self) -> float:
-        linf, l2 = RADII[self.data or "image"]
-        return linf if self.norm == "linf" else l2
 
     def _usual_folder(self) -> str:
         """Named by every setting that is not at its default."""

@@ -177,7 +177,8 @@ class _Window:
                     if not depth:
                         return place
                     if depth > MAX_DEPTH:
-                        raise UserError(f"{self.path}:{self._line_at(place)}: nested too deeply to be a row")
+                        line = self.line + self.held.count("\n", 0, place)
+                        raise UserError(f"{self.path}:{line}: nested too deeply to be a row")
             place = max(place, len(self.held) - 1)  # a backslash at the very end waits for what it escapes
             if len(self.held) > MAX_BYTES:
                 raise UserError(f"{self.path}:{self.line}: {TOO_LONG}")
@@ -188,9 +189,6 @@ class _Window:
         """What is said where something other than a list's next object stands."""
         beginning = repr(self.held[:20]) if self.held else "the end of the file"
         return f"{self.path}:{self.line}: {_LIST_EXPECTED} (found {beginning})"
-
-    def _line_at(self, place: int) -> int:
-        return self.line + self.held.count("\n", 0, place)
 
     def _more(self) -> bool:
         chunk = next(self._chunks, "")

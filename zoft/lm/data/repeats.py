@@ -63,7 +63,8 @@ def notes(splits: Splits) -> list[str]:
         count = repeated(rows, getattr(splits, other))
         if count:
             why = "a metric on them measures memory" if other == "train" else "the best checkpoint is chosen by them"
-            lines.append(f"{count:,} of {len(rows):,} {held} rows {_stand(count)} in {other} too: {why}")
+            stand = "stands" if count == 1 else "stand"
+            lines.append(f"{count:,} of {len(rows):,} {held} rows {stand} in {other} too: {why}")
     for name in _SPLITS:
         rows = getattr(splits, name)
         count = len(rows) - len(set(map(content_of, rows)))
@@ -76,10 +77,6 @@ def warn(splits: Splits) -> None:
     """Log :func:`notes`: what is about to be trained on, evaluated or shown."""
     for note in notes(splits):
         log.warning(note)
-
-
-def _stand(count: int) -> str:
-    return "stands" if count == 1 else "stand"
 
 
 def _plain(value: Any) -> Hashable:

@@ -271,27 +271,11 @@ def _after(model: nn.Module, whole: list[Tensor], plain: Tensor) -> Callable[[Te
     return None
 
 
-def _unchanged(_factor: float, logits: Tensor) -> Tensor:
-    return logits
-
-
-def _times(factor: float, logits: Tensor) -> Tensor:
-    return logits * factor
-
-
-def _divided(factor: float, logits: Tensor) -> Tensor:
-    return logits / factor
-
-
-def _capped(factor: float, logits: Tensor) -> Tensor:
-    return torch.tanh(logits / factor) * factor
-
-
 _TRANSFORMS: list[tuple[str, Callable[[float, Tensor], Tensor]]] = [  # the config's field, and what is done with it
-    ("", _unchanged),
-    ("final_logit_softcapping", _capped),  # Gemma 2
-    ("logit_scale", _times),  # Cohere
-    ("logits_scaling", _divided),  # Granite
-    ("logits_scaling", _times),  # HyperCLOVA X
-    ("lm_head_multiplier", _times),  # Falcon H1
+    ("", lambda _, logits: logits),
+    ("final_logit_softcapping", lambda cap, logits: torch.tanh(logits / cap) * cap),  # Gemma 2
+    ("logit_scale", lambda scale, logits: logits * scale),  # Cohere
+    ("logits_scaling", lambda scale, logits: logits / scale),  # Granite
+    ("logits_scaling", lambda scale, logits: logits * scale),  # HyperCLOVA X
+    ("lm_head_multiplier", lambda scale, logits: logits * scale),  # Falcon H1
 ]

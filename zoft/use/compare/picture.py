@@ -60,7 +60,8 @@ def curves(group: Group, name: str, axis: str) -> list[tuple[float, float, float
     ]
     shared = sorted(set.intersection(*map(set, runs))) if runs else []
     points = []
-    for steps in _stretches(shared, 1 if name.startswith("eval_") else max(1, len(shared) // _MANY)):
+    length = 1 if name.startswith("eval_") else max(1, len(shared) // _MANY)
+    for steps in (shared[start : start + length] for start in range(0, len(shared), length)):
         values = [_mean([run[step][1] for step in steps]) for run in runs]
         low, high = mean_of_seeds(values, name.removeprefix("eval_")) if len(values) > 1 else (math.nan, math.nan)
         points.append((_mean([run[steps[-1]][0] for run in runs]), _mean(values), low, high))
@@ -78,10 +79,6 @@ def _draw(axes: Any, points: list[tuple[float, float, float, float]], colour: st
         axes.fill_between(
             cost, *([scale * point[k] for point in points] for k in (2, 3)), color=colour, alpha=0.15, lw=0
         )
-
-
-def _stretches(steps: Sequence[int], length: int) -> list[Sequence[int]]:
-    return [steps[start : start + length] for start in range(0, len(steps), length)]
 
 
 def _known(row: dict[str, Any], name: str) -> bool:

@@ -54,14 +54,11 @@ def in_last_blocks(model: nn.Module, num_blocks: int, asker: Trainable) -> set[s
         index = block_of(name)
         inside = index is not None and _stack(name, index) == stack and index >= depth - num_blocks
         after = index is None and name.startswith(parent) and "norm" in name.lower().removeprefix(parent.lower())
-        if inside or (after and "embed" not in name.lower()) or _is_final_ln(name, parent):
+        is_final_ln = name.removeprefix(parent).lstrip(".") in {"ln_f.weight", "ln_f.bias"}
+        if inside or (after and "embed" not in name.lower()) or is_final_ln:
             chosen.add(name)
     return chosen
 
 
 def _stack(name: str, index: int) -> str:
     return name[: name.index(f".{index}.")]
-
-
-def _is_final_ln(name: str, parent: str) -> bool:
-    return name.removeprefix(parent).lstrip(".") in {"ln_f.weight", "ln_f.bias"}
