@@ -15,9 +15,9 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from estimates import estimates
 from matplotlib.axes import Axes
 
-from zoft.blackbox.samples import estimates
 from zoft.estimators.central import Central
 from zoft.estimators.one_point import OnePoint
 from zoft.estimators.one_sided import OneSided

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from zoft.blackbox.samples import estimates
+from scripts.estimates import estimates
 from zoft.estimators.central import Central
 from zoft.estimators.leave_one_out import LeaveOneOut
 from zoft.estimators.one_point import OnePoint

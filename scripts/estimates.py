@@ -1,4 +1,4 @@
-"""Many estimates of one gradient, to measure the mean and variance that docs/mathematics.md derives."""
+"""Many estimates of one gradient, whose mean and variance docs/mathematics.md derives and its tests measure."""
 
 from __future__ import annotations
 
