@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from zoft.errors import UserError
@@ -329,27 +329,6 @@ class BoundFactored(BoundSubspace):
             step[begin - first : stop - first] = self._block(direction, name, of_block, row, end, begin, stop)
         return step
 
-    def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
-        """``out += scale * z`` in one addition: an interrupt finds it done or not done."""
-        if name not in self.layouts:
-            super().add_(out, direction, name, start, scale)
-        else:
-            out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
-
-    def perturb(
-        self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
-    ) -> None:
-        """``outs[i] = W + scales[i] * z``, some rows at a time."""
-        if self.keeps or name not in self.layouts:
-            super().perturb(direction, name, start, scales, outs)
-            return
-        # clean weights, and Z made once for all points of the direction
-        weight = self.weights.tensors[name].data.view(-1)
-        for first, last in self._cut(name, start, start + outs[0].numel()):
-            z, clean = self._elements(direction, name, first, last), weight[first:last]
-            for scale, out in zip(scales, outs, strict=True):
-                out[first - start : last - start].copy_(perturbed(clean, z, scale))
-
     def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
         """Rows of the matrix at theta + scale * z, from the blocks that hold them: [len(rows), n], in W's dtype."""
         if name not in self.layouts:
@@ -368,16 +347,15 @@ class BoundFactored(BoundSubspace):
             z[of_block] = self._elements(direction, name, row * n, end * n).view(-1, n)[rows[of_block] - row]
         return perturbed(tensor[rows], z, scale)
 
-    def _make_z(self, direction: Direction, name: str) -> Tensor:
-        if name not in self.layouts:
-            return super()._make_z(direction, name)
-        tensor = self.weights.tensors[name]
-        return self._elements(direction, name, 0, tensor.numel()).view(tensor.shape)
+    def _is_lifted(self, name: str) -> bool:
+        return name in self.layouts
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
     def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of z, flat; the caller may overwrite them."""
+        if name not in self.layouts:
+            return super()._elements(direction, name, start, stop)
         cached = self.z_cache.get((direction, name))
         if cached is not None:
             return cached.view(-1)[start:stop].clone()

@@ -121,7 +121,8 @@ class BoundSubspace:
     """A subspace bound to tensors: draws coordinates, lifts them to pieces of tensors, perturbs weights.
 
     This class is the full space (coordinates are the tensor's own elements). A structured subspace overrides
-    :meth:`shape`, :meth:`pieces`, :meth:`draw`, :meth:`lift` and :meth:`z`; the rest follows from them.
+    :meth:`shape`, :meth:`pieces`, :meth:`draw`, :meth:`lift`, :meth:`_is_lifted` and :meth:`_elements`; the rest
+    follows from them.
 
     Args:
         weights: what is trained.
@@ -326,7 +327,8 @@ class BoundSubspace:
         cached = self.z_cache.get((direction, name))
         if cached is not None:
             return cached
-        z = self._make_z(direction, name)
+        tensor = self.weights.tensors[name]
+        z = self._elements(direction, name, 0, tensor.numel()).view(tensor.shape)
         # kept up to a bound over all directions of the step; what does not fit is drawn again
         if self.keeps and self._cached_elements + z.numel() <= _KEEP:
             self.z_cache[direction, name] = z
@@ -337,17 +339,23 @@ class BoundSubspace:
         """Empty the cache of :meth:`z`."""
         self.z_cache, self._cached_elements = {}, 0
 
-    def _make_z(self, direction: Direction, name: str) -> Tensor:
-        tensor = self.weights.tensors[name]
-        return self.source.draw(direction, name, 0, tensor.numel(), tensor.device, tensor.dtype).view(tensor.shape)
+    def _is_lifted(self, name: str) -> bool:
+        """Whether z of tensor ``name`` is computed from coordinates; else its elements are the coordinates."""
+        del name
+        return False
+
+    def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of z for tensor ``name``, flat; the caller may overwrite them."""
+        return self.draw(direction, name, start, stop)
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
         """``out += scale * z`` on the flat piece of tensor ``name`` that begins at ``start``.
 
         The arithmetic is that of ``out.add_(z.mul_(scale))`` in z's dtype.
         """
-        if self.keeps or out.dtype != torch.float32:
-            out.add_(self.draw(direction, name, start, start + out.numel()).mul_(scale))
+        if self.keeps or self._is_lifted(name) or out.dtype != torch.float32:
+            # one addition: an interrupt finds it done or not done
+            out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
         else:
             self.source.add_(out, direction, name, start, scale)
 
@@ -365,12 +373,17 @@ class BoundSubspace:
         """
         stop = start + outs[0].numel()
         # the clean weights: engines perturb beside them, never on them
-        weight = self.weights.tensors[name].data.view(-1)[start:stop]
+        weight = self.weights.tensors[name].data.view(-1)
         if self.keeps:
             # kept z serves all points of the step, and the update
-            perturb_with(self.z(direction, name).view(-1)[start:stop], weight, scales, outs)
+            perturb_with(self.z(direction, name).view(-1)[start:stop], weight[start:stop], scales, outs)
+        elif self._is_lifted(name):
+            # z in pieces of bounded size, each for all points of the direction
+            for first, last in self.spans(name, start, stop):
+                z = self._elements(direction, name, first, last)
+                perturb_with(z, weight[first:last], scales, [out[first - start : last - start] for out in outs])
         else:
-            self.source.perturb(weight, direction, name, start, scales, outs)
+            self.source.perturb(weight[start:stop], direction, name, start, scales, outs)
 
     def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
         """Rows of the matrix ``name`` at theta + scale * z, of those rows alone: [len(rows), columns], in W's dtype."""

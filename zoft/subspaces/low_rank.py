@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -208,11 +208,9 @@ class BoundLowRank(BoundSubspace):
 
     def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
         """``out += scale * z`` in one addition: an interrupt finds it done or not done."""
-        if name not in self._columns:
+        # kernels add c U V^T to whole rows without a piece of z in memory
+        if name not in self._columns or not self._add_rows_(out, direction, name, start, scale):
             super().add_(out, direction, name, start, scale)
-        elif not self._add_rows_(out, direction, name, start, scale):
-            # kernels add c U V^T to whole rows without a piece of z in memory
-            out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
 
     def _add_rows_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> bool:
         """Add with compiled kernels, where they are in use and the piece is whole rows; returns whether it was done."""
@@ -226,21 +224,6 @@ class BoundLowRank(BoundSubspace):
         """As in the full space; of a matrix whole rows, where ``start`` begins one."""
         yield from self._ranges(name, start, stop) if name in self._columns else super().spans(name, start, stop)
 
-    def perturb(
-        self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
-    ) -> None:
-        """``outs[i] = W + scales[i] * z``, some rows at a time."""
-        if self.keeps or name not in self._columns:
-            super().perturb(direction, name, start, scales, outs)
-            return
-        weight = self.weights.tensors[name].data.view(-1)
-        for first, last in self._ranges(name, start, start + outs[0].numel()):
-            # z once for all points of the direction
-            z = self._z_piece(direction, name, first, last)
-            clean = weight[first:last]
-            for scale, out in zip(scales, outs, strict=True):
-                out[first - start : last - start].copy_(perturbed(clean, z, scale))
-
     def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
         """Rows of the matrix at theta + scale * z from their rows of U alone: [len(rows), n], in W's dtype."""
         if name not in self._columns:
@@ -251,24 +234,21 @@ class BoundLowRank(BoundSubspace):
         z = _product(factor, self._basis(direction, name))
         return perturbed(self.weights.tensors[name].data[rows], z, scale)
 
-    def _make_z(self, direction: Direction, name: str) -> Tensor:
-        if name not in self._columns:
-            return super()._make_z(direction, name)
-        tensor = self.weights.tensors[name]
-        return self._elements(direction, name, 0, tensor.numel()).view(tensor.shape)
+    def _is_lifted(self, name: str) -> bool:
+        return name in self._columns
 
     # ---- U and V -----------------------------------------------------------------------------------------------------
 
     def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of z, flat, made piece by piece."""
+        if name not in self._columns:
+            return super()._elements(direction, name, start, stop)
         z = torch.empty(stop - start, dtype=torch.float32, device=self.weights.tensors[name].device)
         for first, last in self._ranges(name, start, stop):
-            z[first - start : last - start] = self._z_piece(direction, name, first, last)
+            row, end, cut = self._rows(name, first, last)
+            rows = _product(self._factor(direction, name, row, end), self._basis(direction, name))
+            z[first - start : last - start] = rows.view(-1)[cut]
         return z
-
-    def _z_piece(self, direction: Direction, name: str, first: int, last: int) -> Tensor:
-        row, end, cut = self._rows(name, first, last)
-        return _product(self._factor(direction, name, row, end), self._basis(direction, name)).view(-1)[cut]
 
     def _rows(self, name: str, first: int, last: int) -> tuple[int, int, slice]:
         """The rows that hold elements [first, last), and where in these rows the elements are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -119,7 +118,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         # during a query the smallest would be others
         if self.sparse.choose == "magnitude" and self._mask_interval != self._interval(direction):
             self._mask_interval = self._interval(direction)
-            self._masks = {n: self._make_mask(direction, n) for n in self.weights.tensors if self._is_masked(n)}
+            self._masks = {n: self._make_mask(direction, n) for n in self.weights.tensors if self._is_lifted(n)}
             # z of the old mask is of no use
             self.forget_z()
 
@@ -192,7 +191,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
 
     def _mask(self, direction: Direction, name: str) -> Mask | None:
         """The mask of a tensor; None where it moves in full. Before any step has begun it is made on first use."""
-        if not self._is_masked(name):
+        if not self._is_lifted(name):
             return None
         # a random mask holds for an interval, and for one seed
         if self.sparse.choose == "random" and self._mask_interval != self._interval(direction):
@@ -201,7 +200,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
             self._masks[name] = self._make_mask(direction, name)
         return self._masks[name]
 
-    def _is_masked(self, name: str) -> bool:
+    def _is_lifted(self, name: str) -> bool:
         scored = self.sparse.choose == "gradient" and self._mask_interval is not None
         return scored or self.sparse.choose == "mask" or _is_matrix(self.weights.tensors[name])
 
@@ -262,7 +261,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
                 "subspace=sparse shares its mask between the directions of a step, and these are of several seeds or "
                 "intervals: use subspace=full"
             )
-        if not self._is_masked(name):
+        if not self._is_lifted(name):
             return super().combination(name, start, stop, terms)
         (first, coefficient), *rest = terms
         total = self.draw(first, name, start, stop).mul_(coefficient)
@@ -272,7 +271,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
 
     def same_basis(self, name: str, old: Direction, new: Direction) -> bool:
         """Whether the mask is the same, or the tensor moves in full."""
-        return self._interval(old) == self._interval(new) or not self._is_masked(name)
+        return self._interval(old) == self._interval(new) or not self._is_lifted(name)
 
     def lift(self, direction: Direction, name: str, coordinates: Tensor, start: int, first: int, last: int) -> Tensor:
         """m * coordinates / sqrt(s)."""
@@ -299,26 +298,6 @@ class BoundSparse(ObservesGradients, BoundSubspace):
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
-    def add_(self, out: Tensor, direction: Direction, name: str, start: int, scale: float) -> None:
-        """``out += scale * z`` in one addition; see the base class."""
-        if not self._is_masked(name):
-            super().add_(out, direction, name, start, scale)
-        else:
-            out.add_(self._elements(direction, name, start, start + out.numel()).mul_(scale))
-
-    def perturb(
-        self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
-    ) -> None:
-        """``outs[i] = W + scales[i] * z``, a piece of bounded size at a time."""
-        if self.keeps or not self._is_masked(name):
-            super().perturb(direction, name, start, scales, outs)
-            return
-        weight = self.weights.tensors[name].data.view(-1)
-        for first, last in self.spans(name, start, start + outs[0].numel()):
-            z, clean = self._elements(direction, name, first, last), weight[first:last]
-            for scale, out in zip(scales, outs, strict=True):
-                out[first - start : last - start].copy_(perturbed(clean, z, scale))
-
     def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
         """Rows of the matrix ``name`` at theta + scale * z: [len(rows), columns], in W's dtype."""
         mask, tensor = self._mask(direction, name), self.weights.tensors[name].data
@@ -331,17 +310,13 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         z = self.source.gather(direction, name, places).mul_(mask.at(places)).mul_(self.gain(name))
         return perturbed(tensor[rows], z, scale)
 
-    def _make_z(self, direction: Direction, name: str) -> Tensor:
-        tensor = self.weights.tensors[name]
-        return self._elements(direction, name, 0, tensor.numel()).view(tensor.shape)
-
     def _elements(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of z: flat, float32, the caller's own."""
         z = self.z_cache.get((direction, name))
         if z is not None:
             return z.view(-1)[start:stop].clone()
         drawn = self.draw(direction, name, start, stop)
-        return drawn.mul_(self.gain(name)) if self._is_masked(name) else drawn
+        return drawn.mul_(self.gain(name)) if self._is_lifted(name) else drawn
 
 
 def _is_matrix(tensor: Tensor) -> bool:

@@ -126,7 +126,7 @@ def test_the_mean_estimate_is_the_projection_of_the_gradient(law, rank_one, name
     coordinates.observe(D, name, inputs(40))
     shape = coordinates.weights.tensors[name].shape
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    directions = torch.stack([coordinates._make_z(Direction(5, 7, probe), name).double() for probe in range(1000)])
+    directions = torch.stack([coordinates.z(Direction(5, 7, probe), name).double() for probe in range(1000)])
     estimates = (directions * g).sum((1, 2)).view(-1, 1, 1) * directions
     left, right = (None if basis is None else basis.double() for basis in coordinates.bases(D, name))
     wanted = 4 * (g @ right @ right.T if left is None else left @ left.T @ g)  # s^2 = n / r

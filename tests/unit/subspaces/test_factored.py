@@ -130,7 +130,7 @@ def test_the_mean_estimate_is_the_claimed_projection_of_the_gradient(kind, law):
     """Of c z with c = <G, z>: s^2 P P^T G and its like; the full gradient for outer."""
     coordinates = bound(kind, law=law)
     g = gradient_of(30, 20)
-    directions = torch.stack([coordinates._make_z(Direction(0, 0, s), "w").double() for s in range(1500)])
+    directions = torch.stack([coordinates.z(Direction(0, 0, s), "w").double() for s in range(1500)])
     estimates = (directions * g).sum((1, 2)).view(-1, 1, 1) * directions
     if kind is Outer:
         wanted = g
