@@ -243,12 +243,12 @@ class BoundLowRank(BoundSubspace):
         """Elements [start, stop) of z, flat, made piece by piece."""
         if name not in self._columns:
             return super()._elements(direction, name, start, stop)
-        z = torch.empty(stop - start, dtype=torch.float32, device=self.weights.tensors[name].device)
+        pieces = []
         for first, last in self._ranges(name, start, stop):
             row, end, cut = self._rows(name, first, last)
             rows = _product(self._factor(direction, name, row, end), self._basis(direction, name))
-            z[first - start : last - start] = rows.view(-1)[cut]
-        return z
+            pieces.append(rows.view(-1)[cut])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _rows(self, name: str, first: int, last: int) -> tuple[int, int, slice]:
         """The rows that hold elements [first, last), and where in these rows the elements are."""
