@@ -192,13 +192,6 @@ class BoundFactored(BoundSubspace):
             size = (rows // block * block or rows) * width
         yield from ((start, min(count, start + size)) for start in range(0, count, size))
 
-    def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of C, flat, float32; of what moves in full, of its z."""
-        if name not in self.layouts:
-            return super().draw(direction, name, start, stop)
-        tensor = self.weights.tensors[name]
-        return self.source.draw(direction, name, start, stop, tensor.device, tensor.dtype)
-
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j C_j; refused where the directions do not share their bases."""
         # sum_j c_j s L C_j R^T = s L (sum_j c_j C_j) R^T needs one L and one R

@@ -248,7 +248,7 @@ class BoundSubspace:
 
     def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
         """Coordinates [start, stop) of one direction, flat, float32; the caller may overwrite the result."""
-        z = self.z_cache.get((direction, name))
+        z = None if self._is_lifted(name) else self.z_cache.get((direction, name))
         if z is not None:
             # a copy: the caller may overwrite it, and the next query wants it as it was
             return z.view(-1)[start:stop].clone()

@@ -123,13 +123,6 @@ class BoundLowRank(BoundSubspace):
         size = max(1, self._chunk(name) // self.rank) * self.rank
         yield from ((start, min(count, start + size)) for start in range(0, count, size))
 
-    def draw(self, direction: Direction, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of U, flat, float32; of what moves in full, of its z."""
-        if name not in self._columns:
-            return super().draw(direction, name, start, stop)
-        tensor = self.weights.tensors[name]
-        return self.source.draw(direction, name, start, stop, tensor.device, tensor.dtype)
-
     def combination(self, name: str, start: int, stop: int, terms: list[tuple[Direction, float]]) -> Tensor:
         """sum_j c_j U_j; refused where the directions do not share V."""
         # sum_j c_j U_j V^T = (sum_j c_j U_j) V^T needs one V
