@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.errors import UserError
 from zoft.lm.data.examples import Completion
 from zoft.lm.data.packing import num_shared
-from zoft.utils.lazy import torch
+from zoft.lm.data.rows import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,11 +92,6 @@ class CountedCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """One batch: ``input_ids``, ``attention_mask`` and ``labels``, [B, T] each."""
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def padded(values: list[list[int]], filler: int) -> Any:
-            return torch.tensor([[filler] * (longest - len(value)) + value for value in values])
-
         return {
             "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
             "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),

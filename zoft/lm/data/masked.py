@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
 from zoft.lm.data.examples import Example
+from zoft.lm.data.rows import padded
 from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -110,14 +111,9 @@ class RightPaddedCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """``input_ids``, ``attention_mask`` [B, T], ``labels`` [B]; and ``mask_position`` [B], ``word_ids`` [B, C]."""
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def padded(values: list[list[int]], filler: int) -> Any:
-            return torch.tensor([value + [filler] * (longest - len(value)) for value in values])
-
         batch = {
-            "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
-            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id, left=False),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0, left=False),
             "labels": torch.tensor([row["label"] for row in rows]),
         }
         known = [name for name in ("mask_position", "word_ids") if name in rows[0]]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from zoft.lm.data.rows import padded
 from zoft.utils.lazy import torch
 
 WORTH = 0.75
@@ -62,9 +63,6 @@ def pack(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any] | 
     # attention masks of trees are [E, L, L]: they, and not the tokens, would take the memory
     if branching and len(trees) * longest**2 > MAX_MASK:
         return None
-
-    def padded(values: list[list[int]], filler: int) -> Any:
-        return torch.tensor([[filler] * (longest - len(row)) + row for row in values])
 
     packed = {
         "input_ids": padded([tree.tokens for tree in trees], pad_token_id),

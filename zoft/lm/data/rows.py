@@ -1,12 +1,25 @@
-"""Parts of a batch: its examples one by one, and its rows of some length."""
+"""Rows of a batch: padded to one length, and taken apart again, example by example or by their length."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from zoft.utils.lazy import Tensor, torch
 
 Batch = dict[str, Any]
+
+
+def padded(rows: Sequence[Sequence[int]], filler: int, *, left: bool = True) -> Tensor:
+    """Lists of numbers as one tensor [R, longest], filled up on the left, or on the right.
+
+    Example:
+        >>> padded([[5, 6], [7]], 0).tolist()
+        [[5, 6], [0, 7]]
+    """
+    longest = max(map(len, rows))
+    filled = [[filler] * (longest - len(row)) for row in rows]
+    return torch.tensor([[*f, *row] if left else [*row, *f] for row, f in zip(rows, filled, strict=True)])
 
 
 def examples_of(batch: Batch) -> list[Batch]:

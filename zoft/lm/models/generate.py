@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zoft.lm.data.rows import padded
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.elsewhere import Runtime, runtime_of
 
@@ -77,7 +78,9 @@ def write(
 
     tokenizer = answering.tokenizer
     # left-padded: every prompt ends at the right end, where its text goes on
-    ids, mask = _padded(prompts, tokenizer.pad_token_id, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    ids = padded(prompts, tokenizer.pad_token_id).to(device)
+    mask = padded([[1] * len(prompt) for prompt in prompts], 0).to(device)
     ends = _ends(model, tokenizer)
     # a generator for every prompt: the same noise for it in any batch
     watch = _TokenChoices(ids, ends, answering, temperature, [prompt_generator(seed, prompt) for prompt in prompts])
@@ -191,10 +194,3 @@ class _TokenChoices:
     def text(self, row: list[int]) -> str:
         """What was written."""
         return text_of(row, self.answering, self.ends)
-
-
-def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return ids, mask
