@@ -21,7 +21,7 @@ NO_LORA = (
 )
 _LONGEST_WAIT = 30.0  # seconds between two tries
 _TOKENS = 128  # that vLLM scores behind a prompt in one request, at most
-_NOT_A_NUMBER = "json compliant"  # in its error where a log-probability is none, which JSON cannot say
+_NOT_A_NUMBER = "json compliant"  # in its error where a log-probability is NaN, which JSON cannot hold
 _NEVER = ("not support", "expected target modules")  # of an adapter, in what vLLM says of one that it cannot load
 _wait = time.sleep
 

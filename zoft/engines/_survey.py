@@ -23,7 +23,9 @@ Note = Callable[[Any], None]
 
 
 class Survey:
-    """All calls of torch functions are looked at in a session's first queries, few of them later on.
+    """Finds trained tensors that a model reads outside of their own modules, by watching the calls of torch functions.
+
+    All calls are watched in a session's first queries, later on those alone that get a trained tensor.
 
     Args:
         engine: its name, for log lines.

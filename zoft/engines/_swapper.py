@@ -316,7 +316,7 @@ class Lease:
 
 
 class Scratch:
-    """Buffers that are kept between queries: as many as were in use at once, none larger than was asked for.
+    """Buffers that are kept between queries, no more of them and none larger than a query has needed.
 
     New memory for every module would cost as much as filling it: the system hands it out page by page, zeroed.
     """

@@ -153,7 +153,7 @@ class LayerwiseSession(Session):
         with torch.inference_mode(), self._prefix_reused(points) if same_batch else nullcontext():
             waiting = iter(pairs)
             for group in self.groups(points):
-                if len(group) == 1:  # a forward alone waits for nobody
+                if len(group) == 1:  # a single forward has no other to wait for
                     results.append(self._loss_at(*next(waiting)))
                 else:
                     calls = [partial(self._loss_at, *pair) for pair in islice(waiting, len(group))]

@@ -163,7 +163,7 @@ class OffloadSession(KeepsWeightsAway, LayerwiseSession):
             self.stream.rest()
 
     def groups(self, points: Sequence[Point]) -> Iterator[list[Point]]:
-        """All points of a step, or as many as may be in flight."""
+        """All points of a step together, or ``points_in_flight`` at a time."""
         one_by_one = self.swapper.compiled or self.survey.sets_global_state
         size = 1 if one_by_one else self.points_in_flight or len(points)
         for start in range(0, len(points), size):

@@ -140,7 +140,7 @@ class _ServedAdapters:
             return ask(self._name(digests[number]), digests[number], asked[number])
 
         replies = list(self._threads.map(of, asked))
-        self._check_versions(adapters)  # nobody has loaded anything else there meanwhile
+        self._check_versions(adapters)  # no other adapter has been loaded under these names meanwhile
         return dict(zip(asked, replies, strict=True))
 
     def _score(self, name: str, digest: str, one: ScoreRequest) -> Tensor:

@@ -32,7 +32,7 @@ class Addax(NeedsBackward, Central):
     zo_share: float = 1e-3
 
     def check(self) -> None:
-        """Refuse a negative length, and a share that is none."""
+        """Refuse a negative length, and a share outside of [0, 1]."""
         super().check()
         self.require(self.long_tokens >= 0, "long_tokens", "at least 0")
         self.require(0 <= self.zo_share <= 1, "zo_share", "in [0, 1]")

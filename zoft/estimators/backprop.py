@@ -27,7 +27,7 @@ class Backprop(NeedsBackward, Estimator):
     """
 
     def check(self) -> None:
-        """Refuse more than one direction: there is none."""
+        """Refuse more than one direction: none is drawn."""
         super().check()
         self.require(self.num_directions == 1, "num_directions", "1 (nothing is queried along directions)")
 

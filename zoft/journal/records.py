@@ -236,7 +236,7 @@ def unseal(data: bytes) -> list[Record]:
         c, b = c + num_terms[i], b + num_curvatures[i]
     remembered = {key: header[key] for key in ("scalars", "parts") if key in header}
     last = records[-1]
-    # tokens and what parts remember are those after the last step: earlier ones are of no use to a run that goes on
+    # tokens and what parts remember are those after the last step: a run that goes on needs no earlier ones
     records[-1] = replace(last, tokens=header.get("tokens", 0), extra=_fitting(last.extra | remembered))
     return records
 

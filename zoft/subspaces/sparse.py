@@ -119,7 +119,7 @@ class BoundSparse(ObservesGradients, BoundSubspace):
         if self.sparse.choose == "magnitude" and self._mask_interval != self._interval(direction):
             self._mask_interval = self._interval(direction)
             self._masks = {n: self._make_mask(direction, n) for n in self.weights.tensors if self._is_lifted(n)}
-            # z of the old mask is of no use
+            # z was made with the old mask
             self.forget_z()
 
     def _share_all(self) -> None:

@@ -17,10 +17,10 @@ from zoft.weights.tensors import Weights
 class Vectors(Subspace):
     """Trained tensors of one dimension (normalisation weights, biases) move in full; matrices stand still.
 
-    They are a few thousandths of a model's numbers, so that an estimate from few queries says more of each. What
-    ``trainable=norms_and_biases`` does for every method this does for one, in whatever is trained.
+    They are a few thousandths of a model's numbers, so that an estimate from few queries says more of each. Other than
+    ``trainable=norms_and_biases``, which holds for every method, this restricts the directions of one method.
 
-    Tensors of one dimension that are adapters' or prompts' own move too; a model without any is refused.
+    Adapters' and prompts' own tensors of one dimension move too; a model without any is refused.
 
     References: Ben-Zaken et al. 2022 (BitFit, arXiv 2106.10199) and Zhao et al. 2024 (tuning LayerNorm, arXiv
     2312.11420), for backpropagation.

@@ -212,7 +212,7 @@ class RunSteps:
         self.journal.append(estimate, lr, self.optimizer.progress, num_steps)
 
     def refuse_infinite_weights(self, estimate: StepEstimate | None) -> None:
-        """A step of finite losses can be too long for the weights' numbers: it is none, and the run does not go on.
+        """End the run where a step of finite losses has made weights infinite: it was too long for their dtypes.
 
         In memory the weights are spoilt; the step is taken out of the journal, and nothing is saved of it.
         """

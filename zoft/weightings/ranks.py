@@ -47,7 +47,7 @@ def centred_ranks(values: Tensor) -> Tensor:
     """Ranks of n numbers, evenly in [-1/2, 1/2] from the lowest to the highest; equal ones share their mean.
 
     Args:
-        values: [N], N >= 2; NaN where one of them is none.
+        values: [N], N >= 2; a NaN among them makes all ranks NaN.
 
     Returns:
         float64 [N].
