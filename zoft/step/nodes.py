@@ -306,10 +306,8 @@ class NodeQueries:
             drawn.kept.clear()
         stacked = [torch.stack(changes) for changes in changes_of]
         joined = self.shares.joined(torch.cat([one.flatten(1) for one in stacked], dim=1), probes)
-        of_parts = joined.split([one[0].numel() for one in stacked], dim=1)
-        return [
-            (s.reshape(probes, *one.shape[1:]), keys) for s, one, keys in zip(of_parts, stacked, sizes, strict=True)
-        ]
+        split = joined.split([one[0].numel() for one in stacked], dim=1)
+        return [(s.reshape(probes, *one.shape[1:]), keys) for s, one, keys in zip(split, stacked, sizes, strict=True)]
 
     def _probe(self, part: _Part, drawn: _Drawn, probe: int, eps: float) -> Tensor:
         """(s' - s) / eps, [P, C]."""

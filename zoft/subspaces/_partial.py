@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from zoft.noise.direction import Direction
 from zoft.subspaces.base import BoundSubspace
 from zoft.utils.lazy import Tensor, torch
@@ -36,16 +34,6 @@ class BoundPartial(BoundSubspace):
         """``out += scale * z``; nothing where the tensor does not move."""
         if self.moves(direction, name):
             super().add_(out, direction, name, start, scale)
-
-    def perturb(
-        self, direction: Direction, name: str, start: int, scales: Sequence[float], outs: Sequence[Tensor]
-    ) -> None:
-        """``outs[i] = W + scales[i] * z``; copies of W where it does not move."""
-        if self.moves(direction, name):
-            super().perturb(direction, name, start, scales, outs)
-            return
-        for out in outs:
-            out.copy_(self.weights.tensors[name].data.view(-1)[start : start + out.numel()])
 
     def perturbed_rows(self, direction: Direction, name: str, rows: Tensor, scale: float) -> Tensor:
         """Rows of the matrix ``name`` at theta + scale * z: [len(rows), columns], in W's dtype."""

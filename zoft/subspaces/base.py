@@ -374,7 +374,10 @@ class BoundSubspace:
         stop = start + outs[0].numel()
         # the clean weights: engines perturb beside them, never on them
         weight = self.weights.tensors[name].data.view(-1)
-        if self.keeps:
+        if not self.moves(direction, name):
+            for out in outs:  # z = 0
+                out.copy_(weight[start:stop])
+        elif self.keeps:
             # kept z serves all points of the step, and the update
             perturb_with(self.z(direction, name).view(-1)[start:stop], weight[start:stop], scales, outs)
         elif self._is_lifted(name):
