@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.report.plots import _BLUE, _GREEN, _GREY, _INK, _dress, _legend, new_figure, save_figure
+from zoft.report.plots import BLUE, GREEN, GREY, INK, dress, legend, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +40,7 @@ def draw_diagnostics(folder: str | Path, rows: Sequence[dict[str, str]], tables:
     for place in places[len(panels) :]:
         place.set_visible(False)
     name = f"{Path(folder).resolve().name}, diagnostics"
-    figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
     return save_figure(figure, Path(folder) / PICTURE)
 
 
@@ -67,39 +67,39 @@ def _series(rows: Sequence[dict[str, str]], name: str) -> Series:
 
 
 def _draw_alignment(axes: Axes, cosines: Series, by_chance: Series, ratios: Series) -> None:
-    _dress(axes, "|cosine| of estimate and gradient; signal-to-noise of probes")
+    dress(axes, "|cosine| of estimate and gradient; signal-to-noise of probes")
     _log_y(axes)
     if cosines:
-        axes.plot(*zip(*cosines, strict=True), "-o", ms=4, lw=1.4, color=_BLUE, label="|cosine|")
+        axes.plot(*zip(*cosines, strict=True), "-o", ms=4, lw=1.4, color=BLUE, label="|cosine|")
     if cosines and by_chance:
-        axes.plot(*zip(*by_chance, strict=True), color=_GREY, lw=1.4, ls=(0, (4, 3)), label="√(q / d)")
+        axes.plot(*zip(*by_chance, strict=True), color=GREY, lw=1.4, ls=(0, (4, 3)), label="√(q / d)")
     if ratios:
-        axes.plot(*zip(*ratios, strict=True), "-D", ms=3.5, lw=1.2, color=_GREEN, label="|mean| / std of probes")
-    _legend(axes)
+        axes.plot(*zip(*ratios, strict=True), "-D", ms=3.5, lw=1.2, color=GREEN, label="|mean| / std of probes")
+    legend(axes)
 
 
 def _draw_variance(axes: Axes, table: Sequence[dict[str, Any]], step: int) -> None:
-    _dress(axes, f"mean square of the estimate against q, step {step}")
+    dress(axes, f"mean square of the estimate against q, step {step}")
     _both_log(axes, "directions q")
     counts, squares = [row["num_directions"] for row in table], [row["mean_square"] for row in table]
     bars = [row["standard_error"] or 0.0 for row in table]
-    axes.errorbar(counts, squares, bars, fmt="o", ms=5, lw=1.2, color=_BLUE, label="measured ± standard error")
+    axes.errorbar(counts, squares, bars, fmt="o", ms=5, lw=1.2, color=BLUE, label="measured ± standard error")
     theory = [(row["num_directions"], row["theory"]) for row in table if row["theory"]]
     if theory:
-        axes.plot(*zip(*theory, strict=True), color=_GREY, lw=1.4, ls=(0, (4, 3)), label="theory")
+        axes.plot(*zip(*theory, strict=True), color=GREY, lw=1.4, ls=(0, (4, 3)), label="theory")
     axes.set_xticks(counts, [str(count) for count in counts], minor=False)
     axes.minorticks_off()
-    _legend(axes)
+    legend(axes)
 
 
 def _draw_radius(axes: Axes, rows: Sequence[dict[str, float]], radius: float | None, tables: dict[str, Any]) -> None:
     exact = {"jvp": "the exact JVP", "gradient": "the gradient's"}[tables["radius"]["exact"]]
-    _dress(axes, f"finite difference against {exact}, relative error, step {tables['step']}")
+    dress(axes, f"finite difference against {exact}, relative error, step {tables['step']}")
     _both_log(axes, "eps")
-    axes.plot([row["eps"] for row in rows], [row["error"] for row in rows], "-o", ms=5, lw=1.6, color=_BLUE)
+    axes.plot([row["eps"] for row in rows], [row["error"] for row in rows], "-o", ms=5, lw=1.6, color=BLUE)
     if radius:
-        axes.axvline(radius, color=_GREEN, lw=1.4, ls=(0, (4, 3)), label=f"the run's eps, {radius:.3g}")
-        _legend(axes)
+        axes.axvline(radius, color=GREEN, lw=1.4, ls=(0, (4, 3)), label=f"the run's eps, {radius:.3g}")
+        legend(axes)
 
 
 def _draw_gram(axes: Axes, gram: Sequence[Sequence[float]], step: int) -> None:
@@ -109,21 +109,21 @@ def _draw_gram(axes: Axes, gram: Sequence[Sequence[float]], step: int) -> None:
     off = values - numpy.diag(numpy.diag(values))
     most = float(numpy.nanmax(numpy.abs(off))) or 1.0
     numpy.fill_diagonal(off, math.nan)  # 1 by definition
-    _dress(axes, f"cosines between directions, step {step}")
+    dress(axes, f"cosines between directions, step {step}")
     axes.grid(False)
     axes.set_facecolor("#e6e8ec")
     image = axes.imshow(off, cmap="RdBu_r", vmin=-most, vmax=most)
-    axes.set_xlabel("direction", color=_INK)
+    axes.set_xlabel("direction", color=INK)
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, length=0, colors=_INK)
+    bar.ax.tick_params(labelsize=8, length=0, colors=INK)
 
 
 def _both_log(axes: Axes, quantity: str) -> None:
     axes.set_xscale("log")
     axes.tick_params(axis="x", which="minor", length=0)
     _log_y(axes)
-    axes.set_xlabel(quantity, color=_INK)
+    axes.set_xlabel(quantity, color=INK)
 
 
 def _log_y(axes: Axes) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CURVE = "curve.png"
 
-_BLUE, _GREEN, _GREY, _INK = "#2f6db5", "#1f8a5b", "#8a8f98", "#2b2f36"
+BLUE, GREEN, GREY, INK = "#2f6db5", "#1f8a5b", "#8a8f98", "#2b2f36"
 _SMOOTHING = 10  # the running mean spans one tenth of the logged rows
 
 
@@ -60,7 +60,7 @@ def learning_curve(
     if scores:
         _draw_metric(next(panels), scores, metric, zero_shot, final, num_eval_rows)
     name = title or Path(folder).resolve().name
-    figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    figure.suptitle(name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
     return save_figure(figure, Path(folder) / CURVE)
 
 
@@ -115,19 +115,19 @@ def _series(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
 
 
 def _draw_loss(axes: Axes, losses: list[tuple[float, float]], eval_losses: list[tuple[float, float]]) -> None:
-    _dress(axes, "loss")
+    dress(axes, "loss")
     if losses:
         queries, values = [q for q, _ in losses], [v for _, v in losses]
         few = len(losses) < 40
-        axes.plot(queries, values, "o", ms=3.2, mew=0, color=_BLUE, alpha=0.6 if few else 0.28, label="training batch")
+        axes.plot(queries, values, "o", ms=3.2, mew=0, color=BLUE, alpha=0.6 if few else 0.28, label="training batch")
         if len(losses) > 2:
             window = max(3, len(losses) // _SMOOTHING)
             smooth, ends = running_mean(values, window), window // 4  # at the very ends the mean is of too few to show
             inner = slice(ends, len(values) - ends)
-            axes.plot(queries[inner], smooth[inner], color=_BLUE, lw=2, solid_capstyle="round", label="running mean")
+            axes.plot(queries[inner], smooth[inner], color=BLUE, lw=2, solid_capstyle="round", label="running mean")
     if eval_losses:
-        axes.plot(*zip(*eval_losses, strict=True), "-D", ms=4, lw=1.2, mec="white", mew=0.6, color=_GREY, label="dev")
-    _legend(axes)
+        axes.plot(*zip(*eval_losses, strict=True), "-D", ms=4, lw=1.2, mec="white", mew=0.6, color=GREY, label="dev")
+    legend(axes)
 
 
 def _draw_metric(
@@ -140,7 +140,7 @@ def _draw_metric(
 ) -> None:
     """The curve and its marks; every number stands in the legend below, where no line can cross it."""
     percent = metric == "accuracy"
-    _dress(axes, "accuracy, %" if percent else metric)
+    dress(axes, "accuracy, %" if percent else metric)
     scale = 100.0 if percent else 1.0
 
     def said(value: float) -> str:
@@ -150,34 +150,35 @@ def _draw_metric(
     if percent and num_rows:
         bounds = [wilson(v * num_rows, num_rows) for _, v in scores]
         low, high = [scale * b[0] for b in bounds], [scale * b[1] for b in bounds]
-        axes.fill_between(queries, low, high, color=_GREEN, alpha=0.15, lw=0, label=f"95 % interval, {num_rows:,} rows")
+        axes.fill_between(queries, low, high, color=GREEN, alpha=0.15, lw=0, label=f"95 % interval, {num_rows:,} rows")
     label = f"dev, at the end {said(scores[-1][1])}"
-    axes.plot(queries, values, "-o", ms=5, mec="white", mew=0.8, lw=2, color=_GREEN, label=label)
+    axes.plot(queries, values, "-o", ms=5, mec="white", mew=0.8, lw=2, color=GREEN, label=label)
     if zero_shot is not None:
-        axes.axhline(zero_shot * scale, color=_GREY, lw=1.4, ls=(0, (4, 3)), label=f"test, before {said(zero_shot)}")
+        axes.axhline(zero_shot * scale, color=GREY, lw=1.4, ls=(0, (4, 3)), label=f"test, before {said(zero_shot)}")
     if final is not None:
-        star: dict[str, Any] = {"marker": "*", "s": 130, "color": _BLUE, "edgecolor": "white", "lw": 0.8, "zorder": 4}
+        star: dict[str, Any] = {"marker": "*", "s": 130, "color": BLUE, "edgecolor": "white", "lw": 0.8, "zorder": 4}
         axes.scatter([queries[-1]], [final * scale], label=f"test, final model {said(final)}", **star)
-    _legend(axes)
+    legend(axes)
 
 
-def _dress(axes: Axes, quantity: str) -> None:
+def dress(axes: Axes, quantity: str) -> None:
+    """Frame, grid, title and axis of queries, as every picture has them."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axes.set_xlabel("queries (forward passes)", color=_INK)
-    axes.set_title(quantity, loc="left", fontsize=10.5, color=_INK, pad=8)
+    axes.set_xlabel("queries (forward passes)", color=INK)
+    axes.set_title(quantity, loc="left", fontsize=10.5, color=INK, pad=8)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, color="#e6e8ec", lw=0.8)
     axes.set_axisbelow(True)
     axes.margins(y=0.09)
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color("#c5c9d0")
 
 
-def _legend(axes: Axes) -> None:
-    """Below the panel: inside it a curve may go anywhere."""
+def legend(axes: Axes) -> None:
+    """Put the legend below the panel: inside it a curve may go anywhere."""
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.17)}
-    axes.legend(**place, ncols=2, fontsize=8.5, frameon=False, labelcolor=_INK, columnspacing=1.4, handletextpad=0.6)
+    axes.legend(**place, ncols=2, fontsize=8.5, frameon=False, labelcolor=INK, columnspacing=1.4, handletextpad=0.6)

@@ -175,7 +175,7 @@ def _ready_to_train(cfg: ZoftConfig, model: Any) -> Any:
     model = cfg.peft.wrap(model, cfg.seed, cfg.model.revision)
     if cfg.trainable.name() != "scales":
         require_adapter(model, cfg.model.name)
-    _trainable_of(cfg).apply(model)
+    trainable_of(cfg).apply(model)
     return model
 
 
@@ -200,12 +200,12 @@ def model_held_elsewhere(cfg: ZoftConfig, tokenizer: Any) -> Any | None:
     )
     agree(model, tokenizer, cfg.model.name)
     model = wrapped_on_meta(model, lambda base: cfg.peft.wrap(base, cfg.seed, cfg.model.revision))
-    _trainable_of(cfg).apply(model)
+    trainable_of(cfg).apply(model)
     know_base(model, f"served:{cfg.engine.served_name()}")
     return model
 
 
-def _trainable_of(cfg: ZoftConfig) -> Trainable:
+def trainable_of(cfg: ZoftConfig) -> Trainable:
     """What is trained; ``auto`` is the last block where layers' outputs move: there it pays most (docs/nodes.md)."""
     from zoft.lm.models.trainable.last_blocks import LastBlocks
 
@@ -239,7 +239,7 @@ def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: d
 
     mezo = cfg.protocol == "mezo"
     form = formats.format_of_row(rows["train"][0])
-    _check_best_metric(args, METRICS[_metric_of(cfg, rows)])
+    _check_best_metric(args, METRICS[metric_of(cfg, rows)])
     # A text takes a forward for every token: directions are made once a query, and not once in each of those.
     writes = cfg.objective.generates and form in ("generate", "rated") and not cfg.subspace.moves_outputs
     once = writes and cfg.engine.name() == "auto"
@@ -266,7 +266,7 @@ def make_trainer(cfg: ZoftConfig, args: Any, model: Any, tokenizer: Any, rows: d
     return trainer
 
 
-def _metric_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> str:
+def metric_of(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> str:
     """What is reported of such rows: a key of :data:`METRICS`."""
     from zoft.lm import formats
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.errors import UserError
 from zoft.lm import formats
 from zoft.run import folder
-from zoft.run.build import _metric_of, _trainable_of
+from zoft.run.build import metric_of, trainable_of
 from zoft.version import __version__
 
 if TYPE_CHECKING:
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from zoft.trainer.trainer import ZOTrainer
 
 
-def _opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]]) -> list[str]:
+def opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]]) -> list[str]:
     """What is about to happen, for the console."""
     from zoft.estimators.nodes import Nodes
 
     trained = trainer.stages.num_trained
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     percent = f"{100 * trained / total:.3g} %"
-    costs = _costs(trainer)
+    costs = costs_of(trainer)
     sizes = ", ".join(f"{len(data):,} {name}" for name, data in rows.items())
     estimator = trainer.method.estimator
     law, q, eps = _drawn(cfg, trainer)
@@ -53,12 +53,12 @@ def _drawn(cfg: ZoftConfig, trainer: ZOTrainer) -> tuple[str | None, int | None,
     return cfg.subspace.law, estimator.num_directions, estimator.radius or None
 
 
-def _costs(trainer: ZOTrainer) -> list[int]:
+def costs_of(trainer: ZOTrainer) -> list[int]:
     """Queries of every step of the run."""
     return [trainer.method.queries_at(step) for step in range(trainer.args.max_steps)]
 
 
-def _scores_text(values: dict[str, float]) -> str:
+def scores_text(values: dict[str, float]) -> str:
     """The metric and its interval, for the console."""
     if "perplexity" in values:
         interval = f"[{values['loss_low']:.3f}, {values['loss_high']:.3f}]"
@@ -72,7 +72,7 @@ def _scores_text(values: dict[str, float]) -> str:
     return f"accuracy {100 * values['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-def _scores(metric: str, zero_shot: dict[str, float], final: dict[str, float]) -> dict[str, Any]:
+def scores_of(metric: str, zero_shot: dict[str, float], final: dict[str, float]) -> dict[str, Any]:
     """What was reached, as the report's facts; an accuracy's interval is computed there."""
     facts: dict[str, Any] = {"metric": metric}
     for name, values in (("zero_shot", zero_shot), ("final", final)):
@@ -89,7 +89,7 @@ def _settings(cfg: ZoftConfig, trainer: ZOTrainer) -> dict[str, Any]:
     from zoft.config import own
 
     groups = ("subspace", "estimator", "weighting", "optimizer", "objective", "peft")
-    trained = _trainable_of(cfg)
+    trained = trainable_of(cfg)
     return {group: getattr(cfg, group).name() for group in groups} | {
         "trainable": trained.name() if trained.name() != "auto" else "all" if cfg.peft.name() == "none" else "adapter",
         "trainable_settings": vars(trained) or None,
@@ -118,7 +118,7 @@ def _read_as(cfg: ZoftConfig) -> dict[str, Any] | None:
         return None
 
 
-def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int, seconds_prefix: float | None) -> dict[str, Any]:
+def facts_of(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int, seconds_prefix: float | None) -> dict[str, Any]:
     """What the report says, as numbers."""
     from zoft.config import own
     from zoft.engines._prefix import num_below
@@ -173,13 +173,13 @@ def _facts(cfg: ZoftConfig, trainer: ZOTrainer, num_rows: int, seconds_prefix: f
     }
 
 
-def _chats(cfg: ZoftConfig) -> bool:
+def is_chat(cfg: ZoftConfig) -> bool:
     """Whether the rows are conversations."""
     task: Any = cfg.task
     return hasattr(task, "reading") and (task.format if task.format != "auto" else task.reading().format) == "chat"
 
 
-def _usual_rate(cfg: ZoftConfig) -> float:
+def usual_rate(cfg: ZoftConfig) -> float:
     """The learning rate of the method's preset, or else what is usual for the optimizer."""
     from zoft.config.catalog import preset_files
     from zoft.config.experiments import read
@@ -190,9 +190,9 @@ def _usual_rate(cfg: ZoftConfig) -> float:
     return float(usual or STARTS.get(cfg.optimizer.name(), 1e-3))
 
 
-def _chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
+def chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
     """The accuracy of a guess among the answers of a row; None where another metric is reported."""
-    if _metric_of(cfg, rows) != "accuracy":
+    if metric_of(cfg, rows) != "accuracy":
         return None
     row, form = rows["dev"][0], formats.format_of_row(rows["dev"][0])
     counts = {"options": len(row.get("sequences", ())), "mask": len(row.get("word_ids", ())), "pairs": 2}

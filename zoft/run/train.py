@@ -17,15 +17,15 @@ from zoft.run import folder
 from zoft.run.build import (
     METRICS,
     _has_cuda,
-    _metric_of,
     arguments_of,
     load_fitting,
     load_rows,
     make_trainer,
+    metric_of,
     require_fit,
     require_trackers,
 )
-from zoft.run.facts import _chance, _chats, _costs, _facts, _opening_lines, _scores, _scores_text, _usual_rate
+from zoft.run.facts import chance, costs_of, facts_of, is_chat, opening_lines, scores_of, scores_text, usual_rate
 from zoft.run.verdict import gain_of, keep_rows, kept_line, next_lines, row_values, verdict_line
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _prepare(
     trainer.remove_callback(transformers.ProgressCallback)
     forgive_trackers(trainer.callback_handler.callbacks)
     trainer.progress.num_queries = chosen.queries if chosen else 0
-    memory, costs = PeakMemory(str(args.device)), _costs(trainer)
+    memory, costs = PeakMemory(str(args.device)), costs_of(trainer)
     trainer.peak_memory_mb, memory.base_mb = memory.peak_mb, base_mb
     measuring = _diagnostics(cfg)
     for callback in (
@@ -207,11 +207,11 @@ def _prepare(
         ),
         # the first step has most of them: node directions without probes make one query in every step
         HealthCallback(
-            _chance(cfg, rows),
+            chance(cfg, rows),
             len(rows["dev"]),
             asks_directions=trainer.method.queries_at(0) > 1,
             eps=cfg.estimator.radius,
-            usual=_usual_rate(cfg),
+            usual=usual_rate(cfg),
             bounded=hasattr(cfg.optimizer, "trust"),
             has_adapter=cfg.peft.name() != "none",
             last_step=lambda: trainer.last_step,
@@ -220,7 +220,7 @@ def _prepare(
     ):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
-        for line in [*_opening_lines(cfg, trainer, rows), *([chosen.line()] if chosen else [])]:
+        for line in [*opening_lines(cfg, trainer, rows), *([chosen.line()] if chosen else [])]:
             say(line)
     return trainer, rows, memory
 
@@ -275,7 +275,7 @@ def _carry_out(
     before = None if is_unknown else Weights(trainer.model).sample()
     # the peak of the zero-shot evaluation is inference's; that of training is taken anew below
     memory.reset()
-    metric, final_file = _metric_of(cfg, rows), Path(cfg.output_dir) / results.FINAL
+    metric, final_file = metric_of(cfg, rows), Path(cfg.output_dir) / results.FINAL
     zero_shot = _held_out(trainer, rows["test"], zero_shot_file, "zero-shot", memory, metric)
     # what is logged first may be of a ruined model
     next(c for c in trainer.callback_handler.callbacks if isinstance(c, HealthCallback)).first = zero_shot.get("loss")
@@ -296,7 +296,7 @@ def _carry_out(
     if first:
         trainer.checkpoints.refuse_full_disk(Path(cfg.output_dir) / "model")
     save_model(trainer, Path(cfg.output_dir) / "model")
-    facts = _facts(cfg, trainer, len(rows["test"]), seconds_prefix) | _scores(metric, zero_shot, final)
+    facts = facts_of(cfg, trainer, len(rows["test"]), seconds_prefix) | scores_of(metric, zero_shot, final)
     facts |= {"peak_memory_mb": peak, "inference_peak_mb": zero_shot["peak_memory_mb"]}
     if facts.get("backprop_estimate_mb"):  # like with like: the process would hold the same libraries
         facts["backprop_estimate_mb"] += memory.base_mb
@@ -322,7 +322,7 @@ def _carry_out(
             say(verdict_line(metric, gain, len(rows["test"])))
         say(f"run     {cfg.output_dir}: report.md, curve.png, metrics.csv, model/")
         chooses = formats.format_of_row(rows["train"][0]) in ("options", "mask", "head")
-        for line in next_lines(cfg.output_dir, chats=_chats(cfg), chooses=chooses, own=own.words(cfg)):
+        for line in next_lines(cfg.output_dir, chats=is_chat(cfg), chooses=chooses, own=own.words(cfg)):
             say(line)
     return facts
 
@@ -433,7 +433,7 @@ def _held_out(
     if trainer.is_world_process_zero():
         write_results(file, values, of)
         keep_rows(file, row_values(metric, output.predictions, output.label_ids), of)
-        say(f"{name:<9} held-out {_scores_text(values)} on {len(rows):,} rows")
+        say(f"{name:<9} held-out {scores_text(values)} on {len(rows):,} rows")
     return values
 
 

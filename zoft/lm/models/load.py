@@ -59,7 +59,7 @@ def load_model(
     import transformers
 
     arguments = _arguments(name, revision, dtype, attn_implementation, quantization, device_map)
-    return _load_whole(_class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
+    return _load_whole(class_of(name, revision) or transformers.AutoModelForCausalLM, name, arguments)
 
 
 def quiet() -> None:
@@ -155,7 +155,7 @@ def _load_as(
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         # before the weights are read: another class would load with a random head
-        cls = _class_of(name, given["revision"])
+        cls = class_of(name, given["revision"])
         if cls is None or cls.__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
             raise UserError(
                 f"model.name={name} is {'no known model' if cls is None else f'a {cls.__name__}'}, no masked language "
@@ -182,7 +182,7 @@ def _load_classifier(
 ) -> PreTrainedModel:
     import transformers
 
-    cls = _class_of(name, revision)
+    cls = class_of(name, revision)
     arguments = _arguments(name, revision, dtype, attn_implementation, quantization, device_map)
     has_head = cls is not None and cls.__name__.endswith("ForSequenceClassification")
     if has_head:
@@ -211,7 +211,7 @@ def require_causal_lm(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _class_of(name: str, revision: str | None) -> Any:
+def class_of(name: str, revision: str | None) -> Any:
     """The class with a loss that the model's config names; None where it names none."""
     import transformers
 

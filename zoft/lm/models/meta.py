@@ -9,7 +9,7 @@ from typing import Any
 from zoft.errors import UserError
 from zoft.lm.hub import not_waited_for
 from zoft.lm.models.files import placed
-from zoft.lm.models.load import _class_of
+from zoft.lm.models.load import class_of
 from zoft.lm.models.quantized import NF4_BLOCK
 from zoft.utils.lazy import Tensor, torch
 
@@ -39,7 +39,7 @@ def meta_model(
             config.num_labels = num_labels
             loader: Any = transformers.AutoModelForSequenceClassification
         else:
-            loader = _class_of(name, revision) or transformers.AutoModelForCausalLM
+            loader = class_of(name, revision) or transformers.AutoModelForCausalLM
         more = {"attn_implementation": attention} if attention else {}
         # from_config makes every tensor; on the meta device none takes memory
         with torch.device("meta"):

@@ -73,7 +73,7 @@ def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> RunEstimate:
     from zoft.lm import formats
     from zoft.lm.models.meta import meta_model, quantize_on_meta
     from zoft.report.memory import PeakMemory
-    from zoft.run.build import _trainable_of
+    from zoft.run.build import trainable_of
     from zoft.utils.lazy import torch
 
     model = meta_model(
@@ -95,7 +95,7 @@ def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> RunEstimate:
         wrapped = _wrapped(cfg, model)
     if cfg.model.quantization is not None:
         quantize_on_meta(wrapped, cfg.model.quantization)
-    _trainable_of(cfg).apply(wrapped)
+    trainable_of(cfg).apply(wrapped)
     memory = of_method(cfg, wrapped, dataclasses.replace(size, kept_tokens=_kept(wrapped, rows)), host)
     trained = num_moving_of(cfg, wrapped)
     return RunEstimate(
