@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, did_you_mean
-from zoft.evaluation import passing
 from zoft.lm.data.examples import Example
+from zoft.lm.metrics.passing import check_passes, passes_of
 from zoft.lm.tasks._rows import RowsTask, permutation
 from zoft.lm.tasks.base import Task, with_demonstrations
 from zoft.report.results import finished
@@ -121,7 +121,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     form = formats.nearest_format(cfg.task, examples, objective)
     formats.require_fit(cfg.task, form, objective)
     _check(form, request, cfg, splits.train)
-    passing.check(form, objective, request.pass_at, request.pass_reward)
+    check_passes(form, objective, request.pass_at, request.pass_reward)
     metrics = [request.metric] * bool(request.metric)
     if isinstance(objective, Metric) and objective.library:  # it judges all rows at the end, not each batch on the way
         metrics.append(split(objective.library)[0])
@@ -144,7 +144,7 @@ def evaluate(cfg: ZoftConfig, request: Request) -> dict[str, Any]:
     else:
         scored = _scored(scoring, form, rows, examples, request, encode)
     facts = _facts(cfg, request, form, scored, metrics, time.perf_counter() - began)
-    facts |= _classes(form, examples, scored) | passing.of(scored, request.pass_at, request.pass_reward)
+    facts |= _classes(form, examples, scored) | passes_of(scored.predictions, request.pass_at, request.pass_reward)
     facts["num_ungraded"] = _ungraded(request.output_dir)
     _write(request.output_dir, facts, scored, getattr(splits, request.split), form)
     return facts
