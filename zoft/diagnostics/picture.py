@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoft.diagnostics.variance import VarianceRow
 from zoft.report.plots import BLUE, GREEN, GREY, INK, dress, legend, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _draw_alignment(axes: Axes, cosines: Series, by_chance: Series, ratios: Seri
     legend(axes)
 
 
-def _draw_variance(axes: Axes, table: Sequence[dict[str, Any]], step: int) -> None:
+def _draw_variance(axes: Axes, table: Sequence[VarianceRow], step: int) -> None:
     dress(axes, f"mean square of the estimate against q, step {step}")
     _both_log(axes, "directions q")
     counts, squares = [row["num_directions"] for row in table], [row["mean_square"] for row in table]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -60,6 +60,28 @@ class Law:
         return gain * (one + q - 1) / q
 
 
+class VarianceRow(TypedDict, total=False):
+    """Estimates of q directions: of the variance table, one row.
+
+    Args:
+        num_directions: q.
+        num_groups: estimates that were made.
+        mean_square: E|ghat|^2.
+        standard_error: of that; None for one group.
+        variance: E|ghat - g|^2, where g is known.
+        cosine_square: E cos^2 of ghat and g, where g is known.
+        theory: what E|ghat|^2 should be; None where there is no line of theory.
+    """
+
+    num_directions: int
+    num_groups: int
+    mean_square: float
+    standard_error: float | None
+    variance: float
+    cosine_square: float
+    theory: float | None
+
+
 def variance_table(
     directions: Sequence[Direction],
     make: Make,
@@ -68,7 +90,7 @@ def variance_table(
     slopes: Callable[[Sequence[Direction]], Tensor] | None = None,
     gradient_norm: float | None = None,
     law: Law | None = None,
-) -> list[dict[str, Any]]:
+) -> list[VarianceRow]:
     """Estimates of q directions, for several q, from the same probes at the same weights.
 
     Nothing tensor-sized is made: |sum a_j z_j|^2 = a^T G a and <g, ghat> = sum a_j <g, z_j>.
@@ -83,8 +105,7 @@ def variance_table(
         law: for the line of theory, where there is one.
 
     Returns:
-        One row a q: num_directions, num_groups, mean_square (E|ghat|^2) and its standard_error (None for one group),
-        theory, and with a gradient variance (E|ghat - g|^2) and cosine_square (E cos^2).
+        One row a q.
     """
     estimates = {q: [terms for group in _groups(directions, q) if (terms := make(group)) is not None] for q in sizes}
     named = list(dict.fromkeys(d for groups in estimates.values() for terms in groups for d, _ in terms))
@@ -96,19 +117,21 @@ def variance_table(
     rows = []
     for q, groups in estimates.items():
         vectors = torch.zeros(len(groups), len(named), dtype=torch.float64)
-        for row, terms in enumerate(groups):
+        for group, terms in enumerate(groups):
             for direction, coefficient in terms:
-                vectors[row, index[direction]] += coefficient
+                vectors[group, index[direction]] += coefficient
         if groups:
-            theory = None if law is None else law.mean_square(q)
-            rows.append({"num_directions": q} | _row(vectors, products, along, gradient_norm) | {"theory": theory})
+            row = _row(q, vectors, products, along, gradient_norm)
+            row["theory"] = None if law is None else law.mean_square(q)
+            rows.append(row)
     return rows
 
 
-def _row(vectors: Tensor, gram: Tensor, along: Tensor | None, gradient_norm: float | None) -> dict[str, Any]:
+def _row(q: int, vectors: Tensor, gram: Tensor, along: Tensor | None, gradient_norm: float | None) -> VarianceRow:
     squares = ((vectors @ gram) * vectors).sum(1).clamp_min(0)
     count = len(squares)
-    row: dict[str, Any] = {
+    row: VarianceRow = {
+        "num_directions": q,
         "num_groups": count,
         "mean_square": float(squares.mean()),
         "standard_error": float(squares.std()) / math.sqrt(count) if count > 1 else None,

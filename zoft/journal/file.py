@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from zoft.errors import DiskFullError, UserError
 from zoft.journal import chunks, records
@@ -26,13 +26,44 @@ _NUMBER = struct.Struct("<I")
 _BROKEN = (MemoryError, RecursionError, struct.error, zlib.error)
 
 
+class Header(TypedDict, total=False):
+    """What a run is.
+
+    Args:
+        format: of the file.
+        run: identifier of the run.
+        first: number of the first step.
+        weights: SHA-256 of the trained weights before it; None where a checkpoint has them.
+        settings: what must not change while the run goes on.
+        model: where the model was loaded from, or its class.
+        frozen: a fingerprint of what is not trained.
+        lr_factor: what returns before the first step have left of the learning rate.
+        merged: how, and of which runs, a merged journal was made.
+    """
+
+    format: int
+    run: str
+    first: int
+    weights: str | None
+    settings: dict[str, Any]
+    model: str
+    frozen: str | None
+    lr_factor: float
+    merged: dict[str, Any]
+
+
+class Note(TypedDict, total=False):
+    """What later steps depend on beside the records: a return halves the learning rate (``lr_factor``)."""
+
+    lr_factor: float
+
+
 @dataclass
 class Contents:
     """What a journal file holds.
 
     Args:
-        header: what the run is: ``format``, ``run`` (its identifier), ``first`` (number of the first step), ``weights``
-            (SHA-256 of the trained weights before it), ``settings`` (what must not change), and what else was given.
+        header: what the run is.
         records: the steps, in order.
         observations: step -> what the subspace observed before it, and its factors (bytes of `zoft.journal.state`).
         digests: number of steps done -> SHA-256 of the trained weights then.
@@ -41,12 +72,12 @@ class Contents:
         damaged: bytes at the end that are no whole chunks: cut by a crash, or changed.
     """
 
-    header: dict[str, Any]
+    header: Header
     records: list[Record] = field(default_factory=list)
     observations: dict[int, bytes] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     evaluations: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    notes: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     damaged: int = 0
 
     @property
@@ -113,12 +144,12 @@ class Journal:
         self._end = 0
 
     @classmethod
-    def create(cls, path: Path, header: dict[str, Any]) -> Journal:
+    def create(cls, path: Path, header: Header) -> Journal:
         """A new journal in the place of one that may be there, which is kept beside it as ``journal.old.bin``.
 
         Args:
             path: the file.
-            header: see :class:`Contents`; ``format``, ``run`` and ``first`` are added.
+            header: what the run is; ``format``, ``run`` and ``first`` are added.
         """
         # run is a name by chance: a checkpoint says by it whether it belongs to this journal
         fields = {"format": FORMAT, "run": uuid.uuid4().hex, "first": 0, **header}
@@ -178,7 +209,7 @@ class Journal:
         """What an evaluation after ``step`` steps found."""
         self._write(chunks.EVALUATION, _NUMBER.pack(step) + json.dumps(metrics).encode())
 
-    def note(self, step: int, note: dict[str, Any]) -> None:
+    def note(self, step: int, note: Note) -> None:
         """Something that happened after ``step`` steps and that the steps after it depend on."""
         self._write(chunks.NOTE, _NUMBER.pack(step) + json.dumps(note).encode())
 
@@ -242,7 +273,7 @@ class Journal:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _header(path: Path, chunk: chunks.Chunk) -> dict[str, Any]:
+def _header(path: Path, chunk: chunks.Chunk) -> Header:
     if chunk.kind != chunks.HEADER:
         raise UserError(f"{path} does not begin with a header: it is not a journal of zoft")
     header = dict(json.loads(chunk.payload))
@@ -259,7 +290,7 @@ def _header(path: Path, chunk: chunks.Chunk) -> dict[str, Any]:
             f"{path} has journal format {header.get('format')!r}, and this zoft reads format {FORMAT}: "
             "use the version of zoft that wrote it"
         )
-    return header
+    return cast(Header, header)
 
 
 def _take(contents: Contents, chunk: chunks.Chunk) -> None:
@@ -274,7 +305,7 @@ def _take(contents: Contents, chunk: chunks.Chunk) -> None:
         step, sha = _DIGEST.unpack(payload)
         contents.digests[step] = sha.hex()
     elif kind == chunks.NOTE:
-        contents.notes.append(_mapping(payload))
+        contents.notes.append(cast(Note, _mapping(payload)))
         if not _is_factor(contents.notes[-1].get("lr_factor", 1.0)):
             raise ValueError("a note that makes no learning rate")
     elif kind == chunks.EVALUATION:

@@ -6,10 +6,9 @@ import math
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from zoft.errors import UserError
-from zoft.journal.file import FORMAT, Contents
+from zoft.journal.file import FORMAT, Contents, Header
 from zoft.journal.records import Record
 
 WAYS = ("mean", "sum")
@@ -27,7 +26,7 @@ Name = tuple[int, ...]
 
 def merge(
     journals: Sequence[tuple[str, Contents]], how: str, seed_of: Callable[[int], int], *, fold: bool = False
-) -> tuple[dict[str, Any], list[Record]]:
+) -> tuple[Header, list[Record]]:
     """The header and the steps of the merged journal.
 
     A worker w that began at theta_0 and took T_w steps of SGD without decay is at
@@ -113,7 +112,7 @@ def _names(record: Record) -> list[Name]:
     return [tuple(which if which[-1] is not None else which[:-1]) for which in named]
 
 
-def _header(journals: Sequence[tuple[str, Contents]], how: str) -> dict[str, Any]:
+def _header(journals: Sequence[tuple[str, Contents]], how: str) -> Header:
     first = journals[0][1].header
     settings = first["settings"] | {"data": "merged"}
     workers = [{"run": c.header["run"], "steps": c.end, "path": Path(path).parent.name} for path, c in journals]

@@ -16,7 +16,7 @@ import torch
 from zoft.errors import DiskFullError, UserError
 from zoft.journal import file as files
 from zoft.journal import snapshot
-from zoft.journal.file import Contents, Journal
+from zoft.journal.file import Contents, Header, Journal
 from zoft.journal.fingerprint import BASE, know_base, rows_digest, some_rows_digest
 from zoft.lm.models.quantized import is_quantized, stored_parts
 from zoft.trainer.protocol import HoldsObjects
@@ -81,7 +81,7 @@ def decide(args: Any, identity: RunIdentity, resume: str | bool | None) -> tuple
     lr_factor = _lr_factor(contents)
     if checkpoint is not None and contents.end < start:  # the snapshot knows more than what is left of the journal
         lr_factor = float(snapshot.verify(checkpoint, run).get("lr_factor", lr_factor))
-        header = {**contents.header, "first": start, "weights": None, "lr_factor": lr_factor}
+        header: Header = {**contents.header, "first": start, "weights": None, "lr_factor": lr_factor}
         contents.records, contents.observations, contents.evaluations = [], {}, {}
         return Beginning(checkpoint, contents, run, lr_factor), Journal.create(path, header)
     # a step that no record is enough for is taken anew, and so is all behind it
@@ -101,7 +101,7 @@ def _without_journal(
     lr_factor = float(facts.get("lr_factor", 1.0))
     if not args.journal:
         return Beginning(checkpoint, None, None, lr_factor), None
-    header: dict[str, Any] = {"settings": identity.settings(), "frozen": identity.frozen_fingerprint(), "weights": None}
+    header: Header = {"settings": identity.settings(), "frozen": identity.frozen_fingerprint(), "weights": None}
     # the header says all that a later session has to find equal
     header["model"] = identity.model_name
     if checkpoint is not None:
