@@ -10,14 +10,14 @@ from zoft.utils.lazy import Tensor, torch
 Batch = dict[str, Any]
 
 
-def padded(rows: Sequence[Sequence[int]], filler: int, *, left: bool = True) -> Tensor:
-    """Lists of numbers as one tensor [R, longest], filled up on the left, or on the right.
+def padded(rows: Sequence[Sequence[int]], filler: int, *, left: bool = True, multiple_of: int = 1) -> Tensor:
+    """Lists of numbers as one tensor [R, T], filled up on the left, or on the right; T is a multiple of a number.
 
     Example:
         >>> padded([[5, 6], [7]], 0).tolist()
         [[5, 6], [0, 7]]
     """
-    longest = max(map(len, rows))
+    longest = -(-max(map(len, rows)) // multiple_of) * multiple_of
     filled = [[filler] * (longest - len(row)) for row in rows]
     return torch.tensor([[*f, *row] if left else [*row, *f] for row, f in zip(rows, filled, strict=True)])
 

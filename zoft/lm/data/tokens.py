@@ -10,6 +10,7 @@ from zoft.errors import UserError
 from zoft.lm.data.completions import without_beginning
 from zoft.lm.data.examples import Example
 from zoft.lm.data.packing import num_shared, pack
+from zoft.lm.data.rows import padded
 from zoft.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -190,15 +191,9 @@ class OptionCollator:
         return batch if packed is None else batch | {"packed": packed}
 
     def _pad(self, sequences: list[list[int]]) -> tuple[Any, Any]:
-        longest = max(map(len, sequences))
         # to a multiple: fewer shapes to compile for
-        longest = -(-longest // self.multiple_of) * self.multiple_of
-        ids = torch.full((len(sequences), longest), self.pad_token_id)
-        mask = torch.zeros((len(sequences), longest), dtype=torch.int64)
-        for row, sequence in enumerate(sequences):
-            ids[row, longest - len(sequence) :] = torch.tensor(sequence)
-            mask[row, longest - len(sequence) :] = 1
-        return ids, mask
+        ids = padded(sequences, self.pad_token_id, multiple_of=self.multiple_of)
+        return ids, padded([[1] * len(sequence) for sequence in sequences], 0, multiple_of=self.multiple_of)
 
 
 def _single_tokens(row: Row) -> bool:
