@@ -27,13 +27,8 @@ from zoft.trainer.protocol import HoldsObjects
 from zoft.utils.random_state import put_random_state, random_state
 from zoft.weights.tensors import Weights
 
-TRAINED, SCHEDULER, RANDOM, STATE, ARGUMENTS = (
-    "trained.safetensors",
-    "scheduler.json",
-    "random.json",
-    "trainer_state.json",
-    "training_args.json",
-)
+TRAINED, SCHEDULER, RANDOM = "trained.safetensors", "scheduler.json", "random.json"
+STATE, ARGUMENTS = "trainer_state.json", "training_args.json"
 
 
 class Checkpoints:
@@ -46,9 +41,7 @@ class Checkpoints:
     """
 
     def __init__(self, trainer: HoldsObjects, journal: RunJournal, processes: Processes) -> None:
-        self.trainer = trainer
-        self.journal = journal
-        self.processes = processes
+        self.trainer, self.journal, self.processes = trainer, journal, processes
 
     # ---- saved -------------------------------------------------------------------------------------------------------
 
