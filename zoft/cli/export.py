@@ -91,5 +91,7 @@ def _check(asked: dict[str, str], flags: set[str]) -> None:
         raise UserError(
             f"--quantize must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}.{did_you_mean(kind, QUANTIZATIONS)}"
         )
+    if (output := asked.get("output", "")).endswith((".gguf", ".safetensors")):
+        raise UserError(f"output= is a folder, in which files have names of their own: output={Path(output).stem}")
     if "--public" in flags and "push" not in asked:
         raise UserError("--public is of --push NAME: add it, or leave --public out")

@@ -262,6 +262,10 @@ def test_pushing_uploads_the_export(runs: Path, tmp_path: Path, capsys: Any, mon
         (["run=RUN", "--push", "a b/c"], "is no name on the hub"),
         (["run=RUN", "--push", "me/mine"], "HF_HUB_OFFLINE is set"),
         (["run=RUN", "--public"], "--public is of --push NAME"),
+        (
+            ["run=RUN", "--gguf", "output=tuned.gguf"],
+            "output= is a folder, in which files have names of their own: output=tuned",
+        ),
         (["run=RUN", "output=full"], "output=full is there and not empty"),
         (["run=RUN", "--gguff"], "Did you mean --gguf?"),
     ],
