@@ -203,5 +203,5 @@ def _off(out: Tensor, expected: Tensor) -> float:
 
 
 def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return tensor

@@ -134,7 +134,8 @@ def refuse_unread(model: nn.Module, objective: Objective | None) -> None:
     model, why = getattr(model, "_orig_mod", model), None  # compiled code does not see another loss function
     bare = inner(model)
     name = type(bare).__name__
-    ids = torch.tensor([[token for token in range(9) if token != bare.config.pad_token_id][:8]], device=bare.device)
+    pad = getattr(bare.config, "pad_token_id", None)
+    ids = torch.tensor([[token for token in range(9) if token != pad][:8]], device=bare.device)
     if objective is None and is_causal_lm(model):
         why = other_than_labels(model, ids)
     elif name.endswith("ForSequenceClassification") and (objective is None or isinstance(objective, Classes)):
@@ -142,24 +143,28 @@ def refuse_unread(model: nn.Module, objective: Objective | None) -> None:
         ids = ids.expand(len(labels), -1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         at = own_places(model, inputs) if objective is None else read_by_head(model, inputs)
+        calls, last = list[int](), 0
 
         def turned(_module: nn.Module, _args: Any, output: Any) -> None:
-            h = output[0] if isinstance(output, tuple) else output
+            h = output[0] if isinstance(output, (tuple, list)) else output
             if h.shape[:2] == ids.shape:
-                read = h[at.row, at.column]
-                h[1:] = h[1:].flip(-1)
-                h[at.row, at.column] = read
+                calls.append(1)
+                if len(calls) == 2 * last:
+                    read = h[at.row, at.column]
+                    h[1:] = h[1:].flip(-1)
+                    h[at.row, at.column] = read
 
-        # a single block may run several times: what it gives reaches the places by attention
         blocks = longest_stack(bare)
-        with torch.no_grad(), blocks[-1].register_forward_hook(turned) if len(blocks) > 1 else nullcontext():
+        with torch.no_grad(), blocks[-1].register_forward_hook(turned) if blocks else nullcontext():
+            model(**inputs)
+            last = len(calls)  # a block that all layers share runs several times: what it gives at last is turned
             output = model(**inputs)
         logits = output.logits.float()
-        # the rows are alike but for what the last block gives at other positions
-        if not close(logits, logits[:1].expand_as(logits), 1e-2):
+        # the rows are alike but for what the last block gives at other positions, if it gives them one by one
+        if (blocks and not last) or not close(logits, logits[:1].expand_as(logits), 1e-2):
             raise UserError(
                 f"the classifier of {name} reads other positions than the one of each row that subspace=nodes moves "
-                '(it may take their mean): use method=mezo (estimator="central")'
+                '(it may take their mean, or shorten rows): use method=mezo (estimator="central")'
             )
         off = abs(float(torch.nn.functional.cross_entropy(logits, labels) - output.loss)) if objective is None else 0.0
         why = f"it is off by {off:.2g}" if off > (1e-4 if output.logits.element_size() > 2 else 2e-2) else None

@@ -58,7 +58,7 @@ def of_classes(scores: Tensor, gold: Tensor, feedback: str) -> Readout:
 
 
 def read_by_head(model: nn.Module, batch: Batch) -> Positions:
-    """Which position a sequence classifier reads: an encoder's first, else the last token of each row."""
+    """Which position a sequence classifier reads: an encoder's first, else the last of each row that is no padding."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     config = inner(model).config
@@ -71,6 +71,7 @@ def read_by_head(model: nn.Module, batch: Batch) -> Positions:
     rows, length = torch.arange(len(ids), device=ids.device), ids.shape[1]
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return Positions(rows, torch.full_like(rows, -length))
-    steps = torch.arange(length, device=ids.device)
-    last = (batch["attention_mask"] * steps).argmax(1)
-    return Positions(rows, last - length)
+    # transformers' classes look for the padding's id, whatever the mask: it is often the end token's, too
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    last = torch.full_like(rows, -1) if pad is None else (ids != pad).int().cumsum(1).argmax(1) - length
+    return Positions(rows, last)
