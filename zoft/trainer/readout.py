@@ -25,6 +25,7 @@ from zoft.step.positions import NodePositions, at_loss
 from zoft.trainer.protocol import HoldsObjects
 
 _MOST_OPTIONS = 64  # different options in the training rows, up to which each has a response of its own
+_BY_TOKENS = {"input_ids", "attention_mask", "labels", "token_type_ids", "position_ids"}
 OTHER_LOSS = (
     "node directions read the cross-entropy of labels, and the trainer makes another loss of it "
     "(label_smoothing_factor, compute_loss_func, or a compute_loss of its own): leave that out, or use method=mezo "
@@ -176,20 +177,19 @@ def refuse_unread(model: nn.Module, objective: Objective | None) -> None:
 
 
 def last_tokens(part: Any, last: int) -> Any:
-    """The last tokens of each row, of all [B, T] tensors; None where they are more than half of them.
+    """The last tokens of each row; None where they are more than half of them, or it is not known what goes by tokens.
 
     Example:
         >>> last_tokens({"input_ids": torch.tensor([[1, 2, 3, 4]]), "labels": torch.tensor([0])}, 2)["input_ids"]
         tensor([[3, 4]])
     """
     shape = part["input_ids"].shape
-    # more than half of a row: keeping a context would save less than it costs
-    if 2 * last > shape[1]:
+    by_tokens = {name for name, value in part.items() if isinstance(value, Tensor) and value.shape[:2] == shape}
+    # more than half of a row: keeping a context would save less than it costs; and a row may have as many options as
+    # tokens, so that shapes alone do not tell them apart
+    if 2 * last > shape[1] or by_tokens - _BY_TOKENS:
         return None
-    return {
-        name: value[:, -last:] if isinstance(value, Tensor) and value.shape[:2] == shape else value
-        for name, value in part.items()
-    }
+    return {name: value[:, -last:] if name in by_tokens else value for name, value in part.items()}
 
 
 def _starts(part: Any) -> Tensor:

@@ -8,7 +8,7 @@ import transformers
 
 from zoft.errors import UserError
 from zoft.lm.objectives.classes import Classes, read_by_head
-from zoft.trainer.readout import refuse_unread
+from zoft.trainer.readout import last_tokens, refuse_unread
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 MORE = {"max_position_embeddings": 64, "num_labels": 3}
@@ -68,3 +68,12 @@ def test_a_config_without_a_paddings_token_is_no_traceback():
     config = transformers.RwkvConfig(**small, intermediate_size=24)
     assert not hasattr(config, "pad_token_id")
     refuse_unread(transformers.AutoModelForCausalLM.from_config(config).eval(), None)
+
+
+def test_as_many_options_as_tokens_are_not_cut_with_the_tokens():
+    ids, options = torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.tensor([[4, 9, 11], [4, 9, 11]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2])}
+    assert last_tokens({**batch, "option_tokens": options}, 1) is None
+    tail = last_tokens({**batch, "option_tokens": options[:, :2]}, 1)
+    assert tail["input_ids"].tolist() == [[7], [8]]
+    assert torch.equal(tail["option_tokens"], options[:, :2])
