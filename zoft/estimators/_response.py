@@ -69,15 +69,16 @@ def node_gradients(slopes: Tensor, response: Tensor, counts: Tensor, keys: Tenso
     Args:
         slopes: dL/ds, [P, c].
         response: sums [K, C, m].
-        counts: [K] of how many answers.
+        counts: [K, C] of how many answers.
         keys: [P] which key each position has; -1 for an unknown one.
         columns: [c] which column each value is; -1 for an unknown one.
     """
     e = slopes.new_zeros(len(keys), response.shape[2])
     is_known = columns >= 0
     for key in keys.unique().tolist():
-        if key >= 0 and counts[key] > 0:
-            of_key = keys == key
+        if key >= 0:
+            of_key, known = keys == key, columns[is_known]
             # e_p = R_k^T dL/ds_p with R_k = sums / count; columns never probed are left out
-            e[of_key] = slopes[of_key][:, is_known] @ (response[key, columns[is_known]] / counts[key])
+            count = counts[key].to(response.device)[known].clamp_min(1).unsqueeze(1)
+            e[of_key] = slopes[of_key][:, is_known] @ (response[key, known] / count)
     return e

@@ -352,16 +352,18 @@ class NodeQueries:
                 "to learn a response to each (options that differ from example to example): use "
                 "estimator.feedback=hidden"
             )
-        counts = torch.zeros(num_keys)
+        counts = torch.zeros(num_keys, num_columns)
         if "counts" in tables:
-            counts[: len(tables["counts"])] = tables["counts"]
+            counts[: tables["counts"].shape[0], : tables["counts"].shape[1]] = tables["counts"]
         where = {id(part): index_of(known["keys"], key.cpu()) for part, key in zip(parts, keys, strict=True)}
         sums: dict[str, Tensor] = {}
-        answered = torch.zeros(num_keys)
+        answered = torch.zeros(num_keys, num_columns)
         for part, changes, directions in self._probes(parts, direction, probes, eps, total):
             at = where[id(part)].to(changes.device)
             columns = index_of(known["columns"], part.clean.columns.cpu()).to(changes.device)
-            answered += changes.shape[0] * torch.bincount(at.cpu(), minlength=num_keys)
+            asked = torch.ones_like(part.clean.values) if part.clean.asked is None else part.clean.asked.float()
+            of_keys = asked.new_zeros(num_keys, asked.shape[1]).index_add(0, at, asked[part.places.anchor])
+            answered[:, columns.cpu()] += changes.shape[0] * of_keys.cpu()
             for key, v in directions.items():
                 # R <- R + sum_p ds_p v_p^T for the key and the columns of each position: R / count tends to ds/dh
                 answered_here = answers(changes, v, at, columns, num_keys, num_columns)

@@ -26,6 +26,8 @@ class PositionReadout(Protocol):
     def losses(self) -> Tensor: ...  # noqa: D102
     @property
     def calls(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def asked(self) -> Tensor | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

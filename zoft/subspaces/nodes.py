@@ -294,6 +294,8 @@ class NodeSpace(BoundSubspace):
         response = state.get("response", {})
         self.response = {key: response[key].to(device.get(key.partition("@")[0], "cpu")).clone() for key in response}
         self.tables = {key: tensor.clone() for key, tensor in state.get("tables", {}).items()}
+        if "counts" in self.tables and self.tables["counts"].dim() == 1:  # of an earlier version: the same for a key
+            self.tables["counts"] = self.tables["counts"].unsqueeze(1).repeat(1, len(self.tables["columns"]))
         if self.response:
             self.shared = STREAM in self.response
             self.use_parts(self.parts, self.inside)

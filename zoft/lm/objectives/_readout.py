@@ -35,6 +35,7 @@ class Readout:
         unit: [P] int64, the term that each position belongs to.
         calls: [P] int64, in how many calls of the model each position's row takes part, where a text is written token
             by token; None where there is one.
+        asked: [P, C] whether a value is one of the position's own; None where all are.
     """
 
     values: Tensor
@@ -44,10 +45,11 @@ class Readout:
     losses: Tensor
     unit: Tensor
     calls: Tensor | None = None
+    asked: Tensor | None = None
 
 
 def of_scores(scores: Tensor, gold: Tensor, columns: Tensor, index: Tensor | None = None) -> Readout:
-    """One position an example; seen in the scores of all options, whose common part cancels.
+    """One position an example; seen in the scores of its options, whose common part cancels.
 
     Args:
         scores: [B, C], of every column.
@@ -64,9 +66,13 @@ def of_scores(scores: Tensor, gold: Tensor, columns: Tensor, index: Tensor | Non
         # columns of options that an example does not have get no slope
         slopes = torch.zeros_like(scores.detach()).scatter_add_(1, index, slopes)
     # a shift of all scores moves no loss: it is taken out, and responses need not know it
-    values = (scores - scores.mean(1, keepdim=True)).detach()
+    values, asked = (scores - scores.mean(1, keepdim=True)).detach(), None
     order = torch.arange(len(gold), device=gold.device)
-    return Readout(values, slopes, torch.zeros_like(order), columns, losses, order)
+    if index is not None and len(gold) and index.shape[1] < len(columns):
+        # options that other examples of the batch have tell nothing: how a step is cut into batches must not matter
+        asked = torch.zeros_like(slopes, dtype=torch.bool).scatter_(1, index, torch.ones_like(index, dtype=torch.bool))
+        values = (scores.detach() - own_scores.detach().mean(1, keepdim=True)) * asked
+    return Readout(values, slopes, torch.zeros_like(order), columns, losses, order, asked=asked)
 
 
 def of_losses(losses: Tensor, unit: Tensor) -> Readout:

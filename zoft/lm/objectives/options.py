@@ -122,9 +122,12 @@ def _of_sequences(model: nn.Module, batch: Batch, feedback: str) -> Readout:
     if feedback == "scores":
         return readout
     if feedback == "log_odds":
-        odds = of_log_odds(readout.losses, gold_of(batch))
-        unit = readout.unit
-        return Readout(odds.values[unit], odds.slopes[unit], readout.keys, odds.columns, readout.losses, unit)
+        gold, unit = gold_of(batch), readout.unit
+        odds = of_log_odds(readout.losses, gold)
+        # a token of the right answer raises its odds, the same one of a wrong answer lowers them: a key for each pair
+        first_row = torch.tensor([0, *groups[:-1]], device=gold.device).cumsum(0) + gold
+        keys = readout.keys + 31 * readout.keys[(lengths.cumsum(0) - lengths)[first_row]][unit]
+        return Readout(odds.values[unit], odds.slopes[unit], keys, odds.columns, readout.losses, unit)
     return of_losses(readout.losses, readout.unit)
 
 
