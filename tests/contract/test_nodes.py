@@ -248,6 +248,27 @@ def test_micro_batches_and_processes_are_one_batch(feedback):
     same(whole, together(model, feedback, cut, estimator)[0])
 
 
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_mixtral"])
+@pytest.mark.parametrize(
+    ("feedback", "estimator"),
+    [
+        ("loss", EXACT), ("hidden", Estimator(response="identity")), ("hidden", Estimator(first=3)),
+        ("loss", Estimator(feedback="loss", every=1, first=3)),
+    ],
+)  # fmt: skip
+def test_rows_whose_labels_do_not_count_change_nothing(family, feedback, estimator):
+    """In a micro-batch of their own, and where a process has nothing but those."""
+    model = only(getattr(models, family)(), "mlp")
+    model.config.output_router_logits = False
+    batch = models.batch_for(model, rows=4, length=7)
+    without = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    alone = queries(model, feedback)
+    wanted = alone(batch, Direction(0, 0), estimator)
+    for cut in ([without, batch], [batch, without]):
+        same(wanted, queries(model, feedback)(cut, Direction(0, 0), estimator))
+        same(wanted, together(model, feedback, cut, estimator)[0])
+
+
 def same(one, other):
     assert one.loss == pytest.approx(other.loss, rel=1e-6)
     assert one.num_queries == other.num_queries

@@ -171,6 +171,12 @@ class NodeSession(Session):
             key -> e of the node, [P, m] float32; key -> x of the node, [P, n], if wanted, of experts in any case; and
             key -> number of the expert that each row belongs to, int64: of k experts a token, P k rows.
         """
+        experts = {key: node for key, node in nodes.items() if node.kind == "experts"}
+        tensors = {key: self.weights.tensors[node.name] for key, node in experts.items()}
+        if not len(x):  # no label of these rows counts; processes that have some expect as many tensors
+            none = {key: e.new_zeros(0, node.size) for key, node in nodes.items() if node.behind is None}
+            seen_none = {key: x.new_zeros(0, tensor.shape[2]) for key, tensor in tensors.items()}
+            return none, seen_none, {key: torch.empty(0, dtype=torch.int64, device=e.device) for key in experts}
         rows, column = torch.arange(len(x), device=x.device), torch.full((len(x),), -1, device=x.device)
         zeros = dict[str, Tensor]()
 
@@ -181,12 +187,10 @@ class NodeSession(Session):
         # rows of length one: gradients of late training are small, and 16 bits hold no small numbers
         device, e = e.device, e.to(x.device)  # blocks may lie on several devices, and e comes from behind the last one
         length = e.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        experts = {key: node for key, node in nodes.items() if node.kind == "experts"}
         layers = {key: node for key, node in nodes.items() if key not in experts}
         in_layers = {key: node for key, node in layers.items() if node.behind is None}
         if experts:
             length = length.max()  # an expert is given its rows in an order of its own
-        tensors = {key: self.weights.tensors[node.name] for key, node in experts.items()}
         with (
             torch.enable_grad(),
             self.seeing(layers if looking else {}, rows, column, len(x)) as seen,
@@ -202,8 +206,6 @@ class NodeSession(Session):
         )
         of_nodes, numbers = {key: next(gradients) for key in zeros}, dict[str, Tensor]()
         for key, each in calls.items():
-            if not each:  # no positions
-                continue
             of_nodes[key] = torch.cat([next(gradients) for _ in each])
             seen[key] = torch.cat([call.x for call in each])
             numbers[key] = torch.cat([torch.full((len(call.x),), call.number) for call in each]).to(device)

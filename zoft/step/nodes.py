@@ -120,7 +120,8 @@ class NodeQueries:
         # a response that no step has taught yet (no label of theirs counted) is learnt as in the first one
         step = direction.step if space.tables or estimator.feedback == "loss" else 0
         probes, exact = estimator.probes_at(step), estimator.feedback == "exact"
-        first, shared = next((n for n, part in enumerate(parts) if len(part.places.rows)), -1), False
+        first = next((n for n, part in enumerate(parts) if len(part.places.rows)), -1)
+        shared = first < 0  # a process without positions leaves it to the others
         for number, part in enumerate(parts):
             # feedback=exact has its own forward, with a graph; the others share one clean forward with the probes
             if exact:

@@ -33,8 +33,8 @@ def go_inside(session: NodeSession, e: dict[str, Tensor], seen: dict[str, Tensor
     for call in [key for key in e if key.partition("@")[0] in space.parts]:
         name, at, number = call.partition("@")
         nodes = {key: space.nodes[key] for key, part in space.inside.items() if part == name}
-        is_first = name not in session.checked_parts
-        session.checked_parts.add(name)
+        is_first = name not in session.checked_parts and len(seen[call]) > 0
+        session.checked_parts.update([name] if is_first else ())
         of_nodes, inputs, numbers = session.inside(space.parts[name], nodes, seen[call], e[call], looking=is_first)
         for key in inputs.keys() - numbers.keys():
             _check(name, key, inputs[key], seen.get(f"{key}{at}{number}"), close)
@@ -53,8 +53,10 @@ def _check(part: str, key: str, alone: Tensor, whole: Tensor | None, close: floa
         )
 
 
-def passes_down(session: NodeSession, reader: ObjectiveReader, batch: Any) -> bool:
+def passes_down(session: NodeSession, reader: ObjectiveReader, batch: Any) -> bool | None:
     """Whether what each part that is trained gives is added unchanged to a residual stream that ends in what is read.
+
+    None where no label of these rows counts.
 
     Then the response of the last hidden state to a part is the identity, up to what the blocks above it add.
 
@@ -70,7 +72,7 @@ def passes_down(session: NodeSession, reader: ObjectiveReader, batch: Any) -> bo
     part = next(iter(reader.parts(batch)))
     at = expand(reader.places(part), space)
     if not len(at.rows):
-        return False  # no label of these rows counts
+        return None
     reader.read(part)  # the first reading of a model may try what its head can be asked for, with shorter rows
     with torch.no_grad(), session.adding(space.parts, at.rows, at.columns, len(at.starts)) as verdict:
         last = reader.read(part).values

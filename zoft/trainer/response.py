@@ -19,6 +19,7 @@ from zoft.trainer.readout import TrainerReader
 from zoft.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
+_TRIED = 32  # rows, until two are found whose labels count
 
 
 def settle_response(trainer: Any) -> None:
@@ -75,8 +76,8 @@ def _take(trainer: Any, method: Method, response: str) -> None:
 
 def _holds(trainer: Any) -> bool:
     try:
-        rows = [trainer.train_dataset[number] for number in range(min(2, len(trainer.train_dataset)))]
-        batch = StepBatch([trainer.collated(rows)])
+        rows = [trainer.train_dataset[number] for number in range(min(_TRIED, len(trainer.train_dataset)))]
+        batches = [StepBatch([trainer.collated(rows[at : at + 2])]) for at in range(0, len(rows), 2)]
     except (TypeError, KeyError, IndexError, ValueError, NotImplementedError):
         return False  # a stream, no rows, or rows that are not of this collator
     weights = Weights(trainer.model)
@@ -90,6 +91,9 @@ def _holds(trainer: Any) -> bool:
     trainer.model.eval()
     try:
         with torch.no_grad():
-            return passes_down(session, TrainerReader(trainer), batch)
+            # the first two rows, or the next ones where no label of these counts
+            reader = TrainerReader(trainer)
+            told = (passes_down(session, reader, batch) for batch in batches)
+            return next((one for one in told if one is not None), False)
     finally:
         trainer.model.train(was_training)

@@ -19,14 +19,14 @@ from zoft.trainer.stepping import _are_finite
 BUDGET = 12
 
 
-def trainer_of(tmp_path, model, estimator=None, train=("mlp",), rows=None, size=4, **more):
+def trainer_of(tmp_path, model, estimator=None, train=("mlp",), rows=None, size=4, bf16=False, **more):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(word in name for word in train))
     batch = models.batch_for(model, rows=8, length=7)
     rows = rows or [{name: value[i] for name, value in batch.items()} for i in range(8)]
     args = ZOConfig(
         output_dir=str(tmp_path), budget_queries=BUDGET, use_cpu=True, report_to=[], disable_tqdm=True,
-        save_strategy="no", logging_strategy="no", per_device_train_batch_size=size, dataloader_pin_memory=False,
+        save_strategy="no", logging_strategy="no", per_device_train_batch_size=size, dataloader_pin_memory=False, bf16=bf16,
     )  # fmt: skip
     parts = {"subspace": "nodes", "estimator": estimator, "optimizer": "whiten"} | more
     return ZOTrainer(model, args, train_dataset=rows, **parts)
@@ -120,6 +120,16 @@ def test_where_probes_are_asked_for_or_other_layers_move_they_are_made(tmp_path,
     trainer = trainer_of(tmp_path, models.tiny_llama(), estimator, subspace=subspace, train=train)
     assert trainer.method.estimator.response == "learnt"
     assert trainer.args.max_steps < BUDGET
+
+
+def test_first_rows_whose_labels_do_not_count_are_passed_over(tmp_path):
+    batch = models.batch_for(models.tiny_llama(), rows=8, length=7)
+    batch["labels"][:3] = -100
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(8)]
+    assert trainer_of(tmp_path, models.tiny_llama(), Nodes(), rows=rows).method.estimator.response == "identity"
+    for row in rows:
+        row["labels"][:] = -100
+    assert trainer_of(tmp_path, models.tiny_llama(), Nodes(), rows=rows).method.estimator.response == "learnt"
 
 
 def test_an_identity_that_does_not_hold_is_refused(tmp_path):
