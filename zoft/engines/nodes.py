@@ -51,6 +51,7 @@ class NodeSession(Session):
 
     _asking = False
     _contexts: ContextCache | None = None
+    sees_few_bits = False  # whether a layer was given 16 bits, as in autocast
 
     @cached_property
     def checked_parts(self) -> set[str]:
@@ -92,6 +93,7 @@ class NodeSession(Session):
                 self._asking = True  # a scale's node calls its own layer, to see what is multiplied with it
                 with torch.inference_mode(False), torch.no_grad():
                     x = _rows(args[0].detach(), rows, column, num_rows, node).clone()
+                    self.sees_few_bits = self.sees_few_bits or x.element_size() < 4
                     # a layer that runs twice in a forward is two nodes: key, key@1
                     seen[_call(seen, key)] = node.seen(x)
                 self._asking = False

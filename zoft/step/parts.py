@@ -28,7 +28,8 @@ def go_inside(session: NodeSession, e: dict[str, Tensor], seen: dict[str, Tensor
     space = session.coordinates
     assert isinstance(space, NodeSpace)
     # the sums of 16-bit numbers agree to two digits
-    close = 5e-2 if next(iter(session.weights.tensors.values())).element_size() < 4 else 1e-3
+    few_bits = session.sees_few_bits or next(iter(session.weights.tensors.values())).element_size() < 4
+    close = 5e-2 if few_bits else 1e-3
     experts: dict[str, Tensor] = {}
     for call in [key for key in e if key.partition("@")[0] in space.parts]:
         name, at, number = call.partition("@")

@@ -132,6 +132,13 @@ def test_first_rows_whose_labels_do_not_count_are_passed_over(tmp_path):
     assert trainer_of(tmp_path, models.tiny_llama(), Nodes(), rows=rows).method.estimator.response == "learnt"
 
 
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize("estimator", [Nodes(), Nodes(feedback="exact")])
+def test_autocast_is_served(tmp_path, family, estimator):
+    """A part's layers are given 16 bits there, of float32 weights."""
+    trainer_of(tmp_path, getattr(models, family)(), estimator, bf16=True).train()
+
+
 def test_an_identity_that_does_not_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"response=identity: blocks do not add .*response=learnt"):
         trainer_of(tmp_path, models.tiny_granite(), Nodes(response="identity"))
