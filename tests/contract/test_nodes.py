@@ -440,11 +440,32 @@ def test_the_norm_of_an_estimate_is_that_of_its_matrices(rows):
         (lambda: only(models.tiny_llama(), "norm"), {"layers": "mlp"}, "use subspace.layers=auto"),
         (lambda: models.tiny_gpt_oss(), {}, "experts of this mixture"),
         (lambda: lora(models.tiny_llama(), use_dora=True), {}, "DoRA"),
+        (lambda: virtual_tokens(), {}, "virtual tokens"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_sentence(model, fields, said):
     with pytest.raises(UserError, match=said):
         Subspace(**fields).bind(Weights(model()))
+
+
+def virtual_tokens():
+    """A prefix behind two linear layers: they are given virtual tokens, none of a row's positions."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    fields = {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8, "task_type": "CAUSAL_LM"}
+    return get_peft_model(models.tiny_llama(), PrefixTuningConfig(**fields))
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_mixtral"])
+@pytest.mark.parametrize("estimator", [EXACT, Estimator(feedback="loss", every=1)])
+def test_an_adapter_that_is_no_layer_that_is_called_is_refused(family, estimator):
+    """Of a parameter, whose sum with the weight is what the layer has: it would stand still without a word."""
+    target = "mlp.experts.gate_up_proj" if family == "tiny_mixtral" else "self_attn.q_proj.weight"
+    model = lora(getattr(models, family)(), (), target_parameters=[target])
+    model.config.output_router_logits = False
+    ask = queries(model, "loss")
+    with pytest.raises(UserError, match=r"lora_A.default.weight is not called .*target_modules"):
+        ask(models.batch_for(model, rows=2, length=5), Direction(0, 0), estimator)
 
 
 def test_a_mixture_trains_its_attention_where_that_is_asked_for():

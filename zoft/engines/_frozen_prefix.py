@@ -86,17 +86,12 @@ class FrozenPrefix:
     def reused(self) -> Iterator[None]:
         """Within this block, forwards of the model start at block k wherever that is exact."""
         # what the call's inputs decide; the states, given to block k; and everything put back behind the model
-        handles = [
-            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.blocks[self.first].register_forward_pre_hook(self._inject, with_kwargs=True),
-            self.model.register_forward_hook(self._after, always_call=True),
-        ]
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(self._after)
+            hooks.enter_context(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
+            hooks.enter_context(self.blocks[self.first].register_forward_pre_hook(self._inject, with_kwargs=True))
+            hooks.enter_context(self.model.register_forward_hook(self._after, always_call=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._after()
 
     def fill(self, forward: Callable[[], Any]) -> None:
         """Keep the rows of one batch of equal lengths, computed together: several times faster than one by one.

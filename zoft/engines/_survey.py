@@ -6,7 +6,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -59,13 +59,10 @@ class Survey:
         def look(*_: Any) -> None:
             self.sets_global_state |= _global_state() != before
 
-        handles = [module.register_forward_pre_hook(uncompiled(look)) for module in self.weights.owners]
-        try:
-            with self._watch():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, self._watch():
+            for module in self.weights.owners:
+                hooks.enter_context(module.register_forward_pre_hook(uncompiled(look)))
+            yield
 
     def conclude(self, last: ForwardState) -> bool:
         """After the first queries: are there tensors that perturbing their own modules' forwards does not cover?

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,17 +128,12 @@ class Session:
 
             return hook
 
-        handles = [
-            module.register_forward_pre_hook(see(name))
-            for module, held in self.weights.owners.items()
-            for attribute, name in held
-            if name in names and attribute == "weight"
-        ]
-        try:
+        with ExitStack() as hooks:
+            for module, held in self.weights.owners.items():
+                for attribute, name in held:
+                    if name in names and attribute == "weight":
+                        hooks.enter_context(module.register_forward_pre_hook(see(name)))
             return self.evaluate(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def apply_(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -100,12 +100,10 @@ class NodeSession(Session):
 
             return hook
 
-        handles = [node.module.register_forward_pre_hook(look(key, node)) for key, node in nodes.items()]
-        try:
+        with ExitStack() as hooks:
+            for key, node in nodes.items():
+                hooks.enter_context(node.module.register_forward_pre_hook(look(key, node)))
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def moved(
@@ -114,9 +112,9 @@ class NodeSession(Session):
         """Within this block a forward's layers give y + shift at some positions.
 
         Args:
-            nodes: by key.
-            rows: [P] row of the batch of each position.
-            column: [P] where in it, counted from the right end (negative).
+            nodes: by key; these and what follows as of :meth:`seeing`.
+            rows: [P].
+            column: [P].
             num_rows: rows of the batch.
             shift: (key, outputs of the layer) -> [P, m], float32.
         """
@@ -134,12 +132,10 @@ class NodeSession(Session):
 
             return hook
 
-        handles = [node.last.register_forward_hook(move(key, node)) for key, node in nodes.items()]
-        try:
+        with ExitStack() as hooks:
+            for key, node in nodes.items():
+                hooks.enter_context(node.last.register_forward_hook(move(key, node)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def adding(self, parts: dict[str, Node], rows: Tensor, column: Tensor, num_rows: int) -> Iterator[Verdict]:

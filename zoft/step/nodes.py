@@ -18,7 +18,7 @@ from zoft.optimizers._factors import Factors
 from zoft.step.parts import go_inside
 from zoft.step.positions import NodePositions, ObjectiveReader, expand
 from zoft.step.shares import Shares
-from zoft.subspaces._node_layers import Node
+from zoft.subspaces._node_layers import Node, is_adapter
 from zoft.subspaces.nodes import NodeSpace
 from zoft.utils.lazy import Tensor, torch
 
@@ -133,6 +133,7 @@ class NodeQueries:
             else:
                 with self._keeping_context(part, wanted=probes > 0):
                     self._cleanly(part)
+        self._refuse_uncalled(parts)
         # L = sum_i L_i / n over the terms i of all micro-batches and processes
         sums = [sum(float(part.clean.losses.detach().double().sum()) for part in parts)]
         sums.append(sum(len(part.clean.losses) for part in parts))
@@ -173,6 +174,16 @@ class NodeQueries:
                         parts[micro_batch].offset = first
                     first += of_rank[micro_batch]
         return first
+
+    def _refuse_uncalled(self, parts: list[_Part]) -> None:
+        """An adapter that changes a weight, and is no layer that is called, would stand still without a word."""
+        called = {key.partition("@")[0] for part in parts for key in part.seen}
+        alone = next((key for key, node in self._space().nodes.items() if is_adapter(node) and key not in called), None)
+        if alone is not None:
+            raise UserError(
+                f"subspace=nodes reads what layers are given, and {alone} is not called (an adapter of a parameter, "
+                "peft's target_parameters): adapt linear layers (target_modules), or use method=mezo"
+            )
 
     def _space(self) -> NodeSpace:
         space = self.session.coordinates
@@ -262,7 +273,9 @@ class NodeQueries:
         ):
             part.clean = self.reader.read(part.batch)
             # the sum: every term's gradient is its own, and the mean is taken by _factors over all micro-batches
-            gradients = torch.autograd.grad(part.clean.losses.sum(), list(zeros.values()), allow_unused=True)
+            gradients = (
+                torch.autograd.grad(part.clean.losses.sum(), list(zeros.values()), allow_unused=True) if zeros else ()
+            )
         part.seen = seen
         part.e = {
             key: torch.zeros_like(zero).detach() if e is None else e.detach()

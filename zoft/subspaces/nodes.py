@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ PROBED = ("auto", "layers", "parts", "shared")
 OF_AN_ADAPTER = (
     "subspace.layers={} does nothing: an adapter's own layers move, and what is below is frozen: leave it out"
 )
+_OTHER_ADAPTER = re.compile(r"lora_magnitude|lora_embedding|(^|\.)prompt_encoder\.")
 STREAM = "residual stream"
 """Stands among the responses for that of all blocks' parts together."""
 
@@ -104,7 +106,7 @@ class Nodes(Subspace):
             UserError: there are none among what is trained.
         """
         # DoRA's output is no product W x: its gradient does not follow from inputs alone
-        _refuse_dora(weights)
+        _refuse_other_adapters(weights)
         every = find_nodes(weights)
         if any(is_adapter(node) for node in every.values()):
             # an adapter's own layers are the ones that move; the base below is frozen anyway
@@ -152,12 +154,12 @@ def _nothing(subspace: Nodes, weights: Weights, every: dict[str, Node]) -> str:
     )
 
 
-def _refuse_dora(weights: Weights) -> None:
-    odd = next((name for name in weights.tensors if "lora_magnitude" in name or "lora_embedding" in name), None)
+def _refuse_other_adapters(weights: Weights) -> None:
+    odd = next((name for name in weights.tensors if _OTHER_ADAPTER.search(name)), None)
     if odd is not None:
         raise UserError(
-            f"subspace=nodes serves plain LoRA of linear layers, and {odd} is none (DoRA, or an embedding's): use "
-            "peft=lora, or method=mezo"
+            f"subspace=nodes serves plain LoRA of linear layers, and {odd} is none (DoRA, or of an embedding or of "
+            "virtual tokens): use peft=lora, or method=mezo"
         )
 
 
