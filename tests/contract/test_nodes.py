@@ -430,6 +430,23 @@ def test_the_norm_of_an_estimate_is_that_of_its_matrices(rows):
     assert estimate.scaled(0.5).norm == pytest.approx(float(wanted) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_probe_that_is_not_finite_is_forgotten_with_its_step(every, monkeypatch):
+    """It would stay in the mean of all answers, and no later step of the run would move anything."""
+    model = only(models.tiny_llama(), "layers.2.mlp")
+    batch, estimator = models.batch_for(model, rows=3, length=7), Estimator(first=2, every=every)
+    ask, probe = queries(model), NodeQueries._probe
+    monkeypatch.setattr(NodeQueries, "_probe", lambda *args: probe(*args) * torch.inf)
+    spoilt = ask(batch, Direction(0, 0), estimator)
+    assert not spoilt.usable
+    assert (ask.session.coordinates.response, ask.session.coordinates.tables) == ({}, {})
+    monkeypatch.undo()
+    later, fresh = ask(batch, Direction(0, 1), estimator), queries(model)(batch, Direction(0, 1), estimator)
+    assert (later.usable, later.num_queries) == (True, 3)  # the response is learnt now, as in the first step
+    for name, one in fresh.factors.items():
+        assert torch.equal(one.dense(), later.factors[name].dense()), name
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

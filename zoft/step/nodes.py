@@ -143,6 +143,7 @@ class NodeQueries:
         # a clean loss that is not finite: no probe is made, and the step moves nothing
         if not math.isfinite(loss):
             return NodeEstimate({}, loss, estimator.num_queries, usable=False)
+        before = dict(space.response), space.tables, space.shared
         if space.shared is None and probes:
             space.shared = all(bool(one) for one in self._all(torch.tensor([shared])))
         if estimator.feedback == "loss":
@@ -161,6 +162,10 @@ class NodeQueries:
         factors = self._factors(parts, num_terms, noisy=noisy)
         # one number that is not finite would spread to the whole tensor
         usable = all(bool(torch.isfinite(one.e).all()) for one in factors.values())
+        if (
+            not usable
+        ):  # nor may such a probe stay in the mean, which later steps take: a step without terms is forgotten
+            space.response, space.tables, space.shared = before
         return NodeEstimate(factors if usable else {}, loss, queries, usable)
 
     def _number(self, parts: list[_Part]) -> int:
