@@ -37,7 +37,7 @@ class HealthCallback(TrainerCallback):
 
     chance: float | None  # accuracy of a guess; None where the metric is another one
     num_rows: int  # that the accuracy on the way is measured on
-    asks_directions: bool = True  # or makes probes, of which more would help
+    more_of: str = "estimator.num_directions"  # the setting of which more would help; empty where nothing is drawn
     eps: float | None = None  # radius of the directions; None where there is none
     usual: float = 0.0  # learning rate of such a method; 0 where it is not known
     bounded: bool = False  # whether a bound sets the length of steps from that rate upwards
@@ -107,7 +107,7 @@ class HealthCallback(TrainerCallback):
             return
         low, _ = wilson(accuracy * self.num_rows, self.num_rows)
         if low <= self.chance:
-            more = ", or more estimator.num_directions" * self.asks_directions
+            more = f", or more {self.more_of}" * bool(self.more_of)
             fewer = ", or fewer trained weights (peft=lora)" * (not self.has_adapter)
             rates = f"{self.usual:.3g}" if self._is_far(rate) else f"{rate / 3:.3g} or {rate * 3:.3g}"
             if self.bounded and rate >= self.usual:  # any higher one is the same

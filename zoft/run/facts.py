@@ -48,9 +48,18 @@ def opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]
 def _drawn(cfg: ZoftConfig, trainer: ZOTrainer) -> tuple[str | None, int | None, float | None]:
     """Law, number and radius of a step's directions; None where no direction is drawn."""
     estimator = trainer.method.estimator
-    if (estimator.backpropagates and not estimator.radius) or getattr(estimator, "response", "") == "identity":
+    is_known = getattr(estimator, "response", "") == "identity" or getattr(estimator, "feedback", "") == "exact"
+    if is_known or (estimator.backpropagates and not estimator.radius):
         return None, None, None
-    return cfg.subspace.law, estimator.num_directions, estimator.radius or None
+    law = getattr(cfg.subspace, "directions", cfg.subspace.law)  # of nodes: orthogonal, or iid
+    return law, estimator.num_directions, estimator.radius or None
+
+
+def more_of(cfg: ZoftConfig, trainer: ZOTrainer) -> str:
+    """The setting by which a step asks of more directions; empty where it asks of none."""
+    if _drawn(cfg, trainer)[0] is None:
+        return ""
+    return "estimator.num_directions" if getattr(trainer.method.estimator, "every", 1) else "estimator.first"
 
 
 def costs_of(trainer: ZOTrainer) -> list[int]:

@@ -25,7 +25,7 @@ from zoft.run.build import (
     require_fit,
     require_trackers,
 )
-from zoft.run.facts import chance, costs_of, facts_of, is_chat, opening_lines, scores_of, scores_text, usual_rate
+from zoft.run.facts import chance, costs_of, facts_of, is_chat, more_of, opening_lines, scores_of, scores_text, usual_rate
 from zoft.run.verdict import gain_of, keep_rows, kept_line, next_lines, row_values, verdict_line
 
 if TYPE_CHECKING:
@@ -205,11 +205,10 @@ def _prepare(
             peak_mb=memory.peak_mb,
             snr=lambda: None if measuring is None else measuring.snr,
         ),
-        # the first step has most of them: node directions without probes make one query in every step
         HealthCallback(
             chance(cfg, rows),
             len(rows["dev"]),
-            asks_directions=trainer.method.queries_at(0) > 1,
+            more_of=more_of(cfg, trainer),
             eps=cfg.estimator.radius,
             usual=usual_rate(cfg),
             bounded=hasattr(cfg.optimizer, "trust"),

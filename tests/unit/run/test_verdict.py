@@ -160,18 +160,37 @@ def test_chance_level_is_said_once_and_a_learning_run_is_not(caplog: Any):
 
 
 def test_below_chance_is_said_too_with_what_makes_a_difference(caplog: Any):
-    callback: Any = HealthCallback(0.5, 100, asks_directions=False, usual=0.1, bounded=True, has_adapter=True)
+    callback: Any = HealthCallback(0.5, 100, more_of="", usual=0.1, bounded=True, has_adapter=True)
     callback.on_log(Args(), State(), None, {"eval_accuracy": 0.3})
     (said,) = caplog.messages
     assert said.endswith("or is below it: try another learning rate (optimizer.learning_rate=0.0333)")
 
 
-@pytest.mark.parametrize("asks", [True, False])
-def test_more_directions_are_named_only_where_a_step_asks_for_some(asks: bool, caplog: Any):
-    callback: Any = HealthCallback(0.5, 100, asks_directions=asks)
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["method=mezo"], "estimator.num_directions"),
+        (["method=adamw"], ""),
+        (["method=nodes"], "estimator.num_directions"),
+        (["method=zoft", "estimator.response=learnt"], "estimator.first"),
+        (["method=zoft", "estimator.response=identity"], ""),
+        (["method=zoft", "estimator.feedback=exact"], ""),
+    ],
+)
+def test_more_directions_are_named_only_where_a_step_asks_for_some(words: list[str], named: str, caplog: Any):
+    from types import SimpleNamespace
+
+    from zoft.config import compose
+    from zoft.run.facts import _more_of
+
+    cfg = compose(["task=sst2", *words])
+    trainer: Any = SimpleNamespace(method=SimpleNamespace(estimator=cfg.estimator))
+    assert _more_of(cfg, trainer) == named
+    callback: Any = HealthCallback(0.5, 100, more_of=named)
     with caplog.at_level(logging.WARNING, logger="zoft"):
         callback.on_log(Args(), State(), None, {"eval_accuracy": 0.5})
-    assert ("more estimator.num_directions" in caplog.text) is asks
+    assert ("more estimator" in caplog.text) is bool(named)
+    assert named in caplog.text
     assert "fewer trained weights" in caplog.text
 
 
