@@ -7,7 +7,7 @@ and reads as zeros, in the memory of one number.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,16 +102,11 @@ def cut(model: nn.Module, count: int, forward: Callable[[], Any]) -> Cut:
 
     places = {block: number for number, block in enumerate(blocks)}
     starts, ends = {share.start for share in shares}, {share.stop - 1 for share in shares}
-    handles: list[Any] = []
-    try:
+    with ExitStack() as hooks, torch.no_grad():
         for module in model.modules():
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
-        with torch.no_grad():
-            stages.result = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(leave))
+        stages.result = forward()
     if ran != list(range(len(blocks))) or len(stages.entering) != count:
         raise UserError(
             f"trainer.parallel=pipeline: the blocks of {type(model).__name__} do not run once each, one after the "

@@ -115,8 +115,6 @@ class Nodes(Estimator):
         """A step without probes."""
         return 3 if self.feedback == "exact" else 1
 
-    # exact: the gradient comes from a backward pass, and no probe is made
-
     def probes_at(self, step: int) -> int:
         """How many probes a step has."""
         if self.feedback == "exact" or self.response == "identity":

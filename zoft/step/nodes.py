@@ -15,10 +15,10 @@ from zoft.estimators._response import answers, index_of, node_gradients, says_un
 from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors
-from zoft.step.parts import go_inside
-from zoft.step.positions import NodePositions, ObjectiveReader, expand
+from zoft.step.parts import go_inside, refuse_uncalled
+from zoft.step.positions import NodePositions, ObjectiveReader, expand, numbered
 from zoft.step.shares import Shares
-from zoft.subspaces._node_layers import Node, is_adapter
+from zoft.subspaces._node_layers import Node
 from zoft.subspaces.nodes import NodeSpace
 from zoft.utils.lazy import Tensor, torch
 
@@ -133,7 +133,7 @@ class NodeQueries:
             else:
                 with self._keeping_context(part, wanted=probes > 0):
                     self._cleanly(part)
-        self._refuse_uncalled(parts)
+        refuse_uncalled(space, parts[0].seen)
         # L = sum_i L_i / n over the terms i of all micro-batches and processes
         sums = [sum(float(part.clean.losses.detach().double().sum()) for part in parts)]
         sums.append(sum(len(part.clean.losses) for part in parts))
@@ -158,37 +158,20 @@ class NodeQueries:
         for part in parts:
             self._end_texts(part)
             part.experts = go_inside(self.session, part.e, part.seen)
-        noisy = not exact and estimator.response != "identity"
-        factors = self._factors(parts, num_terms, noisy=noisy)
+        factors = self._factors(parts, num_terms, noisy=not exact and estimator.response != "identity")
         # one number that is not finite would spread to the whole tensor
         usable = all(bool(torch.isfinite(one.e).all()) for one in factors.values())
-        if (
-            not usable
-        ):  # nor may such a probe stay in the mean, which later steps take: a step without terms is forgotten
+        if not usable:  # such a probe may not stay in the mean that later steps take
             space.response, space.tables, space.shared = before
         return NodeEstimate(factors if usable else {}, loss, queries, usable)
 
     def _number(self, parts: list[_Part]) -> int:
         """Number the positions by micro-batch, process and row, as one process would have them; how many there are."""
         counts = [each.tolist() for each in self._all(torch.tensor([len(part.places.rows) for part in parts]))]
-        first = 0
-        for micro_batch in range(max(map(len, counts))):
-            for rank, of_rank in enumerate(counts):
-                if micro_batch < len(of_rank):
-                    if rank == self.rank:
-                        parts[micro_batch].offset = first
-                    first += of_rank[micro_batch]
-        return first
-
-    def _refuse_uncalled(self, parts: list[_Part]) -> None:
-        """An adapter that changes a weight, and is no layer that is called, would stand still without a word."""
-        called = {key.partition("@")[0] for part in parts for key in part.seen}
-        alone = next((key for key, node in self._space().nodes.items() if is_adapter(node) and key not in called), None)
-        if alone is not None:
-            raise UserError(
-                f"subspace=nodes reads what layers are given, and {alone} is not called (an adapter of a parameter, "
-                "peft's target_parameters): adapt linear layers (target_modules), or use method=mezo"
-            )
+        offsets, total = numbered(counts, self.rank)
+        for number, part in enumerate(parts):
+            part.offset = offsets[number]
+        return total
 
     def _space(self) -> NodeSpace:
         space = self.session.coordinates
@@ -278,9 +261,8 @@ class NodeQueries:
         ):
             part.clean = self.reader.read(part.batch)
             # the sum: every term's gradient is its own, and the mean is taken by _factors over all micro-batches
-            gradients = (
-                torch.autograd.grad(part.clean.losses.sum(), list(zeros.values()), allow_unused=True) if zeros else ()
-            )
+            of = list(zeros.values())
+            gradients = torch.autograd.grad(part.clean.losses.sum(), of, allow_unused=True) if of else ()
         part.seen = seen
         part.e = {
             key: torch.zeros_like(zero).detach() if e is None else e.detach()
@@ -367,13 +349,10 @@ class NodeQueries:
         if num_keys * num_columns > _MOST:
             # one sum [K, C, m] a node: with options that differ from example to example it would grow with the data
             raise UserError(
-                f"estimator.feedback: the objective is seen in {num_keys * num_columns:,} different scores, too many "
-                "to learn a response to each (options that differ from example to example): use "
-                "estimator.feedback=hidden"
+                f"estimator.feedback: the objective has {num_keys * num_columns:,} different scores, too many to "
+                "learn a response to each (options that differ from example to example): use estimator.feedback=hidden"
             )
-        counts = torch.zeros(num_keys, num_columns)
-        if "counts" in tables:
-            counts[: tables["counts"].shape[0], : tables["counts"].shape[1]] = tables["counts"]
+        counts = widened(tables.get("counts", torch.zeros(0, 0)).unsqueeze(2), num_keys, num_columns).squeeze(2)
         where = {id(part): index_of(known["keys"], key.cpu()) for part, key in zip(parts, keys, strict=True)}
         sums: dict[str, Tensor] = {}
         answered = torch.zeros(num_keys, num_columns)

@@ -7,6 +7,7 @@ from typing import Any
 from zoft.engines.nodes import NodeSession
 from zoft.errors import UserError
 from zoft.step.positions import ObjectiveReader, expand
+from zoft.subspaces._node_layers import is_adapter
 from zoft.subspaces.nodes import NodeSpace
 from zoft.utils.lazy import Tensor, torch
 
@@ -51,6 +52,17 @@ def _check(part: str, key: str, alone: Tensor, whole: Tensor | None, close: floa
         raise UserError(
             f"subspace=nodes computes {part} position by position, and there {key} is given other values than in the "
             "whole model: use subspace.probed=layers"
+        )
+
+
+def refuse_uncalled(space: NodeSpace, seen: dict[str, Tensor]) -> None:
+    """Refuse an adapter that changes a weight and is no layer that is called: it would stand still without a word."""
+    called = {key.partition("@")[0] for key in seen}
+    alone = next((key for key, node in space.nodes.items() if is_adapter(node) and key not in called), None)
+    if alone is not None:
+        raise UserError(
+            f"subspace=nodes reads what layers are given, and {alone} is not called (an adapter of a parameter, peft's "
+            "target_parameters): adapt linear layers (target_modules), or use method=mezo"
         )
 
 

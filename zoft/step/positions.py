@@ -85,6 +85,17 @@ def at_loss(rows: Tensor, columns: Tensor, starts: Tensor) -> NodePositions:
     return NodePositions(rows, columns, starts, order, torch.zeros_like(order))
 
 
+def numbered(counts: list[list[int]], rank: int) -> tuple[list[int], int]:
+    """The first number of each micro-batch of a process, by micro-batch, process and row; and how many there are."""
+    offsets, first = list[int](), 0
+    for micro_batch in range(max(map(len, counts))):
+        for other, of_rank in enumerate(counts):
+            if micro_batch < len(of_rank):
+                offsets += [first] * (other == rank)
+                first += of_rank[micro_batch]
+    return offsets, first
+
+
 def expand(places: NodePositions, space: NodeSpace) -> NodePositions:
     """The positions that are perturbed: those of the loss, and what ``subspace.positions`` adds in front of them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from zoft.utils.lazy import nn, torch
@@ -44,17 +44,13 @@ def widened(model: nn.Module) -> Iterator[torch.dtype | None]:
     dtype = torch.float32
     units, above = _units(model)
     # what stands above the units has few tensors of its own: wider for the whole block
-    undo = [_widen(module, dtype) for module in above]
-    handles = [handle for unit in units for handle in _around(unit, dtype)]
-    try:
-        # under autocast float32 weights would be rounded again
-        with torch.autocast(device, enabled=False):
-            yield dtype
-    finally:
-        for handle in handles:
-            handle.remove()
-        for put_back in undo:
-            put_back()
+    # under autocast float32 weights would be rounded again
+    with ExitStack() as undo, torch.autocast(device, enabled=False):
+        for module in above:
+            undo.callback(_widen(module, dtype))
+        for handle in [handle for unit in units for handle in _around(unit, dtype)]:
+            undo.enter_context(handle)
+        yield dtype
 
 
 def _units(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:

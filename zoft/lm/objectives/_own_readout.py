@@ -14,9 +14,7 @@ from zoft.utils.lazy import Tensor, nn, torch
 
 def own_feedbacks(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     """What :func:`own_readout` can be asked for; empty for a loss that it does not know position by position."""
-    if could_be_served(model, inputs):
-        return ("hidden", "loss")
-    if is_seq2seq(model, inputs):
+    if could_be_served(model, inputs) or is_seq2seq(model, inputs):
         return ("hidden", "loss")
     return ("scores", "log_odds", "loss") if _is_classified(model, inputs) else ()
 
