@@ -32,8 +32,9 @@ class Nodes(Estimator):
     probe is made at all.
 
     feedback=log_odds learns from losses alone: s = -log(exp(L) - 1), the log-odds of the right answer, with a response
-    for each answer. feedback=loss keeps no response: e_p = (L' - L) / eps v_p, unbiased and noisy, from a probe in
-    every step. feedback=exact is the reference: e by backpropagation to the nodes, 3 queries a step.
+    for each answer. feedback=loss keeps no response: e_p = (L' - L) / eps v_p with the loss of p's own term, unbiased
+    where a row has one, and noisy, from a probe in every step. feedback=exact is the reference: e by backpropagation to
+    the nodes, 3 queries a step.
 
     Args:
         num_directions: probes of a step that has some, but for the first.

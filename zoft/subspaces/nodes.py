@@ -37,11 +37,11 @@ class Nodes(Subspace):
     direction v_p of its own, so one forward of a batch is as many probes in m dimensions as it has positions, instead
     of one in m n. Nothing of the weights' size is drawn, and weights are never perturbed.
 
-    At positions=loss the gradient that reaches the loss through earlier positions (by attention) is left out; in the
-    last block there is none. Layers are ``torch.nn.Linear`` and transformers' ``Conv1D``; normalisations' scales and
-    shifts and LoRA's A and B are nodes too. The experts of a mixture are nodes inside their
-    block's part, each of the tokens that are sent to it. A bias beside a trained matrix, embeddings, a vocabulary's
-    head, and experts that lie transposed (gpt-oss) are none: they stand still.
+    At positions=loss the gradient that reaches the loss through earlier positions (by attention) is left out; behind
+    the last block's attention there is none. Layers are ``torch.nn.Linear`` and transformers' ``Conv1D``; scales and
+    shifts of normalisations and LoRA's A and B are nodes too. The experts of a mixture are nodes inside their block's
+    part, each of the tokens that are sent to it. A bias beside a trained matrix, embeddings, a vocabulary's head, and
+    experts that lie transposed (gpt-oss) are none: they stand still.
 
     Args:
         layers: mlp (matrices outside of attention, and a fresh classifier's), linear (all matrices), all
