@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -115,11 +115,10 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
     handles = [stack[-1].register_forward_hook(sums.end)] if stack else []
     for block in blocks:
         handles += sums.watch(block, held)
-    try:
-        yield partial(sums.hold, len(blocks))
-    finally:
+    with ExitStack() as hooks:
         for handle in handles:
-            handle.remove()
+            hooks.enter_context(handle)
+        yield partial(sums.hold, len(blocks))
 
 
 class _Sums:

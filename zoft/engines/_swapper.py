@@ -9,7 +9,7 @@ import sys
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -126,16 +126,12 @@ class Swapper:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Within this block modules that hold trained tensors call :meth:`_enter` and :meth:`_leave`."""
-        handles = []
         enter, leave = uncompiled(self._enter), uncompiled(self._leave)
-        try:
+        with ExitStack() as hooks:
             for module in self.weights.owners:
-                handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave, always_call=True))
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave, always_call=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _enter(self, module: nn.Module, _inputs: Any) -> None:
         state, names = self.state, self._names[module]

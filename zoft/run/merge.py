@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from zoft.errors import UserError
@@ -38,13 +39,10 @@ def merge_runs(runs: Sequence[Path], output: Path, how: str, *, fold: bool = Fal
     header, records = merge(read, how, lambda step: directions.at(step)[0].seed, fold=fold)
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / folder.CONFIG, config.read_text())
-    journal = Journal.create(output / files.NAME, header)
-    try:
+    with closing(Journal.create(output / files.NAME, header)) as journal:
         for record in records:
             journal.append(record)
         journal.seal()
-    finally:
-        journal.close()
     size, before = (output / files.NAME).stat().st_size, sum(path.stat().st_size for path in paths)
     count = sum(len(record.coefficients) for record in records)
     known = sum(len(record.coefficients) for _, contents in read for record in contents.records)

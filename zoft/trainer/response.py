@@ -91,7 +91,6 @@ def _holds(trainer: Any) -> bool:
     trainer.model.eval()
     try:
         with torch.no_grad():
-            # the first two rows, or the next ones where no label of these counts
             reader = TrainerReader(trainer)
             told = (passes_down(session, reader, batch) for batch in batches)
             return next((one for one in told if one is not None), False)

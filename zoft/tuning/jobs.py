@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,9 @@ def tune_training(
                 work.drop_weights(other.number)
         return callback(evaluation, result) if callback is not None else None
 
-    try:
-        with Workers(work, settings.workers, isolated=isolated) as pool:
-            search = Search(where, settings, pool, record, start)
-            result = search.run(keep)
-    finally:
-        record.close()
+    with closing(record), Workers(work, settings.workers, isolated=isolated) as pool:
+        search = Search(where, settings, pool, record, start)
+        result = search.run(keep)
     best = result.x
     command = shlex.join(["zoft", "train", *work.arguments_of(best, 0, f"{folder}-best")]) if best else ""
     _write(Path(folder), result, metric, command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,9 +110,6 @@ def tune(
     from zoft.tuning.record import StudyRecord
     from zoft.tuning.search import Search
 
-    with Workers(Call(f), workers) as pool:
-        record = StudyRecord(record_at(output_dir), settings.header(where, x0), where)
-        try:
-            return Search(where, settings, pool, record, x0).run(callback)
-        finally:
-            record.close()
+    header = settings.header(where, x0)
+    with Workers(Call(f), workers) as pool, closing(StudyRecord(record_at(output_dir), header, where)) as record:
+        return Search(where, settings, pool, record, x0).run(callback)

@@ -26,7 +26,8 @@ def trainer_of(tmp_path, model, estimator=None, train=("mlp",), rows=None, size=
     rows = rows or [{name: value[i] for name, value in batch.items()} for i in range(8)]
     args = ZOConfig(
         output_dir=str(tmp_path), budget_queries=BUDGET, use_cpu=True, report_to=[], disable_tqdm=True,
-        save_strategy="no", logging_strategy="no", per_device_train_batch_size=size, dataloader_pin_memory=False, bf16=bf16,
+        save_strategy="no", logging_strategy="no", per_device_train_batch_size=size, dataloader_pin_memory=False,
+        bf16=bf16,
     )  # fmt: skip
     parts = {"subspace": "nodes", "estimator": estimator, "optimizer": "whiten"} | more
     return ZOTrainer(model, args, train_dataset=rows, **parts)
