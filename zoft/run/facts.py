@@ -15,6 +15,7 @@ from zoft.version import __version__
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
+    from zoft.report.health import HealthCallback
     from zoft.trainer.trainer import ZOTrainer
 
 
@@ -188,7 +189,7 @@ def is_chat(cfg: ZoftConfig) -> bool:
     return hasattr(task, "reading") and (task.format if task.format != "auto" else task.reading().format) == "chat"
 
 
-def usual_rate(cfg: ZoftConfig) -> float:
+def _usual_rate(cfg: ZoftConfig) -> float:
     """The learning rate of the method's preset, or else what is usual for the optimizer."""
     from zoft.config.catalog import preset_files
     from zoft.config.experiments import read
@@ -199,7 +200,7 @@ def usual_rate(cfg: ZoftConfig) -> float:
     return float(usual or STARTS.get(cfg.optimizer.name(), 1e-3))
 
 
-def chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
+def _chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
     """The accuracy of a guess among the answers of a row; None where another metric is reported."""
     if metric_of(cfg, rows) != "accuracy":
         return None
@@ -207,3 +208,19 @@ def chance(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> float | None:
     counts = {"options": len(row.get("sequences", ())), "mask": len(row.get("word_ids", ())), "pairs": 2}
     # a guess among two at least: a row without options says nothing of chance
     return 1 / max(2, counts.get(form, formats.num_labels(cfg.task)))
+
+
+def health_of(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]]) -> HealthCallback:
+    """What watches over the run, with what is usual of its method."""
+    from zoft.report.health import HealthCallback
+
+    return HealthCallback(
+        _chance(cfg, rows),
+        len(rows["dev"]),
+        more_of=more_of(cfg, trainer),
+        eps=cfg.estimator.radius,
+        usual=_usual_rate(cfg),
+        bounded=hasattr(cfg.optimizer, "trust"),
+        has_adapter=cfg.peft.name() != "none",
+        last_step=lambda: trainer.last_step,
+    )

@@ -25,7 +25,7 @@ from zoft.run.build import (
     require_fit,
     require_trackers,
 )
-from zoft.run.facts import chance, costs_of, facts_of, is_chat, more_of, opening_lines, scores_of, scores_text, usual_rate
+from zoft.run.facts import costs_of, facts_of, health_of, is_chat, opening_lines, scores_of, scores_text
 from zoft.run.verdict import gain_of, keep_rows, kept_line, next_lines, row_values, verdict_line
 
 if TYPE_CHECKING:
@@ -165,7 +165,6 @@ def _prepare(
     transformers.utils.logging.disable_progress_bar()
     import zoft.trainer.trainer  # noqa: F401  # with what it brings it is part of what is held before the model
     from zoft.report.console import ProgressCallback
-    from zoft.report.health import HealthCallback
     from zoft.report.memory import PeakMemory
     from zoft.report.metrics import MetricsCallback
     from zoft.report.text import say
@@ -205,16 +204,7 @@ def _prepare(
             peak_mb=memory.peak_mb,
             snr=lambda: None if measuring is None else measuring.snr,
         ),
-        HealthCallback(
-            chance(cfg, rows),
-            len(rows["dev"]),
-            more_of=more_of(cfg, trainer),
-            eps=cfg.estimator.radius,
-            usual=usual_rate(cfg),
-            bounded=hasattr(cfg.optimizer, "trust"),
-            has_adapter=cfg.peft.name() != "none",
-            last_step=lambda: trainer.last_step,
-        ),
+        health_of(cfg, trainer, rows),
         *([] if measuring is None else [measuring]),
     ):
         trainer.add_callback(callback)

@@ -181,11 +181,11 @@ def test_more_directions_are_named_only_where_a_step_asks_for_some(words: list[s
     from types import SimpleNamespace
 
     from zoft.config import compose
-    from zoft.run.facts import _more_of
+    from zoft.run.facts import more_of
 
     cfg = compose(["task=sst2", *words])
     trainer: Any = SimpleNamespace(method=SimpleNamespace(estimator=cfg.estimator))
-    assert _more_of(cfg, trainer) == named
+    assert more_of(cfg, trainer) == named
     callback: Any = HealthCallback(0.5, 100, more_of=named)
     with caplog.at_level(logging.WARNING, logger="zoft"):
         callback.on_log(Args(), State(), None, {"eval_accuracy": 0.5})
