@@ -74,7 +74,7 @@ class ZOMixin(_Base):
         peft_config: a ``peft.PeftConfig``; the adapter alone is then trained.
         direction_seeds: the seed of each step's directions, for replaying a recorded run (MeZO's step seeds).
         mezo_protocol: rows in the order of MeZO's published code, and weight decay where it has it.
-        *positional, **kwargs: everything the Trainer subclass takes, in its own order or by name.
+        *positional: everything the Trainer subclass takes, in its own order or by name.
     """
 
     optimizer: Any  # a ZOOptimizer, inside accelerate's wrapper once training has begun
