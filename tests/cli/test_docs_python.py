@@ -22,7 +22,7 @@ def test_every_example_runs(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [line for line in done.stdout.splitlines() if line.endswith(" queries")] == ["8 queries"] * 5
+    assert [line for line in done.stdout.splitlines() if line.endswith(" queries")] == ["8 queries"] * 7
 
 
 def test_a_config_of_any_trainer_takes_both_kinds_of_fields(tmp_path: Path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,45 @@ def format_of_row(row: Row) -> str:
     return "counted" if isinstance(row.get("labels"), list) else "head"
 
 
+def require_rows(
+    objective: Objective, rows: Sequence[Any], collator: Callable[[Sequence[Any]], Mapping[str, Any]]
+) -> None:
+    """Refuse rows and a collator of a caller's own that do not make batches which the objective is computed from.
+
+    Args:
+        objective: what is minimised.
+        rows: at least one.
+        collator: makes a batch of them.
+
+    Raises:
+        UserError: saying which rows it is computed from, and what makes them.
+    """
+    name, forms, why = getattr(collator, "__name__", type(collator).__name__), set[str](), ""
+    try:
+        batch = collator(rows)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = f"does not take these rows ({type(error).__name__}: {error})"
+    else:
+        why = f"makes batches of {', '.join(batch)}"
+        dim = {2: "counted", 1: "head"}.get(getattr(batch.get("labels"), "ndim", 0), "")
+        marks = {
+            "prompt_ids": "generate rated",
+            "word_ids": "mask",
+            "option_tokens": "options",
+            "option_len": "options",
+        }
+        forms = set(next((of for mark, of in {**marks, "num_options": "pairs"}.items() if mark in batch), dim).split())
+        if "attention_mask" not in batch:
+            forms, why = set(), f"{why} without attention_mask"
+    if objective.forms and not forms & set(objective.forms):
+        wanted, one = ", or ".join(FORMS[each].what for each in objective.forms), objective.forms[0]
+        raise UserError(
+            f"objective={objective.name()} is computed from {wanted}"
+            f', and data_collator={name} {why}: make rows by zoft.lm.formats.encode_rows("{one}", ...) and their '
+            f'collator by collator_for("{one}", ...), as the documentation shows (From Python)'
+        )
+
+
 def require_fit(task: Task, form: str, objective: Objective) -> None:
     """Refuse an objective that is not computed from such rows, and settings that do not go with the task.
 
@@ -215,7 +254,7 @@ def encode_rows(
     return encode_examples(examples, tokenizer, max_length)
 
 
-def room_of(task: Task, objective: Objective) -> int:
+def room_of(task: Task | None, objective: Objective | None) -> int:
     """Tokens that a generated text may have."""
     return int(getattr(objective, "max_new_tokens", 0) or getattr(task, "max_new_tokens", 0) or ROOM)
 
@@ -224,8 +263,8 @@ def collator_for(
     form: str,
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    objective: Objective,
+    task: Task | None = None,
+    objective: Objective | None = None,
     *,
     as_mezo: bool = False,
 ) -> Callable[[Sequence[Row]], dict[str, Any]]:
@@ -235,7 +274,7 @@ def collator_for(
         form: a key of :data:`FORMS`.
         rows: what :func:`encode_rows` gave.
         tokenizer: the model's.
-        task: says how a generated answer is read.
+        task: says how a generated answer is read; without one it is the whole text.
         objective: may say how long one may be.
         as_mezo: batches as MeZO's published code makes them.
     """
@@ -247,7 +286,7 @@ def collator_for(
 
     pad: Any = tokenizer.pad_token_id
     if form in ("generate", "rated"):
-        metric = task.metric if task.metric in SCORES else "f1"
+        metric = task.metric if task is not None and task.metric in SCORES else "f1"
         read = getattr(task, "answer_in", str.strip)
         stop = getattr(task, "stop", "")
         published = getattr(task, "protocol", "") == "mezo"

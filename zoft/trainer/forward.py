@@ -13,6 +13,7 @@ from torch import nn
 from zoft.engines._frozen_prefix import FrozenPrefix
 from zoft.engines._lockstep import sequential
 from zoft.lm.data.packing import one_of_each_size
+from zoft.lm.formats import require_rows
 from zoft.lm.logits.head import narrowed
 from zoft.lm.logits.own_loss import is_known, own_loss
 from zoft.lm.logits.packing import serves
@@ -42,6 +43,10 @@ def make_ready(trainer: HoldsObjects, identity: RunIdentity) -> None:
     # the loss of an objective is a mean already: the Trainer's token count is not for it
     if trainer.objective is not None:
         trainer.model_accepts_loss_kwargs = False
+        # before a run begins in its folder; rows that come one by one are not looked at
+        for rows in (trainer.train_dataset, trainer.eval_dataset):
+            if hasattr(rows, "__len__") and not isinstance(rows, dict) and len(rows):
+                require_rows(trainer.objective, [rows[0]], trainer.data_collator)
     if has_trained_scales(model):
         trainer.method.check_scales()
     if is_quantized(model):

@@ -13,6 +13,7 @@ import transformers
 from tests.models import tiny_opt
 from zoft import UserError, ZOConfig, ZOMixin, ZOTrainer
 from zoft.estimators.central import Central
+from zoft.lm.data.encoding import PairCollator
 from zoft.optimizers.sgd import SGD
 
 ROWS = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]} for _ in range(8)]
@@ -105,3 +106,18 @@ def test_a_loss_that_is_no_number_is_a_sentence(make: Any, message: str, tmp_pat
     trainer.make = make
     with pytest.raises(UserError, match=f"compute_loss {message}"):
         trainer.train()
+
+
+@pytest.mark.parametrize("objective", ["options", "reward", "metric", "preference", "classes", "label_words"])
+def test_rows_that_an_objective_is_not_computed_from_are_refused_before_a_run_begins(objective: str, tmp_path: Any):
+    """A KeyError: 'option_len' in the first step, and the folder was taken."""
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=rf"objective={objective} is computed from .*encode_rows.*collator_for"):
+        ZOTrainer(model=tiny_opt(), args=args(folder), train_dataset=ROWS, objective=objective, estimator="central")
+    assert not (folder / "journal.bin").exists()
+
+
+def test_a_collator_of_other_rows_is_named(tmp_path: Any):
+    given: dict[str, Any] = {"train_dataset": ROWS, "data_collator": PairCollator(0), "estimator": "central"}
+    with pytest.raises(UserError, match=r"data_collator=PairCollator does not take these rows \(KeyError: 'chosen'\)"):
+        ZOTrainer(model=tiny_opt(), args=args(tmp_path), objective="preference", **given)
