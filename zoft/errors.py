@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+_OF_COMMANDS = re.compile(r"(?<![\w.])(budget\.queries|precision\.update|trainable=|trainer\.\w+\b(?!\())")
+
 
 class UserError(ValueError):
     """Something the user can mend: the message says what, where and how; the command line exits with 2.
@@ -22,6 +24,18 @@ class UserError(ValueError):
         Traceback (most recent call last):
         zoft.errors.UserError: estimator.eps must be > 0 and finite, got -1.0: set estimator.eps=1e-3
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        # a traceback shows notes; the command line, whose names these are, prints the sentence alone
+        if names := dict.fromkeys(_OF_COMMANDS.findall(str(self))):
+            self.add_note("In Python: " + ", ".join(f"{name} is {_field_of(name)}" for name in names))
+
+
+def _field_of(name: str) -> str:
+    """What Python code sets where the command line has ``name``."""
+    others = {"budget.queries": "budget_queries", "precision.update": "precision_update"}
+    return "requires_grad" if name == "trainable=" else others.get(name, name.removeprefix("trainer."))
 
 
 class IgnoredError(UserError):

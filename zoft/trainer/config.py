@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import numbers
 import os
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
@@ -152,7 +153,7 @@ class ZOConfig(TrainingArguments):
         if self.budget_queries is not None:
             require_budget(self.budget_queries)
         if self.precision_update not in ROUNDINGS:
-            raise UserError(f"precision.update must be one of {', '.join(ROUNDINGS)}, got {self.precision_update!r}")
+            raise UserError(f"precision_update must be one of {', '.join(ROUNDINGS)}, got {self.precision_update!r}")
         self._check_guard()
         if self.budget_queries is not None and self.max_steps > 0:
             raise UserError("give budget_queries or max_steps, not both: the budget decides when training stops")
@@ -183,9 +184,11 @@ def _refuse_numbers(args: TrainingArguments) -> None:
     """What would be taken for something else, or end in a traceback in the middle of a run."""
     require_taken(vars(args))
     for name in _SEEDS:
-        value = getattr(args, name)
-        if isinstance(value, int) and not 0 <= value < 2**32:
-            raise UserError(f"{name} must be 0 or more and below 2**32 (numpy takes no more), got {value}")
+        value: Any = getattr(args, name)
+        if (name, value) != ("data_seed", None) and not (
+            isinstance(value, numbers.Integral) and 0 <= int(value) < 2**32
+        ):
+            raise UserError(f"{name} must be 0 or more and below 2**32 (numpy takes no more), got {value!r}")
 
 
 def _is_off(value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,10 @@ _AT_LEAST = {
     "save_total_limit": 1,
     "max_skipped_steps": 1,
     "guard_back": 1,
+    "guard_factor": 1,
+    "guard_steps": 1,
+    "max_steps": -1,
+    "num_train_epochs": 0,
     "ddp_timeout": 1,
     "eval_delay": 0,
     "warmup_steps": 0,
@@ -26,6 +32,9 @@ _AT_LEAST = {
     "learning_rate": 0,
     "weight_decay": 0,
 }
+_WHOLE = set(_AT_LEAST) - {"eval_delay", "warmup_steps", "max_grad_norm", "learning_rate", "weight_decay"}
+_WHOLE -= {"guard_factor", "num_train_epochs", "ddp_timeout"}
+_NONE = ("eval_accumulation_steps", "dataloader_prefetch_factor", "save_total_limit", "eval_steps")  # None is theirs
 _MOST_QUERIES = 100_000_000  # months of training; the steps of some methods are counted one by one
 _MEANING = {
     "save_total_limit": "; leave it out to keep all checkpoints",
@@ -73,10 +82,10 @@ def require_taken(values: Mapping[str, Any], prefix: str = "") -> None:
         UserError: saying which one, and what it can be.
 
     Example:
-        >>> require_taken({"eval_steps": 0}, "trainer.")
+        >>> require_taken({"eval_steps": 0})
         Traceback (most recent call last):
-        zoft.errors.UserError: trainer.eval_steps must be a whole number of steps from 1 on, or a share of the run \
-between 0 and 1, got 0; trainer.eval_strategy=no evaluates at no step
+        zoft.errors.UserError: eval_steps must be a whole number of steps from 1 on, or a share of the run between 0 \
+and 1, got 0; eval_strategy=no evaluates at no step
     """
     for sentence in (*_numbers(values, prefix), *_words(values, prefix), *_ignored(values, prefix)):
         raise UserError(sentence)
@@ -101,21 +110,27 @@ def require_budget(queries: int) -> None:
     Raises:
         UserError: saying between which numbers it must be.
     """
-    if queries < 1:
-        raise UserError(f"budget.queries must be at least 1, got {queries}")
+    if not _is_number(queries) or queries % 1 or queries < 1:
+        raise UserError(f"budget.queries must be at least 1, and a whole number, got {queries!r}")
     if queries > _MOST_QUERIES:
         raise UserError(f"budget.queries must be {_MOST_QUERIES:,} or less (that is months), got {queries}")
 
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for name, least in _AT_LEAST.items():
-        value: Any = values.get(name)
-        if _is_number(value) and not value >= least:
+        value: Any = values.get(name, least)
+        if (value is None and name in _NONE) or (name == "learning_rate" and isinstance(value, str)):
+            continue
+        kind = "whole number" if name in _WHOLE else "finite number"
+        if not _is_number(value) or value == math.inf or (name in _WHOLE and value % 1 > 0):
+            yield f"{prefix}{name} must be at least {least}, and a {kind}, got {value!r}"
+        elif not value >= least:
             yield f"{prefix}{name} must be at least {least}, got {value}{_MEANING.get(name, '')}"
     for name, nothing in _EVERY.items():
-        value = values.get(name)
+        value = values.get(name, 1)
         # transformers takes 0 for "as logging_steps", and counts backwards from a negative number
-        if _is_number(value) and not (0 < value < 1 or (value >= 1 and value % 1 == 0)):
+        is_left = value is None and name in _NONE
+        if not is_left and not (_is_number(value) and (0 < value < 1 or (value >= 1 and value % 1 == 0))):
             yield (
                 f"{prefix}{name} must be a whole number of steps from 1 on, or a share of the run between 0 and 1, "
                 f"got {value}; {prefix}{name.removesuffix('steps')}strategy=no {nothing}"
@@ -144,4 +159,4 @@ def _ignored(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -103,3 +104,35 @@ def test_settings_of_zoft_are_said_nothing_about(tmp_path: Path, caplog: pytest.
     assert as_zo_config(args, "x") is args
     assert not caplog.records
     assert dataclasses.is_dataclass(args)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": None}, "learning_rate must be at least 0, and a finite number, got None"),
+        ({"learning_rate": float("inf")}, "learning_rate must be at least 0, and a finite number, got inf"),
+        ({"weight_decay": None}, "weight_decay must be at least 0, and a finite number, got None"),
+        ({"num_train_epochs": None}, "num_train_epochs must be at least 0, and a finite number, got None"),
+        ({"max_steps": 2.5}, "max_steps must be at least -1, and a whole number, got 2.5"),
+        ({"gradient_accumulation_steps": 2.5}, "gradient_accumulation_steps must be at least 1, and a whole number"),
+        ({"budget_queries": "40"}, "budget.queries must be at least 1, and a whole number, got '40'"),
+        ({"guard": "clip", "guard_steps": None}, "guard_steps must be at least 1, and a whole number, got None"),
+        ({"logging_steps": None}, "logging_steps must be a whole number of steps from 1 on"),
+        ({"seed": None}, "seed must be 0 or more"),
+    ],
+)
+def test_what_is_no_number_is_refused_when_it_is_given(given: dict[str, Any], message: str, tmp_path: Path):
+    """learning_rate=None was a TypeError, and inf ended the run after its first step."""
+    with pytest.raises(UserError, match=message):
+        make_args(ZOConfig, tmp_path, **given)
+    fine = {"learning_rate": numpy.float64(0.1), "budget_queries": numpy.int64(8), "save_total_limit": None}
+    assert make_args(ZOConfig, tmp_path, **fine).learning_rate == 0.1
+
+
+def test_a_message_of_the_command_line_has_the_names_of_python_in_a_note():
+    """A traceback shows notes; the command line prints the sentence alone."""
+    error = UserError("budget.queries=4 is little: set trainer.eval_steps=2, trainable=all, or call trainer.train()")
+    assert error.__notes__ == [
+        "In Python: budget.queries is budget_queries, trainer.eval_steps is eval_steps, trainable= is requires_grad"
+    ]
+    assert not hasattr(UserError("estimator.eps must be > 0"), "__notes__")
