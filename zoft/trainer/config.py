@@ -8,6 +8,7 @@ import numbers
 import os
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -195,6 +196,7 @@ def _is_off(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})  # a number is a choice, 0 too
 
 
+@lru_cache
 def zo_config(cls: type) -> type:
     """A config class with zoft's fields and defaults: what an SFTConfig or DPOConfig of TRL becomes for a `ZOMixin`.
 
@@ -228,7 +230,15 @@ def zo_config(cls: type) -> type:
         if (f.default, f.default_factory) != (stock[f.name].default, stock[f.name].default_factory)
     ]
     own += [(name, bool, field(default=False)) for name in (*_CHECKPOINTING, "bf16") if name in names]
-    return make_dataclass(f"ZO{cls.__name__}", own, bases=(ZOConfig, cls), kw_only=True)
+    # no module has the class by its name: it is pickled by what it was made of
+    pickled = {"__reduce__": lambda self: (_unpickled, (cls, vars(self)))}
+    return make_dataclass(f"ZO{cls.__name__}", own, bases=(ZOConfig, cls), kw_only=True, namespace=pickled)
+
+
+def _unpickled(cls: type, values: dict[str, Any]) -> Any:
+    args: Any = object.__new__(zo_config(cls))
+    vars(args).update(values)
+    return args
 
 
 def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any:

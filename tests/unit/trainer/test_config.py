@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,3 +138,10 @@ def test_a_message_of_the_command_line_has_the_names_of_python_in_a_note():
         "In Python: budget.queries is budget_queries, trainer.eval_steps is eval_steps, trainable= is requires_grad"
     ]
     assert not hasattr(UserError("estimator.eps must be > 0"), "__notes__")
+
+
+def test_arguments_of_a_made_class_can_be_pickled_and_copied(tmp_path: Path):
+    args = make_args(zo_config(Checkpointing), tmp_path, budget_queries=8)
+    for other in (pickle.loads(pickle.dumps(args)), copy.copy(args), copy.deepcopy(args)):
+        assert type(other) is type(args) is zo_config(Checkpointing)
+        assert other.to_dict() == args.to_dict()
