@@ -30,7 +30,7 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
 
     Raises:
         UserError: the journal does not belong to this base model, does not begin at its first step, or has no such
-            step; the output folder is not empty.
+            step; a part's own file is another one now; the output folder is not empty.
     """
     from zoft.engines._optional import settle
     from zoft.journal import file as journal
@@ -44,6 +44,13 @@ def replay_run(cfg: ZoftConfig, run: Path, to: str | None = None, output: str | 
     if output is not None and Path(output).exists() and any(Path(output).iterdir()):
         raise UserError(f"--output {output} is not empty: give a new folder")
     settings = contents.header.get("settings", {})
+    for part in (cfg.subspace, cfg.estimator, cfg.weighting, cfg.optimizer):
+        for name, sha in part.own_code().items():
+            if settings.get(f"code of {name}", sha) != sha:
+                raise UserError(
+                    f"{name} is not the file of this run, whose steps it may take otherwise: put back the one "
+                    f"with the SHA-256 {settings[f'code of {name}']} (now {sha})"
+                )
     auto.apply(cfg, {key: settings[key] for key in cfg.auto if key in settings})  # rates are in the records
     keeps_best = bool(cfg.trainer.get("load_best_model_at_end"))
     optimizer, directions = begin(cfg)

@@ -158,6 +158,8 @@ def test_a_run_holds_to_its_file(folder: Path, capsys: Any):
     Path("my_est.py").write_text(FILE + "\n# another\n")
     assert main(["train", *words]) == 2
     assert "holds another run" in capsys.readouterr().err
+    assert main(["replay", str(folder / "out"), "estimator=my_est.py:Wide"]) == 2
+    assert "my_est.py:Wide is not the file of this run" in capsys.readouterr().err
     Path("my_est.py").write_text(FILE)
     assert main(["train", *words]) == 0  # finished, and shown
 
