@@ -214,7 +214,7 @@ def cost(options: argparse.Namespace) -> None:
             held, began = memory.current_mb(), time.perf_counter()
             if name == "clean forward":
                 with torch.inference_mode(), trainer.query_forward.reusing_prefix():
-                    trainer.objective.loss(trainer.model, batch)
+                    trainer.zo_objective.loss(trainer.model, batch)
             else:
                 with trainer.query_forward.querying():
                     estimate = trainer.run_steps.next(StepBatch([dict(batch)]), share_done=0.0)
@@ -261,7 +261,7 @@ def _peak(name: str, blocks: int) -> float:
     batch = trainer.collated(rows["train"][:16])
     for step in range(3):
         with torch.inference_mode():
-            trainer.objective.loss(trainer.model.eval(), batch)
+            trainer.zo_objective.loss(trainer.model.eval(), batch)
         peak.at(step + 1)
     return peak.found
 

@@ -90,7 +90,7 @@ def trial(rate: float, sigma: float, window: int, args: argparse.Namespace) -> l
                 d = one.draw(step, point // 2, sigma)
                 one.show(one.codes + one.inside(-d if point % 2 else d))
             with torch.inference_mode():
-                losses.append(float(trainer.objective.loss(model, batch)))
+                losses.append(float(trainer.zo_objective.loss(model, batch)))
         rewards = -torch.tensor(losses)
         a = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8)
         history.append([rate * float(share) / (POPULATION * sigma) for share in a])

@@ -68,7 +68,7 @@ def room():
 def reward_of(trainer):
     batch = trainer.data_collator(list(trainer.train_dataset))
     with torch.no_grad():
-        return -float(trainer.objective.loss(trainer.model.eval(), batch))
+        return -float(trainer.zo_objective.loss(trainer.model.eval(), batch))
 
 
 def test_a_reward_rises_by_what_each_text_is_worth(tmp_path):

@@ -265,7 +265,7 @@ class Measurement:
     # ---- what cannot be measured -------------------------------------------------------------------------------------
 
     def _is_differentiable(self, what: str) -> bool:
-        objective = self.trainer.objective
+        objective = self.trainer.zo_objective
         if objective is None or objective.differentiable:
             return True
         self._note(f"objective={objective.name()} has no gradient: {what} is left out")

@@ -216,7 +216,7 @@ class RunIdentity:
                 if field.name not in _BUDGETED:
                     settings[f"{group}.{field.name}"] = getattr(part, field.name)
         # code of the user's own (a reward, an objective) by its hash: another function is another run
-        for part in (method.subspace, method.estimator, method.weighting, method.optimizer, trainer.objective):
+        for part in (method.subspace, method.estimator, method.weighting, method.optimizer, trainer.zo_objective):
             settings |= {f"code of {name}": sha for name, sha in (part.own_code() if part else {}).items()}
         # as the journal has them: tuples are lists there, and a comparison must not see a difference
         return dict(json.loads(json.dumps(settings, default=str)))

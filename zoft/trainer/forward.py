@@ -41,12 +41,12 @@ def make_ready(trainer: HoldsObjects, identity: RunIdentity) -> None:
     align(model, trainer.processing_class)
     count_by_mask(model)
     # the loss of an objective is a mean already: the Trainer's token count is not for it
-    if trainer.objective is not None:
+    if trainer.zo_objective is not None:
         trainer.model_accepts_loss_kwargs = False
         # before a run begins in its folder; rows that come one by one are not looked at
         for rows in (trainer.train_dataset, trainer.eval_dataset):
             if hasattr(rows, "__len__") and not isinstance(rows, dict) and len(rows):
-                require_rows(trainer.objective, [rows[0]], trainer.data_collator)
+                require_rows(trainer.zo_objective, [rows[0]], trainer.data_collator)
     if has_trained_scales(model):
         trainer.method.check_scales()
     if is_quantized(model):
@@ -98,7 +98,7 @@ class QueryForward:
 
     def of_objective(self, model: nn.Module, inputs: Inputs, return_outputs: bool, *, of_each: bool) -> Any:
         """The objective's loss of a micro-batch; that of each example, or predictions too, where they are asked for."""
-        objective = self.trainer.objective
+        objective = self.trainer.zo_objective
         if return_outputs:
             loss, predictions, _ = objective.predict(model, self.as_served(inputs))
             return loss, {"logits": predictions}
@@ -131,8 +131,8 @@ class QueryForward:
         for inputs in batch.micro_batches:
             # as a query computes: the trial's numbers must be those of queries
             with torch.inference_mode(), trainer.compute_loss_context_manager():
-                if trainer.objective is not None:
-                    trainer.objective.probe(model, self.as_served(inputs))
+                if trainer.zo_objective is not None:
+                    trainer.zo_objective.probe(model, self.as_served(inputs))
                 elif self._loss_is_enough():
                     is_counted = trainer.model_accepts_loss_kwargs and batch.num_items is not None
                     arguments = {**inputs, "num_items_in_batch": batch.num_items} if is_counted else inputs
@@ -146,7 +146,7 @@ class QueryForward:
         A resumed run has not seen the batches, and has not made the evaluations, that the run before it has.
         """
         trainer = self.trainer
-        if self._has_tried_sizes or trainer.objective is None:
+        if self._has_tried_sizes or trainer.zo_objective is None:
             return
         self._has_tried_sizes = True
         evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
@@ -177,7 +177,7 @@ class QueryForward:
         # compiled code does not see replaced forwards
         if not trainer.args.keep_frozen_prefix or trainer.args.torch_compile:
             return
-        if trainer.objective is not None and trainer.objective.generates:  # with a cache: no call has whole rows
+        if trainer.zo_objective is not None and trainer.zo_objective.generates:  # with a cache: no call has whole rows
             return
         # another model (of model_init): states of the last one are of no use
         if self.frozen_prefix is None or self.frozen_prefix.model is not trainer.model:
@@ -201,7 +201,7 @@ class QueryForward:
             group: rows computed together.
         """
         trainer = self.trainer
-        if self.frozen_prefix is None or trainer.objective is None:
+        if self.frozen_prefix is None or trainer.zo_objective is None:
             return
         by_length: dict[int, list[Any]] = {}
         for row in (row for rows in datasets for row in rows):

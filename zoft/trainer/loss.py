@@ -119,7 +119,7 @@ class StepLoss:
 
     def num_terms(self, inputs: Inputs) -> int:
         """Over how many terms the loss of a micro-batch is a mean: its weight among the others."""
-        objective = self.trainer.objective
+        objective = self.trainer.zo_objective
         if objective is not None:
             # rows of the first tensor: what a loss without an objective is taken to be a mean over
             return int(objective.num_terms(inputs))

@@ -43,7 +43,7 @@ class HoldsObjects(Protocol):
     is_distributed_loading_by_transformers: bool
     # and of the mixin
     method: Method
-    objective: Any  # the component that replaces the model's own loss, or None
+    zo_objective: Any  # the component that replaces the model's own loss, or None
     mezo_protocol: bool
     direction_seeds: list[int] | None
     held_out: dict[str, Any]

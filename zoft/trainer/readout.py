@@ -45,8 +45,8 @@ class TrainerReader:
         """The micro-batches, their rows as separate ones (``packed`` rows have other positions)."""
         parts = [{key: value for key, value in one.items() if key != "packed"} for one in batch.micro_batches]
         if not self._is_checked:
-            refuse_unread(self.trainer.model_wrapped, self.trainer.objective)
-            if self.trainer.objective is None:
+            refuse_unread(self.trainer.model_wrapped, self.trainer.zo_objective)
+            if self.trainer.zo_objective is None:
                 self._compare(parts[0])
         self._is_checked = True
         return parts
@@ -63,7 +63,7 @@ class TrainerReader:
 
     def places(self, part: Any) -> NodePositions:
         """The positions that the loss is read from."""
-        objective, model = self.trainer.objective, self.trainer.model_wrapped
+        objective, model = self.trainer.zo_objective, self.trainer.model_wrapped
         positions: Positions = own_places(model, part) if objective is None else objective.places(model, part)
         if objective is None and is_seq2seq(model, part):  # of what the decoder says
             labels = part["labels"]
@@ -83,7 +83,7 @@ class TrainerReader:
 
     def read(self, part: Any) -> Readout:
         """One forward, as the estimator's feedback asks."""
-        objective, model = self.trainer.objective, self.trainer.model_wrapped
+        objective, model = self.trainer.zo_objective, self.trainer.model_wrapped
         feedback = self.feedback(part)
         # exact: a probe-free reference, whose forward gives losses with a graph
         feedback = "loss" if feedback == "exact" else feedback
@@ -100,7 +100,7 @@ class TrainerReader:
 
     def _chosen(self, part: Any) -> str:
         trainer = self.trainer
-        objective, estimator = trainer.objective, trainer.method.estimator
+        objective, estimator = trainer.zo_objective, trainer.method.estimator
         assert isinstance(estimator, Nodes)
         # the identity is a response of the last hidden state
         wanted = "hidden" if estimator.response == "identity" else estimator.feedback

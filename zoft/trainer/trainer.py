@@ -108,8 +108,8 @@ class ZOMixin(_Base):
         is_named = any(part is not None for part in (subspace, estimator, weighting, optimizer, direction_seeds))
         self.engine: Engine = create("engine", engine, "auto")
         self.engine_name = self.engine.name()  # the one that serves, once there is a session
-        self.objective: Objective | None = None if objective is None else create("objective", objective, "options")
-        self.method.check_objective(self.objective)
+        self.zo_objective: Objective | None = None if objective is None else create("objective", objective, "options")
+        self.method.check_objective(self.zo_objective)
         self.direction_seeds = self.method.step_seeds(direction_seeds)
         self.mezo_protocol = mezo_protocol
         self.held_out: dict[str, Any] = {}  # name -> rows that the Trainer knows not of, and that results are of
@@ -119,13 +119,13 @@ class ZOMixin(_Base):
         refuse_optimizers(kwargs)
         args = copy.copy(as_zo_config(args, "zoft_run"))  # what is settled here must not reach the user's next trainer
         own_loss = has_own_loss(super().compute_loss)
-        if not (is_named or mezo_protocol) and may_be(args, self.engine_name, self.objective):
+        if not (is_named or mezo_protocol) and may_be(args, self.engine_name, self.zo_objective):
             other = own_loss or type(self).compute_loss is not ZOMixin.compute_loss
             with global_random_state_kept():
                 model, peft_config = as_model(model, peft_config, args.seed), None
-                self.method = recommended(model, self.objective, args, kwargs, other) or self.method
+                self.method = recommended(model, self.zo_objective, args, kwargs, other) or self.method
         self.seeks_rate = args.learning_rate == "auto"
-        settle_forwards(self.engine, self.method, self.objective, args)
+        settle_forwards(self.engine, self.method, self.zo_objective, args)
         settle_arguments(args, self.method, has_objective=objective is not None)
         with global_random_state_kept():
             model = as_model(model, peft_config, args.seed)
@@ -279,7 +279,7 @@ class ZOMixin(_Base):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """As the Trainer's own; an objective's rows are evaluated longest first."""
-        sampler = None if self.objective is None else longest_first(self.args, eval_dataset)
+        sampler = None if self.zo_objective is None else longest_first(self.args, eval_dataset)
         return super()._get_eval_sampler(eval_dataset) if sampler is None else sampler
 
     def get_tp_size(self) -> int:
@@ -301,7 +301,7 @@ class ZOMixin(_Base):
 
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The objective's loss where one was given, else the Trainer's, in a query from the labelled positions only."""
-        if self.objective is not None:
+        if self.zo_objective is not None:
             return self.query_forward.of_objective(model, inputs, return_outputs, of_each=bool(kwargs.get("of_each")))
         called = model if return_outputs else self.query_forward.as_called(model)
         return super().compute_loss(called, inputs, return_outputs=return_outputs, **kwargs)
@@ -380,11 +380,11 @@ class ZOMixin(_Base):
     def prediction_step(self, model: Any, inputs: Inputs, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The objective's predictions and labels, so that metrics are computed over options; else the Trainer's."""
         with self.query_forward.reusing_prefix():
-            if self.objective is None:
+            if self.zo_objective is None:
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             with torch.inference_mode(), self.compute_loss_context_manager():
                 batch = self.query_forward.as_served(self._prepare_inputs(inputs))
-                loss, predictions, labels = self.stages.everywhere(self.objective.predict, model, batch)
+                loss, predictions, labels = self.stages.everywhere(self.zo_objective.predict, model, batch)
         return (loss, None, None) if prediction_loss_only else (loss, predictions, labels)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from tests.models import tiny_bert_classifier, tiny_mixtral, tiny_opt
 from zoft import ZOConfig, ZOTrainer
 from zoft.errors import UserError
 from zoft.estimators.nodes import Nodes
+from zoft.lm.data.completions import CountedCollator
+from zoft.lm.objectives.cross_entropy import CrossEntropy
 
 ROWS = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]} for _ in range(8)]
 CLASSES = [{"input_ids": [5, 6, 7, 8 + k], "labels": k % 3} for k in range(8)]
@@ -65,6 +67,26 @@ def test_a_search_of_hyper_parameters_goes_by_the_loss_and_takes_each_trials_bud
     same.train()
     assert best.objective == same.evaluate(ROWS)["eval_loss"]
     assert spent == [6, 6]
+
+
+def test_a_search_keeps_the_trainers_own_objective(tmp_path: Any):
+    """transformers writes a trial's result to `trainer.objective`: it was a float in the place of what is minimised."""
+    given: dict[str, Any] = {
+        "report_to": [],
+        "use_cpu": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+    }
+    args = ZOConfig(str(tmp_path), budget_queries=4, learning_rate=1e-3, **given)
+    rows: dict[str, Any] = {"train_dataset": ROWS, "eval_dataset": ROWS, "data_collator": CountedCollator(0)}
+    zo_trainer = ZOTrainer(model_init=made_later, args=args, objective="cross_entropy", estimator="central", **rows)
+    zo_trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}, n_trials=2, backend="optuna"
+    )
+    assert zo_trainer.zo_objective == CrossEntropy()
+    assert (tmp_path / "run-1" / "checkpoint-2").is_dir()
+    assert (tmp_path / "journal.old.bin").exists()  # the journal is of the trial at hand
 
 
 class Spent(transformers.TrainerCallback):
