@@ -90,7 +90,8 @@ def of_rows(cfg: ZoftConfig, rows: dict[str, list[Any]]) -> RunEstimate:
     host = PeakMemory("cpu").current_mb() if device == "cpu" else 0.0
     num_params = sum(p.numel() for p in model.parameters())
     size = size_of(cfg, rows)
-    lora, adamw = (of_backprop(model, size, host, lora=lora) for lora in (True, False))
+    trained_on = size_of(cfg, {"train": rows["train"]})  # a long row of dev or test sees no backward pass
+    lora, adamw = (of_backprop(model, trained_on, host, lora=lora) for lora in (True, False))
     with torch.device("meta"):
         wrapped = _wrapped(cfg, model)
     if cfg.model.quantization is not None:

@@ -14,10 +14,12 @@ import torch
 from tests.models import tiny_llama
 from tests.runs import WORDS, arguments, data_file, environment, report, tiny_tokenizer
 from zoft.cli import main
+from zoft.config import compose
 from zoft.lm.models.load import load_model_as
 from zoft.lm.models.meta import meta_model, quantize_on_meta
 from zoft.lm.models.peft.lora import Lora
 from zoft.lm.models.trainable.scales import Scales
+from zoft.use.plan.estimate import of_rows
 from zoft.use.plan.memory import Size, of_backprop
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -116,6 +118,18 @@ def test_backpropagation_is_estimated_with_what_a_process_holds():
     lora, full = (of_backprop(model, size, 500.0, lora=lora) for lora in (True, False))
     assert 500 < lora.total_mb < full.total_mb
     assert full.total_mb == pytest.approx(500 + sum(full.parts.values()))
+
+
+def test_a_long_row_of_dev_sees_no_backward_pass():
+    """One dev row of 1,600 tokens made backpropagation on rows of twelve look like 34 GiB."""
+
+    def row(length: int) -> dict[str, Any]:
+        return {"sequences": [[5] * length] * 2, "lengths": [1, 1], "input_ids": [5] * length, "label": 0}
+
+    cfg, short = compose(["config=smoke"]), {name: [row(8)] * 4 for name in ("train", "dev", "test")}
+    plain, with_long = of_rows(cfg, short), of_rows(cfg, short | {"dev": [row(800)]})
+    assert (with_long.lora.parts, with_long.adamw.parts) == (plain.lora.parts, plain.adamw.parts)
+    assert with_long.method.parts["forward"] > plain.method.parts["forward"]
 
 
 def ticks(capsys: Any) -> dict[str, dict[str, Any]]:
