@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerState
 
 from zoft.lm.metrics.intervals import wilson
 from zoft.utils.lazy import Tensor
+from zoft.utils.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -125,18 +126,26 @@ class HealthCallback(TrainerCallback):
             log.warning(text)
 
 
-def warn_unmoved(before: Tensor, after: Tensor, steps: int, rate: float, *, partial: bool = False) -> None:
+def warn_unmoved(
+    before: Tensor, after: Tensor, steps: int, rate: float, *, partial: bool = False, flat: bool = False
+) -> None:
     """Say so where (nearly) no weight has changed: the steps are lost in the weights' rounding, or are none.
 
     ``before`` and ``after`` are each a :meth:`~zoft.weights.tensors.Weights.sample`. Where ``partial``, as with a
-    mask, steps leave most weights as they are.
+    mask, steps leave most weights as they are; where ``flat``, all points of the last step had the same loss.
     """
     unmoved = float(((after - before).abs() <= 1e-12).double().mean())  # a zero that has become 1e-30 is as it was
-    if steps and unmoved > UNMOVED_SHARE and (unmoved == 1 or not partial):
+    if steps and unmoved == 1 and flat:
         log.warning(
-            "%s in %s steps: the steps are smaller than the weights' rounding; raise the learning rate, "
+            "no weight has changed in %s: all points of the last step had the same loss, which says not where to go; "
+            "take more rows a step (trainer.per_device_train_batch_size), a larger estimator.eps, or a finer objective",
+            counted(steps, "steps"),
+        )
+    elif steps and unmoved > UNMOVED_SHARE and (unmoved == 1 or not partial):
+        log.warning(
+            "%s in %s: the steps are smaller than the weights' rounding; raise the learning rate, "
             "optimizer.learning_rate=%.3g",
             "no weight has changed" if unmoved == 1 else f"{100 * unmoved:.1f} % of the weights have not changed",
-            f"{steps:,}",
+            counted(steps, "steps"),
             rate * 10,
         )

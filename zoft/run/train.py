@@ -27,6 +27,7 @@ from zoft.run.build import (
 )
 from zoft.run.facts import costs_of, facts_of, health_of, is_chat, opening_lines, scores_of, scores_text
 from zoft.run.verdict import gain_of, keep_rows, kept_line, next_lines, row_values, verdict_line
+from zoft.utils.words import counted
 
 if TYPE_CHECKING:
     from zoft.config.schema import ZoftConfig
@@ -255,7 +256,12 @@ def _carry_out(
     known = known_steps(cfg.output_dir) if resuming else None
     zero_shot_file = Path(cfg.output_dir) / results.ZERO_SHOT
     if first and resuming:
-        say(f"resume  {'nothing was saved yet: starting over' if known is None else f'{known:,} steps are known'}")
+        found = (
+            "nothing was saved yet: starting over"
+            if known is None
+            else f"{counted(known, 'steps')} {'is' if known == 1 else 'are'} known"
+        )
+        say(f"resume  {found}")
     _say_if_long(trainer, rows, known or 0)
     keep_reference(trainer, rows)
     seconds_prefix = _fill_frozen_prefix(trainer, rows)
@@ -274,7 +280,7 @@ def _carry_out(
     stops = [c for c in trainer.callback_handler.callbacks if isinstance(c, StopOnInterrupt) and c.stopped]
     if stops:
         if first:
-            say(f"stopped after {trainer.state.global_step:,} steps; the same command goes on from there")
+            say(f"stopped after {counted(trainer.state.global_step, 'steps')}; the same command goes on from there")
         raise Requeued if stops[0].requeue else KeyboardInterrupt  # 75: a scheduler is to start it again
     if first and (kept := kept_line(trainer.args, trainer.state)) is not None:
         say(kept)
@@ -295,7 +301,9 @@ def _carry_out(
     if first:
         if before is not None:
             partial, rate = cfg.subspace.name() in ("blocks", "sparse", "vectors"), trainer.args.learning_rate
-            warn_unmoved(before, Weights(trainer.model).sample(), facts["num_steps"], rate, partial=partial)
+            flat = trainer.last_step is not None and trainer.last_step.norm == 0
+            after = Weights(trainer.model).sample()
+            warn_unmoved(before, after, facts["num_steps"], rate, partial=partial, flat=flat)
         learning_curve(
             cfg.output_dir,
             title=Path(cfg.output_dir).name,
@@ -422,7 +430,7 @@ def _held_out(
     if trainer.is_world_process_zero():
         write_results(file, values, of)
         keep_rows(file, row_values(metric, output.predictions, output.label_ids), of)
-        say(f"{name:<9} held-out {scores_text(values)} on {len(rows):,} rows")
+        say(f"{name:<9} held-out {scores_text(values)} on {counted(len(rows), 'rows')}")
     return values
 
 

@@ -9,6 +9,17 @@ from typing import NamedTuple
 from zoft.errors import UserError, did_you_mean
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which is given as of several.
+
+    Example:
+        >>> counted(1, "queries"), counted(1, "rows"), counted(2000, "rows")
+        ('1 query', '1 row', '2,000 rows')
+    """
+    one = f"{noun[:-3]}y" if noun.endswith("ies") else noun[:-1]
+    return f"{number:,} {one if number == 1 else noun}"
+
+
 class Words(NamedTuple):
     """A command line, sorted.
 

@@ -205,6 +205,9 @@ def test_weights_that_do_not_move_are_said(caplog: Any):
     assert "99.9 % of the weights have not changed in 10 steps" in caplog.text
     assert "no weight has changed in 10 steps" in caplog.text
     assert len(caplog.records) == 2
+    with caplog.at_level(logging.WARNING, logger="zoft"):
+        warn_unmoved(weights, weights, 1, 1e-2, flat=True)  # a reward that every text got: no rate would move them
+    assert "no weight has changed in 1 step: all points of the last step had the same loss" in caplog.text
 
 
 @pytest.mark.parametrize(
