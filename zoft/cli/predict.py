@@ -20,7 +20,7 @@ read. Each row is written with `prediction`, `probability` (softmax of the score
 the probability of every label. A run on completions or rewards writes the model's text instead.
 Other keys are the run's own and change it: model.dtype=bfloat16, trainer.per_device_eval_batch_size=64.
 
-output=FILE    default DIR/predictions-NAME.csv, or .jsonl where the data is no csv
+output=FILE    default DIR/predictions-NAME.csv or .jsonl, as the data; -NAME.tsv.jsonl of other kinds
 --json         print the rows too
 
 Example:
@@ -42,7 +42,8 @@ def command(arguments: list[str]) -> int:
     _quiet()
     data = Path(asked["data"].removeprefix("zoft:"))
     kind = data.suffix if data.suffix in (".csv", ".jsonl") else ".jsonl"
-    output = asked.get("output") or str(Path(asked["run"]) / f"predictions-{data.stem}{kind}")
+    name = data.stem if data.suffix == kind else data.name  # u.tsv beside u.jsonl: two files
+    output = asked.get("output") or str(Path(asked["run"]) / f"predictions-{name}{kind}")
     done = predict(asked["run"], asked["data"], output, overrides)
     if "--json" in flags:
         for row in done.rows:
