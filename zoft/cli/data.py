@@ -13,7 +13,7 @@ from typing import Any
 
 from zoft.errors import UserError
 from zoft.utils.terminal import fitted, laid_out, whole, width_of
-from zoft.utils.words import read_words
+from zoft.utils.words import counted, read_words
 
 ROWS = 3
 """Rows shown of a split."""
@@ -202,14 +202,12 @@ def visible(text: str) -> str:
 
 
 def _summary(split: dict[str, Any]) -> str:
-    tokens, counted, cut = split["tokens"], split["counted"], split["cut"]
-    share = f"{100 * counted['total'] / max(1, tokens['total']):.0f} % of all"
+    tokens, read, cut = split["tokens"], split["counted"], split["cut"]
+    share = f"{100 * read['total'] / max(1, tokens['total']):.0f} % of all"
     parts = [
-        f"{split['rows']:,} rows",
+        counted(split["rows"], "rows"),
         f"{_range(tokens)} tokens (median {tokens['median']:g})",
-        f"{_range(counted)} of them count{'s' * (counted['max'] == 1)} ({share})"
-        if counted["max"]
-        else "none of them count",
+        f"{_range(read)} of them count{'s' * (read['max'] == 1)} ({share})" if read["max"] else "none of them count",
         f"{cut['rows']:,} cut by {cut['tokens']:,} tokens" if cut["rows"] else "none cut",
     ]
     if split.get("in_train"):
@@ -226,7 +224,7 @@ def _range(spread: dict[str, Any]) -> str:
 def _part(part: dict[str, Any], width: int | None, colour: bool) -> list[str]:
     cuts = [f"{part['cut']:,} of the beginning"] * bool(part["cut"])
     cuts += [f"{part['cut_end']:,} of the end"] * bool(part["cut_end"])
-    head = f"{len(part['ids']):,} tokens, {sum(part['counted']):,} count" + (
+    head = f"{counted(len(part['ids']), 'tokens')}, {(num := sum(part['counted'])):,} count{'s' * (num == 1)}" + (
         f", cut: {' and '.join(cuts)}" if cuts else ""
     )
     text = part["text"] if len(part["text"]) <= _MAX_TEXT else part["text"][:_MAX_TEXT] + " ..."

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from zoft.utils.terminal import fitted
-from zoft.utils.words import read_words
+from zoft.utils.words import counted, read_words
 
 if TYPE_CHECKING:
     from zoft.use.plan.estimate import RunEstimate
@@ -71,9 +71,8 @@ def lines(estimated: RunEstimate) -> list[str]:
         fits = "fits" if estimated.method.total_mb - estimated.method.host_mb <= estimated.free_mb else "DOES NOT FIT"
         rows.append(f"free      {gib(estimated.free_mb)} now: this run {fits}")
     if estimated.seconds is not None:
-        rows.append(
-            f"time      about {duration(estimated.seconds)} for {estimated.queries:,} queries; evaluations come on top"
-        )
+        queries = counted(estimated.queries, "queries")
+        rows.append(f"time      about {duration(estimated.seconds)} for {queries}; evaluations come on top")
     return rows
 
 

@@ -10,7 +10,7 @@ from zoft.errors import UserError
 from zoft.lm.metrics.classes import table
 from zoft.lm.metrics.passing import read_names
 from zoft.utils.terminal import fitted, width_of
-from zoft.utils.words import read_words
+from zoft.utils.words import counted, read_words
 
 _HARNESS = ("harness", "harness_limit", "harness_path")
 _OURS = ("mode", "split", "evaluate", "metric", "pass_reward")
@@ -76,10 +76,10 @@ def lines(facts: dict[str, Any]) -> list[str]:
         lines += ["", *table(facts, room=width_of()), f"{'macro F1':<{width}}  {facts['macro_f1']:.3f}", ""]
     lines += [f"{name:<{width}}  {value:.4g} (evaluate)" for name, value in facts.get("evaluate", {}).items()]
     if facts.get("num_ungraded"):
-        lines.append(f"{'ungraded':<{width}}  {facts['num_ungraded']:,} texts, see ungraded.jsonl")
+        lines.append(f"{'ungraded':<{width}}  {counted(facts['num_ungraded'], 'texts')}, see ungraded.jsonl")
     alone = facts["num_computed_alone"]
     closeness = f", {alone:,} of them again alone because a batch could have decided" if alone else ""
-    lines.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {facts['num_rows']:,} rows{closeness}")
+    lines.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {counted(facts['num_rows'], 'rows')}{closeness}")
     lines.append(f"{'written':<{width}}  {facts['output_dir']}: predictions.jsonl, evaluation.json")
     return lines
 
@@ -94,12 +94,11 @@ def _harness_lines(facts: dict[str, Any]) -> list[str]:
         shown = (
             f"of {len(part['tasks'])} tasks" if "tasks" in part else f"with {part['num_demonstrations']} demonstrations"
         )
-        lines.append(
-            f"{name:<{width}}  {metrics or 'no metric that is a number'}, on {part['num_rows']:,} rows {shown}"
-        )
+        on = f"on {counted(part['num_rows'], 'rows')} {shown}"
+        lines.append(f"{name:<{width}}  {metrics or 'no metric that is a number'}, {on}")
     lines[0] += f", by {facts['model']}"
     harness = f"lm_eval {facts['lm_eval']}"
-    lines.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {facts['num_rows']:,} rows, {harness}")
+    lines.append(f"{'spent':<{width}}  {facts['seconds']:.1f} s for {counted(facts['num_rows'], 'rows')}, {harness}")
     lines.append(f"{'written':<{width}}  {facts['output_dir']}: predictions.jsonl, evaluation.json")
     return lines
 

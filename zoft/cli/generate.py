@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from zoft.errors import UserError, did_you_mean
-from zoft.utils.words import read_words
+from zoft.utils.words import counted, read_words
 
 KEYS = ("run", "model", "prompt", "data", "output", "max_new_tokens", "temperature", "seed")
 FLAGS = ("--chat", "--json")
@@ -50,7 +50,7 @@ def command(arguments: list[str]) -> int:
     rows = [row | {"text": text} for row, text in zip(rows, texts, strict=True)]
     if "output" in asked:
         write_rows(asked["output"], rows)
-        print(f"{len(rows):,} texts: {asked['output']}")
+        print(f"{counted(len(rows), 'texts')}: {asked['output']}")
     else:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False, default=str) if "--json" in flags else row["text"])

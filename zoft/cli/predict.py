@@ -8,7 +8,7 @@ from textwrap import shorten
 
 from zoft.errors import UserError
 from zoft.utils.terminal import fitted, width_of
-from zoft.utils.words import read_words
+from zoft.utils.words import counted, read_words
 
 KEYS, FLAGS = ("run", "data", "output"), ("--json",)
 HELP = """\
@@ -54,7 +54,6 @@ def command(arguments: list[str]) -> int:
         text = next((str(v) for k, v in row.items() if k not in done.columns and isinstance(v, str)), "")
         line = f"{str(row['prediction'])[:40]!r:<16}{sure}  "
         print(line + shorten(text, max(20, (width_of() or 120) - len(line)), placeholder=" ..."))
-    rest = len(done.rows) - _SHOWN
-    said = f"{f'... and {rest:,} more; ' * (rest > 0)}{len(done.rows):,} rows with {', '.join(done.columns)}: {output}"
-    print(fitted(said))
+    rest, said = len(done.rows) - _SHOWN, f"{counted(len(done.rows), 'rows')} with {', '.join(done.columns)}: {output}"
+    print(fitted(f"{f'... and {rest:,} more; ' * (rest > 0)}{said}"))
     return 0

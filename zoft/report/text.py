@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from zoft.utils.terminal import fitted
+from zoft.utils.words import counted
 
 
 def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
@@ -18,7 +19,7 @@ def fact_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         ("final", _score(known, "final")),
         ("difference", _format(known, "difference_points", "{:+.1f} points")),
         ("paired gain", _gain(known)),
-        ("evaluated on", _format(known, "num_eval_rows", "{:,} rows")),
+        ("evaluated on", counted(known["num_eval_rows"], "rows") if "num_eval_rows" in known else None),
         ("queries", _join(_format(known, "num_queries", "{:,}"), _format(known, "budget_queries", "of {:,}"))),
         ("steps", _format(known, "num_steps", "{:,}")),
         ("steps skipped", _count(known, "num_skipped_steps", "their loss was not finite")),

@@ -11,6 +11,7 @@ from zoft.errors import UserError
 from zoft.lm import formats
 from zoft.run import folder
 from zoft.run.build import metric_of, trainable_of
+from zoft.utils.words import counted
 from zoft.version import __version__
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def opening_lines(cfg: ZoftConfig, trainer: ZOTrainer, rows: dict[str, list[Any]
         f"method  subspace={subspace}, estimator={cfg.estimator.name()}{directions}, "
         f"weighting={cfg.weighting.name()}, optimizer={cfg.optimizer.name()} "
         f"(lr={trainer.args.learning_rate:g}), engine={trainer.engine_name}",
-        f"budget  {cfg.budget.queries:,} queries = {trainer.args.max_steps:,} steps of "
+        f"budget  {counted(cfg.budget.queries, 'queries')} = {counted(trainer.args.max_steps, 'steps')} of "
         + " or ".join(map(str, sorted(set(costs)))),
     ]
 

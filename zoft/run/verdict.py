@@ -9,6 +9,7 @@ from typing import Any, TypedDict, cast
 
 from zoft.lm.metrics.intervals import mean_of_seeds
 from zoft.utils.files import write_atomically
+from zoft.utils.words import counted
 
 _DOWN = ("loss",)  # the lower the better
 _SHARES = ("accuracy", "f1", "exact_match")  # of a row it is 0 to 1
@@ -112,16 +113,13 @@ def verdict_line(metric: str, gain: tuple[float, float, float], num_rows: int) -
         >>> verdict_line("reward", (1.0, -math.inf, math.inf), 16)
         'verdict   +1.000 on the same 16 rows, each by as much: no interval can be told from that'
     """
+    same = f"on the same {counted(num_rows, 'rows')}"
     scale, digits, unit = (100, 1, " points") if metric == "accuracy" else (1, 3, "")
     middle, low, high = (scale * value for value in gain)
     if not math.isfinite(high - low):
         change = "each by as much" if middle else "none of which changed"
-        return (
-            f"verdict   {middle:+.{digits}f} on the same {num_rows:,} rows, {change}: no interval can be told from that"
-        )
-    sentence = (
-        f"verdict   {middle:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}] on the same {num_rows:,} rows"
-    )
+        return f"verdict   {middle:+.{digits}f} {same}, {change}: no interval can be told from that"
+    sentence = f"verdict   {middle:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}] {same}"
     if low <= 0 <= high:
         return f"{sentence}: within noise, no gain can be told"
     return f"{sentence}: {'better' if (middle > 0) != (metric in _DOWN) else 'WORSE'} than before"

@@ -79,7 +79,7 @@ class Template:
         """
         values = {name: text_of(row, name, where).strip() for name in self.columns}
         if not any(values.values()):
-            raise UserError(f"{where}: {listed(values)!r} is empty")
+            raise UserError(f"{where}: {listed(values)!r} is empty: fill it in, or leave the row out")
         return "".join(text + ("" if name is None else values[name]) for text, name in self.pieces)
 
 
@@ -106,7 +106,7 @@ def as_text(value: Any, name: str, where: str, *, filled: bool = False) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: {name!r} holds half a character (\\u{ord(text[error.start]):04x})") from None
     if filled and not text.strip():
-        raise UserError(f"{where}: {name!r} is empty")
+        raise UserError(f"{where}: {name!r} is empty: fill it in, or leave the row out")
     return text
 
 

@@ -18,6 +18,7 @@ from zoft.lm.tasks._custom_formats import FORMATS, Reading, listed, reading
 from zoft.lm.tasks._labels import in_order, label_key, look, spelled
 from zoft.lm.tasks._layouts import unread_content
 from zoft.lm.tasks.base import NO_ROWS, PROMPTS, NewRow, Splits, Task
+from zoft.utils.words import counted
 
 log = logging.getLogger("zoft.lm.tasks.custom")
 _JOINS = "([{<>\"'`|/=-_#@$"
@@ -316,7 +317,7 @@ class Custom(Task):
     def _words_of_rows(self, column: str) -> dict[str, str]:
         head = self.kind == "head"
         seen = self._labels_seen(column, MAX_CLASSES if head else MAX_LABELS)
-        labels = ", ".join(f"{label[:40]} ({each.rows:,} rows)" for label, each in list(seen.items())[:12])
+        labels = ", ".join(f"{label[:40]} ({counted(each.rows, 'rows')})" for label, each in list(seen.items())[:12])
         if head and len(seen) < 2:
             raise UserError(f"a head needs two classes or more; the labels of {self.train} are {labels}")
         if len(seen) == 1:

@@ -11,6 +11,7 @@ from typing import Any
 from zoft.config.schema import ZoftConfig
 from zoft.errors import UserError
 from zoft.lm.data.lengths import UNCUT, cut_of, length_of
+from zoft.utils.words import counted
 
 _SHOWN = 50  # rows that are tried on the tokenizer
 _STEPS = 2
@@ -61,7 +62,7 @@ def _place(message: str) -> str:
 
 def _config(cfg: ZoftConfig) -> Finding:
     warnings = cfg.warnings()
-    named = f"{cfg.config}, {cfg.budget.queries:,} queries, output_dir={cfg.output_dir}"
+    named = f"{cfg.config}, {counted(cfg.budget.queries, 'queries')}, output_dir={cfg.output_dir}"
     return Finding("config", "note", warnings[0]) if warnings else Finding("config", "ok", named)
 
 

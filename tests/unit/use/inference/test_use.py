@@ -147,6 +147,10 @@ def test_completions_are_written(runs: Path, tmp_path: Path, capsys: Any):
     data.write_text(json.dumps({"prompt": "is it free"}) + "\n")
     where = runs / "out/instruct"
     assert main(["predict", f"run={where}", f"data={data}", "--json"]) == 0
+    (tmp_path / "new.tsv").write_text("prompt\nis it not\n")
+    assert main(["predict", f"run={where}", f"data={tmp_path / 'new.tsv'}"]) == 0  # it went over predictions-new.jsonl
+    assert "1 row with prediction" in capsys.readouterr().out
+    assert (where / "predictions-new.tsv.jsonl").is_file()
     (row,) = [json.loads(line) for line in (where / "predictions-new.jsonl").read_text().splitlines()]
     assert row["prompt"] == "is it free"
     assert isinstance(row["prediction"], str)
