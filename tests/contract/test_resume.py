@@ -17,6 +17,8 @@ from zoft.config.catalog import preset_files
 from zoft.estimators.nodes import Nodes
 from zoft.journal.file import NAME, read
 from zoft.lm.objectives.cross_entropy import CrossEntropy
+from zoft.step.nodes import NodeQueries
+from zoft.step.query import StepQueries
 from zoft.weightings.per_prompt import PerPrompt
 
 SMALL = {
@@ -63,7 +65,7 @@ def composed(method):
     return compose([f"method={method}", "budget.queries=20000", *SMALL.get(method, [])])
 
 
-def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", weighting=None, objective=None, **given):
+def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", objective=None, **given):
     cfg = copy.deepcopy(composed(method))
     settings = {
         "output_dir": str(folder),
@@ -84,7 +86,8 @@ def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", w
     }
     if cfg.optimizer.learning_rate is not None:
         cfg.optimizer.learning_rate = None
-    parts = {part: getattr(cfg, part) for part in ("subspace", "estimator", "weighting", "optimizer")}
+    names = ("subspace", "estimator", "weighting", "optimizer")
+    parts = {part: given.pop(part, None) or getattr(cfg, part) for part in names}
     data = rows()
     return ZOTrainer(
         (model or MODELS.get(method, models.tiny_opt))().to(dtype),
@@ -93,7 +96,7 @@ def trainer(folder, method, *, model=None, dtype=torch.float32, engine="auto", w
         eval_dataset=data[:3],
         engine=engine,
         objective=objective,
-        **parts | {part: value for part, value in (("weighting", weighting),) if value},
+        **parts,
     )
 
 
@@ -165,6 +168,33 @@ def test_whatever_the_weights_and_the_setting(case, tmp_path):
     whole = trainer(tmp_path / "whole", method, **given)
     whole.train()
     resume_and_compare(whole, tmp_path / "killed", method, 5, **given)
+
+
+SKIPPED = {
+    "losses": ("mezo", None, 2),
+    "losses of a rule with moments": ("zo_adam", None, 2),
+    "probes behind others": ("nodes", None, 2),
+    "the only probes of the run": ("zoft", Nodes(response="learnt"), 0),
+}
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_a_run_in_which_a_step_was_not_finite_goes_on(case, tmp_path, monkeypatch):
+    method, estimator, step = SKIPPED[case]
+    asked, probe = StepQueries._asked, NodeQueries._probe
+
+    def spoilt(self, *args):
+        return asked(self, *args) * (torch.nan if self.optimizer.progress.steps == step else 1.0)
+
+    def spoilt_probe(self, part, drawn, *args):
+        return probe(self, part, drawn, *args) * (torch.inf if drawn.direction.step == step else 1.0)
+
+    monkeypatch.setattr(StepQueries, "_asked", spoilt)
+    monkeypatch.setattr(NodeQueries, "_probe", spoilt_probe)
+    whole = trainer(tmp_path / "whole", method, estimator=estimator)
+    whole.train()
+    assert whole.progress.num_skipped == 1
+    resume_and_compare(whole, tmp_path / "killed", method, 5, estimator=estimator)
 
 
 def resume_and_compare(whole, folder, method, step, **given):

@@ -201,14 +201,15 @@ class StepEstimate:
         # the record names directions that the run does not draw in this step: those of examples, or of an anchor
         named = [Direction(*which) for which in record.extra.get("directions", ())] or directions
         observations = {} if observed is None else state.unpack(observed)
-        if "factors" not in observations and len(named) != len(record.coefficients):
+        # a skipped step has none, and moves nothing
+        if not record.skipped and "factors" not in observations and len(named) != len(record.coefficients):
             raise UserError(
                 f"the journal's step {record.step} has {len(record.coefficients)} coefficients for {len(named)} "
                 "directions: it was not written by zoft, or by a run with other settings"
             )
         factors, loss = observations.pop("factors", None), observations.pop("loss", record.loss)
         # directions of an estimate by nodes move layers' outputs: no coefficient of theirs is one of the weights
-        terms = [] if factors else list(zip(named, record.coefficients, strict=True))
+        terms = [] if factors or record.skipped else list(zip(named, record.coefficients, strict=True))
         return cls(
             directions,
             None if record.skipped else terms,

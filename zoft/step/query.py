@@ -127,7 +127,8 @@ class StepQueries:
         nodes = self.nodes(batch, blank.directions[0], estimator)
         estimate = replace(blank, losses=torch.tensor([nodes.loss]), loss=nodes.loss)
         estimate = replace(estimate, num_queries=blank.num_queries + nodes.num_queries)
-        learnt = self.session.coordinates.state_dict() if estimator.probes_at(estimate.step) else None
+        # a step may have probes that were not planned: after one whose own were not finite, or without labels
+        learnt = self.session.coordinates.state_dict() if nodes.num_queries > estimator.num_queries else None
         return replace(estimate, terms=[], factors=nodes.factors, observations=learnt) if nodes.usable else estimate
 
     def _begin(self, batch: Any, direction: Direction) -> tuple[Tensor | None, int, SubspaceState | None]:
