@@ -15,7 +15,7 @@ from zoft.estimators._response import answers, index_of, node_gradients, says_un
 from zoft.estimators.nodes import Nodes
 from zoft.noise.direction import Direction
 from zoft.optimizers._factors import Factors
-from zoft.step.parts import go_inside, refuse_uncalled
+from zoft.step.parts import go_inside, probes_at, refuse_uncalled
 from zoft.step.positions import NodePositions, ObjectiveReader, expand, numbered
 from zoft.step.shares import Shares
 from zoft.subspaces._node_layers import Node
@@ -117,9 +117,7 @@ class NodeQueries:
         space = self._space()
         parts = [_Part(one, expand(self.reader.places(one), space)) for one in self.reader.parts(batch)]
         total = self._number(parts)
-        # a response that no step has taught yet (no label of theirs counted) is learnt as in the first one
-        step = direction.step if space.tables or estimator.feedback == "loss" else 0
-        probes, exact = estimator.probes_at(step), estimator.feedback == "exact"
+        probes, exact = probes_at(space, estimator, direction.step), estimator.feedback == "exact"
         first = next((n for n, part in enumerate(parts) if len(part.places.rows)), -1)
         shared = first < 0  # a process without positions leaves it to the others
         for number, part in enumerate(parts):

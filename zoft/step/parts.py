@@ -6,10 +6,24 @@ from typing import Any
 
 from zoft.engines.nodes import NodeSession
 from zoft.errors import UserError
+from zoft.estimators.nodes import Nodes
 from zoft.step.positions import ObjectiveReader, expand
 from zoft.subspaces._node_layers import is_adapter
 from zoft.subspaces.nodes import NodeSpace
 from zoft.utils.lazy import Tensor, torch
+
+
+def probes_at(space: NodeSpace, estimator: Nodes, step: int) -> int:
+    """How many probes a step has: a response that none has taught yet is learnt as in the first one.
+
+    Args:
+        space: with the response as far as it is known.
+        estimator: of the run.
+        step: number of the step, from 0.
+    """
+    # no label of the steps before counted, or their probes were not finite
+    is_known = bool(space.tables) or estimator.feedback == "loss"
+    return estimator.probes_at(step if is_known else 0)
 
 
 def go_inside(session: NodeSession, e: dict[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,12 +17,15 @@ from zoft.engines._optional import settle
 from zoft.errors import NonFiniteLossError
 from zoft.estimators._optional import KeepsAnchor
 from zoft.estimators.base import scheduled
+from zoft.estimators.nodes import Nodes
 from zoft.journal.records import Record
 from zoft.lm.logits.support import no_trials
 from zoft.step.directions import StepDirections, replayed
 from zoft.step.estimate import StepEstimate, clip
+from zoft.step.parts import probes_at
 from zoft.step.query import StepQueries
 from zoft.step.update import Progress
+from zoft.subspaces.nodes import NodeSpace
 from zoft.trainer.batch import BatchSplitter, StepBatch
 from zoft.trainer.forward import QueryForward
 from zoft.trainer.grid import Grid
@@ -83,6 +86,24 @@ class RunSteps:
         estimate = self._queried(batch, share_done) if recorded is None else self._replayed(*recorded)
         self.read_clock()
         return estimate
+
+    def is_at_end(self, state: Any, ahead: int) -> bool:
+        """Whether no step follows; a run ends early where lost probes were made once more, and the budget is spent.
+
+        Args:
+            state: of the Trainer; its number of steps is lowered where the budget does not pay for the next one.
+            ahead: steps that are queried, and not counted by it yet.
+        """
+        progress, space, budget = self.optimizer.progress, self.optimizer.subspace, self.args.budget_queries
+        estimator, end = self.queries.method.estimator, state.global_step + ahead
+        if end < state.max_steps and isinstance(estimator, Nodes) and budget is not None:
+            assert isinstance(space, NodeSpace)
+            # those of a search for the rate are counted already
+            if progress.num_queries + estimator.num_queries + probes_at(space, estimator, progress.steps) > budget:
+                said = "probes that were not finite were made once more: the budget ends %d steps before the plan"
+                log.warning(said, state.max_steps - end)
+                state.max_steps = end
+        return bool(end >= state.max_steps)
 
     # ---- queried -----------------------------------------------------------------------------------------------------
 

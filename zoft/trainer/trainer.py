@@ -250,7 +250,7 @@ class ZOMixin(_Base):
 
     def _run_epoch(self, **given: Any) -> None:
         """As the Trainer's own; a finished run that is resumed is finished (the Trainer would take one more step)."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.run_steps.is_at_end(self.state, 0):
             self.control.should_training_stop = True
             return
         self.micro_batches = []  # a callback may have ended the last pass in the middle of a step
@@ -289,14 +289,14 @@ class ZOMixin(_Base):
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
-        """Collect micro-batches; at the last one of the step, query the objective and hand over the estimate."""
-        del model  # self.model_wrapped, as in every query
+        """Collect micro-batches; at the step's last one query the objective, always of self.model_wrapped."""
         self.micro_batches.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batch, self.micro_batches = StepBatch(self.micro_batches, num_items_in_batch), []
         with self.query_forward.querying():
             self.last_step = self.run_steps.next(batch, self.state.global_step / max(1, self.state.max_steps))
+        self.run_steps.is_at_end(self.state, 1)
         return torch.tensor(self.last_step.loss, device=self.args.device)
 
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from zoft.lm.data.tokens import OptionCollator
 from zoft.lm.objectives.options import Options
 from zoft.optimizers.sgd import SGD
 from zoft.optimizers.whiten import Whiten
+from zoft.step.nodes import NodeQueries
 from zoft.subspaces.nodes import Nodes as Outputs
 from zoft.trainer.stepping import _are_finite
 
@@ -138,6 +141,42 @@ def test_first_rows_whose_labels_do_not_count_are_passed_over(tmp_path):
 def test_autocast_is_served(tmp_path, family, estimator):
     """A part's layers are given 16 bits there, of float32 weights."""
     trainer_of(tmp_path, getattr(models, family)(), estimator, bf16=True).train()
+
+
+@pytest.mark.parametrize("lost", [{0}, {0, 1}])
+def test_probes_that_are_made_once_more_are_within_the_budget(tmp_path, caplog, monkeypatch, lost):
+    """The run ends sooner, evaluated and saved as at its planned end; resumed, it is finished."""
+    probe = NodeQueries._probe
+
+    def spoilt(self, part, drawn, *args):
+        return probe(self, part, drawn, *args) * (torch.inf if drawn.direction.step in lost else 1.0)
+
+    monkeypatch.setattr(NodeQueries, "_probe", spoilt)
+    trainer = trainer_of(tmp_path, models.tiny_llama(), Nodes(first=2))
+    trainer.args.save_strategy = "steps"
+    trainer.train()
+    steps = BUDGET - 2 * (len(lost) + 1)
+    assert (trainer.progress.num_queries, trainer.progress.steps, trainer.state.global_step) == (BUDGET, steps, steps)
+    assert f"the budget ends {2 * len(lost)} steps before the plan" in caplog.text
+    assert (tmp_path / f"checkpoint-{steps}").is_dir()
+    again = trainer_of(tmp_path, models.tiny_llama(), Nodes(first=2))
+    again.train(resume_from_checkpoint=True)
+    assert (again.progress.num_queries, again.state.global_step) == (BUDGET, steps)
+    for one, other in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("estimator", [Nodes(), Nodes(response="learnt"), Nodes(every=2, num_directions=2)])
+def test_queries_of_a_search_for_the_rate_end_no_run_early(tmp_path, estimator):
+    model = models.tiny_llama()
+    trainer = trainer_of(tmp_path, model, estimator)
+    args = replace(trainer.args, budget_queries=60, max_steps=-1, learning_rate="auto")
+    searching = ZOTrainer(
+        model, args, train_dataset=trainer.train_dataset, subspace="nodes", estimator=estimator, optimizer="whiten"
+    )
+    searching.train()
+    assert searching.state.global_step == searching.args.max_steps
+    assert 58 <= searching.progress.num_queries <= 60
 
 
 def test_an_identity_that_does_not_hold_is_refused(tmp_path):
