@@ -170,7 +170,9 @@ def _trainer(
     trainer = make_trainer(cfg, arguments_of(cfg), model, tokenizer, rows)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    # the trainer's own method: node directions may have found that they need no probes, and take more steps
+    # the trainer's own steps: node directions may have found that they need no probes, and take more of them
+    for name in ("eval_steps", "save_steps", "logging_steps"):
+        setattr(trainer.args, name, trainer.args.max_steps)
     ends = [trainer.method.steps_within(budget) for budget in plan.budgets]
     trainer.add_callback(Milestones(trainer.args.max_steps, plan.evaluations, ends))
     if cfg.diagnostics.every:

@@ -132,6 +132,17 @@ def test_a_row_is_what_zoft_train_does(bench, tmp_path):
         assert row["test"]["accuracy"] == json.loads((out / "final.json").read_text())["accuracy"]
 
 
+def test_a_method_that_needs_no_probes_is_evaluated_as_often_as_others(tmp_path, bench):
+    """It takes more steps than its settings let one expect, and its checkpoint is chosen from as many points."""
+    folder, *_ = bench
+    more = ["methods={zoft: 1}", "references=[]", "prompts=[none]", "rates=[1]", "seeds=[0]", "budgets=[10]"]
+    line = words(folder, tmp_path / "nodes", *more)
+    assert main(["bench", *line]) == 0
+    (row,) = plan_and_rows(line)[1].values()
+    assert [point["queries"] for point in row["curve"]] == [0, 8, 10, 16, 24]
+    assert row["steps"] == row["queries"] == 24
+
+
 def test_the_test_rows_are_scored_by_the_best_checkpoint(bench, tmp_path):
     """A rate that first helps and then hurts: the test scores are those of the run cut off at its best point."""
     folder, _, _plan, _ = bench
