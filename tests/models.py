@@ -114,6 +114,17 @@ def tiny_t5(seed: int = 0, **fields: Any) -> Any:
     return _build("T5ForConditionalGeneration", "T5Config", seed, small | more | fields, "eager")
 
 
+def tiny_translator(family: str = "Marian", encoder: int = 2, decoder: int = 2, seed: int = 0) -> Any:
+    """An encoder-decoder whose blocks have two matrices and an activation of their own."""
+    layers = {"encoder_layers": encoder, "decoder_layers": decoder, "d_model": 16, "max_position_embeddings": 64}
+    small = {
+        f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("attention_heads", 2), ("ffn_dim", 32))
+    }
+    more = {"dropout": 0.0, "decoder_start_token_id": BOS, "forced_eos_token_id": None, "init_std": 0.3}
+    loader = {"Marian": "MarianMTModel"}.get(family, f"{family}ForConditionalGeneration")
+    return _build(loader, f"{family}Config", seed, layers | small | more, "eager")
+
+
 def tiny_mixtral(seed: int = 0, *, attn: str = "sdpa", **fields: Any) -> Any:
     """A causal LM whose tokens go to two of four experts: which ones may differ between two points."""
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -34,6 +34,23 @@ def test_a_blocks_feed_forward_part_is_perturbed_as_a_whole_and_its_layers_are_n
     assert len(space.parts) == len(set(space.inside.values())) >= 2
 
 
+@pytest.mark.parametrize("depths", [(2, 3), (2, 2), (3, 2)])
+@pytest.mark.parametrize("family", ["Pegasus", "Marian"])
+def test_parts_of_a_decoder_are_found_behind_an_encoder_of_any_depth(family, depths):
+    model = only(models.tiny_translator(family, *depths), "decoder.layers")
+    batch = models.batch_for(model, rows=3, length=7)
+    ask = queries(model, "hidden", layers="mlp")
+    assert set(ask.session.coordinates.parts) == {f"model.decoder.layers.{i}.fc1" for i in range(depths[1])}
+    exact = queries(model, "loss", layers="mlp", positions="all")(batch, Direction(0, 0), EXACT).factors
+    wanted = gradients(model, batch)
+    for name, one in exact.items():
+        torch.testing.assert_close(one.dense(), wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert len(exact) == 2 * depths[1]
+    learnt = ask(batch, Direction(0, 0), Estimator(first=64, eps=1e-2)).factors
+    last = f"model.decoder.layers.{depths[1] - 1}.fc2.weight"
+    assert float(torch.nn.functional.cosine_similarity(learnt[last].e, exact[last].e, dim=1).mean()) > 0.8
+
+
 @pytest.mark.parametrize("family", ["tiny_bert_classifier", "tiny_bloom"])
 def test_layers_without_such_a_part_move_their_own_outputs(family):
     """BERT's are two modules, one of which adds what it is given; Bloom's is handed a residual."""

@@ -17,9 +17,9 @@ from zoft.engines._lockstep import is_sequential
 from zoft.engines._prefix import (
     forwards_replaced,
     hidden_states_in,
-    longest_stack,
     lowest_with,
     passes_through,
+    stack_with,
     with_hidden_states,
 )
 from zoft.utils.lazy import Tensor, nn, torch
@@ -65,7 +65,7 @@ class ContextCache:
     def __init__(self, model: nn.Module, moving: set[nn.Module], new_cache: Callable[[], Any]) -> None:
         self.model = model
         self.new_cache = new_cache
-        self.blocks = longest_stack(model)
+        self.blocks = stack_with(moving, model)
         in_blocks = {module for block in self.blocks for module in block.modules()}
         # A linear layer outside of the blocks that moves may run before them: then nothing below it is known.
         moves_outside = any(isinstance(module, torch.nn.Linear) for module in moving - in_blocks)

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from zoft.engines._prefix import longest_stack
+from zoft.engines._prefix import stack_with
 from zoft.subspaces._node_layers import Node, is_experts, is_outside_attention
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import ATTENTION
@@ -35,7 +35,7 @@ def find_parts(model: nn.Module, nodes: Mapping[str, Node]) -> tuple[dict[str, N
     """
     names = {module: name for name, module in model.named_modules()}
     parts, inside = dict[str, Node](), dict[str, str]()
-    for block in longest_stack(model):
+    for block in stack_with({node.module for node in nodes.values()}, model):
         of_block = set(block.modules())
         matrices = {node.module for node in nodes.values() if node.module in of_block and is_outside_attention(node)}
         chain = _chain(block, matrices)
@@ -109,7 +109,8 @@ def seeing_sums(model: nn.Module, parts: Mapping[str, Node], rows: Rows) -> Iter
         The verdict, to be asked for behind the forward; handed the last hidden states [P, H], it is also whether these
         are what leaves the last block.
     """
-    held, stack = {node.module: node for node in parts.values()}, longest_stack(model)
+    held = {node.module: node for node in parts.values()}
+    stack = stack_with(held.keys(), model)
     blocks = [block for block in stack if held.keys() & set(block.children())]
     sums = _Sums(rows)
     handles = [stack[-1].register_forward_hook(sums.end)] if stack else []

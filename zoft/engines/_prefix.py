@@ -18,8 +18,23 @@ Forward = Callable[..., Any]
 
 def longest_stack(model: nn.Module) -> list[nn.Module]:
     """The model's blocks: its longest list of modules of one type; empty where it has none."""
-    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(b) for b in m}) == 1]
-    return max((list(stack) for stack in stacks), key=len, default=[])
+    return max(_stacks(model), key=len, default=[])
+
+
+def stack_with(modules: Set[nn.Module], model: nn.Module) -> list[nn.Module]:
+    """The blocks that hold most of these modules, as a decoder's behind an encoder; the longest list if none does."""
+
+    def held(stack: list[nn.Module]) -> int:
+        return len(modules & {module for block in stack for module in block.modules()})
+
+    # the first of equals: a list inside a block comes behind that of the blocks
+    stack = max(_stacks(model), key=held, default=[])
+    return stack if held(stack) else longest_stack(model)
+
+
+def _stacks(model: nn.Module) -> list[list[nn.Module]]:
+    """Lists of modules of one type."""
+    return [list(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(b) for b in m}) == 1]
 
 
 def lowest_with(modules: Set[nn.Module], blocks: list[nn.Module]) -> int:

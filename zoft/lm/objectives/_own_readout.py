@@ -46,9 +46,14 @@ def own_readout(model: nn.Module, inputs: Inputs, feedback: str) -> Readout:
 
 def is_seq2seq(model: nn.Module, inputs: Inputs) -> bool:
     """Whether this is an encoder-decoder with labels for what its decoder says, [B, L]."""
-    labels, name = inputs.get("labels"), type(inner(model)).__name__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    labels, bare = inputs.get("labels"), inner(model)
     whole = isinstance(labels, torch.Tensor) and labels.dim() == 2
-    return whole and name.endswith("ForConditionalGeneration") and bool(inner(model).config.is_encoder_decoder)
+    # most classes are ...ForConditionalGeneration, and Marian's is MarianMTModel
+    names, known = [cls.__name__ for cls in type(bare).__mro__], MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    named = names[0].endswith("ForConditionalGeneration") or not set(names).isdisjoint(known)
+    return whole and named and bool(bare.config.is_encoder_decoder)
 
 
 def _labelled(labels: Tensor) -> Positions:
