@@ -476,11 +476,30 @@ def test_a_probe_that_is_not_finite_is_forgotten_with_its_step(every, monkeypatc
         (lambda: models.tiny_gpt_oss(), {}, "experts of this mixture"),
         (lambda: lora(models.tiny_llama(), use_dora=True), {}, "DoRA"),
         (lambda: virtual_tokens(), {}, "virtual tokens"),
+        (lambda: adaption_prompts(), {}, "adaption_gate is none|adaption_prompt is none"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_sentence(model, fields, said):
     with pytest.raises(UserError, match=said):
         Subspace(**fields).bind(Weights(model()))
+
+
+def adaption_prompts():
+    from peft import AdaptionPromptConfig, get_peft_model
+
+    fields = {"adapter_len": 2, "adapter_layers": 1, "task_type": "CAUSAL_LM"}
+    return get_peft_model(models.tiny_llama(), AdaptionPromptConfig(**fields))
+
+
+def test_a_normalisation_that_gives_more_than_one_tensor_is_refused():
+    from transformers import IBertConfig, IBertForSequenceClassification
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = IBertForSequenceClassification(IBertConfig(vocab_size=models.VOCAB, **small)).eval()
+    batch = {"input_ids": torch.full((3, 5), 7), "labels": torch.tensor([0, 1, 0])}
+    with pytest.raises(UserError, match=r"LayerNorm.weight gives more: use subspace.layers=linear"):
+        queries(model, "scores", layers="all")(batch, Direction(0, 0), Estimator(first=2))
+    assert queries(model, "scores", layers="linear")(batch, Direction(0, 0), Estimator(first=2)).usable
 
 
 def virtual_tokens():

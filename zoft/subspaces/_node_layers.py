@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from zoft.errors import UserError
 from zoft.utils.lazy import Tensor, nn, torch
 from zoft.weights.tensors import ATTENTION, ROUTER, Weights, layer_of
 
@@ -52,10 +53,15 @@ class Node:
             return torch.ones(len(x), self.size, device=x.device)
         call: Callable[..., Tensor] = torch.func.functional_call
         # the layer itself, in float32 and without its trained values, says what w is multiplied with
-        wide, held = x.to(torch.float32), dict(self.module.named_parameters(recurse=False))
+        wide, held = x.to(torch.float32).unsqueeze(1), dict(self.module.named_parameters(recurse=False))
         tensors = {key: torch.zeros_like(p, dtype=torch.float32) for key, p in held.items()}
         at_one = call(self.module, {**tensors, "weight": torch.ones_like(tensors["weight"])}, (wide,))
-        return at_one - call(self.module, tensors, (wide,))  # y is affine in w: x_hat = y(1) - y(0)
+        if not isinstance(at_one, torch.Tensor):  # I-BERT's gives a scale of its numbers beside them
+            raise UserError(
+                f"subspace=nodes moves normalisations that give one tensor, and that of {self.name} gives more: use "
+                "subspace.layers=linear, or method=mezo"
+            )
+        return (at_one - call(self.module, tensors, (wide,))).squeeze(1)  # y is affine in w: x_hat = y(1) - y(0)
 
 
 def find_nodes(weights: Weights) -> dict[str, Node]:

@@ -23,7 +23,7 @@ PROBED = ("auto", "layers", "parts", "shared")
 OF_AN_ADAPTER = (
     "subspace.layers={} does nothing: an adapter's own layers move, and what is below is frozen: leave it out"
 )
-_OTHER_ADAPTER = re.compile(r"lora_magnitude|lora_embedding|(^|\.)prompt_encoder\.")
+_OTHER_ADAPTER = re.compile(r"lora_magnitude|lora_embedding|(^|\.)prompt_encoder\.|adaption_(prompt|gate)")
 STREAM = "residual stream"
 """Stands among the responses for that of all blocks' parts together."""
 
