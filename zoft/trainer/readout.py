@@ -39,27 +39,35 @@ class TrainerReader:
     def __init__(self, trainer: HoldsObjects) -> None:
         self.trainer = trainer
         self._feedback: str | None = None
-        self._is_checked = False
+        self._is_tried = False  # with a few tokens
+        self._is_compared = False  # with the trainer's loss of a step's rows
 
     def parts(self, batch: Any) -> Sequence[Any]:
         """The micro-batches, their rows as separate ones (``packed`` rows have other positions)."""
         parts = [{key: value for key, value in one.items() if key != "packed"} for one in batch.micro_batches]
-        if not self._is_checked:
+        if not self._is_tried:
             refuse_unread(self.trainer.model_wrapped, self.trainer.zo_objective)
-            if self.trainer.zo_objective is None:
-                self._compare(parts[0])
-        self._is_checked = True
+        self._is_tried = True
+        if self.trainer.zo_objective is None and not self._is_compared:
+            # each process asks once, as the trainer's loss may wait for that of the others
+            told = self._compare(max(parts, key=_num_labelled))
+            self._is_compared = told or self.trainer.args.world_size > 1
         return parts
 
-    def _compare(self, part: Any) -> None:
-        """What is read must be the loss that the trainer computes, where a ``compute_loss`` may be a user's own."""
+    def _compare(self, part: Any) -> bool:
+        """What is read must be the loss that the trainer computes, where a ``compute_loss`` may be a user's own.
+
+        False where no label of the rows counts, which tells nothing.
+        """
         trainer, is_other = self.trainer, self.trainer.label_smoother or self.trainer.compute_loss_func
         with torch.no_grad(), trainer.compute_loss_context_manager():
             own_places(trainer.model_wrapped, part)  # what it refuses cannot be read
             read = own_readout(trainer.model_wrapped, part, "loss").losses.mean()
             loss = read if is_other else trainer.compute_loss(trainer.model_wrapped, dict(part)).float()
-        if is_other or not torch.isclose(read, loss, rtol=1e-2, equal_nan=True):
+        tells = not bool(read.isnan())
+        if is_other or (tells and not torch.isclose(read, loss, rtol=1e-2)):
             raise UserError(OTHER_LOSS)
+        return tells
 
     def places(self, part: Any) -> NodePositions:
         """The positions that the loss is read from."""
@@ -190,6 +198,12 @@ def last_tokens(part: Any, last: int) -> Any:
     if 2 * last > shape[1] or by_tokens - _BY_TOKENS:
         return None
     return {name: value[:, -last:] if name in by_tokens else value for name, value in part.items()}
+
+
+def _num_labelled(part: Any) -> int:
+    """How many labels count."""
+    labels = part.get("labels")
+    return int((labels != -100).sum()) if isinstance(labels, Tensor) else 0
 
 
 def _starts(part: Any) -> Tensor:

@@ -126,6 +126,22 @@ def test_where_probes_are_asked_for_or_other_layers_move_they_are_made(tmp_path,
     assert trainer.args.max_steps < BUDGET
 
 
+@pytest.mark.parametrize("empty", [0, 4])
+def test_another_loss_is_refused_at_the_first_rows_whose_labels_count(tmp_path, empty):
+    class Halved(ZOTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) / 2
+
+    batch = models.batch_for(models.tiny_llama(), rows=8, length=7)
+    batch["labels"][:empty] = -100
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(8)]
+    args = trainer_of(tmp_path, models.tiny_llama(), Nodes()).args
+    args = replace(args, max_steps=-1, train_sampling_strategy="sequential")
+    parts = {"subspace": "nodes", "estimator": Nodes(response="learnt"), "optimizer": "whiten"}
+    with pytest.raises(UserError, match="the trainer makes another loss of it"):
+        Halved(models.tiny_llama(), args, train_dataset=rows, **parts).train()
+
+
 def test_first_rows_whose_labels_do_not_count_are_passed_over(tmp_path):
     batch = models.batch_for(models.tiny_llama(), rows=8, length=7)
     batch["labels"][:3] = -100
