@@ -148,6 +148,13 @@ def refuse_unread(model: nn.Module, objective: Objective | None) -> None:
     if objective is None and is_causal_lm(model):
         why = other_than_labels(model, ids)
     elif name.endswith("ForSequenceClassification") and (objective is None or isinstance(objective, Classes)):
+        text = bare.config.get_text_config()
+        if getattr(text, "pad_token_id", None) is None:  # such a class takes one row; none of the trial's is padded
+            text.pad_token_id = -1
+            try:
+                return refuse_unread(model, objective)
+            finally:
+                text.pad_token_id = None
         labels = torch.arange(min(bare.config.num_labels, 8), device=ids.device)  # all: a class may have its own weight
         ids = ids.expand(len(labels), -1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

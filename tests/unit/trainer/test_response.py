@@ -142,6 +142,23 @@ def test_another_loss_is_refused_at_the_first_rows_whose_labels_count(tmp_path, 
         Halved(models.tiny_llama(), args, train_dataset=rows, **parts).train()
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_decoders_classifier_without_padding_takes_one_row(tmp_path, size):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=64, pad_token_id=None, **small))
+    rows = [{"input_ids": torch.arange(3, 9), "labels": torch.tensor(k % 2)} for k in range(8)]
+    trainer = trainer_of(tmp_path, model, Nodes(), rows=rows, size=size)
+    if size > 1:
+        with pytest.raises(UserError, match=r"takes one row at a time.*set model\.config\.pad_token_id"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert trainer.progress.num_queries == BUDGET
+    assert model.config.pad_token_id is None
+
+
 def test_first_rows_whose_labels_do_not_count_are_passed_over(tmp_path):
     batch = models.batch_for(models.tiny_llama(), rows=8, length=7)
     batch["labels"][:3] = -100

@@ -73,5 +73,10 @@ def read_by_head(model: nn.Module, batch: Batch) -> Positions:
         return Positions(rows, torch.full_like(rows, -length))
     # transformers' classes look for the padding's id, whatever the mask: it is often the end token's, too
     pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if pad is None and len(ids) > 1:
+        raise UserError(
+            f"the classifier of {type(inner(model)).__name__} takes one row at a time, as its config has no "
+            "pad_token_id: set model.config.pad_token_id to the tokenizer's, or train with batches of one row"
+        )
     last = torch.full_like(rows, -1) if pad is None else (ids != pad).int().cumsum(1).argmax(1) - length
     return Positions(rows, last)
