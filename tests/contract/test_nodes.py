@@ -324,15 +324,19 @@ def together(model, feedback, cut, estimator):
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [6, 20])  # outputs, of 12 inputs
 @pytest.mark.parametrize("rows", [5, 40])
 @pytest.mark.parametrize("batches", [1, 4])
-def test_the_whitened_step_is_the_momentum_times_the_inverse_second_moment(rows, batches):
+def test_the_whitened_step_is_the_momentum_times_the_inverse_second_moment(rows, batches, size):
     torch.manual_seed(0)
     rule = Whiten(window=3, beta=0.9, decay=0.8, ridge=0.2, cooling=2.0, trust=1e9)
     state, seen = {"w": {}}, []
     for _ in range(batches):
-        seen.append(Factors(torch.randn(rows, 6), torch.randn(rows, 12)))
-        step = rule.steps({"w": seen[-1]}, state, 1.0, 1.0)["w"].dense()
+        seen.append(Factors(torch.randn(rows, size), torch.randn(rows, 12)))
+        factors = rule.steps({"w": seen[-1]}, state, 1.0, 1.0)["w"]
+    # the steps of all layers are held at once: no more rows than the matrix has
+    in_window = min(batches, 3) * rows
+    assert len(factors.x) == len(factors.e) == (in_window if in_window <= 12 else min(size, 12))
     window = seen[-3:][::-1]
     weights = torch.tensor([0.8**age for age in range(len(window))])
     weights = weights / weights.sum()
@@ -340,7 +344,7 @@ def test_the_whitened_step_is_the_momentum_times_the_inverse_second_moment(rows,
     momentum = sum(0.1 * 0.9**age * one.dense() for age, one in enumerate(window))
     ridge = 0.2 * second.diagonal().mean()
     wanted = momentum @ torch.linalg.inv(second + ridge * torch.eye(12)) / (1 + (batches - 1) / 2) ** 0.5
-    torch.testing.assert_close(step, wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(factors.dense(), wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_steps_stay_as_long_as_they_are_without_cooling():

@@ -148,7 +148,13 @@ class Whiten(ReadsFactors, Optimizer):
                 rows = experts == number
                 solved[rows] = _whitened(x[rows], omega[rows], ridge)
             return replace(factor, e=moved, x=solved, expert=experts)
-        return replace(factor, e=moved, x=_whitened(x, omega, ridge))
+        if len(x) <= x.shape[1]:
+            return replace(factor, e=moved, x=_whitened(x, omega, ridge))
+        # M A^-1 [m, n] as min(m, n) rows: the window's N of every layer would be kept until all steps are known
+        step, size = _solved(moved.T @ x, x, omega, ridge), moved.shape[1]
+        if size <= x.shape[1]:
+            return replace(factor, e=torch.eye(size, device=x.device), x=step)
+        return replace(factor, e=step.T.contiguous(), x=torch.eye(x.shape[1], device=x.device))
 
 
 def unread_bound(method: Any) -> str:
@@ -171,13 +177,17 @@ def unread_bound(method: Any) -> str:
 
 def _whitened(x: Tensor, omega: Tensor, ridge: Tensor) -> Tensor:
     """X A^-1, with A = X^T diag(omega) X + lambda I."""
-    count, width = x.shape
     # N x N where positions are fewer: X (X^T O X + lambda I)^-1 = (X X^T O + lambda I)^-1 X with O = diag(omega)
-    if count <= width:  # (X X^T diag(omega) + lambda I)^-1 X
-        matrix = (x @ x.T) * omega + ridge * torch.eye(count, device=x.device)
+    if len(x) <= x.shape[1]:  # (X X^T diag(omega) + lambda I)^-1 X
+        matrix = (x @ x.T) * omega + ridge * torch.eye(len(x), device=x.device)
         return torch.linalg.solve(matrix, x)
-    matrix = (x.T * omega) @ x + ridge * torch.eye(width, device=x.device)  # X (X^T diag(omega) X + lambda I)^-1
-    return torch.linalg.solve(matrix, x, left=False)
+    return _solved(x, x, omega, ridge)
+
+
+def _solved(rows: Tensor, x: Tensor, omega: Tensor, ridge: Tensor) -> Tensor:
+    """Rows of n numbers times A^-1, with A = X^T diag(omega) X + lambda I."""
+    matrix = (x.T * omega) @ x + ridge * torch.eye(x.shape[1], device=x.device)
+    return torch.linalg.solve(matrix, rows, left=False)
 
 
 def _take_in(factor: Factors, state: State, window: int) -> None:
