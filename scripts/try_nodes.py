@@ -346,7 +346,7 @@ class Walk:
                 stack.callback(layer.register_forward_pre_hook(keep).remove)
             stack.enter_context(torch.inference_mode())
             stack.enter_context(self.made.query_forward.reusing_prefix())
-            return float(self.made.objective.loss(self.made.model, batch))
+            return float(self.made.zo_objective.loss(self.made.model, batch))
 
 
 def norm(tensors: dict[str, Tensor]) -> float:

@@ -436,7 +436,7 @@ def test_a_vectorised_f_must_give_a_number_for_each_point():
         ({"estimator": "centrall"}, "no estimator called 'centrall'. Did you mean central"),
         ({"subspace": "ful"}, "no subspace called"),
         ({"optimizer": 3}, "optimizer must be a name or a component, got int"),
-        ({"optimizer": Central()}, "central is no optimizer"),
+        ({"optimizer": Central()}, "optimizer= takes a part that inherits from Optimizer"),
         ({"estimator": "central", "num_directions": 600}, "budget=1000 is less than one step costs"),
         ({"budget": 0}, "budget must be"),
         ({"budget": 1.5}, "budget must be"),

@@ -60,7 +60,7 @@ def test_results_come_back_in_the_order_of_the_rows(tmp_path: Path):
     data = rows()
     alone = numpy.stack([one.predict([example]).predictions[0] for example in data])
     metric_inputs.clear()
-    one.objective.predict(one.model, OptionCollator(models.PAD)(data[:1]))  # (what is found out about the head)
+    one.zo_objective.predict(one.model, OptionCollator(models.PAD)(data[:1]))  # (what is found out about the head)
     seen = widths(one)
     output = one.predict(data)
     assert seen == [(3, 14), (3, 9), (3, 5), (1, 3)]
