@@ -155,13 +155,9 @@ def require_rows(
     else:
         why = f"makes batches of {', '.join(batch)}"
         dim = {2: "counted", 1: "head"}.get(getattr(batch.get("labels"), "ndim", 0), "")
-        marks = {
-            "prompt_ids": "generate rated",
-            "word_ids": "mask",
-            "option_tokens": "options",
-            "option_len": "options",
-        }
-        forms = set(next((of for mark, of in {**marks, "num_options": "pairs"}.items() if mark in batch), dim).split())
+        marks = {"prompt_ids": "generate rated", "word_ids": "mask", "option_tokens": "options"}
+        marks |= {"option_len": "options", "num_options": "pairs"}  # options have num_options, too
+        forms = set(next((of for mark, of in marks.items() if mark in batch), dim).split())
         if "attention_mask" not in batch:
             forms, why = set(), f"{why} without attention_mask"
     if objective.forms and not forms & set(objective.forms):

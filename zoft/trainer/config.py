@@ -259,10 +259,11 @@ def as_zo_config(args: TrainingArguments | None, default_output_dir: str) -> Any
         converted = ZOConfig(**{name: value for name, value in given.items() if name not in replaced})
         if replaced:
             values = ", ".join(f"{name}={ZOConfig.__dataclass_fields__[name].default}" for name in replaced)
-            said = (
-                "TrainingArguments left at their defaults are zoft's here: %s (ZOConfig has these, and node directions"
+            log.warning(
+                "TrainingArguments left at their defaults are zoft's here: %s (ZOConfig has these, and node directions "
+                "a rate of their own)",
+                values,
             )
-            log.warning(f"{said} a rate of their own)", values)
         return converted
     _refuse_meaningless(args, but=(*_CHECKPOINTING, *(f"{name}_kwargs" for name in _CHECKPOINTING)))
     _refuse_numbers(args)

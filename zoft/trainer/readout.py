@@ -50,8 +50,8 @@ class TrainerReader:
         self._is_tried = True
         if self.trainer.zo_objective is None and not self._is_compared:
             # each process asks once, as the trainer's loss may wait for that of the others
-            told = self._compare(max(parts, key=_num_labelled))
-            self._is_compared = told or self.trainer.args.world_size > 1
+            tells = self._compare(max(parts, key=_num_labelled))
+            self._is_compared = tells or self.trainer.args.world_size > 1
         return parts
 
     def _compare(self, part: Any) -> bool:

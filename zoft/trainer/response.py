@@ -92,7 +92,7 @@ def _holds(trainer: Any) -> bool:
     try:
         with torch.no_grad():
             reader = TrainerReader(trainer)
-            told = (passes_down(session, reader, batch) for batch in batches)
-            return next((one for one in told if one is not None), False)
+            verdicts = (passes_down(session, reader, batch) for batch in batches)
+            return next((verdict for verdict in verdicts if verdict is not None), False)
     finally:
         trainer.model.train(was_training)

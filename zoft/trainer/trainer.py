@@ -132,8 +132,7 @@ class ZOMixin(_Base):
             stay_in_place(self.engine, model, args)
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.args.world_size, self.args.process_index, self.args.device)
-        self.grid = Grid.of(self.args, self.processes, self.method.estimator)
-        self.stages = Stages(self)
+        self.grid, self.stages = Grid.of(self.args, self.processes, self.method.estimator), Stages(self)
         self.journal = RunJournal(self.args, RunIdentity(self), self.processes)
         self.checkpoints = Checkpoints(self, self.journal, self.processes)
         self.step_loss = StepLoss(self, self.grid.rows)
@@ -188,7 +187,7 @@ class ZOMixin(_Base):
     # ---- a training begins and ends ----------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's own, with a journal to go on from; torch's, numpy's and Python's random states are kept."""
+        """As the Trainer's own, with a journal; True goes on from what is in ``output_dir``, a folder from that."""
         with global_random_state_kept():
             try:
                 return self._train(resume_from_checkpoint, *args, **kwargs)

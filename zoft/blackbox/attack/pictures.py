@@ -92,7 +92,7 @@ def curves(
 
 
 def save(image: np.ndarray, path: Path) -> None:
-    """An image as a PNG of its own size."""
+    """An image [c, h, w], numbers in [0, 1], as a PNG of its own size."""
     from PIL import Image
 
     levels = (_shown(image) * 255).round().astype(np.uint8)

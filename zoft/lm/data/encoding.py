@@ -19,7 +19,7 @@ _ENCODERS: dict[type, Callable[..., list[Row]]] = {Completion: encode_completion
 
 
 def encode_examples(examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Token rows of one split's examples, whatever their kind."""
+    """Token rows of one split's examples, all of one kind; of each, ``max_length`` tokens are kept."""
     return _ENCODERS.get(type(examples[0]), encode)(examples, tokenizer, max_length)
 
 
@@ -29,14 +29,17 @@ def are_counted(rows: Sequence[Row]) -> bool:
 
 
 def collator_of(rows: Sequence[Row], pad_token_id: int, *, as_mezo: bool = False) -> Any:
-    """What makes batches of such rows."""
+    """What makes batches of such rows; ``pad_token_id`` fills the left, ``as_mezo`` is MeZO's published code."""
     if are_counted(rows):
         return CountedCollator(pad_token_id)
     return OptionCollator(pad_token_id, one_row_per_option=as_mezo, multiple_of=8 if as_mezo else 1)
 
 
 def encode_pairs(examples: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Rows with ``chosen`` and ``rejected``, of a completion or a chat each, and the longer one's ``input_ids``."""
+    """Rows with ``chosen`` and ``rejected``, of a completion or a chat each, and the longer one's ``input_ids``.
+
+    Of each answer with its prompt ``max_length`` tokens are kept.
+    """
     sides = [[example.chosen for example in examples], [example.rejected for example in examples]]
     chosen, rejected = (_encoded(side, tokenizer, max_length) for side in sides)
     return [

@@ -126,7 +126,7 @@ def _written_elsewhere(
 
 
 def text_of(row: Sequence[int], answering: Answering, ends: Sequence[int]) -> str:
-    """What was written, up to the end-of-text mark; padding behind it is no part of it."""
+    """What was written, up to the first of ``ends``, the tokens that end a text; padding behind it is no part of it."""
     # up to the first token that ends a text; behind it is padding
     end = next((place for place, token in enumerate(row) if token in ends), len(row))
     text: str = answering.tokenizer.decode(row[:end], skip_special_tokens=True)
