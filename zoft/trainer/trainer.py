@@ -132,7 +132,8 @@ class ZOMixin(_Base):
             stay_in_place(self.engine, model, args)
             super().__init__(model=model, args=args, **kwargs)
         self.processes = Processes(self.args.world_size, self.args.process_index, self.args.device)
-        self.grid, self.stages = Grid.of(self.args, self.processes, self.method.estimator), Stages(self)
+        self.grid = Grid.of(self.args, self.processes, self.method.estimator)
+        self.stages = Stages(self)  # by the grid
         self.journal = RunJournal(self.args, RunIdentity(self), self.processes)
         self.checkpoints = Checkpoints(self, self.journal, self.processes)
         self.step_loss = StepLoss(self, self.grid.rows)
